@@ -1,0 +1,167 @@
+"""Models: published sizes, shapes, named intermediates, and what must not change a result."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import models
+from vit_jax.errors import UserError
+
+SMALL = dict(width=24, depth=3, num_heads=3, mlp_dim=32, patch_size=4)
+
+
+def small(**fields):
+    model = models.build('vit-ti/16', **{'num_classes': 5, **SMALL, **fields})
+    images = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
+    params = model.init(jax.random.key(0), images)['params']
+    # The head starts at zero: fill it, or no difference would ever reach the logits.
+    noise = jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(2), x.shape), params)
+    return model, jax.tree.map(jnp.add, params, noise), images
+
+
+@pytest.mark.parametrize(
+    'name, count',
+    [
+        ('vit-ti/16', 5_717_416),
+        ('vit-s/16', 22_050_664),
+        ('vit-b/32', 88_224_232),
+        ('vit-b/16', 86_567_656),
+        ('vit-l/16', 304_326_632),
+        ('vit-h/14', 632_045_800),
+    ],
+)
+def test_published_parameter_counts(name, count):
+    model = models.build(name, num_classes=1000)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == count
+
+
+def numpy_forward(params, images, *, heads, patch, epsilon):
+    """The class-token ViT of arXiv:2010.11929 eq. 1 to 4 in float64, from the paper."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    x = np.asarray(images, np.float64)
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(b, -1, patch * patch * c)
+    d = p['cls'].shape[-1]
+    x = x @ p['embedding']['kernel'].reshape(-1, d) + p['embedding']['bias']
+    x = np.concatenate([np.repeat(p['cls'], b, 0), x], 1) + p['posemb']
+
+    def norm(x, q):
+        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        return (x - mean) / np.sqrt(var + epsilon) * q['scale'] + q['bias']
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    for i in range(p['encoder']['norm1']['scale'].shape[0]):
+        q = jax.tree.map(lambda x: x[i], p['encoder'])  # noqa: B023
+        y = norm(x, q['norm1'])
+        qkv = np.einsum('btd,dshc->sbhtc', y, q['attn']['qkv']['kernel'])
+        qkv = qkv + q['attn']['qkv']['bias'][:, None, :, None]
+        a = np.einsum('bhqc,bhkc->bhqk', qkv[0], qkv[1]) / np.sqrt(d // heads)
+        a = np.exp(a - a.max(-1, keepdims=True))
+        a = a / a.sum(-1, keepdims=True)
+        y = np.einsum('bhqk,bhkc->bqhc', a, qkv[2])
+        y = np.einsum('bqhc,hcd->bqd', y, q['attn']['out']['kernel']) + q['attn']['out']['bias']
+        x = x + y
+        y = gelu(norm(x, q['norm2']) @ q['mlp']['fc1']['kernel'] + q['mlp']['fc1']['bias'])
+        x = x + y @ q['mlp']['fc2']['kernel'] + q['mlp']['fc2']['bias']
+    return norm(x, p['norm'])[:, 0] @ p['head']['kernel'] + p['head']['bias']
+
+
+def test_logits_equal_the_paper_in_float64():
+    model, params, images = small()
+    logits, _ = model.apply({'params': params}, images)
+    expected = numpy_forward(params, images, heads=3, patch=4, epsilon=1e-6)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize('pool', ['cls', 'gap', 'map', 'none'])
+@pytest.mark.parametrize('posemb', ['learn', 'sincos2d', 'none'])
+def test_shapes_of_intermediates(pool, posemb):
+    model, params, images = small(
+        pool=pool, posemb=posemb, registers=2, layer_scale=0.1, qk_norm=True
+    )
+    logits, out = model.apply({'params': params}, images, capture=('attention',))
+    tokens = 6 + 2 + (pool == 'cls')  # 2 x 3 patches, registers, class token
+    assert logits.shape == ((2, 6, 5) if pool == 'none' else (2, 5))
+    assert out['tokens'].shape == out['encoded'].shape == (2, 6, 24)
+    assert out['attention'].shape == (3, 2, 3, tokens, tokens)
+    np.testing.assert_allclose(out['attention'].sum(-1), 1, atol=1e-5)
+    assert ('cls' in out) == (pool == 'cls')
+
+
+def test_capture_unroll_and_remat_change_nothing():
+    model, params, images = small()
+    logits, out = model.apply({'params': params}, images)
+    assert 'attention' not in out
+    captured, _ = model.apply({'params': params}, images, capture=('attention',))
+    np.testing.assert_array_equal(logits, captured)
+    for fields in (dict(unroll=3), dict(remat='full'), dict(remat='dots_saveable')):
+        other, _ = model.clone(**fields).apply({'params': params}, images)
+        np.testing.assert_allclose(other, logits, rtol=1e-5, atol=1e-6)
+
+
+def test_posemb_tells_places_apart():
+    rolled = {}
+    for posemb in ('learn', 'sincos2d', 'none'):
+        model, params, images = small(pool='gap', posemb=posemb)
+        a, _ = model.apply({'params': params}, images)
+        b, _ = model.apply({'params': params}, jnp.roll(images, 4, axis=2))
+        rolled[posemb] = float(jnp.abs(a - b).max())
+    assert rolled['none'] < 1e-5 < min(rolled['learn'], rolled['sincos2d'])
+
+
+@pytest.mark.parametrize('fields', [
+    dict(dropout=0.5), dict(attention_dropout=0.5), dict(drop_path=0.5),
+])
+def test_regularisers_act_in_training_alone(fields):
+    model, params, images = small(**fields)
+    plain, _ = small()[0].apply({'params': params}, images)
+    evaluated, _ = model.apply({'params': params}, images)
+    np.testing.assert_array_equal(plain, evaluated)
+
+    def logits(seed):
+        return model.apply(
+            {'params': params}, images, train=True, rngs={'dropout': jax.random.key(seed)}
+        )[0]
+
+    assert not np.allclose(logits(0), logits(1))
+    np.testing.assert_array_equal(logits(0), logits(0))
+
+
+def test_drop_path_keeps_the_expectation_and_the_first_block():
+    model, params, images = small(depth=1, drop_path=0.9)
+    plain, _ = model.apply({'params': params}, images)
+    train, _ = model.apply(
+        {'params': params}, images, train=True, rngs={'dropout': jax.random.key(0)}
+    )
+    np.testing.assert_allclose(plain, train, atol=1e-6)  # the only block is the first: rate 0
+    model, params, images = small(depth=2, drop_path=0.5)
+    run = jax.jit(lambda key: model.apply(
+        {'params': params}, images, train=True, rngs={'dropout': key}
+    )[1]['encoded'])
+    kept = jax.vmap(run)(jax.random.split(jax.random.key(0), 400))
+    distinct = np.unique(np.asarray(kept[:, 0, 0, 0]).round(4))
+    assert len(distinct) == 4  # one block of two residuals, each kept or dropped
+
+
+def test_exact_gelu_differs_from_tanh():
+    model, params, images = small()
+    tanh, _ = model.apply({'params': params}, images)
+    exact, _ = model.clone(gelu='exact').apply({'params': params}, images)
+    assert 1e-7 < np.abs(tanh - exact).max() < 1e-2
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(widht=3), "'widht'; the nearest is 'width'"),
+    (dict(pool='tok'), "model.pool is 'tok'"),
+    (dict(num_heads=5), 'model.width 24 is not divisible by model.num_heads 5'),
+    (dict(patch_size=5), 'image size 8 x 12 is not divisible by the patch size 5 x 5'),
+])
+def test_mistakes_are_named(fields, words):
+    with pytest.raises(UserError, match=words):
+        small(**fields)

@@ -1,0 +1,176 @@
+"""Building blocks of the transformers.
+
+Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C), L depth.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = Any
+
+
+def sincos2d(h, w, width, *, temperature=10_000.0):
+    """Fixed 2-D sine-cosine positions, [1, h * w, D], rows first (arXiv:2205.01580 section 3)."""
+    if width % 4:
+        raise ValueError(f'sincos2d needs a width divisible by 4, not {width}')
+    y, x = jnp.mgrid[:h, :w]
+    omega = temperature ** -(jnp.arange(width // 4) / (width // 4 - 1))
+    y = y.reshape(-1, 1) * omega  # [N, D / 4]
+    x = x.reshape(-1, 1) * omega
+    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)[None]
+
+
+def qkv_init(key, shape, dtype=jnp.float32):
+    """Xavier uniform for each of the three stacked D x D projections, not for D x 3D."""
+    fan_in, fan_out = shape[0], shape[1] // 3
+    limit = (6 / (fan_in + fan_out)) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with GELU between: D -> mlp_dim -> D."""
+
+    mlp_dim: int
+    gelu: str = 'tanh'
+    dropout: float = 0.0
+    deterministic: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        dense = dict(
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=nn.initializers.normal(1e-6),
+            dtype=self.dtype,
+        )
+        x = nn.Dense(self.mlp_dim, **dense, name='fc1')(x)
+        x = nn.gelu(x, approximate=self.gelu == 'tanh')
+        x = nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
+        x = nn.Dense(width, **dense, name='fc2')(x)
+        return nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (arXiv:1706.03762 section 3.2): [B, T, D] -> [B, T, D].
+
+    Returns (output, probabilities [B, H, T, T], or None where `capture` is off).
+    """
+
+    num_heads: int
+    qk_norm: bool = False
+    epsilon: float = 1e-6
+    dropout: float = 0.0
+    deterministic: bool = True
+    capture: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        shape = (3, self.num_heads, width // self.num_heads)
+        qkv = nn.DenseGeneral(shape, kernel_init=qkv_init, dtype=self.dtype, name='qkv')(x)
+        q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
+        if self.qk_norm:
+            q = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='q_norm')(q)
+            k = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='k_norm')(k)
+        logits = jnp.einsum('bqhc,bkhc->bhqk', q * q.shape[-1] ** -0.5, k)
+        probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
+        captured = probs if self.capture else None  # before dropout: what the model attends to
+        probs = nn.Dropout(self.dropout, deterministic=self.deterministic)(probs)
+        x = jnp.einsum('bhqk,bkhc->bqhc', probs, v)
+        out = nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            kernel_init=nn.initializers.xavier_uniform(),
+            dtype=self.dtype,
+            name='out',
+        )
+        return out(x), captured
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block (arXiv:2010.11929 eq. 2 and 3), as the body of a scan over depth.
+
+    `drop_path` is the rate of this block (arXiv:1603.09382), `layer_scale` the initial value of
+    the per-channel residual scales (arXiv:2103.17239 eq. 3), None without them.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    gelu: str = 'tanh'
+    epsilon: float = 1e-6
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    stochastic_depth: bool = False
+    deterministic: bool = True
+    capture: bool = False
+    dtype: Dtype = jnp.float32
+
+    def residual(self, x, y, drop_path, name):
+        """x + y, with y scaled by channel and dropped by example."""
+        if self.layer_scale is not None:
+            init = nn.initializers.constant(self.layer_scale)
+            y = y * self.param(name, init, (y.shape[-1],)).astype(y.dtype)
+        if self.stochastic_depth and not self.deterministic:
+            keep = jax.random.bernoulli(self.make_rng('dropout'), 1 - drop_path, (y.shape[0], 1, 1))
+            y = jnp.where(keep, y / (1 - drop_path).astype(y.dtype), 0)
+        return x + y
+
+    @nn.compact
+    def __call__(self, x, drop_path):
+        norm = dict(epsilon=self.epsilon, dtype=self.dtype)
+        y = nn.LayerNorm(**norm, name='norm1')(x)
+        y, attention = Attention(
+            self.num_heads,
+            qk_norm=self.qk_norm,
+            epsilon=self.epsilon,
+            dropout=self.attention_dropout,
+            deterministic=self.deterministic,
+            capture=self.capture,
+            dtype=self.dtype,
+            name='attn',
+        )(y)
+        y = nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
+        x = self.residual(x, y, drop_path, 'scale1')
+        y = nn.LayerNorm(**norm, name='norm2')(x)
+        y = Mlp(
+            self.mlp_dim, self.gelu, self.dropout, self.deterministic, self.dtype, name='mlp'
+        )(y)
+        return self.residual(x, y, drop_path, 'scale2'), attention
+
+
+class MapHead(nn.Module):
+    """Multi-head attention pooling by one learned query (arXiv:2106.04560 section 3.4).
+
+    [B, T, D] -> [B, D].
+    """
+
+    num_heads: int
+    mlp_dim: int
+    gelu: str = 'tanh'
+    epsilon: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        b, _, width = x.shape
+        xavier = nn.initializers.xavier_uniform()
+        heads = (self.num_heads, width // self.num_heads)
+        dense = dict(kernel_init=xavier, dtype=self.dtype)
+        probe = self.param('probe', xavier, (1, 1, width)).astype(self.dtype)
+        q = nn.DenseGeneral(heads, **dense, name='query')(jnp.tile(probe, (b, 1, 1)))
+        k = nn.DenseGeneral(heads, **dense, name='key')(x)
+        v = nn.DenseGeneral(heads, **dense, name='value')(x)
+        logits = jnp.einsum('bqhc,bkhc->bhqk', q * q.shape[-1] ** -0.5, k)
+        probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
+        x = jnp.einsum('bhqk,bkhc->bqhc', probs, v)
+        x = nn.DenseGeneral(width, axis=(-2, -1), **dense, name='out')(x)
+        y = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
+        x = x + Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name='mlp')(y)
+        return x[:, 0]
