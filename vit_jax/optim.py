@@ -1,0 +1,222 @@
+"""Optimizers: schedules, weight decay by name, layer-wise rates, freezing, averaged parameters.
+
+A frozen leaf is None in every tree of this module: it has no gradient and no optimizer state.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.errors import UserError
+
+SCHEDULES = ('cosine', 'linear', 'rsqrt', 'constant')
+OPTIMIZERS = ('adamw', 'sgd', 'adafactor')
+
+
+class Optimizer(NamedTuple):
+    """An optax transformation of the trainable leaves, and what is worth saying about it."""
+
+    init: Callable
+    update: Callable
+    schedule: Callable  # step -> learning rate
+    trainable: Callable  # parameters -> the same tree, None at frozen leaves
+    table: tuple  # one row a leaf: name, shape, count, rate multiplier, weight decay, frozen
+
+
+class AveragedParams(NamedTuple):
+    """Exponential moving average of the trainable parameters."""
+
+    average: Any
+
+
+def leaf_name(path):
+    """'encoder/attn/qkv/kernel' for a path of jax.tree_util."""
+    return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def make_schedule(kind, *, lr, steps, warmup=0, cooldown=0, timescale=10_000):
+    """Learning rate by step: linear warm-up from 0, then `kind`, then a linear cool-down to 0.
+
+    cosine and linear reach 0 at `steps`; rsqrt falls as 1 / sqrt(1 + t / timescale) after the
+    warm-up (arXiv:2106.04560 section 3.5).
+    """
+    if kind not in SCHEDULES:
+        raise UserError(f'optim.schedule is {kind!r}, not one of {", ".join(SCHEDULES)}')
+    if warmup + cooldown > steps:
+        raise UserError(f'optim.warmup {warmup} + optim.cooldown {cooldown} exceed {steps} steps')
+
+    def rate(step):
+        after = jnp.maximum(jnp.asarray(step, jnp.float32) - warmup, 0)
+        progress = jnp.minimum(after / max(steps - warmup, 1), 1)
+        value = {
+            'cosine': lambda: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+            'linear': lambda: 1 - progress,
+            'rsqrt': lambda: jax.lax.rsqrt(1 + after / timescale),
+            'constant': lambda: jnp.float32(1),
+        }[kind]()
+        if warmup:
+            value *= jnp.minimum(step / warmup, 1)
+        if cooldown:
+            value *= jnp.clip((steps - step) / cooldown, 0, 1)
+        return lr * value
+
+    return rate
+
+
+def rate_multiplier(name, leaf, depth, layer_decay):
+    """Layer-wise rate (arXiv:2106.08254 section 3.1): d^(L+1) at the embedding, 1 at the head.
+
+    Stacked blocks get an array [L, 1, ...], every other leaf a float.
+    """
+    if name.startswith('encoder/'):
+        rates = layer_decay ** jnp.arange(depth, 0, -1)
+        return rates.reshape(depth, *[1] * (len(leaf.shape) - 1)).astype(jnp.float32)
+    if name.split('/')[0] in ('embedding', 'posemb', 'cls', 'registers'):
+        return layer_decay ** (depth + 1)
+    return 1.0
+
+
+def scale_by_tree(multipliers):
+    """Each update times its own multiplier."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u, m: (u * m).astype(u.dtype), updates, multipliers), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def average_params(decay):
+    """Keeps an exponential moving average of the parameters as they are after each update."""
+
+    def update(updates, state, params):
+        average = jax.tree.map(
+            lambda a, p, u: decay * a + (1 - decay) * (p + u), state.average, params, updates
+        )
+        return updates, AveragedParams(average)
+
+    return optax.GradientTransformation(
+        lambda params: AveragedParams(jax.tree.map(jnp.array, params)), update
+    )
+
+
+def merge(trainable, params):
+    """`params` with the leaves of `trainable` that are not None in their places."""
+    return jax.tree.map(
+        lambda t, p: p if t is None else t, trainable, params, is_leaf=lambda x: x is None
+    )
+
+
+def averaged(state):
+    """The moving average of the state's parameters where one is kept, else the parameters."""
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, AveragedParams))
+    found = [x for x in nodes if isinstance(x, AveragedParams)]
+    return merge(found[0].average, state.params) if found else state.params
+
+
+def core(name, *, b1, b2, eps, momentum, momentum_dtype):
+    """The optimizer proper, without rate, decay and clipping."""
+    if name == 'adamw':
+        return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=momentum_dtype)
+    if name == 'sgd':
+        return optax.trace(decay=momentum, accumulator_dtype=momentum_dtype)
+    if name == 'adafactor':  # as modified in arXiv:2106.04560 section 3.4
+        return optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype),
+        )
+    raise UserError(f'optim.name is {name!r}, not one of {", ".join(OPTIMIZERS)}')
+
+
+def make(
+    params,
+    *,
+    steps: int,
+    name: str = 'adamw',
+    lr: float = 1e-3,
+    schedule: str = 'cosine',
+    warmup: int = 0,
+    cooldown: int = 0,
+    timescale: int = 10_000,
+    weight_decay: float = 0.0,
+    decay: tuple = ('kernel$',),
+    clip: float | None = None,
+    layer_decay: float = 1.0,
+    freeze: tuple = (),
+    ema: float | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    momentum_dtype: str | None = None,
+):
+    """The optimizer of a run; `params` may be shapes.
+
+    Weight decay is decoupled and follows the rate: p -= rate * (step + weight_decay * p), on the
+    leaves whose name one of the patterns in `decay` matches (re.search). `freeze` likewise names
+    leaves that never change. `clip` bounds the global norm of the gradient; `ema` is the decay of
+    the parameters' moving average.
+    """
+    rate = make_schedule(
+        schedule, lr=lr, steps=steps, warmup=warmup, cooldown=cooldown, timescale=timescale
+    )
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for field, patterns in (('decay', decay), ('freeze', freeze)):
+        for pattern in patterns:
+            if not any(re.search(pattern, n) for n in leaves):
+                raise UserError(f'optim.{field} {pattern!r} matches no parameter')
+    frozen = {n for n in leaves if any(re.search(pattern, n) for pattern in freeze)}
+    decayed = {n for n in leaves if weight_decay and any(re.search(p, n) for p in decay)} - frozen
+    if len(frozen) == len(leaves):
+        raise UserError(f'optim.freeze {tuple(freeze)!r} freezes every parameter')
+    depth = next((x.shape[0] for n, x in leaves.items() if n.startswith('encoder/')), 0)
+
+    def trainable(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: None if leaf_name(path) in frozen else x, tree
+        )
+
+    def multipliers(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: rate_multiplier(leaf_name(path), x, depth, layer_decay), tree
+        )
+
+    def decay_mask(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path) in decayed, tree)
+
+    parts = [
+        core(name, b1=b1, b2=b2, eps=eps, momentum=momentum, momentum_dtype=momentum_dtype),
+    ]
+    if clip is not None:
+        parts.insert(0, optax.clip_by_global_norm(clip))
+    if decayed:
+        parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
+    if layer_decay != 1:
+        parts.append(scale_by_tree(multipliers(trainable(params))))
+    parts.append(optax.scale_by_learning_rate(rate))
+    if ema is not None:
+        parts.append(average_params(ema))
+    tx = optax.chain(*parts)
+    table = tuple(
+        (
+            n,
+            tuple(x.shape),
+            int(x.size),
+            span(rate_multiplier(n, x, depth, layer_decay)),
+            weight_decay if n in decayed else 0.0,
+            n in frozen,
+        )
+        for n, x in leaves.items()
+    )
+    return Optimizer(tx.init, tx.update, rate, trainable, table)
+
+
+def span(multiplier):
+    """'0.75', or '0.056 ... 0.75' for an array."""
+    values = jnp.ravel(jnp.asarray(multiplier))
+    low, high = f'{float(values.min()):.3g}', f'{float(values.max()):.3g}'
+    return low if low == high else f'{low} ... {high}'

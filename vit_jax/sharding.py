@@ -1,0 +1,100 @@
+"""Where arrays live: a mesh, one ordered table of rules, host batches to global arrays."""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from vit_jax.errors import UserError
+from vit_jax.optim import leaf_name
+
+P = PartitionSpec
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = P(('data', 'fsdp'))
+
+# The first pattern that the end of a parameter's name matches decides; none is an error.
+# Dimensions: stacked layers first, then as in models.layers.
+RULES = (
+    (r'encoder/attn/qkv/kernel', P(None, 'fsdp', None, 'tensor', None)),  # [L, D, 3, H, C]
+    (r'encoder/attn/qkv/bias', P(None, None, 'tensor', None)),  # [L, 3, H, C]
+    (r'encoder/attn/out/kernel', P(None, 'tensor', None, 'fsdp')),  # [L, H, C, D]
+    (r'encoder/mlp/fc1/kernel', P(None, 'fsdp', 'tensor')),  # [L, D, M]
+    (r'encoder/mlp/fc1/bias', P(None, 'tensor')),  # [L, M]
+    (r'encoder/mlp/fc2/kernel', P(None, 'tensor', 'fsdp')),  # [L, M, D]
+    (r'embedding/kernel', P(None, None, None, 'fsdp')),  # [P, P, C, D]
+    (r'map_head/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D, H, C]
+    (r'map_head/(query|key|value)/bias', P('tensor', None)),  # [H, C]
+    (r'map_head/out/kernel', P('tensor', None, 'fsdp')),  # [H, C, D]
+    (r'map_head/mlp/fc1/kernel', P('fsdp', 'tensor')),  # [D, M]
+    (r'map_head/mlp/fc1/bias', P('tensor')),  # [M]
+    (r'map_head/mlp/fc2/kernel', P('tensor', 'fsdp')),  # [M, D]
+    (r'(pre_logits|head)/kernel', P('fsdp', None)),  # [D, K]
+    (r'bias|scale|scale1|scale2|cls|posemb|registers|probe', P()),
+)
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None):
+    """A mesh over all devices, or over `devices`; data=-1 takes what the other axes leave."""
+    devices = jax.devices() if devices is None else devices
+    shape = [data, fsdp, tensor]
+    if data == -1:
+        shape[0] = len(devices) // (fsdp * tensor)
+    if np.prod(shape) != len(devices):
+        raise UserError(
+            f'mesh data={data} fsdp={fsdp} tensor={tensor} does not cover {len(devices)} devices'
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_batch(batch_size, mesh, accumulate=1):
+    """Raises UserError unless each of the micro-batches divides among the devices."""
+    parts = mesh.shape['data'] * mesh.shape['fsdp']
+    if batch_size % (parts * accumulate):
+        of = f' in {accumulate} micro-batches' if accumulate > 1 else ''
+        raise UserError(
+            f'batch size {batch_size}{of} is not divisible by the {parts} devices of mesh axes '
+            f'data and fsdp; {parts * accumulate} and its multiples are'
+        )
+
+
+def spec(name, shape, mesh):
+    """The PartitionSpec of a parameter by its name; ValueError where no rule matches."""
+    for pattern, rule in RULES:
+        if re.search(f'(^|/)({pattern})$', name):
+            for size, axis in zip(shape, rule, strict=False):
+                if axis and size % mesh.shape[axis]:
+                    raise UserError(
+                        f'{name} {shape}: dimension {size} is not divisible by mesh axis '
+                        f'{axis}={mesh.shape[axis]}'
+                    )
+            return rule
+    raise ValueError(f'no sharding rule for {name} {shape}')
+
+
+def shardings(state, mesh):
+    """NamedShardings for a State of shapes.
+
+    Optimizer state takes the rule of the parameter that it mirrors; what mirrors none (counts,
+    Adafactor's factors) is replicated.
+    """
+    shapes = {
+        leaf_name(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    }
+    specs = {name: spec(name, shape, mesh) for name, shape in shapes.items()}
+
+    def place(path, leaf):
+        name = leaf_name(path)
+        for param, rule in specs.items():
+            if name.endswith('/' + param) and leaf.shape == shapes[param]:
+                return NamedSharding(mesh, rule)
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def put(batch, mesh):
+    """This process's share of a batch, numpy, to global arrays split over data and fsdp."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

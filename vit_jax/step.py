@@ -1,0 +1,110 @@
+"""The state of a run and the pure functions that advance it."""
+
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vit_jax import optim, sharding
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that a checkpoint holds."""
+
+    step: jax.Array  # int32 scalar: updates made
+    params: Any
+    opt_state: Any
+
+
+def abstract_params(model, image_shape):
+    """Shapes and dtypes of the parameters for images of [H, W, C]."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)['params']
+
+
+def fresh(key, *, model, tx, image_shape):
+    """A state at step 0, with random parameters."""
+    params = model.init(key, jnp.zeros((1, *image_shape)))['params']
+    return State(jnp.int32(0), params, tx.init(tx.trainable(params)))
+
+
+def abstract_state(model, tx, image_shape, mesh):
+    """The state's shapes, dtypes and shardings; takes no memory."""
+    shapes = jax.eval_shape(
+        partial(fresh, model=model, tx=tx, image_shape=image_shape), jax.random.key(0)
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        sharding.shardings(shapes, mesh),
+    )
+
+
+def init(model, tx, image_shape, seed, abstract):
+    """A state at step 0, each shard made on the device that holds it."""
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    make = jax.jit(
+        partial(fresh, model=model, tx=tx, image_shape=image_shape), out_shardings=places
+    )
+    return make(jax.random.key(seed))
+
+
+def accumulated(grad_fn, trainable, batch, key, parts):
+    """Metrics and gradients of the whole batch from `parts` micro-batches, one at a time."""
+    # Examples i, i + parts, ... of each device: no example leaves its device.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    total = jnp.maximum(jnp.sum(batch['mask'].astype(jnp.float32)), 1)
+
+    def body(sums, xs):
+        i, micro = xs
+        (_, metrics), grads = grad_fn(trainable, micro, jax.random.fold_in(key, i))
+        weight = jnp.sum(micro['mask'].astype(jnp.float32)) / total
+        return jax.tree.map(lambda s, x: s + weight * x, sums, (metrics, grads)), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(grad_fn, trainable, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+    return jax.lax.scan(body, zeros, (jnp.arange(parts), split))[0]
+
+
+def train_step(state, batch, *, objective, tx, seed=0, accumulate=1):
+    """One update: (state, batch) -> (state, metrics).
+
+    Metrics are float32 scalars: the objective's, and lr, grad_norm (before clipping) and
+    param_norm (after the update). All three finite means that the new state is.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    trainable = tx.trainable(state.params)
+
+    def loss_fn(trainable, batch, key):
+        return objective(optim.merge(trainable, state.params), batch, key)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        (_, metrics), grads = grad_fn(trainable, batch, key)
+    else:
+        metrics, grads = accumulated(grad_fn, trainable, batch, key, accumulate)
+    updates, opt_state = tx.update(grads, state.opt_state, trainable)
+    params = optim.merge(optax.apply_updates(trainable, updates), state.params)
+    metrics |= {
+        'lr': tx.schedule(state.step),
+        'grad_norm': optax.tree.norm(grads),
+        'param_norm': optax.tree.norm(params),
+    }
+    return State(state.step + 1, params, opt_state), metrics
+
+
+def compiled(objective, tx, abstract, mesh, *, seed=0, accumulate=1):
+    """`train_step` as one jitted function: state donated, shardings from the mesh."""
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(
+        partial(train_step, objective=objective, tx=tx, seed=seed, accumulate=accumulate),
+        donate_argnums=0,
+        in_shardings=(places, NamedSharding(mesh, sharding.BATCH)),
+        out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
+    )
