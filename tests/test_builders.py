@@ -1,0 +1,63 @@
+"""The dataset builders of the repository, prepared and read without TensorFlow."""
+
+import collections
+import io
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from vit_jax.data.builders.digits import digits_dataset_builder
+from vit_jax.data.builders.fashion_mnist_debian import (
+    fashion_mnist_debian_dataset_builder as fashion,
+)
+from vit_jax.errors import UserError
+
+
+def read(builder, split):
+    """(image, label) pairs of a split: the stored PNG opened by Pillow."""
+    decoders = {'image': tfds.decode.SkipDecoding()}
+    for example in builder.as_data_source(split, decoders=decoders):
+        yield np.asarray(Image.open(io.BytesIO(example['image']))), int(example['label'])
+
+
+def test_digits_are_scikit_learns_split_in_two(tmp_path):
+    builder = digits_dataset_builder.Builder(data_dir=tmp_path)
+    builder.download_and_prepare(file_format='array_record')
+    train, test = (list(read(builder, s)) for s in ('train', 'test'))
+    assert (len(train), len(test)) == (1438, 359)
+    digits = load_digits()
+    expected = collections.Counter(
+        (np.round(x * (255 / 16)).astype(np.uint8).tobytes(), int(y))
+        for x, y in zip(digits.images, digits.target, strict=True)
+    )
+    assert collections.Counter((x.tobytes(), y) for x, y in train + test) == expected
+    counts = np.bincount([y for _, y in test], minlength=10)
+    assert counts.min() > 20  # a random fifth, not one that follows the labels' order
+    assert 'tensorflow' not in sys.modules
+
+
+def test_fashion_mnist_is_debians(tmp_path):
+    builder = fashion.Builder(data_dir=tmp_path)
+    builder.download_and_prepare(file_format='array_record')
+    images, labels = (
+        fashion.read_idx(fashion.FOLDER / f't10k-{part}-ubyte.gz')
+        for part in ('images-idx3', 'labels-idx1')
+    )
+    assert images.shape == (10_000, 28, 28) and np.bincount(labels).tolist() == [1000] * 10
+    test = list(read(builder, 'test'))
+    expected = collections.Counter(
+        (x.tobytes(), int(y)) for x, y in zip(images, labels, strict=True)
+    )
+    assert collections.Counter((x.tobytes(), y) for x, y in test) == expected
+    assert builder.info.splits['train'].num_examples == 60_000
+
+
+def test_a_missing_debian_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion, 'FOLDER', tmp_path / 'absent')
+    builder = fashion.Builder(data_dir=tmp_path)
+    with pytest.raises(UserError, match='apt-get install dataset-fashion-mnist'):
+        builder.download_and_prepare(file_format='array_record')
