@@ -1,0 +1,124 @@
+"""Decoding: what a viewer shows, or a refusal; views: what they cut out, and that they repeat."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from vit_jax.data import augment, images
+
+
+def encoded(image, kind='PNG', **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def ramp(h=6, w=5):
+    return np.arange(h * w * 3, dtype=np.uint8).reshape(h, w, 3) * 2
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'BMP', 'TIFF'])
+def test_lossless_formats_keep_every_pixel(kind):
+    np.testing.assert_array_equal(images.decode(encoded(Image.fromarray(ramp()), kind)), ramp())
+
+
+def test_grey_is_shown_in_three_channels():
+    grey = ramp()[..., 0]
+    shown = images.decode(encoded(Image.fromarray(grey)))
+    np.testing.assert_array_equal(shown, np.repeat(grey[..., None], 3, 2))
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    deep = np.array([[0, 255, 256, 65535]], np.uint16)
+    shown = images.decode(encoded(Image.fromarray(deep)))
+    np.testing.assert_array_equal(shown[0, :, 0], [0, 0, 1, 255])
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
+def test_transparency_lies_over_white(mode):
+    image = np.zeros((1, 3, 4), np.uint8)
+    image[0, :, 3] = 0, 128, 255
+    options = {}
+    if mode == 'P':  # a palette whose first colour is transparent
+        picture = Image.fromarray(np.array([[0, 1, 1]], np.uint8), 'P')
+        picture.putpalette([9, 9, 9, 0, 0, 0])
+        options = dict(transparency=0)
+        expected = [255, 0, 0]
+    else:
+        picture = Image.fromarray(image).convert(mode)
+        expected = [255, 127, 0]
+    shown = images.decode(encoded(picture, **options))
+    np.testing.assert_allclose(shown[0, :, 0], expected, atol=1)
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    shown = images.decode(encoded(Image.fromarray(ramp()), exif=exif))
+    np.testing.assert_array_equal(shown, np.rot90(ramp(), -1))
+
+
+def test_cmyk_jpeg_looks_as_its_rgb():
+    smooth = np.tile(np.linspace(40, 200, 16, dtype=np.uint8)[:, None, None], (1, 16, 3))
+    shown = images.decode(encoded(Image.fromarray(smooth).convert('CMYK'), 'JPEG', quality=98))
+    np.testing.assert_allclose(shown.astype(int), smooth.astype(int), atol=6)
+
+
+def test_an_animation_is_its_first_frame():
+    frames = [Image.new('RGB', (4, 4), c) for c in ('red', 'blue', 'green')]
+    data = encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:])
+    assert images.decode(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize('data', [
+    b'', b'not an image', encoded(Image.fromarray(ramp(99, 99)), 'JPEG')[:900],
+    encoded(Image.fromarray(np.ones((2, 2), np.float32)), 'TIFF'),
+])
+def test_the_rest_is_refused(data):
+    with pytest.raises(images.Unreadable):
+        images.decode(data)
+
+
+@pytest.mark.parametrize('name', sorted(augment.VIEWS))
+@pytest.mark.parametrize('shape', [(40, 30), (1, 50), (50, 1), (8, 8)])
+def test_views_have_the_size_and_repeat(name, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    a, b = (
+        augment.VIEWS[name](image, np.random.default_rng(3), size=(12, 8)) for _ in range(2)
+    )
+    assert a.shape == (12, 8, 3) and a.dtype == np.uint8
+    np.testing.assert_array_equal(a, b)
+
+
+def test_central_is_the_middle():
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[4:12, 12:20] = 255
+    view = augment.central(image, None, size=(8, 8), crop=0.5)
+    assert view.min() == 255
+
+
+def test_shift_moves_and_keeps_the_rest():
+    image = ramp(8, 8)
+    views = [augment.shift(image, np.random.default_rng(i), size=(8, 8)) for i in range(60)]
+    assert len({v.tobytes() for v in views}) == 9
+    assert any(np.array_equal(v[:-1, :-1], image[1:, 1:]) and not v[-1].any() for v in views)
+
+
+def test_boxes_are_uniform_in_area_log_uniform_in_aspect_and_inside():
+    rng = np.random.default_rng(0)
+    y, x, h, w = np.array([augment.random_box((1000, 1000), rng) for _ in range(4000)]).T
+    assert (y + h).max() <= 1000 and (x + w).max() <= 1000 and min(y.min(), x.min()) == 0
+    area = h * w / 1e6
+    whole = area[area < 0.7]  # below 3/4 every aspect fits, so nothing was drawn again
+    assert stats.kstest(whole, stats.uniform(0.05, 0.65).cdf).pvalue > 1e-3
+    ratio = np.log(w / h)[area < 0.7]
+    bound = np.log(4 / 3)
+    assert stats.kstest(ratio, stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
+    assert 0.9 < area.max() <= 1
+
+
+def test_a_box_that_never_fits_is_the_whole_image():
+    assert augment.random_box((2, 900), np.random.default_rng(0), area=(0.9, 1)) == (0, 0, 2, 900)

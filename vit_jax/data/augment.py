@@ -1,0 +1,68 @@
+"""Views: (image uint8 [H, W, 3], rng, size=(height, width)) -> uint8 [height, width, 3].
+
+A view draws whatever it needs from `rng` (numpy.random.Generator), so that it is a function of the
+example and the generator alone; those of evaluation ignore it.
+"""
+
+import numpy as np
+from PIL import Image
+
+
+def crop_and_resize(image, box, size):
+    """Box (y, x, height, width) of an image, resized with Pillow's antialiased bilinear filter."""
+    y, x, h, w = box
+    window = Image.fromarray(np.ascontiguousarray(image[y : y + h, x : x + w]))
+    if window.size == size[::-1]:
+        return np.asarray(window)
+    return np.asarray(window.resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def resize(image, rng, *, size):
+    """The whole image, squeezed to the size."""
+    return crop_and_resize(image, (0, 0, *image.shape[:2]), size)
+
+
+def central(image, rng, *, size, crop=0.875):
+    """The largest central window of the size's aspect, its sides times `crop`, resized."""
+    h, w = image.shape[:2]
+    scale = crop * min(h / size[0], w / size[1])
+    ch = min(max(round(size[0] * scale), 1), h)
+    cw = min(max(round(size[1] * scale), 1), w)
+    return crop_and_resize(image, ((h - ch) // 2, (w - cw) // 2, ch, cw), size)
+
+
+def random_box(shape, rng, *, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3)):
+    """A window (y, x, height, width) of an image [H, W] by area and aspect.
+
+    The area's share is uniform, the aspect (width / height) log-uniform (arXiv:1409.4842
+    section 6); after a hundred misses, the whole image.
+    """
+    h, w = shape
+    for _ in range(100):
+        pixels = rng.uniform(*area) * h * w
+        ratio = np.exp(rng.uniform(*np.log(aspect)))
+        ch, cw = round((pixels / ratio) ** 0.5), round((pixels * ratio) ** 0.5)
+        if 0 < ch <= h and 0 < cw <= w:
+            return int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1)), ch, cw
+    return 0, 0, h, w
+
+
+def inception(image, rng, *, size, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3), flip=True):
+    """A random box, resized, and mirrored by chance: the usual view of ImageNet training."""
+    box = random_box(image.shape[:2], rng, area=area, aspect=aspect)
+    return flipped(crop_and_resize(image, box, size), rng, flip)
+
+
+def shift(image, rng, *, size, pixels=1, flip=False):
+    """The image at the size, moved by up to `pixels` each way; black comes in at the border."""
+    image = np.pad(resize(image, rng, size=size), ((pixels, pixels), (pixels, pixels), (0, 0)))
+    y, x = rng.integers(2 * pixels + 1, size=2)
+    return flipped(image[y : y + size[0], x : x + size[1]], rng, flip)
+
+
+def flipped(image, rng, flip):
+    """Mirrored left to right by an even chance, if asked."""
+    return image[:, ::-1] if flip and rng.integers(2) else image
+
+
+VIEWS = {f.__name__: f for f in (resize, central, inception, shift)}
