@@ -1,0 +1,185 @@
+"""Data sets as sequences of (image bytes, label): TFDS by name, or a folder of images."""
+
+import difflib
+import hashlib
+import importlib
+import os
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from vit_jax.errors import UserError
+
+BUILDERS = ('digits', 'fashion_mnist_debian')
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff')
+
+
+class Source(NamedTuple):
+    """A data set that can be read at any index; picklable, opened anew in worker processes."""
+
+    records: Any  # len(records), records[i] -> (bytes, label)
+    classes: tuple[str, ...]
+
+    def __len__(self):
+        return len(self.records)
+
+    def name(self, i):
+        """What a person would call example i: a path, or the data set, split and index."""
+        return self.records.name(i)
+
+
+class Tfds:
+    """A TFDS split in a random-access format."""
+
+    def __init__(self, data, title, image, label):
+        self.data, self.title, self.image, self.label = data, title, image, label
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        example = self.data[i]
+        return example[self.image], example[self.label]
+
+    def name(self, i):
+        return f'{self.title}[{i}]'
+
+
+class Files:
+    """Paths and their labels."""
+
+    def __init__(self, paths, labels):
+        self.paths, self.labels = paths, labels
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return epath.Path(self.paths[i]).read_bytes(), self.labels[i]
+
+    def name(self, i):
+        return self.paths[i]
+
+
+def load(source, split, *, data_dir=None, image='image', label='label'):
+    """The data set `source`: a folder where the name is a path or an existing folder, else TFDS.
+
+    `split` is one of TFDS's ('train', 'train[:90%]'); of a folder 'train' or 'val', or, where it
+    has no such sub-folders, a share in percent by a hash of the file's name: 'train[:90%]' and
+    'train[90%:]'. `image` and `label` name the features of a TFDS data set.
+    """
+    path = epath.Path(os.path.expanduser(source))
+    if source.startswith(('/', '.', '~')) or '://' in source or path.is_dir():
+        return folder(path, split)
+    return tfds(source, split, data_dir=data_dir, image=image, label=label)
+
+
+def tfds(name, split, *, data_dir=None, image='image', label='label'):
+    """A TFDS data set; those of the repository are prepared at their first use."""
+    import tensorflow_datasets as tfds_lib
+
+    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    if name in BUILDERS:
+        module = f'vit_jax.data.builders.{name}.{name}_dataset_builder'
+        builder = importlib.import_module(module).Builder(data_dir=data_dir)
+        try:
+            builder.download_and_prepare(file_format='array_record')
+        except ModuleNotFoundError as e:
+            raise UserError(
+                f'data set {name} needs {e.name}; install it with: pip install "vit_jax[{name}]"'
+            ) from e
+    else:
+        builder = prepared(name, data_dir)
+    features = builder.info.features
+    for key in (image, label):
+        if key not in features:
+            raise UserError(f'data set {name} has no feature {key!r}, but {", ".join(features)}')
+    try:
+        data = builder.as_data_source(
+            split, decoders={image: tfds_lib.decode.SkipDecoding()}
+        )
+    except NotImplementedError as e:
+        raise UserError(
+            f'data set {name} is not prepared in a random-access format in {builder.data_dir}; '
+            f'prepare it with: tfds build {name} --file_format=array_record'
+        ) from e
+    except ValueError as e:
+        raise UserError(
+            f'data set {name} has no split {split!r}; it has {", ".join(builder.info.splits)}'
+        ) from e
+    names = getattr(features[label], 'names', None)
+    if names is None:
+        raise UserError(f'feature {label!r} of data set {name} is no class label')
+    return Source(Tfds(data, f'{name}/{split}', image, label), tuple(names))
+
+
+def prepared(name, data_dir):
+    """The builder of a data set that stands prepared in data_dir, by the files alone."""
+    import tensorflow_datasets as tfds_lib
+
+    try:
+        return tfds_lib.builder(name, data_dir=data_dir, try_gcs=False)
+    except (tfds_lib.core.DatasetNotFoundError, ModuleNotFoundError) as e:
+        known = [*BUILDERS, *tfds_lib.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, 3)
+        hint = f'; did you mean {" or ".join(near)}?' if near else ''
+        raise UserError(f'no data set {name!r}{hint} A folder is given by its path.') from e
+
+
+def folder(path, split):
+    """Images in path/class/*, or in path/train/class/* and path/val/class/*."""
+    if not path.is_dir():
+        raise UserError(f'no folder {path}')
+    part, low, high = share(split)
+    inner = [d.name for d in path.iterdir() if d.is_dir() and d.name in ('train', 'val', 'test')]
+    divided = 'train' in inner
+    if divided and part not in inner:
+        raise UserError(f'{path} has no sub-folder {part!r}, but {", ".join(sorted(inner))}')
+    if not divided and part != 'train':
+        raise UserError(
+            f'{path} is not divided into train and val; name a share, as train[:90%] or train[90%:]'
+        )
+    root = path / part if divided else path
+    top = path / 'train' if divided else path
+    classes = sorted(d.name for d in top.iterdir() if d.is_dir() and not d.name.startswith('.'))
+    if len(classes) < 2:
+        raise UserError(f'{top} has {len(classes)} class folders; a data set needs two or more')
+    paths, labels = [], []
+    for d in sorted(root.iterdir()):
+        if not d.is_dir() or d.name.startswith('.'):
+            continue
+        if d.name not in classes:
+            raise UserError(f'{d} is a class that {top} does not have')
+        for file in sorted(d.iterdir()):
+            if file.name.lower().endswith(SUFFIXES) and not file.name.startswith('.'):
+                if low <= percentile(f'{d.name}/{file.name}') < high:
+                    paths.append(str(file))
+                    labels.append(classes.index(d.name))
+    if not paths:
+        raise UserError(f'no images in {root}/*/ for split {split!r} ({", ".join(SUFFIXES)})')
+    return Source(Files(paths, labels), tuple(classes))
+
+
+def percentile(name):
+    """A number in [0, 100) that the file's name alone decides."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], 'big') / 2**64 * 100
+
+
+def share(split):
+    """'train[10%:90%]' to ('train', 10, 90)."""
+    name, _, rest = split.partition('[')
+    if not rest:
+        return name, 0, 100
+    bounds = rest.rstrip(']').split(':')
+    try:
+        if len(bounds) != 2 or not rest.endswith(']'):
+            raise ValueError
+        low, high = (
+            float(b.removesuffix('%')) if b else d for b, d in zip(bounds, (0, 100), strict=True)
+        )
+        if not all(b.endswith('%') for b in bounds if b) or not 0 <= low < high <= 100:
+            raise ValueError
+    except ValueError:
+        raise UserError(f'split {split!r} is not of the form train[10%:90%]') from None
+    return name, low, high
