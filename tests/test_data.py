@@ -23,7 +23,7 @@ def write_folder(path, *, parts=('',), classes=('ant', 'bee', 'cat'), count=9):
 
 @pytest.fixture
 def source(tmp_path):
-    return sources.load(str(write_folder(tmp_path)), 'train')  # 27 images
+    return sources.load(name=str(write_folder(tmp_path)), split='train')  # 27 images
 
 
 def take(feed, n):
@@ -114,7 +114,7 @@ def test_augmentation_differs_by_epoch(source):
 def test_percent_splits_part_the_folder(tmp_path):
     write_folder(tmp_path, count=40)
     names = [
-        set(sources.load(str(tmp_path), s).records.paths)
+        set(sources.load(name=str(tmp_path), split=s).records.paths)
         for s in ('train', 'train[:70%]', 'train[70%:]')
     ]
     assert names[1] | names[2] == names[0] and not names[1] & names[2]
@@ -125,10 +125,10 @@ def test_train_and_val_folders(tmp_path):
     write_folder(tmp_path, parts=('train', 'val'), count=3)
     (tmp_path / 'val' / 'bee').rename(tmp_path / 'val' / 'dog')
     with pytest.raises(UserError, match='dog is a class that .*train does not have'):
-        sources.load(str(tmp_path), 'val')
+        sources.load(name=str(tmp_path), split='val')
     (tmp_path / 'val' / 'dog').rename(tmp_path / 'val' / 'bee')
-    assert all('/val/' in p for p in sources.load(str(tmp_path), 'val').records.paths)
-    assert len(sources.load(str(tmp_path), 'train')) == 9
+    assert all('/val/' in p for p in sources.load(name=str(tmp_path), split='val').records.paths)
+    assert len(sources.load(name=str(tmp_path), split='train')) == 9
 
 
 def test_an_unreadable_image_is_named_and_may_be_tolerated(source):
@@ -146,20 +146,20 @@ def test_an_unreadable_image_is_named_and_may_be_tolerated(source):
 
 @pytest.mark.parametrize('name, split, words', [
     ('/nowhere', 'train', 'no folder /nowhere'),
-    ('cifar11', 'train', "no data set 'cifar11'; did you mean"),
+    ('cifar11', 'train', "no data set 'cifar11' is prepared. Did you mean"),
     ('digits', 'validation', "data set digits has no split 'validation'; it has train, test"),
 ])
 def test_mistakes_are_named(name, split, words, tmp_path):
     with pytest.raises(UserError, match=words):
-        sources.load(name, split, data_dir=str(tmp_path))
+        sources.load(name=name, split=split, data_dir=str(tmp_path))
 
 
 def test_folders_that_are_no_data_set(tmp_path):
     (tmp_path / 'only').mkdir()
     with pytest.raises(UserError, match='has 1 class folders'):
-        sources.load(str(tmp_path), 'train')
+        sources.load(name=str(tmp_path), split='train')
     (tmp_path / 'other').mkdir()
     with pytest.raises(UserError, match='no images in'):
-        sources.load(str(tmp_path), 'train')
+        sources.load(name=str(tmp_path), split='train')
     with pytest.raises(UserError, match='is not divided into train and val'):
-        sources.load(str(tmp_path), 'val')
+        sources.load(name=str(tmp_path), split='val')

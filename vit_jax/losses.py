@@ -25,3 +25,13 @@ def sigmoid_xent(logits, labels, *, label_smoothing=0.0):
     logits = logits.astype(jnp.float32)
     positive, negative = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     return -jnp.sum(wanted * positive + (1 - wanted) * negative, axis=-1)
+
+
+LOSSES = {'softmax': softmax_xent, 'sigmoid': sigmoid_xent}
+
+
+def hits(logits, labels):
+    """1 where the class of highest logit is a true label: [B, K], [B] or [B, K] -> float [B]."""
+    wanted = targets(labels, logits.shape[-1])
+    best = jnp.argmax(logits, axis=-1)
+    return (jnp.take_along_axis(wanted, best[:, None], axis=-1)[:, 0] > 0).astype(jnp.float32)

@@ -15,27 +15,19 @@ def masked_mean(values, mask):
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def supervised(model, *, loss='softmax', label_smoothing=0.0):
+def supervised(model, *, loss: str = 'softmax', label_smoothing: float = 0.0):
     """Classification with a softmax or a sigmoid (multi-label) cross-entropy."""
-    kinds = {'softmax': losses.softmax_xent, 'sigmoid': losses.sigmoid_xent}
-    if loss not in kinds:
-        raise UserError(f'objective.loss is {loss!r}, not one of {", ".join(kinds)}')
+    if loss not in losses.LOSSES:
+        raise UserError(f'objective.loss is {loss!r}, not one of {", ".join(losses.LOSSES)}')
 
     def objective(params, batch, key):
         logits, _ = model.apply(
             {'params': params}, model.normalise(batch['image']), train=True, rngs={'dropout': key}
         )
-        by_example = kinds[loss](logits, batch['label'], label_smoothing=label_smoothing)
-        hit = hits(logits, batch['label'])
+        by_example = losses.LOSSES[loss](logits, batch['label'], label_smoothing=label_smoothing)
+        hit = losses.hits(logits, batch['label'])
         mask = batch['mask'].astype(jnp.float32)
         value = masked_mean(by_example, mask)
         return value, {'loss': value, 'accuracy': masked_mean(hit, mask)}
 
     return objective
-
-
-def hits(logits, labels):
-    """1 where the class of highest logit is a true label: [B, K], [B] or [B, K] -> float [B]."""
-    wanted = losses.targets(labels, logits.shape[-1])
-    best = jnp.argmax(logits, axis=-1)
-    return (jnp.take_along_axis(wanted, best[:, None], axis=-1)[:, 0] > 0).astype(jnp.float32)

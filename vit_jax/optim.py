@@ -134,8 +134,8 @@ def core(name, *, b1, b2, eps, momentum, momentum_dtype):
 
 def make(
     params,
+    steps,
     *,
-    steps: int,
     name: str = 'adamw',
     lr: float = 1e-3,
     schedule: str = 'cosine',

@@ -34,7 +34,7 @@ RULES = (
 )
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None):
+def make_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1):
     """A mesh over all devices, or over `devices`; data=-1 takes what the other axes leave."""
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax import optim, sharding
+from vit_jax import losses, optim, sharding
 
 
 @flax.struct.dataclass
@@ -97,6 +97,26 @@ def train_step(state, batch, *, objective, tx, seed=0, accumulate=1):
         'param_norm': optax.tree.norm(params),
     }
     return State(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(params, batch, *, model, loss='softmax'):
+    """What a classifier makes of a batch: (sums over mask 1, values by example [B]).
+
+    The sums are of hits, losses and examples, float32.
+    """
+    logits, _ = model.apply({'params': params}, model.normalise(batch['image']))
+    mask = batch['mask'].astype(jnp.float32)
+    sums = {
+        'accuracy': jnp.sum(losses.hits(logits, batch['label']) * mask),
+        'loss': jnp.sum(losses.LOSSES[loss](logits, batch['label']) * mask),
+        'examples': jnp.sum(mask),
+    }
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+    by_example = {
+        'prediction': jnp.argmax(logits, axis=-1),
+        'confidence': jnp.max(probabilities, axis=-1),
+    }
+    return sums, by_example
 
 
 def compiled(objective, tx, abstract, mesh, *, seed=0, accumulate=1):

@@ -22,7 +22,7 @@ def resize(image, rng, *, size):
     return crop_and_resize(image, (0, 0, *image.shape[:2]), size)
 
 
-def central(image, rng, *, size, crop=0.875):
+def central(image, rng, *, size, crop: float = 0.875):
     """The largest central window of the size's aspect, its sides times `crop`, resized."""
     h, w = image.shape[:2]
     scale = crop * min(h / size[0], w / size[1])
@@ -47,13 +47,21 @@ def random_box(shape, rng, *, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3)):
     return 0, 0, h, w
 
 
-def inception(image, rng, *, size, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3), flip=True):
+def inception(
+    image,
+    rng,
+    *,
+    size,
+    area: tuple = (0.05, 1.0),
+    aspect: tuple = (3 / 4, 4 / 3),
+    flip: bool = True,
+):
     """A random box, resized, and mirrored by chance: the usual view of ImageNet training."""
     box = random_box(image.shape[:2], rng, area=area, aspect=aspect)
     return flipped(crop_and_resize(image, box, size), rng, flip)
 
 
-def shift(image, rng, *, size, pixels=1, flip=False):
+def shift(image, rng, *, size, pixels: int = 1, flip: bool = False):
     """The image at the size, moved by up to `pixels` each way; black comes in at the border."""
     image = np.pad(resize(image, rng, size=size), ((pixels, pixels), (pixels, pixels), (0, 0)))
     y, x = rng.integers(2 * pixels + 1, size=2)

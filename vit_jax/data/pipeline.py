@@ -19,12 +19,17 @@ def size_of(image_size):
     return (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
 
 
+def check_view(name):
+    """The name of a function of `augment`, as it came; UserError where there is none."""
+    if name not in augment.VIEWS:
+        raise UserError(f'no view {name!r}; there are {", ".join(sorted(augment.VIEWS))}')
+    return name
+
+
 def make_view(view, image_size):
     """A function of `augment` by name, or dict(name=..., its arguments), at a size."""
     view = dict(name=view) if isinstance(view, str) else dict(view)
-    name = view.pop('name')
-    if name not in augment.VIEWS:
-        raise UserError(f'no view {name!r}; there are {", ".join(sorted(augment.VIEWS))}')
+    name = check_view(view.pop('name', None))
     return partial(augment.VIEWS[name], size=size_of(image_size), **view)
 
 
@@ -56,8 +61,19 @@ def ids(source, *, batch_size, seed, step):
 
 
 def batches(
-    source, *, view, image_size, batch_size, seed, start=0, host=0, hosts=1, threads=4, workers=0,
-    prefetch=8, tolerance=0.0,
+    source,
+    seed,
+    start=0,
+    host=0,
+    hosts=1,
+    *,
+    view: str | dict,
+    image_size: int | tuple,
+    batch_size: int,
+    threads: int = 4,
+    workers: int = 0,
+    prefetch: int = 8,
+    tolerance: float = 0.0,
 ):
     """Training batches of this host from step `start` on, without end.
 
@@ -74,7 +90,16 @@ def batches(
 
 
 def examples(
-    source, *, view, image_size, batch_size, host=0, hosts=1, threads=4, workers=0, prefetch=8,
+    source,
+    host=0,
+    hosts=1,
+    *,
+    view,
+    image_size,
+    batch_size,
+    threads=4,
+    workers=0,
+    prefetch=8,
     tolerance=0.0,
 ):
     """This host's batches of one pass, each example once; the last ones are padded with mask 0.
@@ -113,6 +138,7 @@ def readable(feed, source, tolerance):
     """The batches of `feed`, until more than the tolerated share of images is unreadable."""
     seen = bad = 0
     for batch in feed:
+        check_labels(batch, source)
         errors = batch.pop('error')
         seen += len(errors)
         failed = [(i, str(e)) for i, e in zip(batch['id'], errors, strict=True) if e and i >= 0]
@@ -124,3 +150,13 @@ def readable(feed, source, tolerance):
                 f'data.tolerance is {tolerance:g})'
             )
         yield batch
+
+
+def check_labels(batch, source):
+    """Raises UserError for a label that is no index into the classes of the source."""
+    wrong = (batch['label'] < 0) | (batch['label'] >= len(source.classes))
+    for i, label in zip(batch['id'][wrong], batch['label'][wrong], strict=True):
+        raise UserError(
+            f'label {label} of {source.name(int(i))} is out of range: '
+            f'the data set has {len(source.classes)} classes'
+        )

@@ -61,17 +61,24 @@ class Files:
         return self.paths[i]
 
 
-def load(source, split, *, data_dir=None, image='image', label='label'):
-    """The data set `source`: a folder where the name is a path or an existing folder, else TFDS.
+def load(
+    *,
+    name: str,
+    split: str = 'train',
+    data_dir: str | None = None,
+    image: str = 'image',
+    label: str = 'label',
+):
+    """The data set `name`: a folder where that is a path or an existing folder, else TFDS.
 
     `split` is one of TFDS's ('train', 'train[:90%]'); of a folder 'train' or 'val', or, where it
     has no such sub-folders, a share in percent by a hash of the file's name: 'train[:90%]' and
     'train[90%:]'. `image` and `label` name the features of a TFDS data set.
     """
-    path = epath.Path(os.path.expanduser(source))
-    if source.startswith(('/', '.', '~')) or '://' in source or path.is_dir():
+    path = epath.Path(os.path.expanduser(name))
+    if name.startswith(('/', '.', '~')) or '://' in name or path.is_dir():
         return folder(path, split)
-    return tfds(source, split, data_dir=data_dir, image=image, label=label)
+    return tfds(name, split, data_dir=data_dir, image=image, label=label)
 
 
 def tfds(name, split, *, data_dir=None, image='image', label='label'):
@@ -122,8 +129,10 @@ def prepared(name, data_dir):
     except (tfds_lib.core.DatasetNotFoundError, ModuleNotFoundError) as e:
         known = [*BUILDERS, *tfds_lib.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, 3)
-        hint = f'; did you mean {" or ".join(near)}?' if near else ''
-        raise UserError(f'no data set {name!r}{hint} A folder is given by its path.') from e
+        hint = f' Did you mean {" or ".join(near)}?' if near else ''
+        raise UserError(
+            f'no data set {name!r} is prepared.{hint} A folder of images is given by its path.'
+        ) from e
 
 
 def folder(path, split):

@@ -3,8 +3,6 @@
 Shapes: B batch, H W image, C channels, P patch, N patches, T tokens, D width, L depth, K classes.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,6 +31,7 @@ CHOICES = {
     'posemb': ('learn', 'sincos2d', 'none'),
     'gelu': ('tanh', 'exact'),
     'remat': ('none', 'full', 'dots_saveable', 'dots_with_no_batch_dims_saveable'),
+    'dtype': ('float32', 'bfloat16', 'float16'),
 }
 
 
@@ -72,7 +71,7 @@ class Vit(nn.Module):
     drop_path: float = 0.0  # rate of the last block; rises linearly from 0 at the first
     remat: str = 'none'
     unroll: int = 1  # blocks a loop iteration: faster steps for longer compilation
-    dtype: Any = jnp.float32
+    dtype: str = 'float32'  # of the computation; parameters are float32
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -91,6 +90,25 @@ class Vit(nn.Module):
             raise UserError(
                 f'model.width {self.width} is not divisible by model.num_heads {self.num_heads}'
             )
+
+    def flops(self, image_shape):
+        """Of one forward pass over one image [H, W, C]: multiply-adds of all products, times two.
+
+        Norms, softmax, GELU and biases are not counted, as the field does it.
+        """
+        h, w, c = image_shape
+        p, d = self.patch_size, self.width
+        n = (h // p[0]) * (w // p[1])
+        t = n + self.registers + (self.pool == 'cls')
+        adds = n * p[0] * p[1] * c * d
+        adds += self.depth * t * (4 * d * d + 2 * t * d + 2 * d * self.mlp_dim)
+        if self.pool == 'map':
+            adds += n * (2 * d * d + 2 * d) + 2 * d * d + 2 * d * self.mlp_dim
+        rows, features = (n if self.pool == 'none' else 1), d
+        if self.representation_size is not None:
+            adds += rows * d * self.representation_size
+            features = self.representation_size
+        return 2 * (adds + rows * features * (self.num_classes or 0))
 
     def embed(self, images):
         """Patches with their positions: [B, H, W, C] -> [B, N, D], and the table's first row."""
