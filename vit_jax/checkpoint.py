@@ -1,0 +1,245 @@
+"""Checkpoints of a run: Orbax, asynchronous, verified to the bit when they are read."""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from vit_jax.errors import UserError
+from vit_jax.optim import leaf_name
+
+
+@jax.jit
+def fingerprint(state):
+    """A uint32 of each array's bits and their places, the same on any mesh.
+
+    Each word is weighted by its own odd number, so any single changed bit changes the sum.
+    """
+
+    def of(x):
+        bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
+        place, stride = jnp.uint32(0), 1
+        for axis in reversed(range(x.ndim)):
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            place = place + jnp.uint32(stride % 2**32) * index
+            stride *= x.shape[axis]
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(of, state)
+
+
+def named(tree):
+    """{'params/head/bias': leaf} of a pytree."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def contents(state):
+    """{name: [shape, dtype, fingerprint]} of a state, as JSON has it."""
+    prints = jax.device_get(named(fingerprint(state)))
+    return {
+        name: [list(x.shape), str(x.dtype), int(prints[name])]
+        for name, x in named(state).items()
+    }
+
+
+class Damaged(Exception):
+    """A checkpoint whose arrays are not those that were saved."""
+
+
+class Checkpoints:
+    """The folder `checkpoints` of a run.
+
+    Saves every `every` steps (0: at the end alone), in the background. Keeps the last `keep`,
+    every `keep_every`-th step where given, and the best by the metric `best` ('test/accuracy';
+    largest where `mode` is 'max', least where it is 'min').
+    """
+
+    def __init__(
+        self,
+        workdir,
+        read_only=False,
+        *,
+        every: int = 1000,
+        keep: int = 2,
+        keep_every: int | None = None,
+        best: str | None = None,
+        mode: str = 'max',
+    ):
+        if mode not in ('max', 'min'):
+            raise UserError(f"checkpoint.mode is {mode!r}, not 'max' or 'min'")
+        if keep < 1:
+            raise UserError(f'checkpoint.keep is {keep}; the last one must be kept')
+        self.every, self.keep, self.keep_every = every, keep, keep_every
+        self.best, self.mode, self.read_only = best, mode, read_only
+        self.path = epath.Path(workdir) / 'checkpoints'
+        self.scores, self.saving = {}, None
+        for logger in ('asyncio', 'absl'):
+            logging.getLogger(logger).addFilter(worth_saying)
+        self.manager = ocp.CheckpointManager(
+            self.path,
+            options=ocp.CheckpointManagerOptions(
+                read_only=read_only, create=not read_only, cleanup_tmp_directories=not read_only,
+                save_interval_steps=0 if read_only else 1,
+            ),  # fmt: skip
+            item_handlers={
+                'state': ocp.StandardCheckpointHandler(),
+                'contents': ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if not self.read_only:
+            self.finish()
+        self.manager.close()
+
+    def steps(self):
+        """Steps that there are checkpoints of, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def due(self, step):
+        return self.every > 0 and step % self.every == 0
+
+    def save(self, step, state, scores):
+        """Starts to save; the arrays may be donated as soon as this returns.
+
+        `scores` is {step: value of the metric `best`}.
+        """
+        self.finish()
+        self.scores = scores
+        if step in self.steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), contents=ocp.args.JsonSave(contents(state))
+        )
+        with self.explained(step):
+            check_space(self.path, state)
+            self.manager.save(step, args=args, force=True)
+        self.saving = step
+
+    def finish(self):
+        """Waits for what is being written, and only then deletes what need not be kept."""
+        with self.explained(self.saving):
+            self.manager.wait_until_finished()
+        kept = to_keep(
+            self.steps(), self.scores, keep=self.keep, keep_every=self.keep_every,
+            largest=self.mode == 'max',
+        )  # fmt: skip
+        for step in self.steps():
+            if step not in kept:
+                self.manager.delete(step)
+
+    @contextlib.contextmanager
+    def explained(self, step):
+        """Turns what the file system refuses into one line for the user."""
+        try:
+            yield
+        except Exception as e:  # OSError, or TensorStore's ValueError with the reason in its text
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+                if getattr(e, 'errno', None) == number or os.strerror(number) in str(e):
+                    raise UserError(
+                        f'can not write checkpoint {self.path / str(step)}: {os.strerror(number)}; '
+                        'what was saved before is as it was'
+                    ) from e
+            raise
+
+    def restore(self, step, abstract):
+        """The state saved at `step`, on the devices that `abstract` says; else raises Damaged."""
+        try:
+            kept = self.manager.restore(
+                step, args=ocp.args.Composite(contents=ocp.args.JsonRestore())
+            ).contents
+        except Exception as e:  # whatever a broken file makes the libraries raise
+            raise Damaged(first_line(e)) from e
+        wanted = {n: [list(x.shape), str(x.dtype)] for n, x in named(abstract).items()}
+        for name in sorted(wanted.keys() | kept.keys()):
+            if kept.get(name, [])[:2] != wanted.get(name, []):
+                raise UserError(
+                    f'checkpoint {self.path / str(step)} does not fit the config: {name} is '
+                    f'{kept.get(name, ["absent"])[:2]} there and {wanted.get(name, "absent")} here'
+                )
+        try:
+            state = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            ).state
+        except Exception as e:
+            raise Damaged(first_line(e)) from e
+        found = contents(state)
+        for name in wanted:
+            if found[name] != kept[name]:
+                raise Damaged(f'the bits of {name} are not those that were saved')
+        return state
+
+    def resume(self, abstract):
+        """The newest sound state, or None in a new run; damaged ones are named and moved aside."""
+        bad = []
+        for step in reversed(self.steps()):
+            try:
+                state = self.restore(step, abstract)
+            except Damaged as e:
+                message = f'checkpoint {self.path / str(step)} is damaged: {e}'
+                print(message, file=sys.stderr, flush=True)
+                bad.append(step)
+                continue
+            self.set_aside(bad)
+            return state
+        if bad:
+            raise UserError(
+                f'none of the {len(bad)} checkpoints in {self.path} is sound; '
+                'name another workdir to start anew'
+            )
+        return None
+
+    def set_aside(self, steps):
+        """Renames damaged checkpoints, so that their steps can be saved again."""
+        if steps and jax.process_index() == 0:
+            for step in steps:
+                (self.path / str(step)).rename(self.path / f'damaged-{step}')
+        if steps:
+            self.manager.reload()
+
+
+def check_space(path, state):
+    """Raises OSError where a local disk has no room for what this process will write.
+
+    Orbax would find out in the background, and print a traceback for each array.
+    """
+    if '://' in str(path):
+        return
+    shards = [s for x in jax.tree.leaves(state) for s in x.addressable_shards if not s.replica_id]
+    if shutil.disk_usage(path).free < sum(s.data.nbytes for s in shards) * 1.05 + 2**18:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def worth_saying(record):
+    """Drops what Orbax logs of failed background writes, which its next call raises anyway, and
+    of having been asked to read only."""
+    background = record.filename in ('future.py', 'base_events.py', 'async_checkpointer.py')
+    return not background and 'read only' not in str(record.msg)
+
+
+def to_keep(steps, scores, *, keep, keep_every, largest):
+    """The steps to keep: the last, the best that there is, and those of the period."""
+    kept = set(sorted(steps)[-keep:])
+    if keep_every:
+        kept |= {s for s in steps if s % keep_every == 0}
+    scored = [s for s in sorted(steps) if s in scores]
+    if scored:
+        kept.add((max if largest else min)(scored, key=scores.get))
+    return kept
+
+
+def first_line(error):
+    """An error's first sentence, short enough for a line."""
+    text = re.sub(r'\s+', ' ', str(error)) or type(error).__name__
+    return text[:300]
