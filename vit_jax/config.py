@@ -1,0 +1,233 @@
+"""An experiment's settings: every key checked, every default filled in, runs compared.
+
+A section of a config is the keyword-only arguments of one function, and that function's signature
+is all there is to say which keys, types and defaults it has.
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import pathlib
+import types
+import typing
+
+from ml_collections import ConfigDict
+
+from vit_jax import models, objectives, optim, report, sharding
+from vit_jax.checkpoint import Checkpoints
+from vit_jax.data import augment, pipeline, sources
+from vit_jax.errors import UserError
+from vit_jax.evaluators import classify
+
+REQUIRED = inspect.Parameter.empty
+POSITIVE = (
+    'accumulate', 'batch_size', 'depth', 'epochs', 'fsdp', 'image_size', 'keep', 'keep_every',
+    'lr', 'mlp_dim', 'num_classes', 'num_heads', 'patch_size', 'prefetch', 'steps', 'tensor',
+    'threads', 'unroll', 'width',
+)  # fmt: skip
+SHARES = (
+    'attention_dropout', 'b1', 'b2', 'drop_path', 'dropout', 'ema', 'label_smoothing', 'momentum',
+    'tolerance',
+)  # fmt: skip
+
+# Differences here leave the parameters that come out of a run what they are.
+HARMLESS = (
+    'checkpoint', 'evals', 'expected', 'mesh', 'report', 'data.source.data_dir',
+    'data.prefetch', 'data.threads', 'data.workers',
+)  # fmt: skip
+
+
+def load(path, overrides=()):
+    """The complete config of an experiment file, 'FILE' or 'FILE:ARG'.
+
+    `overrides` are (dotted key, text) pairs; a text is a Python literal, or else itself.
+    """
+    file, _, arg = path.partition(':')
+    if not pathlib.Path(file).is_file():
+        raise UserError(f'no experiment file {file}')
+    spec = importlib.util.spec_from_file_location('experiment', file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+        raise UserError(f'experiment file {file} has no function get_config(arg=None)')
+    given = module.get_config(arg) if arg else module.get_config()
+    given = given.to_dict()
+    for key, text in overrides:
+        *parents, last = key.split('.')
+        part = given
+        for parent in parents:
+            if not isinstance(part.setdefault(parent, {}), dict):
+                part[parent] = {}  # a view that was a name gets arguments
+            part = part[parent]
+        part[last] = parsed(text)
+    return complete(given)
+
+
+def parsed(text):
+    """A Python literal, true or false; any other text is a string."""
+    if text in ('true', 'false'):
+        return text == 'true'
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def scalars(
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    epochs: float | None = None,
+    accumulate: int = 1,
+    expected: tuple = (),
+):
+    """The keys outside of sections. `steps` overrules `epochs`."""
+
+
+def keys_of(function):
+    """{name: (annotation, default)} of a function's keyword-only arguments."""
+    return {
+        name: (p.annotation, p.default)
+        for name, p in inspect.signature(function).parameters.items()
+        if p.kind == p.KEYWORD_ONLY
+    }
+
+
+def complete(given):
+    """A nested dict, as an experiment gives it, checked and with every default filled in.
+
+    Raises UserError for a key that nothing reads (and names the nearest that is read), a value of
+    the wrong type or range, and a key that must be given and is not.
+    """
+    sections = {
+        'objective': objectives.supervised,
+        'optim': optim.make,
+        'mesh': sharding.make_mesh,
+        'checkpoint': Checkpoints,
+        'report': report.Report,
+    }
+    names = ('model', 'data', 'evals', *sections)
+    outside = {k: v for k, v in given.items() if k not in names}
+    full = filled('', outside, keys_of(scalars), also=names)
+    full['model'] = complete_model(section(given, 'model'))
+    full['data'] = complete_data('data', section(given, 'data'), pipeline.batches)
+    for name, function in sections.items():
+        full[name] = filled(name, section(given, name), keys_of(function))
+    full['evals'] = {}
+    for name in section(given, 'evals'):
+        path = f'evals.{name}'
+        values = section(given['evals'], name, path)
+        inherited = {k: full['data'][k] for k in ('image_size', 'batch_size')}
+        full['evals'][name] = complete_data(path, inherited | values, classify.Classify)
+    if full['steps'] is None and full['epochs'] is None:
+        raise UserError('config has neither steps nor epochs')
+    return ConfigDict(full)
+
+
+def section(given, name, path=None):
+    """A part of the config as a dict, empty where it is not given."""
+    value = given.get(name, {})
+    if not isinstance(value, dict):
+        raise UserError(f'config {path or name} is {value!r}, not a section with keys')
+    return value
+
+
+def complete_model(values):
+    """The model section: its keys depend on the model's name."""
+    name = values.get('name')
+    if not isinstance(name, str):
+        raise UserError(f"config model.name is {name!r}, not a name as 'vit-b/16'")
+    keys = models.fields(name) | {'num_classes': (int | None, None)}  # None: the data set's
+    return filled('model', values, keys)
+
+
+def complete_data(path, values, function):
+    """A section that has a source, itself a section, and a view by its name or with arguments."""
+    keys = keys_of(function)
+    full = filled(path, values, keys | {'source': (dict, REQUIRED)})
+    full['source'] = filled(f'{path}.source', section(full, 'source'), keys_of(sources.load))
+    if isinstance(full['view'], dict):
+        view = dict(full['view'])
+        known = keys_of(augment.VIEWS[pipeline.check_view(view.pop('name', None))])
+        known.pop('size')
+        filled_view = filled(f'{path}.view', view, known, also=('name',))
+        full['view'] = {'name': full['view']['name'], **filled_view}
+    else:
+        pipeline.check_view(full['view'])
+    return full
+
+
+def filled(path, values, keys, also=()):
+    """`values`, checked against {name: (annotation, default)}, with the defaults of the rest."""
+    prefix = f'{path}.' if path else ''
+    for key, value in values.items():
+        if key not in keys:
+            near = difflib.get_close_matches(key, [*keys, *also], 1, cutoff=0)
+            hint = f'; the nearest valid key is {prefix}{near[0]}' if near else ''
+            raise UserError(f'config has an unknown key {prefix}{key}{hint}')
+        if not conforms(value, keys[key][0]):
+            raise UserError(f'config {prefix}{key} is {value!r}, not {describe(keys[key][0])}')
+        check_range(prefix + key, key, value)
+    for key, (annotation, default) in keys.items():
+        if default is REQUIRED and key not in values:
+            raise UserError(f'config has no {prefix}{key} ({describe(annotation)})')
+    return {key: values.get(key, default) for key, (_, default) in keys.items()}
+
+
+def check_range(path, key, value):
+    """Raises UserError for a number that can't be meant."""
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(number, (int, float)):
+            if key in POSITIVE and not number > 0:
+                raise UserError(f'config {path} is {value!r}, not above 0')
+            if key in SHARES and not 0 <= number < 1:
+                raise UserError(f'config {path} is {value!r}, not in [0, 1)')
+
+
+def conforms(value, annotation):
+    """Whether a value is of an annotated type; an int is a float too, a list a tuple."""
+    if isinstance(annotation, types.UnionType):
+        return any(conforms(value, kind) for kind in typing.get_args(annotation))
+    if annotation is None:
+        return value is None
+    kind = typing.get_origin(annotation) or annotation
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, (tuple, list))
+    return isinstance(value, kind)
+
+
+def describe(annotation):
+    """'int or None' for int | None."""
+    if isinstance(annotation, types.UnionType):
+        return ' or '.join(describe(kind) for kind in typing.get_args(annotation))
+    return getattr(annotation, '__name__', str(annotation)).replace('NoneType', 'None')
+
+
+def flat(config, prefix=''):
+    """{'optim.lr': 0.001} of a nested dict, tuples as lists, as JSON has them."""
+    items = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            items |= flat(value, f'{prefix}{key}.')
+        else:
+            items[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return items
+
+
+def differences(before, now):
+    """[(key, before, now, whether it changes the meaning)] of two nested dicts; None: absent."""
+    before, now = flat(before), flat(now)
+    return [
+        (key, before.get(key), now.get(key), not harmless(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def harmless(key):
+    return any(key == part or key.startswith(part + '.') for part in HARMLESS)

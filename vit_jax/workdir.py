@@ -1,0 +1,152 @@
+"""The folder of a run: one process at a time, its config, its result."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+
+from etils import epath
+
+from vit_jax import config as configs
+from vit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def held(workdir):
+    """Makes the folder and holds it alone; the kernel lets go when the process ends.
+
+    Object stores (gs://) have no locks: there, two runs in one workdir are not noticed.
+    """
+    path = epath.Path(os.path.expanduser(workdir))
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = None if '://' in str(workdir) else locked(path)
+    try:
+        with explained(path):
+            yield path
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def locked(path):
+    """A file descriptor that holds path/.lock; UserError where another process does."""
+    lock = os.open(path / '.lock', os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(lock, 20).decode() or 'unknown'
+        os.close(lock)
+        raise UserError(
+            f'workdir {path} is in use by another run (process {pid}); '
+            'wait for it, stop it, or name another workdir'
+        ) from None
+    os.truncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+    return lock
+
+
+@contextlib.contextmanager
+def explained(path):
+    """Turns what the file system refuses into one line for the user."""
+    try:
+        yield
+    except OSError as e:
+        inside = e.filename is not None and str(e.filename).startswith(str(path))
+        if not inside and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise UserError(
+            f'can not write to workdir {path}: {os.strerror(e.errno)}; '
+            'what was saved before is as it was'
+        ) from e
+
+
+def write_json(path, value):
+    """One object, indented; the file is complete or as it was."""
+    part = path.with_name(path.name + '.part')
+    part.write_text(json.dumps(value, indent=2) + '\n')
+    part.replace(path)
+
+
+def read_json(path):
+    """The object in a file; None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def settle_config(path, config, begun, *, allow_change):
+    """Writes config.json; returns what differs from that of the run's last start.
+
+    Raises UserError, with a table, where something is trained already (`begun`) and would no
+    longer be the same run, unless `allow_change`.
+    """
+    before = read_json(path / 'config.json') if begun else None
+    changes = [] if before is None else configs.differences(before, config.to_dict())
+    if any(meaning for *_, meaning in changes) and not allow_change:
+        raise UserError(
+            f'the config differs from the one that {path} was begun with:\n{table(changes)}\n'
+            'Name another workdir, or give --allow_config_change to go on with the new values.'
+        )
+    write_json(path / 'config.json', config.to_dict())
+    return changes
+
+
+def table(changes):
+    """Rows of `config.differences` as aligned text."""
+    rows = [('key', 'before', 'now', '')]
+    rows += [
+        (key, json.dumps(old), json.dumps(new), 'changes the result' if meaning else '')
+        for key, old, new, meaning in changes
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return '\n'.join(
+        '  '.join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    )
+
+
+def provenance():
+    """Versions, git commit and time, for result.json."""
+    names = ('vit_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+    return {
+        'versions': {name: importlib.metadata.version(name) for name in names},
+        'git_commit': git_commit(),
+        'finished': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    }
+
+
+def git_commit():
+    """The commit of this source tree, with '+' where files differ from it; None outside of git."""
+    folder = pathlib.Path(__file__).parent
+
+    def git(*args):
+        return subprocess.run(
+            ['git', '-C', str(folder), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '.') else '')
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def judged(expected, metrics):
+    """The rows of `expected` with what was measured and whether it passes.
+
+    A row names a metric, a value, a tolerance and a source. A loss passes up to value + tolerance,
+    every other metric from value - tolerance on; what was not measured has pass None.
+    """
+    rows = []
+    for row in expected:
+        measured = metrics.get(row['metric'])
+        passed = None
+        if measured is not None and row['metric'].endswith('loss'):
+            passed = measured <= row['value'] + row['tolerance']
+        elif measured is not None:
+            passed = measured >= row['value'] - row['tolerance']
+        rows.append({**row, 'measured': measured, 'pass': passed})
+    return rows
