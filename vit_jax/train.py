@@ -1,5 +1,6 @@
 """The loop: from a config to a trained model, and what is known of it, on disk."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ class Parts(NamedTuple):
     mesh: jax.sharding.Mesh
     model: Any
     shape: tuple[int, int, int]  # of an image: H, W, C
+    objective: Callable
     tx: optim.Optimizer
     abstract: step.State
     evals: dict[str, Classify]
@@ -38,10 +40,11 @@ def make(config):
         )
     steps = config.steps or round(config.epochs * len(source) / config.data.batch_size)
     shape = (*pipeline.size_of(config.data.image_size), 3)
+    objective = objectives.supervised(model, **config.objective)
     tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
     abstract = step.abstract_state(model, tx, shape, mesh)
     evals = {name: Classify(model, mesh, **kwargs) for name, kwargs in config.evals.items()}
-    return Parts(source, steps, mesh, model, shape, tx, abstract, evals)
+    return Parts(source, steps, mesh, model, shape, objective, tx, abstract, evals)
 
 
 def train(config, path, stop, *, allow_config_change=False):
@@ -80,9 +83,8 @@ def train(config, path, stop, *, allow_config_change=False):
 def loop(config, parts, state, stop, checkpoints, log):
     """From the state to the last step, or to the next one after `stop` became true."""
     data = {k: v for k, v in config.data.items() if k != 'source'}
-    objective = objectives.supervised(parts.model, **config.objective)
     advance = step.compiled(
-        objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
+        parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
         accumulate=config.accumulate,
     )  # fmt: skip
 

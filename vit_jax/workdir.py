@@ -22,6 +22,8 @@ def held(workdir):
 
     Object stores (gs://) have no locks: there, two runs in one workdir are not noticed.
     """
+    if not workdir:
+        raise UserError('--workdir is empty; name the folder of the run')
     path = epath.Path(os.path.expanduser(workdir))
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)

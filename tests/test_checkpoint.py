@@ -1,0 +1,190 @@
+"""Checkpoints: what is restored is what was saved, or it is refused and named."""
+
+import collections
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import checkpoint, models, optim, sharding, step
+from vit_jax.checkpoint import Checkpoints
+from vit_jax.errors import UserError
+
+IMAGE = (8, 8, 3)
+MODEL = models.build(
+    'vit-ti/4', num_classes=4, width=16, depth=2, num_heads=2, mlp_dim=32
+)
+
+
+@functools.cache
+def parts(devices=8, **mesh):
+    mesh = sharding.make_mesh(jax.devices()[:devices], **mesh)
+    tx = optim.make(step.abstract_params(MODEL, IMAGE), 10, momentum_dtype='bfloat16', ema=0.9)
+    return tx, step.abstract_state(MODEL, tx, IMAGE, mesh)
+
+
+def state_at(n, **mesh):
+    """A state of the step n whose arrays are noise of the seed n."""
+    rng = np.random.default_rng(n)
+
+    def noise(path, x):
+        value = n if path[0].name == 'step' else 100 * rng.normal(size=x.shape)
+        return jax.device_put(np.asarray(value, x.dtype), x.sharding)
+
+    return jax.tree_util.tree_map_with_path(noise, parts(**mesh)[1])
+
+
+def assert_same_bits(a, b):
+    a, b = jax.device_get(a), jax.device_get(b)
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.tobytes(), y.tobytes()), a, b)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """A workdir with checkpoints of the steps 10 and 20."""
+    workdir = tmp_path_factory.mktemp('saved')
+    with Checkpoints(workdir) as checkpoints:
+        for n in (10, 20):
+            checkpoints.save(n, state_at(n), {})
+    return workdir
+
+
+def resume(workdir, **mesh):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.resume(parts(**mesh)[1])
+
+
+@pytest.mark.parametrize('mesh', [dict(), dict(fsdp=8), dict(fsdp=2, tensor=2)])
+def test_any_mesh_restores_the_same_bits(saved, mesh):
+    state = resume(saved, **mesh)
+    assert_same_bits(state, state_at(20))
+    wanted = jax.tree.map(lambda x: x.sharding, parts(**mesh)[1])
+    assert jax.tree.map(lambda x: x.sharding, state) == wanted
+
+
+def test_a_new_workdir_has_nothing_to_resume(tmp_path):
+    assert resume(tmp_path) is None
+
+
+def damages(data):
+    """Ways in which a file goes bad."""
+    middle = len(data) // 2
+    yield 'cut', data[:middle]
+    yield 'empty', b''
+    yield 'zeros', data[:middle] + bytes(len(data) - middle)
+    for name, place in dict(first=0, middle=middle, last=len(data) - 1).items():
+        if data:
+            flipped = bytearray(data)
+            flipped[place] ^= 0x10
+            yield f'bit flipped in the {name} byte', bytes(flipped)
+    yield 'gone', None
+
+
+def test_whatever_is_damaged_the_newest_sound_one_is_resumed(saved, tmp_path, capsys):
+    files = [p.relative_to(saved) for p in (saved / 'checkpoints' / '20').rglob('*') if p.is_file()]
+    sound = {n: state_at(n, devices=1) for n in (10, 20)}
+    noticed = collections.Counter()
+    for i, file in enumerate(sorted(files)):
+        for kind, data in damages((saved / file).read_bytes()):
+            workdir = shutil.copytree(saved, tmp_path / f'{i}{kind}')
+            (workdir / file).unlink() if data is None else (workdir / file).write_bytes(data)
+            capsys.readouterr()
+            state = resume(workdir, devices=1)
+            n = int(state.step)  # Orbax writes some things twice, so 20 can still be sound
+            assert_same_bits(state, sound[n])
+            if n == 10:
+                said = capsys.readouterr().err
+                assert f'checkpoint {workdir}/checkpoints/20 is damaged: ' in said
+                noticed[kind] += 1
+    assert len(files) > 8 and min(noticed.values()) >= 3 and len(noticed) == 7, noticed
+
+
+def test_a_step_whose_checkpoint_was_damaged_is_saved_again(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / 'run')
+    (workdir / 'checkpoints' / '20' / 'state' / 'manifest.ocdbt').unlink()
+    assert int(resume(workdir).step) == 10
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(20, state_at(20), {})
+    assert_same_bits(resume(workdir), state_at(20))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / 'run')
+    for file in (workdir / 'checkpoints').rglob('d/*'):
+        file.write_bytes(b'')
+    with pytest.raises(UserError, match='none of the 2 checkpoints in .* is sound'):
+        resume(workdir)
+
+
+def test_a_checkpoint_of_another_model_is_named(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / 'run')
+    other = MODEL.clone(width=8)
+    tx = optim.make(step.abstract_params(other, IMAGE), 10, momentum_dtype='bfloat16', ema=0.9)
+    abstract = step.abstract_state(other, tx, IMAGE, sharding.make_mesh())
+    with Checkpoints(workdir) as checkpoints, pytest.raises(UserError, match='does not fit') as e:
+        checkpoints.resume(abstract)
+    assert '16' in str(e.value) and '8' in str(e.value)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'uint8'])
+def test_the_fingerprint_changes_with_any_bit_and_any_swap(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 100, (3, 5)), dtype)
+    reference = int(checkpoint.fingerprint(x))
+    words = np.asarray(x).view(f'uint{8 * x.dtype.itemsize}').copy()
+    for i in range(words.size):
+        for bit in range(8 * x.dtype.itemsize):
+            changed = words.copy()
+            changed.flat[i] ^= words.dtype.type(1 << bit)
+            assert int(checkpoint.fingerprint(jnp.asarray(changed.view(x.dtype)))) != reference
+    swapped = words[::-1].copy().view(x.dtype)
+    assert int(checkpoint.fingerprint(jnp.asarray(swapped))) != reference
+
+
+@pytest.mark.parametrize('fields, scores, kept', [
+    (dict(keep=2), {}, {40, 50}),
+    (dict(keep=1, keep_every=20), {}, {20, 40, 50}),
+    (dict(keep=1, best='test/accuracy'), {10: 0.3, 30: 0.9, 40: 0.1}, {30, 50}),
+    (dict(keep=1, best='test/loss', mode='min'), {10: 0.3, 30: 0.9, 40: 0.1}, {40, 50}),
+    (dict(keep=1, best='test/accuracy'), {35: 1.0, 20: 0.5}, {20, 50}),
+])
+def test_what_is_kept(tmp_path, fields, scores, kept):
+    with Checkpoints(tmp_path, **fields) as checkpoints:
+        for n in range(10, 60, 10):
+            known = {k: v for k, v in scores.items() if k <= n}
+            checkpoints.save(n, {'x': jnp.arange(3) + n}, known)
+            checkpoints.finish()
+    assert {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()} == kept
+
+
+def test_the_last_one_stays_until_the_next_is_complete(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {'x': jnp.arange(3)}, {})
+        checkpoints.finish()
+        checkpoints.save(2, {'x': jnp.arange(3)}, {})
+        assert (tmp_path / 'checkpoints' / '1' / 'state').exists()
+    assert {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()} == {2}
+
+
+def test_donated_arrays_are_saved_as_they_were(tmp_path):
+    double = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        x = jnp.arange(1_000_000.0)
+        checkpoints.save(1, {'x': x}, {})
+        for _ in range(5):
+            x = double(x)
+        checkpoints.finish()
+        target = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        restored = checkpoints.restore(1, {'x': target})
+    np.testing.assert_array_equal(restored['x'], np.arange(1_000_000.0, dtype=np.float32))
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(mode='most'), "checkpoint.mode is 'most'"), (dict(keep=0), 'checkpoint.keep is 0'),
+])
+def test_mistakes_are_named(tmp_path, fields, words):
+    with pytest.raises(UserError, match=words):
+        Checkpoints(tmp_path, **fields)

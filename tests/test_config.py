@@ -1,0 +1,128 @@
+"""Settings: every key is read, every mistake named, every default written down."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from vit_jax import config, workdir
+from vit_jax.errors import UserError
+
+EXPERIMENTS = sorted((runs.TINY.parents[1] / 'experiments').glob('*.py'))
+
+
+def load(*overrides):
+    return config.load(f'{runs.TINY}:/images', [o.split('=', 1) for o in overrides])
+
+
+def test_defaults_are_filled_in_and_overrides_taken():
+    full = load('optim.lr=1e-2', 'checkpoint.best=val/accuracy', 'data.view.flip=false',
+                'model.patch_size=(2, 4)', 'evals.val.view=central', 'evals.more.source.name=/x')
+    assert full.optim.lr == 0.01 and full.optim.b2 == 0.999  # given here; nowhere given
+    assert full.checkpoint.best == 'val/accuracy' and full.checkpoint.every == 7
+    assert full.data.view.to_dict() == dict(name='shift', pixels=1, flip=False)
+    assert full.model.patch_size == (2, 4) and full.model.gelu == 'tanh' and full.model.depth == 2
+    assert full.evals.val.view == 'central' and full.evals.val.image_size == 8
+    assert full.evals.more.source.split == 'train' and full.evals.more.batch_size == 8
+
+
+def test_a_view_that_was_a_name_gets_arguments():
+    full = load('data.view=inception', 'data.view.name=inception', 'data.view.flip=false')
+    assert full.data.view.to_dict() == dict(
+        name='inception', area=(0.05, 1.0), aspect=(3 / 4, 4 / 3), flip=False
+    )
+
+
+def test_complete_reads_back_what_it_wrote():
+    full = load()
+    again = config.complete(json.loads(json.dumps(full.to_dict())))
+    assert config.differences(full.to_dict(), again.to_dict()) == []
+
+
+@pytest.mark.parametrize('override, words', [
+    ('optim.lrr=3', 'unknown key optim.lrr; the nearest valid key is optim.lr'),
+    ('optimm.lr=3', 'unknown key optimm; the nearest valid key is optim'),
+    ('sed=3', 'unknown key sed; the nearest valid key is seed'),
+    ('model.widht=3', 'unknown key model.widht; the nearest valid key is model.width'),
+    ('data.sauce.name=x', 'unknown key data.sauce; the nearest valid key is data.source'),
+    ('data.source.nme=x', 'unknown key data.source.nme; .* data.source.name'),
+    ('data.view.pixls=2', 'unknown key data.view.pixls; the nearest valid key is data.view.pixels'),
+    ('evals.val.evry=2', 'unknown key evals.val.evry; the nearest valid key is evals.val.every'),
+    ('optim.lr=fast', "optim.lr is 'fast', not float"),
+    ('optim.ema=x', "optim.ema is 'x', not float or None"),
+    ('data.batch_size=8.5', 'data.batch_size is 8.5, not int'),
+    ('data.view.flip=3', 'data.view.flip is 3, not bool'),
+    ('data.batch_size=0', 'data.batch_size is 0, not above 0'),
+    ('data.image_size=(8, -8)', r'data.image_size is \(8, -8\), not above 0'),
+    ('model.dropout=1.5', r'model.dropout is 1.5, not in \[0, 1\)'),
+    ('optim=3', 'optim is 3, not a section'),
+    ('evals.val=3', 'evals.val is 3, not a section'),
+    ('model.name=vit-q/16', "no model 'vit-q/16'"),
+    ('data.view=blur', "no view 'blur'; there are central"),
+    ('data.view.name=blur', "no view 'blur'; there are central"),
+])
+def test_mistakes_are_named(override, words):
+    with pytest.raises(UserError, match=words):
+        load(override)
+
+
+@pytest.mark.parametrize('section, words', [
+    ({}, "model.name is None, not a name as 'vit-b/16'"),
+    ({'model': {'name': 'vit-ti/4'}}, r'config has no data\.'),
+])
+def test_what_must_be_given_is_asked_for(section, words):
+    with pytest.raises(UserError, match=words):
+        config.complete(section)
+
+
+def test_steps_or_epochs_must_be_given():
+    with pytest.raises(UserError, match='neither steps nor epochs'):
+        load('steps=None')
+
+
+def test_differences_that_change_the_result_are_told_apart():
+    changes = config.differences(
+        load().to_dict(), load('optim.lr=1', 'report.every=2', 'evals.val.every=3').to_dict()
+    )
+    assert changes == [
+        ('evals.val.every', 20, 3, False), ('optim.lr', 3e-3, 1, True),
+        ('report.every', 1, 2, False),
+    ]
+    table = workdir.table(changes).splitlines()
+    assert table[2].split() == ['optim.lr', '0.003', '1', 'changes', 'the', 'result']
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiments_are_complete(path):
+    argument = ':/images' if path.stem == 'folder' else ''
+    full = config.load(f'{path}{argument}')
+    assert full.evals and path.read_text().startswith('"""')
+    for row in full.expected:
+        assert row['metric'] and row['value'] and row['source']
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--config.optim.lrr=3'], 'unknown key optim.lrr; the nearest valid key is optim.lr'),
+    (['--config.optim.lr', '3'], 'write --config.optim.lr=VALUE'),
+    (['--config=experiments/none.py'], 'no experiment file experiments/none.py'),
+    (['--wrkdir=x'], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+    (['surplus'], "unexpected argument 'surplus'"),
+    (['--workdir='], '--workdir'),
+])
+def test_the_command_line_says_it_in_one_line(flags, words, tmp_path):
+    run = subprocess.run(
+        [*runs.command('/images', tmp_path / 'run'), *flags], capture_output=True, text=True
+    )
+    assert run.returncode == 2 and words in run.stderr
+    assert run.stderr.startswith('error: ') and run.stderr.count('\n') == 1, run.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_help_names_the_flags():
+    run = subprocess.run(
+        [sys.executable, '-m', 'vit_jax.main', '--help'], capture_output=True, text=True
+    )
+    for words in ('--config', '--workdir', '--[no]allow_config_change', 'Exit status'):
+        assert words in run.stdout

@@ -1,0 +1,271 @@
+"""The loop in this process: what it writes, when it goes on, when it refuses."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vit_jax import config, models, report, train, workdir
+from vit_jax.checkpoint import Checkpoints
+from vit_jax.errors import UserError
+from vit_jax.evaluators.classify import Classify
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return runs.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 5})
+
+
+def run(folder, path, *overrides, stop=False, **options):
+    """A run of 12 steps on eight devices."""
+    fixed = ('steps=12', 'evals.val.batch_size=8', 'evals.val.every=4', 'checkpoint.every=4')
+    pairs = [o.split('=', 1) for o in fixed + overrides]
+    with workdir.held(path) as path:
+        return train.train(config.load(f'{runs.TINY}:{folder}', pairs), path, stop, **options)
+
+
+class StopAfter:
+    """True once metrics.jsonl has a line of that step."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def __bool__(self):
+        return runs.last_step(self.path) >= self.step
+
+
+def test_stop_and_resume_on_other_devices(folder, tmp_path):
+    run(folder, tmp_path / 'whole')
+    assert run(folder, tmp_path / 'run', stop=StopAfter(tmp_path / 'run', 5)) is None
+    assert not (tmp_path / 'run' / 'result.json').exists()
+    stopped = runs.checkpoints(tmp_path / 'run')[-1]
+    assert 5 <= stopped <= 7
+    run(folder, tmp_path / 'run', 'mesh.data=2', 'mesh.fsdp=4')
+    whole, resumed = (runs.timeless(tmp_path / name) for name in ('whole', 'run'))
+    assert [line['step'] for line in whole] == [line['step'] for line in resumed]
+    for a, b in zip(whole, resumed, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert math.isclose(a[key], b[key], rel_tol=1e-4), (key, a, b)
+
+
+def test_tensorboard_reads_what_metrics_jsonl_has(folder, tmp_path):
+    run(folder, tmp_path, stop=StopAfter(tmp_path, 6))
+    lost = runs.checkpoints(tmp_path)[-1]
+    with Checkpoints(tmp_path) as checkpoints:  # as a kill would: the last steps are made again
+        checkpoints.manager.delete(lost)
+    run(folder, tmp_path)
+    events = EventAccumulator(str(tmp_path / 'tensorboard'), size_guidance={'scalars': 0})
+    events.Reload()
+    for key in ('loss', 'grad_norm', 'lr', 'images_per_s', 'val/accuracy'):
+        written = {x['step']: x[key] for x in runs.metrics(tmp_path) if key in x}
+        shown = {e.step: e.value for e in events.Scalars(key)}
+        assert len(events.Scalars(key)) == len(written) > 2, key
+        for step, value in written.items():
+            assert math.isclose(shown[step], value, rel_tol=1e-6)
+
+
+def test_a_finished_run_says_so(folder, tmp_path, capsys):
+    first = run(folder, tmp_path)
+    lines = runs.metrics(tmp_path)
+    capsys.readouterr()
+    assert run(folder, tmp_path, 'report.every=2') == json.loads(json.dumps(first))
+    assert 'is finished: 12 steps are done' in capsys.readouterr().out
+    assert runs.metrics(tmp_path) == lines
+
+
+def test_a_changed_config_stops_the_run_where_it_changes_the_result(folder, tmp_path):
+    run(folder, tmp_path, stop=StopAfter(tmp_path, 1))
+    before = json.loads((tmp_path / 'config.json').read_text())
+    for override in ('optim.lr=1e-4', 'seed=5', 'model.dropout=0.2', 'data.view.pixels=0',
+                     'steps=20', 'objective.label_smoothing=0.1', 'accumulate=2'):
+        key = override.split('=')[0]
+        with pytest.raises(UserError, match=f'{key}  .*changes the result') as e:
+            run(folder, tmp_path, override, 'report.every=3', 'data.batch_size=16')
+        assert 'report.every' in str(e.value) and '--allow_config_change' in str(e.value)
+    assert json.loads((tmp_path / 'config.json').read_text()) == before
+    result = run(folder, tmp_path, 'steps=20', 'optim.lr=1e-4', allow_config_change=True)
+    assert result['steps'] == 20
+    assert 0 < max(x['lr'] for x in runs.metrics(tmp_path) if 'lr' in x and x['step'] > 4) <= 1e-4
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(folder, tmp_path):
+    run(folder, tmp_path, 'optim.schedule=constant')
+    first = runs.timeless(tmp_path)
+    result = run(folder, tmp_path, 'optim.schedule=constant', 'steps=16', allow_config_change=True)
+    assert result['steps'] == 16 and runs.timeless(tmp_path)[: len(first)] == first
+    assert runs.last_step(tmp_path) == 16
+
+
+def test_a_config_that_never_trained_may_change(folder, tmp_path):
+    with pytest.raises(UserError):
+        run(folder, tmp_path, 'data.image_size=9')
+    assert run(folder, tmp_path)
+
+
+def test_a_missing_evaluation_is_made_up_for(folder, tmp_path):
+    run(folder, tmp_path, 'steps=8')
+    whole = runs.timeless(tmp_path)
+    assert [x['step'] for x in whole if 'val/loss' in x] == [4, 8]
+    path = tmp_path / 'metrics.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(''.join(lines[:-1]) + lines[-1][:9])  # a kill in the middle of a line
+    (tmp_path / 'result.json').unlink()
+    run(folder, tmp_path, 'steps=8')
+    assert runs.timeless(tmp_path) == whole
+
+
+def test_evaluation_uses_the_average_and_counts_each_example_once(folder, tmp_path):
+    result = run(folder, tmp_path, 'evals.val.batch_size=16', 'optim.ema=0.5', 'optim.lr=0.01')
+    settings = json.loads((tmp_path / 'config.json').read_text())
+    model = models.build(**settings['model'] | {'num_classes': 3})
+    params = average(runs.state(tmp_path, 12))
+    assert not np.allclose(params['head']['bias'], runs.state(tmp_path, 12)['params/head/bias'])
+    hits, losses = [], []
+    for path in sorted((folder / 'val').rglob('*.png')):
+        image = Image.open(path).resize((8, 8), Image.Resampling.BILINEAR)
+        label = ('ant', 'bee', 'cat').index(path.parent.name)
+        logits, _ = model.apply({'params': params}, model.normalise(np.asarray(image)[None]))
+        logits = np.asarray(logits[0], np.float64)
+        hits.append(logits.argmax() == label)
+        losses.append(np.log(np.exp(logits).sum()) - logits[label])
+    assert result['metrics']['val/examples'] == len(hits) == 15
+    assert math.isclose(result['metrics']['val/accuracy'], np.mean(hits))
+    assert math.isclose(result['metrics']['val/loss'], np.mean(losses), rel_tol=1e-5)
+
+
+def average(arrays):
+    """The averaged parameters of a checkpoint as a nested dict."""
+    tree = {}
+    for name, array in arrays.items():
+        _, found, name = name.partition('/average/')
+        if found:
+            *parents, last = name.split('/')
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = array
+    return tree
+
+
+def test_predictions_are_by_example(folder):
+    parts = train.make(config.load(f'{runs.TINY}:{folder}', [('evals.val.batch_size', '8')]))
+    params = parts.model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
+    params['head']['bias'] = np.array([0.0, 1.0, 0.0])
+    found = parts.evals['val'].predictions(params)
+    assert sorted(found['id']) == list(range(15)) and (found['prediction'] == 1).all()
+    np.testing.assert_allclose(found['confidence'], np.e / (np.e + 2), rtol=1e-5)
+    assert sorted(found['label']) == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_an_unreadable_image_loses_nothing(tmp_path):
+    folder = runs.write_images(tmp_path / 'images', {'train': 8, 'val': 5})
+    run(folder, tmp_path / 'run', stop=StopAfter(tmp_path / 'run', 2))
+    before = runs.checkpoints(tmp_path / 'run')[-1]
+    victim = folder / 'train' / 'bee' / '3.png'
+    sound = victim.read_bytes()
+    victim.write_bytes(sound[:50])
+    with pytest.raises(UserError, match=f'unreadable image {victim}'):
+        run(folder, tmp_path / 'run', 'steps=12')
+    assert runs.checkpoints(tmp_path / 'run')[-1] >= before
+    victim.write_bytes(sound)
+    run(folder, tmp_path / 'run')
+    run(folder, tmp_path / 'whole')
+    assert runs.timeless(tmp_path / 'run') == runs.timeless(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('override, words', [
+    ('data.batch_size=9', 'batch size 9 is not divisible by the 8 devices'),
+    ('evals.val.batch_size=3', 'batch size 3 is not divisible by the 8 devices'),
+    ('data.image_size=9', 'image size 9 x 9 is not divisible by the patch size 4 x 4'),
+    ('model.num_classes=2', 'labels are out of range: .* has 3 classes, model.num_classes is 2'),
+    ('data.source.name=/nowhere', 'no folder /nowhere'),
+    ('data.source.split=test', "has no sub-folder 'test', but train, val"),
+    ('mesh.fsdp=3', 'fsdp=3 tensor=1 does not cover 8 devices'),
+    ('objective.loss=hinge', "objective.loss is 'hinge'"),
+    ('evals.val.loss=hinge', "loss is 'hinge'"),
+    ('optim.name=adam', "optim.name is 'adam'"),
+    ('optim.freeze=("nothing",)', "optim.freeze 'nothing' matches no parameter"),
+    ('checkpoint.mode=most', "checkpoint.mode is 'most'"),
+])
+def test_mistakes_are_named_before_anything_is_trained(folder, tmp_path, override, words):
+    with pytest.raises(UserError, match=words):
+        run(folder, tmp_path, override)
+    assert not (tmp_path / 'metrics.jsonl').exists()
+
+
+def test_judgement_of_what_was_expected():
+    expected = [
+        dict(metric='val/accuracy', value=0.9, tolerance=0.02, source='paper'),
+        dict(metric='val/loss', value=0.5, tolerance=0.1, source='paper'),
+        dict(metric='real/accuracy', value=0.5, tolerance=0.1, source='paper'),
+    ]
+    rows = workdir.judged(expected, {'val/accuracy': 0.881, 'val/loss': 0.61})
+    assert [r['pass'] for r in rows] == [True, False, None]
+    rows = workdir.judged(expected, {'val/accuracy': 0.879, 'val/loss': 0.1})
+    assert [r['pass'] for r in rows] == [False, True, None]
+
+
+def test_the_heading_names_each_parameter(folder, tmp_path, capsys):
+    run(folder, tmp_path, 'optim.freeze=("^embedding/",)', 'optim.layer_decay=0.5', 'steps=6')
+    rows = [x.split() for x in capsys.readouterr().out.splitlines()]
+    table = {r[0]: r[1:] for r in rows if len(r) > 3}
+    assert table['embedding/kernel'] == ['4x4x3x16', '768', '0.125', '0', 'frozen']
+    assert table['encoder/mlp/fc1/kernel'] == ['2x16x32', '1,024', '0.25', '...', '0.5', '0.1']
+    assert table['head/kernel'] == ['16x3', '48', '1', '0.1']
+
+
+def test_only_the_lines_asked_for(folder, tmp_path):
+    run(folder, tmp_path, 'report.every=5')
+    assert [x['step'] for x in runs.metrics(tmp_path) if 'loss' in x] == [5, 10, 12]
+
+
+def test_speed_leaves_out_compilation_and_evaluation(folder, tmp_path, monkeypatch):
+    plain = Classify.__call__
+
+    def sleepy(self, params, stop=False):
+        time.sleep(3)
+        return plain(self, params, stop)
+
+    monkeypatch.setattr(Classify, '__call__', sleepy)
+    run(folder, tmp_path)
+    lines = [x for x in runs.metrics(tmp_path) if 'images_per_s' in x]
+    after = [x for x in lines if x['step'] == 5]
+    assert len(lines) == 11 and after[0]['images_per_s'] > 8 / 2.9
+    assert runs.metrics(tmp_path)[-1]['seconds'] > 9
+
+
+def test_not_finite_names_the_examples():
+    e = report.NotFinite(7, dict(loss=np.nan, grad_norm=1.5, param_norm=2.0, lr=0.1))
+    assert str(e.with_examples([3, 1])).endswith('ids of the batch: 3 1')
+    assert 'step 7: not finite: loss nan, gradient norm 1.5' in str(e)
+
+
+def test_trains_without_tensorflow(folder, tmp_path):
+    script = f"""
+import builtins, runpy, sys
+plain = builtins.__import__
+def guarded(name, *args, **kwargs):
+    if name.split('.')[0] in ('tensorflow', 'tensorflow_text', 'tf_keras'):
+        raise ImportError('TensorFlow is blocked')
+    return plain(name, *args, **kwargs)
+builtins.__import__ = guarded
+sys.argv = {['main', *runs.command(folder, tmp_path / 'run', '--config.steps=6')[3:]]!r}
+try:
+    runpy.run_module('vit_jax.main', run_name='__main__')
+finally:
+    assert 'tensorflow' not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', script], capture_output=True, text=True, env=runs.ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'run' / 'result.json').exists()
