@@ -144,6 +144,16 @@ def test_an_unreadable_image_is_named_and_may_be_tolerated(source):
     assert masks[5] == 0 and sum(masks.values()) == 26
 
 
+@pytest.mark.parametrize('label', [-1, 3])
+def test_labels_out_of_range_are_named(source, label):
+    source.records.labels[5] = label
+    words = f'label {label} of .*/ant/5.png is out of range: the data set has 3 classes'
+    with pytest.raises(UserError, match=words):
+        take(train(source), 4)
+    with pytest.raises(UserError, match=words):
+        list(pipeline.examples(source, view='resize', image_size=8, batch_size=4))
+
+
 @pytest.mark.parametrize('name, split, words', [
     ('/nowhere', 'train', 'no folder /nowhere'),
     ('cifar11', 'train', "no data set 'cifar11' is prepared. Did you mean"),
@@ -159,7 +169,13 @@ def test_folders_that_are_no_data_set(tmp_path):
     with pytest.raises(UserError, match='has 1 class folders'):
         sources.load(name=str(tmp_path), split='train')
     (tmp_path / 'other').mkdir()
-    with pytest.raises(UserError, match='no images in'):
+    with pytest.raises(UserError, match=f'no images in {tmp_path}/only '):
         sources.load(name=str(tmp_path), split='train')
+    for name in ('only', 'other'):
+        Image.new('RGB', (3, 3)).save(tmp_path / name / 'A.JPG')
+    assert len(sources.load(name=str(tmp_path))) == 2
+    (tmp_path / 'other' / 'A.JPG').rename(tmp_path / 'other' / 'A.txt')
+    with pytest.raises(UserError, match=f'no images in {tmp_path}/other '):
+        sources.load(name=str(tmp_path))
     with pytest.raises(UserError, match='is not divided into train and val'):
         sources.load(name=str(tmp_path), split='val')

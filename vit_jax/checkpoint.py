@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,7 @@ class Checkpoints:
         self.scores, self.saving = {}, None
         for logger in ('asyncio', 'absl'):
             logging.getLogger(logger).addFilter(worth_saying)
+        sys.unraisablehook = unraisable
         self.manager = ocp.CheckpointManager(
             self.path,
             options=ocp.CheckpointManagerOptions(
@@ -160,7 +162,7 @@ class Checkpoints:
                 step, args=ocp.args.Composite(contents=ocp.args.JsonRestore())
             ).contents
         except Exception as e:  # whatever a broken file makes the libraries raise
-            raise Damaged(first_line(e)) from e
+            raise Damaged(f'its list of arrays can not be read ({reason(e)})') from e
         wanted = {n: [list(x.shape), str(x.dtype)] for n, x in named(abstract).items()}
         for name in sorted(wanted.keys() | kept.keys()):
             if kept.get(name, [])[:2] != wanted.get(name, []):
@@ -173,7 +175,7 @@ class Checkpoints:
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             ).state
         except Exception as e:
-            raise Damaged(first_line(e)) from e
+            raise Damaged(f'its arrays can not be read ({reason(e)})') from e
         found = contents(state)
         for name in wanted:
             if found[name] != kept[name]:
@@ -239,7 +241,16 @@ def to_keep(steps, scores, *, keep, keep_every, largest):
     return kept
 
 
-def first_line(error):
-    """An error's first sentence, short enough for a line."""
-    text = re.sub(r'\s+', ' ', str(error)) or type(error).__name__
-    return text[:300]
+def reason(error):
+    """What began a chain of exceptions, in one line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return re.sub(r'\s+', ' ', str(error))[:300] or repr(error)
+
+
+def unraisable(args, otherwise=sys.unraisablehook):
+    """Drops what the other reads and writes of a failed checkpoint raise after the first."""
+    files = [frame.filename for frame in traceback.extract_tb(args.exc_traceback)]
+    orbax = any('orbax' in file for file in files)
+    if not orbax and str(args.exc_value) != 'Event loop is closed':
+        otherwise(args)

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop."""
 
 import contextlib
+import os
 import signal
 
 
@@ -17,7 +18,8 @@ class Stop:
         self.signum = signum
         signal.signal(signum, signal.SIG_DFL)
         name = signal.Signals(signum).name
-        print(f'\n{name}: saving at the next step; once more to stop without.', flush=True)
+        # print() can't be entered twice, and the signal may have come in the midst of one.
+        os.write(2, f'\n{name}: stopping at the next step; once more to lose it.\n'.encode())
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def folder(path, split):
     if not path.is_dir():
         raise UserError(f'no folder {path}')
     part, low, high = share(split)
-    inner = [d.name for d in path.iterdir() if d.is_dir() and d.name in ('train', 'val', 'test')]
+    inner = [d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith('.')]
     divided = 'train' in inner
     if divided and part not in inner:
         raise UserError(f'{path} has no sub-folder {part!r}, but {", ".join(sorted(inner))}')
@@ -159,11 +159,15 @@ def folder(path, split):
             continue
         if d.name not in classes:
             raise UserError(f'{d} is a class that {top} does not have')
-        for file in sorted(d.iterdir()):
-            if file.name.lower().endswith(SUFFIXES) and not file.name.startswith('.'):
-                if low <= percentile(f'{d.name}/{file.name}') < high:
-                    paths.append(str(file))
-                    labels.append(classes.index(d.name))
+        files = [
+            file for file in sorted(d.iterdir())
+            if file.name.lower().endswith(SUFFIXES) and not file.name.startswith('.')
+        ]  # fmt: skip
+        if not files:
+            raise UserError(f'no images in {d} ({", ".join(SUFFIXES)})')
+        chosen = [str(f) for f in files if low <= percentile(f'{d.name}/{f.name}') < high]
+        paths += chosen
+        labels += [classes.index(d.name)] * len(chosen)
     if not paths:
         raise UserError(f'no images in {root}/*/ for split {split!r} ({", ".join(SUFFIXES)})')
     return Source(Files(paths, labels), tuple(classes))
