@@ -1,4 +1,4 @@
-"""ViT on scikit-learn's digits."""
+"""ViT on scikit-learn's 1,797 handwritten digits, in two minutes on two CPU cores."""
 
 from ml_collections import ConfigDict
 
@@ -6,14 +6,21 @@ from ml_collections import ConfigDict
 def get_config(arg=None):
     config = ConfigDict()
     config.seed = 0
-    config.epochs = 2
-    config.model = dict(name='vit-ti/2', width=64, depth=4, num_heads=4, mlp_dim=128)
+    config.epochs = 70
+
+    config.model = dict(name='vit-ti/2', width=64, depth=6, num_heads=4, mlp_dim=128, unroll=6)
     config.data = dict(
-        source=dict(name='digits', split='train'), view=dict(name='shift', pixels=1),
-        image_size=8, batch_size=64,
+        source=dict(name='digits', split='train'),
+        view=dict(name='affine', degrees=10.0, scale=0.1, shear=0.1, pixels=0.75),
+        image_size=8,
+        batch_size=64,
     )
-    config.evals = dict(test=dict(source=dict(name='digits', split='test'), every=10))
-    config.optim = dict(lr=1e-3, warmup=5)
-    config.report = dict(every=5)
-    config.checkpoint = dict(every=10)
+    config.evals = dict(
+        test=dict(source=dict(name='digits', split='test'), every=200, batch_size=359)
+    )
+
+    config.objective = dict(label_smoothing=0.1)
+    config.optim = dict(lr=2e-3, warmup=100, weight_decay=0.1, clip=1.0, b2=0.99, ema=0.99)
+    config.checkpoint = dict(every=200)
+    config.report = dict(every=20)
     return config

@@ -11,8 +11,9 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
-CACHE = tempfile.mkdtemp(prefix='vit_jax_tests_')
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a parallel worker, or the user's wish
+    CACHE = tempfile.mkdtemp(prefix='vit_jax_tests_')
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import subprocess
 import sys
 
 import numpy as np
@@ -61,3 +62,48 @@ def test_a_missing_debian_package_is_named(tmp_path, monkeypatch):
     builder = fashion.Builder(data_dir=tmp_path)
     with pytest.raises(UserError, match='apt-get install dataset-fashion-mnist'):
         builder.download_and_prepare(file_format='array_record')
+
+
+class Dots(tfds.core.GeneratorBasedBuilder):
+    """A data set of other people's making, with features of other names."""
+
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            'photo': tfds.features.Image(shape=(4, 4, 3), encoding_format='png'),
+            'kind': tfds.features.ClassLabel(names=['dark', 'light']),
+        }))
+
+    def _split_generators(self, dl_manager):
+        return {'validation': self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(10):
+            image = Image.new('RGB', (4, 4), 'white' if i % 2 else 'black')
+            yield i, {'photo': image, 'kind': i % 2}
+
+
+def test_any_prepared_data_set_is_read_by_its_name_from_its_files_alone(tmp_path):
+    Dots(data_dir=tmp_path).download_and_prepare(file_format='array_record')
+    script = f"""
+from vit_jax.data import images, sources
+from vit_jax.errors import UserError
+where = dict(name='dots', data_dir={str(tmp_path)!r}, image='photo')
+source = sources.load(**where, label='kind', split='validation[20%:]')
+assert len(source) == 8 and source.classes == ('dark', 'light')
+for i in range(8):
+    data, label = source.records[i]
+    assert (images.decode(data) == 255 * label).all()
+assert source.name(3) == 'dots/validation[20%:][3]'
+for options, words in ((dict(label='label'), "no feature 'label', but photo, kind"),
+                       (dict(label='kind'), "no split 'train'; it has validation")):
+    try:
+        sources.load(**where, **options)
+    except UserError as e:
+        assert words in str(e), e
+    else:
+        raise AssertionError(words)
+"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

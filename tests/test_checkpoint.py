@@ -159,7 +159,11 @@ def test_what_is_kept(tmp_path, fields, scores, kept):
             known = {k: v for k, v in scores.items() if k <= n}
             checkpoints.save(n, {'x': jnp.arange(3) + n}, known)
             checkpoints.finish()
-    assert {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()} == kept
+    for save in (False, True):  # a run that is opened again knows nothing of scores at first
+        with Checkpoints(tmp_path, **fields) as checkpoints:
+            if save:
+                checkpoints.save(50, {'x': jnp.arange(3) + 50}, scores)
+        assert {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()} == kept
 
 
 def test_the_last_one_stays_until_the_next_is_complete(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
+from scipy import ndimage, stats
 
 from vit_jax.data import augment, images
 
@@ -105,6 +105,46 @@ def test_shift_moves_and_keeps_the_rest():
     views = [augment.shift(image, np.random.default_rng(i), size=(8, 8)) for i in range(60)]
     assert len({v.tobytes() for v in views}) == 9
     assert any(np.array_equal(v[:-1, :-1], image[1:, 1:]) and not v[-1].any() for v in views)
+
+
+class Most:
+    """A generator whose draws are all the upper bound."""
+
+    def uniform(self, low, high, size=None):
+        return high if size is None else np.full(size, high)
+
+
+@pytest.mark.parametrize('degrees, scale, shear, pixels', [
+    (0, 0, 0, 0), (90, 0, 0, 0), (0, 0, 0, 1.5), (0, np.log(2), 0, 0), (0, 0, 0.3, 0),
+    (25, 0.2, 0.1, 0.7),
+])
+def test_affine_turns_scales_and_moves_about_the_centre(degrees, scale, shear, pixels):
+    y, x = np.mgrid[:20, :20]
+    image = np.uint8(128 + 60 * np.sin(x / 3) + 60 * np.cos(y / 4 + x / 9))
+    view = augment.affine(
+        np.repeat(image[..., None], 3, 2), Most(), size=(20, 20), degrees=degrees, scale=scale,
+        shear=shear, pixels=pixels,
+    )  # fmt: skip
+    # In (y, x): where the centres of the output's pixels come from in the input.
+    a = np.deg2rad(degrees)
+    turn = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+    to_input = np.exp(scale) * turn @ np.array([[1, 0], [shear, 1]])
+    offset = 9.5 - to_input @ (9.5 + np.array([pixels, pixels]))
+    expected = ndimage.affine_transform(image.astype(float), to_input, offset, order=1, cval=-1)
+    inside = expected >= 60  # those that border on the outside are mixed with black
+    assert inside.mean() > 0.2
+    np.testing.assert_allclose(view[..., 0][inside], expected[inside], atol=1.1)
+
+
+def test_affine_draws_within_its_bounds():
+    image = np.zeros((15, 15, 3), np.uint8)
+    image[7, 7] = 255
+    centres = []
+    for i in range(300):
+        view = augment.affine(image, np.random.default_rng(i), size=(15, 15), pixels=2)[..., 0]
+        centres.append(ndimage.center_of_mass(view.astype(float)))
+    moved = np.array(centres) - 7
+    assert 1.5 < np.abs(moved).max() < 2.6 and np.abs(moved.mean(0)).max() < 0.3
 
 
 def test_boxes_are_uniform_in_area_log_uniform_in_aspect_and_inside():

@@ -37,6 +37,24 @@ def test_published_parameter_counts(name, count):
     assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 
 
+def test_published_flops():
+    shape = (224, 224, 3)  # arXiv:2010.11929 has none: multiply-adds as timm's results list them
+    for name, macs in (('vit-ti/16', 1.26e9), ('vit-s/16', 4.61e9), ('vit-b/16', 17.58e9)):
+        assert abs(models.build(name).flops(shape) / (2 * macs) - 1) < 0.005
+
+
+@pytest.mark.parametrize('fields', [
+    dict(), dict(pool='gap', representation_size=200), dict(pool='map'),
+    dict(pool='none', num_classes=40), dict(registers=40, num_classes=None),
+])
+def test_flops_are_what_the_compiler_counts(fields):
+    model = models.build('vit-s/16', **fields, depth=3, unroll=3)
+    images = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    counted = jax.jit(lambda p, x: model.apply(p, x)[0]).lower(params, images).cost_analysis()
+    assert 0.95 < model.flops((64, 96, 3)) / counted['flops'] < 1
+
+
 def numpy_forward(params, images, *, heads, patch, epsilon):
     """The class-token ViT of arXiv:2010.11929 eq. 1 to 4 in float64, from the paper."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)

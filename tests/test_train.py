@@ -194,6 +194,7 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
     ('evals.val.loss=hinge', "loss is 'hinge'"),
     ('optim.name=adam', "optim.name is 'adam'"),
     ('optim.freeze=("nothing",)', "optim.freeze 'nothing' matches no parameter"),
+    ('checkpoint.best=accuracy', "checkpoint.best is 'accuracy', .*: val/accuracy"),
     ('checkpoint.mode=most', "checkpoint.mode is 'most'"),
 ])
 def test_mistakes_are_named_before_anything_is_trained(folder, tmp_path, override, words):

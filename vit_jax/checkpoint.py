@@ -81,7 +81,7 @@ class Checkpoints:
         self.every, self.keep, self.keep_every = every, keep, keep_every
         self.best, self.mode, self.read_only = best, mode, read_only
         self.path = epath.Path(workdir) / 'checkpoints'
-        self.scores, self.saving = {}, None
+        self.scores = self.saving = None  # nothing was saved by this object yet
         for logger in ('asyncio', 'absl'):
             logging.getLogger(logger).addFilter(worth_saying)
         sys.unraisablehook = unraisable
@@ -117,8 +117,8 @@ class Checkpoints:
 
         `scores` is {step: value of the metric `best`}.
         """
-        self.finish()
         self.scores = scores
+        self.finish()
         if step in self.steps():
             return
         args = ocp.args.Composite(
@@ -133,6 +133,8 @@ class Checkpoints:
         """Waits for what is being written, and only then deletes what need not be kept."""
         with self.explained(self.saving):
             self.manager.wait_until_finished()
+        if self.scores is None:
+            return
         kept = to_keep(
             self.steps(), self.scores, keep=self.keep, keep_every=self.keep_every,
             largest=self.mode == 'max',

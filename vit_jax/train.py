@@ -38,12 +38,17 @@ def make(config):
             f'labels are out of range: data set {config.data.source.name} has {classes} classes, '
             f'model.num_classes is {model.num_classes}'
         )
-    steps = config.steps or round(config.epochs * len(source) / config.data.batch_size)
+    epoch = len(source) / config.data.batch_size  # in steps
+    steps = config.steps or max(1, round(config.epochs * epoch))
     shape = (*pipeline.size_of(config.data.image_size), 3)
     objective = objectives.supervised(model, **config.objective)
     tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
     abstract = step.abstract_state(model, tx, shape, mesh)
     evals = {name: Classify(model, mesh, **kwargs) for name, kwargs in config.evals.items()}
+    best = config.checkpoint.best
+    if best is not None and best.rpartition('/')[0] not in evals:
+        names = ', '.join(f'{name}/accuracy' for name in evals) or 'none without evals'
+        raise UserError(f'checkpoint.best is {best!r}, no metric of an evaluation: {names}')
     return Parts(source, steps, mesh, model, shape, objective, tx, abstract, evals)
 
 

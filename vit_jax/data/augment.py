@@ -63,9 +63,39 @@ def inception(
 
 def shift(image, rng, *, size, pixels: int = 1, flip: bool = False):
     """The image at the size, moved by up to `pixels` each way; black comes in at the border."""
-    image = np.pad(resize(image, rng, size=size), ((pixels, pixels), (pixels, pixels), (0, 0)))
+    framed = np.zeros((size[0] + 2 * pixels, size[1] + 2 * pixels, 3), np.uint8)
+    framed[pixels : pixels + size[0], pixels : pixels + size[1]] = resize(image, rng, size=size)
     y, x = rng.integers(2 * pixels + 1, size=2)
-    return flipped(image[y : y + size[0], x : x + size[1]], rng, flip)
+    return flipped(framed[y : y + size[0], x : x + size[1]], rng, flip)
+
+
+def affine(
+    image,
+    rng,
+    *,
+    size,
+    degrees: float = 10.0,
+    scale: float = 0.1,
+    shear: float = 0.0,
+    pixels: float = 1.0,
+    flip: bool = False,
+):
+    """The image at the size, turned, sheared, scaled and moved about its centre; black around it.
+
+    Each is uniform: the angle in +-degrees, the logarithms of the scales of both axes in +-scale,
+    the tangent of the shear in +-shear, the shift in +-pixels.
+    """
+    image = Image.fromarray(np.ascontiguousarray(resize(image, rng, size=size)))
+    angle = np.deg2rad(rng.uniform(-degrees, degrees))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    slant = np.array([[1, rng.uniform(-shear, shear)], [0, 1]])
+    # of offsets from the centre, (x, y)
+    to_input = turn @ slant * np.exp(rng.uniform(-scale, scale, 2))
+    centre = np.array(size[::-1]) / 2
+    start = centre - to_input @ (centre + rng.uniform(-pixels, pixels, 2))
+    matrix = np.concatenate([to_input, start[:, None]], axis=1).ravel()
+    warped = image.transform(size[::-1], Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return flipped(np.asarray(warped), rng, flip)
 
 
 def flipped(image, rng, flip):
@@ -73,4 +103,4 @@ def flipped(image, rng, flip):
     return image[:, ::-1] if flip and rng.integers(2) else image
 
 
-VIEWS = {f.__name__: f for f in (resize, central, inception, shift)}
+VIEWS = {f.__name__: f for f in (resize, central, inception, shift, affine)}

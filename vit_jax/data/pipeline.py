@@ -78,8 +78,8 @@ def batches(
     """Training batches of this host from step `start` on, without end.
 
     Shuffle, repeat and augment act on the global data set, which is then cut by host: the global
-    batch of a step does not depend on `hosts`, nor on where the run began. More than `tolerance`
-    of unreadable images (a share of those seen) raises UserError with the name of the last.
+    batch of a step does not depend on `hosts`, nor on where the run began. More unreadable images
+    than `tolerance` (a share of the data set) raise UserError with the name of the last.
     """
     load = partial(
         example, source=source, view=make_view(view, image_size), image_size=image_size
@@ -135,20 +135,18 @@ def stream(data, threads, workers, prefetch):
 
 
 def readable(feed, source, tolerance):
-    """The batches of `feed`, until more than the tolerated share of images is unreadable."""
-    seen = bad = 0
+    """The batches of `feed`, until more than the tolerated share of the data set is unreadable."""
+    bad = set()
     for batch in feed:
         check_labels(batch, source)
-        errors = batch.pop('error')
-        seen += len(errors)
-        failed = [(i, str(e)) for i, e in zip(batch['id'], errors, strict=True) if e and i >= 0]
-        bad += len(failed)
-        if bad > tolerance * seen:
-            i, reason = failed[-1]
-            raise UserError(
-                f'unreadable image {source.name(int(i))}: {reason} ({bad} of {seen} images seen; '
-                f'data.tolerance is {tolerance:g})'
-            )
+        for i, error in zip(batch['id'], batch.pop('error'), strict=True):
+            if error and i >= 0:
+                bad.add(int(i))
+                if len(bad) > tolerance * len(source):
+                    raise UserError(
+                        f'unreadable image {source.name(int(i))}: {error} ({len(bad)} of '
+                        f'{len(source)} images so far; tolerance is {tolerance:g})'
+                    )
         yield batch
 
 

@@ -11,6 +11,7 @@ from etils import epath
 from vit_jax.errors import UserError
 
 BUILDERS = ('digits', 'fashion_mnist_debian')
+SMALL = 2**28  # bytes; reading and parsing a record takes longer than decoding a small image
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff')
 
 
@@ -29,15 +30,23 @@ class Source(NamedTuple):
 
 
 class Tfds:
-    """A TFDS split in a random-access format."""
+    """A TFDS split in a random-access format; a `small` one stays in memory once it is read."""
 
-    def __init__(self, data, title, image, label):
+    def __init__(self, data, title, image, label, small):
         self.data, self.title, self.image, self.label = data, title, image, label
+        self.kept = {} if small else None
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, i):
+        if self.kept is None:
+            return self.read(i)
+        if i not in self.kept:
+            self.kept[i] = self.read(i)
+        return self.kept[i]
+
+    def read(self, i):
         example = self.data[i]
         return example[self.image], example[self.label]
 
@@ -117,7 +126,8 @@ def tfds(name, split, *, data_dir=None, image='image', label='label'):
     names = getattr(features[label], 'names', None)
     if names is None:
         raise UserError(f'feature {label!r} of data set {name} is no class label')
-    return Source(Tfds(data, f'{name}/{split}', image, label), tuple(names))
+    small = builder.info.dataset_size < SMALL
+    return Source(Tfds(data, f'{name}/{split}', image, label, small), tuple(names))
 
 
 def prepared(name, data_dir):

@@ -1,0 +1,34 @@
+"""ViT on a folder of images, PATH/class/*.jpg: --config experiments/folder.py:PATH.
+
+A start for one's own data, from scratch and small enough for a CPU; nothing published to compare
+with, so nothing is expected. With PATH/train/ and PATH/val/ these are used, else a tenth of the
+images, chosen by a hash of their names, is held out.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+
+def get_config(path):
+    divided = pathlib.Path(path, 'train').is_dir()
+    train, val = ('train', 'val') if divided else ('train[:90%]', 'train[90%:]')
+
+    config = ConfigDict()
+    config.seed = 0
+    config.epochs = 30
+
+    config.model = dict(name='vit-ti/8', depth=6, drop_path=0.1)
+    config.data = dict(
+        source=dict(name=path, split=train),
+        view=dict(name='inception', area=(0.35, 1.0)),
+        image_size=64,
+        batch_size=32,
+    )
+    config.evals = dict(val=dict(source=dict(name=path, split=val), view='central', every=200))
+
+    config.objective = dict(label_smoothing=0.1)
+    config.optim = dict(lr=1e-3, warmup=10, weight_decay=0.1, clip=1.0)
+    config.checkpoint = dict(every=200)
+    config.report = dict(every=20)
+    return config
