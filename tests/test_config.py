@@ -4,17 +4,17 @@ import json
 import subprocess
 import sys
 
+import launched
 import pytest
-import runs
 
 from vit_jax import config, workdir
 from vit_jax.errors import UserError
 
-EXPERIMENTS = sorted((runs.TINY.parents[1] / 'experiments').glob('*.py'))
+EXPERIMENTS = sorted((launched.TINY.parents[1] / 'experiments').glob('*.py'))
 
 
 def load(*overrides):
-    return config.load(f'{runs.TINY}:/images', [o.split('=', 1) for o in overrides])
+    return config.load(f'{launched.TINY}:/images', [o.split('=', 1) for o in overrides])
 
 
 def test_defaults_are_filled_in_and_overrides_taken():
@@ -113,7 +113,7 @@ def test_experiments_are_complete(path):
 ])
 def test_the_command_line_says_it_in_one_line(flags, words, tmp_path):
     run = subprocess.run(
-        [*runs.command('/images', tmp_path / 'run'), *flags], capture_output=True, text=True
+        [*launched.command('/images', tmp_path / 'run'), *flags], capture_output=True, text=True
     )
     assert run.returncode == 2 and words in run.stderr
     assert run.stderr.startswith('error: ') and run.stderr.count('\n') == 1, run.stderr

@@ -4,28 +4,28 @@ import json
 import subprocess
 import sys
 
+import launched
 import pytest
-import runs
 from PIL import Image
 
 
 def figures(*arguments):
     return subprocess.run(
         [sys.executable, '-m', 'vit_jax.figures', *map(str, arguments)],
-        capture_output=True, text=True, env=runs.ENVIRONMENT,
+        capture_output=True, text=True, env=launched.ENVIRONMENT,
     )  # fmt: skip
 
 
 def test_the_recipe_of_the_quickstart_trains_and_is_drawn(tmp_path):
     workdir = tmp_path / 'run'
-    experiment = runs.TINY.parents[1] / 'experiments' / 'digits.py'
+    experiment = launched.TINY.parents[1] / 'experiments' / 'digits.py'
     flags = [f'--config.{key}={value}' for key, value in {
         'steps': 120, 'optim.warmup': 10, 'data.source.data_dir': tmp_path / 'tfds',
         'evals.test.source.data_dir': tmp_path / 'tfds',
     }.items()]
     done = subprocess.run(
         [sys.executable, '-m', 'vit_jax.main', f'--config={experiment}', f'--workdir={workdir}',
-         *flags], capture_output=True, text=True, env=runs.ENVIRONMENT,
+         *flags], capture_output=True, text=True, env=launched.ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((workdir / 'result.json').read_text())
@@ -44,10 +44,10 @@ def test_the_recipe_of_the_quickstart_trains_and_is_drawn(tmp_path):
 
 
 def test_a_model_without_class_token_and_a_run_that_goes_on(tmp_path):
-    folder = runs.write_images(tmp_path / 'images', {'train': 8, 'val': 5})
+    folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 5})
     workdir = tmp_path / 'run'
-    process = runs.start(folder, workdir, '--config.model.pool=gap', '--config.steps=3000')
-    runs.wait_for(lambda: runs.checkpoints(workdir), process, workdir)
+    process = launched.start(folder, workdir, '--config.model.pool=gap', '--config.steps=3000')
+    launched.wait_for(lambda: launched.checkpoints(workdir), process, workdir)
     drawn = figures(workdir)
     assert drawn.returncode == 0, drawn.stderr
     assert (workdir / 'summary.png').exists() and process.poll() is None

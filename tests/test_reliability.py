@@ -6,41 +6,41 @@ import signal
 import subprocess
 import time
 
+import launched
 import pytest
-import runs
 
 STEPS = 60
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    return runs.write_images(tmp_path_factory.mktemp('images'), {'train': 16, 'val': 40})
+    return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 16, 'val': 40})
 
 
 @pytest.fixture(scope='module')
 def whole(folder, tmp_path_factory):
     """The workdir of a run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp('whole') / 'run'
-    status, output = runs.finish(folder, workdir)
+    status, output = launched.finish(folder, workdir)
     assert status == 0, output
     return workdir
 
 
 def assert_as_undisturbed(workdir, whole):
     """Parameters, optimizer, average and every metric of every step, bit by bit."""
-    assert runs.checkpoints(workdir)[-1] == STEPS
-    runs.assert_same_bits(runs.state(workdir, STEPS), runs.state(whole, STEPS))
-    lines = runs.timeless(whole)
+    assert launched.checkpoints(workdir)[-1] == STEPS
+    launched.assert_same_bits(launched.state(workdir, STEPS), launched.state(whole, STEPS))
+    lines = launched.timeless(whole)
     assert [line['step'] for line in lines if 'loss' in line] == list(range(1, STEPS + 1))
     assert len([line for line in lines if 'val/loss' in line]) == STEPS // 20
-    assert runs.timeless(workdir) == lines
+    assert launched.timeless(workdir) == lines
     results = [json.loads((w / 'result.json').read_text()) for w in (workdir, whole)]
     assert all(r['steps'] == STEPS and r['examples_seen'] == 8 * STEPS for r in results)
     assert results[0]['metrics']['val/loss'] == results[1]['metrics']['val/loss']
 
 
 def test_learns_and_reports(whole):
-    lines = runs.timeless(whole)
+    lines = launched.timeless(whole)
     losses = [line['loss'] for line in lines if 'loss' in line]
     assert losses[-1] < 0.7 * losses[0]
     assert lines[-1]['val/examples'] == 120 and lines[-1]['val/accuracy'] > 0.6
@@ -57,35 +57,36 @@ def test_killed_at_random_moments(folder, whole, tmp_path):
     for attempt in range(8):
         if attempt >= 4 and killed_in_save:
             break
-        process = runs.start(folder, workdir)
-        done = runs.last_step(workdir)
+        process = launched.start(folder, workdir)
+        done = launched.last_step(workdir)
         if attempt % 2:  # as soon as a checkpoint is being written
-            old = set(runs.unfinished(workdir))
-            runs.wait_for(lambda: set(runs.unfinished(workdir)) - old, process, workdir)  # noqa: B023
+            old = set(launched.unfinished(workdir))
+            launched.wait_for(lambda: set(launched.unfinished(workdir)) - old, process, workdir)  # noqa: B023
         else:
             target = min(done + rng.randint(1, 12), STEPS - 1)
-            runs.wait_for(lambda: runs.last_step(workdir) >= target, process, workdir)  # noqa: B023
+            launched.wait_for(lambda: launched.last_step(workdir) >= target, process, workdir)  # noqa: B023
             time.sleep(rng.random() * 0.05)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        killed_in_save |= bool(runs.unfinished(workdir))
+        killed_in_save |= bool(launched.unfinished(workdir))
     assert killed_in_save
-    status, output = runs.finish(folder, workdir)
+    status, output = launched.finish(folder, workdir)
     assert status == 0, output
     assert_as_undisturbed(workdir, whole)
-    assert not runs.unfinished(workdir)
+    assert not launched.unfinished(workdir)
 
 
 def in_evaluation(workdir):
     """Step 20 is done and its evaluation, of 120 batches, is not."""
-    return runs.last_step(workdir) == 20 and not any('val/loss' in x for x in runs.metrics(workdir))
+    evaluated = any('val/loss' in x for x in launched.metrics(workdir))
+    return launched.last_step(workdir) == 20 and not evaluated
 
 
 PHASES = {
-    'compile': lambda w: 'steps   60' in runs.log_of(w).read_text(),
-    'step': lambda w: runs.last_step(w) >= 3,
+    'compile': lambda w: 'steps   60' in launched.log_of(w).read_text(),
+    'step': lambda w: launched.last_step(w) >= 3,
     'evaluation': in_evaluation,
-    'save': runs.unfinished,
+    'save': launched.unfinished,
 }
 
 
@@ -95,29 +96,29 @@ def test_signals_save_and_say_how_to_resume(phase, folder, whole, tmp_path):
     signum, status = (
         (signal.SIGINT, 130) if phase in ('step', 'save') else (signal.SIGTERM, 143)
     )
-    process = runs.start(folder, workdir)
-    runs.wait_for(lambda: PHASES[phase](workdir), process, workdir)
+    process = launched.start(folder, workdir)
+    launched.wait_for(lambda: PHASES[phase](workdir), process, workdir)
     time.sleep(0.5 if phase == 'compile' else 0)  # the compiler was not yet asked
-    before = runs.last_step(workdir)
+    before = launched.last_step(workdir)
     process.send_signal(signum)
     assert process.wait(timeout=60) == status
-    output = runs.log_of(workdir).read_text()
+    output = launched.log_of(workdir).read_text()
     assert 'give the same command again' in output and 'Traceback' not in output
-    saved = runs.checkpoints(workdir)[-1]
-    assert max(before, 1) <= saved <= before + 3 and not runs.unfinished(workdir)
+    saved = launched.checkpoints(workdir)[-1]
+    assert max(before, 1) <= saved <= before + 3 and not launched.unfinished(workdir)
     if phase == 'evaluation':  # cut short, to be made again
-        assert saved == 20 and not any('val/loss' in x for x in runs.metrics(workdir))
-    assert runs.finish(folder, workdir)[0] == 0
-    assert f'resumed at step {saved}' in runs.log_of(workdir).read_text()
+        assert saved == 20 and not any('val/loss' in x for x in launched.metrics(workdir))
+    assert launched.finish(folder, workdir)[0] == 0
+    assert f'resumed at step {saved}' in launched.log_of(workdir).read_text()
     assert_as_undisturbed(workdir, whole)
 
 
 def test_two_runs_in_one_workdir(folder, whole, tmp_path):
     workdir = tmp_path / 'run'
-    first = runs.start(folder, workdir)
-    runs.wait_for(lambda: runs.last_step(workdir) >= 1, first, workdir)
+    first = launched.start(folder, workdir)
+    launched.wait_for(lambda: launched.last_step(workdir) >= 1, first, workdir)
     second = subprocess.run(
-        runs.command(folder, workdir), capture_output=True, text=True, env=runs.ENVIRONMENT
+        launched.command(folder, workdir), capture_output=True, text=True, env=launched.ENVIRONMENT
     )
     assert second.returncode == 2 and second.stderr.count('\n') == 1, second.stderr
     assert f'in use by another run (process {first.pid})' in second.stderr
@@ -128,16 +129,16 @@ def test_two_runs_in_one_workdir(folder, whole, tmp_path):
 def test_a_loss_that_is_no_number(folder, tmp_path):
     workdir = tmp_path / 'run'
     flags = ('--config.optim.lr=1e30', '--config.optim.clip=1e30', '--config.checkpoint.every=1')
-    status, output = runs.finish(folder, workdir, *flags)
+    status, output = launched.finish(folder, workdir, *flags)
     assert status == 3
     line = output.splitlines()[-1]
-    step = runs.last_step(workdir) + 1  # every step before has its line
+    step = launched.last_step(workdir) + 1  # every step before has its line
     for words in (f'step {step}: not finite', 'gradient norm', 'learning rate', 'example ids'):
         assert words in line
     ids = line.rpartition(': ')[2].split()
     assert len(ids) == 8 and all(0 <= int(i) < 48 for i in ids)
-    assert runs.checkpoints(workdir)[-1] < step
-    for array in runs.state(workdir, runs.checkpoints(workdir)[-1]).values():
+    assert launched.checkpoints(workdir)[-1] < step
+    for array in launched.state(workdir, launched.checkpoints(workdir)[-1]).values():
         assert abs(array.astype('float64')).max() < float('inf')
 
 
@@ -145,29 +146,29 @@ def test_a_full_disk_keeps_what_was_saved(folder, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()
     workdir = disk / 'run'  # in a file system of 700 kB that only this process sees
-    command = ' '.join(map(str, runs.command(folder, workdir, '--config.checkpoint.keep=9')))
+    command = ' '.join(map(str, launched.command(folder, workdir, '--config.checkpoint.keep=9')))
     script = (
         f'mount -t tmpfs -o size=700k tmpfs {disk} && {command}; echo status $?; '
         f'ls {workdir}/checkpoints; cp -r {workdir} {tmp_path}/kept'
     )
     done = subprocess.run(
         ['unshare', '--map-root-user', '--mount', 'sh', '-c', script],
-        capture_output=True, text=True, env=runs.ENVIRONMENT,
+        capture_output=True, text=True, env=launched.ENVIRONMENT,
     )  # fmt: skip
     assert 'status 2' in done.stdout, done.stdout + done.stderr
     assert 'No space left on device; what was saved before is as it was' in done.stderr
     assert 'Traceback' not in done.stderr
-    kept = runs.checkpoints(tmp_path / 'kept')
+    kept = launched.checkpoints(tmp_path / 'kept')
     assert kept and kept[0] == 7
-    status, output = runs.finish(folder, tmp_path / 'kept')  # with room, it goes on from there
+    status, output = launched.finish(folder, tmp_path / 'kept')  # with room, it goes on from there
     assert status == 0 and f'resumed at step {kept[-1]}' in output
 
 
 def test_a_folder_that_can_not_be_written(folder, tmp_path):
     (tmp_path / 'file').write_text('')
     run = subprocess.run(
-        runs.command(folder, tmp_path / 'file' / 'run'),
-        capture_output=True, text=True, env=runs.ENVIRONMENT,
+        launched.command(folder, tmp_path / 'file' / 'run'),
+        capture_output=True, text=True, env=launched.ENVIRONMENT,
     )
     assert run.returncode == 2 and run.stderr.count('\n') == 1
     assert f'can not write to workdir {tmp_path}/file/run: Not a directory' in run.stderr

@@ -1,15 +1,19 @@
 """The loop in this process: what it writes, when it goes on, when it refuses."""
 
+import contextlib
 import json
 import math
+import os
+import pty
+import re
 import subprocess
 import sys
 import time
 
 import jax
+import launched
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,7 +25,7 @@ from vit_jax.evaluators.classify import Classify
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    return runs.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 5})
+    return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 5})
 
 
 def run(folder, path, *overrides, stop=False, **options):
@@ -29,7 +33,7 @@ def run(folder, path, *overrides, stop=False, **options):
     fixed = ('steps=12', 'evals.val.batch_size=8', 'evals.val.every=4', 'checkpoint.every=4')
     pairs = [o.split('=', 1) for o in fixed + overrides]
     with workdir.held(path) as path:
-        return train.train(config.load(f'{runs.TINY}:{folder}', pairs), path, stop, **options)
+        return train.train(config.load(f'{launched.TINY}:{folder}', pairs), path, stop, **options)
 
 
 class StopAfter:
@@ -39,17 +43,17 @@ class StopAfter:
         self.path, self.step = path, step
 
     def __bool__(self):
-        return runs.last_step(self.path) >= self.step
+        return launched.last_step(self.path) >= self.step
 
 
 def test_stop_and_resume_on_other_devices(folder, tmp_path):
     run(folder, tmp_path / 'whole')
     assert run(folder, tmp_path / 'run', stop=StopAfter(tmp_path / 'run', 5)) is None
     assert not (tmp_path / 'run' / 'result.json').exists()
-    stopped = runs.checkpoints(tmp_path / 'run')[-1]
+    stopped = launched.checkpoints(tmp_path / 'run')[-1]
     assert 5 <= stopped <= 7
     run(folder, tmp_path / 'run', 'mesh.data=2', 'mesh.fsdp=4')
-    whole, resumed = (runs.timeless(tmp_path / name) for name in ('whole', 'run'))
+    whole, resumed = (launched.timeless(tmp_path / name) for name in ('whole', 'run'))
     assert [line['step'] for line in whole] == [line['step'] for line in resumed]
     for a, b in zip(whole, resumed, strict=True):
         assert a.keys() == b.keys()
@@ -59,14 +63,14 @@ def test_stop_and_resume_on_other_devices(folder, tmp_path):
 
 def test_tensorboard_reads_what_metrics_jsonl_has(folder, tmp_path):
     run(folder, tmp_path, stop=StopAfter(tmp_path, 6))
-    lost = runs.checkpoints(tmp_path)[-1]
+    lost = launched.checkpoints(tmp_path)[-1]
     with Checkpoints(tmp_path) as checkpoints:  # as a kill would: the last steps are made again
         checkpoints.manager.delete(lost)
     run(folder, tmp_path)
     events = EventAccumulator(str(tmp_path / 'tensorboard'), size_guidance={'scalars': 0})
     events.Reload()
     for key in ('loss', 'grad_norm', 'lr', 'images_per_s', 'val/accuracy'):
-        written = {x['step']: x[key] for x in runs.metrics(tmp_path) if key in x}
+        written = {x['step']: x[key] for x in launched.metrics(tmp_path) if key in x}
         shown = {e.step: e.value for e in events.Scalars(key)}
         assert len(events.Scalars(key)) == len(written) > 2, key
         for step, value in written.items():
@@ -75,11 +79,11 @@ def test_tensorboard_reads_what_metrics_jsonl_has(folder, tmp_path):
 
 def test_a_finished_run_says_so(folder, tmp_path, capsys):
     first = run(folder, tmp_path)
-    lines = runs.metrics(tmp_path)
+    lines = launched.metrics(tmp_path)
     capsys.readouterr()
     assert run(folder, tmp_path, 'report.every=2') == json.loads(json.dumps(first))
     assert 'is finished: 12 steps are done' in capsys.readouterr().out
-    assert runs.metrics(tmp_path) == lines
+    assert launched.metrics(tmp_path) == lines
 
 
 def test_a_changed_config_stops_the_run_where_it_changes_the_result(folder, tmp_path):
@@ -94,15 +98,16 @@ def test_a_changed_config_stops_the_run_where_it_changes_the_result(folder, tmp_
     assert json.loads((tmp_path / 'config.json').read_text()) == before
     result = run(folder, tmp_path, 'steps=20', 'optim.lr=1e-4', allow_config_change=True)
     assert result['steps'] == 20
-    assert 0 < max(x['lr'] for x in runs.metrics(tmp_path) if 'lr' in x and x['step'] > 4) <= 1e-4
+    lines = launched.metrics(tmp_path)
+    assert 0 < max(x['lr'] for x in lines if 'lr' in x and x['step'] > 4) <= 1e-4
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(folder, tmp_path):
     run(folder, tmp_path, 'optim.schedule=constant')
-    first = runs.timeless(tmp_path)
+    first = launched.timeless(tmp_path)
     result = run(folder, tmp_path, 'optim.schedule=constant', 'steps=16', allow_config_change=True)
-    assert result['steps'] == 16 and runs.timeless(tmp_path)[: len(first)] == first
-    assert runs.last_step(tmp_path) == 16
+    assert result['steps'] == 16 and launched.timeless(tmp_path)[: len(first)] == first
+    assert launched.last_step(tmp_path) == 16
 
 
 def test_a_config_that_never_trained_may_change(folder, tmp_path):
@@ -113,22 +118,22 @@ def test_a_config_that_never_trained_may_change(folder, tmp_path):
 
 def test_a_missing_evaluation_is_made_up_for(folder, tmp_path):
     run(folder, tmp_path, 'steps=8')
-    whole = runs.timeless(tmp_path)
+    whole = launched.timeless(tmp_path)
     assert [x['step'] for x in whole if 'val/loss' in x] == [4, 8]
     path = tmp_path / 'metrics.jsonl'
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(''.join(lines[:-1]) + lines[-1][:9])  # a kill in the middle of a line
     (tmp_path / 'result.json').unlink()
     run(folder, tmp_path, 'steps=8')
-    assert runs.timeless(tmp_path) == whole
+    assert launched.timeless(tmp_path) == whole
 
 
 def test_evaluation_uses_the_average_and_counts_each_example_once(folder, tmp_path):
     result = run(folder, tmp_path, 'evals.val.batch_size=16', 'optim.ema=0.5', 'optim.lr=0.01')
     settings = json.loads((tmp_path / 'config.json').read_text())
     model = models.build(**settings['model'] | {'num_classes': 3})
-    params = average(runs.state(tmp_path, 12))
-    assert not np.allclose(params['head']['bias'], runs.state(tmp_path, 12)['params/head/bias'])
+    params = average(launched.state(tmp_path, 12))
+    assert not np.allclose(params['head']['bias'], launched.state(tmp_path, 12)['params/head/bias'])
     hits, losses = [], []
     for path in sorted((folder / 'val').rglob('*.png')):
         image = Image.open(path).resize((8, 8), Image.Resampling.BILINEAR)
@@ -157,7 +162,7 @@ def average(arrays):
 
 
 def test_predictions_are_by_example(folder):
-    parts = train.make(config.load(f'{runs.TINY}:{folder}', [('evals.val.batch_size', '8')]))
+    parts = train.make(config.load(f'{launched.TINY}:{folder}', [('evals.val.batch_size', '8')]))
     params = parts.model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
     params['head']['bias'] = np.array([0.0, 1.0, 0.0])
     found = parts.evals['val'].predictions(params)
@@ -167,19 +172,19 @@ def test_predictions_are_by_example(folder):
 
 
 def test_an_unreadable_image_loses_nothing(tmp_path):
-    folder = runs.write_images(tmp_path / 'images', {'train': 8, 'val': 5})
+    folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 5})
     run(folder, tmp_path / 'run', stop=StopAfter(tmp_path / 'run', 2))
-    before = runs.checkpoints(tmp_path / 'run')[-1]
+    before = launched.checkpoints(tmp_path / 'run')[-1]
     victim = folder / 'train' / 'bee' / '3.png'
     sound = victim.read_bytes()
     victim.write_bytes(sound[:50])
     with pytest.raises(UserError, match=f'unreadable image {victim}'):
         run(folder, tmp_path / 'run', 'steps=12')
-    assert runs.checkpoints(tmp_path / 'run')[-1] >= before
+    assert launched.checkpoints(tmp_path / 'run')[-1] >= before
     victim.write_bytes(sound)
     run(folder, tmp_path / 'run')
     run(folder, tmp_path / 'whole')
-    assert runs.timeless(tmp_path / 'run') == runs.timeless(tmp_path / 'whole')
+    assert launched.timeless(tmp_path / 'run') == launched.timeless(tmp_path / 'whole')
 
 
 @pytest.mark.parametrize('override, words', [
@@ -226,7 +231,7 @@ def test_the_heading_names_each_parameter(folder, tmp_path, capsys):
 
 def test_only_the_lines_asked_for(folder, tmp_path):
     run(folder, tmp_path, 'report.every=5')
-    assert [x['step'] for x in runs.metrics(tmp_path) if 'loss' in x] == [5, 10, 12]
+    assert [x['step'] for x in launched.metrics(tmp_path) if 'loss' in x] == [5, 10, 12]
 
 
 def test_speed_leaves_out_compilation_and_evaluation(folder, tmp_path, monkeypatch):
@@ -238,16 +243,35 @@ def test_speed_leaves_out_compilation_and_evaluation(folder, tmp_path, monkeypat
 
     monkeypatch.setattr(Classify, '__call__', sleepy)
     run(folder, tmp_path)
-    lines = [x for x in runs.metrics(tmp_path) if 'images_per_s' in x]
+    lines = [x for x in launched.metrics(tmp_path) if 'images_per_s' in x]
     after = [x for x in lines if x['step'] == 5]
     assert len(lines) == 11 and after[0]['images_per_s'] > 8 / 2.9
-    assert runs.metrics(tmp_path)[-1]['seconds'] > 9
+    assert launched.metrics(tmp_path)[-1]['seconds'] > 9
 
 
 def test_not_finite_names_the_examples():
     e = report.NotFinite(7, dict(loss=np.nan, grad_norm=1.5, param_norm=2.0, lr=0.1))
     assert str(e.with_examples([3, 1])).endswith('ids of the batch: 3 1')
     assert 'step 7: not finite: loss nan, gradient norm 1.5' in str(e)
+
+
+def test_a_terminal_gets_a_bar(folder, tmp_path):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        launched.command(folder, tmp_path / 'run', '--config.steps=20'),
+        stdout=theirs, stderr=theirs,
+        env=launched.ENVIRONMENT | {'COLUMNS': '120', 'TERM': 'xterm'},
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b''
+    with contextlib.suppress(OSError):  # the other side was closed
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    text = re.sub(r'\x1b\[[0-9;?]*[a-zA-Z]', '', shown.decode())
+    assert re.search(r'step 20/20 .*loss \d\.\d+  accuracy \d\.\d+  [\d,]+ images/s .*left', text)
+    assert 'step 20  val: accuracy' in text and text.count('step 1/20') < 3
 
 
 def test_trains_without_tensorflow(folder, tmp_path):
@@ -259,14 +283,14 @@ def guarded(name, *args, **kwargs):
         raise ImportError('TensorFlow is blocked')
     return plain(name, *args, **kwargs)
 builtins.__import__ = guarded
-sys.argv = {['main', *runs.command(folder, tmp_path / 'run', '--config.steps=6')[3:]]!r}
+sys.argv = {['main', *launched.command(folder, tmp_path / 'run', '--config.steps=6')[3:]]!r}
 try:
     runpy.run_module('vit_jax.main', run_name='__main__')
 finally:
     assert 'tensorflow' not in sys.modules
 """
     done = subprocess.run(
-        [sys.executable, '-c', script], capture_output=True, text=True, env=runs.ENVIRONMENT
+        [sys.executable, '-c', script], capture_output=True, text=True, env=launched.ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'run' / 'result.json').exists()

@@ -165,7 +165,8 @@ class Report:
         """Writes the result of an evaluation."""
         seconds = {'seconds': round(self.seconds + time.time() - self.began, 3)}
         self.append(step, {f'{name}/{k}': v for k, v in metrics.items()} | seconds)
-        self.say(f'step {step}  {name}: ' + '  '.join(f'{k} {v:.4g}' for k, v in metrics.items()))
+        text = '  '.join(f'{k} {number(v)}' for k, v in metrics.items())
+        self.say(f'step {step}  {name}: {text}')
 
     def history(self, key):
         """{step: value} of a metric."""
@@ -249,6 +250,11 @@ class Bar:
             self.bar.stop()
 
 
+def number(value):
+    """A count in full, any other number to four digits."""
+    return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
+
+
 def heading(parts, config, start):
     """What a run is, before it starts: model, data, devices, optimizer by parameter."""
     params = sum(count for _, _, count, *_ in parts.tx.table)
@@ -290,7 +296,7 @@ def print_result(path, result):
     """The last words of a run."""
     for key, value in result['metrics'].items():
         if '/' in key:
-            print(f'{key}  {value:.4g}')
+            print(f'{key}  {number(value)}')
     for row in result['expected']:
         verdict = {True: 'pass', False: 'FAIL', None: 'not measured'}[row['pass']]
         print(f'expected {row["metric"]} {row["value"]} +- {row["tolerance"]}: {verdict}')
