@@ -32,7 +32,7 @@ def run(folder, path, *overrides, stop=False, **options):
     """A run of 12 steps on eight devices."""
     fixed = ('steps=12', 'evals.val.batch_size=8', 'evals.val.every=4', 'checkpoint.every=4')
     pairs = [o.split('=', 1) for o in fixed + overrides]
-    with workdir.held(path) as path:
+    with workdir.held(str(path)) as path:
         return train.train(config.load(f'{launched.TINY}:{folder}', pairs), path, stop, **options)
 
 
@@ -227,6 +227,12 @@ def test_the_heading_names_each_parameter(folder, tmp_path, capsys):
     assert table['embedding/kernel'] == ['4x4x3x16', '768', '0.125', '0', 'frozen']
     assert table['encoder/mlp/fc1/kernel'] == ['2x16x32', '1,024', '0.25', '...', '0.5', '0.1']
     assert table['head/kernel'] == ['16x3', '48', '1', '0.1']
+
+
+def test_a_workdir_may_be_relative(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(folder, 'runs/one', 'steps=6')
+    assert launched.checkpoints(tmp_path / 'runs' / 'one') == [4, 6]
 
 
 def test_only_the_lines_asked_for(folder, tmp_path):

@@ -9,7 +9,6 @@ from functools import partial
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 
 from vit_jax import cli, optim, report, summary, train, workdir
 from vit_jax import config as configs
@@ -105,8 +104,8 @@ def attention_over(model, params, images):
 def main(argv):
     if len(argv) != 2:
         raise UserError('usage: python -m vit_jax.figures WORKDIR [--out DIR]')
-    path = epath.Path(argv[1])
-    out = epath.Path(OUT.value or path)
+    path = workdir.located(argv[1])
+    out = workdir.located(OUT.value or argv[1])
     out.mkdir(parents=True, exist_ok=True)
     draw_summary(path, out / 'summary.png')
     print(f'Picture: {out / "summary.png"}')

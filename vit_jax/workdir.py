@@ -24,16 +24,23 @@ def held(workdir):
     """
     if not workdir:
         raise UserError('--workdir is empty; name the folder of the run')
-    path = epath.Path(os.path.expanduser(workdir))
+    path = located(workdir)
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = None if '://' in str(workdir) else locked(path)
+        lock = None if '://' in workdir else locked(path)
     try:
         with explained(path):
             yield path
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def located(workdir):
+    """The absolute path of a workdir as a user wrote it; an address (gs://...) stays."""
+    if '://' in workdir:
+        return epath.Path(workdir)
+    return epath.Path(os.path.abspath(os.path.expanduser(workdir)))
 
 
 def locked(path):
