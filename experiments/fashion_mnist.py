@@ -1,0 +1,43 @@
+"""ViT on Fashion-MNIST (arXiv:1708.07747), 16 epochs: at least 89.5% in half an hour on two cores.
+
+Here, one run of seed 0 on two CPU cores: 89.92% of the 10,000 test images in 1,331 s (772 images/s
+in the median, compilation and 15 evaluations included in the seconds). Test accuracy by step, in
+percent, of the averaged parameters:
+
+  1,000 78.56    4,000 85.13    7,000 87.50   10,000 88.82   13,000 89.68
+  2,000 83.11    5,000 86.22    8,000 88.20   11,000 89.30   14,000 89.86
+  3,000 84.55    6,000 87.00    9,000 88.66   12,000 89.35   15,000 89.92
+
+Short runs of 190 to 280 s had shown, each with a schedule of its own that ended there (patch 7 and
+width 128 where not said): shifts by 2 pixels 82.8%, no shifts 86.6%; patch 4 and width 64 77.4%,
+width 96 73.5%, both with shifts. More patches cost more than they bring in this time.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg=None):
+    config = ConfigDict()
+    config.seed = 0
+    config.epochs = 16
+
+    config.model = dict(name='vit-ti/7', width=128, depth=6, num_heads=4, mlp_dim=256, unroll=6)
+    config.data = dict(
+        source=dict(name='fashion_mnist_debian', split='train'),
+        view=dict(name='affine', degrees=5.0, scale=0.05, pixels=0.5, flip=True),
+        image_size=28,
+        batch_size=64,
+    )
+    config.evals = dict(
+        test=dict(source=dict(name='fashion_mnist_debian', split='test'), every=1000)
+    )
+
+    config.objective = dict(label_smoothing=0.1)
+    config.optim = dict(lr=1.5e-3, warmup=500, weight_decay=0.1, clip=1.0, b2=0.99, ema=0.998)
+    config.checkpoint = dict(every=1000)
+    config.report = dict(every=50)
+
+    config.expected = [
+        dict(metric='test/accuracy', value=0.8992, tolerance=0.004, source='measured here, seed 0'),
+    ]
+    return config
