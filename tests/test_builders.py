@@ -96,7 +96,7 @@ for i in range(8):
     data, label = source.records[i]
     assert (images.decode(data) == 255 * label).all()
 assert source.name(3) == 'dots/validation[20%:][3]'
-for options, words in ((dict(label='label'), "no feature 'label', but photo, kind"),
+for options, words in ((dict(label='label'), "no feature 'label', but kind, photo"),
                        (dict(label='kind'), "no split 'train'; it has validation")):
     try:
         sources.load(**where, **options)

@@ -60,8 +60,8 @@ def test_complete_reads_back_what_it_wrote():
     ('optim=3', 'optim is 3, not a section'),
     ('evals.val=3', 'evals.val is 3, not a section'),
     ('model.name=vit-q/16', "no model 'vit-q/16'"),
-    ('data.view=blur', "no view 'blur'; there are central"),
-    ('data.view.name=blur', "no view 'blur'; there are central"),
+    ('data.view=blur', "no view 'blur'; there are affine, central"),
+    ('data.view.name=blur', "no view 'blur'; there are affine, central"),
 ])
 def test_mistakes_are_named(override, words):
     with pytest.raises(UserError, match=words):

@@ -109,7 +109,9 @@ def tfds(name, split, *, data_dir=None, image='image', label='label'):
     features = builder.info.features
     for key in (image, label):
         if key not in features:
-            raise UserError(f'data set {name} has no feature {key!r}, but {", ".join(features)}')
+            raise UserError(
+                f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}'
+            )
     try:
         data = builder.as_data_source(
             split, decoders={image: tfds_lib.decode.SkipDecoding()}
