@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import importlib
 import os
+import sys
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -98,6 +99,8 @@ def tfds(name, split, *, data_dir=None, image='image', label='label'):
     if name in BUILDERS:
         module = f'vit_jax.data.builders.{name}.{name}_dataset_builder'
         builder = importlib.import_module(module).Builder(data_dir=data_dir)
+        if not sys.stderr.isatty():
+            tfds_lib.disable_progress_bar()
         try:
             builder.download_and_prepare(file_format='array_record')
         except ModuleNotFoundError as e:
