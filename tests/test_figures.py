@@ -1,6 +1,7 @@
 """The command that draws a run, on a real one; and the recipe of the quickstart."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -58,6 +59,7 @@ def test_a_model_without_class_token_and_a_run_that_goes_on(tmp_path):
 @pytest.mark.parametrize('arguments, words', [
     ([], 'usage: python -m vit_jax.figures WORKDIR'), (['/nowhere'], '/nowhere is no workdir'),
 ])
-def test_mistakes_are_named(arguments, words):
+def test_mistakes_are_named_and_make_no_folder(arguments, words):
     done = figures(*arguments)
+    assert not pathlib.Path('/nowhere').exists()
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1

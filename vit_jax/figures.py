@@ -77,6 +77,7 @@ def draw_summary(path, out):
     )
     order = summary.mistakes_first(found['label'], found['prediction'], found['confidence'])
     attended = np.stack([images[i] for i in order[:ATTENDED]])
+    out.parent.mkdir(parents=True, exist_ok=True)
     summary.draw(
         out, title=f'{config.model.name} on {config.data.source.name}, step {int(state.step):,}',
         lines=report.read_lines(path), images=images, labels=found['label'],
@@ -106,7 +107,6 @@ def main(argv):
         raise UserError('usage: python -m vit_jax.figures WORKDIR [--out DIR]')
     path = workdir.located(argv[1])
     out = workdir.located(OUT.value or argv[1])
-    out.mkdir(parents=True, exist_ok=True)
     draw_summary(path, out / 'summary.png')
     print(f'Picture: {out / "summary.png"}')
 
