@@ -104,6 +104,26 @@ def test_whatever_is_damaged_the_newest_sound_one_is_resumed(saved, tmp_path, ca
     assert len(files) > 8 and min(noticed.values()) >= 3 and len(noticed) == 7, noticed
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_flipped_bit_that_orbax_does_not_notice(tmp_path, capsys):
+    sound = {n: state_at(n, devices=1) for n in (10, 20)}
+    with Checkpoints(tmp_path / 'saved') as checkpoints:
+        for n, state in sound.items():
+            checkpoints.save(n, state, {})
+    newest = tmp_path / 'saved' / 'checkpoints' / '20'
+    files = [p for p in newest.rglob('d/*') if p.stat().st_size > 2000]
+    for i, file in enumerate(files):
+        data = bytearray(file.read_bytes())
+        for place in (len(data) // 8, len(data) // 3):  # arrays, as Orbax lays them out
+            flipped = data.copy()
+            flipped[place] ^= 0x10
+            workdir = shutil.copytree(tmp_path / 'saved', tmp_path / f'{i}-{place}')
+            (workdir / file.relative_to(tmp_path / 'saved')).write_bytes(flipped)
+            state = resume(workdir, devices=1)
+            assert_same_bits(state, sound[int(state.step)])
+    assert 'are not those that were saved' in capsys.readouterr().err
+
+
 def test_a_step_whose_checkpoint_was_damaged_is_saved_again(saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / 'run')
     (workdir / 'checkpoints' / '20' / 'state' / 'manifest.ocdbt').unlink()
