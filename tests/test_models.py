@@ -186,3 +186,13 @@ def test_exact_gelu_differs_from_tanh():
 def test_mistakes_are_named(fields, words):
     with pytest.raises(UserError, match=words):
         small(**fields)
+
+
+def test_bfloat16_computes_close_and_keeps_float32_parameters():
+    model, params, images = small(pool='map', layer_scale=0.5, qk_norm=True, registers=1)
+    half = model.clone(dtype='bfloat16')
+    plain, rounded = (m.apply({'params': params}, images)[0] for m in (model, half))
+    assert rounded.dtype == jnp.bfloat16
+    assert 0 < np.abs(plain - rounded).max() < 0.05 * np.abs(plain).max()
+    fresh = half.init(jax.random.key(0), images)['params']
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fresh))
