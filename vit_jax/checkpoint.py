@@ -208,7 +208,9 @@ class Checkpoints:
         """Renames damaged checkpoints, so that their steps can be saved again."""
         if steps and jax.process_index() == 0:
             for step in steps:
-                (self.path / str(step)).rename(self.path / f'damaged-{step}')
+                aside = self.path / f'damaged-{step}'
+                aside.rmtree(missing_ok=True)  # of the same step, damaged once before
+                (self.path / str(step)).rename(aside)
         if steps:
             self.manager.reload()
 
