@@ -1,3 +1,16 @@
-"""Vision Transformers in JAX and Flax."""
+"""Vision Transformers in JAX and Flax: `load` any public checkpoint, `save` it for others."""
 
 __version__ = '0.1.0'
+
+
+def __getattr__(name):
+    """`load` and `save`, imported when they are asked for: the step needs neither."""
+    if name == 'load':
+        from vit_jax.convert.load import load
+
+        return load
+    if name == 'save':
+        from vit_jax.convert.save import save
+
+        return save
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

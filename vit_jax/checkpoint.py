@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import traceback
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -213,6 +215,44 @@ class Checkpoints:
                 (self.path / str(step)).rename(aside)
         if steps:
             self.manager.reload()
+
+
+def weights(path, *, average):
+    """{name: numpy array} of the parameters in a checkpoint's folder `path` (checkpoints/STEP).
+
+    With `average`, their moving average where one was kept. Neither optimizer nor config is
+    needed. Raises Damaged.
+    """
+    path = epath.Path(path)
+    try:
+        kept = json.loads((path / 'contents' / 'metadata').read_text())
+    except (OSError, ValueError) as e:
+        raise Damaged(f'its list of arrays can not be read ({reason(e)})') from e
+    places = {name: name for name in kept if name.startswith('params/')}
+    for name in kept if average else ():
+        match = re.fullmatch(r'opt_state/(?:.*/)?average/(.*)', name)
+        if match:
+            places[f'params/{match[1]}'] = name
+    wanted = set(places.values())
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path / 'state').item_metadata.tree
+            item = jax.tree_util.tree_map_with_path(
+                lambda p, _: 0 if leaf_name(p) in wanted else ocp.PLACEHOLDER, tree
+            )
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            state = checkpointer.restore(
+                path / 'state', args=ocp.args.PyTreeRestore(item=item, restore_args=plain)
+            )
+    except Exception as e:  # whatever a broken file makes the libraries raise
+        raise Damaged(f'its arrays can not be read ({reason(e)})') from e
+    found = named(state)
+    values = {name: found[name] for name in wanted}
+    prints = contents(values)
+    for name in wanted:
+        if prints[name] != kept[name]:
+            raise Damaged(f'the bits of {name} are not those that were saved')
+    return {name.removeprefix('params/'): values[place] for name, place in places.items()}
 
 
 def check_space(path, state):

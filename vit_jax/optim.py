@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 
 SCHEDULES = ('cosine', 'linear', 'rsqrt', 'constant')
 OPTIMIZERS = ('adamw', 'sgd', 'adafactor')
+FIRST = ('embedding', 'posemb', 'cls', 'dist', 'registers', 'resnet', 'pre_norm')  # before block 1
 
 
 class Optimizer(NamedTuple):
@@ -75,7 +76,7 @@ def rate_multiplier(name, leaf, depth, layer_decay):
     if name.startswith('encoder/'):
         rates = layer_decay ** jnp.arange(depth, 0, -1)
         return rates.reshape(depth, *[1] * (len(leaf.shape) - 1)).astype(jnp.float32)
-    if name.split('/')[0] in ('embedding', 'posemb', 'cls', 'registers'):
+    if name.split('/')[0] in FIRST:
         return layer_decay ** (depth + 1)
     return 1.0
 

@@ -19,18 +19,21 @@ RULES = (
     (r'encoder/attn/qkv/kernel', P(None, 'fsdp', None, 'tensor', None)),  # [L, D, 3, H, C]
     (r'encoder/attn/qkv/bias', P(None, None, 'tensor', None)),  # [L, 3, H, C]
     (r'encoder/attn/out/kernel', P(None, 'tensor', None, 'fsdp')),  # [L, H, C, D]
-    (r'encoder/mlp/fc1/kernel', P(None, 'fsdp', 'tensor')),  # [L, D, M]
-    (r'encoder/mlp/fc1/bias', P(None, 'tensor')),  # [L, M]
-    (r'encoder/mlp/fc2/kernel', P(None, 'tensor', 'fsdp')),  # [L, M, D]
+    (r'encoder/(mlp|channel_mixing)/(fc1|gate)/kernel', P(None, 'fsdp', 'tensor')),  # [L, D, M]
+    (r'encoder/(mlp|channel_mixing)/(fc1|gate)/bias', P(None, 'tensor')),  # [L, M]
+    (r'encoder/(mlp|channel_mixing)/fc2/kernel', P(None, 'tensor', 'fsdp')),  # [L, M, D]
+    (r'encoder/token_mixing/fc1/kernel', P(None, None, 'fsdp')),  # [L, N, M]
+    (r'encoder/token_mixing/fc2/kernel', P(None, 'fsdp', None)),  # [L, M, N]
     (r'embedding/kernel', P(None, None, None, 'fsdp')),  # [P, P, C, D]
+    (r'resnet/.*/kernel', P(None, None, None, 'fsdp')),  # [h, w, C, F]
     (r'map_head/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D, H, C]
     (r'map_head/(query|key|value)/bias', P('tensor', None)),  # [H, C]
     (r'map_head/out/kernel', P('tensor', None, 'fsdp')),  # [H, C, D]
     (r'map_head/mlp/fc1/kernel', P('fsdp', 'tensor')),  # [D, M]
     (r'map_head/mlp/fc1/bias', P('tensor')),  # [M]
     (r'map_head/mlp/fc2/kernel', P('tensor', 'fsdp')),  # [M, D]
-    (r'(pre_logits|head)/kernel', P('fsdp', None)),  # [D, K]
-    (r'bias|scale|scale1|scale2|cls|posemb|registers|probe', P()),
+    (r'(pre_logits|head|dist_head)/kernel', P('fsdp', None)),  # [D, K]
+    (r'bias|scale|scale1|scale2|cls|dist|posemb|registers|probe', P()),
 )
 
 

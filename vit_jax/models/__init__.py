@@ -1,31 +1,62 @@
-"""Models by name: `build('vit-b/16', num_classes=1000)`."""
+"""Models by name: `build('vit-b/16', num_classes=1000)`; a size is a row of a table."""
 
 import dataclasses
 import difflib
 import re
 
 from vit_jax.errors import UserError
-from vit_jax.models import vit
+from vit_jax.models import mixer, vit
+
+# Units by stage and the patch in features, by the stride in pixels: arXiv:2010.11929 section 3.1
+# (r50), arXiv:2106.10270 table 2 (r26, r).
+HYBRIDS = {
+    ('r', 16): ((), 4),
+    ('r26', 32): ((2, 2, 2, 2), 1),
+    ('r50', 16): ((3, 4, 9), 1),
+    ('r50', 32): ((3, 4, 6, 3), 1),
+}
+NAMES = (
+    "vit-SIZE/PATCH (SIZE: {}), 'vit/PATCH' with every size a field, mixer-SIZE/PATCH (SIZE: {}) "
+    'and the hybrids {}'
+)
+
+
+def parts(name):
+    """(module, {field: value}) of a model's name."""
+    match = re.fullmatch(r'(?:(r\d*)\+)?(vit|mixer)(?:-(\w+))?/(\d+)', name)
+    root, kind, size, patch = match.groups() if match else (None,) * 4
+    module, sizes = {'mixer': (mixer.Mixer, mixer.SIZES)}.get(kind, (vit.Vit, vit.SIZES))
+    known = match and (size in sizes or size is None and root is None)
+    if known and root and (kind != 'vit' or (root, int(patch)) not in HYBRIDS):
+        known = False
+    if not known or not int(patch):
+        hybrids = ', '.join(f'{r}+vit-SIZE/{p}' for r, p in HYBRIDS)
+        raise UserError(
+            f'no model {name!r}; there are '
+            + NAMES.format(', '.join(vit.SIZES), ', '.join(mixer.SIZES), hybrids)
+        )
+    values = {'patch_size': (int(patch),) * 2, **(sizes[size] if size else {})}
+    if root:
+        units, inner = HYBRIDS[root, int(patch)]
+        values |= {'resnet': units, 'patch_size': (inner,) * 2}
+    return module, values
 
 
 def fields(name):
     """{field: (annotation, default)} of the model of that name: what `build` takes."""
-    match = re.fullmatch(r'vit-(\w+)/(\d+)', name)
-    if not match or match[1] not in vit.SIZES:
-        names = [f'vit-{size}/16' for size in vit.SIZES]
-        raise UserError(f'no model {name!r}; there are {", ".join(names)}, with any patch size')
-    size = {'patch_size': (int(match[2]),) * 2, **vit.SIZES[match[1]]}
-    rows = {f.name: f for f in dataclasses.fields(vit.Vit) if f.name not in ('parent', 'name')}
-    rows = {n: (f.type, size.get(n, f.default)) for n, f in rows.items()}
-    return {'name': (str, name), **rows, 'patch_size': (int | tuple, size['patch_size'])}
+    module, values = parts(name)
+    rows = {f.name: f for f in dataclasses.fields(module) if f.name not in ('parent', 'name')}
+    rows = {n: (f.type, values.get(n, f.default)) for n, f in rows.items()}
+    return {'name': (str, name), **rows, 'patch_size': (int | tuple, values['patch_size'])}
 
 
 def build(name, num_classes=1000, **values):
-    """A flax module by name: 'vit-SIZE/PATCH' with the sizes of `vit.SIZES`; no file is read.
+    """A flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16'; no file is read.
 
     `values` override any field of the module (`width=96`, `pool='gap'`, `dtype='bfloat16'`,
     `patch_size=4` or `(4, 8)`); a field that is none raises UserError and names the nearest.
     """
+    module, _ = parts(name)
     valid = fields(name)
     for field in values:
         if field not in valid:
@@ -35,8 +66,31 @@ def build(name, num_classes=1000, **values):
     values |= {'num_classes': num_classes, 'name': None}
     if isinstance(values['patch_size'], int):
         values['patch_size'] = (values['patch_size'],) * 2
-    for field in ('patch_size', 'mean', 'std'):
-        values[field] = tuple(values[field])
-    model = vit.Vit(**values)
+    for field in ('patch_size', 'mean', 'std', 'resnet'):
+        if values.get(field) is not None:
+            values[field] = tuple(values[field])
+    model = module(**values)
     model.check()
     return model
+
+
+def describe(model):
+    """{field: value} with a `name` that `build` makes the same model of."""
+    sizes, kind = (
+        (mixer.SIZES, 'mixer') if isinstance(model, mixer.Mixer) else (vit.SIZES, 'vit')
+    )
+    values = {
+        f.name: getattr(model, f.name)
+        for f in dataclasses.fields(model)
+        if f.name not in ('parent', 'name')
+    }
+    size = next(
+        (s for s, row in sizes.items() if all(values[k] == v for k, v in row.items())), None
+    )
+    size = f'-{size}' if size else ''
+    hybrid = next(
+        (f'{r}+vit{size}/{p}' for (r, p), (units, inner) in HYBRIDS.items()
+         if size and values.get('resnet') == units and values['patch_size'] == (inner,) * 2),
+        None,
+    )  # fmt: skip
+    return {'name': hybrid or f'{kind}{size}/{values["patch_size"][0]}', **values}

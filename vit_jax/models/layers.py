@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.errors import UserError
+
 Dtype = Any
 
 
@@ -23,6 +25,26 @@ def sincos2d(h, w, width, *, temperature=10_000.0):
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)[None]
 
 
+def grid(image_shape, stride):
+    """Rows and columns of patches of an image [H, W, ...]; UserError where it has none."""
+    (h, w), (y, x) = image_shape[:2], stride
+    if h % y or w % x or not h or not w:
+        raise UserError(f'image size {h} x {w} is not divisible by the patch size {y} x {x}')
+    return h // y, w // x
+
+
+def normalise(images, mean, std):
+    """uint8 [B, H, W, C] to floats; mean and std are those of images in [0, 1]."""
+    images = images.astype(jnp.float32) / 255
+    return (images - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def dropped(y, rate, key):
+    """Stochastic depth (arXiv:1603.09382): y [B, T, D], zero for a share of the examples."""
+    keep = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
+    return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)
+
+
 def qkv_init(key, shape, dtype=jnp.float32):
     """Xavier uniform for each of the three stacked D x D projections, not for D x 3D."""
     fan_in, fan_out = shape[0], shape[1] // 3
@@ -30,11 +52,21 @@ def qkv_init(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
+def gelu_of(kind):
+    """GELU by its published forms: 'exact', 'tanh' (arXiv:1606.08415 section 2) and 'quick', CLIP's
+    x * sigmoid(1.702 x)."""
+    if kind == 'quick':
+        return lambda x: x * nn.sigmoid(1.702 * x)
+    return lambda x: nn.gelu(x, approximate=kind == 'tanh')
+
+
 class Mlp(nn.Module):
-    """Two dense layers with GELU between: D -> mlp_dim -> D."""
+    """Two dense layers with GELU between: D -> mlp_dim -> D; with `glu`, SwiGLU
+    (arXiv:2002.05202 eq. 6)."""
 
     mlp_dim: int
     gelu: str = 'tanh'
+    glu: bool = False
     dropout: float = 0.0
     deterministic: bool = True
     dtype: Dtype = jnp.float32
@@ -47,8 +79,11 @@ class Mlp(nn.Module):
             bias_init=nn.initializers.normal(1e-6),
             dtype=self.dtype,
         )
-        x = nn.Dense(self.mlp_dim, **dense, name='fc1')(x)
-        x = nn.gelu(x, approximate=self.gelu == 'tanh')
+        y = nn.Dense(self.mlp_dim, **dense, name='fc1')(x)
+        if self.glu:
+            x = nn.silu(nn.Dense(self.mlp_dim, **dense, name='gate')(x)) * y
+        else:
+            x = gelu_of(self.gelu)(y)
         x = nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
         x = nn.Dense(width, **dense, name='fc2')(x)
         return nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
@@ -102,6 +137,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_dim: int
     gelu: str = 'tanh'
+    glu: bool = False
     epsilon: float = 1e-6
     qk_norm: bool = False
     layer_scale: float | None = None
@@ -118,8 +154,7 @@ class Block(nn.Module):
             init = nn.initializers.constant(self.layer_scale)
             y = y * self.param(name, init, (y.shape[-1],)).astype(y.dtype)
         if self.stochastic_depth and not self.deterministic:
-            keep = jax.random.bernoulli(self.make_rng('dropout'), 1 - drop_path, (y.shape[0], 1, 1))
-            y = jnp.where(keep, y / (1 - drop_path).astype(y.dtype), 0)
+            y = dropped(y, drop_path, self.make_rng('dropout'))
         return x + y
 
     @nn.compact
@@ -140,8 +175,9 @@ class Block(nn.Module):
         x = self.residual(x, y, drop_path, 'scale1')
         y = nn.LayerNorm(**norm, name='norm2')(x)
         y = Mlp(
-            self.mlp_dim, self.gelu, self.dropout, self.deterministic, self.dtype, name='mlp'
-        )(y)
+            self.mlp_dim, self.gelu, self.glu, self.dropout, self.deterministic, self.dtype,
+            name='mlp',
+        )(y)  # fmt: skip
         return self.residual(x, y, drop_path, 'scale2'), attention
 
 

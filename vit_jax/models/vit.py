@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
-from vit_jax.models import layers
+from vit_jax.models import layers, resnet
 
 # arXiv:2010.11929 table 1 (b, l, h); arXiv:2106.10270 table 2 (ti, s); arXiv:2106.04560 table 2
 # (mu to G); arXiv:2305.13035 table 1 (so400m); arXiv:2209.06794 section 3.1 (e).
@@ -27,9 +27,10 @@ SIZES = {
 }
 
 CHOICES = {
-    'pool': ('cls', 'gap', 'map', 'none'),
+    'pool': ('cls', 'gap', 'cls_gap', 'map', 'none'),
     'posemb': ('learn', 'sincos2d', 'none'),
-    'gelu': ('tanh', 'exact'),
+    'gelu': ('tanh', 'exact', 'quick'),
+    'interpolation': ('linear', 'bicubic', 'bicubic_antialias'),
     'remat': ('none', 'full', 'dots_saveable', 'dots_with_no_batch_dims_saveable'),
     'dtype': ('float32', 'bfloat16', 'float16'),
 }
@@ -42,28 +43,38 @@ class Vit(nn.Module):
     `pool='none'` both keep the patches: [B, N, K] and [B, N, D]. The intermediates:
 
     tokens      [B, N, D]  embedded patches with their positions
-    encoded     [B, N, D]  patches after the last norm
-    cls         [B, D]     class token after the last norm, where there is one
-    pre_logits  [B, D]     what the head reads
+    encoded     [B, N, D]  patches after the last norm (without one where `fc_norm`)
+    cls         [B, D]     class token likewise, where there is one
+    pre_logits  [B, D]     what the head reads; [B, 2 D] with pool='cls_gap'
     logits      [B, K]     where there is a head
     attention   [L, B, heads, T, T]  with capture=('attention',); T counts the class token
-                first, then the registers, then the patches
+                first, then the distillation token, the registers and the patches
     """
 
     num_classes: int | None = 1000
-    patch_size: tuple[int, int] = (16, 16)
+    patch_size: tuple[int, int] = (16, 16)  # in pixels, or in features of `resnet`
     width: int = 768
     depth: int = 12
     num_heads: int = 12
     mlp_dim: int = 3072
     pool: str = 'cls'
     posemb: str = 'learn'
-    cls_posemb: bool = True  # the class token has a row in the position table
+    interpolation: str = 'linear'  # of the position table where it meets another image size
+    cls_token: bool | None = None  # None: where the pooling reads it
+    dist_token: bool = False  # arXiv:2012.12877 section 4
+    dist_head: bool = False  # a head on the distillation token; logits are the mean of both
     registers: int = 0  # arXiv:2309.16588
+    cls_posemb: bool = True  # class and distillation token have a row in the position table
+    registers_posemb: bool = False
     representation_size: int | None = None  # a dense layer with tanh before the head
+    resnet: tuple[int, ...] | None = None  # hybrid: units by stage; () is the root block alone
+    resnet_width: float = 1.0
+    pre_norm: bool = False  # a norm before the first block, as CLIP has it
+    fc_norm: bool = False  # the last norm after pooling in place of before
     layer_scale: float | None = None
     qk_norm: bool = False
     gelu: str = 'tanh'
+    glu: bool = False  # SwiGLU in place of GELU
     epsilon: float = 1e-6
     head_bias: float = 0.0  # initial value; -log K starts sigmoid losses near zero
     dropout: float = 0.0
@@ -75,10 +86,34 @@ class Vit(nn.Module):
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
+    @property
+    def prefix(self):
+        """Tokens before the patches, by the name of their parameter: {'cls': 1, 'registers': 4}."""
+        cls = self.pool in ('cls', 'cls_gap') if self.cls_token is None else self.cls_token
+        counts = {'cls': int(cls), 'dist': int(self.dist_token), 'registers': self.registers}
+        return {name: count for name, count in counts.items() if count}
+
+    @property
+    def prefix_posemb(self):
+        """Those of `prefix` that have rows in the position table; they come first in it."""
+        if self.posemb != 'learn':
+            return {}
+        has = {'cls': self.cls_posemb, 'dist': self.cls_posemb, 'registers': self.registers_posemb}
+        return {name: count for name, count in self.prefix.items() if has[name]}
+
+    @property
+    def stride(self):
+        """Pixels from one patch to the next: (vertical, horizontal)."""
+        by = 1 if self.resnet is None else resnet.stride(self.resnet)
+        return self.patch_size[0] * by, self.patch_size[1] * by
+
+    def grid(self, image_shape):
+        """Rows and columns of patches of an image [H, W, ...]; UserError where it has none."""
+        return layers.grid(image_shape, self.stride)
+
     def normalise(self, images):
         """uint8 [B, H, W, C] to the floats that this model was made for."""
-        images = images.astype(jnp.float32) / 255
-        return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        return layers.normalise(images, self.mean, self.std)
 
     def check(self):
         """Says which field is wrong before anything is built from it."""
@@ -90,6 +125,10 @@ class Vit(nn.Module):
             raise UserError(
                 f'model.width {self.width} is not divisible by model.num_heads {self.num_heads}'
             )
+        if self.pool in ('cls', 'cls_gap') and 'cls' not in self.prefix:
+            raise UserError(f'model.pool {self.pool!r} needs model.cls_token')
+        if self.dist_head and not self.dist_token:
+            raise UserError('model.dist_head needs model.dist_token')
 
     def flops(self, image_shape):
         """Of one forward pass over one image [H, W, C]: multiply-adds of all products, times two.
@@ -98,26 +137,31 @@ class Vit(nn.Module):
         """
         h, w, c = image_shape
         p, d = self.patch_size, self.width
-        n = (h // p[0]) * (w // p[1])
-        t = n + self.registers + (self.pool == 'cls')
-        adds = n * p[0] * p[1] * c * d
-        adds += self.depth * t * (4 * d * d + 2 * t * d + 2 * d * self.mlp_dim)
+        rows, columns = self.grid(image_shape)
+        n = rows * columns
+        t = n + sum(self.prefix.values())
+        adds = 0
+        if self.resnet is not None:
+            adds += resnet.multiply_adds(image_shape, self.resnet, self.resnet_width)
+            c = resnet.channels(self.resnet, self.resnet_width)
+        adds += n * p[0] * p[1] * c * d
+        mlp = (3 if self.glu else 2) * d * self.mlp_dim
+        adds += self.depth * t * (4 * d * d + 2 * t * d + mlp)
         if self.pool == 'map':
             adds += n * (2 * d * d + 2 * d) + 2 * d * d + 2 * d * self.mlp_dim
-        rows, features = (n if self.pool == 'none' else 1), d
+        rows, features = (n if self.pool == 'none' else 1), d * (1 + (self.pool == 'cls_gap'))
         if self.representation_size is not None:
-            adds += rows * d * self.representation_size
+            adds += rows * features * self.representation_size
             features = self.representation_size
-        return 2 * (adds + rows * features * (self.num_classes or 0))
+        heads = 1 + self.dist_head
+        return 2 * (adds + rows * features * (self.num_classes or 0) * heads)
 
     def embed(self, images):
-        """Patches with their positions: [B, H, W, C] -> [B, N, D], and the table's first row."""
-        h, w = images.shape[1:3]
-        if h % self.patch_size[0] or w % self.patch_size[1]:
-            raise UserError(
-                f'image size {h} x {w} is not divisible by the patch size '
-                f'{self.patch_size[0]} x {self.patch_size[1]}'
-            )
+        """Patches with their positions: [B, H, W, C] -> [B, N, D], and the table's rows before."""
+        h, w = self.grid(images.shape[1:])
+        x = images.astype(self.dtype)
+        if self.resnet is not None:
+            x = resnet.ResNet(self.resnet, self.resnet_width, self.dtype, name='resnet')(x)
         x = nn.Conv(
             self.width,
             self.patch_size,
@@ -125,56 +169,68 @@ class Vit(nn.Module):
             padding='VALID',
             dtype=self.dtype,
             name='embedding',
-        )(images.astype(self.dtype))
-        b, h, w, d = x.shape
+        )(x)
+        b, _, _, d = x.shape
         x = x.reshape(b, h * w, d)  # [B, h, w, D] -> [B, N, D]
-        prefix = int(self.pool == 'cls' and self.cls_posemb)
         if self.posemb == 'none':
             return x, None
         if self.posemb == 'sincos2d':
             return x + layers.sincos2d(h, w, d).astype(self.dtype), None
+        before = sum(self.prefix_posemb.values())
         table = self.param(
-            'posemb', nn.initializers.normal(d**-0.5), (1, prefix + h * w, d)
+            'posemb', nn.initializers.normal(d**-0.5), (1, before + h * w, d)
         ).astype(self.dtype)
-        return x + table[:, prefix:], table[:, :1] if prefix else None
+        return x + table[:, before:], table[:, :before]
+
+    def prefix_tokens(self, positions):
+        """Class token, distillation token and registers, those that there are: each [1, *, D]."""
+        tokens, start = [], 0
+        for name, count in self.prefix.items():
+            init = nn.initializers.zeros if name == 'cls' else nn.initializers.normal(0.02)
+            token = self.param(name, init, (1, count, self.width)).astype(self.dtype)
+            if name in self.prefix_posemb:
+                token = token + positions[:, start : start + count]
+                start += count
+            tokens.append(token)
+        return tokens
 
     @nn.compact
     def __call__(self, images, *, train=False, capture=()):
         self.check()
         out = {}
-        x, cls_position = self.embed(images)
+        x, positions = self.embed(images)
         out['tokens'] = x
         b, n, d = x.shape
-        prefix = []
-        if self.pool == 'cls':
-            cls = self.param('cls', nn.initializers.zeros, (1, 1, d)).astype(self.dtype)
-            prefix.append(cls if cls_position is None else cls + cls_position)
-        if self.registers:
-            init = nn.initializers.normal(0.02)
-            prefix.append(
-                self.param('registers', init, (1, self.registers, d)).astype(self.dtype)
-            )
+        prefix = self.prefix_tokens(positions)
         x = jnp.concatenate([jnp.tile(p, (b, 1, 1)) for p in prefix] + [x], axis=1)  # [B, T, D]
+        norm = dict(epsilon=self.epsilon, dtype=self.dtype)
+        if self.pre_norm:
+            x = nn.LayerNorm(**norm, name='pre_norm')(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x, attention = self.encode(x, train, 'attention' in capture)
         if attention is not None:
             out['attention'] = attention
-        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
+        last_norm = nn.LayerNorm(**norm, name='norm')
+        x = x if self.fc_norm else last_norm(x)
         out['encoded'] = x[:, -n:]
-        if self.pool == 'cls':
+        if 'cls' in self.prefix:
             out['cls'] = x[:, 0]
-        x = out['pre_logits'] = self.pooled(out)
+        dist = x[:, list(self.prefix).index('dist')] if self.dist_head else None
+        x = self.pooled(out)
+        x = out['pre_logits'] = self.represented(last_norm(x) if self.fc_norm else x)
         if self.num_classes is None:
             return x, out
-        head = nn.Dense(
-            self.num_classes,
+        head = dict(
+            features=self.num_classes,
             kernel_init=nn.initializers.zeros,
             bias_init=nn.initializers.constant(self.head_bias),
             dtype=self.dtype,
-            name='head',
         )
-        out['logits'] = head(x)
-        return out['logits'], out
+        logits = nn.Dense(**head, name='head')(x)
+        if self.dist_head:
+            logits = (logits + nn.Dense(**head, name='dist_head')(dist)) / 2
+        out['logits'] = logits
+        return logits, out
 
     def encode(self, x, train, capture):
         """L blocks, their parameters stacked along a leading axis: [B, T, D] -> [B, T, D]."""
@@ -195,6 +251,7 @@ class Vit(nn.Module):
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             gelu=self.gelu,
+            glu=self.glu,
             epsilon=self.epsilon,
             qk_norm=self.qk_norm,
             layer_scale=self.layer_scale,
@@ -209,18 +266,21 @@ class Vit(nn.Module):
         return encoder(x, jnp.linspace(0, self.drop_path, self.depth))
 
     def pooled(self, out):
-        """What the head reads: [B, D], or [B, N, D] without pooling."""
+        """The tokens in one: [B, D], [B, 2 D] with cls_gap, or [B, N, D] without pooling."""
         if self.pool == 'cls':
-            x = out['cls']
-        elif self.pool == 'gap':
-            x = out['encoded'].mean(axis=1)
-        elif self.pool == 'map':
-            x = layers.MapHead(
+            return out['cls']
+        if self.pool == 'gap':
+            return out['encoded'].mean(axis=1)
+        if self.pool == 'cls_gap':  # the linear head of DINOv2, arXiv:2304.07193 section 7.1
+            return jnp.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=-1)
+        if self.pool == 'map':
+            return layers.MapHead(
                 self.num_heads, self.mlp_dim, self.gelu, self.epsilon, self.dtype, name='map_head'
             )(out['encoded'])
-        else:
-            x = out['encoded']
+        return out['encoded']
+
+    def represented(self, x):
+        """What the head reads: x, or the representation layer over it."""
         if self.representation_size is None:
             return x
-        x = nn.Dense(self.representation_size, dtype=self.dtype, name='pre_logits')(x)
-        return nn.tanh(x)
+        return nn.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name='pre_logits')(x))

@@ -1,0 +1,248 @@
+"""Folders of Hugging Face transformers: ViT, DeiT and DINOv2, with or without heads.
+
+GELU and epsilon are those of config.json, the input normalisation that of
+preprocessor_config.json; position tables are resized by the bicubic filter without antialias.
+"""
+
+from vit_jax.convert.official import need
+from vit_jax.convert.pieces import Piece, count, linear, norm
+from vit_jax.convert.timm import IMAGENET, heads_of, ratio
+from vit_jax.errors import UserError
+
+UNUSED = (('embeddings.mask_token', 'for masked pre-training'),)
+TYPES = ('vit', 'deit', 'dinov2', 'dinov2_with_registers')
+GELUS = {
+    'gelu': 'exact', 'gelu_python': 'exact', 'gelu_pytorch_tanh': 'tanh', 'gelu_new': 'tanh',
+    'gelu_fast': 'tanh', 'quick_gelu': 'quick',
+}  # fmt: skip
+ACTS = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'quick': 'quick_gelu'}
+PATCHES = 'embeddings.patch_embeddings.projection.weight'
+TABLE = 'embeddings.position_embeddings'
+DEFAULT_EPSILON = {'vit': 1e-12, 'deit': 1e-12}
+
+
+def matches(names):
+    """Whether these are the arrays of such a file."""
+    return any(name == PATCHES or name.endswith('.' + PATCHES) for name in names)
+
+
+def tidy(arrays):
+    """The arrays without the prefix of a model inside a classifier."""
+    prefix = next((n.removesuffix(PATCHES) for n in arrays if n.endswith('.' + PATCHES)), '')
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
+
+
+def model_type(arrays, config):
+    """'vit', 'deit', 'dinov2' or 'dinov2_with_registers'."""
+    kind = config.get('model_type')
+    if kind is None:
+        if 'encoder.layer.0.mlp.fc2.weight' in arrays or 'encoder.layer.0.norm1.weight' in arrays:
+            registers = 'embeddings.register_tokens' in arrays
+            return 'dinov2_with_registers' if registers else 'dinov2'
+        return 'deit' if 'embeddings.distillation_token' in arrays else 'vit'
+    if kind not in TYPES:
+        raise UserError(f'config.json: model_type {kind!r} is none of {", ".join(TYPES)}')
+    return kind
+
+
+def hidden(arrays, kind):
+    """(width of the MLP, whether it is gated)."""
+    if not kind.startswith('dinov2'):
+        return need(arrays, 'encoder.layer.0.intermediate.dense.weight', 2)[0], False
+    if 'encoder.layer.0.mlp.weights_out.weight' in arrays:
+        return need(arrays, 'encoder.layer.0.mlp.weights_out.weight', 2)[1], True
+    return need(arrays, 'encoder.layer.0.mlp.fc1.weight', 2)[0], False
+
+
+def describe(arrays, config, processor):
+    """(kind, {field: value}) of the model, from names, shapes and the folder's two JSON files."""
+    kind = model_type(arrays, config)
+    width, _, *patch = need(arrays, PATCHES, 4)
+    depth = count(arrays, r'encoder\.layer\.(\d+)\.')
+    mlp_dim, glu = hidden(arrays, kind)
+    act = config.get('hidden_act', 'gelu')
+    if act not in GELUS:
+        raise UserError(f'config.json: hidden_act {act!r} is none of {", ".join(GELUS)}')
+    head = next((n for n in ('classifier', 'cls_classifier') if f'{n}.weight' in arrays), None)
+    shape = need(arrays, f'{head}.weight', 2) if head else (None, width)
+    fields = dict(
+        num_classes=shape[0], patch_size=tuple(patch), width=width, depth=depth,
+        num_heads=config.get('num_attention_heads') or heads_of(width, depth, ''),
+        mlp_dim=mlp_dim, glu=glu, gelu=GELUS[act],
+        epsilon=config.get('layer_norm_eps', DEFAULT_EPSILON.get(kind, 1e-6)),
+        pool='cls_gap' if shape[1] == 2 * width else 'cls', cls_token=True,
+        dist_token='embeddings.distillation_token' in arrays,
+        dist_head='distillation_classifier.weight' in arrays,
+        interpolation='bicubic', **({} if kind == 'vit' else IMAGENET),
+    )  # fmt: skip
+    if kind.startswith('dinov2'):
+        fields['layer_scale'] = float(config.get('layerscale_value', 1.0))
+    if 'embeddings.register_tokens' in arrays:
+        fields['registers'] = need(arrays, 'embeddings.register_tokens', 3)[1]
+    if 'pooler.dense.weight' in arrays:
+        fields['representation_size'] = need(arrays, 'pooler.dense.weight', 2)[0]
+        if config.get('pooler_act', 'tanh') != 'tanh':
+            raise UserError(f'config.json: pooler_act {config["pooler_act"]!r} is not tanh')
+    for field, key in (('mean', 'image_mean'), ('std', 'image_std')):
+        if processor.get(key) is not None:
+            fields[field] = tuple(float(x) for x in processor[key])
+    return 'vit', fields
+
+
+def table_rows(arrays):
+    """(name, rows) of the position table."""
+    return TABLE, need(arrays, TABLE, 3)[1]
+
+
+def image_size(config):
+    """(height, width) that the checkpoint was made for, None where the config does not tell."""
+    size = config.get('image_size')
+    size = (size, size) if isinstance(size, int) else size
+    return tuple(size) if size and all(isinstance(n, int) for n in size) else None
+
+
+def save_type(model):
+    """The model_type that a model is saved as."""
+    if model.layer_scale is not None:
+        return 'dinov2_with_registers' if model.registers else 'dinov2'
+    return 'deit' if model.dist_token else 'vit'
+
+
+def pieces(model):
+    """Every array of the file of a model, without the prefix of one inside a classifier."""
+    dinov2 = model.layer_scale is not None
+    names = {
+        'cls': 'embeddings.cls_token', 'dist': 'embeddings.distillation_token',
+        'registers': 'embeddings.register_tokens',
+    }  # fmt: skip
+    projection = PATCHES.removesuffix('.weight')
+    rows = [
+        Piece(f'{projection}.weight', 'embedding/kernel', layout='conv'),
+        Piece(f'{projection}.bias', 'embedding/bias', layout='vector'),
+        *(Piece(names[name], name) for name in model.prefix),
+        Piece(TABLE, 'posemb'),
+    ]
+    for i in range(model.depth):
+        rows += block(f'encoder.layer.{i}', (i,), model, dinov2)
+    rows += norm('layernorm.', 'norm', scale='weight')
+    if model.representation_size is not None:
+        rows += linear('pooler.dense', 'pre_logits')
+    if model.num_classes is not None:
+        rows += linear('cls_classifier' if model.dist_head else 'classifier', 'head')
+    return rows + (linear('distillation_classifier', 'dist_head') if model.dist_head else [])
+
+
+def block(theirs, index, model, dinov2):
+    """An encoder block."""
+    norms = ('norm1', 'norm2') if dinov2 else ('layernorm_before', 'layernorm_after')
+    mlp = ('mlp.fc1', 'mlp.fc2') if dinov2 else ('intermediate.dense', 'output.dense')
+    rows = []
+    for i, name in enumerate(norms):
+        rows += norm(f'{theirs}.{name}.', f'encoder/norm{i + 1}', index, scale='weight')
+    for i, name in enumerate(('query', 'key', 'value')):
+        rows += linear(
+            f'{theirs}.attention.attention.{name}', 'encoder/attn/qkv', index, at=(i,),
+            optional=True,
+        )  # fmt: skip
+    rows += linear(f'{theirs}.attention.output.dense', 'encoder/attn/out', index, inputs=2)
+    if model.glu:
+        rows += linear(f'{theirs}.mlp.weights_in', 'encoder/mlp/gate', index, part=(0, 2))
+        rows += linear(f'{theirs}.mlp.weights_in', 'encoder/mlp/fc1', index, part=(1, 2))
+        rows += linear(f'{theirs}.mlp.weights_out', 'encoder/mlp/fc2', index)
+    else:
+        rows += linear(f'{theirs}.{mlp[0]}', 'encoder/mlp/fc1', index)
+        rows += linear(f'{theirs}.{mlp[1]}', 'encoder/mlp/fc2', index)
+    if dinov2:
+        rows += [
+            Piece(f'{theirs}.layer_scale{n}.lambda1', f'encoder/scale{n}', index) for n in (1, 2)
+        ]
+    return rows
+
+
+def limits(model):
+    """{field: values that the format can express} for `save`."""
+    dinov2 = model.layer_scale is not None
+    pools = ('cls',) if not dinov2 else ('cls_gap',) if model.num_classes else ('cls', 'cls_gap')
+    return dict(
+        resnet=(None,), pool=pools, posemb=('learn',), cls_posemb=(True,),
+        registers=(model.registers if dinov2 else 0,),
+        registers_posemb=(False,) if model.registers else (False, True),
+        dist_token=(False,) if dinov2 else (True, False), pre_norm=(False,), fc_norm=(False,),
+        qk_norm=(False,), glu=(True, False) if dinov2 else (False,),
+        representation_size=(None,) if dinov2 or model.num_classes
+        else (None, model.representation_size),
+    )  # fmt: skip
+
+
+def prefix_of(model):
+    """What transformers puts before the arrays of a model inside a classifier."""
+    return f'{save_type(model)}.' if model.num_classes is not None else ''
+
+
+def file_names(model):
+    """{name in `pieces`: name in the file}."""
+    heads = ('classifier.', 'cls_classifier.', 'distillation_classifier.')
+    prefix = prefix_of(model)
+    names = [piece.theirs for piece in pieces(model)]
+    return {n: n if n.startswith(heads) else prefix + n for n in names}
+
+
+def config_of(model, size, classes):
+    """config.json."""
+    kind = save_type(model)
+    stem = {'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2'}.get(kind, 'Dinov2WithRegisters')
+    suffix = 'Model' if model.num_classes is None else 'ForImageClassification'
+    if model.dist_head:
+        suffix += 'WithTeacher'
+    image = size[0] if size[0] == size[1] else list(size)
+    patch = model.patch_size
+    config = dict(
+        architectures=[stem + suffix], model_type=kind, dtype='float32',
+        hidden_size=model.width, num_hidden_layers=model.depth,
+        num_attention_heads=model.num_heads, image_size=image,
+        patch_size=patch[0] if patch[0] == patch[1] else list(patch),
+        num_channels=len(model.mean), layer_norm_eps=model.epsilon, qkv_bias=True,
+        hidden_act=ACTS[model.gelu],
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02,
+    )  # fmt: skip
+    if kind.startswith('dinov2'):
+        config |= dict(layerscale_value=model.layer_scale, use_swiglu_ffn=model.glu)
+        config['mlp_ratio'] = dinov2_ratio(model)
+        if model.registers:
+            config['num_register_tokens'] = model.registers
+        else:
+            config['use_mask_token'] = False
+    else:
+        config['intermediate_size'] = model.mlp_dim
+        if model.representation_size is not None:
+            config |= dict(pooler_output_size=model.representation_size, pooler_act='tanh')
+    if model.num_classes is not None:
+        names = classes or [f'LABEL_{i}' for i in range(model.num_classes)]
+        config |= dict(
+            id2label={str(i): name for i, name in enumerate(names)},
+            label2id={name: i for i, name in enumerate(names)},
+        )  # fmt: skip
+    return config
+
+
+def dinov2_ratio(model):
+    """The mlp_ratio that makes the MLP as wide as it is; UserError where none does."""
+    if not model.glu:
+        return ratio(model.mlp_dim, model.width)
+    for value in (model.mlp_dim * 1.5 / model.width, round(model.mlp_dim * 1.5 / model.width)):
+        if (int(int(model.width * value) * 2 / 3) + 7) // 8 * 8 == model.mlp_dim:
+            return int(value) if value == int(value) else value
+    raise UserError(f'no mlp_ratio makes a gated MLP of {model.mlp_dim}')
+
+
+def processor_of(model, size):
+    """preprocessor_config.json."""
+    return dict(
+        image_processor_type='BitImageProcessor' if model.layer_scale is not None
+        else 'DeiTImageProcessor' if model.dist_token else 'ViTImageProcessor',
+        do_resize=True, size=dict(height=size[0], width=size[1]), resample=2, do_rescale=True,
+        rescale_factor=1 / 255, do_normalize=True, image_mean=list(model.mean),
+        image_std=list(model.std), do_center_crop=False,
+    )  # fmt: skip
+
+

@@ -1,0 +1,206 @@
+"""Checkpoints of google-research/vision_transformer: ViT, hybrids, MLP-Mixer (.npz).
+
+GELU by tanh, norms with epsilon 1e-6, images in [-1, 1]; position tables with a row for the class
+token, resized linearly with aligned corners.
+"""
+
+import re
+
+from vit_jax.convert.pieces import ALL, Piece, count, dense, norm
+from vit_jax.errors import UserError
+
+TABLE = 'Transformer/posembed_input/pos_embedding'
+NUMBERED = r'(LayerNorm|MultiHeadDotProductAttention|MlpBlock|Dense)_(\d+)'
+
+
+def renumbered(names):
+    """{name: as today's Flax numbers it}: each kind of module from 0 on, not all kinds together.
+
+    Files from before Flax's linen have LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2
+    and MlpBlock_3 in a block.
+    """
+    children = {}
+    for name in names:
+        parts = name.split('/')
+        for i, part in enumerate(parts):
+            match = re.fullmatch(NUMBERED, part)
+            if match:
+                children.setdefault(('/'.join(parts[:i]), match[1]), set()).add(int(match[2]))
+
+    def new(name):
+        parts = name.split('/')
+        for i, part in enumerate(parts):
+            kind, _, number = part.rpartition('_')
+            numbers = sorted(children.get(('/'.join(name.split('/')[:i]), kind), ()))
+            if numbers and number.isdigit():
+                parts[i] = f'{kind}_{numbers.index(int(number))}'
+        return '/'.join(parts)
+
+    return {name: new(name) for name in names}
+
+
+def tidy(arrays):
+    """The arrays of a file under today's names, the parameters of group norms with one axis."""
+    names = renumbered(arrays)
+    tidied = {}
+    for name, array in arrays.items():
+        if re.search(r'(^|/)gn(\d+|_root|_proj)/(bias|scale)$', name):
+            array = array._replace(shape=tuple(n for n in array.shape if n != 1) or (1,))
+        if names[name] in tidied:
+            raise UserError(f'arrays {name} and {names[name]} are one under today\'s names')
+        tidied[names[name]] = array
+    return tidied
+
+
+def matches(names):
+    """Whether these are the arrays of such a file."""
+    return any(name in names for name in (TABLE, 'MixerBlock_0/LayerNorm_0/scale'))
+
+
+def classes(arrays, kernel='head/kernel'):
+    """The number of outputs of the head, None without one."""
+    return arrays[kernel].shape[1] if kernel in arrays else None
+
+
+def need(arrays, name, ndim):
+    """The shape of an array that every such file has; UserError where it is not so."""
+    if name not in arrays:
+        raise UserError(f'the file has no array {name}')
+    shape = arrays[name].shape
+    if len(shape) != ndim or 0 in shape:
+        raise UserError(f'array {name} is {list(shape)}, which has not {ndim} axes with values')
+    return shape
+
+
+def describe(arrays):
+    """(kind, {field: value}) of the model, from names and shapes."""
+    if 'MixerBlock_0/LayerNorm_0/scale' in arrays:
+        return 'mixer', describe_mixer(arrays)
+    block = 'Transformer/encoderblock_0'
+    *patch, _, width = need(arrays, 'embedding/kernel', 4)
+    _, heads, _ = need(arrays, f'{block}/MultiHeadDotProductAttention_0/query/kernel', 3)
+    cls = 'cls' in arrays
+    fields = dict(
+        num_classes=classes(arrays), patch_size=tuple(patch), width=width, num_heads=heads,
+        depth=count(arrays, r'Transformer/encoderblock_(\d+)/'),
+        mlp_dim=need(arrays, f'{block}/MlpBlock_0/Dense_0/kernel', 2)[1],
+        pool='cls' if cls else 'gap', posemb='learn' if TABLE in arrays else 'none',
+    )  # fmt: skip
+    if 'pre_logits/kernel' in arrays:
+        fields['representation_size'] = need(arrays, 'pre_logits/kernel', 2)[1]
+    if 'conv_root/kernel' in arrays:
+        units = []
+        while any(name.startswith(f'block{len(units) + 1}/') for name in arrays):
+            stage = f'block{len(units) + 1}/'
+            units.append(len({n.split('/')[1] for n in arrays if n.startswith(stage)}))
+        fields |= {
+            'resnet': tuple(units), 'resnet_width': need(arrays, 'conv_root/kernel', 4)[-1] / 64
+        }  # fmt: skip
+    return 'vit', fields
+
+
+def describe_mixer(arrays):
+    """{field: value} of an MLP-Mixer."""
+    *patch, _, width = need(arrays, 'stem/kernel', 4)
+    return dict(
+        num_classes=classes(arrays), patch_size=tuple(patch), width=width,
+        depth=count(arrays, r'MixerBlock_(\d+)/'),
+        tokens_mlp_dim=need(arrays, 'MixerBlock_0/token_mixing/Dense_0/kernel', 2)[1],
+        mlp_dim=need(arrays, 'MixerBlock_0/channel_mixing/Dense_0/kernel', 2)[1],
+    )  # fmt: skip
+
+
+def table_rows(arrays):
+    """(name, rows) of the position table; None without one."""
+    return (TABLE, need(arrays, TABLE, 3)[1]) if TABLE in arrays else None
+
+
+def tokens(arrays):
+    """Patches that a Mixer was made for."""
+    return need(arrays, 'MixerBlock_0/token_mixing/Dense_0/kernel', 2)[0]
+
+
+def block(theirs, ours, index):
+    """An encoder block; `index` is () for a stacked one's layer axis in full."""
+    attention, mlp = f'{theirs}/MultiHeadDotProductAttention_0', f'{theirs}/MlpBlock_0'
+    rows = norm(f'{theirs}/LayerNorm_0/', f'{ours}/norm1', index)
+    for i, name in enumerate(('query', 'key', 'value')):
+        rows += [
+            Piece(f'{attention}/{name}/kernel', f'{ours}/attn/qkv/kernel', (*index, ALL, i)),
+            Piece(f'{attention}/{name}/bias', f'{ours}/attn/qkv/bias', (*index, i)),
+        ]
+    return [
+        *rows,
+        *dense(f'{attention}/out', f'{ours}/attn/out', index),
+        *norm(f'{theirs}/LayerNorm_1/', f'{ours}/norm2', index),
+        *dense(f'{mlp}/Dense_0', f'{ours}/mlp/fc1', index),
+        *dense(f'{mlp}/Dense_1', f'{ours}/mlp/fc2', index),
+    ]
+
+
+def pieces(model, table=TABLE):
+    """Every array of the file of a model."""
+    if not hasattr(model, 'prefix'):
+        return mixer_pieces(model)
+    rows = []
+    if model.resnet is not None:
+        rows += resnet_pieces(model.resnet)
+    rows += dense('embedding', 'embedding')
+    rows += [Piece(name, name) for name in model.prefix]
+    if model.posemb == 'learn':
+        rows.append(Piece(table, 'posemb'))
+    for i in range(model.depth):
+        rows += block(f'Transformer/encoderblock_{i}', 'encoder', (i,))
+    rows += norm('Transformer/encoder_norm/', 'norm')
+    return rows + top(model)
+
+
+def top(model):
+    """Representation layer and head, where there are."""
+    rows = dense('pre_logits', 'pre_logits') if model.representation_size is not None else []
+    return rows + (dense('head', 'head') if model.num_classes is not None else [])
+
+
+def resnet_pieces(stages):
+    """The ResNet of a hybrid."""
+    rows = [
+        Piece('conv_root/kernel', 'resnet/conv_root/kernel'),
+        *norm('gn_root/', 'resnet/gn_root'),
+    ]
+    for i, units in enumerate(stages):
+        for j in range(units):
+            theirs, ours = f'block{i + 1}/unit{j + 1}', f'resnet/block{i + 1}_unit{j + 1}'
+            for name in ('1', '2', '3', '_proj'):
+                if name == '_proj' and j > 0:
+                    continue
+                rows.append(Piece(f'{theirs}/conv{name}/kernel', f'{ours}/conv{name}/kernel'))
+                rows += norm(f'{theirs}/gn{name}/', f'{ours}/gn{name}')
+    return rows
+
+
+def mixer_pieces(model):
+    """Every array of the file of an MLP-Mixer."""
+    rows = dense('stem', 'embedding')
+    for i in range(model.depth):
+        theirs = f'MixerBlock_{i}'
+        rows += norm(f'{theirs}/LayerNorm_0/', 'encoder/norm1', (i,))
+        rows += norm(f'{theirs}/LayerNorm_1/', 'encoder/norm2', (i,))
+        for part in ('token_mixing', 'channel_mixing'):
+            rows += dense(f'{theirs}/{part}/Dense_0', f'encoder/{part}/fc1', (i,))
+            rows += dense(f'{theirs}/{part}/Dense_1', f'encoder/{part}/fc2', (i,))
+    rows += norm('pre_head_layer_norm/', 'norm')
+    return rows + (dense('head', 'head') if model.num_classes is not None else [])
+
+
+def limits(model):
+    """{field: values that the format can express} for `save`."""
+    common = dict(gelu=('tanh',), epsilon=(1e-6,), mean=((0.5,) * 3,), std=((0.5,) * 3,))
+    if not hasattr(model, 'prefix'):
+        return common
+    cls = model.pool == 'cls'
+    return common | dict(
+        pool=('cls', 'gap'), posemb=('learn',), cls_token=(None, cls),
+        dist_token=(False,), dist_head=(False,), registers=(0,),
+        cls_posemb=(True,) if cls else (True, False), pre_norm=(False,), fc_norm=(False,),
+        layer_scale=(None,), qk_norm=(False,), glu=(False,),
+    )  # fmt: skip

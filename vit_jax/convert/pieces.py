@@ -1,0 +1,145 @@
+"""How the arrays of a file lie in a model's parameters: one `Piece` for each array of the file.
+
+A family of checkpoints is a list of pieces made from the model's fields; loading and saving both
+walk through it, so the two can not disagree.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+ALL = slice(None)
+
+
+class Piece(NamedTuple):
+    """An array of a file, or an equal `part` of its first axis, and its place in a parameter.
+
+    The layout is 'same'; 'vector': one axis there; 'conv': PyTorch's [F, C, h, w] for
+    [h, w, C, F]; or a number n: PyTorch's [outputs, inputs], of which the first n axes here are
+    inputs. An `optional` one that the file lacks (a bias) is zeros.
+    """
+
+    theirs: str
+    ours: str
+    index: tuple = ()  # of the parameter: (layer, ...)
+    layout: str | int = 'same'
+    part: tuple[int, int] | None = None  # (which, of how many)
+    optional: bool = False
+
+    def shape(self, ours):
+        """The shape of the file's array for a slice of the parameter of shape `ours`."""
+        if self.layout == 'vector':
+            shape = (math.prod(ours),)
+        elif self.layout == 'conv':
+            shape = tuple(ours[i] for i in (3, 2, 0, 1))
+        elif self.layout == 'same':
+            shape = tuple(ours)
+        else:
+            shape = (math.prod(ours[self.layout :]), math.prod(ours[: self.layout]))
+        return shape if self.part is None else (shape[0] * self.part[1], *shape[1:])
+
+    def load(self, array, out):
+        """Writes the file's array to its slice `out` of the parameter."""
+        if self.part is not None:
+            rows = array.shape[0] // self.part[1]
+            array = array[self.part[0] * rows : (self.part[0] + 1) * rows]
+        if self.layout == 'conv':
+            array = array.transpose(2, 3, 1, 0)
+        elif isinstance(self.layout, int):
+            array = array.T
+        out[...] = array.reshape(out.shape)
+
+    def save(self, ours):
+        """The file's array, or its part, for a slice of the parameter."""
+        if self.layout == 'vector':
+            return ours.reshape(-1)
+        if self.layout == 'conv':
+            return ours.transpose(3, 2, 0, 1)
+        if isinstance(self.layout, int):
+            return ours.reshape(math.prod(ours.shape[: self.layout]), -1).T
+        return ours
+
+
+def fill(pieces, arrays, params):
+    """Reads every piece into `params` {name: float32 array}; returns the names that are zeros.
+
+    arrays: {name: files.Array}. Raises UserError for an array that is not there, or has another
+    shape than the model needs.
+    """
+    zeros, last = [], (None, None)
+    for piece in pieces:
+        out = params[piece.ours][piece.index]
+        wanted = piece.shape(out.shape)
+        if piece.theirs not in arrays:
+            if not piece.optional:
+                raise UserError(
+                    f'the file has no array {piece.theirs} {list(wanted)}, which the model that '
+                    f'its other arrays tell of needs for {piece.ours} {list(out.shape)}'
+                )
+            out[...] = 0
+            zeros.append(piece.ours)
+            continue
+        array = arrays[piece.theirs]
+        if array.shape != wanted:
+            raise UserError(
+                f'array {piece.theirs} is {list(array.shape)} in the file, and the model needs '
+                f'{list(wanted)} for {piece.ours} {list(params[piece.ours].shape)}'
+            )
+        if last[0] != piece.theirs:  # the parts of one array come after another
+            direct = out if piece.layout == 'same' and piece.part is None else None
+            last = piece.theirs, array.read(piece.theirs, direct)
+        if not np.shares_memory(last[1], out):
+            piece.load(last[1], out)
+    return sorted(set(zeros))
+
+
+def extract(pieces, params):
+    """{name: array} of a file, from `params` {name: array}."""
+    parts = {}
+    for piece in pieces:
+        parts.setdefault(piece.theirs, []).append(piece.save(params[piece.ours][piece.index]))
+    return {
+        name: np.ascontiguousarray(values[0] if len(values) == 1 else np.concatenate(values))
+        for name, values in parts.items()
+    }
+
+
+def norm(theirs, ours, index=(), *, scale='scale'):
+    """The two pieces of a norm."""
+    return [
+        Piece(f'{theirs}{scale}', f'{ours}/scale', index),
+        Piece(f'{theirs}bias', f'{ours}/bias', index),
+    ]
+
+
+def dense(theirs, ours, index=()):
+    """A dense layer in Flax's layout."""
+    return [
+        Piece(f'{theirs}/kernel', f'{ours}/kernel', index),
+        Piece(f'{theirs}/bias', f'{ours}/bias', index),
+    ]
+
+
+def linear(theirs, ours, index=(), *, inputs=1, part=None, at=(), optional=False):
+    """A dense layer in PyTorch's layout: `inputs` axes of the kernel here are inputs.
+
+    `at` is an index that the bias has too, behind `index` (and the kernel behind its inputs).
+    """
+    kernel = (*index, *(ALL,) * (inputs if at else 0), *at)
+    return [
+        Piece(f'{theirs}.weight', f'{ours}/kernel', kernel, inputs, part),
+        Piece(f'{theirs}.bias', f'{ours}/bias', (*index, *at), 'vector', part, optional),
+    ]
+
+
+def count(names, pattern):
+    """How many numbers from 0 on the pattern's group takes; UserError where one is left out."""
+    found = {int(m[1]) for m in map(re.compile(pattern).match, names) if m}
+    if found != set(range(len(found))):
+        missing = min(set(range(max(found))) - found)
+        raise UserError(f'the file has no {pattern.replace("(", "").split("[")[0]}{missing}')
+    return len(found)

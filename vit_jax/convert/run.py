@@ -1,0 +1,89 @@
+"""The project's own checkpoints as a source of weights: a workdir, or one of its checkpoints."""
+
+import sys
+
+from etils import epath
+
+from vit_jax import checkpoint, models, workdir
+from vit_jax.convert.files import Array
+from vit_jax.convert.pieces import Piece
+from vit_jax.errors import UserError
+
+
+def parts(address):
+    """(workdir, step or None) of a workdir, its folder `checkpoints` or one in there, else None."""
+    path = workdir.located(address.rstrip('/'))
+    for root, step in ((path, None), (path.parent, None), (path.parent.parent, path.name)):
+        inside = root / 'checkpoints'
+        if path in (root, inside, inside / str(step)):
+            if (root / 'config.json').exists() and inside.exists() and inside.is_dir():
+                return (root, step) if step is None or step.isdigit() else None
+    return None
+
+
+def is_run(address):
+    """Whether this is a run of this project."""
+    if '://' in address and not address.startswith(('gs://', 's3://')):
+        return False
+    return parts(address) is not None
+
+
+def found(address, ema):
+    """The weights as `load.Found`, of the newest sound checkpoint where none is named."""
+    from vit_jax.convert.load import Found, names
+
+    root, step = parts(address)
+    config = workdir.read_json(root / 'config.json')
+    arrays = sound(root, step, ema)
+    values = {k: v for k, v in config['model'].items() if k != 'name'}
+    values['num_classes'] = None
+    if 'head/bias' in arrays:
+        values['num_classes'] = arrays['head/bias'].shape[0]
+    size = config['data']['image_size']
+    classes = workdir.read_json(root / 'classes.json')
+    model = models.build(config['model']['name'], **values)
+    entries = {name: in_memory(value) for name, value in arrays.items()}
+    rows = ('posemb', arrays['posemb'].shape[1]) if 'posemb' in arrays else None
+    return Found(
+        'vit_jax', 'vit' if hasattr(model, 'prefix') else 'mixer', models.describe(model), entries,
+        lambda m: own_pieces(m, arrays), rows, {}, (size, size) if isinstance(size, int)
+        else tuple(size), names(classes), config,
+    )  # fmt: skip
+
+
+def own_pieces(model, arrays):
+    """Every array of the checkpoint that a model has, under its own name."""
+    absent = set()
+    if model.num_classes is None:
+        absent |= {'head', 'dist_head'}
+    if getattr(model, 'representation_size', None) is None:
+        absent.add('pre_logits')
+    return [Piece(name, name) for name in arrays if name.split('/')[0] not in absent]
+
+
+def in_memory(value):
+    """An array that is read already, as one of a file."""
+
+    def fill(out):
+        out[...] = value.reshape(-1).view(out.dtype)
+
+    return Array(value.shape, str(value.dtype), fill, value.dtype)
+
+
+def sound(root, step, ema):
+    """{name: array} of the checkpoint at `step`, or of the newest one that is not damaged."""
+    folder = epath.Path(root) / 'checkpoints'
+    steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+    if step is not None and int(step) not in steps:
+        raise UserError(f'{folder} has no checkpoint {step}, but {", ".join(map(str, steps))}')
+    if not steps:
+        raise UserError(f'{root} has no checkpoint yet')
+    for n in [int(step)] if step is not None else steps:
+        try:
+            return checkpoint.weights(folder / str(n), average=ema)
+        except checkpoint.Damaged as e:
+            message = f'checkpoint {folder / str(n)} is damaged: {e}'
+            if step is not None:
+                raise UserError(message) from e
+            print(message, file=sys.stderr, flush=True)
+    raise UserError(f'none of the {len(steps)} checkpoints in {folder} is sound')

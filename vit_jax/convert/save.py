@@ -1,0 +1,234 @@
+"""A model and its parameters as a checkpoint that other libraries load."""
+
+import contextlib
+import ctypes
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from vit_jax.convert import big_vision, hf, official, timm
+from vit_jax.convert.files import zip_digest
+from vit_jax.convert.load import size_of
+from vit_jax.convert.pieces import extract
+from vit_jax.errors import UserError
+from vit_jax.models import layers, mixer
+
+FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
+FOLDER_FILES = (
+    'model.safetensors', 'config.json', 'preprocessor_config.json', 'run_config.json',
+)  # fmt: skip
+
+
+def save(
+    path,
+    model,
+    params,
+    format='official',
+    *,
+    image_size=None,
+    classes=None,
+    config=None,
+    fold=False,
+):
+    """Writes a checkpoint: 'official' and 'big_vision' an .npz, 'timm' and 'hf' a folder.
+
+    Beside the weights goes what is needed to use them: input size and normalisation, `classes`
+    (names by label) and the `config` of the run that made them, in NAME.json beside an .npz and in
+    the JSON files of a folder. `image_size` (int or (height, width)) is read from a square
+    position table where it is not given. Whatever the format can not express is a UserError, which
+    names it; with `fold`, positions that are computed or absent are written as a table, and a
+    class token that has a position as one without, which changes no output. What stood at `path`
+    is replaced in one step, and stays as it was until then.
+    """
+    path = pathlib.Path(os.path.expanduser(path))
+    if format not in FAMILIES:
+        raise UserError(f'format {format!r} is none of {", ".join(FAMILIES)}')
+    if '://' in str(path) or ':/' in str(path):
+        raise UserError(f'{path}: save writes local files; copy them from there')
+    if isinstance(model, mixer.Mixer) and format != 'official':
+        raise UserError(f'format {format} has no MLP-Mixer; official has')
+    params = {k: np.asarray(v) for k, v in flatten_dict(params, sep='/').items()}
+    size = size_of(image_size) or table_size(model, params)
+    if fold:
+        model, params = folded(model, params, format, size)
+    check(model, format)
+    expected(model, params, size)
+    family = FAMILIES[format]
+    arrays = extract(family.pieces(model), params)
+    if classes is not None and len(classes) != model.num_classes:
+        raise UserError(f'{len(classes)} class names for a head of {model.num_classes} classes')
+    if format in ('official', 'big_vision'):
+        if path.suffix != '.npz':
+            raise UserError(f'{path}: format {format} is one file, name it with .npz')
+        prefix = 'params/' if format == 'big_vision' else ''
+        write_npz(path, {prefix + n: a for n, a in arrays.items()}, model, size, classes, config)
+        return
+    if path.suffix in ('.npz', '.safetensors'):
+        raise UserError(f'{path}: format {format} is a folder, name it without {path.suffix}')
+    if size is None:
+        raise UserError(f'format {format} states an image size; give image_size=...')
+    if format == 'hf':
+        arrays = hf_arrays(model, arrays)
+    write_folder(path, format, arrays, model, size, classes, config)
+
+
+def table_size(model, params):
+    """(height, width) of the images that a square position table fits, None without one."""
+    if 'posemb' not in params:
+        return None
+    count = params['posemb'].shape[1] - sum(model.prefix_posemb.values())
+    side = round(count**0.5)
+    return (side * model.stride[0], side * model.stride[1]) if side * side == count else None
+
+
+def check(model, format):
+    """Raises UserError for a field of the model that the format can not express."""
+    for field, values in FAMILIES[format].limits(model).items():
+        value = getattr(model, field)
+        if value not in values:
+            ways = ' or '.join(map(repr, values))
+            raise UserError(
+                f'format {format} can not express {field}={value!r} of this model, only {ways}'
+            )
+    lengths = {'official': 3, 'big_vision': 3}
+    if len(model.mean) != lengths.get(format, len(model.mean)):
+        raise UserError(f'format {format} has images of 3 channels, not {len(model.mean)}')
+
+
+def expected(model, params, size):
+    """Raises UserError unless the parameters are those of the model."""
+    if size is None:
+        size = model.stride
+        if 'posemb' in params:
+            count = params['posemb'].shape[1] - sum(model.prefix_posemb.values())
+            size = model.stride[0], model.stride[1] * count
+    images = jax.ShapeDtypeStruct((1, *size, len(model.mean)), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+    shapes = {k: v.shape for k, v in flatten_dict(shapes, sep='/').items()}
+    for name in sorted(shapes.keys() | params.keys()):
+        here = list(params[name].shape) if name in params else 'absent'
+        there = list(shapes[name]) if name in shapes else 'absent'
+        if here != there:
+            raise UserError(f'parameter {name} is {here}, in the model it is {there}')
+        if params[name].dtype != np.float32:
+            raise UserError(f'parameter {name} is of dtype {params[name].dtype}, not float32')
+
+
+def folded(model, params, format, size):
+    """(model, params) with positions as the format has them; no output changes by a bit."""
+    params = dict(params)
+    if model.posemb == 'sincos2d' and format != 'big_vision':
+        if size is None:
+            raise UserError('a table of sin-cos positions needs image_size=...')
+        params['posemb'] = np.asarray(layers.sincos2d(*model.grid(size), model.width))
+        model = model.clone(posemb='learn', cls_posemb=False, registers_posemb=False)
+    wants = {'official': True, 'hf': True, 'big_vision': False}.get(format)
+    if model.posemb == 'learn' and 'cls' in model.prefix and wants is not None:
+        rows = sum(model.prefix[n] for n in ('cls', 'dist') if n in model.prefix)
+        if wants and not model.cls_posemb:
+            zeros = np.zeros((1, rows, model.width), np.float32)
+            params['posemb'] = np.concatenate([zeros, params['posemb']], axis=1)
+            model = model.clone(cls_posemb=True)
+        elif model.cls_posemb and not wants and rows == 1:
+            params['cls'] = params['cls'] + params['posemb'][:, :1]
+            params['posemb'] = params['posemb'][:, 1:]
+            model = model.clone(cls_posemb=False)
+    return model, params
+
+
+def hf_arrays(model, arrays):
+    """The arrays under transformers' names; a mask token of zeros where its model has one."""
+    names = hf.file_names(model)
+    arrays = {names[n]: a for n, a in arrays.items()}
+    if hf.save_type(model) == 'dinov2_with_registers':
+        zeros = np.zeros((1, model.width), np.float32)
+        arrays[hf.prefix_of(model) + 'embeddings.mask_token'] = zeros
+    return arrays
+
+
+def record_of(model, size, classes, config):
+    """What goes beside the weights, as JSON has it."""
+    return dict(
+        image_size=list(size) if size else None, mean=list(model.mean), std=list(model.std),
+        classes=list(classes) if classes else None, config=config,
+    )  # fmt: skip
+
+
+def write_npz(path, arrays, model, size, classes, config):
+    """path and, beside it, what is needed to use it; the .npz last, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete(path) as part:
+        with part.open('wb') as file:
+            np.savez(file, **arrays)
+        record = record_of(model, size, classes, config) | {'arrays': zip_digest(part)}
+        with complete(path.with_suffix('.json')) as beside:
+            beside.write_text(json.dumps(record, indent=2) + '\n')
+
+
+@contextlib.contextmanager
+def complete(path):
+    """A file to write that takes the place of `path` when it is complete, else is removed."""
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        yield part
+        with part.open('rb') as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as e:
+        raise UserError(f'can not write {path}: {e.strerror or e}; it is as it was') from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_folder(path, format, arrays, model, size, classes, config):
+    """A folder with model.safetensors and its JSON files, in one step."""
+    if path.exists():
+        strange = [p.name for p in path.iterdir() if p.name not in FOLDER_FILES] if path.is_dir() \
+            else [path.name]  # fmt: skip
+        if strange:
+            raise UserError(
+                f'{path} holds {strange[0]!r}, which no export wrote; name another folder'
+            )
+    documents = {'config.json': FAMILIES[format].config_of(model, size, classes)}
+    if format == 'hf':
+        documents['preprocessor_config.json'] = hf.processor_of(model, size)
+    if config is not None:
+        documents['run_config.json'] = config
+    path = path.absolute()
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        part.mkdir(parents=True)
+        save_file(arrays, part / 'model.safetensors', metadata={'format': 'pt'})
+        for name, value in documents.items():
+            (part / name).write_text(json.dumps(value, indent=2) + '\n')
+        for file in part.iterdir():
+            with file.open('rb') as stream:
+                os.fsync(stream.fileno())
+        exchange(part, path) if path.exists() else part.rename(path)
+    except OSError as e:
+        raise UserError(f'can not write {path}: {e.strerror or e}; it is as it was') from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def exchange(a, b):
+    """Swaps the names of two folders in one step where the system can, else in two."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # no Linux
+        done = -1
+    else:
+        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        done = renameat2(here, os.fsencode(a), here, os.fsencode(b), swap)
+    if done:
+        aside = b.with_name(b.name + '.old')
+        b.rename(aside)
+        a.rename(b)
+        aside.rename(a)

@@ -1,0 +1,67 @@
+"""Weights fitted to another image size: position tables resized by the rule of their source."""
+
+import numpy as np
+
+
+def linear_aligned(old, new):
+    """Weights [new, old] of linear interpolation that maps the first and last points on each
+    other, as scipy.ndimage.zoom(order=1) does."""
+    at = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
+    low = np.minimum(np.floor(at).astype(int), max(old - 2, 0))
+    weights = np.zeros((new, old))
+    weights[np.arange(new), low] = 1 - (at - low)
+    weights[np.arange(new), np.minimum(low + 1, old - 1)] += at - low
+    return weights
+
+
+def cubic(x, a):
+    """Keys' cubic kernel (doi:10.1109/TASSP.1981.1163711 eq. 4)."""
+    x = np.abs(x)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def bicubic(old, new):
+    """Weights [new, old] of PyTorch's bicubic interpolation: a = -3/4, borders repeated."""
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = np.zeros((new, old))
+    for tap in range(-1, 3):
+        place = np.floor(at).astype(int) + tap
+        np.add.at(
+            weights, (np.arange(new), np.clip(place, 0, old - 1)), cubic(at - place, -0.75)
+        )
+    return weights
+
+
+def bicubic_antialias(old, new):
+    """Weights [new, old] of PyTorch's antialiased bicubic: a = -1/2, the kernel as wide as the
+    step where the table shrinks, borders left out and the rest scaled to sum 1."""
+    scale = max(old / new, 1)
+    centre = (np.arange(new)[:, None] + 0.5) * old / new
+    low = np.maximum((centre - 2 * scale + 0.5).astype(int), 0)
+    high = np.minimum((centre + 2 * scale + 0.5).astype(int), old)
+    place = np.arange(old)[None]
+    weights = cubic((place - centre + 0.5) / scale, -0.5)
+    weights = np.where((place >= low) & (place < high), weights, 0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+METHODS = {
+    'linear': linear_aligned, 'bicubic': bicubic, 'bicubic_antialias': bicubic_antialias,
+}  # fmt: skip
+
+
+def resize(table, old, new, method):
+    """A position table [1, prefix + h * w, D] from the grid `old` (h, w) to the grid `new`.
+
+    The rows before the patches stay as they are; where the grids are equal, so does everything.
+    """
+    if tuple(old) == tuple(new):
+        return table
+    prefix = table.shape[1] - old[0] * old[1]
+    patches = table[0, prefix:].reshape(*old, -1).astype(np.float64)
+    rows, columns = METHODS[method](old[0], new[0]), METHODS[method](old[1], new[1])
+    patches = np.einsum('yh,xw,hwd->yxd', rows, columns, patches, optimize=True)
+    patches = patches.reshape(1, new[0] * new[1], -1)
+    return np.concatenate([table[:, :prefix], patches.astype(table.dtype)], axis=1)

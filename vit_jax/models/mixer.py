@@ -1,0 +1,146 @@
+"""MLP-Mixer (arXiv:2105.01601): an MLP over patches and one over channels in turn.
+
+Shapes: B batch, N patches, D width, L depth, K classes.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+from vit_jax.models import layers
+from vit_jax.models.vit import CHOICES
+
+# arXiv:2105.01601 table 1
+SIZES = {
+    's': dict(width=512, depth=8, tokens_mlp_dim=256, mlp_dim=2048),
+    'b': dict(width=768, depth=12, tokens_mlp_dim=384, mlp_dim=3072),
+    'l': dict(width=1024, depth=24, tokens_mlp_dim=512, mlp_dim=4096),
+    'h': dict(width=1280, depth=32, tokens_mlp_dim=640, mlp_dim=5120),
+}
+
+
+class MixerBlock(nn.Module):
+    """Tokens [B, N, D] mixed over patches, then over channels (arXiv:2105.01601 eq. 1)."""
+
+    tokens_mlp_dim: int
+    mlp_dim: int
+    gelu: str = 'tanh'
+    epsilon: float = 1e-6
+    dropout: float = 0.0
+    stochastic_depth: bool = False
+    deterministic: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, drop_path):
+        norm = dict(epsilon=self.epsilon, dtype=self.dtype)
+        mlp = dict(
+            gelu=self.gelu, dropout=self.dropout, deterministic=self.deterministic,
+            dtype=self.dtype,
+        )  # fmt: skip
+
+        def residual(x, y):
+            if not self.stochastic_depth or self.deterministic:
+                return x + y
+            return x + layers.dropped(y, drop_path, self.make_rng('dropout'))
+
+        y = nn.LayerNorm(**norm, name='norm1')(x).swapaxes(1, 2)  # [B, N, D] -> [B, D, N]
+        y = layers.Mlp(self.tokens_mlp_dim, **mlp, name='token_mixing')(y)
+        x = residual(x, y.swapaxes(1, 2))
+        y = nn.LayerNorm(**norm, name='norm2')(x)
+        y = layers.Mlp(self.mlp_dim, **mlp, name='channel_mixing')(y)
+        return residual(x, y), None
+
+
+class Mixer(nn.Module):
+    """Images [B, H, W, C], normalised floats, to (output, named intermediates).
+
+    As `vit.Vit`: logits [B, K], or pre_logits [B, D] where `num_classes` is None, and tokens,
+    encoded [B, N, D], pre_logits and logits. It works at one image size, which sets N.
+    """
+
+    num_classes: int | None = 1000
+    patch_size: tuple[int, int] = (16, 16)
+    width: int = 768
+    depth: int = 12
+    tokens_mlp_dim: int = 384
+    mlp_dim: int = 3072
+    gelu: str = 'tanh'
+    epsilon: float = 1e-6
+    head_bias: float = 0.0  # initial value
+    dropout: float = 0.0
+    drop_path: float = 0.0  # rate of the last block; rises linearly from 0 at the first
+    unroll: int = 1
+    dtype: str = 'float32'  # of the computation; parameters are float32
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    pool = 'gap'
+    posemb = 'none'
+
+    @property
+    def stride(self):
+        """Pixels from one patch to the next: (vertical, horizontal)."""
+        return self.patch_size
+
+    def grid(self, image_shape):
+        """Rows and columns of patches of an image [H, W, ...]; UserError where it has none."""
+        return layers.grid(image_shape, self.stride)
+
+    def normalise(self, images):
+        """uint8 [B, H, W, C] to the floats that this model was made for."""
+        return layers.normalise(images, self.mean, self.std)
+
+    def check(self):
+        """Says which field is wrong before anything is built from it."""
+        for field in ('gelu', 'dtype'):
+            if getattr(self, field) not in CHOICES[field]:
+                value = getattr(self, field)
+                raise UserError(
+                    f'model.{field} is {value!r}, not one of {", ".join(CHOICES[field])}'
+                )
+
+    def flops(self, image_shape):
+        """Of one forward pass over one image [H, W, C], counted as `vit.Vit.flops` does."""
+        h, w = self.grid(image_shape)
+        n, d = h * w, self.width
+        adds = n * self.patch_size[0] * self.patch_size[1] * image_shape[2] * d
+        adds += self.depth * 2 * n * d * (self.tokens_mlp_dim + self.mlp_dim)
+        return 2 * (adds + d * (self.num_classes or 0))
+
+    @nn.compact
+    def __call__(self, images, *, train=False, capture=()):
+        self.check()
+        h, w = self.grid(images.shape[1:])
+        out = {}
+        x = nn.Conv(
+            self.width, self.patch_size, strides=self.patch_size, padding='VALID',
+            dtype=self.dtype, name='embedding',
+        )(images.astype(self.dtype))  # fmt: skip
+        x = out['tokens'] = x.reshape(-1, h * w, self.width)  # [B, h, w, D] -> [B, N, D]
+        stack = nn.scan(
+            MixerBlock,
+            variable_axes={'params': 0},
+            split_rngs={'params': True, 'dropout': True},
+            length=self.depth,
+            unroll=self.unroll,
+        )
+        encoder = stack(
+            self.tokens_mlp_dim, self.mlp_dim, self.gelu, self.epsilon, self.dropout,
+            self.drop_path > 0, not train, self.dtype, name='encoder',
+        )  # fmt: skip
+        x, _ = encoder(x, jnp.linspace(0, self.drop_path, self.depth))
+        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
+        out['encoded'] = x
+        x = out['pre_logits'] = x.mean(axis=1)
+        if self.num_classes is None:
+            return x, out
+        head = nn.Dense(
+            self.num_classes, kernel_init=jax.nn.initializers.zeros,
+            bias_init=nn.initializers.constant(self.head_bias), dtype=self.dtype, name='head',
+        )  # fmt: skip
+        out['logits'] = head(x)
+        return out['logits'], out
