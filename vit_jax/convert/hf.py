@@ -1,10 +1,11 @@
 """Folders of Hugging Face transformers: ViT, DeiT and DINOv2, with or without heads.
 
 GELU and epsilon are those of config.json, the input normalisation that of
-preprocessor_config.json; position tables are resized by the bicubic filter without antialias.
+preprocessor_config.json; position tables are resized by the bicubic filter, antialiased in the
+DINOv2 with registers alone.
 """
 
-from vit_jax.convert.official import need
+from vit_jax.convert.official import half, need
 from vit_jax.convert.pieces import Piece, count, linear, norm
 from vit_jax.convert.timm import IMAGENET, heads_of, ratio
 from vit_jax.errors import UserError
@@ -18,6 +19,7 @@ GELUS = {
 ACTS = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'quick': 'quick_gelu'}
 PATCHES = 'embeddings.patch_embeddings.projection.weight'
 TABLE = 'embeddings.position_embeddings'
+INTERPOLATION = {'dinov2_with_registers': 'bicubic_antialias'}
 DEFAULT_EPSILON = {'vit': 1e-12, 'deit': 1e-12}
 
 
@@ -54,10 +56,15 @@ def hidden(arrays, kind):
     return need(arrays, 'encoder.layer.0.mlp.fc1.weight', 2)[0], False
 
 
+def normalisation(kind, channels):
+    """Mean and deviation where no preprocessor_config.json has them."""
+    return IMAGENET if kind != 'vit' and channels == 3 else half(channels)
+
+
 def describe(arrays, config, processor):
     """(kind, {field: value}) of the model, from names, shapes and the folder's two JSON files."""
     kind = model_type(arrays, config)
-    width, _, *patch = need(arrays, PATCHES, 4)
+    width, channels, *patch = need(arrays, PATCHES, 4)
     depth = count(arrays, r'encoder\.layer\.(\d+)\.')
     mlp_dim, glu = hidden(arrays, kind)
     act = config.get('hidden_act', 'gelu')
@@ -73,7 +80,7 @@ def describe(arrays, config, processor):
         pool='cls_gap' if shape[1] == 2 * width else 'cls', cls_token=True,
         dist_token='embeddings.distillation_token' in arrays,
         dist_head='distillation_classifier.weight' in arrays,
-        interpolation='bicubic', **({} if kind == 'vit' else IMAGENET),
+        interpolation=INTERPOLATION.get(kind, 'bicubic'), **normalisation(kind, channels),
     )  # fmt: skip
     if kind.startswith('dinov2'):
         fields['layer_scale'] = float(config.get('layerscale_value', 1.0))

@@ -367,8 +367,17 @@ def grid_of(count, model, size):
 
 
 def built(kind, values):
-    """The model of a file's fields."""
-    return models.build(f'{kind}/{values["patch_size"][0]}', **values)
+    """The model of a file's fields; fields without effect have their default values."""
+    model = models.build(f'{kind}/{values["patch_size"][0]}', **values)
+    if kind == 'mixer':
+        return model
+    plain = model.clone(cls_token=None)
+    changes = {'cls_token': None} if plain.prefix == model.prefix else {}
+    if not {'cls', 'dist'} & model.prefix.keys() or model.posemb != 'learn':
+        changes['cls_posemb'] = True
+    if not model.registers or model.posemb != 'learn':
+        changes['registers_posemb'] = False
+    return model.clone(**changes)
 
 
 def with_head(model, num_classes, keep_pre_logits):

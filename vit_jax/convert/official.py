@@ -62,6 +62,11 @@ def classes(arrays, kernel='head/kernel'):
     return arrays[kernel].shape[1] if kernel in arrays else None
 
 
+def half(channels):
+    """The normalisation to [-1, 1] of images of so many channels."""
+    return {field: (0.5,) * channels for field in ('mean', 'std')}
+
+
 def need(arrays, name, ndim):
     """The shape of an array that every such file has; UserError where it is not so."""
     if name not in arrays:

@@ -74,8 +74,7 @@ def save(
         raise UserError(f'{path}: format {format} is a folder, name it without {path.suffix}')
     if size is None:
         raise UserError(f'format {format} states an image size; give image_size=...')
-    if format == 'hf':
-        arrays = hf_arrays(model, arrays)
+    arrays = hf_arrays(model, arrays) if format == 'hf' else timm.unbiased(model, arrays)
     write_folder(path, format, arrays, model, size, classes, config)
 
 
@@ -130,6 +129,8 @@ def folded(model, params, format, size):
         params['posemb'] = np.asarray(layers.sincos2d(*model.grid(size), model.width))
         model = model.clone(posemb='learn', cls_posemb=False, registers_posemb=False)
     wants = {'official': True, 'hf': True, 'big_vision': False}.get(format)
+    if format == 'timm' and model.registers and not model.registers_posemb:
+        wants = False
     if model.posemb == 'learn' and 'cls' in model.prefix and wants is not None:
         rows = sum(model.prefix[n] for n in ('cls', 'dist') if n in model.prefix)
         if wants and not model.cls_posemb:

@@ -6,7 +6,7 @@ position tables are resized by the antialiased bicubic filter.
 
 import re
 
-from vit_jax.convert.official import need
+from vit_jax.convert.official import half, need
 from vit_jax.convert.pieces import Piece, count, linear, norm
 from vit_jax.errors import UserError
 from vit_jax.models import vit
@@ -75,21 +75,17 @@ def describe(arrays, config):
     """(kind, {field: value}) of the model, from names, shapes and what config.json has."""
     architecture = str(config.get('architecture', ''))
     args, pretrained = config.get('model_args') or {}, config.get('pretrained_cfg') or {}
-    width, _, *patch = need(arrays, 'patch_embed.proj.weight', 4)
+    width, channels, *patch = need(arrays, 'patch_embed.proj.weight', 4)
     depth = count(arrays, r'blocks\.(\d+)\.')
     hidden = need(arrays, 'blocks.0.mlp.fc1.weight', 2)[0]
     mlp_dim = need(arrays, 'blocks.0.mlp.fc2.weight', 2)[1]
     has = {name: name in arrays for name in ('cls_token', 'dist_token', 'fc_norm.weight')}
     pool = args.get('global_pool')
     if pool is None:
-        gap = not has['cls_token'] or has['fc_norm.weight']
+        gap = not has['cls_token'] or (has['fc_norm.weight'] and not args.get('fc_norm'))
         pool = 'map' if 'attn_pool.latent' in arrays else 'avg' if gap else 'token'
     if pool not in POOLS:
         raise UserError(f'config.json: global_pool {pool!r} is none of {", ".join(POOLS)}')
-    pre_norm = 'norm_pre.weight' in arrays
-    layer_norm = str(args.get('norm_layer', '')).lower() == 'layernorm' or re.match(
-        r'beit3_', architecture
-    )
     fields = dict(
         num_classes=need(arrays, 'head.weight', 2)[0] if 'head.weight' in arrays else None,
         patch_size=tuple(patch), width=width, depth=depth, mlp_dim=mlp_dim,
@@ -98,12 +94,12 @@ def describe(arrays, config):
         dist_head='head_dist.weight' in arrays,
         registers=need(arrays, 'reg_token', 3)[1] if 'reg_token' in arrays else 0,
         posemb='learn' if 'pos_embed' in arrays else 'none', interpolation='bicubic_antialias',
-        pre_norm=pre_norm, fc_norm=has['fc_norm.weight'],
+        pre_norm='norm_pre.weight' in arrays, fc_norm=has['fc_norm.weight'],
         layer_scale=(args.get('init_values') or 1e-5) if 'blocks.0.ls1.gamma' in arrays else None,
         qk_norm='blocks.0.attn.q_norm.weight' in arrays,
         gelu=gelu_of(args, architecture), glu=hidden == 2 * mlp_dim,
-        epsilon=1e-5 if layer_norm or ('_clip_' in architecture and pre_norm) else 1e-6,
-        **family(architecture, arrays),
+        epsilon=1e-5 if re.match(r'beit3_|.*_clip_', architecture) else 1e-6,
+        **(family(architecture, arrays) if channels == 3 else half(channels)),
     )  # fmt: skip
     if 'pre_logits.fc.weight' in arrays:
         fields['representation_size'] = need(arrays, 'pre_logits.fc.weight', 2)[0]
@@ -116,6 +112,14 @@ def describe(arrays, config):
 def table_rows(arrays):
     """(name, rows) of the position table; None without one."""
     return ('pos_embed', need(arrays, 'pos_embed', 3)[1]) if 'pos_embed' in arrays else None
+
+
+def unbiased(model, arrays):
+    """The arrays without the bias that a patch embedding before a norm has not in timm."""
+    name = 'patch_embed.proj.bias'
+    if model.pre_norm and arrays[name].any():
+        raise UserError('format timm can not express a patch embedding with bias before pre_norm')
+    return {n: a for n, a in arrays.items() if n != name or not model.pre_norm}
 
 
 def image_size(config):
@@ -192,13 +196,15 @@ def map_head(theirs, ours):
 def limits(model):
     """{field: values that the format can express} for `save`."""
     return dict(
-        epsilon=(1e-6, 1e-5), resnet=(None,), pool=('cls', 'gap', 'map', 'none'),
+        epsilon=(1e-6,) if model.glu or model.dist_token else (1e-6, 1e-5),
+        resnet=(None,), pool=('cls',) if model.dist_token else ('cls', 'gap', 'map', 'none'),
         posemb=('learn', 'none'), representation_size=(None,),
         dist_head=(model.dist_token,),
         # dist_token: timm's distilled model has no registers, norms or other pooling of its own
         registers=(0,) if model.dist_token else (model.registers,),
-        registers_posemb=(model.cls_posemb,) if model.registers and model.posemb == 'learn'
-        else (False, True),
+        registers_posemb=(model.cls_posemb,)
+        if model.registers and 'cls' in model.prefix and model.posemb == 'learn'
+        else (True, False),
         cls_posemb=(True,) if model.dist_token else (True, False),
     )  # fmt: skip
 
@@ -218,11 +224,11 @@ def config_of(model, size, classes):
         init_values=model.layer_scale, pos_embed='learn' if model.posemb == 'learn' else 'none',
         act_layer={v: k for k, v in GELUS.items()}[model.gelu],
     )  # fmt: skip
-    if model.epsilon == 1e-5:
-        args['norm_layer'] = 'layernorm'
+    # Epsilon and SwiGLU are no arguments in JSON: architectures that have them are the base.
+    architecture = 'vit_base_patch16_clip_224' if model.epsilon == 1e-5 else 'vit_base_patch16_224'
     if model.glu:
-        args |= dict(mlp_layer='swiglupacked', act_layer='silu')
-    architecture = 'vit_base_patch16_224'
+        architecture = 'vit_giant_patch14_dinov2'
+        args |= dict(act_layer='silu')
     if model.dist_token:
         architecture = 'deit_base_distilled_patch16_224'
         for key in ('class_token', 'reg_tokens', 'no_embed_class', 'pos_embed', 'pre_norm',
@@ -232,7 +238,7 @@ def config_of(model, size, classes):
         architecture=architecture,
         num_classes=model.num_classes or 0,
         num_features=model.width,
-        model_args={k: v for k, v in args.items() if v is not None},
+        model_args={k: v for k, v in args.items() if v is not None or model.glu},
         pretrained_cfg=dict(
             input_size=[len(model.mean), *image], mean=list(model.mean), std=list(model.std),
             interpolation='bicubic', crop_pct=1.0, num_classes=model.num_classes or 0,
