@@ -38,7 +38,7 @@ def test_a_view_that_was_a_name_gets_arguments():
 def test_complete_reads_back_what_it_wrote():
     full = load()
     again = config.complete(json.loads(json.dumps(full.to_dict())))
-    assert config.differences(full.to_dict(), again.to_dict()) == []
+    assert workdir.differences(full.to_dict(), again.to_dict()) == []
 
 
 @pytest.mark.parametrize('override, words', [
@@ -83,7 +83,7 @@ def test_steps_or_epochs_must_be_given():
 
 
 def test_differences_that_change_the_result_are_told_apart():
-    changes = config.differences(
+    changes = workdir.differences(
         load().to_dict(), load('optim.lr=1', 'report.every=2', 'evals.val.every=3').to_dict()
     )
     assert changes == [

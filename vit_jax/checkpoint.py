@@ -84,9 +84,7 @@ class Checkpoints:
         self.best, self.mode, self.read_only = best, mode, read_only
         self.path = epath.Path(workdir) / 'checkpoints'
         self.scores = self.saving = None  # nothing was saved by this object yet
-        for logger in ('asyncio', 'absl'):
-            logging.getLogger(logger).addFilter(worth_saying)
-        sys.unraisablehook = unraisable
+        quieten()
         self.manager = ocp.CheckpointManager(
             self.path,
             options=ocp.CheckpointManagerOptions(
@@ -224,6 +222,7 @@ def weights(path, *, average):
     needed. Raises Damaged.
     """
     path = epath.Path(path)
+    quieten()
     try:
         kept = json.loads((path / 'contents' / 'metadata').read_text())
     except (OSError, ValueError) as e:
@@ -267,11 +266,19 @@ def check_space(path, state):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def quieten():
+    """Keeps from the user what Orbax says beside the errors that it raises."""
+    for logger in ('asyncio', 'absl'):
+        logging.getLogger(logger).addFilter(worth_saying)
+    sys.unraisablehook = unraisable
+
+
 def worth_saying(record):
-    """Drops what Orbax logs of failed background writes, which its next call raises anyway, and
-    of having been asked to read only."""
+    """Drops what Orbax logs of failed background writes, which its next call raises anyway, of
+    having been asked to read only, and of a file that only whole checkpoints have."""
     background = record.filename in ('future.py', 'base_events.py', 'async_checkpointer.py')
-    return not background and 'read only' not in str(record.msg)
+    usual = ('read only', 'Metadata file does not exist')
+    return not background and not any(words in str(record.msg) for words in usual)
 
 
 def to_keep(steps, scores, *, keep, keep_every, largest):

@@ -1,5 +1,6 @@
 """What all commands share: a user's mistake is one line and exit status 2, a bug a traceback."""
 
+import re
 import sys
 
 from absl import app, flags, logging
@@ -7,11 +8,33 @@ from absl import app, flags, logging
 from vit_jax.errors import UserError
 
 
-def run(main, parse=flags.FLAGS):
-    """Calls main(arguments) after parse(sys.argv), and exits with what it returns."""
+def split_changes(argv, section):
+    """Arguments without those of the form --SECTION.KEY=VALUE, and these as (key, text)."""
+    rest, changes = [], []
+    for arg in argv:
+        match = re.fullmatch(rf'--?{section}\.([^=]+)(=(.*))?', arg, re.DOTALL)
+        if match and match[2] is None:
+            raise UserError(f'{arg} has no value; write {arg}=VALUE')
+        changes.append((match[1], match[3])) if match else rest.append(arg)
+    return rest, changes
+
+
+def run(main, section=None):
+    """Parses sys.argv, calls main(arguments) and exits with what it returns.
+
+    With a `section`, flags of the form --SECTION.KEY=VALUE are left to main as its second
+    argument: a list of (key, text).
+    """
+    changes = []
+
+    def parse(argv):
+        rest, found = split_changes(argv, section) if section else (argv, [])
+        changes.extend(found)
+        return flags.FLAGS(rest)
+
     logging.set_verbosity(logging.WARNING)  # --verbosity overrules; absl's own default is INFO
     try:
-        app.run(main, flags_parser=parse)
+        app.run((lambda argv: main(argv, changes)) if section else main, flags_parser=parse)
     except (UserError, flags.Error) as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)

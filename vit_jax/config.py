@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from vit_jax import models, objectives, optim, report, sharding
 from vit_jax.checkpoint import Checkpoints
+from vit_jax.convert import load as weights
 from vit_jax.data import augment, pipeline, sources
 from vit_jax.errors import UserError
-from vit_jax.evaluators import classify
+from vit_jax.evaluators import classify, probe
 
 REQUIRED = inspect.Parameter.empty
 POSITIVE = (
@@ -31,28 +32,21 @@ SHARES = (
     'tolerance',
 )  # fmt: skip
 
-# Differences here leave it the same run: its batches, its model and its optimizer.
-HARMLESS = (
-    'checkpoint', 'evals', 'expected', 'mesh', 'report', 'data.source.data_dir',
-    'data.prefetch', 'data.threads', 'data.tolerance', 'data.workers',
-)  # fmt: skip
+EVALUATORS = {'classify': classify.Classify, 'probe': probe.Probe}
 
 
-def load(path, overrides=()):
-    """The complete config of an experiment file, 'FILE' or 'FILE:ARG'.
+def load(path, overrides=(), begun=None):
+    """The complete config of an experiment file, 'FILE' or 'FILE:ARG', or of a run's config.json.
 
-    `overrides` are (dotted key, text) pairs; a text is a Python literal, or else itself.
+    `overrides` are (dotted key, text) pairs; a text is a Python literal, or else itself. `begun`
+    is the config that a run goes on with: its model stands in for a checkpoint `init_from` that
+    can no longer be read.
     """
-    file, _, arg = path.partition(':')
-    if not pathlib.Path(file).is_file():
-        raise UserError(f'no experiment file {file}')
-    spec = importlib.util.spec_from_file_location('experiment', file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, 'get_config'):
-        raise UserError(f'experiment file {file} has no function get_config(arg=None)')
-    given = module.get_config(arg) if arg else module.get_config()
-    given = given.to_dict()
+    return changed(from_file(path), overrides, begun)
+
+
+def changed(given, overrides, begun=None):
+    """The complete config of a nested dict with `overrides`, as `load` has them."""
     for key, text in overrides:
         *parents, last = key.split('.')
         part = given
@@ -61,7 +55,23 @@ def load(path, overrides=()):
                 part[parent] = {}  # a view that was a name gets arguments
             part = part[parent]
         part[last] = parsed(text)
-    return complete(given)
+    return complete(given, begun)
+
+
+def from_file(path):
+    """What an experiment file, 'FILE' or 'FILE:ARG', or a config.json gives, as a nested dict."""
+    file, _, arg = path.partition(':')
+    if not pathlib.Path(file).is_file():
+        raise UserError(f'no experiment file {file}')
+    if file.endswith('.json'):
+        return weights.read_json(pathlib.Path(file))
+    spec = importlib.util.spec_from_file_location('experiment', file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+        raise UserError(f'experiment file {file} has no function get_config(arg=None)')
+    given = module.get_config(arg) if arg else module.get_config()
+    return given.to_dict()
 
 
 def parsed(text):
@@ -80,9 +90,17 @@ def scalars(
     steps: int | None = None,
     epochs: float | None = None,
     accumulate: int = 1,
+    init_from: str | None = None,
+    keep_head: bool = False,
+    keep_pre_logits: bool = False,
     expected: tuple = (),
 ):
-    """The keys outside of sections. `steps` overrules `epochs`."""
+    """The keys outside of sections. `steps` overrules `epochs`.
+
+    `init_from` is anything that `vit_jax.load` takes: its weights are where training begins, with
+    a new zero head unless `keep_head` (which keeps a representation layer too) and without a
+    representation layer unless `keep_pre_logits`.
+    """
 
 
 def keys_of(function):
@@ -94,7 +112,7 @@ def keys_of(function):
     }
 
 
-def complete(given):
+def complete(given, begun=None):
     """A nested dict, as an experiment gives it, checked and with every default filled in.
 
     Raises UserError for a key that nothing reads (and names the nearest that is read), a value of
@@ -110,7 +128,7 @@ def complete(given):
     names = ('model', 'data', 'evals', *sections)
     outside = {k: v for k, v in given.items() if k not in names}
     full = filled('', outside, keys_of(scalars), also=names)
-    full['model'] = complete_model(section(given, 'model'))
+    full['model'] = complete_model(section(given, 'model'), full, begun)
     full['data'] = complete_data('data', section(given, 'data'), pipeline.batches)
     for name, function in sections.items():
         full[name] = filled(name, section(given, name), keys_of(function))
@@ -118,8 +136,11 @@ def complete(given):
     for name in section(given, 'evals'):
         path = f'evals.{name}'
         values = section(given['evals'], name, path)
+        kind = values.get('type', 'classify')
+        if kind not in EVALUATORS:
+            raise UserError(f'config {path}.type is {kind!r}, not one of {", ".join(EVALUATORS)}')
         inherited = {k: full['data'][k] for k in ('image_size', 'batch_size')}
-        full['evals'][name] = complete_data(path, inherited | values, classify.Classify)
+        full['evals'][name] = complete_data(path, inherited | values, EVALUATORS[kind])
     if full['steps'] is None and full['epochs'] is None:
         raise UserError('config has neither steps nor epochs')
     return ConfigDict(full)
@@ -133,20 +154,47 @@ def section(given, name, path=None):
     return value
 
 
-def complete_model(values):
-    """The model section: its keys depend on the model's name."""
+def complete_model(values, scalars, begun=None):
+    """The model section: its keys depend on the model's name, or on the checkpoint to begin from.
+
+    Without a name every field has the value that the checkpoint `init_from` tells of.
+    """
     name = values.get('name')
+    read = {}
+    if name is None and scalars['init_from'] is not None:
+        read = model_of(scalars, begun)
+        name = read['name']
     if not isinstance(name, str):
         raise UserError(f"config model.name is {name!r}, not a name as 'vit-b/16'")
-    keys = models.fields(name) | {'num_classes': (int | None, None)}  # None: the data set's
+    keys = models.fields(name)
+    keys = {k: (kind, read.get(k, default)) for k, (kind, default) in keys.items()}
+    keys['num_classes'] = (int | None, None)  # None: the data set's
     return filled('model', values, keys)
+
+
+def model_of(scalars, begun):
+    """{field: value} of the model in the checkpoint `init_from`, without its head."""
+    path = scalars['init_from']
+    new_head = None if scalars['keep_head'] else 1
+    try:
+        found = weights.read(
+            path, num_classes=new_head, keep_pre_logits=scalars['keep_pre_logits'], values=False
+        )
+    except UserError:
+        if begun is not None and begun.get('init_from') == path:
+            return begun['model']
+        raise
+    return models.describe(found.model)
 
 
 def complete_data(path, values, function):
     """A section that has a source, itself a section, and a view by its name or with arguments."""
     keys = keys_of(function)
-    full = filled(path, values, keys | {'source': (dict, REQUIRED)})
-    full['source'] = filled(f'{path}.source', section(full, 'source'), keys_of(sources.load))
+    sets = {'source', *(k for k in keys if k.endswith('_source'))}  # data sets, each a section
+    full = filled(path, values, keys | {name: (dict, REQUIRED) for name in sets})
+    for name in sets:
+        known = keys_of(sources.load)
+        full[name] = filled(f'{path}.{name}', section(full, name), known)
     if isinstance(full['view'], dict):
         view = dict(full['view'])
         known = keys_of(augment.VIEWS[pipeline.check_view(view.pop('name', None))])
@@ -206,28 +254,3 @@ def describe(annotation):
     if isinstance(annotation, types.UnionType):
         return ' or '.join(describe(kind) for kind in typing.get_args(annotation))
     return getattr(annotation, '__name__', str(annotation)).replace('NoneType', 'None')
-
-
-def flat(config, prefix=''):
-    """{'optim.lr': 0.001} of a nested dict, tuples as lists, as JSON has them."""
-    items = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            items |= flat(value, f'{prefix}{key}.')
-        else:
-            items[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return items
-
-
-def differences(before, now):
-    """[(key, before, now, whether it changes the meaning)] of two nested dicts; None: absent."""
-    before, now = flat(before), flat(now)
-    return [
-        (key, before.get(key), now.get(key), not harmless(key))
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-
-
-def harmless(key):
-    return any(key == part or key.startswith(part + '.') for part in HARMLESS)

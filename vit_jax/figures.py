@@ -63,14 +63,15 @@ def draw_summary(path, out):
         raise UserError(f'{path} is no workdir of a run: it has no config.json')
     config = configs.complete(settings)
     parts = train.make(config)
-    if not parts.evals:
+    classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
+    if not classifying:
         raise UserError(f'{path}: its config has no evals, so there are no predictions to draw')
     with Checkpoints(path, read_only=True) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f'{path} has no checkpoint yet')
         state = checkpoints.restore(checkpoints.steps()[-1], parts.abstract)
     params = optim.averaged(state)
-    name, evaluation = next(iter(parts.evals.items()))
+    name, evaluation = next(iter(classifying.items()))
     found = evaluation.predictions(params)
     images = Images(
         evaluation.source, found['id'], config.evals[name].view, config.evals[name].image_size
@@ -89,9 +90,10 @@ def draw_summary(path, out):
 
 def attention_over(model, params, images):
     """class_attention [B, h, w] over images uint8 [B, H, W, 3]; None without a class token."""
-    if model.pool != 'cls':
+    prefix = getattr(model, 'prefix', {})
+    if 'cls' not in prefix:
         return None
-    grid = [side // patch for side, patch in zip(images.shape[1:3], model.patch_size, strict=True)]
+    grid = model.grid(images.shape[1:])
 
     @jax.jit
     def probabilities(params, images):
@@ -99,7 +101,7 @@ def attention_over(model, params, images):
         _, out = model.apply(variables, model.normalise(images), capture=('attention',))
         return out['attention']
 
-    return class_attention(probabilities(params, images), grid, model.registers)
+    return class_attention(probabilities(params, images), grid, sum(prefix.values()) - 1)
 
 
 def main(argv):

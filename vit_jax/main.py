@@ -7,7 +7,6 @@ Exit status: 0 done, 2 a mistake that its one line names, 3 a loss or gradient t
 130 and 143 stopped by SIGINT and SIGTERM with everything saved.
 """
 
-import re
 import sys
 
 from absl import flags
@@ -30,30 +29,19 @@ ALLOW = flags.DEFINE_bool(
 )  # fmt: skip
 
 
-def main(argv):
-    rest, overrides = split_overrides(argv[1:])
-    if rest:
-        raise UserError(f'unexpected argument {rest[0]!r}; flags begin with --')
+def main(argv, overrides):
+    if argv[1:]:
+        raise UserError(f'unexpected argument {argv[1]!r}; flags begin with --')
     with stopping.on_signal() as stop:
         return run(overrides, stop)
-
-
-def split_overrides(argv):
-    """Arguments without those of the form --config.KEY=VALUE, and these as (key, value)."""
-    rest, overrides = [], []
-    for arg in argv:
-        match = re.fullmatch(r'--?config\.([^=]+)(=(.*))?', arg, re.DOTALL)
-        if match and match[2] is None:
-            raise UserError(f'{arg} has no value; write {arg}=VALUE')
-        overrides.append((match[1], match[3])) if match else rest.append(arg)
-    return rest, overrides
 
 
 def run(overrides, stop):
     """Trains and reports; the exit status."""
     from vit_jax import config, report, train, workdir  # a signal is heard while these load
 
-    settings = config.load(CONFIG.value, overrides)
+    begun = workdir.read_json(workdir.located(WORKDIR.value) / 'config.json')
+    settings = config.load(CONFIG.value, overrides, begun)
     with workdir.held(WORKDIR.value) as path:
         try:
             result = train.train(settings, path, stop, allow_config_change=ALLOW.value)
@@ -67,11 +55,5 @@ def run(overrides, stop):
     return 0
 
 
-def parse(argv):
-    """absl's parsing, which leaves --config.KEY=VALUE to `main`."""
-    rest, overrides = split_overrides(argv)
-    return flags.FLAGS(rest) + [f'--config.{key}={value}' for key, value in overrides]
-
-
 if __name__ == '__main__':
-    cli.run(main, parse)
+    cli.run(main, 'config')

@@ -111,6 +111,20 @@ def merge(trainable, params):
     )
 
 
+def check_same(params, wanted, origin):
+    """Raises UserError, naming a parameter, unless names and shapes are those of `wanted`."""
+    here, there = (
+        {leaf_name(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, wanted)
+    )
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f'{origin}: parameter {name} is {here.get(name, "absent")}, the model of the '
+                f'config has {there.get(name, "none")}'
+            )
+
+
 def averaged(state):
     """The moving average of the state's parameters where one is kept, else the parameters."""
     nodes = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, AveragedParams))
@@ -144,10 +158,11 @@ def make(
     cooldown: int = 0,
     timescale: int = 10_000,
     weight_decay: float = 0.0,
-    decay: tuple = ('kernel$',),
+    decay: tuple | str = ('kernel$',),
     clip: float | None = None,
     layer_decay: float = 1.0,
-    freeze: tuple = (),
+    freeze: tuple | str = (),
+    only: tuple | str = (),
     ema: float | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -159,21 +174,23 @@ def make(
 
     Weight decay is decoupled and follows the rate: p -= rate * (step + weight_decay * p), on the
     leaves whose name one of the patterns in `decay` matches (re.search). `freeze` likewise names
-    leaves that never change. `clip` bounds the global norm of the gradient; `ema` is the decay of
-    the parameters' moving average.
+    leaves that never change, `only` those that alone do ('head': a linear probe). `clip` bounds
+    the global norm of the gradient; `ema` is the decay of the parameters' moving average.
     """
     rate = make_schedule(
         schedule, lr=lr, steps=steps, warmup=warmup, cooldown=cooldown, timescale=timescale
     )
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    for field, patterns in (('decay', decay), ('freeze', freeze)):
+    decay, freeze, only = ((p,) if isinstance(p, str) else p for p in (decay, freeze, only))
+    for field, patterns in (('decay', decay), ('freeze', freeze), ('only', only)):
         for pattern in patterns:
             if not any(re.search(pattern, n) for n in leaves):
                 raise UserError(f'optim.{field} {pattern!r} matches no parameter')
     frozen = {n for n in leaves if any(re.search(pattern, n) for pattern in freeze)}
+    frozen |= {n for n in leaves if only and not any(re.search(p, n) for p in only)}
     decayed = {n for n in leaves if weight_decay and any(re.search(p, n) for p in decay)} - frozen
     if len(frozen) == len(leaves):
-        raise UserError(f'optim.freeze {tuple(freeze)!r} freezes every parameter')
+        raise UserError(f'optim.freeze {tuple(freeze)!r} leaves no parameter to train')
     depth = next((x.shape[0] for n, x in leaves.items() if n.startswith('encoder/')), 0)
 
     def trainable(tree):

@@ -54,6 +54,17 @@ def init(model, tx, image_shape, seed, abstract):
     return make(jax.random.key(seed))
 
 
+def begin(params, tx, abstract):
+    """A state at step 0 with parameters that were loaded, numpy or JAX arrays, on their devices."""
+
+    def state(params):
+        return State(jnp.int32(0), params, tx.init(tx.trainable(params)))
+
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    params = jax.tree.map(jax.device_put, params, places.params)
+    return jax.jit(state, out_shardings=places)(params)
+
+
 def accumulated(grad_fn, trainable, batch, key, parts):
     """Metrics and gradients of the whole batch from `parts` micro-batches, one at a time."""
     # Examples i, i + parts, ... of each device: no example leaves its device.

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from vit_jax import config as configs
 from vit_jax import models, objectives, optim, report, sharding, step, workdir
 from vit_jax.checkpoint import Checkpoints
+from vit_jax.convert import load as weights
 from vit_jax.data import pipeline, sources
 from vit_jax.errors import UserError
-from vit_jax.evaluators.classify import Classify
 
 
 class Parts(NamedTuple):
@@ -23,7 +24,7 @@ class Parts(NamedTuple):
     objective: Callable
     tx: optim.Optimizer
     abstract: step.State
-    evals: dict[str, Classify]
+    evals: dict[str, Any]
 
 
 def make(config):
@@ -44,7 +45,10 @@ def make(config):
     objective = objectives.supervised(model, **config.objective)
     tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
     abstract = step.abstract_state(model, tx, shape, mesh)
-    evals = {name: Classify(model, mesh, **kwargs) for name, kwargs in config.evals.items()}
+    evals = {
+        name: configs.EVALUATORS[kwargs.type](model, mesh, **kwargs)
+        for name, kwargs in config.evals.items()
+    }
     best = config.checkpoint.best
     if best is not None and best.rpartition('/')[0] not in evals:
         names = ', '.join(f'{name}/accuracy' for name in evals) or 'none without evals'
@@ -66,13 +70,17 @@ def train(config, path, stop, *, allow_config_change=False):
         if result and result['steps'] == parts.steps:
             print(f'{path} is finished: {parts.steps} steps are done.', flush=True)
             return result
-        fresh = (parts.model, parts.tx, parts.shape, config.seed, parts.abstract)
-        state = checkpoints.resume(parts.abstract) or step.init(*fresh)
+        workdir.write_json(path / 'classes.json', list(parts.source.classes))
+        state, account = checkpoints.resume(parts.abstract), None
+        if state is None:
+            state, account = first_state(config, parts)
         start = int(state.step)
         flops = parts.model.flops(parts.shape)
         batch_size = config.data.batch_size
         with report.Report(path, parts.steps, batch_size, start, flops, **config.report) as log:
             log.say(report.heading(parts, config, start))
+            if account:
+                log.say(f'from    {config.init_from}\n{account}')
             if changes:
                 log.say(f'the config has changed:\n{workdir.table(changes)}')
             loop(config, parts, state, stop, checkpoints, log)
@@ -83,6 +91,22 @@ def train(config, path, stop, *, allow_config_change=False):
             result |= workdir.provenance()
             workdir.write_json(path / 'result.json', result)
             return result
+
+
+def first_state(config, parts):
+    """(the state at step 0, the account of what was loaded): random, or from `init_from`."""
+    if config.init_from is None:
+        fresh = (parts.model, parts.tx, parts.shape, config.seed, parts.abstract)
+        return step.init(*fresh), None
+    kept = ('name', 'num_classes', 'representation_size')
+    fields = {k: v for k, v in models.describe(parts.model).items() if k not in kept}
+    found = weights.read(
+        config.init_from, image_size=parts.shape[:2], ema=None,
+        num_classes=None if config.keep_head else parts.model.num_classes,
+        keep_pre_logits=config.keep_pre_logits, **fields,
+    )  # fmt: skip
+    optim.check_same(found.params, parts.abstract.params, config.init_from)
+    return step.begin(found.params, parts.tx, parts.abstract), weights.table(found.account)
 
 
 def loop(config, parts, state, stop, checkpoints, log):

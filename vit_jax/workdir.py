@@ -12,8 +12,13 @@ import subprocess
 
 from etils import epath
 
-from vit_jax import config as configs
 from vit_jax.errors import UserError
+
+# Differences here leave it the same run: its batches, its model and its optimizer.
+HARMLESS = (
+    'checkpoint', 'evals', 'expected', 'mesh', 'report', 'data.source.data_dir',
+    'data.prefetch', 'data.threads', 'data.tolerance', 'data.workers',
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -94,7 +99,7 @@ def settle_config(path, config, begun, *, allow_change):
     longer be the same run, unless `allow_change`.
     """
     before = read_json(path / 'config.json') if begun else None
-    changes = [] if before is None else configs.differences(before, config.to_dict())
+    changes = [] if before is None else differences(before, config.to_dict())
     if any(meaning for *_, meaning in changes) and not allow_change:
         raise UserError(
             f'the config differs from the one that {path} was begun with:\n{table(changes)}\n'
@@ -104,8 +109,33 @@ def settle_config(path, config, begun, *, allow_change):
     return changes
 
 
+def flat(config, prefix=''):
+    """{'optim.lr': 0.001} of a nested dict, tuples as lists, as JSON has them."""
+    items = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            items |= flat(value, f'{prefix}{key}.')
+        else:
+            items[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return items
+
+
+def differences(before, now):
+    """[(key, before, now, whether it changes the meaning)] of two nested dicts; None: absent."""
+    before, now = flat(before), flat(now)
+    return [
+        (key, before.get(key), now.get(key), not harmless(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def harmless(key):
+    return any(key == part or key.startswith(part + '.') for part in HARMLESS)
+
+
 def table(changes):
-    """Rows of `config.differences` as aligned text."""
+    """Rows of `differences` as aligned text."""
     rows = [('key', 'before', 'now', '')]
     rows += [
         (key, json.dumps(old), json.dumps(new), 'changes the result' if meaning else '')

@@ -42,10 +42,11 @@ def found(address, ema):
     size = config['data']['image_size']
     classes = workdir.read_json(root / 'classes.json')
     model = models.build(config['model']['name'], **values)
+    fields = {k: v for k, v in models.describe(model).items() if k != 'name'}
     entries = {name: in_memory(value) for name, value in arrays.items()}
     rows = ('posemb', arrays['posemb'].shape[1]) if 'posemb' in arrays else None
     return Found(
-        'vit_jax', 'vit' if hasattr(model, 'prefix') else 'mixer', models.describe(model), entries,
+        'vit_jax', 'vit' if hasattr(model, 'prefix') else 'mixer', fields, entries,
         lambda m: own_pieces(m, arrays), rows, {}, (size, size) if isinstance(size, int)
         else tuple(size), names(classes), config,
     )  # fmt: skip

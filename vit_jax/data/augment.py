@@ -31,6 +31,16 @@ def central(image, rng, *, size, crop: float = 0.875):
     return crop_and_resize(image, ((h - ch) // 2, (w - cw) // 2, ch, cw), size)
 
 
+def random_crop(image, rng, *, size, crop: float = 0.875, flip: bool = True):
+    """A window as large as that of `central`, anywhere, resized, and mirrored by chance."""
+    h, w = image.shape[:2]
+    scale = crop * min(h / size[0], w / size[1])
+    ch = min(max(round(size[0] * scale), 1), h)
+    cw = min(max(round(size[1] * scale), 1), w)
+    box = int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1)), ch, cw
+    return flipped(crop_and_resize(image, box, size), rng, flip)
+
+
 def random_box(shape, rng, *, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3)):
     """A window (y, x, height, width) of an image [H, W] by area and aspect.
 
@@ -103,4 +113,4 @@ def flipped(image, rng, flip):
     return image[:, ::-1] if flip and rng.integers(2) else image
 
 
-VIEWS = {f.__name__: f for f in (resize, central, inception, shift, affine)}
+VIEWS = {f.__name__: f for f in (resize, central, random_crop, inception, shift, affine)}

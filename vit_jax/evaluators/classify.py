@@ -19,6 +19,7 @@ class Classify:
         model,
         mesh,
         *,
+        type: str = 'classify',
         source: dict,
         image_size: int | tuple,
         batch_size: int,

@@ -1,0 +1,99 @@
+"""Frozen features: neighbours and a linear classifier, against scikit-learn."""
+
+import jax
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from vit_jax import config, models, sharding
+from vit_jax.errors import UserError
+from vit_jax.evaluators import probe
+
+
+@pytest.fixture(scope='module')
+def digits():
+    """Half of the digits to learn from, half to test with: float features and labels."""
+    x, y = load_digits(return_X_y=True)
+    return x[:900].astype(np.float32), y[:900], x[900:].astype(np.float32), y[900:]
+
+
+@pytest.mark.parametrize('k', [1, 10])
+def test_nearest_votes_as_scikit_learn_does(digits, k):
+    x, y, test, _ = digits
+    wanted = KNeighborsClassifier(k, algorithm='brute').fit(x, y).predict(test)
+    found = probe.nearest(x, y, test, k=k, classes=10, chunk=128)
+    assert found.shape == wanted.shape and np.mean(found == wanted) > 0.995  # ties may differ
+    assert np.mean(found[::-1] == wanted) < 0.5
+
+
+@pytest.mark.parametrize('l2', [0.1, 10.0])
+def test_logistic_regression_is_that_of_scikit_learn(digits, l2):
+    x, y, test, labels = digits
+    train, held = probe.standardised(x, test)
+    wanted = StandardScaler().fit_transform(x.astype(np.float64))
+    np.testing.assert_allclose(train, wanted, atol=1e-5)
+    model = LogisticRegression(C=1 / l2, max_iter=5000, tol=1e-6).fit(train, y)
+    weights, bias = probe.logistic(train, y, classes=10, l2=l2, tolerance=1e-6)
+    # The same minimum: the gap to its loss is small beside the loss of no weights at all.
+    np.testing.assert_allclose(weights, model.coef_.T, atol=0.02)
+    predicted = np.argmax(held @ np.asarray(weights) + np.asarray(bias), axis=1)
+    assert np.mean(predicted == model.predict(held)) > 0.995
+    assert np.mean(predicted == labels) > 0.85
+
+
+def probe_of(tmp_path, **changes):
+    """A Probe of a small model on the digits, and what it works with."""
+    source = dict(name='digits', split='test', data_dir=str(tmp_path))
+    given = dict(
+        type='probe', source=source, train_source={**source, 'split': 'train'}, image_size=8,
+        batch_size=64, k=3, **changes,
+    )  # fmt: skip
+    full = config.complete_data('evals.p', given, probe.Probe)
+    model = models.build('vit-ti/2', width=16, depth=1, num_heads=2, mlp_dim=32)
+    params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
+    return probe.Probe(model, sharding.make_mesh(), **full), model, params
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp('tfds')
+
+
+def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
+    evaluation, model, params = probe_of(data_dir)
+    result = evaluation(params)
+    train, test = (
+        evaluation.gathered(params, source, False)
+        for source in (evaluation.train_source, evaluation.source)
+    )
+    assert len(train[3]) == 1438 and len(test[3]) == result['examples'] == 359
+    images = test[2].reshape(-1, 8, 8, 3)
+    _, out = model.apply({'params': params}, model.normalise(images))
+    both = np.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=1)
+    np.testing.assert_allclose(test[1], both, atol=1e-5)
+    np.testing.assert_allclose(test[0], both[:, :16], atol=1e-5)
+    for name, i in (('knn', 0), ('knn_pixels', 2)):
+        score = KNeighborsClassifier(3).fit(train[i], train[3]).score(test[i], test[3])
+        assert abs(result[name] - score) < 0.01, name
+    assert result['knn_pixels'] > 0.95 > result['accuracy'] > 0.5
+    assert evaluation(params, stop=True) is None
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(kind='knn'), "unknown key evals.p.kind"), (dict(l2='x'), "evals.p.l2 is 'x', not float"),
+])
+def test_mistakes_are_named(data_dir, changes, words):
+    with pytest.raises(UserError, match=words):
+        probe_of(data_dir, **changes)
+
+
+def test_more_neighbours_than_images_is_a_mistake(data_dir):
+    with pytest.raises(UserError, match='k is 5000, of 1438 training images'):
+        source = dict(name='digits', split='test', data_dir=str(data_dir))
+        full = config.complete_data('evals.p', dict(
+            source=source, train_source={**source, 'split': 'train'}, image_size=8,
+            batch_size=64, k=5000), probe.Probe)  # fmt: skip
+        probe.Probe(models.build('vit-ti/2'), sharding.make_mesh(), **full)

@@ -1,0 +1,83 @@
+"""Converts checkpoints: python -m vit_jax.convert SRC DST --to official|big_vision|timm|hf.
+
+SRC is anything that vit_jax.load takes: a path, a gs://, https:// or hf:// address, a name of the
+catalogue (--list), a run's workdir. Without DST it says what SRC is. What was read of the model can
+be changed: --model.epsilon=1e-6.
+"""
+
+from absl import flags
+
+from vit_jax import cli, config, models
+from vit_jax.convert import load, save
+from vit_jax.errors import UserError
+
+TO = flags.DEFINE_enum('to', None, list(save.FAMILIES), 'The format to write.')
+LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')
+SIZE = flags.DEFINE_list('image_size', None, 'Pixels, or height,width: resize the positions.')
+CLASSES = flags.DEFINE_integer('num_classes', None, 'A new head of zeros; 0: no head.')
+KEEP = flags.DEFINE_bool('keep_pre_logits', False, 'Keep a representation layer under a new head.')
+EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
+FOLD = flags.DEFINE_bool(
+    'fold', False, 'Write positions that the format lacks in a way that it has, where no output '
+    'changes: sin-cos positions as a table, say.',
+)  # fmt: skip
+
+
+def catalogue():
+    """The catalogue as text."""
+    rows = [('name', 'family', 'px', 'ImageNet', 'address')]
+    for name, row in load.catalogue().items():
+        accuracy = '' if row['accuracy'] is None else f'{row["accuracy"]:.2f}%'
+        rows.append((name, row['family'], str(row['image_size']), accuracy, row['address']))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return '\n'.join(
+        '  '.join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
+        for row in rows
+    )
+
+
+def size():
+    """--image_size as an int or a pair."""
+    if SIZE.value is None:
+        return None
+    try:
+        numbers = [int(text) for text in SIZE.value]
+    except ValueError:
+        raise UserError(f'--image_size is {",".join(SIZE.value)}, not pixels') from None
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def described(found):
+    """What a checkpoint is, as text: the fields of its model that are not the default ones."""
+    fields = models.describe(found.model)
+    defaults = {k: default for k, (_, default) in models.fields(fields['name']).items()}
+    lines = [f'{found.source}: {fields["name"]}']
+    lines += [f'  {k} = {v!r}' for k, v in fields.items() if v != defaults[k] and k != 'name']
+    if found.image_size:
+        lines.append(f'  for images of {found.image_size[0]} x {found.image_size[1]}')
+    return '\n'.join(lines)
+
+
+def main(argv, changes):
+    if LIST.value:
+        print(catalogue())
+        return
+    if len(argv) not in (2, 3) or (len(argv) == 3) != (TO.value is not None):
+        raise UserError('usage: python -m vit_jax.convert SRC [DST --to FORMAT], or --list')
+    fields = {key: config.parsed(text) for key, text in changes}
+    found = load.read(
+        argv[1], image_size=size(), num_classes=CLASSES.value, keep_pre_logits=KEEP.value,
+        ema=None if EMA.value else False, **fields,
+    )  # fmt: skip
+    print(described(found))
+    print(load.table(found.account))
+    if len(argv) == 3:
+        save.save(
+            argv[2], found.model, found.params, TO.value, image_size=found.image_size or size(),
+            classes=found.classes, config=found.config, fold=FOLD.value,
+        )  # fmt: skip
+        print(f'Written: {argv[2]} ({TO.value})')
+
+
+if __name__ == '__main__':
+    cli.run(main, 'model')

@@ -1,0 +1,81 @@
+"""Evaluates a checkpoint: python -m vit_jax.evaluate --checkpoint X [--config FILE[:ARG]].
+
+X is anything that vit_jax.load takes. The evaluations are those of the config's section `evals`
+(a run's config.json is a config, too); without --config, those of the run that X came from. Any
+setting can be changed: --config.evals.test.batch_size=100. Of the section `model` only dtype and
+unroll count, as X says what the model is.
+"""
+
+import json
+
+from absl import flags
+
+from vit_jax import cli, report, sharding
+from vit_jax import config as configs
+from vit_jax.convert import load as weights
+from vit_jax.data import pipeline
+from vit_jax.errors import UserError
+
+CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None, 'What to evaluate: a path, an address, a name of the catalogue.',
+    required=True,
+)  # fmt: skip
+CONFIG = flags.DEFINE_string('config', None, 'Experiment file, or a config.json, with evals.')
+EMA = flags.DEFINE_bool(
+    'ema', True, 'Of a run: the moving average of the parameters where one was kept, as its own '
+    'evaluations do.',
+)  # fmt: skip
+JSON = flags.DEFINE_bool('json', False, 'Print one JSON object in place of a table.')
+
+
+def evaluate(checkpoint, config, ema=None):
+    """{name: {metric: value}} of the evaluations of a complete config."""
+    if not config.evals:
+        raise UserError('the config has no evals')
+    mesh = sharding.make_mesh(**config.mesh)
+    results, loaded = {}, {}
+    for name, kwargs in config.evals.items():
+        size = pipeline.size_of(kwargs.image_size)
+        if size not in loaded:
+            loaded = {size: read(checkpoint, size, config.model, ema)}
+        found = loaded[size]
+        evaluation = configs.EVALUATORS[kwargs.type](found.model, mesh, **kwargs)
+        results[name] = evaluation(found.params)
+    return results
+
+
+def read(checkpoint, image_size, model, ema):
+    """The checkpoint at an image size, to be computed as the config's model is."""
+    how = {field: model[field] for field in ('dtype', 'unroll') if field in model}
+    return weights.read(checkpoint, image_size=image_size, ema=ema, **how)
+
+
+def settings_of(path, checkpoint, overrides):
+    """The complete config, of a file or of the run that the checkpoint came from."""
+    if path is not None:
+        needs_model = not any(key in ('init_from', 'model.name') for key, _ in overrides)
+        given = configs.from_file(path)
+        if needs_model and not given.get('model', {}).get('name'):
+            overrides = [*overrides, ('init_from', checkpoint)]
+        return configs.load(path, overrides)
+    found = weights.read(checkpoint, values=False, ema=None)
+    if found.config is None:
+        raise UserError(f'nothing tells of a run that {checkpoint} came from; give --config')
+    return configs.changed(found.config, overrides)
+
+
+def main(argv, overrides):
+    if argv[1:]:
+        raise UserError(f'unexpected argument {argv[1]!r}; flags begin with --')
+    config = settings_of(CONFIG.value, CHECKPOINT.value, overrides)
+    results = evaluate(CHECKPOINT.value, config, None if EMA.value else False)
+    if JSON.value:
+        print(json.dumps({'checkpoint': CHECKPOINT.value, **results}))
+        return
+    for name, metrics in results.items():
+        for metric, value in metrics.items():
+            print(f'{name}/{metric}  {report.number(value)}')
+
+
+if __name__ == '__main__':
+    cli.run(main, 'config')
