@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import models
+from vit_jax import models, objectives, optim, sharding, step
 from vit_jax.errors import UserError
 
 SMALL = dict(width=24, depth=3, num_heads=3, mlp_dim=32, patch_size=4)
@@ -29,6 +29,8 @@ def small(**fields):
         ('vit-b/16', 86_567_656),
         ('vit-l/16', 304_326_632),
         ('vit-h/14', 632_045_800),
+        ('mixer-b/16', 59_880_472),
+        ('mixer-l/16', 208_196_168),
     ],
 )
 def test_published_parameter_counts(name, count):
@@ -46,12 +48,24 @@ def test_published_flops():
         assert round((model.flops((224, 224, 3)) / 2 + norms) / 1e9, 2) == billions
 
 
+@pytest.mark.parametrize('name, millions', [
+    ('r26+vit-s/32', 36.6), ('r50+vit-l/32', 330.0), ('r+vit-ti/16', 6.4),
+])
+def test_published_sizes_of_hybrids(name, millions):
+    """arXiv:2106.10270 table 2, within a percent."""
+    shapes = jax.eval_shape(models.build(name).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert abs(count / 1e6 / millions - 1) < 0.01
+
+
 @pytest.mark.parametrize('fields', [
     dict(), dict(pool='gap', representation_size=200), dict(pool='map'),
     dict(pool='none', num_classes=40), dict(registers=40, num_classes=None),
+    dict(pool='cls_gap', glu=True), dict(dist_token=True, dist_head=True),
+    dict(name='mixer-s/16'), dict(name='r50+vit-s/16'), dict(name='r+vit-s/16'),
 ])
 def test_flops_are_what_the_compiler_counts(fields):
-    model = models.build('vit-s/16', **fields, depth=3, unroll=3)
+    model = models.build(**{'name': 'vit-s/16', 'depth': 3, 'unroll': 3, **fields})
     images = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)
     counted = jax.jit(lambda p, x: model.apply(p, x)[0]).lower(params, images).cost_analysis()
@@ -196,3 +210,64 @@ def test_bfloat16_computes_close_and_keeps_float32_parameters():
     assert 0 < np.abs(plain - rounded).max() < 0.05 * np.abs(plain).max()
     fresh = half.init(jax.random.key(0), images)['params']
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fresh))
+
+
+@pytest.mark.parametrize('fields', [
+    dict(name='mixer-s/4', width=24, depth=2, tokens_mlp_dim=16, mlp_dim=32, drop_path=0.5),
+    dict(name='r26+vit-s/32', resnet=(1, 1), resnet_width=0.5, width=24, depth=2, num_heads=2,
+         mlp_dim=32),
+    dict(name='vit/4', **{**SMALL, 'num_heads': 2}, pool='cls_gap', dist_token=True,
+         dist_head=True, registers=2, registers_posemb=True, pre_norm=True, fc_norm=True, glu=True,
+         gelu='quick', layer_scale=0.1),
+])
+def test_every_kind_of_model_trains_on_a_mesh(fields):
+    """All parameters have a sharding rule, and the loss on eight devices is that on one."""
+    model = models.build(**fields, num_classes=8)
+    losses = {}
+    for mesh in (dict(data=8), dict(data=2, fsdp=2, tensor=2), None):
+        devices = jax.devices() if mesh else jax.devices()[:1]
+        mesh = sharding.make_mesh(devices, **(mesh or {}))
+        shape = (16, 16, 3)
+        tx = optim.make(step.abstract_params(model, shape), 3, lr=1e-3, layer_decay=0.9)
+        abstract = step.abstract_state(model, tx, shape, mesh)
+        state = step.init(model, tx, shape, 0, abstract)
+        advance = step.compiled(objectives.supervised(model), tx, abstract, mesh)
+        rng = np.random.default_rng(0)
+        batch = dict(
+            image=rng.integers(0, 256, (8, *shape), np.uint8), mask=np.ones(8, np.float32),
+            label=np.arange(8, dtype=np.int32),
+        )
+        found = []
+        for _ in range(3):
+            state, metrics = advance(state, sharding.put(batch, mesh))
+            found.append(float(metrics['loss']))
+        losses[str(mesh.shape)] = found
+    one, *others = list(losses.values())[::-1]
+    assert len(losses) == 3 and one[2] < one[0]
+    for other in others:
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def test_a_name_can_be_made_of_every_model():
+    for name in ('vit-b/16', 'vit-s/7', 'mixer-b/16', 'r50+vit-b/16', 'r+vit-ti/16'):
+        model = models.build(name, num_classes=3, dtype='bfloat16')
+        described = models.describe(model)
+        assert described['name'] == name and models.build(**described) == model
+    odd = models.build('vit-b/16', width=24, num_heads=3)
+    assert models.describe(odd)['name'] == 'vit/16' and models.build(**models.describe(odd)) == odd
+
+
+@pytest.mark.parametrize('name', ['vit-z/16', 'r50+vit-b/8', 'r50+mixer-b/16', 'vit-b/0', 'b/16'])
+def test_names_of_no_model(name):
+    with pytest.raises(UserError, match='no model .*; there are vit-SIZE/PATCH'):
+        models.build(name)
+
+
+def test_heads_of_a_distilled_model_are_averaged():
+    model, params, images = small(dist_token=True, dist_head=True)
+    logits, _ = model.apply({'params': params}, images)
+    zero = jax.tree.map(jnp.zeros_like, params['dist_head'])
+    one, _ = model.apply({'params': {**params, 'dist_head': zero}}, images)
+    two, _ = model.apply({'params': {**params, 'head': zero}}, images)
+    np.testing.assert_allclose(logits, one + two, atol=1e-6)
+    assert np.abs(one - two).max() > 0.01
