@@ -1,6 +1,7 @@
 """Settings: every key is read, every mistake named, every default written down."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from vit_jax import config, workdir
 from vit_jax.errors import UserError
 
 EXPERIMENTS = sorted((launched.TINY.parents[1] / 'experiments').glob('*.py'))
+CHECKPOINT = pathlib.Path(__file__).with_name('data') / 'official_vit_prelogits.npz'
 
 
 def load(*overrides):
@@ -69,7 +71,8 @@ def test_mistakes_are_named(override, words):
 
 
 @pytest.mark.parametrize('section, words', [
-    ({}, "model.name is None, not a name as 'vit-b/16'"),
+    ({}, r"config has neither model.name \(as 'vit-b/16'\) nor init_from"),
+    ({'model': {'name': 3}}, "model.name is 3, not a name as 'vit-b/16'"),
     ({'model': {'name': 'vit-ti/4'}}, r'config has no data\.'),
 ])
 def test_what_must_be_given_is_asked_for(section, words):
@@ -97,7 +100,8 @@ def test_differences_that_change_the_result_are_told_apart():
 @pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiments_are_complete(path):
     argument = ':/images' if path.stem == 'folder' else ''
-    full = config.load(f'{path}{argument}')
+    begin = [('init_from', str(CHECKPOINT))] if path.stem in ('finetune', 'fashion_2k') else []
+    full = config.load(f'{path}{argument}', begin)
     assert full.evals and path.read_text().startswith('"""')
     for row in full.expected:
         assert row['metric'] and row['value'] and row['source']

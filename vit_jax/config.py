@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import models, objectives, optim, report, sharding
 from vit_jax.checkpoint import Checkpoints
+from vit_jax.convert import documents
 from vit_jax.convert import load as weights
 from vit_jax.data import augment, pipeline, sources
 from vit_jax.errors import UserError
@@ -64,7 +65,7 @@ def from_file(path):
     if not pathlib.Path(file).is_file():
         raise UserError(f'no experiment file {file}')
     if file.endswith('.json'):
-        return weights.read_json(pathlib.Path(file))
+        return documents.read_json(pathlib.Path(file))
     spec = importlib.util.spec_from_file_location('experiment', file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -164,6 +165,11 @@ def complete_model(values, scalars, begun=None):
     if name is None and scalars['init_from'] is not None:
         read = model_of(scalars, begun)
         name = read['name']
+    if name is None:
+        raise UserError(
+            "config has neither model.name (as 'vit-b/16') nor init_from, a checkpoint that tells "
+            'what the model is (--config.init_from=PATH)'
+        )
     if not isinstance(name, str):
         raise UserError(f"config model.name is {name!r}, not a name as 'vit-b/16'")
     keys = models.fields(name)

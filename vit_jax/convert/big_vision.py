@@ -8,7 +8,7 @@ import re
 
 from vit_jax.convert import official
 from vit_jax.convert.official import need
-from vit_jax.convert.pieces import ALL, Piece, count, dense, norm
+from vit_jax.convert.pieces import ALL, Piece, count, dense, norm, renamed
 from vit_jax.errors import UserError
 
 TABLE = 'pos_embedding'
@@ -31,7 +31,7 @@ def tidy(arrays, tower=None):
         chosen = {n: a for n, a in inner.items() if n.startswith(f'{tower}/')}
         if not chosen:
             towers = sorted({n.split('/')[0] for n in inner if '/' in n})
-            raise UserError(f'the file has no part {tower!r}, but {", ".join(towers)}')
+            raise UserError(f'the file has no part {tower!r}, but {", ".join(towers[:10])}')
         unused |= {n: 'of another tower' for n in inner if n not in chosen}
         inner = {n.removeprefix(f'{tower}/'): a for n, a in chosen.items()}
     return modern(official.tidy(inner)), unused
@@ -43,7 +43,7 @@ def modern(arrays):
     if 'probe' in arrays:
         inlined = r'(probe|(MlpBlock|MultiHeadDotProductAttention|LayerNorm)_0/.*)'
         names |= {n: f'MAPHead_0/{n}' for n in arrays if re.fullmatch(inlined, n)}
-    return {names.get(name, name): array for name, array in arrays.items()}
+    return renamed(arrays, names)
 
 
 def matches(names):
@@ -61,7 +61,7 @@ def describe(arrays):
     pool = 'cls' if 'cls' in arrays else 'map' if 'MAPHead_0/probe' in arrays else 'gap'
     fields = dict(
         num_classes=official.classes(arrays), patch_size=tuple(patch), width=width,
-        num_heads=heads, mlp_dim=hidden[-1], pool=pool, cls_posemb=False,
+        num_heads=heads, mlp_dim=hidden[-1], pool=pool,
         depth=hidden[0] if stacked else count(arrays, r'Transformer/encoderblock_(\d+)/'),
         posemb='learn' if TABLE in arrays else 'sincos2d',
     )  # fmt: skip
@@ -113,5 +113,5 @@ def limits(model):
     cls = model.pool == 'cls'
     return official.limits(model) | dict(
         pool=('cls', 'gap', 'map'), posemb=('learn', 'sincos2d'), resnet=(None,),
-        cls_posemb=(False,) if cls else (True, False),
+        cls_posemb=(False,) if cls and model.posemb == 'learn' else (True, False),
     )  # fmt: skip

@@ -128,6 +128,8 @@ def backend(address):
     """(file system, path) of an address; UserError where fsspec or one of its backends lacks."""
     protocol = address.partition('://')[0]
     options = {}
+    # gcsfs asks for a bucket's layout over gRPC, which hangs where only HTTPS gets through.
+    os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     try:
         if protocol in ('http', 'https'):
             import aiohttp

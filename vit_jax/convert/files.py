@@ -5,9 +5,12 @@ is unpickled, nothing is unpacked to disk. An array is read when it is asked for
 """
 
 import contextlib
+import io
 import json
 import math
 import os
+import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -19,7 +22,12 @@ import numpy as np
 from vit_jax.errors import UserError
 
 MOST_EXPANSION = 4  # of a compressed .npz; random weights shrink by a tenth at most
-MOST_HEADER = 100_000_000  # bytes of a safetensors header, as the format has it
+MOST_HEADER = 10_000_000  # bytes of what says what a file holds; parsed, it takes 20 times that
+MOST_NAME = 500  # letters of an array's name
+MOST_AXES = 32
+MOST_VALUES = 2**63  # of an axis, and of an array, as 64 bits count them
+MOST_VALUE = float(np.finfo(np.float32).max)  # parameters are float32
+CHUNK = 2**22  # bytes read at once
 FLOATS = {
     'F64': np.dtype('float64'), 'F32': np.dtype('float32'), 'F16': np.dtype('float16'),
     'BF16': np.dtype(ml_dtypes.bfloat16),
@@ -45,33 +53,69 @@ class Array(NamedTuple):
             raise UserError(f'array {name} is of dtype {self.dtype}, which no weight is')
         direct = out is not None and out.dtype == self.stored and out.flags.c_contiguous
         values = out.reshape(-1) if direct else np.empty(math.prod(self.shape), self.stored)
-        self.fill(values.view(np.uint8))
-        if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
-            raise UserError(f'array {name} has values that are no finite numbers')
+        with damage(name):
+            self.fill(values.view(np.uint8))
+        if values.size:
+            with np.errstate(invalid='ignore'):
+                low, high = float(values.min()), float(values.max())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise UserError(f'array {name} has values that are no finite numbers')
+            if low < -MOST_VALUE or high > MOST_VALUE:
+                raise UserError(f'array {name} has values that are too large for float32')
         return values.reshape(self.shape)
+
+
+class Sparing(io.BufferedReader):
+    """A file that reads little at once, so that no claim in it takes memory."""
+
+    def read(self, size=-1):
+        if size > max(MOST_HEADER, CHUNK):
+            raise UserError(f'its list of arrays claims {size:,} bytes; refused')
+        return super().read(size)
 
 
 @contextlib.contextmanager
 def opened(path):
     """{name: Array} of a file, as long as it is open; UserError for what is broken or hostile."""
     try:
-        with open(path, 'rb') as file:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never open
+            raise UserError('it is no regular file')
+        with Sparing(io.FileIO(path)) as file:
             reader = npz if str(path).endswith('.npz') else safetensors
-            yield checked(reader(file))
+            arrays = reader(file)
+            if not arrays:
+                raise UserError('the file has no arrays')
+            yield arrays
     except UserError as e:
         raise UserError(f'{path}: {e}') from e
     except OSError as e:
         raise UserError(f'can not read {path}: {e.strerror or e}') from e
 
 
-def checked(arrays):
-    """The same, if no name is one that a path would climb out with."""
-    for name in arrays:
-        if '..' in name or name.startswith(('/', '\\')) or '\0' in name or not name:
-            raise UserError(f'array name {name!r} is refused')
-    if not arrays:
-        raise UserError('the file has no arrays')
-    return arrays
+def brief(value):
+    """What a file says, made fit for one line of a message."""
+    try:
+        text = ' '.join(str(value).split())
+    except ValueError:  # Python writes no integers of thousands of digits
+        text = 'a huge number'
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 200 else f'{text[:200]}...'
+
+
+def plain(name):
+    """The name of an array; UserError where a path would climb out with it or a terminal obey."""
+    wrong = not name or '..' in name or name.startswith(('/', '\\')) or not name.isprintable()
+    if wrong or len(name) > MOST_NAME:
+        raise UserError(f'array name {brief(ascii(name))} is refused')
+    return name
+
+
+def sized(name, shape, itemsize):
+    """Bytes of an array; UserError for a shape that none has."""
+    sound = len(shape) <= MOST_AXES and all(type(n) is int and 0 <= n < MOST_VALUES for n in shape)
+    if not sound or math.prod(shape) >= MOST_VALUES:
+        raise UserError(f'array {name} claims an impossible shape {brief(list(shape[:MOST_AXES]))}')
+    return math.prod(shape) * itemsize
 
 
 def npz(file):
@@ -79,21 +123,37 @@ def npz(file):
     size = os.fstat(file.fileno()).st_size
     try:
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, OSError) as e:
-        raise UserError(f'no .npz file, or a damaged one ({e})') from e
+    except UserError:
+        raise
+    except Exception as e:  # zipfile trusts numbers and texts of the file: any error can come
+        raise UserError(f'no .npz file, or a damaged one ({brief(e)})') from e
     members = archive.infolist()
-    if sum(m.compress_size for m in members) > size:
-        raise UserError('its members claim more bytes than the file has')
     expanded = sum(m.file_size for m in members)
     if expanded > MOST_EXPANSION * size:
         raise UserError(f'its {size:,} bytes claim to hold {expanded:,}; refused')
+    apart(file, members, archive.start_dir)
     arrays = {}
     for member in members:
-        name = member.filename.removesuffix('.npy')
+        name = plain(member.filename.removesuffix('.npy'))
         if name in arrays:
             raise UserError(f'array {name} is there twice')
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f'array {name} is compressed in a way that NumPy does not write')
         arrays[name] = npy(archive, member, name)
     return arrays
+
+
+def apart(file, members, end):
+    """UserError where members lie in one another, or beyond the `end` of where members are."""
+    for member in sorted(members, key=lambda m: m.header_offset, reverse=True):
+        start = member.header_offset
+        if start >= 0:
+            file.seek(start + 26)  # of the member's header of 30 bytes; text follows it
+            text = sum(struct.unpack('<HH', file.read(4).ljust(4, b'\xff')))
+        if start < 0 or start + 30 + text + member.compress_size > end:
+            name = plain(member.filename.removesuffix('.npy'))
+            raise UserError(f'array {name} claims bytes that are not its own')
+        end = start
 
 
 def zip_digest(path):
@@ -110,22 +170,20 @@ def npy(archive, member, name):
         start = stream.tell()
     if dtype.hasobject:
         raise UserError(f'array {name} is pickled, and pickles are refused')
-    if dtype.kind == 'V' and dtype.itemsize == 2:  # NumPy's name for a bfloat16 that it was given
+    if dtype == np.dtype('V2'):  # NumPy's name for a bfloat16 that it was given
         dtype = np.dtype(ml_dtypes.bfloat16)
-    count = math.prod(shape) * dtype.itemsize
+    count = sized(name, shape, dtype.itemsize)
     if count != member.file_size - start:
         raise UserError(
-            f'array {name} claims {count:,} bytes {list(shape)} {dtype}, it has '
+            f'array {name} claims {count:,} bytes {list(shape)} {brief(dtype)}, it has '
             f'{member.file_size - start:,}'
         )
 
     def fill(out):
-        with damage(name), archive.open(member) as stream:
+        with archive.open(member) as stream:
             stream.read(start)
             whole = np.empty_like(out) if order else out
             fully(stream, whole)
-            if stream.read(1):
-                raise UserError(f'array {name} is longer than it claims')
         if order:  # Fortran's, first axis fastest
             values = whole.view(dtype).reshape(shape[::-1]).T
             out.view(dtype).reshape(shape)[...] = values
@@ -135,7 +193,7 @@ def npy(archive, member, name):
         stored = dtype
     if stored is not None and stored.itemsize > 8:
         stored = None
-    return Array(tuple(shape), str(dtype), fill, stored)
+    return Array(tuple(shape), brief(dtype), fill, stored)
 
 
 def npy_header(stream):
@@ -146,30 +204,25 @@ def npy_header(stream):
     }.get(version)  # fmt: skip
     if read is None:
         raise UserError(f'.npy format {version} is unknown')
-    shape, order, dtype = read(stream)
-    if any(not isinstance(n, int) or n < 0 for n in shape):
-        raise UserError(f'shape {shape} is impossible')
-    return shape, order, dtype
+    return read(stream)
 
 
 @contextlib.contextmanager
 def damage(name):
-    """Turns whatever a broken member makes zipfile and NumPy raise into a UserError."""
+    """Turns whatever a broken array makes zipfile and NumPy raise into a UserError."""
     try:
         yield
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise UserError(f'array {name} is damaged ({e})') from e
+    except (UserError, zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise UserError(f'array {name} is damaged ({brief(e)})') from e
     except Exception as e:  # NumPy parses headers as Python literals: any error can come
-        raise UserError(f'array {name} can not be read ({type(e).__name__}: {e})') from e
+        raise UserError(f'array {name} can not be read ({type(e).__name__}: {brief(e)})') from e
 
 
 def fully(stream, out):
     """Fills uint8 [n] from a stream; UserError where it ends before."""
     view, done = memoryview(out), 0
     while done < len(view):
-        count = stream.readinto(view[done : done + 2**24])
+        count = stream.readinto(view[done : done + CHUNK])
         if not count:
             raise UserError(f'the data ends after {done:,} of {len(view):,} bytes')
         done += count
@@ -183,12 +236,14 @@ def safetensors(file):
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), 'little')
-    if size < 8 or length > min(size - 8, MOST_HEADER):
+    if size < 8 or length > size - 8:
         raise UserError(f'its header claims {length:,} bytes, the file has {size:,}')
     try:
-        header = json.loads(file.read(length), object_pairs_hook=unique)
+        header = json.loads(file.read(length).decode(), object_pairs_hook=unique)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as e:
-        raise UserError(f'no .safetensors file, or a damaged one (header: {e})') from e
+        raise UserError(f'no .safetensors file, or a damaged one (header: {brief(e)})') from e
     if not isinstance(header, dict):
         raise UserError('no .safetensors file: its header is no object')
     header.pop('__metadata__', None)
@@ -209,7 +264,7 @@ def safetensors(file):
 
 
 def unique(pairs):
-    """A dict of pairs whose names differ."""
+    """A dict of pairs, if their names differ."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError('a name is there twice')
@@ -218,22 +273,22 @@ def unique(pairs):
 
 def safetensors_entry(name, entry):
     """(shape, dtype, offsets) of an entry of the header; UserError where it contradicts itself."""
-    try:
-        shape, dtype, offsets = entry['shape'], entry['dtype'], entry['data_offsets']
-        numbers = [*shape, *offsets]
-        sound = len(offsets) == 2 and all(type(n) is int and n >= 0 for n in numbers)
-        sound = sound and isinstance(dtype, str)
-    except (TypeError, KeyError):
-        sound = False
-    if not sound:
+    plain(name)
+    entry = entry if isinstance(entry, dict) else {}
+    shape, dtype, offsets = (entry.get(key) for key in ('shape', 'dtype', 'data_offsets'))
+    sound = isinstance(shape, list) and isinstance(dtype, str) and isinstance(offsets, list)
+    if not sound or len(offsets) != 2:
         raise UserError(f'the entry of array {name} is not as the format has it')
     if dtype not in SIZES:
-        raise UserError(f'array {name} is of an unknown dtype {dtype!r}')
-    if math.prod(shape) * SIZES[dtype] != offsets[1] - offsets[0]:
+        raise UserError(f'array {name} is of an unknown dtype {brief(repr(dtype))}')
+    count = sized(name, shape, SIZES[dtype])
+    begin, end = offsets
+    if not all(type(n) is int and 0 <= n < MOST_VALUES for n in offsets) or end - begin != count:
         raise UserError(
-            f'array {name} {shape} {dtype} does not fit its {offsets[1] - offsets[0]:,} bytes'
+            f'array {name} {shape} {dtype} takes {count:,} bytes, it claims those from '
+            f'{brief(begin)} to {brief(end)}'
         )
-    return tuple(shape), dtype, offsets
+    return tuple(shape), dtype, (begin, end)
 
 
 def reader(file, offset):

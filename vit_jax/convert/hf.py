@@ -5,8 +5,10 @@ preprocessor_config.json; position tables are resized by the bicubic filter, ant
 DINOv2 with registers alone.
 """
 
+from vit_jax.convert.documents import by_channel, option, size_option
+from vit_jax.convert.files import brief
 from vit_jax.convert.official import half, need
-from vit_jax.convert.pieces import Piece, count, linear, norm
+from vit_jax.convert.pieces import Piece, count, linear, norm, renamed
 from vit_jax.convert.timm import IMAGENET, heads_of, ratio
 from vit_jax.errors import UserError
 
@@ -31,19 +33,20 @@ def matches(names):
 def tidy(arrays):
     """The arrays without the prefix of a model inside a classifier."""
     prefix = next((n.removesuffix(PATCHES) for n in arrays if n.endswith('.' + PATCHES)), '')
-    return {name.removeprefix(prefix): array for name, array in arrays.items()}
+    return renamed(arrays, {name: name.removeprefix(prefix) for name in arrays})
 
 
 def model_type(arrays, config):
     """'vit', 'deit', 'dinov2' or 'dinov2_with_registers'."""
-    kind = config.get('model_type')
+    kind = option(config, 'model_type', 'a text')
     if kind is None:
         if 'encoder.layer.0.mlp.fc2.weight' in arrays or 'encoder.layer.0.norm1.weight' in arrays:
             registers = 'embeddings.register_tokens' in arrays
             return 'dinov2_with_registers' if registers else 'dinov2'
         return 'deit' if 'embeddings.distillation_token' in arrays else 'vit'
     if kind not in TYPES:
-        raise UserError(f'config.json: model_type {kind!r} is none of {", ".join(TYPES)}')
+        some = ', '.join(TYPES)
+        raise UserError(f'config.json: model_type {brief(repr(kind))} is none of {some}')
     return kind
 
 
@@ -67,32 +70,39 @@ def describe(arrays, config, processor):
     width, channels, *patch = need(arrays, PATCHES, 4)
     depth = count(arrays, r'encoder\.layer\.(\d+)\.')
     mlp_dim, glu = hidden(arrays, kind)
-    act = config.get('hidden_act', 'gelu')
+    act = option(config, 'hidden_act', 'a text', 'gelu')
     if act not in GELUS:
-        raise UserError(f'config.json: hidden_act {act!r} is none of {", ".join(GELUS)}')
+        raise UserError(f'config.json: hidden_act {brief(repr(act))} is none of {", ".join(GELUS)}')
     head = next((n for n in ('classifier', 'cls_classifier') if f'{n}.weight' in arrays), None)
     shape = need(arrays, f'{head}.weight', 2) if head else (None, width)
     fields = dict(
         num_classes=shape[0], patch_size=tuple(patch), width=width, depth=depth,
-        num_heads=config.get('num_attention_heads') or heads_of(width, depth, ''),
+        num_heads=option(config, 'num_attention_heads', 'a whole number above 0')
+        or heads_of(width, depth, ''),
         mlp_dim=mlp_dim, glu=glu, gelu=GELUS[act],
-        epsilon=config.get('layer_norm_eps', DEFAULT_EPSILON.get(kind, 1e-6)),
+        epsilon=option(
+            config, 'layer_norm_eps', 'a number above 0', DEFAULT_EPSILON.get(kind, 1e-6)
+        ),
         pool='cls_gap' if shape[1] == 2 * width else 'cls', cls_token=True,
         dist_token='embeddings.distillation_token' in arrays,
         dist_head='distillation_classifier.weight' in arrays,
         interpolation=INTERPOLATION.get(kind, 'bicubic'), **normalisation(kind, channels),
     )  # fmt: skip
     if kind.startswith('dinov2'):
-        fields['layer_scale'] = float(config.get('layerscale_value', 1.0))
+        fields['layer_scale'] = float(option(config, 'layerscale_value', 'a number', 1.0))
     if 'embeddings.register_tokens' in arrays:
         fields['registers'] = need(arrays, 'embeddings.register_tokens', 3)[1]
     if 'pooler.dense.weight' in arrays:
         fields['representation_size'] = need(arrays, 'pooler.dense.weight', 2)[0]
-        if config.get('pooler_act', 'tanh') != 'tanh':
-            raise UserError(f'config.json: pooler_act {config["pooler_act"]!r} is not tanh')
-    for field, key in (('mean', 'image_mean'), ('std', 'image_std')):
-        if processor.get(key) is not None:
-            fields[field] = tuple(float(x) for x in processor[key])
+        pooler = option(config, 'pooler_act', 'a text', 'tanh')
+        if pooler != 'tanh':
+            raise UserError(f'config.json: pooler_act {brief(repr(pooler))} is not tanh')
+    for field, sign in (('mean', 'a number'), ('std', 'a number above 0')):
+        values = by_channel(
+            processor, f'image_{field}', sign, channels, 'preprocessor_config.json'
+        )
+        if values is not None:
+            fields[field] = values
     return 'vit', fields
 
 
@@ -103,9 +113,7 @@ def table_rows(arrays):
 
 def image_size(config):
     """(height, width) that the checkpoint was made for, None where the config does not tell."""
-    size = config.get('image_size')
-    size = (size, size) if isinstance(size, int) else size
-    return tuple(size) if size and all(isinstance(n, int) for n in size) else None
+    return size_option(config, 'image_size')
 
 
 def save_type(model):

@@ -3,49 +3,16 @@
 import difflib
 import importlib.resources
 import json
-import math
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax import models
-from vit_jax.convert import big_vision, fetch, files, hf, official, pieces, run, surgery, timm
+from vit_jax.convert import big_vision, fetch, files, hf, official, run, timm
+from vit_jax.convert.documents import class_names, option, read_json, size_option
+from vit_jax.convert.fit import Found, fitted, size_of
 from vit_jax.errors import UserError
-from vit_jax.models import layers
-
-
-class Loaded(NamedTuple):
-    """What `read` found: all that is needed to use the weights."""
-
-    model: Any
-    params: Any
-    account: list  # rows of `table`: (what was done, array or arrays, detail)
-    source: str  # the family
-    image_size: tuple | None  # (height, width) of the parameters, None where any fits
-    classes: tuple | None  # names by label
-    config: dict | None  # of the run that made them
-
-
-class Found(NamedTuple):
-    """An opened file, understood: what its arrays are, not yet their values."""
-
-    family: str
-    kind: str  # 'vit' or 'mixer'
-    fields: dict
-    arrays: dict  # {name in the pieces: files.Array}
-    pieces: Any  # model -> [Piece]
-    rows: tuple | None  # (name, rows) of the position table
-    unused: dict  # {name: why}
-    image_size: tuple | None
-    classes: tuple | None
-    config: dict | None
 
 
 def load(path, *, image_size=None, num_classes=None, keep_pre_logits=False, ema=False, **fields):
@@ -80,7 +47,10 @@ def read(
     source_image_size=None,
     **fields,
 ):
-    """`Loaded`, with arguments as those of `load`; without `values` no parameters are read."""
+    """`Loaded`, with arguments as those of `load`; without `values` no parameters are read.
+
+    `ema` may be None here: the moving average where there is one.
+    """
     address, tower = split(resolve(str(path)))
     surgery_of = dict(
         image_size=size_of(image_size), num_classes=num_classes, values=values,
@@ -88,10 +58,8 @@ def read(
         fields=fields,
     )  # fmt: skip
     if run.is_run(address):
-        return fitted(run.found(address, ema), str(path), **surgery_of)
+        return fitted(run.found(address, ema is not False), str(path), **surgery_of)
     local = fetch.local(address)
-    if run.is_run(str(local)):
-        return fitted(run.found(str(local), ema), str(path), **surgery_of)
     if ema:
         raise UserError(f'{path} is no checkpoint of a run, so it has no moving average (ema)')
     with understood(local, tower) as found:
@@ -121,16 +89,6 @@ def split(address):
     """('file.npz', 'img') of 'file.npz:img'; the tower is None without one."""
     match = re.fullmatch(r'(.*\.npz):(\w+)', address)
     return (match[1], match[2]) if match else (address, None)
-
-
-def size_of(image_size):
-    """(height, width) of an int or a pair, None of None."""
-    if image_size is None:
-        return None
-    pair = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise UserError(f'image_size is {image_size!r}, not a number of pixels or (height, width)')
-    return pair
 
 
 class understood:
@@ -203,19 +161,6 @@ def weight_files(local):
     return chosen, local
 
 
-def read_json(path):
-    """The object in a file, {} where there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as e:
-        raise UserError(f'{path} is no JSON file ({e})') from e
-    if not isinstance(value, dict):
-        raise UserError(f'{path} is no JSON object')
-    return value
-
-
 def read_sidecar(path):
     """NAME.json beside NAME.npz where it was written with it, else {}."""
     record = read_json(path.with_suffix('.json')) if path.with_suffix('.json').exists() else {}
@@ -225,8 +170,9 @@ def read_sidecar(path):
 def npz(arrays, tower, record):
     """An official or a big_vision file, with what `save` wrote beside it."""
     extra = dict(
-        image_size=size_of(record.get('image_size')), classes=names(record.get('classes')),
-        config=record.get('config'),
+        image_size=size_option(record, 'image_size', 'the .json beside it'),
+        classes=class_names(record.get('classes')),
+        config=option(record, 'config', 'an object', file='the .json beside it'),
     )  # fmt: skip
     tidy = official.tidy(arrays) if tower is None else {}
     if official.matches(tidy):
@@ -236,7 +182,7 @@ def npz(arrays, tower, record):
         )
     tidy, unused = big_vision.tidy(arrays, tower)
     if not big_vision.matches(tidy):
-        raise UserError(f'no known family of ViTs has arrays named {", ".join(list(arrays)[:3])}')
+        raise UserError(f'no known family of ViTs has arrays named {", ".join(list(tidy)[:3])}')
     kind, fields = big_vision.describe(tidy)
     stacked = big_vision.is_stacked(tidy)
     return Found(
@@ -252,8 +198,8 @@ def timm_folder(arrays, config, record):
     kind, fields = timm.describe(arrays, config)
     return Found(
         'timm', kind, fields, arrays, timm.pieces, timm.table_rows(arrays),
-        explained(arrays, timm.UNUSED), timm.image_size(config), names(config.get('label_names')),
-        record,
+        explained(arrays, timm.UNUSED), timm.image_size(config),
+        class_names(config.get('label_names')), record,
     )  # fmt: skip
 
 
@@ -261,213 +207,21 @@ def hf_folder(arrays, config, processor, record):
     """A folder of transformers."""
     tidy = hf.tidy(arrays)
     kind, fields = hf.describe(tidy, config, processor)
-    labels = config.get('id2label')
+    labels = option(config, 'id2label', 'an object')
     found = None
-    if isinstance(labels, dict) and fields['num_classes']:
+    if labels and fields['num_classes']:
         found = [labels.get(str(i)) for i in range(fields['num_classes'])]
         if all(name == f'LABEL_{i}' for i, name in enumerate(found)):
             found = None
     return Found(
         'hf', kind, fields, tidy, hf.pieces, hf.table_rows(tidy), explained(tidy, hf.UNUSED),
-        hf.image_size(config), names(found), record,
+        hf.image_size(config), class_names(found), record,
     )  # fmt: skip
-
-
-def names(values):
-    """Class names as a tuple, None where they are no list of strings."""
-    sound = isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
-    return tuple(values) if sound and values else None
 
 
 def explained(arrays, patterns):
     """{name: why} of the arrays that a family leaves out."""
     return {n: why for n in arrays for pattern, why in patterns if re.fullmatch(pattern, n)}
-
-
-def fitted(found, path, *, fields, image_size, num_classes, keep_pre_logits, source_image_size,
-           values):  # fmt: skip
-    """`Loaded` of a `Found`: heads changed, the table resized, every array accounted for."""
-    try:
-        source, grid = understand(found, fields, source_image_size)
-        model, fresh = with_head(source, num_classes, keep_pre_logits)
-        target = target_grid(found, model, grid, image_size)
-        used = [p for p in found.pieces(model) if p.ours.split('/')[0] not in fresh]
-        unused = leftover(found, source, used, fresh)
-        params, zeros = None, []
-        if values:
-            params, zeros = filled(model, found, used, grid, target)
-    except UserError as e:
-        raise UserError(e if path in str(e) else f'{path}: {e}') from e
-    size = None
-    if target is not None:
-        size = tuple(n * s for n, s in zip(target, model.stride, strict=True))
-    account = [('loaded', p.theirs, p.ours) for p in used if p.theirs in found.arrays]
-    if found.rows and target != grid:
-        way = f'{grid[0]} x {grid[1]} -> {target[0]} x {target[1]}, {model.interpolation}'
-        account.append(('resized', found.rows[0], way))
-    account += [('re-initialised', name, 'zeros: the file has none') for name in zeros]
-    for name in fresh:
-        if name != 'pre_logits' and (name != 'dist_head' or model.dist_head):
-            account.append(('re-initialised', name, f'zeros: {model.num_classes} classes'))
-    account += [('unused', name, why) for name, why in sorted(unused.items())]
-    classes = found.classes if not fresh else None
-    if classes is not None and len(classes) != model.num_classes:
-        classes = None
-    return Loaded(model, params, account, found.family, size, classes, found.config)
-
-
-def understand(found, fields, source_image_size):
-    """(the model that the file tells of, the grid (h, w) that its parameters fit, None: any)."""
-    values = {**found.fields, **fields}
-    size = source_image_size or found.image_size
-    if found.kind == 'mixer':
-        model = built('mixer', values)
-        return model, grid_of(official.tokens(found.arrays), model, size)
-    if found.rows is None:
-        return built('vit', values), None
-    name, rows = found.rows
-    probe = built('vit', values)
-    fits = []
-    for cls, registers in prefixes(found, probe):
-        model = built('vit', {'cls_posemb': cls, 'registers_posemb': registers, **values})
-        before = sum(model.prefix_posemb.values())
-        grid = grid_of(rows - before, model, size) if rows > before else None
-        if before not in [b for b, *_ in fits]:
-            fits.append((before, model, grid))
-    known = [(model, grid) for _, model, grid in fits if grid is not None]
-    if len(known) == 1 or (len(fits) == 1 and source_image_size is None):
-        return known[0] if known else (fits[0][1], None)
-    why = 'could be several' if known else 'is no grid'
-    prefix = ' or '.join(str(before) for before, *_ in fits)
-    raise UserError(
-        f'array {name} has {rows} positions, {prefix} of them of the tokens {list(probe.prefix)}: '
-        f'what is left {why}; give source_image_size=(height, width), which it was made for'
-    )
-
-
-def prefixes(found, model):
-    """[(cls_posemb, registers_posemb)] that a file of this family can mean, likeliest first."""
-    if found.family in ('official', 'hf'):
-        return [(True, False)]
-    if found.family == 'big_vision':  # the second: files from before the class token came after
-        return [(False, False), (True, False)]
-    if model.dist_token:
-        return [(True, True)]
-    return [(False, False), (True, True)]
-
-
-def grid_of(count, model, size):
-    """(h, w) of `count` patches: those of an image of `size`, else a square; None if neither."""
-    if size is not None:
-        y, x = model.stride
-        h, w = size[0] // y, size[1] // x
-        return (h, w) if h * w == count else None
-    side = math.isqrt(count)
-    return (side, side) if side * side == count and count else None
-
-
-def built(kind, values):
-    """The model of a file's fields; fields without effect have their default values."""
-    model = models.build(f'{kind}/{values["patch_size"][0]}', **values)
-    if kind == 'mixer':
-        return model
-    plain = model.clone(cls_token=None)
-    changes = {'cls_token': None} if plain.prefix == model.prefix else {}
-    if not {'cls', 'dist'} & model.prefix.keys() or model.posemb != 'learn':
-        changes['cls_posemb'] = True
-    if not model.registers or model.posemb != 'learn':
-        changes['registers_posemb'] = False
-    return model.clone(**changes)
-
-
-def with_head(model, num_classes, keep_pre_logits):
-    """(the model with another head, the names of its parameters that are made anew)."""
-    if num_classes is None:
-        return model, ()
-    if not isinstance(num_classes, int) or num_classes < 0:
-        raise UserError(f'num_classes is {num_classes!r}, not a number of classes (0: no head)')
-    changes = dict(num_classes=num_classes or None)
-    fresh = ['head']
-    if getattr(model, 'dist_head', False):
-        fresh.append('dist_head')
-        changes['dist_head'] = bool(num_classes)
-    if getattr(model, 'representation_size', None) is not None and not keep_pre_logits:
-        fresh.append('pre_logits')
-        changes['representation_size'] = None
-    return model.clone(**changes), tuple(fresh)
-
-
-def target_grid(found, model, grid, image_size):
-    """The grid that the parameters are to fit, None where they fit any."""
-    if image_size is None:
-        return grid
-    target = layers.grid(image_size, model.stride)
-    if found.kind == 'mixer' and target != grid:
-        count = official.tokens(found.arrays)
-        if math.prod(target) != count:
-            raise UserError(
-                f'an MLP-Mixer works with the {count} patches that it was trained with; an image '
-                f'of {image_size[0]} x {image_size[1]} has {math.prod(target)}'
-            )
-    if found.rows is not None and grid is None:
-        raise UserError(
-            f'array {found.rows[0]} has {found.rows[1]} positions, which are no square; to resize '
-            'it, give source_image_size=(height, width), which it was made for'
-        )
-    return target
-
-
-def leftover(found, source, used, fresh):
-    """{array: why it is not used}; UserError for one that nothing explains."""
-    taken = {piece.theirs for piece in used}
-    unused = dict(found.unused)
-    for piece in found.pieces(source):
-        if piece.theirs not in taken and piece.theirs in found.arrays:
-            dropped = piece.ours.startswith('pre_logits/')
-            why = 'dropped with the head' if dropped else 'another head is asked for'
-            unused[piece.theirs] = why
-    for name, array in found.arrays.items():
-        if name not in taken and name not in unused:
-            raise UserError(
-                f'array {name} {list(array.shape)} is nothing that a {found.family} model of '
-                f'{describe(source)} has'
-            )
-    return unused
-
-
-def describe(model):
-    """'vit-b/16 (width 768, depth 12)'."""
-    return f'{models.describe(model)["name"]} (width {model.width}, depth {model.depth})'
-
-
-def filled(model, found, used, grid, target):
-    """(parameters as jax arrays, names of those that are zeros as the file has none)."""
-    channels = len(model.mean)
-    size = target or (1, 1)
-    if target is None and found.rows is not None:  # no square, and nobody asks for its sides
-        size = (1, found.rows[1] - sum(model.prefix_posemb.values()))
-    image = [n * s for n, s in zip(size, model.stride, strict=True)]
-    images = jax.ShapeDtypeStruct((1, *image, channels), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
-    shapes = {name: x.shape for name, x in flatten_dict(shapes, sep='/').items()}
-    if found.rows is not None:
-        shapes['posemb'] = (1, found.rows[1], model.width)
-    params = {name: aligned(shape) for name, shape in shapes.items()}
-    written = {piece.ours for piece in used}
-    for name in params.keys() - written:
-        params[name][...] = 0  # a new head
-    zeros = pieces.fill(used, found.arrays, params)
-    if found.rows is not None and target != grid:
-        params['posemb'] = surgery.resize(params['posemb'], grid, target, model.interpolation)
-    return unflatten_dict({n: jnp.asarray(x) for n, x in params.items()}, sep='/'), zeros
-
-
-def aligned(shape):
-    """An uninitialised float32 array that JAX on a CPU takes over without a copy."""
-    count = math.prod(shape)
-    raw = np.empty(count * 4 + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + count * 4].view(np.float32).reshape(shape)
 
 
 def table(account):

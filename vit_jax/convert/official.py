@@ -10,6 +10,7 @@ from vit_jax.convert.pieces import ALL, Piece, count, dense, norm
 from vit_jax.errors import UserError
 
 TABLE = 'Transformer/posembed_input/pos_embedding'
+MOST_STAGES, MOST_UNITS = 4, 100  # of a ResNet; ResNet-152 has 36 units in a stage
 NUMBERED = r'(LayerNorm|MultiHeadDotProductAttention|MlpBlock|Dense)_(\d+)'
 
 
@@ -27,13 +28,18 @@ def renumbered(names):
             if match:
                 children.setdefault(('/'.join(parts[:i]), match[1]), set()).add(int(match[2]))
 
+    places = {
+        parent: {number: i for i, number in enumerate(sorted(numbers))}
+        for parent, numbers in children.items()
+    }
+
     def new(name):
         parts = name.split('/')
         for i, part in enumerate(parts):
-            kind, _, number = part.rpartition('_')
-            numbers = sorted(children.get(('/'.join(name.split('/')[:i]), kind), ()))
-            if numbers and number.isdigit():
-                parts[i] = f'{kind}_{numbers.index(int(number))}'
+            match = re.fullmatch(NUMBERED, part)
+            if match:
+                place = places['/'.join(name.split('/')[:i]), match[1]][int(match[2])]
+                parts[i] = f'{match[1]}_{place}'
         return '/'.join(parts)
 
     return {name: new(name) for name in names}
@@ -59,7 +65,7 @@ def matches(names):
 
 def classes(arrays, kernel='head/kernel'):
     """The number of outputs of the head, None without one."""
-    return arrays[kernel].shape[1] if kernel in arrays else None
+    return need(arrays, kernel, 2)[1] if kernel in arrays else None
 
 
 def half(channels):
@@ -95,9 +101,10 @@ def describe(arrays):
         fields['representation_size'] = need(arrays, 'pre_logits/kernel', 2)[1]
     if 'conv_root/kernel' in arrays:
         units = []
-        while any(name.startswith(f'block{len(units) + 1}/') for name in arrays):
-            stage = f'block{len(units) + 1}/'
-            units.append(len({n.split('/')[1] for n in arrays if n.startswith(stage)}))
+        for i in range(count(arrays, r'block(\d+)/', 1)):
+            units.append(len({n.split('/')[1] for n in arrays if n.startswith(f'block{i + 1}/')}))
+            if len(units) > MOST_STAGES or units[-1] > MOST_UNITS:
+                raise UserError(f'the file has more arrays block{i + 1}/... than any ResNet has')
         fields |= {
             'resnet': tuple(units), 'resnet_width': need(arrays, 'conv_root/kernel', 4)[-1] / 64
         }  # fmt: skip

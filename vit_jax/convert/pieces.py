@@ -4,6 +4,7 @@ A family of checkpoints is a list of pieces made from the model's fields; loadin
 walk through it, so the two can not disagree.
 """
 
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -64,31 +65,46 @@ class Piece(NamedTuple):
         return ours
 
 
+def check(pieces, arrays, shapes):
+    """Raises UserError for an array that is not there, or has another shape than the model needs.
+
+    arrays: {name: files.Array}; shapes: those of the parameters, for which memory need not be
+    taken before it is known that the file has what goes there.
+    """
+    for piece in pieces:
+        if piece.ours not in shapes:
+            raise UserError(f'array {piece.theirs} is for {piece.ours}, which the model has not')
+        shape, index = shapes[piece.ours], piece.index
+        kept = [n for n, i in zip(shape, index, strict=False) if isinstance(i, slice)]
+        ours = (*kept, *shape[len(index) :])
+        wanted = piece.shape(ours)
+        if piece.theirs not in arrays:
+            if piece.optional:
+                continue
+            raise UserError(
+                f'the file has no array {piece.theirs} {list(wanted)}, which the model that '
+                f'its other arrays tell of needs for {piece.ours} {list(ours)}'
+            )
+        if arrays[piece.theirs].shape != wanted:
+            raise UserError(
+                f'array {piece.theirs} is {list(arrays[piece.theirs].shape)} in the file, and the '
+                f'model needs {list(wanted)} for {piece.ours} {list(shape)}'
+            )
+
+
 def fill(pieces, arrays, params):
     """Reads every piece into `params` {name: float32 array}; returns the names that are zeros.
 
-    arrays: {name: files.Array}. Raises UserError for an array that is not there, or has another
-    shape than the model needs.
+    arrays: {name: files.Array}, that `check` has nothing against.
     """
     zeros, last = [], (None, None)
     for piece in pieces:
         out = params[piece.ours][piece.index]
-        wanted = piece.shape(out.shape)
         if piece.theirs not in arrays:
-            if not piece.optional:
-                raise UserError(
-                    f'the file has no array {piece.theirs} {list(wanted)}, which the model that '
-                    f'its other arrays tell of needs for {piece.ours} {list(out.shape)}'
-                )
             out[...] = 0
             zeros.append(piece.ours)
             continue
         array = arrays[piece.theirs]
-        if array.shape != wanted:
-            raise UserError(
-                f'array {piece.theirs} is {list(array.shape)} in the file, and the model needs '
-                f'{list(wanted)} for {piece.ours} {list(params[piece.ours].shape)}'
-            )
         if last[0] != piece.theirs:  # the parts of one array come after another
             direct = out if piece.layout == 'same' and piece.part is None else None
             last = piece.theirs, array.read(piece.theirs, direct)
@@ -136,10 +152,22 @@ def linear(theirs, ours, index=(), *, inputs=1, part=None, at=(), optional=False
     ]
 
 
-def count(names, pattern):
-    """How many numbers from 0 on the pattern's group takes; UserError where one is left out."""
+def count(names, pattern, first=0):
+    """How many numbers from `first` on the pattern's group takes; UserError where one lacks."""
     found = {int(m[1]) for m in map(re.compile(pattern).match, names) if m}
-    if found != set(range(len(found))):
-        missing = min(set(range(max(found))) - found)
-        raise UserError(f'the file has no {pattern.replace("(", "").split("[")[0]}{missing}')
+    if found != set(range(first, first + len(found))):
+        missing = next(i for i in itertools.count(first) if i not in found)
+        start = pattern.partition('(')[0].replace('\\', '')
+        raise UserError(f'the file has arrays {start}{max(found)}, but none {start}{missing}')
     return len(found)
+
+
+def renamed(arrays, names):
+    """The arrays under other names {name: new}; UserError where two would have the same."""
+    result = {}
+    for name, array in arrays.items():
+        new = names.get(name, name)
+        if new in result:
+            raise UserError(f'array {name} and another one are both {new}')
+        result[new] = array
+    return result

@@ -5,7 +5,9 @@ import sys
 from etils import epath
 
 from vit_jax import checkpoint, models, workdir
-from vit_jax.convert.files import Array
+from vit_jax.convert.documents import class_names
+from vit_jax.convert.files import Array, brief
+from vit_jax.convert.fit import Found
 from vit_jax.convert.pieces import Piece
 from vit_jax.errors import UserError
 
@@ -29,26 +31,27 @@ def is_run(address):
 
 
 def found(address, ema):
-    """The weights as `load.Found`, of the newest sound checkpoint where none is named."""
-    from vit_jax.convert.load import Found, names
-
+    """The weights as `fit.Found`, of the newest sound checkpoint where none is named."""
     root, step = parts(address)
     config = workdir.read_json(root / 'config.json')
     arrays = sound(root, step, ema)
-    values = {k: v for k, v in config['model'].items() if k != 'name'}
-    values['num_classes'] = None
-    if 'head/bias' in arrays:
-        values['num_classes'] = arrays['head/bias'].shape[0]
-    size = config['data']['image_size']
+    try:
+        name, size = config['model']['name'], config['data']['image_size']
+        values = {k: v for k, v in config['model'].items() if k != 'name'}
+        values['num_classes'] = None
+        if 'head/bias' in arrays:
+            values['num_classes'] = arrays['head/bias'].shape[0]
+        model = models.build(name, **values)
+        size = (size, size) if isinstance(size, int) else tuple(size)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{root / "config.json"} is not the config of a run ({brief(e)})') from e
     classes = workdir.read_json(root / 'classes.json')
-    model = models.build(config['model']['name'], **values)
     fields = {k: v for k, v in models.describe(model).items() if k != 'name'}
     entries = {name: in_memory(value) for name, value in arrays.items()}
     rows = ('posemb', arrays['posemb'].shape[1]) if 'posemb' in arrays else None
     return Found(
         'vit_jax', 'vit' if hasattr(model, 'prefix') else 'mixer', fields, entries,
-        lambda m: own_pieces(m, arrays), rows, {}, (size, size) if isinstance(size, int)
-        else tuple(size), names(classes), config,
+        lambda m: own_pieces(m, arrays), rows, {}, size, class_names(classes), config,
     )  # fmt: skip
 
 

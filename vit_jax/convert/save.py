@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vit_jax.convert import big_vision, hf, official, timm
 from vit_jax.convert.files import zip_digest
-from vit_jax.convert.load import size_of
+from vit_jax.convert.fit import size_of
 from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError
 from vit_jax.models import layers, mixer
@@ -213,8 +214,9 @@ def write_folder(path, format, arrays, model, size, classes, config):
             with file.open('rb') as stream:
                 os.fsync(stream.fileno())
         exchange(part, path) if path.exists() else part.rename(path)
-    except OSError as e:
-        raise UserError(f'can not write {path}: {e.strerror or e}; it is as it was') from e
+    except (OSError, SafetensorError) as e:
+        why = getattr(e, 'strerror', None) or e
+        raise UserError(f'can not write {path}: {why}; it is as it was') from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -6,6 +6,8 @@ position tables are resized by the antialiased bicubic filter.
 
 import re
 
+from vit_jax.convert.documents import KINDS, by_channel, option, size_option
+from vit_jax.convert.files import brief
 from vit_jax.convert.official import half, need
 from vit_jax.convert.pieces import Piece, count, linear, norm
 from vit_jax.errors import UserError
@@ -36,28 +38,28 @@ def matches(names):
 
 
 def heads_of(width, depth, architecture):
-    """The number of heads, which fused weights do not tell."""
+    """The number of heads, which fused weights do not tell; None where nothing else does."""
     for pattern, heads in HEADS_OF:
         if re.match(pattern, architecture):
             return heads
     for size in vit.SIZES.values():
         if (size['width'], size['depth']) == (width, depth):
             return size['num_heads']
-    if width % 64 == 0:
-        return width // 64
-    raise UserError(
-        f'nothing tells how many heads the attention of width {width} has; give num_heads=... '
-        '(on the command line --model.num_heads=...)'
-    )
+    return width // 64 if width % 64 == 0 else None
 
 
-def gelu_of(args, architecture):
-    """The kind of GELU by the arguments of a config, else by the architecture's name."""
-    kind = args.get('act_layer')
+def gelu_of(args, architecture, glu):
+    """The kind of GELU by the arguments of a config, else by the architecture's name.
+
+    A gated MLP has SiLU and no GELU: the default value.
+    """
+    known = {'silu': 'exact'} if glu else GELUS
+    kind = option(args, 'act_layer', 'a text')
     if kind is not None:
-        if kind not in GELUS:
-            raise UserError(f'config.json: act_layer {kind!r} is none of {", ".join(GELUS)}')
-        return GELUS[kind]
+        if kind not in known:
+            some = ', '.join(known)
+            raise UserError(f'config.json: act_layer {brief(repr(kind))} is none of {some}')
+        return known[kind]
     return next((g for pattern, g in GELU_OF if re.search(pattern, architecture)), 'exact')
 
 
@@ -73,39 +75,46 @@ def family(architecture, arrays):
 
 def describe(arrays, config):
     """(kind, {field: value}) of the model, from names, shapes and what config.json has."""
-    architecture = str(config.get('architecture', ''))
-    args, pretrained = config.get('model_args') or {}, config.get('pretrained_cfg') or {}
+    architecture = option(config, 'architecture', 'a text', '')
+    args, pretrained = (
+        option(config, key, 'an object', {}) for key in ('model_args', 'pretrained_cfg')
+    )
     width, channels, *patch = need(arrays, 'patch_embed.proj.weight', 4)
     depth = count(arrays, r'blocks\.(\d+)\.')
     hidden = need(arrays, 'blocks.0.mlp.fc1.weight', 2)[0]
     mlp_dim = need(arrays, 'blocks.0.mlp.fc2.weight', 2)[1]
+    glu = hidden == 2 * mlp_dim
     has = {name: name in arrays for name in ('cls_token', 'dist_token', 'fc_norm.weight')}
-    pool = args.get('global_pool')
+    pool = option(args, 'global_pool', 'a text')
     if pool is None:
         gap = not has['cls_token'] or (has['fc_norm.weight'] and not args.get('fc_norm'))
         pool = 'map' if 'attn_pool.latent' in arrays else 'avg' if gap else 'token'
     if pool not in POOLS:
-        raise UserError(f'config.json: global_pool {pool!r} is none of {", ".join(POOLS)}')
+        some = ', '.join(POOLS)
+        raise UserError(f'config.json: global_pool {brief(repr(pool))} is none of {some}')
     fields = dict(
         num_classes=need(arrays, 'head.weight', 2)[0] if 'head.weight' in arrays else None,
         patch_size=tuple(patch), width=width, depth=depth, mlp_dim=mlp_dim,
-        num_heads=args.get('num_heads') or heads_of(width, depth, architecture),
+        num_heads=option(args, 'num_heads', 'a whole number above 0')
+        or heads_of(width, depth, architecture),
         pool=POOLS[pool], cls_token=has['cls_token'], dist_token=has['dist_token'],
         dist_head='head_dist.weight' in arrays,
         registers=need(arrays, 'reg_token', 3)[1] if 'reg_token' in arrays else 0,
         posemb='learn' if 'pos_embed' in arrays else 'none', interpolation='bicubic_antialias',
         pre_norm='norm_pre.weight' in arrays, fc_norm=has['fc_norm.weight'],
-        layer_scale=(args.get('init_values') or 1e-5) if 'blocks.0.ls1.gamma' in arrays else None,
+        layer_scale=option(args, 'init_values', 'a number', 1e-5)
+        if 'blocks.0.ls1.gamma' in arrays else None,
         qk_norm='blocks.0.attn.q_norm.weight' in arrays,
-        gelu=gelu_of(args, architecture), glu=hidden == 2 * mlp_dim,
+        gelu=gelu_of(args, architecture, glu), glu=glu,
         epsilon=1e-5 if re.match(r'beit3_|.*_clip_', architecture) else 1e-6,
         **(family(architecture, arrays) if channels == 3 else half(channels)),
     )  # fmt: skip
     if 'pre_logits.fc.weight' in arrays:
         fields['representation_size'] = need(arrays, 'pre_logits.fc.weight', 2)[0]
-    for key in ('mean', 'std'):
-        if pretrained.get(key) is not None:
-            fields[key] = tuple(float(x) for x in pretrained[key])
+    for key, kind in (('mean', 'a number'), ('std', 'a number above 0')):
+        values = by_channel(pretrained, key, kind, channels)
+        if values is not None:
+            fields[key] = values
     return 'vit', fields
 
 
@@ -124,11 +133,15 @@ def unbiased(model, arrays):
 
 def image_size(config):
     """(height, width) that the checkpoint was made for, None where the config does not tell."""
-    size = (config.get('model_args') or {}).get('img_size')
+    size = size_option(option(config, 'model_args', 'an object', {}), 'img_size')
+    if size is not None:
+        return size
+    size = option(option(config, 'pretrained_cfg', 'an object', {}), 'input_size', 'a list')
     if size is None:
-        size = ((config.get('pretrained_cfg') or {}).get('input_size') or [None])[1:]
-    size = (size, size) if isinstance(size, int) else size
-    return tuple(size) if size and all(isinstance(n, int) for n in size) else None
+        return None
+    if len(size) != 3 or not all(map(KINDS['a whole number above 0'], size)):
+        raise UserError(f'config.json: input_size is {brief(size)}, not [channels, height, width]')
+    return tuple(size[1:])
 
 
 def pieces(model):
@@ -197,11 +210,14 @@ def limits(model):
     """{field: values that the format can express} for `save`."""
     return dict(
         epsilon=(1e-6,) if model.glu or model.dist_token else (1e-6, 1e-5),
-        resnet=(None,), pool=('cls',) if model.dist_token else ('cls', 'gap', 'map', 'none'),
-        posemb=('learn', 'none'), representation_size=(None,),
+        resnet=(None,), pool=('cls',) if model.dist_token
+        else ('cls', 'gap', 'none') if model.glu else ('cls', 'gap', 'map', 'none'),
+        posemb=('learn',) if model.dist_token else ('learn', 'none'), representation_size=(None,),
         dist_head=(model.dist_token,),
         # dist_token: timm's distilled model has no registers, norms or other pooling of its own
         registers=(0,) if model.dist_token else (model.registers,),
+        pre_norm=(False,) if model.dist_token else (True, False),
+        fc_norm=(False,) if model.dist_token else (True, False),
         registers_posemb=(model.cls_posemb,)
         if model.registers and 'cls' in model.prefix and model.posemb == 'learn'
         else (True, False),
