@@ -10,14 +10,12 @@ import errno
 import fcntl
 import functools
 import hashlib
-import http
 import json
+import logging
 import os
 import pathlib
 import re
 import shutil
-import socket
-import ssl
 import sys
 import time
 import urllib.parse
@@ -27,6 +25,7 @@ import rich.console
 from fsspec.callbacks import Callback
 from rich import progress
 
+from vit_jax.convert.reasons import foreign, reason, silent
 from vit_jax.errors import UserError
 
 FILES = ('.npz', '.safetensors', '.json')  # an address that ends in none of these is a folder
@@ -124,12 +123,18 @@ def safe_name(name, address):
     return name
 
 
+def quieten():
+    """Sets up gcsfs as a part of a command: an error is raised, and not logged with tracebacks."""
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+    # It asks for a bucket's layout over gRPC, which hangs where only HTTPS gets through.
+    os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+
+
 def backend(address):
     """(file system, path) of an address; UserError where fsspec or one of its backends lacks."""
+    quieten()
     protocol = address.partition('://')[0]
     options = {}
-    # gcsfs asks for a bucket's layout over gRPC, which hangs where only HTTPS gets through.
-    os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     try:
         if protocol in ('http', 'https'):
             import aiohttp
@@ -356,6 +361,7 @@ def shown(address, files, size):
 @contextlib.contextmanager
 def explained(address):
     """Turns what a backend, the network or the disk refuses into one line for the user."""
+    quieten()
     try:
         yield
     except Exception as e:
@@ -373,58 +379,3 @@ def unreachable():
         if isinstance(e, UserError) or not foreign(e) or not silent(e):
             raise
         raise Unreachable(reason(e)) from e
-
-
-def foreign(error):
-    """Whether an error comes from outside, rather than from a bug here."""
-    outside = isinstance(error, (OSError, ValueError, NotImplementedError))
-    return outside or type(error).__module__ not in ('builtins', __name__)
-
-
-def chain(error):
-    """An error and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def status(error):
-    """The HTTP status among an error and its causes, by the names that the backends give it."""
-    for e in chain(error):
-        code = getattr(e, 'status', None) or getattr(getattr(e, 'response', None), 'status_code', 0)
-        code = code or (getattr(e, 'code', None) if type(e).__name__ == 'HttpError' else None)
-        if isinstance(code, int) and code:
-            return code
-    return None
-
-
-def silent(error):
-    """Whether there was no answer: no connection, no name, a time-out, a server out of order."""
-    code = status(error)
-    if code:
-        return code >= 500 or code == 429
-    kinds = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
-    names = {'ClientConnectionError', 'TransportError'}  # aiohttp; httpx and google.auth
-    return any(
-        isinstance(e, kinds) or names & {base.__name__ for base in type(e).__mro__}
-        for e in chain(error)
-    )
-
-
-def reason(error):
-    """One line on why: the answer's status, else the innermost error of the system."""
-    code = status(error)
-    if code:
-        phrase = http.HTTPStatus(code).phrase if code in set(http.HTTPStatus) else 'no such status'
-        return f'the server answers {code} {phrase}'
-    errors = list(chain(error))
-    for e in reversed(errors):
-        if isinstance(e, (socket.gaierror, ssl.SSLError)) and len(e.args) > 1:
-            return str(e.args[1])
-        if isinstance(e, OSError) and e.errno in errno.errorcode:
-            where = f': {e.filename}' if e.filename else ''
-            return os.strerror(e.errno) + where
-    if any(isinstance(e, FileNotFoundError) for e in errors):
-        return 'no such file or folder'
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

@@ -198,7 +198,7 @@ def timm_folder(arrays, config, record):
     kind, fields = timm.describe(arrays, config)
     return Found(
         'timm', kind, fields, arrays, timm.pieces, timm.table_rows(arrays),
-        explained(arrays, timm.UNUSED), timm.image_size(config),
+        {}, timm.image_size(config),
         class_names(config.get('label_names')), record,
     )  # fmt: skip
 

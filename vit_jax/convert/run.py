@@ -5,6 +5,7 @@ import sys
 from etils import epath
 
 from vit_jax import checkpoint, models, workdir
+from vit_jax.convert import fetch
 from vit_jax.convert.documents import class_names
 from vit_jax.convert.files import Array, brief
 from vit_jax.convert.fit import Found
@@ -24,10 +25,11 @@ def parts(address):
 
 
 def is_run(address):
-    """Whether this is a run of this project."""
-    if '://' in address and not address.startswith(('gs://', 's3://')):
+    """Whether this is a run of this project, on a disk or on gs://."""
+    if address.endswith(fetch.FILES) or ('://' in address and not address.startswith('gs://')):
         return False
-    return parts(address) is not None
+    with fetch.explained(address):
+        return parts(address) is not None
 
 
 def found(address, ema):

@@ -13,7 +13,6 @@ from vit_jax.convert.pieces import Piece, count, linear, norm
 from vit_jax.errors import UserError
 from vit_jax.models import vit
 
-UNUSED = (('attn_mask', 'a buffer'),)
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}

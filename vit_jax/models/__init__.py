@@ -8,7 +8,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import mixer, vit
 
 # Units by stage and the patch in features, by the published name: arXiv:2010.11929 section 3.1
-# (r50), arXiv:2106.10270 tables 1 and 2 (r26, and r, which has 32 pixels a patch in spite of its 16).
+# (r50), arXiv:2106.10270 table 2 (r26, and r, which has 32 pixels a patch in spite of its 16).
 HYBRIDS = {
     ('r', 16): ((), 8),
     ('r26', 32): ((2, 2, 2, 2), 1),
