@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import glob
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vit_jax.convert import big_vision, hf, official, timm
+from vit_jax.convert.fetch import alive
 from vit_jax.convert.files import zip_digest
 from vit_jax.convert.fit import size_of
 from vit_jax.convert.pieces import extract
@@ -174,10 +176,19 @@ def write_npz(path, arrays, model, size, classes, config):
             beside.write_text(json.dumps(record, indent=2) + '\n')
 
 
+def part_of(path):
+    """A name beside `path` for what is not complete; those of killed exports are removed."""
+    for part in path.parent.glob(f'.{glob.escape(path.name)}.*.part'):
+        pid = part.name.split('.')[-2]
+        if pid.isdigit() and not alive(int(pid)):
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    return path.with_name(f'.{path.name}.{os.getpid()}.part')
+
+
 @contextlib.contextmanager
 def complete(path):
     """A file to write that takes the place of `path` when it is complete, else is removed."""
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = part_of(path)
     try:
         yield part
         with part.open('rb') as file:
@@ -204,7 +215,7 @@ def write_folder(path, format, arrays, model, size, classes, config):
     if config is not None:
         documents['run_config.json'] = config
     path = path.absolute()
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = part_of(path)
     try:
         part.mkdir(parents=True)
         save_file(arrays, part / 'model.safetensors', metadata={'format': 'pt'})
