@@ -7,7 +7,8 @@ usage() {
     cat <<'EOS'
 usage: bash launch.sh COMMAND
   quickstart           make .venv, install, train a ViT on real handwritten digits, show the result
-  test [PYTEST ARGS]   make .venv if need be, install the test extra, check style, run the tests
+  test [PYTEST ARGS]   make .venv if need be, install the test extra, check style, run the tests;
+                       with -m slow those that take a minute or more
   local FILE [FLAGS]   train experiment FILE on this machine; its workdir is runs/NAME unless given
 EOS
 }

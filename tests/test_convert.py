@@ -265,6 +265,36 @@ def test_transformers_loads_what_is_saved(hf, tmp_path):
     assert back.model == model.clone(mean=(0.7,) * len(mean)) and back.classes == hf.read.classes
 
 
+@pytest.mark.parametrize('kind, config', [
+    ('ViTMSNForImageClassification', dict(num_labels=5)), ('ViTMSNModel', {}),
+    ('ViTMAEForPreTraining', dict(decoder_hidden_size=24, decoder_num_hidden_layers=1,
+                                  decoder_num_attention_heads=2, decoder_intermediate_size=24)),
+])
+def test_other_pre_training_of_a_vit(kind, config, tmp_path):
+    torch = pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    mae = dict(mask_ratio=0.0) if 'MAE' in kind else {}  # no patch left out, the order by chance
+    fields = dict(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+        image_size=32, patch_size=8, **mae, **config,
+    )  # fmt: skip
+    config = getattr(transformers, kind.partition('For')[0].removesuffix('Model') + 'Config')
+    module = randomised(getattr(transformers, kind)(config(**fields))).eval()
+    module.save_pretrained(tmp_path)
+    read = load.read(tmp_path)
+    images = random_images(2, 32, 32, 3)
+    with torch.no_grad():
+        out = getattr(module, 'vit', module)(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+        theirs = out.last_hidden_state[:, 0]
+        if 'Classification' in kind:
+            theirs = module.classifier(theirs)
+    logits, ours = read.model.apply({'params': read.params}, images)
+    ours = logits if 'Classification' in kind else ours['cls']
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
+    unused = done(read.account).get('unused', set())
+    assert all(name.startswith('decoder.') for name in unused) and bool(unused) == bool(mae)
+
+
 def test_shards_of_transformers(tmp_path):
     pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')

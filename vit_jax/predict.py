@@ -91,8 +91,9 @@ def view_of(found, name):
     """The view by its name, else the run's, else a central crop."""
     if name is not None:
         return name
-    evals = (found.config or {}).get('evals') or {}
-    return next(iter(evals.values()))['view'] if evals else 'central'
+    evals = (found.config or {}).get('evals')
+    first = next(iter(evals.values()), None) if isinstance(evals, dict) else None
+    return first.get('view', 'central') if isinstance(first, dict) else 'central'
 
 
 def main(argv):

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face transformers: ViT, DeiT and DINOv2, with or without heads.
+"""Folders of Hugging Face transformers: ViT (MAE and MSN too), DeiT, DINOv2; with heads or not.
 
 GELU and epsilon are those of config.json, the input normalisation that of
 preprocessor_config.json; position tables are resized by the bicubic filter, antialiased in the
@@ -12,8 +12,8 @@ from vit_jax.convert.pieces import Piece, count, linear, norm, renamed
 from vit_jax.convert.timm import IMAGENET, heads_of, ratio
 from vit_jax.errors import UserError
 
-UNUSED = (('embeddings.mask_token', 'for masked pre-training'),)
-TYPES = ('vit', 'deit', 'dinov2', 'dinov2_with_registers')
+UNUSED = ((r'embeddings\.mask_token|decoder\..*', 'for masked pre-training'),)
+TYPES = ('vit', 'deit', 'dinov2', 'dinov2_with_registers', 'vit_mae', 'vit_msn')
 GELUS = {
     'gelu': 'exact', 'gelu_python': 'exact', 'gelu_pytorch_tanh': 'tanh', 'gelu_new': 'tanh',
     'gelu_fast': 'tanh', 'quick_gelu': 'quick',
@@ -22,7 +22,7 @@ ACTS = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'quick': 'quick_gelu'}
 PATCHES = 'embeddings.patch_embeddings.projection.weight'
 TABLE = 'embeddings.position_embeddings'
 INTERPOLATION = {'dinov2_with_registers': 'bicubic_antialias'}
-DEFAULT_EPSILON = {'vit': 1e-12, 'deit': 1e-12}
+DEFAULT_EPSILON = {'vit': 1e-12, 'deit': 1e-12, 'vit_mae': 1e-12}
 
 
 def matches(names):
@@ -37,7 +37,7 @@ def tidy(arrays):
 
 
 def model_type(arrays, config):
-    """'vit', 'deit', 'dinov2' or 'dinov2_with_registers'."""
+    """One of TYPES, of config.json or of the arrays' names."""
     kind = option(config, 'model_type', 'a text')
     if kind is None:
         if 'encoder.layer.0.mlp.fc2.weight' in arrays or 'encoder.layer.0.norm1.weight' in arrays:
