@@ -2,7 +2,7 @@
 
 Writes random weights in each format, loads each in a new process, several times in turn, and prints
 a JSON line for each format: the median seconds of `vit_jax.load` (file in the page cache) and the
-peak resident memory above that of a process that loads a checkpoint of a few kilobytes, as a ratio
+peak resident memory above that of the same with a checkpoint of a few hundred kilobytes, as a ratio
 to the file's size. The peer is numpy.load or safetensors' load_file of the same file, which read
 every array and make no model.
 """
@@ -61,6 +61,11 @@ def write(path, name, format, image_size):
     save(path, model, unflatten_dict(params), format)
 
 
+def file_of(path):
+    """The file with the arrays."""
+    return path / 'model.safetensors' if path.is_dir() else path
+
+
 def measured(which, path, file):
     """(seconds, peak bytes) of a new process that loads."""
     arguments = [sys.executable, '-c', LOADING, which, str(path), str(file)]
@@ -77,14 +82,14 @@ def main(argv):
             path, small = folder / f'{format}{suffix}', folder / f'small_{format}{suffix}'
             write(path, MODEL.value, format, 224)
             write(small, 'vit-mu/16', format, 32)
-            paths[format] = path, path if suffix else path / 'model.safetensors', small
+            paths[format] = path, file_of(path), small
         times = {key: [] for f in paths for key in ((f, 'ours'), (f, 'peer'))}
         peaks, baseline = {}, {}
         for _ in range(ROUNDS.value):
             for format, (path, file, small) in paths.items():
-                base = measured('ours', small, small)[1]
-                baseline[format] = min(base, baseline.get(format, base))
                 for which in ('ours', 'peer'):
+                    base = measured(which, small, file_of(small))[1]
+                    baseline[format, which] = min(base, baseline.get((format, which), base))
                     seconds, peak = measured(which, path, file)
                     times[format, which].append(seconds)
                     peaks[format, which] = max(peak, peaks.get((format, which), 0))
@@ -93,7 +98,7 @@ def main(argv):
             row = dict(model=MODEL.value, format=format, megabytes=round(size / 1e6, 1))
             for which in ('ours', 'peer'):
                 row[f'{which}_seconds'] = round(statistics.median(times[format, which]), 3)
-                above = peaks[format, which] - baseline[format]
+                above = peaks[format, which] - baseline[format, which]
                 row[f'{which}_memory_ratio'] = round(above / size, 3)
             print(json.dumps(row), flush=True)
 
