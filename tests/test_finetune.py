@@ -164,6 +164,11 @@ def test_evaluate_gives_the_last_digit_for_the_run_and_every_export(pretrained, 
     # What goes with the weights: the run's config, so that nothing has to be named.
     status, out, _ = command('evaluate', f'--checkpoint={tmp_path}/h')
     assert status == 0 and f'val/accuracy  {wanted["accuracy"]:.4g}' in out
+    headless = tmp_path / 'headless.npz'
+    vit_jax.save(headless, *vit_jax.load(pretrained, num_classes=0))
+    config_flag = f'--config={pretrained}/config.json'
+    status, _, error = command('evaluate', f'--checkpoint={headless}', config_flag)
+    assert status == 2 and 'has 3 classes, the model no head' in error
     status, out, _ = command('evaluate', f'--checkpoint={pretrained}', '--noema', '--json')
     assert status == 0 and json.loads(out)['val']['loss'] != wanted['loss']
 

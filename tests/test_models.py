@@ -214,7 +214,7 @@ def test_bfloat16_computes_close_and_keeps_float32_parameters():
 
 @pytest.mark.parametrize('fields', [
     dict(name='mixer-s/4', width=24, depth=2, tokens_mlp_dim=16, mlp_dim=32, drop_path=0.5),
-    dict(name='r26+vit-s/32', resnet=(1, 1), resnet_width=0.5, width=24, depth=2, num_heads=2,
+    dict(name='r26+vit-s/32', resnet=(1,), resnet_width=0.5, width=24, depth=2, num_heads=2,
          mlp_dim=32),
     dict(name='vit/4', **{**SMALL, 'num_heads': 2}, pool='cls_gap', dist_token=True,
          dist_head=True, registers=2, registers_posemb=True, pre_norm=True, fc_norm=True, glu=True,
@@ -224,7 +224,7 @@ def test_every_kind_of_model_trains_on_a_mesh(fields):
     """All parameters have a sharding rule, and the loss on eight devices is that on one."""
     model = models.build(**fields, num_classes=8)
     losses = {}
-    for mesh in (dict(data=8), dict(data=2, fsdp=2, tensor=2), None):
+    for mesh in (dict(data=2, fsdp=2, tensor=2), None):
         devices = jax.devices() if mesh else jax.devices()[:1]
         mesh = sharding.make_mesh(devices, **(mesh or {}))
         shape = (16, 16, 3)
@@ -238,14 +238,13 @@ def test_every_kind_of_model_trains_on_a_mesh(fields):
             label=np.arange(8, dtype=np.int32),
         )
         found = []
-        for _ in range(3):
+        for _ in range(2):
             state, metrics = advance(state, sharding.put(batch, mesh))
             found.append(float(metrics['loss']))
         losses[str(mesh.shape)] = found
-    one, *others = list(losses.values())[::-1]
-    assert len(losses) == 3 and one[2] < one[0]
-    for other in others:
-        np.testing.assert_allclose(one, other, rtol=1e-4)
+    eight, one = losses.values()
+    assert one[1] < one[0]
+    np.testing.assert_allclose(one, eight, rtol=1e-4)
 
 
 def test_a_name_can_be_made_of_every_model():

@@ -36,10 +36,10 @@ class Classify:
         self.mesh, self.every = mesh, every
         self.source = sources.load(**source)
         sharding.check_batch(batch_size, mesh)
-        if len(self.source.classes) > model.num_classes:
+        if len(self.source.classes) > (model.num_classes or 0):
             raise UserError(
                 f'data set {source["name"]} has {len(self.source.classes)} classes, '
-                f'the model {model.num_classes} (model.num_classes)'
+                f'the model {model.num_classes or "no head"} (model.num_classes)'
             )
         self.feed = partial(
             pipeline.examples, self.source, jax.process_index(), jax.process_count(), view=view,
