@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import ndimage, stats
+from scipy import ndimage
 
 from vit_jax.data import augment, images
 
@@ -147,17 +147,41 @@ def test_affine_draws_within_its_bounds():
     assert 1.5 < np.abs(moved).max() < 2.6 and np.abs(moved.mean(0)).max() < 0.3
 
 
-def test_boxes_are_uniform_in_area_log_uniform_in_aspect_and_inside():
+# Deciles of 200,000 boxes of sample_distorted_bounding_box, TensorFlow 2.21, and their means.
+TF_BOXES = {
+    (375, 500): dict(
+        area=[0.0825, 0.124, 0.1742, 0.2329, 0.3009, 0.3769, 0.4605, 0.5521, 0.6671],
+        aspect=[0.8081, 0.866, 0.9241, 0.9826, 1.0408, 1.0982, 1.1561, 1.214, 1.2721],
+        y=[0.3347, 0.404, 0.4493, 0.48, 0.4987, 0.5173, 0.548, 0.592, 0.6613],
+        x=[0.29, 0.36, 0.413, 0.459, 0.5, 0.54, 0.586, 0.64, 0.709],
+    ),
+    (500, 333): dict(
+        area=[0.0786, 0.1144, 0.1566, 0.2058, 0.2623, 0.3249, 0.3943, 0.4711, 0.5633],
+        aspect=[0.8082, 0.8659, 0.9236, 0.9808, 1.0393, 1.0971, 1.1553, 1.2135, 1.2718],
+        y=[0.267, 0.335, 0.392, 0.445, 0.498, 0.551, 0.605, 0.662, 0.731],
+        x=[0.3393, 0.4069, 0.4505, 0.4805, 0.4985, 0.5165, 0.5465, 0.5901, 0.6562],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('shape', sorted(TF_BOXES))
+def test_boxes_are_distributed_as_those_of_tensorflow(shape):
     rng = np.random.default_rng(0)
-    y, x, h, w = np.array([augment.random_box((1000, 1000), rng) for _ in range(4000)]).T
-    assert (y + h).max() <= 1000 and (x + w).max() <= 1000 and min(y.min(), x.min()) == 0
-    area = h * w / 1e6
-    whole = area[area < 0.7]  # below 3/4 every aspect fits, so nothing was drawn again
-    assert stats.kstest(whole, stats.uniform(0.05, 0.65).cdf).pvalue > 1e-3
-    ratio = np.log(w / h)[area < 0.7]
-    bound = np.log(4 / 3)
-    assert stats.kstest(ratio, stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
-    assert 0.9 < area.max() <= 1
+    height, width = shape
+    y, x, h, w = np.array([augment.random_box(shape, rng) for _ in range(40_000)]).T
+    assert min(y.min(), x.min()) == 0
+    assert height - 1 <= (y + h).max() <= height and width - 1 <= (x + w).max() <= width
+    ours = dict(
+        area=h * w / (height * width), aspect=w / h, y=(y + h / 2) / height, x=(x + w / 2) / width
+    )
+    for name, deciles in TF_BOXES[shape].items():
+        # The share below each decile: its deviation is sqrt(0.25 / 40,000) = 0.0025 at most. The
+        # values are steps of whole pixels, a centre half of one: those at a decile count by half.
+        below = [(ours[name] < d - 1e-4).mean() for d in deciles]
+        upto = [(ours[name] <= d + 1e-4).mean() for d in deciles]
+        wanted = np.arange(1, 10) / 10
+        assert (np.array(below) < wanted + 0.012).all(), name
+        assert (np.array(upto) > wanted - 0.012).all(), name
 
 
 def test_a_box_that_never_fits_is_the_whole_image():

@@ -1,59 +1,98 @@
-"""Views: (image uint8 [H, W, 3], rng, size=(height, width)) -> uint8 [height, width, 3].
+"""Views: (image [H, W, 3], rng, size=(height, width)) -> uint8 [height, width, 3].
 
 A view draws whatever it needs from `rng` (numpy.random.Generator), so that it is a function of the
-example and the generator alone; those of evaluation ignore it.
+example and the generator alone; those of evaluation ignore it. The image is a uint8 array or one
+that is decoded as far as the view needs it (images.Encoded).
+
+`method` and `antialias` are those of images.resized. Published recipes of TensorFlow have
+antialias=False; with it small images of large windows are better.
 """
 
 import numpy as np
 from PIL import Image
 
-
-def crop_and_resize(image, box, size):
-    """Box (y, x, height, width) of an image, resized with Pillow's antialiased bilinear filter."""
-    y, x, h, w = box
-    window = Image.fromarray(np.ascontiguousarray(image[y : y + h, x : x + w]))
-    if window.size == size[::-1]:
-        return np.asarray(window)
-    return np.asarray(window.resize(size[::-1], Image.Resampling.BILINEAR))
+from vit_jax.data.images import resized
+from vit_jax.errors import UserError
 
 
-def resize(image, rng, *, size):
+def resize(image, rng, *, size, method: str = 'bilinear', antialias: bool = True):
     """The whole image, squeezed to the size."""
-    return crop_and_resize(image, (0, 0, *image.shape[:2]), size)
+    return resized(image, (0, 0, *image.shape[:2]), size, method, antialias)
 
 
-def central(image, rng, *, size, crop: float = 0.875):
+def central(
+    image, rng, *, size, crop: float = 0.875, method: str = 'bilinear', antialias: bool = True
+):
     """The largest central window of the size's aspect, its sides times `crop`, resized."""
     h, w = image.shape[:2]
+    ch, cw = window(h, w, size, crop)
+    box = (h - ch) // 2, (w - cw) // 2, ch, cw
+    return resized(image, box, size, method, antialias)
+
+
+def small_central(
+    image, rng, *, size, smaller: int = 256, method: str = 'area', antialias: bool = False
+):
+    """The smaller side resized to `smaller`, then a central window of the size.
+
+    The evaluation of ImageNet in the code of the ViT papers: 256 by area, then 224.
+    """
+    h, w = image.shape[:2]
+    scale = smaller / min(h, w)
+    # the smaller side to the pixel, whatever the rounding of the product
+    whole = tuple(smaller if side == min(h, w) else round(side * scale) for side in (h, w))
+    if whole[0] < size[0] or whole[1] < size[1]:
+        raise UserError(f'smaller is {smaller}, less than the image size {size[0]} x {size[1]}')
+    y, x = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
+    out = resized(image, (0, 0, h, w), whole, method, antialias)
+    return out[y : y + size[0], x : x + size[1]]
+
+
+def window(h, w, size, crop):
+    """Sides of the largest window of the size's aspect in an image [h, w], times `crop`."""
     scale = crop * min(h / size[0], w / size[1])
-    ch = min(max(round(size[0] * scale), 1), h)
-    cw = min(max(round(size[1] * scale), 1), w)
-    return crop_and_resize(image, ((h - ch) // 2, (w - cw) // 2, ch, cw), size)
+    return min(max(round(size[0] * scale), 1), h), min(max(round(size[1] * scale), 1), w)
 
 
-def random_crop(image, rng, *, size, crop: float = 0.875, flip: bool = True):
+def random_crop(
+    image,
+    rng,
+    *,
+    size,
+    crop: float = 0.875,
+    flip: bool = True,
+    method: str = 'bilinear',
+    antialias: bool = True,
+):
     """A window as large as that of `central`, anywhere, resized, and mirrored by chance."""
     h, w = image.shape[:2]
-    scale = crop * min(h / size[0], w / size[1])
-    ch = min(max(round(size[0] * scale), 1), h)
-    cw = min(max(round(size[1] * scale), 1), w)
+    ch, cw = window(h, w, size, crop)
     box = int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1)), ch, cw
-    return flipped(crop_and_resize(image, box, size), rng, flip)
+    return resized(image, box, size, method, antialias, mirror(rng, flip))
 
 
 def random_box(shape, rng, *, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3)):
-    """A window (y, x, height, width) of an image [H, W] by area and aspect.
+    """A window (y, x, height, width) of an image [H, W], a share of its area, of some aspect.
 
-    The area's share is uniform, the aspect (width / height) log-uniform (arXiv:1409.4842
-    section 6); after a hundred misses, the whole image.
+    The distribution is that of TensorFlow's sample_distorted_bounding_box, which published recipes
+    used: the aspect (width / height) is uniform, then the height among those that fit, the place
+    uniform but never the very last row or column. After a hundred misses, the whole image.
     """
     h, w = shape
     for _ in range(100):
-        pixels = rng.uniform(*area) * h * w
-        ratio = np.exp(rng.uniform(*np.log(aspect)))
-        ch, cw = round((pixels / ratio) ** 0.5), round((pixels * ratio) ** 0.5)
-        if 0 < ch <= h and 0 < cw <= w:
-            return int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1)), ch, cw
+        ratio = aspect[0] + (aspect[1] - aspect[0]) * rng.random()
+        least, most = (share * h * w for share in area)
+        low, high = round((least / ratio) ** 0.5), round((most / ratio) ** 0.5)
+        if round(high * ratio) > w:
+            high = int((w + 0.4999999) / ratio)
+        high = min(high, h)
+        low = min(low, high)
+        ch = int(rng.integers(low, high + 1))
+        # rounding may have left the range by a pixel
+        ch += (round(ch * ratio) * ch < least) - (round(ch * ratio) * ch > most)
+        cw = round(ch * ratio)
+        if 0 < ch <= h and 0 < cw <= w and least <= ch * cw <= most:
+            return int(rng.integers(max(h - ch, 1))), int(rng.integers(max(w - cw, 1))), ch, cw
     return 0, 0, h, w
 
 
@@ -65,10 +104,12 @@ def inception(
     area: tuple = (0.05, 1.0),
     aspect: tuple = (3 / 4, 4 / 3),
     flip: bool = True,
+    method: str = 'bilinear',
+    antialias: bool = True,
 ):
     """A random box, resized, and mirrored by chance: the usual view of ImageNet training."""
     box = random_box(image.shape[:2], rng, area=area, aspect=aspect)
-    return flipped(crop_and_resize(image, box, size), rng, flip)
+    return resized(image, box, size, method, antialias, mirror(rng, flip))
 
 
 def shift(image, rng, *, size, pixels: int = 1, flip: bool = False):
@@ -108,9 +149,17 @@ def affine(
     return flipped(np.asarray(warped), rng, flip)
 
 
+def mirror(rng, flip):
+    """Whether to mirror: by an even chance, if asked."""
+    return bool(flip and rng.integers(2))
+
+
 def flipped(image, rng, flip):
     """Mirrored left to right by an even chance, if asked."""
-    return image[:, ::-1] if flip and rng.integers(2) else image
+    return image[:, ::-1] if mirror(rng, flip) else image
 
 
-VIEWS = {f.__name__: f for f in (resize, central, random_crop, inception, shift, affine)}
+VIEWS = {
+    f.__name__: f
+    for f in (resize, central, small_central, random_crop, inception, shift, affine)
+}

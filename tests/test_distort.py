@@ -1,0 +1,408 @@
+"""Augmentations: each operation against a definition of its own, and what the policies draw."""
+
+import collections
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from scipy import ndimage, stats
+
+from vit_jax.data import distort
+from vit_jax.data import operations as ops
+from vit_jax.errors import UserError
+
+
+def picture(h=40, w=33, low=20, high=230):
+    """Waves and noise, each channel with a range of its own."""
+    y, x = np.mgrid[:h, :w]
+    waves = np.stack([np.sin(x / 5) * np.cos(y / 7), np.cos(x / 3 + y / 9), np.sin(y / 4)], -1)
+    noise = np.random.default_rng(0).normal(scale=0.2, size=(h, w, 3))
+    span = np.array([1, 0.8, 0.6]) * (high - low) / 2
+    return np.uint8(np.clip((high + low) / 2 + span * (waves + noise), low, high))
+
+
+IMAGE = picture()
+FACTORS = [0.1, 0.46, 1.0, 1.9, 2.8, 3.7]
+
+
+def close(actual, expected, atol=0.0):
+    assert actual.dtype == np.uint8
+    np.testing.assert_allclose(actual.astype(float), expected, atol=atol)
+
+
+def blended(degenerate, image, factor):
+    """Fractions of a byte are dropped; where float32 may have rounded up to one, see `atol`."""
+    exact = np.float64(degenerate) + factor * (np.float64(image) - degenerate)
+    return np.floor(np.clip(exact, 0, 255) + 1e-4)
+
+
+def test_autocontrast_stretches_each_channel():
+    image = IMAGE.copy()
+    image[..., 2] = 77  # of one value: stays
+    low, high = image.min((0, 1)), image.max((0, 1))
+    exact = (image[..., :2] - low[:2].astype(float)) * 255 / (high - low.astype(float))[:2]
+    close(ops.autocontrast(image)[..., :2], np.floor(exact), atol=1)  # float32
+    np.testing.assert_array_equal(ops.autocontrast(image)[..., 2], 77)
+    ours = ops.autocontrast(image, np.float64)
+    np.testing.assert_array_equal(ours, ImageOps.autocontrast(Image.fromarray(image)))
+
+
+def test_equalize_ranks_the_values():
+    equal = ops.equalize(IMAGE)
+    for c in range(3):
+        values = IMAGE[..., c].ravel()
+        step = (values.size - np.sum(values == values.max())) // 255
+        assert step > 0
+        below = np.array([np.sum(values < v) for v in values])
+        close(equal[..., c].ravel(), np.minimum((below + step // 2) // step, 255))
+    flat = np.full((9, 9, 3), 5, np.uint8)
+    np.testing.assert_array_equal(ops.equalize(flat), flat)
+
+
+def test_operations_on_single_values():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    v = values.astype(int)
+    close(ops.invert(values), 255 - v)
+    for bits, step in (8, 1), (6, 4), (4, 16), (1, 128), (0, 128), (12, 1):
+        close(ops.posterize(values, bits), v // step * step)
+    for threshold in 0, 76, 128, 255, 256:
+        close(ops.solarize(values, threshold), np.where(v < threshold, v, 255 - v))
+    for addition in 0, 55, 165, 300:
+        added = np.minimum(v + addition, 255)
+        close(ops.solarize_add(values, addition), np.where(v < 128, added, v))
+    for factor in FACTORS:
+        close(ops.brightness(values, factor), np.floor(np.minimum(v * factor + 1e-4, 255)))
+
+
+@pytest.mark.parametrize('factor', FACTORS)
+def test_enhancements_are_blends(factor):
+    grey = np.floor(IMAGE @ np.array([0.2989, 0.587, 0.114]) * 255.5 / 255 + 1e-4)[..., None]
+    close(ops.color(IMAGE, factor), blended(grey, IMAGE, factor))
+    # the number of pixels over 256, whatever they show
+    for image, constant in (IMAGE, 5), (picture(180, 180), 126), (picture(300, 300), 255):
+        close(ops.contrast(image, factor), blended(constant, image, factor))
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]])[..., None]
+    smooth = ndimage.convolve(IMAGE.astype(int), kernel) // 13
+    smooth[[0, -1]], smooth[:, [0, -1]] = IMAGE[[0, -1]], IMAGE[:, [0, -1]]
+    close(ops.sharpness(IMAGE, factor), blended(smooth, IMAGE, factor))
+    np.testing.assert_array_equal(
+        ops.smooth(IMAGE, 6), Image.fromarray(IMAGE).filter(ImageFilter.SMOOTH)
+    )
+
+
+def nearest(image, source, fill):
+    """Pixels at source(x, y) -> (x, y), indices, and where that is clear of a tie."""
+    h, w = image.shape[:2]
+    y, x = np.mgrid[:h, :w]
+    sx, sy = np.broadcast_arrays(*source(x, y))
+    clear = np.all([np.abs(s - np.floor(s) - 0.5) > 0.01 for s in (sx, sy)], axis=0)
+    sx, sy = np.rint(sx).astype(int), np.rint(sy).astype(int)
+    inside = (sx >= 0) & (sx < w) & (sy >= 0) & (sy < h)
+    out = np.full_like(image, fill)
+    out[inside] = image[sy[inside], sx[inside]]
+    return out, clear, inside
+
+
+@pytest.mark.parametrize('amount', [0.0, 0.17, -0.45, 0.83])
+def test_warps_take_the_nearest_pixel(amount):
+    h, w = IMAGE.shape[:2]
+    cy, cx, s, pixels = (h - 1) / 2, (w - 1) / 2, amount, round(amount * 20)
+    a = np.deg2rad(amount * 60)
+    checks = [
+        (ops.rotate(IMAGE, amount * 60), 128, lambda x, y: (
+            cx + np.cos(a) * (x - cx) - np.sin(a) * (y - cy),
+            cy + np.sin(a) * (x - cx) + np.cos(a) * (y - cy))),
+        (ops.shear_x(IMAGE, s), 128, lambda x, y: (x + s * y, y)),
+        (ops.shear_y(IMAGE, s), 128, lambda x, y: (x, y + s * x)),
+        # about the upper left corner of the first pixel, whose middle is at (0.5, 0.5)
+        (ops.shear_x(IMAGE, s, centre=0, fill=0), 0, lambda x, y: (x + s * (y + 0.5), y)),
+        (ops.shear_y(IMAGE, s, centre=0, fill=0), 0, lambda x, y: (x, y + s * (x + 0.5))),
+        (ops.translate_x(IMAGE, pixels), 128, lambda x, y: (x + pixels, y)),
+        (ops.translate_y(IMAGE, pixels, fill=0), 0, lambda x, y: (x, y + pixels)),
+    ]  # fmt: skip
+    for warped, fill, source in checks:
+        expected, clear, inside = nearest(IMAGE, source, fill)
+        assert clear.mean() > 0.8 and (amount == 0 or not inside.all())
+        np.testing.assert_array_equal(warped[clear], expected[clear])
+    turned = Image.fromarray(IMAGE).rotate(amount * 60)
+    assert np.mean(ops.rotate(IMAGE, amount * 60, fill=0) != np.asarray(turned)) < 0.01
+
+
+@pytest.mark.parametrize('kind', ['Brightness', 'Color', 'Contrast', 'Sharpness'])
+def test_enhance_is_pillows(kind):
+    for factor in 0.1, 0.7, 1.0, 1.9:
+        expected = getattr(ImageEnhance, kind)(Image.fromarray(IMAGE)).enhance(factor)
+        np.testing.assert_array_equal(ops.enhance(IMAGE, kind, factor), expected)
+
+
+def test_hue_turns_the_circle():
+    red = np.full((4, 4, 3), (200, 0, 0), np.uint8)
+    assert ops.hue(red, 1 / 3)[0, 0].argmax() == 1 and ops.hue(red, -1 / 3)[0, 0].argmax() == 2
+    close(ops.hue(red, 0.5), np.broadcast_to([0, 200, 200], red.shape), atol=6)
+    close(ops.hue(red, 0.0), red)
+
+
+def test_cutout_is_a_square_cut_at_the_border():
+    for y, x, half in (10, 12, 4), (0, 32, 5), (39, 1, 60), (7, 7, 0):
+        rows, columns = np.arange(40)[:, None], np.arange(33)[None]
+        hole = (rows >= y - half) & (rows < y + half) & (columns >= x - half) & (columns < x + half)
+        close(ops.cutout(IMAGE, y, x, half), np.where(hole[..., None], 128, IMAGE))
+
+
+@pytest.mark.parametrize('name', sorted(distort.AUGMENTATIONS))
+def test_augmentations_repeat_and_leave_their_input(name):
+    augment = distort.AUGMENTATIONS[name]
+    different = set()
+    for image in IMAGE, IMAGE[:, ::-1], picture(3, 50), picture(2, 1):
+        before = image.copy()  # contiguous, where a mirrored image is not
+        for seed in range(15):
+            a, b = (augment(i, np.random.default_rng(seed)) for i in (image, before))
+            assert a.shape == image.shape and a.dtype == np.uint8
+            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(image, before)
+            different.add(a.tobytes())
+    assert len(different) > (8 if name == 'erase' else 15)
+
+
+def recorded(monkeypatch, table):
+    """A table whose operations note (name, arguments) in the list that is returned."""
+    calls = []
+    for name, (_, *rest) in getattr(distort, table).items():
+        note = lambda image, *a, name=name: calls.append((name, a)) or image  # noqa: E731
+        monkeypatch.setitem(getattr(distort, table), name, (note, *rest))
+    return calls
+
+
+def test_randaugment_draws_evenly_with_the_papers_levels(monkeypatch):
+    calls = recorded(monkeypatch, 'RANDAUGMENT')
+    rng, count = np.random.default_rng(1), 3000
+    for _ in range(count):
+        distort.randaugment(IMAGE, rng, layers=2, magnitude=15)
+    names = collections.Counter(name for name, _ in calls)
+    assert len(calls) == 2 * count and len(names) == 16
+    assert stats.chisquare(list(names.values())).pvalue > 1e-3
+    pairs = collections.Counter(zip(*(iter([n for n, _ in calls]),) * 2, strict=True))
+    assert len(pairs) == 256  # the second does not depend on the first
+    seen = collections.defaultdict(collections.Counter)
+    for name, arguments in calls:
+        seen[name][tuple(np.round(arguments, 9))] += 1
+    expected = {
+        'Rotate': 45, 'ShearX': 0.45, 'ShearY': 0.45, 'TranslateX': 150, 'TranslateY': 150,
+        'Posterize': 6, 'Solarize': 128, 'SolarizeAdd': 165, 'Color': 2.8, 'Contrast': 2.8,
+        'Brightness': 2.8, 'Sharpness': 2.8, 'AutoContrast': None, 'Equalize': None, 'Invert': None,
+    }  # fmt: skip
+    for name, value in expected.items():
+        if name[:5] in ('Rotat', 'Shear', 'Trans'):
+            assert set(seen[name]) == {(value,), (-value,)}
+            assert stats.binomtest(seen[name][value,], seen[name].total()).pvalue > 1e-4
+        else:
+            assert set(seen[name]) == {() if value is None else (value,)}
+    y, x, half = np.array([a for n, a in calls if n == 'Cutout']).T
+    assert set(half) == {60} and y.max() == 39 and x.max() == 32 and y.min() == x.min() == 0
+
+
+@pytest.mark.parametrize('level, solarize, posterize, factor', [
+    (0, 0, 0, 0.1), (5, 128, 2, 1.0), (10, 0, 4, 1.9), (20, 0, 8, 3.7),
+])
+def test_levels(monkeypatch, level, solarize, posterize, factor):
+    calls = recorded(monkeypatch, 'RANDAUGMENT')
+    for name in 'Solarize', 'Posterize', 'Color':
+        distort.operate(distort.RANDAUGMENT, name, IMAGE, None, level)
+    assert [a[0] for _, a in calls] == [solarize, posterize, pytest.approx(factor)]
+
+
+def test_autoaugment_applies_by_probability(monkeypatch):
+    calls = recorded(monkeypatch, 'AUTOAUGMENT')
+    rng, count = np.random.default_rng(2), 8000
+    for _ in range(count):
+        distort.autoaugment(IMAGE, rng)
+    counts = collections.Counter(name for name, _ in calls)
+    # Each of 25 pairs by the same chance, each of its two by a chance of its own.
+    wanted = collections.Counter()
+    for name, probability, _ in [o for pair in distort.POLICIES for o in pair]:
+        wanted[name] += probability / 25
+    assert len(distort.POLICIES) == 25 and set(counts) == {n for n, p in wanted.items() if p}
+    for name, share in wanted.items():
+        assert abs(counts[name] / count - share) < 4 * np.sqrt(2 * share / count)
+    assert {a for n, a in calls if n == 'TranslateY'} == {(225.0,), (-225.0,)}
+    assert {a for n, a in calls if n == 'Posterize'} == {(2,), (0,)}
+    calls.clear()
+    for name in 'TranslateX', 'Cutout':
+        distort.operate(distort.AUTOAUGMENT, name, IMAGE, rng, 5)
+    assert abs(calls[0][1][0]) == 125 and calls[1][1][2] == 50
+    calls.clear()
+    monkeypatch.setattr(distort, 'POLICIES', [(('Color', 1.0, i),) for i in range(25)])
+    for _ in range(3000):
+        distort.autoaugment(IMAGE, rng)
+    drawn = collections.Counter(calls)
+    assert len(drawn) == 25 and stats.chisquare(list(drawn.values())).pvalue > 1e-3
+
+
+def test_torchvisions_magnitudes(monkeypatch):
+    calls = recorded(monkeypatch, 'TORCHVISION')
+    image = np.zeros((100, 331, 3), np.uint8)
+    for seed in range(600):
+        distort.randaugment_torchvision(image, np.random.default_rng(seed))
+    names = collections.Counter(name for name, _ in calls)
+    assert len(names) == 14 and stats.chisquare(list(names.values())).pvalue > 1e-3
+    seen = collections.defaultdict(set)
+    for name, arguments in calls:
+        seen[name].add(tuple(np.round(arguments, 9)))
+    both = {
+        'ShearX': 0.09, 'ShearY': 0.09, 'TranslateX': 45, 'TranslateY': 13, 'Rotate': 9.0,
+    }  # fmt: skip
+    for name, value in both.items():
+        assert seen[name] == {(value,), (-value,)}
+    for name in 'Brightness', 'Color', 'Contrast', 'Sharpness':
+        assert seen[name] == {(1.27,), (0.73,)}
+    assert seen['Posterize'] == {(7,)}  # 8 - round(9 / 7.5)
+    assert seen['Solarize'] == {(179,)}  # values not below 178.5
+    assert distort.TORCHVISION['Posterize'][1](14 / 30, None, None) == 6  # 8 - round(1.87)
+    assert seen['Identity'] == seen['Equalize'] == seen['AutoContrast'] == {()}
+
+
+def test_torchvisions_operations_are_pillows():
+    by_name = {name: row[0] for name, row in distort.TORCHVISION.items()}
+    shown = Image.fromarray(IMAGE)
+    affine = dict(method=Image.Transform.AFFINE, resample=Image.Resampling.NEAREST)
+    expected = {
+        ('Identity',): shown, ('AutoContrast',): ImageOps.autocontrast(shown),
+        ('Equalize',): ImageOps.equalize(shown), ('Rotate', 9.0): shown.rotate(9.0),
+        ('Posterize', 6): ImageOps.posterize(shown, 6),
+        ('Solarize', 179): ImageOps.solarize(shown, 178.5),
+        ('Color', 1.27): ImageEnhance.Color(shown).enhance(1.27),
+        ('Sharpness', 0.73): ImageEnhance.Sharpness(shown).enhance(0.73),
+        ('ShearX', 0.23): shown.transform(shown.size, data=(1, 0.23, 0, 0, 1, 0), **affine),
+        ('ShearY', -0.23): shown.transform(shown.size, data=(1, 0, 0, -0.23, 1, 0), **affine),
+        ('TranslateX', 5): shown.transform(shown.size, data=(1, 0, 5, 0, 1, 0), **affine),
+    }  # fmt: skip
+    for (name, *arguments), image in expected.items():
+        np.testing.assert_array_equal(by_name[name](IMAGE, *arguments), image, err_msg=name)
+
+
+def test_three_augment_is_one_of_three(monkeypatch):
+    grey = np.asarray(Image.fromarray(IMAGE).convert('L').convert('RGB'))
+    solar = np.asarray(ImageOps.solarize(Image.fromarray(IMAGE)))
+    kinds, radii = collections.Counter(), []
+    spread = IMAGE.astype(float).std()
+    for seed in range(900):
+        out = distort.three_augment(IMAGE, np.random.default_rng(seed), jitter=0.0)
+        kind = 0 if np.array_equal(out, grey) else 1 if np.array_equal(out, solar) else 2
+        kinds[kind] += 1
+        if kind == 2:
+            radii.append(out.astype(float).std() / spread)
+    assert stats.chisquare([kinds[i] for i in range(3)]).pvalue > 1e-3
+    least = np.asarray(Image.fromarray(IMAGE).filter(ImageFilter.GaussianBlur(2))).std() / spread
+    assert least * 0.999 < min(radii) < least * 1.05 and 0.99 < max(radii) <= 1.001
+    given = []
+    monkeypatch.setattr(distort, 'color_jitter', lambda image, rng, **more: given.append(more))
+    distort.three_augment(IMAGE, np.random.default_rng(0))
+    assert given == [dict(brightness=0.3, contrast=0.3, saturation=0.3)]
+
+
+def test_color_jitter_draws_factors_and_an_order(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        ops, 'enhance', lambda image, kind, factor: calls.append((kind, factor)) or image
+    )
+    monkeypatch.setattr(ops, 'hue', lambda image, turn: calls.append(('Hue', turn)) or image)
+    rng, count = np.random.default_rng(3), 1500
+    for _ in range(count):
+        distort.color_jitter(
+            IMAGE, rng, brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1
+        )
+    ranges = {
+        'Brightness': (0.6, 1.4), 'Contrast': (0, 2.5), 'Color': (0.8, 1.2), 'Hue': (-0.1, 0.1),
+    }  # fmt: skip
+    for kind, (low, high) in ranges.items():
+        drawn = [x for k, x in calls if k == kind]
+        assert len(drawn) == count
+        assert stats.kstest(drawn, stats.uniform(low, high - low).cdf).pvalue > 1e-3
+    orders = collections.Counter(zip(*(iter([k for k, _ in calls]),) * 4, strict=True))
+    assert len(orders) == 24 and stats.chisquare(list(orders.values())).pvalue > 1e-3
+    calls.clear()
+    distort.color_jitter(IMAGE, rng, brightness=0.0, contrast=0.1, saturation=0.0)
+    assert [k for k, _ in calls] == ['Contrast']
+
+
+def erased(count, **settings):
+    """Boxes (y, x, height, width) of white images that were erased, and how many were not."""
+    image, boxes = np.full((200, 300, 3), 255, np.uint8), []
+    for seed in range(count):
+        out = distort.erase(image, np.random.default_rng(seed), fill='black', **settings)
+        hole = (out == 0).all(2)
+        if hole.any():
+            y, x = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
+            boxes.append((y[0], x[0], len(y), len(x)))
+            assert hole.sum() == len(y) * len(x) and (out[~hole] == 255).all()
+    return np.array(boxes), count - len(boxes)
+
+
+def test_erase_draws_area_aspect_and_place():
+    count = 1500
+    (y, x, h, w), missed = (lambda boxes, n: (boxes.T, n))(
+        *erased(count, probability=0.5, area=(0.02, 0.2))
+    )
+    assert stats.binomtest(missed, count).pvalue > 1e-3
+    # An area of 0.2 and an aspect of 10/3 fit: 200 high and 60 wide; not so when tall and large.
+    area, aspect = h * w / 60_000, np.log(h / w)
+    fits = area < 0.2 * 3 / 4.5  # all aspects do below (200 / 300) * 3 / 10
+    assert stats.kstest(area[fits], stats.uniform(0.02, 0.2 * 3 / 4.5 - 0.02).cdf).pvalue > 1e-3
+    bound = np.log(10 / 3)
+    assert stats.kstest(aspect[fits], stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
+    assert stats.kstest((y + 0.5) / (201 - h), stats.uniform.cdf).pvalue > 1e-3
+    assert stats.kstest((x + 0.5) / (301 - w), stats.uniform.cdf).pvalue > 1e-3
+
+
+def test_erase_has_the_aspect_of_height_to_width():
+    boxes, missed = erased(100, probability=1.0, area=(0.05, 0.1), aspect=(2.0, 3.0))
+    ratio = boxes[:, 2] / boxes[:, 3]
+    assert missed == 0 and 1.9 < ratio.min() < 2.1 and 2.9 < ratio.max() < 3.1
+
+
+def test_a_box_that_never_fits_erases_nothing():
+    boxes, missed = erased(20, probability=1.0, area=(1.0, 1.0))
+    assert missed == 20 and not len(boxes)
+
+
+def test_erase_fills_with_imagenets_colours():
+    image = np.zeros((160, 160, 3), np.uint8)
+    settings = dict(probability=1.0, area=(0.3, 0.3), aspect=(1.0, 1.0))
+    noise = distort.erase(image, np.random.default_rng(0), **settings)
+    box = noise[noise.any(2)].astype(float)  # [N, 3]
+    mean, std = 255 * distort.MEAN, 255 * distort.STD
+    exact = stats.norm(mean, std)  # clipped to a byte
+    drawn = np.clip(exact.rvs((200_000, 3), random_state=0), 0, 255)
+    n = len(box)
+    assert 7400 < n < 7800
+    assert np.all(np.abs(box.mean(0) - drawn.mean(0)) < 4 * std / np.sqrt(n) + 0.5)
+    assert np.all(np.abs(box.std(0) / drawn.std(0) - 1) < 4 / np.sqrt(n))
+    assert np.abs(np.corrcoef(box.T) - np.eye(3)).max() < 4 / np.sqrt(n)
+    flat = distort.erase(image, np.random.default_rng(0), fill='mean', **settings)
+    assert {tuple(c) for c in flat.reshape(-1, 3).tolist()} == {(0, 0, 0), (124, 116, 104)}
+
+
+def test_augreg_presets():
+    rows = {
+        name: (*((c['layers'], c['magnitude']) for c in row['augment']), row['mixup'])
+        for name, row in distort.AUGREG.items()
+    }
+    assert rows == {
+        'none': (0.0,), 'light1': ((2, 0), 0.0), 'light2': ((2, 10), 0.2),
+        'medium1': ((2, 15), 0.2), 'medium2': ((2, 15), 0.5), 'strong1': ((2, 20), 0.5),
+        'strong2': ((2, 20), 0.8),
+    }  # fmt: skip
+    assert all(c['name'] in distort.AUGMENTATIONS for r in distort.AUGREG.values()
+               for c in r['augment'])  # fmt: skip
+
+
+@pytest.mark.parametrize('name, settings, words', [
+    ('randaugment', dict(magnitude=-1), 'magnitude -1'),
+    ('randaugment_torchvision', dict(magnitude=31), 'magnitude 31 of 31 bins'),
+    ('color_jitter', dict(hue=0.7), 'hue 0.7'),
+    ('erase', dict(fill='grey'), "fill is 'grey'"),
+    ('erase', dict(area=(0.5, 0.1)), 'area'),
+])
+def test_mistakes_are_named(name, settings, words):
+    with pytest.raises(UserError, match=words):
+        distort.AUGMENTATIONS[name](IMAGE, np.random.default_rng(0), **settings)

@@ -1,0 +1,773 @@
+/* JPEG windows, resized: only the rows, columns and scale that a crop needs are decoded.
+
+   libjpeg-turbo does all but the entropy decoding of the usual (sequential, one scan, Huffman) files.
+   That is four fifths of the time for a photograph of ImageNet's size, and is done here:
+   - bytes are unstuffed first, so that the bit buffer is filled by one 8-byte load;
+   - one look-up gives a coefficient's run, value and length together where they fit in 11 bits;
+   - blocks outside of the window are skipped by look-ups that take several coefficients at once.
+   What looks wrong to it is an error here, and Pillow has the last word on such a file.
+
+   All functions release the GIL and raise ValueError. */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+#include <math.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <jpeglib.h>
+
+#define LOOK 10                 /* bits of a look-up of one coefficient */
+#define PAIR 12                 /* of one of the length of two */
+#define SKIP 11                 /* of one that skips as many as there are in it */
+#define TAIL 1024               /* most entries of a look-up, by 16 bits, of the longer codes */
+#define TABLES 16               /* that a thread keeps; one image has 8 at most */
+#define PADDING 4096            /* zero bytes; an MCU is at most 10 blocks of 64 x 31 bits */
+#define CUT 0x1p-10f            /* added before values are cut off: what is 255 but for rounding */
+#define MOST_KEPT (1 << 24)     /* bytes a thread keeps of each kind */
+#define MAX_PIXELS 178956970    /* Pillow's own limit to a decompression bomb */
+
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define FAST __attribute__((target_clones("default", "arch=x86-64-v3")))
+#else
+#define FAST
+#endif
+
+typedef float pixel __attribute__((vector_size(16)));
+typedef int32_t integers __attribute__((vector_size(16)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
+
+/* ---------------------------------------------------------------- entropy decoding */
+
+/* The first members of libjpeg's own entropy decoder, unchanged from version 6b on. */
+typedef struct {
+    void (*start_pass)(j_decompress_ptr);
+    boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW *);
+    boolean insufficient_data;
+} entropy_decoder;
+
+typedef struct {
+    uint8_t length;  /* of the code; 0: there is no such code */
+    uint8_t size;    /* bits of the value after it */
+    uint8_t run;     /* zeros before it; 64 at the end of the block */
+} code;
+
+typedef struct {
+    int16_t value;   /* of the coefficient */
+    uint8_t run;     /* as above */
+    uint8_t length;  /* bits of its code and value; 0, and all is 0, where they do not fit */
+} symbol;
+
+typedef struct {
+    code codes[1 << LOOK], tail[TAIL];
+    unsigned tail_from;        /* the first 16 bits that begin with a code longer than LOOK */
+    /* of AC coefficients alone: */
+    symbol look[1 << LOOK];
+    uint8_t pair[1 << PAIR];   /* length of the first symbol, or, + TWO, of the first two */
+    uint16_t skip[1 << SKIP];  /* length, 6 bits, of all that fit, and how many coefficients these
+                                  fill, + 64 where the last of them ends the block */
+    /* what it is made from: codes of each length, and what they mean */
+    uint8_t lengths[17], values[256];
+    int ac;
+    uint64_t used;
+} table;
+
+#define TWO 0x80
+
+/* What a thread keeps from image to image: memory that is mapped, tables that many files share. */
+typedef struct {
+    table tables[TABLES];
+    uint64_t used;  /* tables so far, to find the one that was not for longest */
+    uint8_t *data, *rows;
+    size_t data_size, rows_size;
+} scratch;
+
+static pthread_key_t scratch_of_thread;
+
+static scratch *get_scratch(void) {
+    scratch *s = pthread_getspecific(scratch_of_thread);
+    if (!s && (s = calloc(1, sizeof *s))) pthread_setspecific(scratch_of_thread, s);
+    return s;
+}
+
+static void free_scratch(void *kept) {
+    scratch *s = kept;
+    free(s->data);
+    free(s->rows);
+    free(s);
+}
+
+/* `*kept` with room for `size` bytes, its contents lost; NULL without memory. */
+static uint8_t *roomy(uint8_t **kept, size_t *room, size_t size) {
+    if (*room < size) {
+        free(*kept);
+        *kept = malloc(size);
+        *room = *kept ? size : 0;
+    }
+    return *kept;
+}
+
+/* Gives back what only a very large image needs. */
+static void trim(uint8_t **kept, size_t *room) {
+    if (*room <= MOST_KEPT) return;
+    free(*kept);
+    *kept = NULL;
+    *room = 0;
+}
+
+typedef struct {
+    uint64_t buffer;      /* bits to come, first at the top */
+    const uint8_t *next;  /* where more come from */
+    int count;            /* of bits in the buffer */
+    int wrong;            /* a code that the table does not have was met */
+} bits;
+
+typedef struct {
+    struct jpeg_decompress_struct jpeg;
+    struct jpeg_error_mgr errors;
+    jmp_buf escape;
+    char message[JMSG_LENGTH_MAX];
+    uint8_t *data, *end;            /* entropy-coded, unstuffed, zeros after it */
+    size_t *segments;               /* where each restart interval begins in it */
+    size_t segment_count, segment;
+    bits bits;
+    const table *dc[MAX_COMPS_IN_SCAN], *ac[MAX_COMPS_IN_SCAN];
+    int predictions[MAX_COMPS_IN_SCAN];
+    unsigned restart, column, first_column, last_column;
+    scratch *scratch;
+    uint8_t *rows;                  /* RGBX [rows, stride] of the window */
+} decoder;
+
+/* Zigzag order to natural order; a run past the end of a block stays inside of it. */
+static const uint8_t natural[64 + 80] = {
+    0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
+    41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
+    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
+    63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
+    63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
+    63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
+    63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
+};
+
+static void fail(decoder *d, const char *message) {
+    snprintf(d->message, sizeof d->message, "%s", message);
+    longjmp(d->escape, 1);
+}
+
+static inline void fill(bits *b) {
+    uint64_t word;
+    memcpy(&word, b->next, 8);
+    b->buffer |= __builtin_bswap64(word) >> b->count;
+    b->next += (63 - b->count) >> 3;
+    b->count |= 56;
+}
+
+static inline void drop(bits *b, int count) {
+    b->buffer <<= count & 63;
+    b->count -= count & 63;
+}
+
+/* The value of the first `size` < 16 bits, as JPEG has it (ITU T.81 F.2.2.1): negative where the
+   first of them is 0. */
+static inline int value_of(uint64_t buffer, int size) {
+    int negative = (int)(~buffer >> 63);
+    return (int)(buffer >> 1 >> (63 - size)) + ((1 - (1 << size)) & -negative);
+}
+
+static inline code find(const table *t, uint64_t buffer) {
+    unsigned top = buffer >> 48;
+    return top < t->tail_from ? t->codes[top >> (16 - LOOK)] : t->tail[top - t->tail_from];
+}
+
+/* The next symbol, however long. */
+static inline symbol next_symbol(bits *b, const table *t) {
+    fill(b);
+    code c = find(t, b->buffer);
+    b->wrong |= !c.length;
+    drop(b, c.length);
+    symbol s = {value_of(b->buffer, c.size), c.run, c.length + c.size};
+    drop(b, c.size);
+    return s;
+}
+
+/* Huffman codes (ITU T.81 annex C) to look-ups; values of AC codes are (run, size) pairs. 0 where
+   the codes make no sense, or too many are long. */
+static int make_codes(table *t) {
+    unsigned next = 0, index = 0; /* in 16 bits */
+    t->tail_from = 1 << 16;
+    for (int length = 1; length <= 16; length++) {
+        for (int i = 0; i < t->lengths[length]; i++, index++) {
+            int value = t->values[index & 255];
+            code c = {length, value, 0};
+            if (t->ac) {
+                c.size = value & 15;
+                c.run = !c.size && value != 0xf0 ? 64 : value >> 4;
+            }
+            if (index > 255 || next >= 1 << 16 || c.size > (t->ac ? 15 : 11)) return 0;
+            unsigned end = next + (1 << (16 - length));
+            if (end > 1 << 16) return 0;
+            if (length > LOOK && t->tail_from > next) t->tail_from = next;
+            if (end - t->tail_from > TAIL && length > LOOK) return 0;
+            if (length > LOOK)
+                for (; next < end; next++) t->tail[next - t->tail_from] = c;
+            else
+                for (; next < end; next += 1 << (16 - LOOK)) t->codes[next >> (16 - LOOK)] = c;
+        }
+    }
+    return (1 << 16) - t->tail_from <= TAIL;
+}
+
+/* Look-ups of one symbol and of several by what comes next in the file. */
+static void make_symbols(table *t) {
+    for (unsigned i = 0; i < 1 << LOOK; i++) {
+        code c = t->codes[i];
+        if (!c.length || c.length + c.size > LOOK) continue;
+        int value = value_of((uint64_t)i << (64 - LOOK) << c.length, c.size);
+        t->look[i] = (symbol){value, c.run, c.length + c.size};
+    }
+    for (unsigned i = 0; i < 1 << PAIR; i++) {
+        symbol one = t->look[i >> (PAIR - LOOK)];
+        symbol two = t->look[(i << one.length & ((1 << PAIR) - 1)) >> (PAIR - LOOK)];
+        int both = one.length + two.length;
+        t->pair[i] = one.run < 64 && two.length && both <= PAIR ? both | TWO : one.length;
+    }
+    for (unsigned i = 0; i < 1 << SKIP; i++) {
+        int used = 0, advance = 0;
+        while (used < SKIP && advance < 64) {
+            symbol s = t->look[(i << used & ((1 << SKIP) - 1)) >> (SKIP - LOOK)];
+            int more = s.run == 64 ? 64 : s.run + 1;
+            if (!s.length || used + s.length > SKIP || (more < 64 && advance + more > 63)) break;
+            used += s.length;
+            advance += more;
+        }
+        t->skip[i] = advance << 6 | used;
+    }
+}
+
+/* The look-ups of a Huffman table, kept or new; NULL where libjpeg must read what it codes. */
+static const table *get_table(scratch *kept, const JHUFF_TBL *from, int ac) {
+    table *t = kept->tables;
+    if (!from) return NULL;
+    for (int i = 0; i < TABLES; i++) {
+        table *other = &kept->tables[i];
+        if (other->used && other->ac == ac && !memcmp(other->lengths + 1, from->bits + 1, 16) &&
+            !memcmp(other->values, from->huffval, 256)) {
+            other->used = ++kept->used;
+            return other;
+        }
+        if (other->used < t->used) t = other;
+    }
+    memset(t, 0, sizeof *t);
+    memcpy(t->lengths, from->bits, 17);
+    memcpy(t->values, from->huffval, 256);
+    t->ac = ac;
+    if (!make_codes(t)) return NULL;
+    if (ac) make_symbols(t);
+    t->used = ++kept->used;
+    return t;
+}
+
+/* A look-up waits for the length of what came before it, so the length of two symbols is looked up
+   at once. The second is stored also where it has not come: it will, at the same place, or is 0.
+   After `fill` there are bits for four of these steps: 3 x PAIR + 2 x LOOK <= 56. */
+static inline void decode_block(bits *b, const table *t, JCOEF *block) {
+    for (int k = 1;;) {
+        fill(b);
+        for (int i = 0; i < 4; i++) {
+            int pair = t->pair[b->buffer >> (64 - PAIR)];
+            symbol first = t->look[b->buffer >> (64 - LOOK)];
+            if (__builtin_expect(!first.length, 0)) {
+                first = next_symbol(b, t);
+                k += first.run;
+                block[natural[k]] = first.value;
+                if (++k > 63) return;
+                break;
+            }
+            symbol second = t->look[b->buffer << first.length >> (64 - LOOK)];
+            k += first.run;
+            block[natural[k]] = first.value;
+            if (++k > 63) {
+                drop(b, first.length);
+                return;
+            }
+            drop(b, pair);
+            block[natural[k + second.run]] = second.value;
+            k += (second.run + 1) & -(pair >> 7); /* no branch: it could not be foreseen */
+            if (k > 63) return;
+        }
+    }
+}
+
+static inline void skip_block(bits *b, const table *t) {
+    for (int k = 1;;) {
+        fill(b);
+        for (int i = 0; i < 4; i++) {
+            unsigned some = t->skip[b->buffer >> (64 - SKIP)];
+            int length = some & 63, next = k + (some >> 6);
+            if (__builtin_expect(length && next < 64, 1)) {
+                drop(b, length);
+                k = next;
+            } else if (some >> 12 && next < 128) {
+                drop(b, length);
+                return;
+            } else {
+                k += next_symbol(b, t).run + 1;
+                if (k > 63) return;
+                break;
+            }
+        }
+    }
+}
+
+/* libjpeg's decode_mcu: the coefficients of one MCU; where `blocks` is NULL none is wanted. */
+FAST static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
+    decoder *d = jpeg->client_data;
+    if (jpeg->restart_interval && d->restart == 0) {
+        if (++d->segment >= d->segment_count) fail(d, "the image is truncated");
+        d->bits = (bits){.next = d->data + d->segments[d->segment]};
+        d->restart = jpeg->restart_interval;
+        memset(d->predictions, 0, sizeof d->predictions);
+    }
+    d->restart--;
+    int wanted = blocks && d->column >= d->first_column && d->column <= d->last_column;
+    if (++d->column == jpeg->MCUs_per_row) d->column = 0;
+    bits b = d->bits;  /* a copy that stays in registers */
+    for (int i = 0; i < jpeg->blocks_in_MCU; i++) {
+        int place = jpeg->MCU_membership[i];
+        d->predictions[place] += next_symbol(&b, d->dc[place]).value;
+        if (wanted) {
+            blocks[i][0][0] = d->predictions[place];
+            decode_block(&b, d->ac[place], blocks[i][0]);
+        } else {
+            skip_block(&b, d->ac[place]);
+        }
+    }
+    d->bits = b;
+    if (b.next - b.count / 8 > d->end) fail(d, "the image is truncated");
+    if (b.wrong) fail(d, "no such Huffman code");
+    return TRUE;
+}
+
+
+/* Copies the entropy-coded data up to the next marker without stuffed bytes; notes restarts. */
+static void unstuff(decoder *d) {
+    const uint8_t *from = d->jpeg.src->next_input_byte, *end = from + d->jpeg.src->bytes_in_buffer;
+    size_t restarts = 1;
+    if (d->jpeg.restart_interval)
+        restarts += (size_t)d->jpeg.MCUs_per_row * d->jpeg.MCU_rows_in_scan / d->jpeg.restart_interval;
+    d->data = roomy(&d->scratch->data, &d->scratch->data_size, end - from + PADDING);
+    d->segments = malloc(restarts * sizeof *d->segments);
+    if (!d->data || !d->segments) fail(d, "out of memory");
+    uint8_t *to = d->data;
+    d->segments[0] = 0;
+    d->segment_count = 1;
+    while (from < end) {
+        const uint8_t *marker = memchr(from, 0xff, end - from);
+        size_t plain = (marker ? marker : end) - from;
+        memcpy(to, from, plain);
+        to += plain;
+        if (!marker) break;
+        for (from = marker + 1; from < end && *from == 0xff;) from++;  /* fill bytes */
+        if (from == end) break;
+        if (*from == 0) {
+            *to++ = 0xff;
+        } else if (*from >= 0xd0 && *from <= 0xd7) {
+            if (d->segment_count == restarts) break;
+            d->segments[d->segment_count++] = to - d->data;
+        } else {
+            break;
+        }
+        from++;
+    }
+    d->bits.next = d->data;
+    d->end = to;
+    memset(to, 0, PADDING);
+}
+
+/* Puts `decode_mcu` in the place of libjpeg's, where the scan is one that it can read. */
+static void take_over(decoder *d) {
+    j_decompress_ptr jpeg = &d->jpeg;
+    if (jpeg->progressive_mode || jpeg->arith_code || jpeg_has_multiple_scans(jpeg)) return;
+    for (int i = 0; i < jpeg->comps_in_scan; i++) {
+        const jpeg_component_info *component = jpeg->cur_comp_info[i];
+        d->dc[i] = get_table(d->scratch, jpeg->dc_huff_tbl_ptrs[component->dc_tbl_no], 0);
+        d->ac[i] = get_table(d->scratch, jpeg->ac_huff_tbl_ptrs[component->ac_tbl_no], 1);
+        if (!d->dc[i] || !d->ac[i]) return;
+    }
+    unstuff(d);
+    d->restart = jpeg->restart_interval;
+    jpeg->client_data = d;
+    ((entropy_decoder *)jpeg->entropy)->decode_mcu = decode_mcu;
+}
+
+/* ---------------------------------------------------------------- windows */
+
+static void on_error(j_common_ptr jpeg) {
+    decoder *d = (decoder *)((char *)jpeg->err - offsetof(decoder, errors));
+    jpeg->err->format_message(jpeg, d->message);
+    longjmp(d->escape, 1);
+}
+
+static void on_warning(j_common_ptr jpeg, int level) {
+    if (level < 0) on_error(jpeg);
+}
+
+static decoder *begin(const uint8_t *data, size_t size) {
+    scratch *kept = get_scratch();
+    decoder *d = kept ? calloc(1, sizeof *d) : NULL;
+    if (!d) return NULL;
+    d->scratch = kept;
+    d->jpeg.err = jpeg_std_error(&d->errors);
+    d->errors.error_exit = on_error;
+    d->errors.emit_message = on_warning;
+    if (!setjmp(d->escape)) {
+        jpeg_create_decompress(&d->jpeg);
+        jpeg_mem_src(&d->jpeg, (unsigned char *)data, size);
+        jpeg_save_markers(&d->jpeg, JPEG_APP0 + 1, 0xffff);
+        jpeg_read_header(&d->jpeg, TRUE);
+        if ((uint64_t)d->jpeg.image_height * d->jpeg.image_width > MAX_PIXELS)
+            fail(d, "the image is too large");
+        if (d->jpeg.jpeg_color_space != JCS_YCbCr && d->jpeg.jpeg_color_space != JCS_GRAYSCALE &&
+            d->jpeg.jpeg_color_space != JCS_RGB)
+            fail(d, "the colours are not RGB");
+    }
+    return d;
+}
+
+static void end(decoder *d) {
+    jpeg_destroy_decompress(&d->jpeg);
+    free(d->segments);
+    trim(&d->scratch->data, &d->scratch->data_size);
+    trim(&d->scratch->rows, &d->scratch->rows_size);
+    free(d);
+}
+
+typedef struct {
+    int y, x, height, width;
+} window;
+
+/* The part of a window that is wanted, in its pixels or parts of them. */
+typedef struct {
+    double y, x, height, width;
+} part;
+
+/* Decodes a window of the image scaled by 1 / `denominator` to d->rows, RGBX; the window moves to
+   where it lies there. Returns the pixels of a row there. Bits are those of a decoded whole, with
+   libjpeg's accurate inverse DCT, or its fast one, which is TensorFlow's. */
+static int decode(decoder *d, window *w, int denominator, int fast) {
+    j_decompress_ptr jpeg = &d->jpeg;
+    jpeg->out_color_space = JCS_EXT_RGBX;
+    jpeg->dct_method = fast ? JDCT_IFAST : JDCT_ISLOW;
+    jpeg->scale_num = 1;
+    jpeg->scale_denom = denominator;
+    jpeg_start_decompress(jpeg);
+    /* One MCU more on either side: smooth upsampling of colours looks at the neighbours. */
+    int step = 8 * jpeg->max_h_samp_factor / denominator;
+    int from = w->x >= step ? w->x - step : 0, to = w->x + w->width + step;
+    if (to > (int)jpeg->output_width) to = jpeg->output_width;
+    JDIMENSION left = from, width = to - from;
+    jpeg_crop_scanline(jpeg, &left, &width);
+    int mcu = jpeg->num_components == 1 ? 8 / denominator : step;
+    d->first_column = left / mcu;
+    d->last_column = (left + width - 1) / mcu;
+    take_over(d);
+    int stride = (width + 15) / 16 * 16;
+    size_t size = (size_t)w->height * stride * 4;
+    d->rows = roomy(&d->scratch->rows, &d->scratch->rows_size, size);
+    if (!d->rows) fail(d, "out of memory");
+    if (w->y) jpeg_skip_scanlines(jpeg, w->y);
+    for (int row = 0; row < w->height;) {
+        JSAMPROW rows[8];
+        int count = w->height - row < 8 ? w->height - row : 8;
+        for (int i = 0; i < count; i++) rows[i] = d->rows + (size_t)(row + i) * stride * 4;
+        row += jpeg_read_scanlines(jpeg, rows, count);
+    }
+    w->y = 0;
+    w->x -= left;
+    return stride;
+}
+
+/* ---------------------------------------------------------------- resizing */
+
+typedef struct {
+    int *start;      /* [size]: the first pixel that counts */
+    float *weights;  /* [size, taps] */
+    int taps;
+} filter;
+
+static double triangle(double x) {
+    x = fabs(x);
+    return x < 1 ? 1 - x : 0;
+}
+
+static double cubic(double x) {  /* Keys, a = -0.5 */
+    x = fabs(x);
+    return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+}
+
+enum { LINEAR, CUBIC, AREA };
+
+/* Which pixels of `from` make each of `size`, and with what weights: those of the stretch from
+   `origin` that is `extent` long. Pixel centres are at halves. 0 without memory. */
+static int make_filter(filter *f, int from, double origin, double extent, int size, int kind,
+                       int antialias) {
+    double scale = extent / size, stretch = antialias && scale > 1 ? scale : 1;
+    double support = kind == AREA ? scale / 2 + 1 : (kind == CUBIC ? 2 : 1) * stretch;
+    int taps = 2 * (int)ceil(support) + 1;
+    if (taps > from) taps = from;
+    f->start = malloc(size * sizeof(int));
+    f->weights = calloc((size_t)size * taps, sizeof(float));
+    if (!f->start || !f->weights) return 0;
+    f->taps = 1;
+    for (int i = 0; i < size; i++) {
+        double left = origin + i * scale, centre = left + scale / 2, total = 0;
+        int low = (int)floor(centre - support), high = (int)ceil(centre + support);
+        int clamp = kind != AREA && !antialias; /* then the border counts for what is outside */
+        int start = low < 0 ? 0 : low > from - taps ? from - taps : low;
+        float *weights = f->weights + (size_t)i * taps;
+        for (int j = low; j < high; j++) {
+            if (!clamp && (j < 0 || j >= from)) continue;
+            int k = j < 0 ? 0 : j >= from ? from - 1 : j;
+            double x = (j + 0.5 - centre) / stretch;
+            double weight = kind == AREA    ? fmax(fmin(left + scale, j + 1) - fmax(left, j), 0)
+                            : kind == CUBIC ? cubic(x)
+                                            : triangle(x);
+            if (weight == 0) continue;
+            weights[k - start] += weight;
+            total += weight;
+        }
+        int first = 0, last = taps - 1;
+        while (first < last && weights[first] == 0) first++;
+        while (last > first && weights[last] == 0) last--;
+        for (int k = 0; k < taps; k++) weights[k] = k <= last - first ? weights[first + k] / total : 0;
+        f->start[i] = start + first;
+        if (f->taps < last - first + 1) f->taps = last - first + 1;
+    }
+    /* As many taps for all as the widest needs, none of them outside. */
+    for (int i = 0; i < size; i++) {
+        float *weights = f->weights + (size_t)i * taps, *to = f->weights + (size_t)i * f->taps;
+        int late = f->start[i] + f->taps - from;
+        if (late < 0) late = 0;
+        f->start[i] -= late;
+        memmove(to + late, weights, (f->taps - late) * sizeof(float));
+        memset(to, 0, late * sizeof(float));
+    }
+    return 1;
+}
+
+/* One row of RGBX floats [width] from `count` rows of bytes. */
+FAST static void add_rows(float *sum, const uint8_t *row, size_t stride, const float *weights,
+                          int count, int width) {
+    if (count == 2) {
+        for (int j = 0; j < width * 4; j++)
+            sum[j] = weights[0] * row[j] + weights[1] * row[stride + j];
+        return;
+    }
+    for (int j = 0; j < width * 4; j++) sum[j] = weights[0] * row[j];
+    for (int k = 1; k < count; k++) {
+        row += stride;
+        for (int j = 0; j < width * 4; j++) sum[j] += weights[k] * row[j];
+    }
+}
+
+/* RGBX bytes of one output pixel from a row of RGBX floats. */
+static inline int32_t add_taps(const pixel *p, const float *weights, int taps, float half) {
+    const pixel zero = {0}, round = {half, half, half, half};
+    const integers white = {255, 255, 255, 255};
+    const bytes low_bytes = {0, 4, 8, 12};
+    pixel total = weights[0] * p[0];
+    for (int k = 1; k < taps; k++) total += weights[k] * p[k];
+    total += round;
+    integers whole = __builtin_convertvector(total, integers) & (total > zero);
+    integers above = whole > white;
+    whole = (whole & ~above) | (white & above);
+    return ((integers)__builtin_shuffle((bytes)whole, low_bytes))[0];
+}
+
+/* RGB [width] from a row of RGBX floats. The byte after them is written, too, unless `last`. */
+FAST static void add_columns(uint8_t *rgb, const pixel *from, const filter *f, int width, int flip,
+                             float half, int last) {
+    const int *start = f->start;
+    const float *weights = f->weights;
+    int taps = f->taps, step = flip ? -1 : 1, i = flip ? width - 1 : 0;
+    for (int j = 0; j < width - last; j++, i += step, rgb += 3) {
+        const pixel *p = from + start[i];
+        const float *w = weights + (size_t)i * taps;
+        int32_t rgbx = taps == 2 ? add_taps(p, w, 2, half) : add_taps(p, w, taps, half);
+        memcpy(rgb, &rgbx, 4);
+    }
+    if (last) {
+        int32_t rgbx = add_taps(from + start[i], weights + (size_t)i * taps, taps, half);
+        memcpy(rgb, &rgbx, 3);
+    }
+}
+
+/* A window of RGBX rows to RGB [height, width, 3]; mirrored where `flip`; 0 without memory.
+   Values are rounded to the nearest, without antialiasing towards zero, as TensorFlow's casts do. */
+static int resize(const uint8_t *rows, size_t stride, window w, part p, uint8_t *out, int height,
+                  int width, int kind, int antialias, int flip) {
+    filter across = {0}, down = {0};
+    float *line = aligned_alloc(64, ((size_t)w.width * sizeof(pixel) + 63) / 64 * 64);
+    int done = line && make_filter(&across, w.width, p.x, p.width, width, kind, antialias) &&
+               make_filter(&down, w.height, p.y, p.height, height, kind, antialias);
+    for (int i = 0; done && i < height; i++) {
+        const uint8_t *row = rows + ((size_t)(w.y + down.start[i]) * stride + w.x) * 4;
+        add_rows(line, row, stride * 4, down.weights + (size_t)i * down.taps, down.taps, w.width);
+        add_columns(out + (size_t)i * width * 3, (pixel *)line, &across, width, flip,
+                    antialias ? 0.5f : CUT, i == height - 1);
+    }
+    free(line);
+    free(across.start);
+    free(across.weights);
+    free(down.start);
+    free(down.weights);
+    return done;
+}
+
+/* ---------------------------------------------------------------- Python */
+
+/* An array uint8 [height, width, 3] as a buffer; 0 and an exception where it is none. */
+static int get_image(PyObject *array, Py_buffer *b, int flags) {
+    if (PyObject_GetBuffer(array, b, PyBUF_ND | flags)) return 0;
+    if (b->ndim == 3 && b->itemsize == 1 && b->shape[2] == 3 && b->shape[0] > 0 && b->shape[1] > 0)
+        return 1;
+    PyBuffer_Release(b);
+    PyErr_SetString(PyExc_ValueError, "not a uint8 array [H, W, 3]");
+    return 0;
+}
+
+/* Whether a window lies in an image; an exception where it does not. */
+static int inside(window w, Py_ssize_t height, Py_ssize_t width) {
+    if (w.y >= 0 && w.x >= 0 && w.height > 0 && w.width > 0 && w.height <= height - w.y &&
+        w.width <= width - w.x)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "window (%d, %d, %d, %d) is not inside of (%zd, %zd)", w.y, w.x,
+                 w.height, w.width, height, width);
+    return 0;
+}
+
+static PyObject *py_size(PyObject *self, PyObject *args) {
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "y*", &data)) return NULL;
+    decoder *d = begin(data.buf, data.len);
+    PyObject *result = NULL;
+    if (!d) {
+        PyErr_NoMemory();
+    } else if (d->message[0]) {
+        PyErr_SetString(PyExc_ValueError, d->message);
+    } else {
+        jpeg_saved_marker_ptr m = d->jpeg.marker_list;
+        while (m && (m->data_length < 6 || memcmp(m->data, "Exif\0", 6))) m = m->next;
+        result = Py_BuildValue("IIy#", d->jpeg.image_height, d->jpeg.image_width,
+                               m ? (char *)m->data : "", (Py_ssize_t)(m ? m->data_length : 0));
+    }
+    if (d) end(d);
+    PyBuffer_Release(&data);
+    return result;
+}
+
+static PyObject *py_view(PyObject *self, PyObject *args) {
+    Py_buffer data, out;
+    PyObject *array;
+    window w;
+    part p;
+    int denominator, kind, antialias, flip, ok = 0;
+    if (!PyArg_ParseTuple(args, "y*O(iiii)(dddd)iipp", &data, &array, &w.y, &w.x, &w.height,
+                          &w.width, &p.y, &p.x, &p.height, &p.width, &denominator, &kind,
+                          &antialias, &flip))
+        return NULL;
+    if (!get_image(array, &out, PyBUF_WRITABLE)) {
+        PyBuffer_Release(&data);
+        return NULL;
+    }
+    decoder *d = begin(data.buf, data.len);
+    if (!d) {
+        PyErr_NoMemory();
+    } else if (!d->message[0] &&
+               inside(w, (d->jpeg.image_height + denominator - 1) / denominator,
+                      (d->jpeg.image_width + denominator - 1) / denominator)) {
+        Py_BEGIN_ALLOW_THREADS;
+        if (!setjmp(d->escape)) {
+            int stride = decode(d, &w, denominator, !antialias);
+            if (!resize(d->rows, stride, w, p, out.buf, out.shape[0], out.shape[1], kind,
+                        antialias, flip))
+                fail(d, "out of memory");
+        }
+        Py_END_ALLOW_THREADS;
+        ok = !d->message[0];
+    }
+    if (d && d->message[0]) PyErr_SetString(PyExc_ValueError, d->message);
+    if (d) end(d);
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&out);
+    if (!ok) return NULL;
+    Py_RETURN_NONE;
+}
+
+/* Rows of a window of RGB [height, width, 3] with a fourth byte a pixel; NULL without memory. */
+static uint8_t *padded(const uint8_t *image, Py_ssize_t width, window w) {
+    uint8_t *rows = malloc((size_t)w.height * w.width * 4);
+    for (int i = 0; rows && i < w.height; i++) {
+        const uint8_t *from = image + ((size_t)(w.y + i) * width + w.x) * 3;
+        uint8_t *to = rows + (size_t)i * w.width * 4;
+        for (int j = 0; j < w.width; j++, from += 3, to += 4) {
+            memcpy(to, from, 3);
+            to[3] = 0;
+        }
+    }
+    return rows;
+}
+
+static PyObject *py_resize(PyObject *self, PyObject *args) {
+    Py_buffer image, out;
+    PyObject *from, *to;
+    window w;
+    int kind, antialias, flip, ok = 0;
+    if (!PyArg_ParseTuple(args, "OO(iiii)ipp", &from, &to, &w.y, &w.x, &w.height, &w.width, &kind,
+                          &antialias, &flip))
+        return NULL;
+    if (!get_image(from, &image, 0)) return NULL;
+    if (!get_image(to, &out, PyBUF_WRITABLE)) {
+        PyBuffer_Release(&image);
+        return NULL;
+    }
+    if (inside(w, image.shape[0], image.shape[1])) {
+        Py_BEGIN_ALLOW_THREADS;
+        uint8_t *rows = padded(image.buf, image.shape[1], w);
+        part whole = {0, 0, w.height, w.width};
+        w.y = w.x = 0;
+        ok = rows && resize(rows, w.width, w, whole, out.buf, out.shape[0], out.shape[1], kind,
+                            antialias, flip);
+        free(rows);
+        Py_END_ALLOW_THREADS;
+        if (!ok) PyErr_NoMemory();
+    }
+    PyBuffer_Release(&image);
+    PyBuffer_Release(&out);
+    if (!ok) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"size", py_size, METH_VARARGS, "size(data) -> (height, width, EXIF data)"},
+    {"view", py_view, METH_VARARGS,
+     "view(data, out, (y, x, height, width), part of it, denominator, kind, antialias, flip)"},
+    {"resize", py_resize, METH_VARARGS,
+     "resize(image, out, (y, x, height, width), kind, antialias, flip)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    .m_base = PyModuleDef_HEAD_INIT, .m_name = "_jpeg", .m_size = -1, .m_methods = methods};
+
+PyMODINIT_FUNC PyInit__jpeg(void) {
+    if (pthread_key_create(&scratch_of_thread, free_scratch)) return PyErr_NoMemory();
+    return PyModule_Create(&module);
+}

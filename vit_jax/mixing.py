@@ -1,0 +1,69 @@
+"""Mixup and CutMix of a batch, on the device.
+
+The partner of an example is the one before it in the batch, the last one's of the first (as in
+big_vision): neighbours are strangers in a shuffled batch, and of a batch split over devices one
+example a device crosses to the next. Indices are those of the global batch, so the result does
+not depend on the number of devices. Where an example comes several times in a row, its partner is
+to be so many before it: `shift`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def mix(images, labels, key, *, mixup=0.0, cutmix=0.0, by='batch', shift=1, mask=None):
+    """Images [B, H, W, C] and label weights [B, K], each mixed with its partner; float32.
+
+    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), 0 for without, not both 0; of both,
+    an even chance takes one. There is one draw for the batch, or one by 'example'. An example
+    whose mask is 0, or its partner's, stays whole. Weights keep their sum where a partner's have
+    the same.
+
+    Mixup (arXiv:1710.09412) gives the partner 1 - max(lambda, 1 - lambda), so that an example
+    remains the larger part of itself; partners being drawn evenly, that changes no mixture's
+    chance, only which of two counts as the first.
+    """
+    count = images.shape[0] if by == 'example' else 1
+    choice, weight_key, centre_key = jax.random.split(key, 3)
+    # with both an even chance, as timm has it
+    cut = jax.random.bernoulli(choice, 0.5 if mixup and cutmix else float(cutmix > 0), (count,))
+    alpha = jnp.where(cut, cutmix, mixup)
+    weight = jax.random.beta(weight_key, alpha, alpha, (count,))
+    share = jnp.minimum(weight, 1 - weight)  # [N], N = B or 1
+    area = share[:, None, None, None]
+    if cutmix:
+        box, box_share = pasted(centre_key, 1 - weight, images.shape[1:3])
+        area = jnp.where(cut[:, None, None, None], box, area)  # [N, H, W, 1]
+        share = jnp.where(cut, box_share, share)
+    if mask is not None:
+        both = (mask * before(mask, shift) > 0).astype(jnp.float32)  # [B]
+        area, share = area * both[:, None, None, None], share * both
+    share = share[:, None]
+    images, labels = images.astype(jnp.float32), labels.astype(jnp.float32)
+    images = (1 - area) * images + area * before(images, shift)
+    return images, (1 - share) * labels + share * before(labels, shift)
+
+
+def before(x, shift):
+    """Of each example [B, ...] its partner."""
+    return jnp.roll(x, shift, axis=0)
+
+
+def pasted(key, area, size):
+    """CutMix (arXiv:1905.04899): 1 in the partner's box, [N, H, W, 1], and the box's share [N].
+
+    The box has sides of sqrt(area) of the image's, cut to whole and even numbers of pixels as in
+    the paper's code, about a pixel that is uniform over the image. What is outside is cut off,
+    and the share is of what remains.
+    """
+    extent = jnp.array(size)
+    half = (jnp.sqrt(area)[:, None] * extent).astype(jnp.int32) // 2  # [N, 2]
+    centre = jax.random.randint(key, (len(area), 2), 0, extent)
+    low, high = jnp.maximum(centre - half, 0), jnp.minimum(centre + half, extent)
+    share = jnp.prod(high - low, axis=1) / (size[0] * size[1])
+    rows, columns = (
+        (jnp.arange(size[i]) >= low[:, i, None]) & (jnp.arange(size[i]) < high[:, i, None])
+        for i in range(2)
+    )
+    box = rows[:, :, None, None] & columns[:, None, :, None]
+    return box.astype(jnp.float32), share
