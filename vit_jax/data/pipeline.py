@@ -1,16 +1,26 @@
-"""Batches as a function of (seed, step), on any number of hosts.
+"""Batches as a function of (seed, step), on any number of processes.
 
-A batch is {image: uint8 [B, H, W, 3], label: int32 [B], mask: float32 [B], id: int64 [B]}; mask 0
-marks padding and images that could not be read.
+A batch is {image: uint8 [B, H, W, 3], label: int32 [B] or [B, L], mask: float32 [B],
+id: int64 [B]}; mask 0 marks padding and examples that could not be used. Labels of an example with
+several are padded with -1.
 """
 
+import collections
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
 from functools import partial
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
+from grain.experimental import index_shuffle
 
-from vit_jax.data import augment, images
+from vit_jax.data import distort, images
+from vit_jax.data.augment import VIEWS
 from vit_jax.errors import UserError
 
 
@@ -21,140 +31,344 @@ def size_of(image_size):
 
 def check_view(name):
     """The name of a function of `augment`, as it came; UserError where there is none."""
-    if name not in augment.VIEWS:
-        raise UserError(f'no view {name!r}; there are {", ".join(sorted(augment.VIEWS))}')
+    return check_name('view', name, VIEWS)
+
+
+def check_augmentation(name):
+    """The name of a function of `distort`, as it came; UserError where there is none."""
+    return check_name('augmentation', name, distort.AUGMENTATIONS)
+
+
+def check_name(kind, name, known):
+    if name not in known:
+        raise UserError(f'no {kind} {name!r}; there are {", ".join(sorted(known))}')
     return name
 
 
-def make_view(view, image_size):
-    """A function of `augment` by name, or dict(name=..., its arguments), at a size."""
+def make_view(view, image_size, augmentations=()):
+    """A view by name, or dict(name=..., its arguments), at a size, and what is done after it."""
     view = dict(name=view) if isinstance(view, str) else dict(view)
     name = check_view(view.pop('name', None))
-    return partial(augment.VIEWS[name], size=size_of(image_size), **view)
+    steps = [partial(VIEWS[name], size=size_of(image_size), **view)]
+    for step in augmentations:
+        step = dict(name=step) if isinstance(step, str) else dict(step)
+        name = check_augmentation(step.pop('name', None))
+        steps.append(partial(distort.AUGMENTATIONS[name], **step))
+    return steps[0] if len(steps) == 1 else partial(one_after_another, steps=steps)
+
+
+def one_after_another(image, rng, *, steps):
+    for step in steps:
+        image = step(image, rng)
+    return image
 
 
 def example(i, rng, *, source, view, image_size):
-    """Example i as the model sees it; one that can't be read has mask 0 and says why."""
-    data, label = source.records[i]
+    """Example i as the model sees it; one that can't be used has mask 0 and says why."""
+    image, label, error = None, no_label(source), ''
     try:
-        image, error = view(images.decode(data), rng), ''
+        data, found = source.records[i]
+        found = np.asarray(found, np.int32).reshape(label.shape)
+        image, error = view(images.read(data), rng), wrong_label(found, source)
+        label = label if error else found
     except images.Unreadable as e:
-        image, error = np.zeros((*size_of(image_size), 3), np.uint8), str(e)
+        error = f'unreadable image: {e}'
+    except UserError as e:  # a damaged record
+        error = str(e)
     return {
-        'image': image,
-        'label': np.int32(label),
+        'image': np.zeros((*size_of(image_size), 3), np.uint8) if image is None else image,
+        'label': label,
         'mask': np.float32(not error),
         'id': np.int64(i),
         'error': np.array(error[:200], '<U200'),
     }
 
 
-def order(source, *, seed):
-    """Example indices without end: each epoch another permutation of them all."""
-    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+def no_label(source):
+    """What stands for the label, or the labels [L], of an example that can't be used."""
+    most = getattr(source.records, 'max_labels', None) or 1
+    return np.int32(0) if most == 1 else np.full(most, -1, np.int32)
 
 
-def ids(source, *, batch_size, seed, step):
+def wrong_label(labels, source):
+    """What is wrong with a label, or labels [L] padded with -1; nothing is an empty text."""
+    least = 0 if labels.ndim == 0 else -1
+    bad = labels[(labels < least) | (labels >= len(source.classes))]
+    if not bad.size:
+        return ''
+    return f'label {bad.flat[0]} is out of range: the data set has {len(source.classes)} classes'
+
+
+def ids(source, *, batch_size, seed, step, repeats=1):
     """The examples [B] of the global batch of a step (0 is the first)."""
-    indices = order(source, seed=seed)
-    return np.array([indices[i] for i in range(step * batch_size, (step + 1) * batch_size)])
+    return order(source, np.arange(step * batch_size, (step + 1) * batch_size) // repeats, seed)
+
+
+def order(source, positions, seed):
+    """The examples int64 [N] at positions of an endless order: each epoch a permutation of all.
+
+    A mixture takes from each part by its weight, in a fixed pattern, and has each part's epochs.
+    """
+    parts = getattr(source.records, 'parts', None)
+    if parts is None:
+        return shuffled(positions, len(source), seed)
+    which, within = interleaved(positions, [part.weight for part in parts])
+    found = np.empty(len(positions), np.int64)
+    for k, part in enumerate(parts):
+        found[which == k] = part.offset + shuffled(within[which == k], part.length, seed, k)
+    return found
+
+
+def shuffled(positions, length, *seed):
+    """Positions to 0 ... length - 1, each epoch in another order; takes no memory."""
+    epochs = (positions // length).tolist()
+    seeds = {e: np.random.SeedSequence([*seed, e]).generate_state(1) for e in set(epochs)}
+    return np.array([
+        index_shuffle(i, max_index=length - 1, seed=int(seeds[e][0]), rounds=4)
+        for i, e in zip((positions % length).tolist(), epochs, strict=True)
+    ], np.int64)  # fmt: skip
+
+
+def interleaved(positions, weights):
+    """(part [N], position in it [N]) of positions that parts share by weight.
+
+    Each part in turn takes an even share of what those before it have left.
+    """
+    left = positions.astype(np.uint64)
+    which, within = np.full(len(left), len(weights) - 1), left.copy()
+    for k in range(len(weights) - 1):
+        share = round(2**32 * weights[k] / sum(weights[k:]))
+        before, after = (scaled_down(n, share) for n in (left, left + 1))
+        taken = (after > before) & (which == len(weights) - 1)
+        which[taken], within[taken] = k, before[taken]
+        left = left - before
+        within = np.where(which == len(weights) - 1, left, within)
+    return which, within.astype(np.int64)
+
+
+def scaled_down(n, share):
+    """floor(n x share / 2^32) of uint64 [N]."""
+    share, half = np.uint64(share), np.uint64(32)
+    return (n >> half) * share + ((n & np.uint64(2**32 - 1)) * share >> half)
 
 
 def batches(
     source,
     seed,
     start=0,
-    host=0,
-    hosts=1,
+    rows=None,
     *,
     view: str | dict,
     image_size: int | tuple,
     batch_size: int,
-    threads: int = 4,
-    workers: int = 0,
+    augment: tuple = (),
+    repeats: int = 1,
+    threads: int | None = None,
+    workers: int | None = None,
     prefetch: int = 8,
     tolerance: float = 0.0,
 ):
-    """Training batches of this host from step `start` on, without end.
+    """Training batches from step `start` on, without end; of each, those of the global batch's
+    `rows` (None: all) that this process needs.
 
-    Shuffle, repeat and augment act on the global data set, which is then cut by host: the global
-    batch of a step does not depend on `hosts`, nor on where the run began. More unreadable images
-    than `tolerance` (a share of the data set) raise UserError with the name of the last.
+    Order and augmentation are those of the global batch, so a row does not depend on the number of
+    processes, nor on where the run began. `augment` lists what is
+    done to an image after the view, by name or as dict(name=..., arguments). More examples that
+    can't be used than `tolerance` (a share of the data set) raise UserError with the name of the
+    last. `threads` (None: one a core) read in each of `workers` processes, or here where that is 0.
+    None is 0 on up to four cores, and a process for every four of more, at most sixteen: threads
+    of one process wait for each other's Python from 4,000 images/s on.
     """
-    load = partial(
-        example, source=source, view=make_view(view, image_size), image_size=image_size
-    )
-    data = order(source, seed=seed).random_map(load)
-    data = data[host::hosts].batch(batch_size // hosts)[start:]
-    return readable(stream(data, threads, workers, prefetch), source, tolerance)
+    if seed < 0:
+        raise UserError(f'seed is {seed}; it must not be negative')
+    if batch_size % repeats:
+        raise UserError(f'data.repeats is {repeats}, no divisor of batch_size {batch_size}')
+    make = partial(
+        training_batch, source=source, seed=seed, view=make_view(view, image_size, augment),
+        image_size=image_size, batch_size=batch_size, repeats=repeats,
+        rows=np.arange(batch_size) if rows is None else rows,
+    )  # fmt: skip
+    data = grain.MapDataset.range(start, sys.maxsize).map(make)
+    if workers is None:
+        workers = min(cores() // 4, 16) if cores() > 4 else 0
+    return usable(stream(data, threads, workers, prefetch), source, tolerance)
+
+
+def training_batch(step, *, source, seed, view, image_size, batch_size, repeats, rows):
+    """Rows of the global batch of a step; a whole batch at once costs Python least."""
+    places = step * batch_size + rows
+    found = order(source, places // repeats, seed).tolist()
+    bits = np.random.Philox()
+    rng = np.random.Generator(bits)
+
+    def load(k):
+        bits.state = fresh_state(seed, places[k])
+        return example(found[k], rng, source=source, view=view, image_size=image_size)
+
+    return gathered(load, len(places))
+
+
+def fresh_state(seed, place):
+    """The state of a Philox generator of its own for each place in the order of a seed."""
+    key = np.array([seed, place], np.uint64)
+    return {
+        'bit_generator': 'Philox', 'state': {'counter': NOTHING, 'key': key}, 'buffer': NOTHING,
+        'buffer_pos': 4, 'has_uint32': 0, 'uinteger': 0,
+    }  # fmt: skip
+
+
+NOTHING = np.zeros(4, np.uint64)
+
+
+def gathered(load, size):
+    """A batch of load(0) ... load(size - 1), each put in its place as soon as it is made.
+
+    An example's memory is then used again for the next one, while it is still in the cache.
+    """
+    batch = {}
+    for k in range(size):
+        for key, value in load(k).items():
+            if not k:
+                batch[key] = np.empty((size, *value.shape), value.dtype)
+            batch[key][k] = value
+    return batch
 
 
 def examples(
     source,
-    host=0,
-    hosts=1,
+    rows=None,
     *,
     view,
     image_size,
     batch_size,
-    threads=4,
+    threads=None,
     workers=0,
     prefetch=8,
     tolerance=0.0,
 ):
-    """This host's batches of one pass, each example once; the last ones are padded with mask 0.
+    """Batches of one pass, each example once; the last one is padded with mask 0.
 
-    Every host gets the same number of batches.
+    Of each, those of the global batch's `rows` (None: all) that this process needs.
     """
-    load = partial(
-        example, source=source, view=make_view(view, image_size), image_size=image_size
-    )
-    steps = -(-len(source) // batch_size)
-    data = grain.MapDataset.range(steps * batch_size)
-    data = data.map(partial(padded, load=load, count=len(source)))
-    data = data[host::hosts].batch(batch_size // hosts)
-    return readable(stream(data, threads, workers, prefetch), source, tolerance)
+    make = partial(
+        evaluation_batch, source=source, view=make_view(view, image_size), image_size=image_size,
+        batch_size=batch_size, rows=np.arange(batch_size) if rows is None else rows,
+    )  # fmt: skip
+    data = grain.MapDataset.range(-(-len(source) // batch_size)).map(make)
+    return usable(stream(data, threads, workers, prefetch), source, tolerance)
 
 
-def padded(i, *, load, count):
-    """Example i, or one with mask 0 past the end."""
-    if i < count:
-        return load(i, np.random.default_rng(0))
-    return {**load(0, np.random.default_rng(0)), 'mask': np.float32(0), 'id': np.int64(-1)}
+def evaluation_batch(step, *, source, view, image_size, batch_size, rows):
+    """Rows of a global batch of examples in their order; past the end, mask is 0."""
+    rng = np.random.default_rng(0)
+
+    def load(k):
+        i = step * batch_size + int(rows[k])
+        past = i >= len(source)
+        found = example(0 if past else i, rng, source=source, view=view, image_size=image_size)
+        return found | {'mask': np.float32(0), 'id': np.int64(-1)} if past else found
+
+    return gathered(load, len(rows))
+
+
+def cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def stream(data, threads, workers, prefetch):
-    """Batches in order, read ahead by threads, of worker processes where there are any."""
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    """Batches in order, read ahead by threads, of worker processes where there are any.
+
+    Raises UserError that names a worker which died and its exit code.
+    """
+    threads = threads or max(1, cores() // max(workers, 1))
+    ahead = max(threads, prefetch // max(workers, 1))  # batches, of each worker
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     data = data.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags, also where no absl app runs
             flags.FLAGS.mark_as_parsed()
-        data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        data = data.mp_prefetch(options, worker_init_fn=partial(begin_worker, parent=os.getpid()))
+        return watched(iter(data), set(multiprocessing.active_children()))
     return iter(data)
 
 
-def readable(feed, source, tolerance):
-    """The batches of `feed`, until more than the tolerated share of the data set is unreadable."""
+def begin_worker(index, count, *, parent):
+    """Leaves Ctrl-C to the parent, and ends this process when the parent has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+
+
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)  # the resource tracker then removes what is left of shared memory
+
+
+def watched(feed, others):
+    """The elements of `feed`; UserError where one of the processes behind it has died."""
+    workers = []
+    while True:
+        try:
+            yield next(feed)
+        except StopIteration:
+            return
+        except RuntimeError as e:
+            for k, process in enumerate(workers):
+                if process.exitcode:
+                    raise UserError(
+                        f'data worker {k + 1} of {len(workers)} (process {process.pid}) ended with '
+                        f'exit code {process.exitcode}{signal_name(process.exitcode)}; '
+                        '--config.data.workers=0 reads in threads'
+                    ) from e
+            if 'exit code' in str(e):  # before the first batch
+                raise UserError(f'a data worker could not start: {e}') from e
+            raise
+        if not workers:
+            started = set(multiprocessing.active_children()) - others
+            workers = sorted(started, key=lambda process: process.pid)
+
+
+def signal_name(code):
+    """' (SIGKILL; out of memory?)' for -9."""
+    if code >= 0:
+        return ''
+    name = signal.Signals(-code).name
+    return f' ({name}; out of memory?)' if name == 'SIGKILL' else f' ({name})'
+
+
+def foreseen(feed, stop, ahead=2):
+    """The batches of `feed`; sets `stop.trouble` to a UserError up to `ahead` of them before it.
+
+    A process that ended at once would be missing in the step that the others have begun. They hear
+    of its wish when they have begun the step after the next.
+    """
+    held = collections.deque()
+    while True:
+        while stop.trouble is None and len(held) <= ahead:
+            try:
+                held.append(next(feed))
+            except UserError as e:
+                stop.trouble = e
+            except StopIteration:
+                break
+        if not held:
+            return
+        yield held.popleft()
+
+
+def usable(feed, source, tolerance):
+    """The batches of `feed`, until more than the tolerated share of the data set is unusable."""
     bad = set()
     for batch in feed:
-        check_labels(batch, source)
         for i, error in zip(batch['id'], batch.pop('error'), strict=True):
-            if error and i >= 0:
+            if error and i >= 0 and int(i) not in bad:
                 bad.add(int(i))
                 if len(bad) > tolerance * len(source):
                     raise UserError(
-                        f'unreadable image {source.name(int(i))}: {error} ({len(bad)} of '
-                        f'{len(source)} images so far; tolerance is {tolerance:g})'
+                        f'{source.name(int(i))}: {error} ({len(bad)} of {len(source)} examples '
+                        f'so far; tolerance is {tolerance:g})'
                     )
+                logging.warning('skipped %s: %s', source.name(int(i)), error)
         yield batch
-
-
-def check_labels(batch, source):
-    """Raises UserError for a label that is no index into the classes of the source."""
-    wrong = (batch['label'] < 0) | (batch['label'] >= len(source.classes))
-    for i, label in zip(batch['id'][wrong], batch['label'][wrong], strict=True):
-        raise UserError(
-            f'label {label} of {source.name(int(i))} is out of range: '
-            f'the data set has {len(source.classes)} classes'
-        )

@@ -1,4 +1,7 @@
-"""Data sets as sequences of (image bytes, label): TFDS by name, or a folder of images."""
+"""Data sets as sequences of (image bytes, label), of many kinds, told apart by their name.
+
+Folders of images, prepared records, tar shards (WebDataset), parquet files (Hugging Face), TFDS.
+"""
 
 import difflib
 import hashlib
@@ -9,11 +12,13 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from vit_jax.data import jft_like, parquet, records, shards, tars, tfrecord
 from vit_jax.errors import UserError
 
 BUILDERS = ('digits', 'fashion_mnist_debian')
+MOST_CLASSES = 2**20  # that go without names
 SMALL = 2**28  # bytes; reading and parsing a record takes longer than decoding a small image
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff')
+SUFFIXES = tuple(f'.{suffix}' for suffix in tars.SUFFIXES)
 
 
 class Source(NamedTuple):
@@ -71,6 +76,28 @@ class Files:
         return self.paths[i]
 
 
+class Part:
+    """Examples `start` to `stop` of other records."""
+
+    def __init__(self, whole, start, stop):
+        self.whole, self.start, self.stop = whole, start, stop
+        self.max_labels = getattr(whole, 'max_labels', None)
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def at(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f'no example {i} among {len(self)}')
+        return int(i) + self.start
+
+    def __getitem__(self, i):
+        return self.whole[self.at(i)]
+
+    def name(self, i):
+        return self.whole.name(self.at(i))
+
+
 def load(
     *,
     name: str,
@@ -79,16 +106,91 @@ def load(
     image: str = 'image',
     label: str = 'label',
 ):
-    """The data set `name`: a folder where that is a path or an existing folder, else TFDS.
+    """The data set `name`, of a kind that its name and its files tell:
 
-    `split` is one of TFDS's ('train', 'train[:90%]'); of a folder 'train' or 'val', or, where it
-    has no such sub-folders, a share in percent by a hash of the file's name: 'train[:90%]' and
-    'train[90%:]'. `image` and `label` name the features of a TFDS data set.
+    - a folder with manifest.json: records, as `python -m vit_jax.data.prepare` writes them
+    - tar shards: `x-{0000..0146}.tar`, `x-*.tar`, a folder that holds them, train/ and val/ in it
+    - parquet files in the same ways, or in data/; the arrow files of Hugging Face's save_to_disk
+    - any other folder: images in class/*, or in train/class/* and val/class/*
+    - jft_like:EXAMPLESxCLASSES: images that are drawn as they are read
+    - else TFDS, as it is prepared in data_dir
+
+    All but those of TFDS may be at an address (gs://, https://); a folder of images at gs:// only.
+
+    `split` is one of TFDS's ('train', 'train[:90%]'), or one of those that a folder or the names
+    of its shards are divided into, or a share of one in percent: of a folder of images by a hash
+    of the file's name, of others by position. A pattern is all of 'train'. `image` and `label`
+    name the features of TFDS, the columns of parquet, the extension and json field in a tar.
     """
-    path = epath.Path(os.path.expanduser(name))
-    if name.startswith(('/', '.', '~')) or '://' in name or path.is_dir():
-        return folder(path, split)
+    if name.startswith('jft_like:'):
+        records_, classes = jft_like.named(name, split.partition('[')[0])
+        return portion(records_, classes, split)
+    address = os.path.expanduser(name)
+    exists = '://' not in name and os.path.exists(address)
+    if not exists and ('*' in name or '{' in name) or address.endswith(shards.SHARDS) and not (
+        os.path.isdir(address)
+    ):
+        return sharded({'train': shards.expanded(address)}, address, split, image, label)
+    if name.startswith(('/', '.', '~')) or '://' in name or os.path.isdir(address):
+        return at(address, split, image, label)
     return tfds(name, split, data_dir=data_dir, image=image, label=label)
+
+
+def at(address, split, image, label):
+    """The data set in a folder, a path or an address, by what is in it."""
+    files, folders = shards.listed(address)
+    if {records.MANIFEST, records.JOURNAL} & files:
+        found = records.Records(address, split.partition('[')[0])
+        return portion(found, found.classes, split)
+    parts = shards.find_shards(address, files, folders)
+    if parts:
+        return sharded(parts, address, split, image, label)
+    try:
+        path = epath.Path(address)
+    except KeyError:  # of an address that epath does not know
+        raise UserError(
+            f'{address} has no {records.MANIFEST}, and no *.tar or *.parquet that its server '
+            'lists; name shards as ADDRESS/x-{000..146}.tar'
+        ) from None
+    return folder(path, split)
+
+
+def portion(found, classes, split):
+    """A Source of records, or of a share of them by position."""
+    _, low, high = share(split)
+    if (low, high) != (0, 100):
+        start, stop = (round(len(found) * percent / 100) for percent in (low, high))
+        found = Part(found, start, stop)
+    if not len(found):
+        raise UserError(f'split {split!r} has no examples')
+    return Source(found, tuple(classes))
+
+
+def sharded(parts, address, split, image, label):
+    """A split of tar, parquet or arrow files; `parts` are {split: files}."""
+    part, _, _ = share(split)
+    if part not in parts:
+        raise UserError(f'{address} has no split {part!r}; it has {", ".join(sorted(parts))}')
+    files = parts[part]
+    kinds = {os.path.splitext(file.partition('?')[0])[1] for file in files}
+    if len(kinds) != 1 or not kinds <= set(shards.SHARDS):
+        kinds = ', '.join(sorted(kinds))
+        raise UserError(f'{address}: files are {kinds}, not one of {", ".join(shards.SHARDS)}')
+    kind, opened = (tars, tars.Tars) if kinds == {'.tar'} else (parquet, parquet.Rows)
+    found = opened(files, image=image, label=label)
+    folders = [os.path.dirname(files[0])]
+    if os.path.basename(folders[0]) in (part, 'data'):
+        folders.append(os.path.dirname(folders[0]))
+    names = kind.class_names(found, folders, label)
+    if names is None:
+        highest = found.labels.max(initial=-1)
+        if part != 'train' and 'train' in parts:  # whose classes are those of the others
+            others = opened(parts['train'], image=image, label=label)
+            highest = max(highest, others.labels.max(initial=-1))
+        if highest >= MOST_CLASSES:
+            raise UserError(f'{address} has a label {highest}, and no list of class names')
+        names = map(str, range(highest + 1))
+    return portion(found, names, split)
 
 
 def tfds(name, split, *, data_dir=None, image='image', label='label'):
@@ -109,13 +211,24 @@ def tfds(name, split, *, data_dir=None, image='image', label='label'):
             ) from e
     else:
         builder = prepared(name, data_dir)
+        if not builder.info.splits:
+            raise UserError(
+                f'data set {name} is not prepared in {builder.data_dir}; prepare it with: '
+                f'tfds build {name} --file_format=array_record'
+            )
     features = builder.info.features
     for key in (image, label):
         if key not in features:
             raise UserError(
                 f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}'
             )
+    names = getattr(features[label], 'names', None)
+    if names is None:
+        raise UserError(f'feature {label!r} of data set {name} is no class label')
+    names = tuple(names)
     try:
+        if builder.info.available_file_formats() == {tfds_lib.core.FileFormat.TFRECORD}:
+            return Source(tfrecord.of_builder(builder, split, image=image, label=label), names)
         data = builder.as_data_source(
             split, decoders={image: tfds_lib.decode.SkipDecoding()}
         )
@@ -125,14 +238,13 @@ def tfds(name, split, *, data_dir=None, image='image', label='label'):
             f'prepare it with: tfds build {name} --file_format=array_record'
         ) from e
     except ValueError as e:
+        if isinstance(e, UserError):
+            raise
         raise UserError(
             f'data set {name} has no split {split!r}; it has {", ".join(builder.info.splits)}'
         ) from e
-    names = getattr(features[label], 'names', None)
-    if names is None:
-        raise UserError(f'feature {label!r} of data set {name} is no class label')
     small = builder.info.dataset_size < SMALL
-    return Source(Tfds(data, f'{name}/{split}', image, label, small), tuple(names))
+    return Source(Tfds(data, f'{name}/{split}', image, label, small), names)
 
 
 def prepared(name, data_dir):
@@ -146,7 +258,8 @@ def prepared(name, data_dir):
         near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, 3)
         hint = f' Did you mean {" or ".join(near)}?' if near else ''
         raise UserError(
-            f'no data set {name!r} is prepared.{hint} A folder of images is given by its path.'
+            f'no data set {name!r} is prepared.{hint} A folder of images, records, tar or parquet '
+            'files is given by its path or address, shards also as x-{000..146}.tar or x-*.tar.'
         ) from e
 
 
@@ -167,7 +280,10 @@ def folder(path, split):
     top = path / 'train' if divided else path
     classes = sorted(d.name for d in top.iterdir() if d.is_dir() and not d.name.startswith('.'))
     if len(classes) < 2:
-        raise UserError(f'{top} has {len(classes)} class folders; a data set needs two or more')
+        raise UserError(
+            f'{top} has {len(classes)} class folders; a data set needs two or more, or else '
+            f'{records.MANIFEST}, *.tar or *.parquet'
+        )
     paths, labels = [], []
     for d in sorted(root.iterdir()):
         if not d.is_dir() or d.name.startswith('.'):

@@ -1,0 +1,112 @@
+"""Shows what a step trains on: python -m vit_jax.data --config FILE[:ARG] --step N --show out.png.
+
+Draws the batch of step N (0 is the first) of an experiment, or of a run's config.json, as the
+model sees it: view, augmentations, mixup and CutMix with that step's keys. Prints for each example
+its id, its name and its labels. No model is made and nothing is trained. Any setting can be
+changed, as --config.data.view=central.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+
+from vit_jax import cli, losses, models, objectives
+from vit_jax import config as configs
+from vit_jax.data import mixture, pipeline
+from vit_jax.errors import UserError
+
+CONFIG = flags.DEFINE_string('config', None, 'Experiment file or config.json.', required=True)
+STEP = flags.DEFINE_integer('step', 0, 'Which batch; 0 is the first.', lower_bound=0)
+SHOW = flags.DEFINE_string('show', None, 'Where to draw it: a .png, .pdf or .svg.')
+COUNT = flags.DEFINE_integer('count', 64, 'Examples to show, from the first on.', lower_bound=1)
+JSON = flags.DEFINE_bool('json', False, 'Print JSON lines in place of text.')
+
+
+def trained_on(config, source, step):
+    """(batch of a step, images float32 [B, H, W, 3] in 0 to 255, label weights [B, K])."""
+    data = {k: v for k, v in config.data.items() if k != 'source'}
+    batch = next(pipeline.batches(source, config.seed, step, **data))
+    classes = config.model.num_classes or len(source.classes)
+    model = models.build(**{**config.model, 'num_classes': classes})
+    options = {k: v for k, v in config.objective.items() if k != 'label_smoothing'}
+    see = jax.jit(functools.partial(objectives.seen, model=model, **options))
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    images = np.zeros(batch['image'].shape, np.float32)
+    weights = np.zeros((len(images), classes), np.float32)
+    parts = config.accumulate
+    for i in range(parts):
+        micro = {k: jnp.asarray(v[i::parts]) for k, v in batch.items()}
+        own = key if parts == 1 else jax.random.fold_in(key, i)
+        seen, labels = see(micro, own)
+        mean, std = np.array(model.mean), np.array(model.std)
+        images[i::parts] = 255 * (np.asarray(seen) * std + mean)
+        weights[i::parts] = losses.targets(labels, classes)
+    return batch, images, weights
+
+
+def rows(batch, weights, source, count):
+    """What is known of each example of the batch, as dicts."""
+    for k in range(min(count, len(weights))):
+        labels = {
+            source.classes[c] if c < len(source.classes) else str(c): round(float(weights[k, c]), 4)
+            for c in np.argsort(-weights[k], kind='stable')
+            if weights[k, c] > 0
+        }
+        i = int(batch['id'][k])
+        yield dict(
+            place=k, id=i, name=source.name(i), labels=labels, used=bool(batch['mask'][k])
+        )
+
+
+def draw(path, images, found, title):
+    """A grid of images [N, H, W, 3] with ids and labels above."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as e:
+        raise UserError('--show needs matplotlib: pip install "vit_jax[figures]"') from e
+    columns = min(8, len(found))
+    lines = -(-len(found) // columns)
+    figure = Figure((1.9 * columns, 2.2 * lines + 0.5), layout='constrained')
+    for k, axis in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
+        axis.axis('off')
+        if k < len(found):
+            labels = found[k]['labels'].items()
+            words = [name if w == 1 else f'{name} {w:.2f}' for name, w in list(labels)[:2]]
+            words += ['...'] if len(labels) > 2 else []
+            words = words if found[k]['used'] else ['not used']
+            axis.imshow(np.clip(images[k] / 255, 0, 1), interpolation='nearest')
+            axis.set_title('\n'.join([str(found[k]['id']), *words]), fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as e:
+        raise UserError(f'--show={path}: {e}') from e
+
+
+def main(argv, changes):
+    if len(argv) > 1:
+        raise UserError(f'{argv[1]} is no flag')
+    if SHOW.value and not epath.Path(SHOW.value).expanduser().parent.is_dir():
+        raise UserError(f'--show={SHOW.value}: there is no such folder')
+    config = configs.load(CONFIG.value, changes)
+    source = mixture.load(**config.data.source)
+    batch, images, weights = trained_on(config, source, STEP.value)
+    found = list(rows(batch, weights, source, COUNT.value))
+    for row in found:
+        if JSON.value:
+            print(json.dumps(row))
+        else:
+            labels = ', '.join(f'{k} {v:g}' for k, v in row['labels'].items())
+            print(f'{row["id"]:>10}  {row["name"]}  {labels}{"" if row["used"] else "  NOT USED"}')
+    if SHOW.value:
+        title = f'{mixture.title(config.data.source)}, step {STEP.value}'
+        draw(epath.Path(SHOW.value).expanduser(), images, found, title)
+
+
+if __name__ == '__main__':
+    cli.run(main, 'config')

@@ -1,0 +1,132 @@
+"""Worker processes that take tasks from pipes: none is waited for in vain, none hears Ctrl-C."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from multiprocessing import connection, resource_tracker
+
+from vit_jax.errors import UserError
+
+
+def distributed(work, job, tasks, workers, bar):
+    """Yields the workers' results, as they come; UserError where one refuses or dies."""
+    context = multiprocessing.get_context('spawn')
+    tasks, crew = list(reversed(tasks)), {}
+    try:
+        for _ in range(min(workers, len(tasks))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(job, theirs, os.getpid()), daemon=True)
+            with deaf():
+                process.start()
+            theirs.close()  # so that its end is seen when the worker dies
+            give(tasks, crew, ours, process)
+        while crew:
+            for pipe in connection.wait(list(crew)):
+                process, task = crew[pipe]
+                kind, value = answer(pipe, process, task)
+                if kind == 'at':
+                    bar.at(pipe, value)
+                    continue
+                bar.at(pipe, 0)
+                bar.add(value['read'])
+                if tasks:
+                    give(tasks, crew, pipe, process)
+                else:
+                    del crew[pipe]
+                    pipe.close()
+                yield value
+    finally:
+        for process, _ in crew.values():
+            process.terminate()
+        for process, _ in crew.values():
+            process.join()
+
+
+def give(tasks, crew, pipe, process):
+    """Sends a worker its next task."""
+    crew[pipe] = process, tasks.pop()
+    with contextlib.suppress(OSError):  # it is dead, which is seen when its answer is read
+        pipe.send(crew[pipe][1])
+
+
+@contextlib.contextmanager
+def deaf():
+    """Processes that start in the block never hear of Ctrl-C, which goes to the whole group.
+
+    This process hears of it at the end of the block.
+    """
+    resource_tracker.ensure_running()  # else it starts in the block, and ends the deafness
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def answer(pipe, process, task):
+    """What a worker sends; raises what it reports."""
+    try:
+        kind, value = pipe.recv()
+    except (EOFError, OSError):
+        process.join()
+        raise UserError(
+            f'a worker process ended with exit status {process.exitcode} in {task[0]} {task[2]} of '
+            f'{task[1]}; the same command goes on where it stopped'
+        ) from None
+    if kind == 'refused':
+        raise UserError(value)
+    if kind == 'broken':
+        raise RuntimeError(f'in a worker process:\n{value}')
+    return kind, value
+
+
+class Bar:
+    """A progress bar on a terminal, a plain line every ten seconds elsewhere; on stderr."""
+
+    def __init__(self, title, total, done=0):
+        self.title, self.total, self.done = title, total, done
+        self.under_way, self.began, self.said = {}, (time.time(), done), 0.0
+        self.bar = None
+        if sys.stderr.isatty():
+            import rich.console
+            from rich import progress
+
+            self.bar = progress.Progress(
+                progress.TextColumn(title, markup=False),
+                progress.MofNCompleteColumn(),
+                progress.BarColumn(bar_width=24),
+                progress.TextColumn('{task.fields[text]}'),
+                progress.TimeRemainingColumn(compact=True),
+                progress.TextColumn('left'),
+                console=rich.console.Console(stderr=True),
+            )
+            self.task = self.bar.add_task('', total=total, completed=done, text='')
+            self.bar.start()
+
+    def at(self, worker, count):
+        """Says how far a worker is within its task."""
+        self.under_way[worker] = count
+        self.show()
+
+    def add(self, count):
+        self.done += count
+        self.show()
+
+    def show(self):
+        now, done = time.time(), self.done + sum(self.under_way.values())
+        rate = (done - self.began[1]) / max(now - self.began[0], 1e-3)
+        if self.bar:
+            self.bar.update(self.task, completed=done, text=f'{rate:,.0f} images/s')
+        elif now - self.said >= 10 or self.done == self.total:
+            self.said = now
+            print(f'{self.title} {done:,}/{self.total:,}  {rate:,.0f} images/s', file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar:
+            self.bar.stop()
