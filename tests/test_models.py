@@ -212,6 +212,7 @@ def test_bfloat16_computes_close_and_keeps_float32_parameters():
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fresh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', [
     dict(name='mixer-s/4', width=24, depth=2, tokens_mlp_dim=16, mlp_dim=32, drop_path=0.5),
     dict(name='r26+vit-s/32', resnet=(1,), resnet_width=0.5, width=24, depth=2, num_heads=2,

@@ -1,19 +1,35 @@
-"""Losses by example: logits [B, K] and labels to float32 [B]."""
+"""Losses by example: logits [B, K] and labels to float32 [B].
+
+Labels are int [B], one class; int [B, L], up to L classes, padded with -1; or float [B, K],
+weights of all classes.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
 def targets(labels, num_classes):
-    """Labels as a distribution or a set: int [B] becomes one-hot [B, K], [B, K] stays."""
-    if labels.ndim == 1:
-        return jax.nn.one_hot(labels, num_classes)
-    return labels.astype(jnp.float32)
+    """Labels as a set or as weights, float32 [B, K]: 1 for each true class; [B, K] stays."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return labels.astype(jnp.float32)
+    hot = jax.nn.one_hot(labels, num_classes)
+    return hot if labels.ndim == 1 else hot.max(axis=1)
+
+
+def distribution(labels, num_classes):
+    """Labels as probabilities, float32 [B, K]: n true classes have 1 / n each; [B, K] stays.
+
+    arXiv:1805.00932 trains a softmax on several labels so; no label at all is no loss.
+    """
+    wanted = targets(labels, num_classes)
+    if labels.ndim == 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        return wanted
+    return wanted / jnp.maximum(jnp.sum(wanted, axis=-1, keepdims=True), 1)
 
 
 def softmax_xent(logits, labels, *, label_smoothing=0.0):
     """Cross-entropy in float32; smoothing mixes in the uniform distribution (arXiv:1512.00567)."""
-    wanted = targets(labels, logits.shape[-1])
+    wanted = distribution(labels, logits.shape[-1])
     wanted = (1 - label_smoothing) * wanted + label_smoothing / logits.shape[-1]
     return -jnp.sum(wanted * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
@@ -28,10 +44,17 @@ def sigmoid_xent(logits, labels, *, label_smoothing=0.0):
 
 
 LOSSES = {'softmax': softmax_xent, 'sigmoid': sigmoid_xent}
+TARGETS = {'softmax': distribution, 'sigmoid': targets}  # what each makes of labels
 
 
 def hits(logits, labels):
-    """1 where the class of highest logit is a true label: [B, K], [B] or [B, K] -> float [B]."""
+    """1 where the class of highest logit is a true label: [B, K] and labels -> float [B]."""
     wanted = targets(labels, logits.shape[-1])
     best = jnp.argmax(logits, axis=-1)
     return (jnp.take_along_axis(wanted, best[:, None], axis=-1)[:, 0] > 0).astype(jnp.float32)
+
+
+def heaviest(weights):
+    """1 for the classes of greatest weight, where it is above 0: [B, K] -> float [B, K]."""
+    most = weights == jnp.max(weights, axis=-1, keepdims=True)
+    return (most & (weights > 0)).astype(jnp.float32)

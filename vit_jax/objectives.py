@@ -1,13 +1,16 @@
 """What a step minimises: each function here makes (params, batch, key) -> (loss, metrics).
 
-A batch is {image: uint8 [B, H, W, C], label: int [B] or float [B, K], mask: [B]}; loss and metrics
-are means over the examples with mask 1.
+A batch is {image: uint8 [B, H, W, C], label: int [B], int [B, L] padded with -1 or float [B, K],
+mask: [B]}; loss and metrics are means over the examples with mask 1.
 """
 
+import jax
 import jax.numpy as jnp
 
-from vit_jax import losses
+from vit_jax import losses, mixing
 from vit_jax.errors import UserError
+
+MIX = 0x6D6978  # folded into the key for mixing; dropout has the key as it comes
 
 
 def masked_mean(values, mask):
@@ -15,19 +18,58 @@ def masked_mean(values, mask):
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def supervised(model, *, loss: str = 'softmax', label_smoothing: float = 0.0):
-    """Classification with a softmax or a sigmoid (multi-label) cross-entropy."""
+def check_mixing(mixup, cutmix, mix_by, mix_shift):
+    """Raises UserError for what `mixing.mix` can't do."""
+    for name, alpha in ('mixup', mixup), ('cutmix', cutmix):
+        if alpha < 0:
+            raise UserError(f'objective.{name} is {alpha!r}, not 0 (without) or above')
+    if mix_by not in ('batch', 'example'):
+        raise UserError(f"objective.mix_by is {mix_by!r}, not 'batch' or 'example'")
+    if mix_shift < 1:
+        raise UserError(f'objective.mix_shift is {mix_shift!r}, not 1 or above')
+
+
+def supervised(
+    model,
+    *,
+    loss: str = 'softmax',
+    label_smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    mix_by: str = 'batch',
+    mix_shift: int = 1,
+):
+    """Classification with a softmax or a sigmoid (multi-label) cross-entropy.
+
+    `mixup` and `cutmix` are alphas of `mixing.mix`, for the batch or by 'example', with the example
+    `mix_shift` before; where gradients are accumulated, partners and draws are of a micro-batch.
+    Accuracy is then of mixed images: it counts the class of greatest weight in the mixed label.
+    """
     if loss not in losses.LOSSES:
         raise UserError(f'objective.loss is {loss!r}, not one of {", ".join(losses.LOSSES)}')
+    check_mixing(mixup, cutmix, mix_by, mix_shift)
 
     def objective(params, batch, key):
-        logits, _ = model.apply(
-            {'params': params}, model.normalise(batch['image']), train=True, rngs={'dropout': key}
-        )
-        by_example = losses.LOSSES[loss](logits, batch['label'], label_smoothing=label_smoothing)
-        hit = losses.hits(logits, batch['label'])
+        images, labels = seen(
+            batch, key, model=model, loss=loss, mixup=mixup, cutmix=cutmix, mix_by=mix_by,
+            mix_shift=mix_shift,
+        )  # fmt: skip
+        logits, _ = model.apply({'params': params}, images, train=True, rngs={'dropout': key})
+        by_example = losses.LOSSES[loss](logits, labels, label_smoothing=label_smoothing)
+        hit = losses.hits(logits, losses.heaviest(labels) if mixup or cutmix else labels)
         mask = batch['mask'].astype(jnp.float32)
         value = masked_mean(by_example, mask)
         return value, {'loss': value, 'accuracy': masked_mean(hit, mask)}
 
     return objective
+
+
+def seen(batch, key, *, model, loss, mixup, cutmix, mix_by, mix_shift):
+    """What the model trains on: (normalised images [B, H, W, C], labels), mixed where asked for."""
+    images, labels = model.normalise(batch['image']), batch['label']
+    if not mixup and not cutmix:
+        return images, labels
+    return mixing.mix(
+        images, losses.TARGETS[loss](labels, model.num_classes), jax.random.fold_in(key, MIX),
+        mask=batch['mask'], mixup=mixup, cutmix=cutmix, by=mix_by, shift=mix_shift,
+    )  # fmt: skip

@@ -1,10 +1,12 @@
 """Where arrays live: a mesh, one ordered table of rules, host batches to global arrays."""
 
+import functools
 import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
 from vit_jax.optim import leaf_name
@@ -38,16 +40,33 @@ RULES = (
 
 
 def make_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1):
-    """A mesh over all devices, or over `devices`; data=-1 takes what the other axes leave."""
+    """A mesh over all devices, or over `devices`; data=-1 takes what the other axes leave.
+
+    Between slices of TPUs, whose network is slow, lie replicas alone: axis data.
+    """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
     if data == -1:
         shape[0] = len(devices) // (fsdp * tensor)
     if np.prod(shape) != len(devices):
         raise UserError(
-            f'mesh data={data} fsdp={fsdp} tensor={tensor} does not cover {len(devices)} devices'
+            f'mesh data={data} fsdp={fsdp} tensor={tensor} does not cover {len(devices)} devices; '
+            'the product must be their number, and data=-1 takes what the others leave'
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    auto = (AxisType.Auto,) * 3
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    split = dict(allow_split_physical_axes=True)  # fsdp=2 on a side of 4 chips, say
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, **split)
+        return Mesh(placed, AXES, axis_types=auto)
+    if shape[0] % slices:
+        raise UserError(
+            f'mesh axis data={shape[0]} is not divisible by the {slices} slices; fsdp and tensor '
+            f'must lie within one, of {len(devices) // slices} devices'
+        )
+    within = (shape[0] // slices, *shape[1:])
+    placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, **split)
+    return Mesh(placed, AXES, axis_types=auto)
 
 
 def check_batch(batch_size, mesh, accumulate=1):
@@ -67,9 +86,10 @@ def spec(name, shape, mesh):
         if re.search(f'(^|/)({pattern})$', name):
             for size, axis in zip(shape, rule, strict=False):
                 if axis and size % mesh.shape[axis]:
+                    fitting = [str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0]
                     raise UserError(
                         f'{name} {shape}: dimension {size} is not divisible by mesh axis '
-                        f'{axis}={mesh.shape[axis]}'
+                        f'{axis}={mesh.shape[axis]}, but by {", ".join(fitting)}'
                     )
             return rule
     raise ValueError(f'no sharding rule for {name} {shape}')
@@ -97,7 +117,47 @@ def shardings(state, mesh):
     return jax.tree_util.tree_map_with_path(place, state)
 
 
+@functools.cache
+def shares(mesh):
+    """(how many equal shares a batch is cut into, those that this process's devices hold)."""
+    parts = mesh.shape['data'] * mesh.shape['fsdp']
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((parts,))
+    return parts, sorted({rows.start or 0 for (rows,) in places.values()})
+
+
+def rows(batch_size, mesh):
+    """The rows int64 [b] of a global batch [B] that this process's devices hold.
+
+    Where `tensor` reaches across processes, several hold the same.
+    """
+    parts, held = shares(mesh)
+    size = batch_size // parts
+    return (np.array(held)[:, None] * size + np.arange(size)).ravel()
+
+
 def put(batch, mesh):
-    """This process's share of a batch, numpy, to global arrays split over data and fsdp."""
+    """This process's rows of a batch, numpy, to global arrays split over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    parts, held = shares(mesh)
+
+    def array(local):
+        size = len(local) // len(held)
+
+        def share(index):
+            begin = held.index((index[0].start or 0) // size) * size
+            return local[begin : begin + size]
+
+        return jax.make_array_from_callback((size * parts, *local.shape[1:]), sharding, share)
+
+    return {k: array(v) for k, v in batch.items()}
+
+
+def on(mesh, function):
+    """The function, traced with a mesh set, by which the models place their activations."""
+
+    @functools.wraps(function)
+    def on_mesh(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return on_mesh

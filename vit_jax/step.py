@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -60,8 +61,14 @@ def begin(params, tx, abstract):
     def state(params):
         return State(jnp.int32(0), params, tx.init(tx.trainable(params)))
 
+    def place(x, where):
+        if where.is_fully_addressable:
+            return jax.device_put(x, where)
+        x = np.asarray(x)  # each process has all of it, and gives what its own devices hold
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
     places = jax.tree.map(lambda x: x.sharding, abstract)
-    params = jax.tree.map(jax.device_put, params, places.params)
+    params = jax.tree.map(place, params, places.params)
     return jax.jit(state, out_shardings=places)(params)
 
 
@@ -86,8 +93,8 @@ def accumulated(grad_fn, trainable, batch, key, parts):
 def train_step(state, batch, *, objective, tx, seed=0, accumulate=1):
     """One update: (state, batch) -> (state, metrics).
 
-    Metrics are float32 scalars: the objective's, and lr, grad_norm (before clipping) and
-    param_norm (after the update). All three finite means that the new state is.
+    Metrics are float32 scalars: the objective's, lr, grad_norm (before clipping), param_norm (after
+    the update) and skipped (examples with mask 0). If loss and norms are finite, the new state is.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     trainable = tx.trainable(state.params)
@@ -106,8 +113,15 @@ def train_step(state, batch, *, objective, tx, seed=0, accumulate=1):
         'lr': tx.schedule(state.step),
         'grad_norm': optax.tree.norm(grads),
         'param_norm': optax.tree.norm(params),
+        'skipped': jnp.sum(batch['mask'] == 0).astype(jnp.float32),
+        **wishes(batch),
     }
     return State(state.step + 1, params, opt_state), metrics
+
+
+def wishes(batch):
+    """{'stop': how many rows of the batch have it} where processes have put that in, see Stop."""
+    return {'stop': jnp.sum(batch['stop'])} if 'stop' in batch else {}
 
 
 def eval_step(params, batch, *, model, loss='softmax'):
@@ -121,6 +135,7 @@ def eval_step(params, batch, *, model, loss='softmax'):
         'accuracy': jnp.sum(losses.hits(logits, batch['label']) * mask),
         'loss': jnp.sum(losses.LOSSES[loss](logits, batch['label']) * mask),
         'examples': jnp.sum(mask),
+        **wishes(batch),
     }
     probabilities = jax.nn.softmax(logits.astype(jnp.float32))
     by_example = {
@@ -133,8 +148,9 @@ def eval_step(params, batch, *, model, loss='softmax'):
 def compiled(objective, tx, abstract, mesh, *, seed=0, accumulate=1):
     """`train_step` as one jitted function: state donated, shardings from the mesh."""
     places = jax.tree.map(lambda x: x.sharding, abstract)
+    advance = partial(train_step, objective=objective, tx=tx, seed=seed, accumulate=accumulate)
     return jax.jit(
-        partial(train_step, objective=objective, tx=tx, seed=seed, accumulate=accumulate),
+        sharding.on(mesh, advance),
         donate_argnums=0,
         in_shardings=(places, NamedSharding(mesh, sharding.BATCH)),
         out_shardings=(places, NamedSharding(mesh, PartitionSpec())),

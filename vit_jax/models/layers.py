@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vit_jax.errors import UserError
 
@@ -29,7 +30,11 @@ def grid(image_shape, stride):
     """Rows and columns of patches of an image [H, W, ...]; UserError where it has none."""
     (h, w), (y, x) = image_shape[:2], stride
     if h % y or w % x or not h or not w:
-        raise UserError(f'image size {h} x {w} is not divisible by the patch size {y} x {x}')
+        near = [f'{y * n} x {x * m}' for n, m in ((h // y, w // x), (-(-h // y), -(-w // x)))]
+        raise UserError(
+            f'image size {h} x {w} is not divisible by the patch size {y} x {x}; '
+            f'{" and ".join(near if h >= y and w >= x else near[1:])} would be'
+        )
     return h // y, w // x
 
 
@@ -37,6 +42,19 @@ def normalise(images, mean, std):
     """uint8 [B, H, W, C] to floats; mean and std are those of images in [0, 1]."""
     images = images.astype(jnp.float32) / 255
     return (images - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def by_example(x, *, whole=True):
+    """x [B, ...] split by examples over the mesh axes data and fsdp, where a step has set a mesh.
+
+    With `whole` over nothing else: the partitioner would split activations by width wherever FSDP
+    has split the weights, and sum them over all devices, in place of gathering one layer's
+    weights. Heads and the hidden layer of an MLP are not `whole`: the weights split them.
+    """
+    if not {'data', 'fsdp'} <= set(jax.sharding.get_abstract_mesh().axis_names):
+        return x
+    rest = (None if whole else PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(('data', 'fsdp'), *rest))
 
 
 def dropped(y, rate, key):
@@ -79,13 +97,13 @@ class Mlp(nn.Module):
             bias_init=nn.initializers.normal(1e-6),
             dtype=self.dtype,
         )
-        y = nn.Dense(self.mlp_dim, **dense, name='fc1')(x)
+        y = by_example(nn.Dense(self.mlp_dim, **dense, name='fc1')(x), whole=False)
         if self.glu:
             x = nn.silu(nn.Dense(self.mlp_dim, **dense, name='gate')(x)) * y
         else:
             x = gelu_of(self.gelu)(y)
         x = nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
-        x = nn.Dense(width, **dense, name='fc2')(x)
+        x = by_example(nn.Dense(width, **dense, name='fc2')(x))
         return nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
 
 
@@ -108,6 +126,7 @@ class Attention(nn.Module):
         width = x.shape[-1]
         shape = (3, self.num_heads, width // self.num_heads)
         qkv = nn.DenseGeneral(shape, kernel_init=qkv_init, dtype=self.dtype, name='qkv')(x)
+        qkv = by_example(qkv, whole=False)
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
         if self.qk_norm:
             q = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='q_norm')(q)
@@ -124,7 +143,7 @@ class Attention(nn.Module):
             dtype=self.dtype,
             name='out',
         )
-        return out(x), captured
+        return by_example(out(by_example(x, whole=False))), captured
 
 
 class Block(nn.Module):
@@ -160,6 +179,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, drop_path):
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
+        x = by_example(x)
         y = nn.LayerNorm(**norm, name='norm1')(x)
         y, attention = Attention(
             self.num_heads,
@@ -200,13 +220,14 @@ class MapHead(nn.Module):
         heads = (self.num_heads, width // self.num_heads)
         dense = dict(kernel_init=xavier, dtype=self.dtype)
         probe = self.param('probe', xavier, (1, 1, width)).astype(self.dtype)
-        q = nn.DenseGeneral(heads, **dense, name='query')(jnp.tile(probe, (b, 1, 1)))
-        k = nn.DenseGeneral(heads, **dense, name='key')(x)
-        v = nn.DenseGeneral(heads, **dense, name='value')(x)
+        q = nn.DenseGeneral(heads, **dense, name='query')(probe)
+        q = by_example(jnp.tile(q, (b, 1, 1, 1)), whole=False)
+        k = by_example(nn.DenseGeneral(heads, **dense, name='key')(x), whole=False)
+        v = by_example(nn.DenseGeneral(heads, **dense, name='value')(x), whole=False)
         logits = jnp.einsum('bqhc,bkhc->bhqk', q * q.shape[-1] ** -0.5, k)
         probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         x = jnp.einsum('bhqk,bkhc->bqhc', probs, v)
-        x = nn.DenseGeneral(width, axis=(-2, -1), **dense, name='out')(x)
+        x = by_example(nn.DenseGeneral(width, axis=(-2, -1), **dense, name='out')(x))
         y = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
         x = x + Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name='mlp')(y)
         return x[:, 0]

@@ -47,6 +47,7 @@ class MixerBlock(nn.Module):
                 return x + y
             return x + layers.dropped(y, drop_path, self.make_rng('dropout'))
 
+        x = layers.by_example(x)
         y = nn.LayerNorm(**norm, name='norm1')(x).swapaxes(1, 2)  # [B, N, D] -> [B, D, N]
         y = layers.Mlp(self.tokens_mlp_dim, **mlp, name='token_mixing')(y)
         x = residual(x, y.swapaxes(1, 2))
@@ -120,7 +121,8 @@ class Mixer(nn.Module):
             self.width, self.patch_size, strides=self.patch_size, padding='VALID',
             dtype=self.dtype, name='embedding',
         )(images.astype(self.dtype))  # fmt: skip
-        x = out['tokens'] = x.reshape(-1, h * w, self.width)  # [B, h, w, D] -> [B, N, D]
+        x = x.reshape(-1, h * w, self.width)  # [B, h, w, D] -> [B, N, D]
+        x = out['tokens'] = layers.by_example(x)
         stack = nn.scan(
             MixerBlock,
             variable_axes={'params': 0},
@@ -135,12 +137,12 @@ class Mixer(nn.Module):
         x, _ = encoder(x, jnp.linspace(0, self.drop_path, self.depth))
         x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
         out['encoded'] = x
-        x = out['pre_logits'] = x.mean(axis=1)
+        x = out['pre_logits'] = layers.by_example(x.mean(axis=1))
         if self.num_classes is None:
             return x, out
         head = nn.Dense(
             self.num_classes, kernel_init=jax.nn.initializers.zeros,
             bias_init=nn.initializers.constant(self.head_bias), dtype=self.dtype, name='head',
         )  # fmt: skip
-        out['logits'] = head(x)
+        out['logits'] = layers.by_example(head(x))
         return out['logits'], out

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models import layers
+
 GROUPS = 32
 ROOT_STRIDE = 4
 
@@ -68,10 +70,10 @@ class StdConv(nn.Module):
         kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
         kernel = kernel - kernel.mean(axis=(0, 1, 2))
         kernel = kernel / (kernel.std(axis=(0, 1, 2)) + 1e-5)
-        return jax.lax.conv_general_dilated(
+        return layers.by_example(jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, 'SAME',
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 class Unit(nn.Module):

@@ -171,7 +171,7 @@ class Vit(nn.Module):
             name='embedding',
         )(x)
         b, _, _, d = x.shape
-        x = x.reshape(b, h * w, d)  # [B, h, w, D] -> [B, N, D]
+        x = layers.by_example(x.reshape(b, h * w, d))  # [B, h, w, D] -> [B, N, D]
         if self.posemb == 'none':
             return x, None
         if self.posemb == 'sincos2d':
@@ -216,7 +216,7 @@ class Vit(nn.Module):
         if 'cls' in self.prefix:
             out['cls'] = x[:, 0]
         dist = x[:, list(self.prefix).index('dist')] if self.dist_head else None
-        x = self.pooled(out)
+        x = layers.by_example(self.pooled(out))
         x = out['pre_logits'] = self.represented(last_norm(x) if self.fc_norm else x)
         if self.num_classes is None:
             return x, out
@@ -226,7 +226,7 @@ class Vit(nn.Module):
             bias_init=nn.initializers.constant(self.head_bias),
             dtype=self.dtype,
         )
-        logits = nn.Dense(**head, name='head')(x)
+        logits = layers.by_example(nn.Dense(**head, name='head')(x))
         if self.dist_head:
             logits = (logits + nn.Dense(**head, name='dist_head')(dist)) / 2
         out['logits'] = logits
