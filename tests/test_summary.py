@@ -260,3 +260,10 @@ def test_a_failure_leaves_the_former_file(tmp_path, monkeypatch):
     with pytest.raises(MemoryError):
         write(tmp_path, **fields(n=2))
     assert (tmp_path / 'summary.png').read_bytes() == before
+
+
+def test_of_several_labels_the_predicted_one_is_shown():
+    labels = np.array([[3, 1], [2, -1], [0, 4]])
+    shown = summary.one_label(labels, np.array([1, 0, 0]))
+    assert shown.tolist() == [1, 2, 0]
+    assert summary.one_label(labels[:, 0], np.array([1, 0, 0])).tolist() == [3, 2, 0]

@@ -26,6 +26,14 @@ MARKERS = 'osD^vPX'  # one more than colours: names beyond the sixth differ by t
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
+def one_label(labels, predictions):
+    """Of labels [N], or [N, L] padded with -1, one each: the predicted one where it is one."""
+    if labels.ndim == 1:
+        return labels
+    hit = (labels == predictions[:, None]).any(axis=1)
+    return np.where(hit, predictions, labels[:, 0])
+
+
 def mistakes_first(labels, predictions, confidences):
     """Order of examples [N]: mistakes, the most confident first, then the rest as given."""
     wrong = predictions != labels

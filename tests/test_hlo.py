@@ -1,0 +1,179 @@
+"""Reading a compiled program: FLOPs, loops and collectives against what the model must do."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import hlo, hlo_text, models, objectives, optim, sharding, step
+
+IMAGE = (32, 32, 3)
+FIELDS = dict(patch_size=8, width=32, depth=6, num_heads=4, mlp_dim=64)
+BATCH = 16
+
+
+def program(model, devices=1, mesh=None, batch=BATCH, accumulate=1):
+    """The Program of the train step of a model on simulated devices, and its abstract state."""
+    mesh = sharding.make_mesh(jax.devices()[:devices], **(mesh or {}))
+    tx = optim.make(step.abstract_params(model, IMAGE), steps=10)
+    abstract = step.abstract_state(model, tx, IMAGE, mesh)
+    advance = step.compiled(
+        objectives.supervised(model), tx, abstract, mesh, accumulate=accumulate
+    )
+    arrays = {
+        'image': jax.ShapeDtypeStruct((batch, *IMAGE), jnp.uint8),
+        'label': jax.ShapeDtypeStruct((batch,), jnp.int32),
+        'mask': jax.ShapeDtypeStruct((batch,), jnp.float32),
+    }
+    return hlo.read(advance.lower(abstract, arrays).compile().as_text()), abstract
+
+
+def training_flops(model):
+    """Forward and twice that backward, without the gradient of the images, which nothing needs."""
+    h, w = model.grid(IMAGE)
+    embedding = 2 * h * w * np.prod(model.patch_size) * 3 * model.width
+    return 3 * model.flops(IMAGE) - embedding
+
+
+@pytest.mark.parametrize('fields', [
+    dict(), dict(unroll=6), pytest.param(dict(unroll=3), marks=pytest.mark.slow),
+    pytest.param(dict(pool='map', glu=True), marks=pytest.mark.slow),
+])
+def test_flops_are_those_of_the_model_however_it_is_looped(fields):
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS, **fields)
+    found, _ = program(model)
+    assert found.flops == pytest.approx(BATCH * training_flops(model), rel=0.02)
+    assert not found.uncounted
+
+
+@pytest.mark.slow
+def test_flops_of_other_models():
+    mixer = models.build(
+        'mixer-s/16', num_classes=8, patch_size=8, width=32, depth=4, tokens_mlp_dim=16, mlp_dim=64
+    )
+    found, _ = program(mixer)
+    assert found.flops == pytest.approx(BATCH * training_flops(mixer), rel=0.02)
+
+
+@pytest.mark.slow
+def test_remat_costs_another_forward_pass_of_the_blocks():
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS)
+    plain, again = (program(model.clone(remat=r))[0].flops for r in ('none', 'full'))
+    one = BATCH * (model.flops(IMAGE) - model.clone(depth=0).flops(IMAGE))
+    assert again - plain == pytest.approx(one, rel=0.25)  # the last product needs not be made again
+    assert again > plain
+
+
+def test_loops_run_as_often_as_the_encoder_is_deep():
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS)
+    found, _ = program(model, accumulate=2)
+    assert sorted(found.loops.values()) == [2, 6, 6]
+    whole, _ = program(model)
+    assert found.flops == pytest.approx(whole.flops, rel=0.02)
+
+
+def test_data_parallel_sums_each_gradient_once():
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS)
+    found, abstract = program(model, devices=8)
+    size = sum(x.size * 4 for x in jax.tree.leaves(abstract.params))
+    assert {c.kind for c in found.collectives} == {'all-reduce'}
+    assert sum(c.bytes * c.times for c in found.collectives) == pytest.approx(size, rel=0.02)
+    assert {c.group for c in found.collectives} == {8}
+    assert all(c.wire == pytest.approx(c.bytes * 2 * 7 / 8) for c in found.collectives)
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_by_layer_with_fsdp():
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS)
+    found, abstract = program(model, devices=8, mesh=dict(fsdp=8))
+    kernels = {
+        optim.leaf_name(path): x.size * 4
+        for path, x in jax.tree_util.tree_leaves_with_path(abstract.params)
+        if 'encoder' in optim.leaf_name(path) and 'kernel' in optim.leaf_name(path)
+    }
+    gathers = [c for c in found.collectives if c.kind == 'all-gather' and c.loops]
+    assert gathers and {c.times for c in gathers} == {FIELDS['depth']}
+    gathered = sum(c.bytes * c.times for c in gathers)
+    assert gathered >= sum(kernels.values()) * 0.99  # in each of the passes that read them
+    assert max(c.bytes for c in gathers) <= max(kernels.values()) / FIELDS['depth']
+
+
+def test_traffic_of_a_loop_is_of_the_slices_that_it_reads():
+    stack, x = jnp.ones((64, 128, 128)), jnp.ones((8, 128))
+
+    def body(x, w):
+        return jnp.tanh(x @ w), None
+
+    scanned = jax.jit(lambda x, stack: jax.lax.scan(body, x, stack)[0])
+    found = hlo.read(scanned.lower(x, stack).compile().as_text())
+    assert found.flops == 64 * 2 * 8 * 128 * 128
+    assert stack.nbytes <= found.traffic < 4 * stack.nbytes  # the whole in each turn were 64 times
+
+
+def reference_convolution(x, w, stride, padding, lhs, rhs):
+    """FLOPs of the products that a convolution really makes, by counting them one by one."""
+    ones = partial(np.ones, dtype=np.float32)
+    out = jax.lax.conv_general_dilated(
+        ones(x), ones(w), stride, padding, lhs, rhs, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    return 2 * int(np.asarray(out, np.float64).sum())
+
+
+@pytest.mark.parametrize('x, w, stride, padding, lhs, rhs', [
+    ((2, 8, 8, 3), (3, 3, 3, 4), (1, 1), [(1, 1), (1, 1)], (1, 1), (1, 1)),
+    ((2, 9, 6, 3), (3, 2, 3, 4), (2, 1), [(0, 2), (1, 0)], (1, 1), (1, 1)),
+    ((1, 4, 5, 2), (3, 3, 2, 3), (1, 1), [(2, 2), (2, 2)], (2, 3), (1, 1)),
+    ((1, 7, 7, 2), (2, 2, 2, 3), (1, 2), [(1, 0), (0, 1)], (1, 1), (3, 2)),
+])
+def test_convolutions_count_no_product_with_padding(x, w, stride, padding, lhs, rhs):
+    def convolve(a, b):
+        return jax.lax.conv_general_dilated(
+            a, b, stride, padding, lhs, rhs, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (x, w))
+    found = hlo.read(jax.jit(convolve).lower(*shapes).compile().as_text())
+    assert found.flops == reference_convolution(x, w, stride, padding, lhs, rhs)
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('replica_groups={{0,2},{1,3}}', (0, 2)),
+    ('replica_groups=[2,4]<=[8]', (0, 1, 2, 3)),
+    ('replica_groups=[4,2]<=[2,4]T(1,0)', (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", (0, 1, 2, 3, 4, 5, 6, 7)),
+    ('replica_groups={}', (0, 1, 2, 3, 4, 5, 6, 7)),
+    ('source_target_pairs={{0,3},{3,0}}', (0, 3)),
+])
+def test_groups_of_devices_in_each_notation(text, expected):
+    assert hlo.groups(f', channel_id=1, {text}, use_global_device_ids=true', 8) == (
+        len(expected), expected
+    )
+
+
+def test_shapes_in_tiles_and_in_memory_on_the_chip():
+    far, near = hlo_text.shapes_of(
+        '(bf16[32,257,1280]{2,1,0:T(8,128)(2,1)}, f32[4,17]{0,1:T(8,128)S(1)})'
+    )
+    assert (far.bytes, far.footprint) == (32 * 257 * 1280 * 2, 32 * 264 * 1280 * 2)
+    assert (near.bytes, near.footprint, near.padded) == (4 * 17 * 4, 0, (128, 24))
+
+
+def test_an_unknown_custom_call_is_named():
+    text = '\n'.join([
+        'HloModule m, num_partitions=1', '', 'ENTRY %main (a: f32[8]) -> f32[8] {',
+        '  %a = f32[8]{0} parameter(0)',
+        '  ROOT %c = f32[8]{0} custom-call(%a), custom_call_target="mine", backend_config=""', '}',
+    ])  # fmt: skip
+    found = hlo.read(text)
+    assert found.uncounted == {'mine': 1} and found.traffic == 64
+    stated = text.replace(
+        'backend_config=""',
+        'backend_config={"custom_call_config": {"cost_estimate": {"flops": 77}}}',
+    )
+    assert hlo.read(stated).flops == 77 and not hlo.read(stated).uncounted

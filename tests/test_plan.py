@@ -1,0 +1,269 @@
+"""Plans: what they count against what must be so, on simulated devices and by the TPU compiler."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vit_jax import assembly, devices, estimate, fitting, hlo, sharding
+from vit_jax import config as configs
+from vit_jax.errors import UserError
+
+HERE = pathlib.Path(__file__).parent.parent
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason='the TPU compiler is not installed: pip install "vit_jax[plan]"',
+)
+EXPERIMENT = '''
+from ml_collections import ConfigDict
+
+def get_config(arg=None):
+    config = ConfigDict(dict(steps=100))
+    config.model = dict(name='vit-ti/16', width=64, depth=4, num_heads=4, mlp_dim=256, patch_size=8)
+    config.data = dict(
+        source=dict(name=arg or 'imagenet2012'), view='resize', image_size=32, batch_size=64
+    )
+    config.evals = dict(val=dict(source=dict(name='nowhere', split='validation'), every=10))
+    config.optim = dict(lr=1e-3, weight_decay=0.1, clip=1.0)
+    return config
+'''
+
+
+@pytest.fixture(scope='session')
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp('plan') / 'experiment.py'
+    path.write_text(EXPERIMENT)
+    return str(path)
+
+
+def run(*arguments):
+    """Exit status, output and errors of the command in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
+    done = subprocess.run(
+        [sys.executable, '-m', 'vit_jax.plan', *arguments], cwd=HERE, capture_output=True,
+        text=True, env=environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def planned(experiment, count=8, peaks=None, **changes):
+    """The plan on simulated devices, in this process."""
+    config = configs.load(experiment, list(changes.pop('overrides', {}).items()))
+    source, _ = estimate.data_set(config.data.source, 1000, 10)
+    peaks = peaks or devices.DEVICES['TPU v4']
+    return estimate.plan(
+        config, source, jax.devices()[:count], f'cpu:{count}', efficiency=0.5, peaks=peaks
+    )
+
+
+@pytest.fixture(scope='session')
+def whole(experiment):
+    return planned(experiment)
+
+
+def test_state_falls_by_the_degree_of_fsdp(experiment):
+    sizes = {}
+    for fsdp in (1, 2, 8):
+        config = configs.load(experiment, [('mesh.fsdp', str(fsdp))])
+        source, _ = estimate.data_set(config.data.source, 1000, 10)
+        parts = assembly.make(estimate.without_evals(config), source, jax.devices())
+        sizes[fsdp] = estimate.bytes_a_device(parts.abstract)
+        rows = [(name, count) for name, _, count, *_ in parts.tx.table]
+        kernels = sum(count for name, count in rows if name.endswith('kernel'))
+        others = sum(count for name, count in rows if not name.endswith('kernel'))
+        assert kernels > 40 * others
+        adam = 3 * 4 * (kernels / fsdp + others)  # parameters and two moments
+        assert sizes[fsdp] == pytest.approx(adam, rel=1e-4)  # and two counts
+
+
+def test_a_plan_is_what_the_program_does(whole):
+    plan = whole
+    memory, seconds, peaks = plan['memory'], plan['seconds'], plan['peaks']
+    assert plan['flops_per_image'] == pytest.approx(plan['model_flops_per_image'], rel=0.05)
+    assert plan['flops'] * 8 == pytest.approx(64 * plan['flops_per_image'])
+    assert memory['fits'] and memory['state'] + memory['activations'] < memory['needed'] * 1.01
+    assert seconds['compute'] == pytest.approx(plan['flops'] / 275e12)
+    assert seconds['memory'] == pytest.approx(plan['traffic'] / 1.2e12)
+    sent = plan['collectives']['all-reduce']['sent']
+    assert seconds['interconnect'] == pytest.approx(sent / peaks['link'])
+    assert seconds['exposed'] == pytest.approx(seconds['interconnect'])  # a CPU hides nothing
+    assert seconds['roofline'] == max(seconds[k] for k in ('compute', 'memory', 'interconnect'))
+    assert seconds[plan['bound']] == seconds['roofline']
+    busy = max(seconds['compute'], seconds['memory'])
+    assert seconds['step'] == pytest.approx(2 * busy + seconds['exposed'])
+    assert plan['images_per_second'] == pytest.approx(64 / seconds['step'])
+    assert plan['days'] == pytest.approx(100 * seconds['step'] / 86_400)
+    assert plan['core_days'] == pytest.approx(plan['days'] * 8 * 2)  # a v4 has two cores
+
+
+def collective(kind='all-reduce', size=10**9, group=4, members=(0, 1, 2, 3)):
+    return hlo.Collective(kind, size, (), group, members, 1, 0, False, '')
+
+
+class Chip:
+    """What a device of JAX tells of its place."""
+
+    platform = 'tpu'
+
+    def __init__(self, coords, slice_index=0):
+        self.coords, self.slice_index = coords, slice_index
+
+
+def test_times_of_exchanges_by_hand():
+    v5e, v4 = devices.DEVICES['TPU v5 lite'], devices.DEVICES['TPU v4']
+    row = [Chip((x, 0, 0)) for x in range(4)]
+    # 2 x 3/4 GB by one link of 50 GB/s, as a side of 4 of a v5e is no ring; on a v4 it is one
+    assert devices.exchange_seconds(collective(), row, v5e) == pytest.approx(1.5 / 50)
+    cube = [Chip((x, y, z)) for z in range(4) for y in range(4) for x in range(4)]
+    assert devices.exchange_seconds(collective(), cube, v4) == pytest.approx(1.5 / 100)
+    gather = collective('all-gather', group=64, members=tuple(range(64)))
+    assert devices.exchange_seconds(gather, cube, v4) == pytest.approx(63 / 64 / 300)
+    every_other = collective(group=2, members=(0, 2))  # shares its links with the group of 1 and 3
+    assert devices.exchange_seconds(every_other, row, v5e) == pytest.approx(1 / 25)
+    # two slices of two: within, half by half, then 1/2 GB between, by 25 Gbit/s
+    both = [Chip((x, 0, 0), s) for s in range(2) for x in range(2)]
+    assert devices.exchange_seconds(collective(), both, v5e) == pytest.approx(
+        1 / 50 + 0.5 / 3.125
+    )
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--topology=v9:2x2'], 'v2, v3, v4, v5e, v5p, v6e, tpu7x'),
+    (['--topology=v5e', '--chips=100'], 'a slice of v5e has no 100 chips, but 1, 4, 8, 16'),
+    (['--topology=v5e:32x32'], 'a pod of v5e has 256'),
+    (['--topology=cpu:none'], 'as cpu:8 has'),
+    (['--topology=cpu:8', '--config.data.batch_size=60'], '8 and its multiples'),
+    (['--topology=cpu:8', '--config.mesh.fspd=2'], 'mesh.fsdp'),
+    (['--topology=cpu:8', '--config=nowhere.py'], 'no experiment file nowhere.py'),
+    (['--topology=cpu:8', '--efficiency=2'], 'not above 0 and at most 1'),
+])  # fmt: skip
+def test_mistakes_are_one_line(experiment, arguments, words, monkeypatch, capsys):
+    check_mistake(['--config', experiment, *arguments], words, monkeypatch, capsys)
+
+
+def check_mistake(arguments, words, monkeypatch, capsys):
+    from absl import flags
+
+    from vit_jax import cli, plan
+
+    rest, changes = cli.split_changes(['plan', *arguments], 'config')
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(rest)
+    try:
+        with pytest.raises(UserError) as e:
+            plan.main(rest[:1], changes)
+    finally:
+        for name in ('topology', 'chips', 'efficiency'):
+            flags.FLAGS[name].value = flags.FLAGS[name].default
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_data_set_that_is_not_here(experiment):
+    config = configs.load(experiment)
+    source, note = estimate.data_set(config.data.source)
+    assert (len(source), len(source.classes)) == (1_281_167, 1000) and 'imagenet2012' in note
+    part, _ = estimate.data_set({**config.data.source, 'split': 'train[:50%]'})
+    assert len(part) == round(1_281_167 / 2)
+    with pytest.raises(UserError, match='--examples and --classes'):
+        estimate.data_set({**config.data.source, 'name': 'nowhere'})
+    drawn, note = estimate.data_set({**config.data.source, 'name': 'jft_like:5000x70'})
+    assert (len(drawn), len(drawn.classes), note) == (5000, 70, None)
+
+
+def test_the_command_on_simulated_devices(experiment):
+    status, out, err = run('--config', experiment, '--topology=cpu:4', '--json')
+    assert status == 0, err
+    plan = json.loads(out)
+    assert plan['devices'] == 4 and plan['mesh'] == {'data': 4, 'fsdp': 1, 'tensor': 1}
+    assert any('imagenet2012' in note for note in plan['notes'])
+
+
+def test_what_fit_finds_makes_it_fit(experiment, whole):
+    small = devices.DEVICES['TPU v4']._replace(usable=0.75 * whole['memory']['needed'])
+    first = {**whole, 'memory': {**whole['memory'], 'available': small.usable, 'fits': False}}
+    said = []
+    config = configs.load(experiment)
+    source, _ = estimate.data_set(config.data.source, 1000, 10)
+    changes, found = fitting.fit(
+        config, source, jax.devices(), 'cpu:8', first, said.append, efficiency=0.5, peaks=small
+    )
+    assert changes and found['memory']['fits'] and 'fits' in said[-1]
+    again = planned(experiment, peaks=small, overrides={k: str(v) for k, v in changes.items()})
+    assert again['memory']['needed'] == found['memory']['needed'] <= small.usable
+
+
+def test_the_cheapest_is_tried_first(experiment, whole):
+    rows = fitting.candidates(configs.load(experiment), whole)
+    keys = [tuple(sorted(row)) for row in rows]
+    assert rows[0] in ({'accumulate': 2}, {'mesh.fsdp': 2}, {'model.remat': 'dots_saveable'})
+    assert len(set(map(str, rows))) == len(rows) and ('model.remat',) in keys
+    full, dots = ({'model.remat': r} for r in ('full', 'dots_saveable'))
+    assert rows.index(dots) < rows.index(full)
+    assert rows.index({'accumulate': 2}) < rows.index({'accumulate': 4})
+
+
+@needs_compiler
+def test_meshes_of_any_degree_on_a_slice_and_on_two():
+    found, title = devices.topology('v4', 128)
+    assert title == 'v4:4x4x8' and len(found) == 128  # both cores of a chip are one device
+    for fsdp in (1, 2, 8, 32, 128):
+        assert sharding.make_mesh(found, fsdp=fsdp).shape['fsdp'] == fsdp
+    two, title = devices.topology('v5e:4x4', slices=2)
+    mesh = sharding.make_mesh(two, fsdp=8)
+    assert title == '2 slices of v5e:4x4'
+    assert all(len({d.slice_index for d in group}) == 1 for group in mesh.devices[:, :, 0])
+
+
+@needs_compiler
+def test_the_tpu_compiler_counts_as_the_model_does(experiment):
+    found, title = devices.topology('v5e:2x2')
+    config = configs.load(experiment, [
+        ('model.dtype', 'bfloat16'), ('model.depth', '3'), ('optim.clip', 'None'),
+    ])  # fmt: skip
+    source, _ = estimate.data_set(config.data.source, 1000, 10)
+    plan = estimate.plan(config, source, found, title, efficiency=0.5)
+    assert plan['flops_per_image'] == pytest.approx(plan['model_flops_per_image'], rel=0.05)
+    assert set(plan['collectives']) == {'all-reduce'}
+    gradients = 2 * plan['parameters']  # they are bfloat16 when they are summed
+    assert plan['collectives']['all-reduce']['bytes'] == pytest.approx(gradients, rel=0.1)
+    assert plan['memory']['fits'] and plan['seconds']['compiler'] > plan['seconds']['roofline']
+    assert plan['memory']['available'] == pytest.approx(15.75 * 2**30)
+
+
+@needs_compiler
+def test_the_tpu_compiler_says_what_does_not_fit():
+    found, _ = devices.topology('v5e:2x2')
+    place = jax.sharding.SingleDeviceSharding(found[0])
+    x = jax.ShapeDtypeStruct((2**34,), jnp.bfloat16, sharding=place)
+
+    with pytest.raises(estimate.Refused) as e:
+        estimate.compile_or_refuse(jax.jit(lambda x: x + 1).lower(x))
+    assert e.value.available == pytest.approx(15.75 * 2**30, rel=0.001)
+    assert e.value.needed >= 2**35
+
+
+@needs_compiler
+def test_status_1_where_it_does_not_fit():
+    status, out, err = run('--config=experiments/pretrain.py:h/14', '--topology=v5e', '--chips=4')
+    assert (status, err) == (1, '')
+    assert 'does not fit' in out and 'of 15.75 GiB' in out
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_fit_on_a_slice_of_tpus():
+    arguments = ['--config=experiments/pretrain.py:l/16', '--topology=v5e:2x4',
+                 '--config.model.depth=4', '--config.data.batch_size=2048']  # fmt: skip
+    status, out, err = run(*arguments, '--json', '--fit')
+    assert status == 1, err
+    plan = json.loads(out)
+    assert not plan['memory']['fits'] and plan['fit']['plan']['memory']['fits']
+    status, out, err = run(*arguments, '--json', *plan['fit']['flags'].split())
+    assert status == 0, err
+    assert json.loads(out)['memory'] == plan['fit']['plan']['memory']

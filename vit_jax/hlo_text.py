@@ -1,0 +1,120 @@
+"""The text of a compiled program (HLO) as computations of instructions; nothing is judged here."""
+
+import math
+import re
+from typing import NamedTuple
+
+WIDTHS = {'pred': 8, 'token': 0, 'opaque': 0, 'bf16': 16}  # bits; else the number in the name
+
+
+class Shape(NamedTuple):
+    """An array's; `space` is 0 in the device's main memory, above it in memory on the chip."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    padded: tuple[int, ...]  # to whole tiles, as it lies in memory
+    space: int
+
+    @property
+    def bytes(self):
+        return math.prod(self.dims) * bits(self.dtype) // 8
+
+    @property
+    def footprint(self):
+        """Bytes that it takes in main memory."""
+        return 0 if self.space else math.prod(self.padded) * bits(self.dtype) // 8
+
+
+class Instruction(NamedTuple):
+    name: str
+    shapes: tuple[Shape, ...]  # of the result; of all parts where it is a tuple
+    opcode: str
+    operands: tuple[str, ...]
+    inside: str  # what stands between the parentheses
+    attributes: str
+    root: bool
+
+    def attribute(self, key):
+        """The text of `key=...`: a name, or what stands in braces; None where there is none."""
+        match = re.search(rf'[ ,]{key}=(?:%([\w.-]+)|\{{([^}}]*)\}}|([^ ,]+))', self.attributes)
+        return match and next(group for group in match.groups() if group is not None)
+
+
+def bits(dtype):
+    if dtype in WIDTHS:
+        return WIDTHS[dtype]
+    return int(re.search(r'\d+', dtype)[0])
+
+
+def shapes_of(text):
+    """The arrays of a type: of 'bf16[8,128]{1,0:T(8,128)(2,1)S(1)}', or of a tuple of such."""
+    found = []
+    for dtype, dims, layout in re.findall(r'([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?', text):
+        dims = tuple(int(d.lstrip('<=')) for d in dims.split(',') if d)
+        space = re.search(r'S\((\d+)\)', layout)
+        order = [int(i) for i in layout.partition(':')[0].split(',') if i]
+        tile = re.search(r'T\(([\d,]+)\)', layout)
+        padded = list(dims)
+        if tile and order:
+            sizes = [int(s) for s in tile[1].split(',')]
+            for axis, size in zip(order, reversed(sizes), strict=False):
+                padded[axis] = -(-dims[axis] // size) * size
+        found.append(Shape(dtype, dims, tuple(padded), int(space[1]) if space else 0))
+    return tuple(found)
+
+
+def closing(text, start):
+    """Where the parenthesis that opens at `start` is closed."""
+    depth = 0
+    for match in re.compile(r'[()]').finditer(text, start):
+        depth += 1 if match[0] == '(' else -1
+        if not depth:
+            return match.start()
+    raise ValueError(f'unbalanced parentheses: {text[:80]}')
+
+
+def instruction(line):
+    """A line of a computation; None for one that is no instruction."""
+    match = re.match(r'\s+(ROOT )?%?([\w.-]+) = ', line)
+    if not match:
+        return None
+    begin = match.end()
+    end = closing(line, begin) + 1 if line[begin] == '(' else line.index(' ', begin)
+    opens = line.index('(', end)
+    closes = closing(line, opens)
+    inside = line[opens + 1 : closes]
+    return Instruction(
+        match[2], shapes_of(line[begin:end]), line[end:opens].strip(),
+        tuple(re.findall(r'%([\w.-]+)', inside)), inside, line[closes + 1 :], bool(match[1]),
+    )  # fmt: skip
+
+
+def parsed(text):
+    """({computation: {name: Instruction}}, the entry's name)."""
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        head = re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line)
+        if head:
+            current = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif current is not None:
+            found = instruction(line)
+            if found:
+                current[found.name] = found
+    if entry is None:
+        raise ValueError('no program with an entry computation in this text')
+    return computations, entry
+
+
+def root(computation):
+    return next(i for i in computation.values() if i.root)
+
+
+def constant(computation, name):
+    """The integer that an instruction surely is, through copies; None where it is not known."""
+    found = computation.get(name)
+    while found and found.opcode in ('copy', 'bitcast', 'convert', 'copy-start', 'copy-done'):
+        found = computation.get(found.operands[0])
+    if found and found.opcode == 'constant' and re.fullmatch(r'-?\d+', found.inside):
+        return int(found.inside)
+    return None
