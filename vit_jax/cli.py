@@ -1,6 +1,8 @@
-"""What all commands share: a user's mistake is one line and exit status 2, a bug a traceback."""
+"""What all commands share: a user's mistake is one line and exit status 2, a bug a traceback, and
+Ctrl-C one word and exit status 130."""
 
 import re
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -38,3 +40,6 @@ def run(main, section=None):
     except (UserError, flags.Error) as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

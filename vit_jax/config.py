@@ -18,15 +18,15 @@ from vit_jax import models, objectives, optim, report, sharding
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.convert import documents
 from vit_jax.convert import load as weights
-from vit_jax.data import augment, pipeline, sources
+from vit_jax.data import augment, distort, pipeline, sources
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify, probe
 
 REQUIRED = inspect.Parameter.empty
 POSITIVE = (
     'accumulate', 'batch_size', 'depth', 'epochs', 'fsdp', 'image_size', 'keep', 'keep_every',
-    'lr', 'mlp_dim', 'num_classes', 'num_heads', 'patch_size', 'prefetch', 'steps', 'tensor',
-    'threads', 'unroll', 'width',
+    'layers', 'lr', 'mlp_dim', 'num_classes', 'num_heads', 'patch_size', 'prefetch', 'repeats',
+    'smaller', 'steps', 'tensor', 'threads', 'unroll', 'weight', 'width',
 )  # fmt: skip
 SHARES = (
     'attention_dropout', 'b1', 'b2', 'drop_path', 'dropout', 'ema', 'label_smoothing', 'momentum',
@@ -194,22 +194,50 @@ def model_of(scalars, begun):
 
 
 def complete_data(path, values, function):
-    """A section that has a source, itself a section, and a view by its name or with arguments."""
+    """A section that has a source, a view and, in training, augmentations after it."""
     keys = keys_of(function)
     sets = {'source', *(k for k in keys if k.endswith('_source'))}  # data sets, each a section
     full = filled(path, values, keys | {name: (dict, REQUIRED) for name in sets})
     for name in sets:
-        known = keys_of(sources.load)
-        full[name] = filled(f'{path}.{name}', section(full, name), known)
-    if isinstance(full['view'], dict):
-        view = dict(full['view'])
-        known = keys_of(augment.VIEWS[pipeline.check_view(view.pop('name', None))])
-        known.pop('size')
-        filled_view = filled(f'{path}.view', view, known, also=('name',))
-        full['view'] = {'name': full['view']['name'], **filled_view}
-    else:
-        pipeline.check_view(full['view'])
+        full[name] = complete_source(f'{path}.{name}', section(full, name))
+    full['view'] = complete_call(f'{path}.view', full['view'], augment.VIEWS, pipeline.check_view)
+    if 'augment' in keys:
+        full['augment'] = tuple(
+            complete_call(
+                f'{path}.augment[{i}]', call, distort.AUGMENTATIONS, pipeline.check_augmentation
+            )
+            for i, call in enumerate(full['augment'])
+        )
     return full
+
+
+def complete_source(path, values):
+    """A data set, or with the key `mixture` several by name, each with a weight."""
+    known = keys_of(sources.load)
+    if 'mixture' not in values:
+        return filled(path, values, known, also=('mixture',))
+    parts = section(values, 'mixture', f'{path}.mixture')
+    if len(values) > 1 or not parts:
+        raise UserError(f'config {path}.mixture is a section of data sets, and no key is beside it')
+    return {'mixture': {
+        name: filled(
+            f'{path}.mixture.{name}', section(parts, name, f'{path}.mixture.{name}'),
+            known | {'weight': (float, 1.0)},
+        )
+        for name in parts
+    }}  # fmt: skip
+
+
+def complete_call(path, call, functions, check):
+    """The name of one of `functions`, or a dict of it and its arguments, with the defaults."""
+    if not isinstance(call, dict):
+        check(call)
+        return call
+    values = dict(call)
+    name = check(values.pop('name', None))
+    known = keys_of(functions[name])
+    known.pop('size', None)
+    return {'name': name, **filled(path, values, known, also=('name',))}
 
 
 def filled(path, values, keys, also=()):

@@ -3,17 +3,21 @@
 Any setting can be changed on the command line: --config.optim.lr=3e-4. The same command goes on
 with a run that was stopped or killed.
 
+One process a host (or a GPU) is found by itself on TPU pods and under SLURM and Open MPI; elsewhere
+--coordinator, --num_processes and --process_id say it.
+
 Exit status: 0 done, 2 a mistake that its one line names, 3 a loss or gradient that is no number,
-130 and 143 stopped by SIGINT and SIGTERM with everything saved.
+4 another process was lost, 130 and 143 stopped by SIGINT and SIGTERM with everything saved.
 """
 
+import signal
 import sys
 
 from absl import flags
 
 from vit_jax import cli
 from vit_jax import stop as stopping
-from vit_jax.errors import UserError
+from vit_jax.errors import Lost, UserError
 
 CONFIG = flags.DEFINE_string(
     'config', None, 'Experiment file, with an argument after a colon where it takes one. '
@@ -27,6 +31,25 @@ ALLOW = flags.DEFINE_bool(
     'allow_config_change', False,
     'Go on with a run although model, data, seed or optimizer differ from what it was begun with.',
 )  # fmt: skip
+COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, which listens there.'
+)
+PROCESSES = flags.DEFINE_integer('num_processes', None, 'Of the run.', lower_bound=1)
+PROCESS = flags.DEFINE_integer('process_id', None, 'Of this process, from 0.', lower_bound=0)
+EXPECT_PROCESSES = flags.DEFINE_integer(
+    'expect_processes', None, 'Do not begin with more or fewer.'
+)
+EXPECT_DEVICES = flags.DEFINE_integer(
+    'expect_devices', None, 'Of all processes together: do not begin with more or fewer.'
+)
+TIMEOUT = flags.DEFINE_integer(
+    'peer_timeout', 60, 'Seconds after which a process that is not heard of, or that others wait '
+    'for, ends the run.', lower_bound=5,
+)  # fmt: skip
+START = flags.DEFINE_integer(
+    'start_timeout', 600, 'Seconds that processes wait for one that starts, restores, compiles or '
+    'saves.', lower_bound=1,
+)  # fmt: skip
 
 
 def main(argv, overrides):
@@ -38,20 +61,38 @@ def main(argv, overrides):
 
 def run(overrides, stop):
     """Trains and reports; the exit status."""
-    from vit_jax import config, report, train, workdir  # a signal is heard while these load
+    # A signal is heard while these load.
+    from vit_jax import clusters, config, hosts, report, train, workdir
 
     begun = workdir.read_json(workdir.located(WORKDIR.value) / 'config.json')
     settings = config.load(CONFIG.value, overrides, begun)
-    with workdir.held(WORKDIR.value) as path:
-        try:
-            result = train.train(settings, path, stop, allow_config_change=ALLOW.value)
-        except report.NotFinite as e:
-            print(f'error: {e}', file=sys.stderr)
-            return 3
+    limits = dict(timeout=TIMEOUT.value, start_timeout=START.value)
+    try:
+        where = clusters.place(
+            COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=START.value
+        )
+        hosts.expect(where, EXPECT_PROCESSES.value)
+        with hosts.joined(where, hosts.facts(settings), **limits) as at:
+            hosts.expect_devices(EXPECT_DEVICES.value)
+            stop.shared = where is not None
+            with workdir.held(WORKDIR.value) as path:
+                try:
+                    result = train.train(
+                        settings, path, stop, at, allow_config_change=ALLOW.value
+                    )
+                except report.NotFinite as e:  # at the same step in all processes
+                    print(f'error: {e}', file=sys.stderr)
+                    return 3
+    except Lost as e:
+        print(f'error: {e}', file=sys.stderr)
+        return hosts.STATUS
+    first = where is None or where.process == 0
     if result is None:
-        print(f'Stopped and saved. To go on, give the same command again (workdir {path}).')
-        return 128 + stop.signum
-    report.print_result(path, result)
+        if first:
+            print(f'Stopped and saved. To go on, give the same command again (workdir {path}).')
+        return 128 + (stop.signum or signal.SIGTERM)
+    if first:
+        report.print_result(path, result)
     return 0
 
 

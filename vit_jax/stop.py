@@ -4,15 +4,37 @@ import contextlib
 import os
 import signal
 
+import numpy as np
+
 
 class Stop:
-    """True once SIGTERM or SIGINT came; a second one ends the process at once."""
+    """True once SIGTERM or SIGINT came; a second one ends the process at once.
+
+    Several processes must stop at the same step, also where the signal came to one alone. So there
+    it is true once all know: each has its wish in its rows of every batch, and the sum over the
+    batch, which the step returns, is the same for all.
+    """
 
     def __init__(self):
         self.signum = None
+        self.shared = False  # with other processes
+        self.agreed = False
+        self.trouble = None  # an exception that comes soon, see pipeline.foreseen
 
     def __bool__(self):
-        return self.signum is not None
+        return self.agreed if self.shared else self.signum is not None
+
+    def within(self, batch):
+        """The batch, with this process's wish in it where there are others."""
+        if not self.shared:
+            return batch
+        wish = self.signum is not None or self.trouble is not None
+        return batch | {'stop': np.full(len(batch['mask']), wish, np.float32)}
+
+    def hear(self, sums):
+        """Takes the sum of all wishes out of what a step has returned."""
+        self.agreed |= bool(sums.pop('stop', 0))
+        return sums
 
     def __call__(self, signum, frame):
         self.signum = signum

@@ -1,0 +1,454 @@
+"""Runs of several processes: real ones that meet, train, are stopped, killed and held up."""
+
+import concurrent.futures
+import json
+import os
+import shutil
+import signal
+import socket
+
+import launched
+import numpy as np
+import processes
+import pytest
+from processes import Run, free_port
+
+from vit_jax import clusters, hosts, sharding
+from vit_jax.errors import Lost, UserError
+from vit_jax.rendezvous import meet
+
+STEPS = ('--config.steps=20', '--config.checkpoint.every=10')
+LONG = ('--config.steps=100000', '--config.checkpoint.every=7', '--config.evals.val.every=0')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 11, 'val': 7})
+
+
+# who is who
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in os.environ:
+        if name.startswith(('SLURM', 'OMPI', 'JAX_COORD', 'TPU', 'MEGASCALE')):
+            monkeypatch.delenv(name)
+
+    def given(text):
+        for pair in text.split():
+            monkeypatch.setenv(*pair.split('=', 1))
+
+    return given
+
+
+SLURM = 'SLURM_JOB_ID=7 SLURM_STEP_NODELIST=node[003-006,9] SLURM_NTASKS=8 SLURM_PROCID=5 ' \
+    'SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=2 SLURM_STEP_NUM_TASKS=8 '  # fmt: skip
+OMPI = 'OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_LOCAL_RANK=1 '
+
+
+@pytest.mark.parametrize('variables, flags, wanted', [
+    ('', (), None),
+    ('', (None, 1, 0), None),
+    ('', ('a:1', 4, 3), ('a:1', 4, 3, None)),
+    ('', ('[::1]:8476', 2, 0), ('[::1]:8476', 2, 0, None)),
+    # JAX takes the port from the number of the job: 61440 + n % 4096
+    (SLURM + 'SLURM_STEP_TASKS_PER_NODE=4(x2)', (), ('node003:61447', 8, 5, [1])),
+    (SLURM + 'SLURM_STEP_TASKS_PER_NODE=1(x8)', (), ('node003:61447', 8, 5, None)),
+    (SLURM + 'SLURM_STEP_TASKS_PER_NODE=4(x2)', ('b:2', None, None), ('b:2', 8, 5, [1])),
+    # A batch script: no step has more than one task, though the job has eight
+    ('SLURM_JOB_ID=7 SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_LOCALID=0', (), None),
+    (OMPI + 'OMPI_COMM_WORLD_LOCAL_SIZE=2 '
+     'OMPI_MCA_orte_hnp_uri=1531576320.0;tcp://10.96.0.1,10.148.0.1:34911', (),
+     ('10.96.0.1:62624', 4, 3, [1])),
+    (OMPI + 'OMPI_COMM_WORLD_LOCAL_SIZE=1', ('c:3', None, None), ('c:3', 4, 3, None)),
+    ('OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_RANK=0', (), None),
+])  # fmt: skip
+def test_place(variables, flags, wanted, environment):
+    environment(variables)
+    assert clusters.place(*flags) == wanted
+
+
+@pytest.mark.parametrize('variables, flags, words', [
+    ('', ('a:1', 4, None), '--process_id must be given too'),
+    ('', (None, None, 1), '--coordinator and --num_processes must be given too'),
+    ('', ('a', 4, 1), "--coordinator is 'a', not of the form HOST:PORT"),
+    ('', ('a:1', 4, 4), '--process_id is 4; of 4 processes it is one of 0 to 3'),
+    (OMPI, (), "this is process 3 of 4, but 'OMPI_MCA_orte_hnp_uri' is not set"),
+])  # fmt: skip
+def test_places_that_are_none(variables, flags, words, environment):
+    environment(variables)
+    with pytest.raises(UserError, match=words.replace('(', r'\(')):
+        clusters.place(*flags)
+
+
+def test_a_tpu_slice(environment, monkeypatch):
+    monkeypatch.setattr(clusters.cloud_tpu_init, 'running_in_cloud_tpu_vm', True)
+    monkeypatch.setattr('jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm', True)
+    monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
+    environment('MEGASCALE_COORDINATOR_ADDRESS= MEGASCALE_NUM_SLICES= MEGASCALE_SLICE_ID=')
+    environment('TPU_WORKER_ID=2 TPU_WORKER_HOSTNAMES=localhost,t-1,t-2,t-3')
+    assert clusters.place() == ('localhost:8482', 4, 2, None)
+    environment('TPU_WORKER_ID=0 TPU_WORKER_HOSTNAMES=localhost')
+    assert clusters.place() is None  # one host needs none of this
+
+
+def test_what_is_expected_is_checked(environment):
+    where = clusters.Place('a:1', 4, 0, None)
+    hosts.expect(where, 4)
+    hosts.expect(None, 1)
+    hosts.expect_devices(8)
+    for call, words in (
+        (lambda: hosts.expect(where, 8), '--expect_processes is 8, but this is one of 4'),
+        (lambda: hosts.expect(None, 4), '--expect_processes is 4, but this is one of 1'),
+        (lambda: hosts.expect_devices(16), '--expect_devices is 16, but there are 8: 8 here'),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+
+
+# the meeting
+
+
+def meeting(*places, facts=None, timeout=20):
+    """What `meet` returns or raises in each of several threads, (process, of how many) each."""
+    port = free_port()
+
+    def one(i, process, count):
+        where = clusters.Place(f'localhost:{port}', count, process, None)
+        try:
+            return meet(where, (facts or {}).get(i, {'config': 'a'}), timeout)
+        except (Lost, UserError) as e:
+            return e
+
+    with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+        jobs = [pool.submit(one, i, *place) for i, place in enumerate(places)]
+        return [job.result() for job in jobs]
+
+
+def test_all_meet():
+    assert meeting(*((i, 5) for i in range(5))) == [None] * 5
+
+
+def test_who_does_not_come_is_named_to_all():
+    for found in meeting((0, 5), (2, 5), (4, 5), timeout=1):
+        assert isinstance(found, Lost)
+        assert 'processes 1, 3 of 5 did not start within 1 s' in str(found)
+    (found,) = meeting((1, 2), timeout=1)
+    assert isinstance(found, Lost) and 'process 0 did not answer at localhost:' in str(found)
+
+
+def test_other_configs_and_equal_numbers_are_named_to_all():
+    for found in meeting((0, 3), (1, 3), (2, 3), facts={2: {'config': 'b'}}):
+        assert isinstance(found, UserError) and 'has another config than process 0' in str(found)
+    for found in meeting((0, 2), (1, 3)):
+        assert isinstance(found, UserError) and 'has another processes than' in str(found)
+    found = meeting((0, 3), (1, 3), (1, 3))
+    assert all(isinstance(f, UserError) and 'say that they are number 1' in str(f) for f in found)
+
+
+def test_strangers_and_those_that_started_anew_do_not_disturb():
+    port = free_port()
+    where = [clusters.Place(f'localhost:{port}', 3, i, None) for i in range(3)]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet, where[0], {}, 20)
+        for words in (b'GET / HTTP/1.1\r\n\r\n', b'[1]\n', b'{"process": 1}\n', b'',
+                      b'{"process": 1, "host": "x", "facts": {"processes": 3}}\n'):  # fmt: skip
+            connection = None
+            while connection is None:
+                try:
+                    connection = socket.create_connection(('localhost', port), 5)
+                except OSError:
+                    assert not first.done()
+            connection.sendall(words)
+            connection.close()
+        rest = [pool.submit(meet, place, {}, 20) for place in where[1:]]
+        assert [job.result() for job in (first, *rest)] == [None] * 3
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(('', 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        where = clusters.Place(f'localhost:{server.getsockname()[1]}', 2, 0, None)
+        with pytest.raises(UserError, match='can not listen at port .* of --coordinator: '):
+            meet(where, {}, 5)
+
+
+# who is lost
+
+
+def watch(**fields):
+    found = hosts.Watch.__new__(hosts.Watch)
+    found.place, found.mine = clusters.Place('a:1', 3, 0, None), dict(moves=5, phase='step 3')
+    found.interval, found.limit, found.start_timeout = 2, 50, 600
+    found.records, found.behind, found.leaving = {}, {}, False
+    found.heard = {i: 1000.0 for i in range(3)}
+    vars(found).update(fields)
+    return found
+
+
+def record(moves, phase='step 3', **fields):
+    return dict(moves=moves, phase=phase, host='h', beat=1, **fields)
+
+
+def test_silence_is_a_loss():
+    one = watch(records={1: record(5), 2: record(5, 'save, of step 2')})
+    assert one.lost(1049) is None
+    one.heard |= {0: 1049, 1: 1049}
+    words = r'process 2 of 3 \(h\) has not been heard of for 51 s; its last words: save, of step 2'
+    message, status = one.lost(1051)
+    assert status == 4 and message == words.replace('\\', '')
+
+
+@pytest.mark.parametrize('phase, patience', [
+    ('step 3, waiting for data', 50), ('compile, of the step', 600), ('restore', 600),
+])  # fmt: skip
+def test_whom_others_wait_for_is_lost(phase, patience):
+    one = watch(records={1: record(5), 2: record(4, phase)})
+    now = 2000.0
+
+    def lost(after):
+        one.heard = {i: now + after for i in range(3)}
+        return one.lost(now + after)
+
+    assert lost(0) is None and lost(patience - 1) is None
+    message, status = lost(patience + 1)
+    assert status == 4 and 'for process 2 of 3 (h), which is at: ' + phase in message
+    one.records[2] = record(5, phase)  # it has come on
+    assert lost(patience + 2) is None
+    one.records[1], one.mine['moves'] = record(6), 6  # and is behind again: waited for anew
+    assert lost(patience + 3) is None and lost(2 * patience) is None
+    assert lost(2 * patience + 4) is not None
+
+
+def test_all_even_is_never_a_loss():
+    one = watch(records={i: record(5) for i in range(3)}, heard={i: 9e9 for i in range(3)})
+    assert one.lost(9e9) is None
+
+
+# what a process holds of a batch
+
+
+def test_one_process_has_every_row():
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    np.testing.assert_array_equal(sharding.rows(16, mesh), np.arange(16))
+    batch = {'image': np.arange(16 * 3).reshape(16, 3).astype(np.uint8), 'id': np.arange(16)}
+    placed = sharding.put(batch, mesh)
+    for key, value in batch.items():
+        np.testing.assert_array_equal(placed[key], value)
+        assert placed[key].sharding.spec == sharding.BATCH
+
+
+# real processes
+
+
+@pytest.fixture(scope='module')
+def alone(folder, tmp_path_factory):
+    """The workdir of a run of one process with one device."""
+    workdir = tmp_path_factory.mktemp('alone') / 'run'
+    status, output = launched.finish(folder, workdir, *processes.TINY, *STEPS)
+    assert status == 0, output
+    return workdir
+
+
+def assert_close(workdir, other):
+    """The same lines; training and evaluation close, examples and steps equal."""
+    lines, wanted = launched.timeless(workdir), launched.timeless(other)
+    assert [line.keys() for line in lines] == [line.keys() for line in wanted]
+    for line, goal in zip(lines, wanted, strict=True):
+        assert line['step'] == goal['step'] and line.get('val/examples') == goal.get('val/examples')
+        for key in line.keys() & {'loss', 'val/loss', 'param_norm', 'grad_norm'}:
+            np.testing.assert_allclose(line[key], goal[key], rtol=1e-5, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count, devices, mesh', [
+    (2, 2, ''), (4, 1, 'fsdp=2'), (2, 1, 'tensor=2'),
+])
+def test_losses_are_those_of_one_process(count, devices, mesh, folder, alone, tmp_path):
+    workdir = tmp_path / 'run'
+    flags = [f'--config.mesh.{axis}' for axis in mesh.split()]
+    run = processes.finish(
+        folder, workdir, count, devices, *STEPS, *flags, f'--expect_processes={count}',
+        f'--expect_devices={count * devices}',
+    )  # fmt: skip
+    assert_close(workdir, alone)
+    assert launched.metrics(workdir)[-1]['val/examples'] == 21  # of no multiple of the batch
+    result = json.loads((workdir / 'result.json').read_text())
+    assert result['device_count'] == count * devices and result['examples_seen'] == 160
+    # One writes and speaks, all write the checkpoint.
+    assert len(list((workdir / 'tensorboard').iterdir())) == 1
+    assert 'val/accuracy' in run.log(0)
+    assert not any('loss' in run.log(i) or 'devices' in run.log(i) for i in range(1, count))
+    parts = (workdir / 'checkpoints' / '20' / 'state').glob('ocdbt.process_*')
+    written = {int(path.name.rpartition('_')[2]) for path in parts}
+    assert written == (set(range(count)) if mesh.startswith('fsdp') else written | {0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('signum, who, count', [
+    ('KILL', 2, 4), ('STOP', 2, 4), ('KILL', 0, 2), ('STOP', 0, 2),
+])  # fmt: skip
+def test_one_that_dies_or_stalls_ends_all(signum, who, count, folder, tmp_path):
+    workdir, timeout = tmp_path / 'run', 12
+    with Run(folder, workdir, count, 1, *LONG, f'--peer_timeout={timeout}') as run:
+        run.wait_for(lambda: launched.last_step(workdir) >= 9)
+        run.processes[who].send_signal(getattr(signal, f'SIG{signum}'))
+        statuses = run.ended(who, within=timeout + 5)
+        for i, status in statuses.items():
+            assert status == hosts.STATUS, run.says()
+            (error,) = run.errors(i)
+            assert f'error: process {who} of {count} (' in error and 'its last words: ' in error
+            assert 'step' in error.partition('last words: ')[2]
+    assert 7 in launched.checkpoints(workdir)
+
+
+PHASES = {
+    'start': 'vit_jax.hosts:meet', 'restore': 'vit_jax.checkpoint:Checkpoints.restore',
+    'save': 'vit_jax.checkpoint:Checkpoints.save', 'compile, of the step': 'vit_jax.sharding:put',
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def begun(folder, tmp_path_factory):
+    """The workdir of a finished short run."""
+    workdir = tmp_path_factory.mktemp('begun') / 'run'
+    processes.finish(folder, workdir, 1, 2, '--config.steps=4', '--config.mesh.fsdp=2')
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('phase', PHASES)
+def test_a_barrier_where_one_stalls(phase, folder, begun, tmp_path):
+    workdir = tmp_path / 'run'
+    if phase != 'start':
+        workdir = tmp_path / 'copy'
+        shutil.copytree(begun, workdir)
+        (workdir / 'result.json').unlink()
+    flags = ('--config.steps=10', '--config.checkpoint.every=6', '--config.evals.val.every=3',
+             '--allow_config_change', '--peer_timeout=10', '--start_timeout=20')  # fmt: skip
+    with Run(folder, workdir, 2, 1, *flags, stop_in=(1, PHASES[phase])) as run:
+        run.wait_for(lambda: run.stopped(1))
+        statuses = run.ended(1, within=30)
+        assert statuses == {0: hosts.STATUS}, run.says()
+        (error,) = run.errors(0)
+        assert 'process 1 of 2' in error, error
+        assert ('did not start' if phase == 'start' else phase) in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('who', [0, 1])
+def test_sigterm_to_any_one_saves_all_at_one_step(who, folder, tmp_path):
+    whole, workdir = tmp_path / 'whole', tmp_path / 'run'
+    steps = ('--config.steps=24', '--config.checkpoint.every=0', '--config.mesh.fsdp=2')
+    if who:
+        processes.finish(folder, whole, 2, 1, *steps)
+    with Run(folder, workdir, 2, 1, *steps) as run:
+        run.wait_for(lambda: launched.last_step(workdir) >= 3)
+        run.processes[who].send_signal(signal.SIGTERM)
+        assert run.ended() == {0: 143, 1: 143}, run.says()
+        assert 'Stopped and saved' in run.log(0) and not run.errors(0) + run.errors(1)
+    (saved,) = launched.checkpoints(workdir)
+    assert saved >= launched.last_step(workdir) >= 3
+    if who:  # the same bits as if nothing had been
+        processes.finish(folder, workdir, 2, 1, *steps)
+        launched.assert_same_bits(launched.state(workdir, 24), launched.state(whole, 24))
+        assert launched.timeless(workdir) == launched.timeless(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_goes_on_on_other_processes_devices_and_meshes(folder, tmp_path):
+    whole, workdir = tmp_path / 'whole', tmp_path / 'run'
+    stretches = [
+        (2, 4, 'fsdp=4'), (1, 4, 'tensor=2'), (1, 2, ''), (1, 1, ''), (2, 4, 'fsdp=2 tensor=2'),
+    ]  # fmt: skip
+    end = 4 * len(stretches)
+    flags = ('--config.evals.val.every=4', '--config.checkpoint.every=4')
+    status, output = launched.finish(
+        folder, whole, *processes.TINY, *flags, f'--config.steps={end}',
+        '--config.optim.schedule=constant',
+    )  # fmt: skip
+    assert status == 0, output
+    for k, (count, devices, mesh) in enumerate(stretches):
+        axes = dict(part.split('=') for part in mesh.split())
+        shape = [f'--config.mesh.{axis}={axes.get(axis, 1)}' for axis in ('fsdp', 'tensor')]
+        before = launched.state(workdir, 4 * k) if k else None
+        run = processes.finish(
+            folder, workdir, count, devices, *flags, *shape, f'--config.steps={4 * k + 4}',
+            '--config.optim.schedule=constant', '--allow_config_change',
+        )  # fmt: skip
+        assert (f'resumed at step {4 * k}' in run.log(0)) == bool(k)
+        if k:  # what was restored is to the bit what was saved, and still is there
+            launched.assert_same_bits(launched.state(workdir, 4 * k), before)
+        assert launched.checkpoints(workdir)[-1] == 4 * k + 4
+    assert_close(workdir, whole)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_for_the_next_start(folder, tmp_path):
+    workdir = tmp_path / 'run'
+    flags = ('--config.checkpoint.every=4', '--config.mesh.fsdp=2', '--config.evals.val.every=0')
+    processes.finish(folder, workdir, 2, 1, *flags, '--config.steps=8')
+    data = max((workdir / 'checkpoints/8/state').glob('ocdbt.process_1/d/*'), key=os.path.getsize)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    flags = (*flags, '--config.steps=9', '--allow_config_change')
+    with Run(folder, workdir, 2, 1, *flags) as run:
+        assert run.ended() == {0: hosts.STATUS, 1: hosts.STATUS}, run.says()
+        for i in range(2):
+            assert any('checkpoints/8 is damaged: ' in error for error in run.errors(i))
+    assert launched.checkpoints(workdir) == [4]
+    run = processes.finish(folder, workdir, 2, 1, *flags)
+    assert 'resumed at step 4' in run.log(0) and launched.checkpoints(workdir)[-1] == 9
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_ends_all_and_loses_nothing(tmp_path):
+    folder = launched.write_images(tmp_path / 'images', {'train': 30, 'val': 2})
+    workdir = tmp_path / 'run'
+    flags = ('--config.steps=11', '--config.checkpoint.every=0', '--config.evals.val.every=0')
+    bad = folder / 'train' / 'bee' / '7.png'
+    good = bad.read_bytes()
+    bad.write_bytes(good[:50])
+    with Run(folder, workdir, 2, 1, *flags) as run:
+        assert run.ended() == {0: 2, 1: 2}, run.says()
+        for i in range(2):
+            assert any(str(bad) in error for error in run.errors(i)), run.says()
+        saved = launched.checkpoints(workdir)
+    bad.write_bytes(good)
+    run = processes.finish(folder, workdir, 2, 1, *flags)
+    assert saved == [] or f'resumed at step {saved[-1]}' in run.log(0)
+    whole = tmp_path / 'whole'
+    processes.finish(folder, whole, 2, 1, *flags)
+    launched.assert_same_bits(launched.state(workdir, 11), launched.state(whole, 11))
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_its_data_is_named(tmp_path):
+    folder = launched.write_images(tmp_path / 'images', {'train': 30, 'val': 2})
+    stuck = folder / 'train' / 'bee' / '7.png'
+    stuck.unlink()
+    os.mkfifo(stuck)  # no one will ever write to it
+    flags = ('--config.steps=11', '--config.checkpoint.every=0', '--peer_timeout=10')
+    with Run(folder, tmp_path / 'run', 2, 1, *flags) as run:
+        assert run.ended() == {0: 4, 1: 4}, run.says()
+        for i in range(2):
+            (error,) = run.errors(i)
+            assert 'the others have waited' in error and 'waiting for data' in error
+    names = {error.partition(', which')[0] for i in range(2) for error in run.errors(i)}
+    assert len({name.partition(' s for ')[2] for name in names}) == 1
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_all(folder, tmp_path):
+    with Run(folder, tmp_path / 'run', 2, 1, *STEPS, '--config.optim.lr=1e38') as run:
+        assert run.ended() == {0: 3, 1: 3}, run.says()
+        assert all('not finite' in run.errors(i)[0] for i in range(2))
+
+
+@pytest.mark.slow
+def test_one_mistake_is_one_line_in_all(folder, tmp_path):
+    with Run(folder, tmp_path / 'run', 3, 1, *STEPS) as run:
+        assert run.ended() == {0: 2, 1: 2, 2: 2}, run.says()
+        for i in range(3):
+            (error,) = run.errors(i)
+            assert 'batch size 8 is not divisible by the 3 devices' in error

@@ -1,0 +1,86 @@
+"""From a config to the parts of a run: data set, model, objective, optimizer, first state."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from vit_jax import config as configs
+from vit_jax import models, objectives, optim, sharding, step
+from vit_jax.convert import load as weights
+from vit_jax.data import mixture, pipeline, sources
+from vit_jax.errors import UserError
+
+
+class Parts(NamedTuple):
+    """What a config names, made; nothing of it depends on a workdir."""
+
+    source: sources.Source
+    steps: int
+    mesh: jax.sharding.Mesh
+    model: Any
+    shape: tuple[int, int, int]  # of an image: H, W, C
+    objective: Callable
+    tx: optim.Optimizer
+    abstract: step.State
+    evals: dict[str, Any]
+
+
+def make(config, source=None, devices=None):
+    """The parts of a run; every mistake in the config that can be seen beforehand is seen here.
+
+    A plan has devices that are not here, and perhaps a `source` of which it knows the size alone.
+    """
+    source = mixture.load(**config.data.source) if source is None else source
+    mesh = sharding.make_mesh(devices, **config.mesh)
+    sharding.check_batch(config.data.batch_size, mesh, config.accumulate)
+    classes = len(source.classes)
+    model = models.build(**{**config.model, 'num_classes': config.model.num_classes or classes})
+    if model.num_classes < classes:
+        raise UserError(
+            f'labels are out of range: data set {mixture.title(config.data.source)} has {classes} '
+            f'classes, model.num_classes is {model.num_classes}'
+        )
+    check_partners(config)
+    epoch = len(source) / config.data.batch_size  # in steps
+    steps = config.steps or max(1, round(config.epochs * epoch))
+    shape = (*pipeline.size_of(config.data.image_size), 3)
+    objective = objectives.supervised(model, **config.objective)
+    tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
+    abstract = step.abstract_state(model, tx, shape, mesh)
+    evals = {
+        name: configs.EVALUATORS[kwargs.type](model, mesh, **kwargs)
+        for name, kwargs in config.evals.items()
+    }
+    best = config.checkpoint.best
+    if best is not None and best.rpartition('/')[0] not in evals:
+        names = ', '.join(f'{name}/accuracy' for name in evals) or 'none without evals'
+        raise UserError(f'checkpoint.best is {best!r}, no metric of an evaluation: {names}')
+    return Parts(source, steps, mesh, model, shape, objective, tx, abstract, evals)
+
+
+def check_partners(config):
+    """Raises UserError where mixup would mix an image with another view of itself."""
+    copies = -(-config.data.repeats // config.accumulate)  # in a row, of a micro-batch
+    mixes = config.objective.mixup or config.objective.cutmix
+    if mixes and config.objective.mix_shift < copies:
+        raise UserError(
+            f'objective.mix_shift is {config.objective.mix_shift} with data.repeats '
+            f'{config.data.repeats}: images would be mixed with themselves; set it to {copies}'
+        )
+
+
+def first_state(config, parts):
+    """(the state at step 0, the account of what was loaded): random, or from `init_from`."""
+    if config.init_from is None:
+        fresh = (parts.model, parts.tx, parts.shape, config.seed, parts.abstract)
+        return step.init(*fresh), None
+    kept = ('name', 'num_classes', 'representation_size')
+    fields = {k: v for k, v in models.describe(parts.model).items() if k not in kept}
+    found = weights.read(
+        config.init_from, image_size=parts.shape[:2], ema=None,
+        num_classes=None if config.keep_head else parts.model.num_classes,
+        keep_pre_logits=config.keep_pre_logits, **fields,
+    )  # fmt: skip
+    optim.check_same(found.params, parts.abstract.params, config.init_from)
+    return step.begin(found.params, parts.tx, parts.abstract), weights.table(found.account)

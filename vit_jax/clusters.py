@@ -1,0 +1,107 @@
+"""Which process of how many this is: from flags, or from what has launched it."""
+
+import os
+import re
+from typing import NamedTuple
+
+from jax._src import cloud_tpu_init, clusters  # what jax.distributed itself asks
+
+from vit_jax.errors import Lost, UserError
+
+
+class Place(NamedTuple):
+    """A process among those of a run."""
+
+    coordinator: str  # host:port, where the others find process 0
+    processes: int
+    process: int
+    devices: list[int] | None  # GPUs of its machine that are this process's; None: all
+
+
+# Variables with the number of processes, that of this one, its number on its machine and how many
+# there are on it. A job's own script, which no srun has started, has none of SLURM's step.
+LAUNCHERS = {
+    'slurm': ('SLURM_STEP_NUM_TASKS', 'SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_STEP_TASKS_PER_NODE'),
+    'ompi': ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK',
+             'OMPI_COMM_WORLD_LOCAL_SIZE'),
+}  # fmt: skip
+
+
+def place(coordinator=None, processes=None, process=None, *, timeout=300):
+    """The Place that flags and environment say; None where this is the only process.
+
+    What a flag gives is not looked up. TPUs ask their metadata server, for up to `timeout` seconds.
+    Raises UserError, and Lost where that server does not answer.
+    """
+    launcher = launched_by()
+    if launcher is None and not tpu():
+        return by_flags(coordinator, processes, process)
+    devices = None
+    if launcher:
+        count, number, local, on_machine = (os.environ.get(name) for name in LAUNCHERS[launcher])
+        processes = int(count) if processes is None else processes
+        process = int(number) if process is None else process
+        # One process a GPU; a machine's only process has all of them.
+        devices = [int(local)] if leading_number(on_machine) != 1 else None
+        coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS')
+    if None in (coordinator, processes, process):
+        try:
+            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                coordinator, processes, process, devices, launcher or tpu_by(), timeout
+            )
+        except KeyError as e:  # Open MPI from version 5 on does not say where process 0 is
+            raise UserError(
+                f'this is process {process} of {processes}, but {e} is not set, by which process 0 '
+                'would be found; give --coordinator=HOST:PORT'
+            ) from e
+        except (OSError, RuntimeError) as e:
+            raise Lost(f'the machine does not say where process 0 is: {e}') from e
+        coordinator, processes, process, _ = found
+    if processes == 1:
+        return None
+    return checked(Place(coordinator, processes, process, devices))
+
+
+def launched_by():
+    """'slurm' or 'ompi', where that has started more than one process."""
+    for name, (count, *_) in LAUNCHERS.items():
+        if int(os.environ.get(count, 1)) > 1:
+            return name
+    return None
+
+
+def tpu():
+    """Whether this machine has TPUs, and they are to be used."""
+    return cloud_tpu_init.running_in_cloud_tpu_vm and os.environ.get('JAX_PLATFORMS') != 'cpu'
+
+
+def tpu_by():
+    """JAX's name for what runs this TPU: Kubernetes, whose variables say all, or Compute Engine."""
+    variables = {'TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES'}
+    return 'gketpu' if variables & os.environ.keys() else 'gcetpu'
+
+
+def leading_number(text):
+    """4 of '4(x2),3'; 0 where there is none."""
+    return int(re.match(r'\d*', text or '')[0] or 0)
+
+
+def by_flags(coordinator, processes, process):
+    given = {'coordinator': coordinator, 'num_processes': processes, 'process_id': process}
+    missing = [f'--{name}' for name, value in given.items() if value is None]
+    if len(missing) == 3 or (processes == 1 and not process):
+        return None
+    if missing:
+        raise UserError(f'{" and ".join(missing)} must be given too: nothing here says it')
+    return checked(Place(coordinator, processes, process, None))
+
+
+def checked(place):
+    if not re.fullmatch(r'.+:\d+', place.coordinator):
+        raise UserError(f'--coordinator is {place.coordinator!r}, not of the form HOST:PORT')
+    if not 0 <= place.process < place.processes:
+        raise UserError(
+            f'--process_id is {place.process}; of {place.processes} processes it is one of '
+            f'0 to {place.processes - 1}'
+        )
+    return place
