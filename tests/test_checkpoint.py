@@ -1,8 +1,10 @@
 """Checkpoints: what is restored is what was saved, or it is refused and named."""
 
 import collections
+import concurrent.futures
 import functools
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +124,32 @@ def test_a_flipped_bit_that_orbax_does_not_notice(tmp_path, capsys):
             state = resume(workdir, devices=1)
             assert_same_bits(state, sound[int(state.step)])
     assert 'are not those that were saved' in capsys.readouterr().err
+
+
+def test_the_newest_one_is_read_while_a_run_saves_and_deletes(tmp_path):
+    def run():
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            for n in range(1, 1000):
+                checkpoints.save(n, state_at(n, devices=1), {})
+                if over.is_set():
+                    break
+
+    over = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        try:
+            while not any((tmp_path / 'checkpoints').glob('[0-9]')):
+                assert not running.done()
+            found = [checkpoint.newest(tmp_path, parts(1)[1])]
+            while found[-1].step < 7:
+                found.append(checkpoint.newest(tmp_path, parts(1)[1]))
+        finally:
+            over.set()
+        running.result()
+    steps = [int(state.step) for state in found]
+    assert steps == sorted(steps)
+    for state in found:
+        assert_same_bits(state, state_at(int(state.step), devices=1))
 
 
 def test_a_step_whose_checkpoint_was_damaged_is_saved_again(saved, tmp_path):

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import os
+import socket
 import statistics
 import sys
 import time
@@ -11,24 +13,12 @@ import jax
 from etils import epath
 from rich import progress
 from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from vit_jax import devices, storage
+from vit_jax.data import mixture
 from vit_jax.errors import UserError
-
-# Dense bfloat16 peaks in FLOP/s a device, from the makers' data sheets; MFU is left out elsewhere.
-PEAK_FLOPS = {
-    'TPU v2': 22.5e12,  # a core, half of a chip; cloud.google.com/tpu/docs/v2
-    'TPU v3': 61.5e12,  # a core, half of a chip; cloud.google.com/tpu/docs/v3
-    'TPU v4': 275e12,  # cloud.google.com/tpu/docs/v4
-    'TPU v5 lite': 197e12,  # cloud.google.com/tpu/docs/v5e
-    'TPU v5p': 459e12,  # cloud.google.com/tpu/docs/v5p
-    'TPU v5': 459e12,
-    'TPU v6 lite': 918e12,  # cloud.google.com/tpu/docs/v6e
-    'NVIDIA A100-SXM4-40GB': 312e12,  # NVIDIA A100 data sheet
-    'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA H100 80GB HBM3': 989e12,  # NVIDIA H100 data sheet, without sparsity
-    'NVIDIA H200': 989e12,  # NVIDIA H200 data sheet, without sparsity
-}
+from vit_jax.stop import Stop
 
 
 class NotFinite(Exception):
@@ -53,16 +43,19 @@ class Report:
 
     Metrics are read one step late, so that the device never waits for the host. Opened at step
     `start`, it drops the lines of later steps, which the run is about to write again. Of several
-    processes the first writes.
+    processes the first writes, and all hear of each other's wish to stop.
     """
 
-    def __init__(self, workdir, steps, batch_size, start, flops_per_image, *, every: int = 50):
+    def __init__(
+        self, workdir, steps, batch_size, start, flops_per_image, stop=None, *, every: int = 50
+    ):
         if every < 1:
             raise UserError(f'report.every is {every}; it counts steps, from 1')
         self.path = epath.Path(workdir) / 'metrics.jsonl'
         self.steps, self.batch_size, self.every = steps, batch_size, every
-        self.flops_per_image = flops_per_image
-        self.peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self.flops_per_image, self.stop = flops_per_image, Stop() if stop is None else stop
+        known = devices.DEVICES.get(jax.devices()[0].device_kind)
+        self.peak = known and known.flops  # MFU is left out elsewhere
         self.pending = None
         self.lines = [line for line in read_lines(workdir) if line['step'] <= start]
         self.seconds = max((line.get('seconds', 0) for line in self.lines), default=0)
@@ -76,16 +69,21 @@ class Report:
 
     def open(self, start):
         """Rewrites the kept lines in one atomic step, and goes on from there."""
-        part = self.path.with_name('metrics.jsonl.part')
-        part.write_text(''.join(json.dumps(line) + '\n' for line in self.lines))
-        part.replace(self.path)
-        self.file = self.path.open('a')
-        self.events = EventFileWriter(str(self.path.parent / 'tensorboard'))
+        text = ''.join(json.dumps(line) + '\n' for line in self.lines)
+        self.file = storage.Growing(self.path, text.encode())
+        folder = self.path.parent / 'tensorboard'
+        if not storage.remote(folder):
+            folder.mkdir(exist_ok=True)
+        name = f'events.out.tfevents.{self.began:010.0f}.{socket.gethostname()}.{os.getpid()}'
+        self.events = RecordWriter(storage.Growing(folder / name))
+        self.event(file_version='brain.Event:2')
         if start:  # TensorBoard then hides what an earlier process logged from this step on
             log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self.events.add_event(
-                event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=log)
-            )
+            self.event(step=start + 1, session_log=log)
+
+    def event(self, **fields):
+        event = event_pb2.Event(wall_time=time.time(), **fields)
+        self.events.write(event.SerializeToString())
 
     def __enter__(self):
         return self
@@ -93,8 +91,12 @@ class Report:
     def __exit__(self, *exception):
         self.bar.close()
         if self.writes:
-            self.file.close()
-            self.events.close()
+            try:
+                self.file.close()
+                self.events.close()
+            except UserError:
+                if exception[0] is None:
+                    raise  # else what came first is told
 
     @contextlib.contextmanager
     def waiting(self):
@@ -119,15 +121,19 @@ class Report:
             self.read(*previous)
 
     def sync(self):
-        """Reads what is pending; raises NotFinite."""
+        """Reads what is pending, and returns when all is in the file; raises NotFinite."""
         previous, self.pending = self.pending, None
         if previous:
             self.read(*previous)
+        if self.writes:
+            self.file.sync()
 
     def read(self, step, metrics):
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        metrics = {k: float(v) for k, v in self.stop.hear(jax.device_get(metrics)).items()}
         if not all(math.isfinite(metrics[k]) for k in ('loss', 'grad_norm', 'param_norm')):
             raise NotFinite(step, metrics)
+        if skipped := int(metrics.pop('skipped', 0)):
+            self.append(step, {'skipped': skipped})  # of this step: the same after a resume
         speed = self.speed(step)
         if step % self.every == 0 or step == self.steps:
             self.append(step, metrics | speed)
@@ -153,18 +159,16 @@ class Report:
         line = {'step': step, **metrics}
         self.lines.append(line)
         if self.writes:
-            self.file.write(json.dumps(line) + '\n')
-            self.file.flush()
+            self.file.write((json.dumps(line) + '\n').encode())
             values = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
-            summary = summary_pb2.Summary(value=values)
-            self.events.add_event(
-                event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
-            )
+            self.event(step=step, summary=summary_pb2.Summary(value=values))
 
     def evaluation(self, step, name, metrics):
         """Writes the result of an evaluation."""
         seconds = {'seconds': round(self.seconds + time.time() - self.began, 3)}
         self.append(step, {f'{name}/{k}': v for k, v in metrics.items()} | seconds)
+        if self.writes:
+            self.file.sync()
         text = '  '.join(f'{k} {number(v)}' for k, v in metrics.items())
         self.say(f'step {step}  {name}: {text}')
 
@@ -179,12 +183,13 @@ class Report:
         """What result.json says of the run as a whole."""
         metrics = {}
         for line in self.lines:
-            metrics |= {k: v for k, v in line.items() if k not in ('step', 'seconds')}
+            metrics |= {k: v for k, v in line.items() if k not in ('step', 'seconds', 'skipped')}
         rates = list(self.history('images_per_s').values())
         return {
             'metrics': metrics,
             'steps': self.steps,
             'examples_seen': self.steps * self.batch_size,
+            'examples_skipped': sum(line.get('skipped', 0) for line in self.lines),
             'seconds': round(self.seconds + time.time() - self.began, 1),
             'images_per_s': round(statistics.median(rates), 1) if rates else None,
             'flops_per_image': self.flops_per_image,
@@ -195,12 +200,12 @@ class Report:
 
 def read_lines(workdir):
     """The lines of a run's metrics.jsonl as dicts; an unfinished last line is left out."""
-    path = epath.Path(workdir) / 'metrics.jsonl'
+    data = storage.read(epath.Path(workdir) / 'metrics.jsonl')
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in (data or b'').splitlines():
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break  # cut short by a kill: it and all after it is made again
     return lines
 
@@ -264,7 +269,7 @@ def heading(parts, config, start):
         optimizer_table(parts.tx.table),
         f'model   {config.model.name}: {params:,} parameters, {trained:,} of them trained, '
         f'{parts.model.flops(parts.shape) / 1e9:.3g} GFLOP an image forward',
-        f'data    {config.data.source.name}: {len(parts.source):,} images, '
+        f'data    {mixture.title(config.data.source)}: {len(parts.source):,} images, '
         f'{len(parts.source.classes)} classes',
         f'devices {len(devices)} x {devices[0].device_kind}, mesh '
         + ' '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items()),

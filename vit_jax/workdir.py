@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, its config, its result."""
+"""The folder of a run: one run at a time, its config, its result."""
 
 import contextlib
 import datetime
@@ -10,8 +10,10 @@ import os
 import pathlib
 import subprocess
 
+import jax
 from etils import epath
 
+from vit_jax import storage
 from vit_jax.errors import UserError
 
 # Differences here leave it the same run: its batches, its model and its optimizer.
@@ -25,14 +27,19 @@ HARMLESS = (
 def held(workdir):
     """Makes the folder and holds it alone; the kernel lets go when the process ends.
 
+    Of a run's several processes the first holds it. Call it after they have joined.
     Object stores (gs://) have no locks: there, two runs in one workdir are not noticed.
     """
     if not workdir:
         raise UserError('--workdir is empty; name the folder of the run')
     path = located(workdir)
+    lock = None
     with explained(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = None if '://' in workdir else locked(path)
+        if storage.remote(path):
+            storage.check(path)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = locked(path) if jax.process_index() == 0 else None
     try:
         with explained(path):
             yield path
@@ -43,7 +50,8 @@ def held(workdir):
 
 def located(workdir):
     """The absolute path of a workdir as a user wrote it; an address (gs://...) stays."""
-    if '://' in workdir:
+    if storage.remote(workdir):
+        storage.set_up()
         return epath.Path(workdir)
     return epath.Path(os.path.abspath(os.path.expanduser(workdir)))
 
@@ -82,14 +90,13 @@ def explained(path):
 
 def write_json(path, value):
     """One object, indented; the file is complete or as it was."""
-    part = path.with_name(path.name + '.part')
-    part.write_text(json.dumps(value, indent=2) + '\n')
-    part.replace(path)
+    storage.write(path, (json.dumps(value, indent=2) + '\n').encode())
 
 
 def read_json(path):
     """The object in a file; None where there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    data = storage.read(path)
+    return None if data is None else json.loads(data)
 
 
 def settle_config(path, config, begun, *, allow_change):
@@ -105,7 +112,8 @@ def settle_config(path, config, begun, *, allow_change):
             f'the config differs from the one that {path} was begun with:\n{table(changes)}\n'
             'Name another workdir, or give --allow_config_change to go on with the new values.'
         )
-    write_json(path / 'config.json', config.to_dict())
+    if jax.process_index() == 0:
+        write_json(path / 'config.json', config.to_dict())
     return changes
 
 

@@ -1,0 +1,239 @@
+"""A run whose workdir is on gs://, against an emulator, through errors, in real processes."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import launched
+import pytest
+import storage as stores
+from etils import epath
+
+from vit_jax import storage
+from vit_jax.errors import UserError
+
+STEPS = 60
+FLAGS = (f'--config.steps={STEPS}', '--config.checkpoint.every=8')
+
+
+@pytest.fixture
+def store():
+    store = stores.Store()
+    yield store
+    store.close()
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 16, 'val': 40})
+
+
+@pytest.fixture(scope='module')
+def whole(folder, tmp_path_factory):
+    """The workdir, on a disk, of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    status, output = launched.finish(folder, workdir, *FLAGS)
+    assert status == 0, output
+    return workdir
+
+
+class Run:
+    """A process that trains in gs://bucket/run; what it says goes to a file."""
+
+    def __init__(self, store, log, command):
+        self.log = log
+        with log.open('a') as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=launched.ENVIRONMENT | store.environment
+            )
+
+    def until(self, condition):
+        launched.wait_for(condition, self.process, self.log.with_suffix(''))
+
+    def end(self, timeout=200):
+        """Exit status and output."""
+        return self.process.wait(timeout=timeout), self.log.read_text()
+
+
+def train(store, folder, tmp_path, *flags, workdir='gs://bucket/run'):
+    return Run(store, tmp_path / 'gs.log', launched.command(folder, workdir, *FLAGS, *flags))
+
+
+def ask(store, module, *flags):
+    """The output of a whole command."""
+    done = subprocess.run(
+        [sys.executable, '-m', f'vit_jax.{module}', *flags], capture_output=True, text=True,
+        env=launched.ENVIRONMENT | store.environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def committed(store):
+    """Steps with a whole checkpoint."""
+    found = re.findall(r'/(\d+)/commit_success.txt', ' '.join(store.names('run/checkpoints/')))
+    return sorted(map(int, found))
+
+
+def begun(store):
+    """Steps of which there is anything."""
+    found = re.findall(r'run/checkpoints/(\d+)/', ' '.join(store.names('run/checkpoints/')))
+    return sorted(set(map(int, found)))
+
+
+def assert_as_on_a_disk(store, whole, folder):
+    """The arrays of the last checkpoint and the metrics of each step, bit by bit."""
+    workdir = store.copy('run', folder)
+    launched.assert_same_bits(launched.state(workdir, STEPS), launched.state(whole, STEPS))
+    assert launched.timeless(workdir) == launched.timeless(whole)
+    results = [json.loads((w / 'result.json').read_text()) for w in (workdir, whole)]
+    assert results[0]['metrics']['val/loss'] == results[1]['metrics']['val/loss']
+    assert begun(store) == committed(store) == launched.checkpoints(whole)
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_it_ends_as_on_a_disk(store, folder, whole, tmp_path):
+    run = train(store, folder, tmp_path)
+    run.until(lambda: set(begun(store)) - set(committed(store)) and committed(store))
+    run.process.kill()  # within a save, after another
+    run.end()
+    last = committed(store)[-1]
+    kept = [json.loads(line) for line in store.read('run/metrics.jsonl').splitlines()]
+    assert {line['step'] for line in kept if 'loss' in line} >= set(range(1, last + 1))
+
+    run = train(store, folder, tmp_path)
+    run.until(lambda: committed(store)[-1] > last)
+    run.process.send_signal(signal.SIGTERM)
+    status, output = run.end()
+    assert status == 143 and f'resumed at step {last}' in output, output
+    assert 'Traceback' not in output, output
+    last = committed(store)[-1]
+    assert begun(store) == committed(store) and last < STEPS
+
+    status, output = train(store, folder, tmp_path).end()
+    assert status == 0 and f'resumed at step {last}' in output, output
+    assert_as_on_a_disk(store, whole, tmp_path / 'copy')
+    assert any(name.startswith('run/tensorboard/events.out') for name in store.names('run/'))
+
+    status, output = train(store, folder, tmp_path).end()
+    assert status == 0 and f'is finished: {STEPS} steps' in output, output
+    measured = json.loads(ask(store, 'evaluate', '--checkpoint=gs://bucket/run', '--json'))
+    at_the_end = json.loads(store.read('run/result.json'))['metrics']
+    assert measured['val']['loss'] == at_the_end['val/loss']
+    ask(store, 'figures', 'gs://bucket/run')
+    assert store.read('run/summary.png').startswith(b'\x89PNG')
+    tuned = tmp_path / 'tuned'
+    command = launched.command(
+        folder, tuned, '--config.steps=1', '--config.init_from=gs://bucket/run',
+        '--config.optim.lr=1e-30', '--config.keep_head=True',
+    )  # fmt: skip
+    status, output = Run(store, tmp_path / 'tuned.log', command).end()
+    assert status == 0, output
+    average = launched.state(whole, STEPS)
+    average = {k.partition('average/')[2]: v for k, v in average.items() if '/average/' in k}
+    kernel = launched.state(tuned, 1)['params/embedding/kernel']
+    assert kernel.tobytes() == average['embedding/kernel'].tobytes()
+
+
+@pytest.mark.slow
+def test_errors_change_nothing(store, folder, whole, tmp_path):
+    """Every kind of request of every library fails once in each way."""
+    ways = ('503', 'cut', 'refused', 'slow')
+    store.trouble = stores.Once(*ways)
+    status, output = train(store, folder, tmp_path).end()
+    assert status == 0 and 'Traceback' not in output, output
+    assert {library for library, *_ in store.trouble.failed} == {
+        'python-gcsfs', 'tensorstore', 'gcloud-python'
+    }  # fmt: skip
+    often = [kind for kind, n in store.trouble.failed.items() if n == len(ways)]
+    assert len(often) >= 6, store.trouble.failed
+    assert_as_on_a_disk(store, whole, tmp_path / 'copy')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['503', 'refused'])
+def test_a_store_that_stays_away_ends_the_run_with_one_line(store, folder, tmp_path, way):
+    run = train(store, folder, tmp_path, '--config.steps=1000000')
+    run.until(lambda: committed(store))
+    store.trouble = lambda request: way
+    status, output = run.end()
+    assert status == 2 and 'Traceback' not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith('error:')]
+    assert re.match(r'error: can not write .*gs://bucket/run/(checkpoints/\d+|metrics.jsonl)', line)
+    store.trouble = lambda request: None
+    last = committed(store)[-1]
+    flags = (f'--config.steps={last + 1}', '--allow_config_change')
+    status, output = train(store, folder, tmp_path, *flags).end()
+    assert f'resumed at step {last}' in output and status == 0, output
+
+
+def test_a_bucket_that_is_not_there(store, folder, tmp_path):
+    status, output = train(store, folder, tmp_path, workdir='gs://buckt/run').end()
+    assert status == 2
+    assert output == "error: can not write to gs://buckt/run: there is no bucket 'buckt'\n"
+
+
+@pytest.mark.parametrize('methods', ['GET', 'POST PUT'])
+def test_no_permission(store, folder, tmp_path, methods):
+    store.trouble = lambda request: '403' if request.command in methods else None
+    status, output = train(store, folder, tmp_path).end()
+    does = 'read' if methods == 'GET' else 'write to'
+    path = 'gs://bucket/run' + ('/config.json' if does == 'read' else '')
+    assert output == f'error: can not {does} {path}: the server answers 403 Forbidden\n'
+    assert status == 2 and not store.names()
+
+
+@pytest.fixture
+def here(store, monkeypatch):
+    """The store as this process sees it."""
+    monkeypatch.setenv('STORAGE_EMULATOR_HOST', store.url)
+    monkeypatch.setattr(storage, 'PERIOD', 0)
+    storage.set_up()
+    return epath.Path('gs://bucket/run')
+
+
+def test_a_growing_file_is_whole_after_sync(store, here):
+    file = storage.Growing(here / 'lines', b'0\n')
+    store.trouble = lambda request: '403'
+    file.write(b'1\n')  # tried in the background, in vain
+    with pytest.raises(UserError, match='can not write gs://bucket/run/lines: .* 403 Forbidden'):
+        file.sync()
+    assert store.read('run/lines') == b'0\n'
+    store.trouble = lambda request: None
+    file.write(b'2\n')
+    file.sync()
+    assert store.read('run/lines') == b'0\n1\n2\n'
+    file.write(b'3\n')
+    file.close()
+    assert store.read('run/lines') == b'0\n1\n2\n3\n'
+
+
+def test_a_growing_file_does_not_wait_for_its_server(store, here):
+    file = storage.Growing(here / 'lines')
+    store.trouble = lambda request: 'slow'
+    began = time.monotonic()
+    for i in range(100):
+        file.write(b'%d\n' % i)
+    assert time.monotonic() - began < 1 and store.read('run/lines') == b''
+    store.trouble = lambda request: None
+    file.close()
+    assert store.read('run/lines') == b''.join(b'%d\n' % i for i in range(100))
+
+
+def test_a_growing_file_on_a_disk_has_every_line_at_once(tmp_path):
+    path = epath.Path(tmp_path) / 'lines'
+    file = storage.Growing(path, b'0\n')
+    file.write(b'1\n')
+    assert path.read_bytes() == b'0\n1\n'
+    file.close()
+
+
+def test_what_can_not_be_read_for_now_is_not_taken_for_absent(store, here, monkeypatch):
+    assert storage.read(here / 'config.json') is None
+    storage.write(here / 'config.json', b'{}')
+    store.trouble = lambda request: '403'
+    with pytest.raises(UserError, match='can not read gs://bucket/run/config.json'):
+        storage.read(here / 'config.json')

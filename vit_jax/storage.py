@@ -1,0 +1,167 @@
+"""A run's files at an address (gs://...): what differs there from a disk.
+
+An object is written whole or not at all; it can neither be appended to nor locked. Where a server
+is away, fsspec (small files) and TensorStore (arrays) ask again and again: here is for how long,
+and what is said in the end.
+"""
+
+import concurrent.futures
+import contextlib
+import logging
+import os
+import re
+import time
+
+import fsspec
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from vit_jax.convert.reasons import chain, foreign, reason, silent, status
+from vit_jax.errors import UserError
+
+SILENCE = 30  # seconds without a byte, after which a request is made anew
+RETRIES = 5  # of a request, after 1, 2, 4, 8, 16 s: gcsfs' own number, for TensorStore too
+PERIOD = 10  # seconds between two writes of a growing file, at least
+
+
+def remote(path):
+    return '://' in str(path)
+
+
+def set_up():
+    """Bounds how long the libraries wait for a server that is away. Raises UserError."""
+    # gcsfs asks for a bucket's layout over gRPC, which hangs where only HTTPS gets through; it
+    # reads this as it is imported.
+    os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+    try:
+        import aiohttp
+        import gcsfs  # noqa: F401
+    except ImportError as e:
+        raise UserError(f'gs:// needs {e.name}: pip install "vit_jax[remote]"') from e
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # what it logs it raises as well
+    # TensorStore writes behind gcsfs' back, so what gcsfs has listed once does not stay true.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    fsspec.config.conf['gcs'] = fsspec.config.conf.get('gcs', {}) | {
+        'requests_timeout': timeout, 'use_listings_cache': False,
+    }  # fmt: skip
+    os.environ.setdefault('TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS', str(SILENCE))
+    os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(SILENCE))
+    os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
+    # TensorStore's own default is a quarter of an hour, and Orbax has no setting for it.
+    retries = {'max_retries': RETRIES, 'initial_delay': '1s', 'max_delay': '16s'}
+    for context in ('_BASE_TS_CONTEXT', '_DEFAULT_OCDBT_TS_CONTEXT'):
+        getattr(tensorstore_utils, context)['gcs_request_retries'] = retries
+
+
+@contextlib.contextmanager
+def explained(path, doing):
+    """Turns what a server refuses into one line for the user; a disk's errors stay as they are."""
+    try:
+        yield
+    except Exception as e:
+        if not remote(path) or isinstance(e, UserError) or not foreign(e):
+            raise
+        raise UserError(f'can not {doing} {path}: {why(e)}') from e
+
+
+def away(error):
+    """Whether a server gave no answer, or none that says what it has: all may be well there."""
+    words = 'UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|Forbidden'
+    texts = ' '.join(str(e) for e in chain(error))
+    return silent(error) or status(error) in (401, 403) or bool(re.search(words, texts))
+
+
+def why(error):
+    """One line on what a server said, or did not say."""
+    texts = [str(e) for e in chain(error)]
+    for text in texts:
+        if text.startswith('Forbidden'):  # gcsfs'
+            return 'the server answers 403 Forbidden'
+    return re.sub(r'\s*\[(source locations|tensorstore).*', '', reason(error))
+
+
+def check(path):
+    """Raises UserError unless an object can be written in the folder `path`.
+
+    The object, .lock, says which process was the last to begin.
+    """
+    bucket = str(path).partition('://')[2].partition('/')[0]
+    try:
+        with explained(path, 'write to'):
+            (path / '.lock').write_text(f'{os.uname().nodename} {os.getpid()}\n')
+    except UserError as e:
+        if any(isinstance(cause, FileNotFoundError) for cause in chain(e)):
+            raise UserError(f'can not write to {path}: there is no bucket {bucket!r}') from e
+        raise
+
+
+def read(path):
+    """The bytes of a file; None where there is none."""
+    with explained(path, 'read'):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def write(path, data):
+    """Writes bytes to a file, which is complete or as it was."""
+    if remote(path):
+        with explained(path, 'write'):
+            path.write_bytes(data)
+        return
+    part = path.with_name(path.name + '.part')
+    part.write_bytes(data)
+    part.replace(path)
+
+
+class Growing:
+    """A file that grows: appended to on a disk; elsewhere written whole, now and then."""
+
+    def __init__(self, path, data=b''):
+        write(path, data)
+        self.path, self.file = path, None
+        if not remote(path):
+            self.file = path.open('ab')
+            return
+        self.data, self.written = bytearray(data), len(data)
+        self.uploads = concurrent.futures.ThreadPoolExecutor(1)
+        self.running = None
+        self.next = time.monotonic() + PERIOD
+
+    def write(self, data):
+        """Adds bytes; they are in the file at once, elsewhere after a while, or after `sync`."""
+        if self.file:
+            self.file.write(data)
+            self.file.flush()
+            return
+        self.data += data
+        if time.monotonic() > self.next and (self.running is None or self.running.done()):
+            # Where it fails the next one has these bytes, too.
+            self.running = self.uploads.submit(self.upload, bytes(self.data))
+
+    def upload(self, data):
+        began = time.monotonic()
+        try:
+            write(self.path, data)
+            self.written = len(data)
+        finally:
+            now = time.monotonic()
+            self.next = now + max(PERIOD, 20 * (now - began))
+
+    def sync(self):
+        """Returns when every byte is written. Raises UserError."""
+        if self.file:
+            return
+        if self.running:
+            concurrent.futures.wait([self.running])
+        if self.written < len(self.data):
+            self.upload(bytes(self.data))
+
+    def close(self):
+        if self.file:
+            self.file.close()
+            return
+        try:
+            self.sync()
+        finally:
+            self.uploads.shutdown()
