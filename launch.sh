@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set-up and launch. Without arguments: the commands.
+# Set-up and launch. Without arguments: the commands; COMMAND --help: what it takes.
+# shellcheck disable=SC2034  # launch/*.sh read what is set here
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -9,45 +10,216 @@ usage: bash launch.sh COMMAND
   quickstart           make .venv, install, train a ViT on real handwritten digits, show the result
   test [PYTEST ARGS]   make .venv if need be, install the test extra, check style, run the tests;
                        with -m slow those that take a minute or more
-  local FILE [FLAGS]   train experiment FILE on this machine; its workdir is runs/NAME unless given
+  setup EXTRAS         make .venv with the versions of constraints.txt: tpu,remote say
+  local EXPERIMENT     train on this machine, with all its devices
+  hosts EXPERIMENT     several processes on this machine, with simulated devices
+  slurm EXPERIMENT     a batch job, one process a GPU
+  tpu EXPERIMENT       every worker of a Cloud TPU: set up, start, follow, go on when preempted
+  gke EXPERIMENT       a JobSet on a TPU slice of a Kubernetes cluster
+
+bash launch.sh COMMAND --help says what each of the last five takes. All of them take
+  [OPTIONS] EXPERIMENT [FLAGS OF vit_jax.main]
+  --workdir DIR        folder of the run; runs/NAME unless given
+  --sweep KEY=A,B ...  one run for each combination, in a folder of its own below the workdir; takes
+                       all words that follow and look like KEY=VALUES. What is finished is not run
+                       again; a table of all of them is the end
+  --dry-run            print what would run, ready to paste, and do nothing
+  --                   all that follows goes to vit_jax.main
+$VIT_JAX_PYTHON names a Python that has vit_jax; then nothing is installed here.
+Exit status: that of the run (0 done, 2 a mistake, 3 not finite, 130 and 143 stopped and saved);
+1 where what carries the run (SLURM, gcloud, kubectl) has failed.
 EOS
 }
 
-setup() { # EXTRAS: a .venv with the package and the versions that the tests passed with
-    if [ ! -x .venv/bin/python ]; then
-        if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-            echo "error: vit_jax needs Python 3.11 or newer, python3 is $(python3 -V 2>&1)" >&2
-            exit 2
-        fi
-        echo 'Making .venv and installing the package (a few minutes the first time)'
-        python3 -m venv .venv
-    fi
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-        --constraint constraints.txt --editable ".[$1]"
+fail() { # MESSAGE: the user's mistake
+    echo "error: $1" >&2
+    exit 2
 }
 
-case "${1:-}" in
+die() { # MESSAGE: the fault of what was called
+    echo "error: $1" >&2
+    exit 1
+}
+
+quoted() { # WORDS: one line that a shell reads as these words
+    local word line=''
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9_./:=,@+-]+$ ]] || word=${word@Q}
+        line+=" $word"
+    done
+    echo "${line# }"
+}
+
+run() { # COMMAND: runs it; with --dry-run prints it
+    if [ "$dry_run" ]; then quoted "$@"; else "$@"; fi
+}
+
+setup() { # EXTRAS: $python, with the package and the versions that the tests passed with
+    python=${VIT_JAX_PYTHON:-.venv/bin/python}
+    if [ "${VIT_JAX_PYTHON:-}" ]; then
+        command -v "$python" >/dev/null || fail "VIT_JAX_PYTHON is $python, which is no program"
+        return
+    fi
+    local base key known=.venv/installed headers=
+    if [ ! -x "$python" ]; then
+        for base in python3 python3.11 python3.12 python3.13 python3.14 ''; do
+            "${base:-false}" 2>/dev/null -c 'import sys; sys.exit(sys.version_info < (3, 11))' &&
+                break
+        done
+        [ "$base" ] || fail "vit_jax needs Python 3.11 or newer, python3 is $(python3 -V 2>&1)"
+        [ "$dry_run" ] || echo 'Making .venv and installing the package (minutes the first time)'
+        run "$base" -m venv .venv
+    fi
+    [ ! -e /usr/include/jpeglib.h ] || headers=1
+    # What is installed is not asked for again: that takes seconds, and a network.
+    key="$(cat constraints.txt setup.cfg setup.py vit_jax/data/_jpeg.c | cksum) $headers"
+    if [ "$dry_run" ] || ! grep -qsxF "$key $1" "$known"; then
+        run "$python" -m pip install --quiet --disable-pip-version-check \
+            --constraint constraints.txt --editable ".[$1]"
+        [ "$dry_run" ] || { { grep -sF "$key " "$known" || true; echo "$key $1"; } >"$known.new"
+            mv "$known.new" "$known"; }
+    fi
+}
+
+parse() { # "VALUED OPTIONS" "SWITCHES" ARGUMENTS: sets variables of these names, and the below
+    local valued=" workdir ${1//[[:space:]]/ } " switches=" dry-run help $2 " arg option value
+    shift 2
+    while [ $# -gt 0 ]; do
+        arg=$1 option=${1%%=*} option=${option#--}
+        shift
+        if [ "$arg" = -- ]; then
+            flags+=("$@")
+            break
+        elif [ "$arg" = --sweep ]; then
+            [[ ${1:-} =~ $combination ]] || fail '--sweep has no KEY=VALUES after it'
+            while [[ ${1:-} =~ $combination ]]; do sweep+=("$1") && shift; done
+        elif [[ $arg == --* && $switches == *" $option "* ]]; then
+            [ "$arg" = "--$option" ] || fail "--$option takes no value"
+            printf -v "${option//-/_}" true
+        elif [[ $arg == --* && $valued == *" $option "* ]]; then
+            if [ "$arg" = "--$option" ] && [ $# -gt 0 ] && [[ $1 != --* ]]; then
+                value=$1
+                shift
+            else
+                value=${arg#"--$option"} value=${value#=}
+            fi
+            [ "$value" ] || fail "--$option has no value; write --$option=VALUE"
+            printf -v "${option//-/_}" %s "$value"
+        elif [[ $arg == -* && ! $experiment ]]; then
+            [[ $passed_on && $arg == --*=* ]] ||
+                fail "unknown option $arg of $command; see: bash launch.sh $command --help"
+            others+=("$arg")
+        elif [ ! "$experiment" ]; then
+            experiment=$arg
+        else
+            [[ $arg == -* || ${flags[*]: -1} =~ ^-[^=]*$ ]] || fail "unexpected argument $arg"
+            flags+=("$arg")
+        fi
+    done
+}
+
+options() { # as parse; then checks what all commands need
+    local file
+    parse "$@"
+    if [ "$help" ]; then
+        "help_$command"
+        exit
+    fi
+    file=${experiment%%:*}
+    [ "$experiment" ] || [ "${stop:-}${logs:-}" ] ||
+        fail "no EXPERIMENT given; see: bash launch.sh $command --help"
+    [ ! "$experiment" ] || [ -f "$file" ] ||
+        fail "no experiment file $file; there are $(echo experiments/*.py)"
+    workdir=${workdir:-runs/$(basename "$file" .py)${sweep:+.sweep}}
+    workdir=${workdir%/}
+}
+
+count() { # OPTION VALUE: the value is a whole number above 0
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "--$1 is '$2', not a whole number above 0"
+}
+
+shared_workdir() { # a run of several hosts, or one that moves, needs a folder that all of them see
+    [[ $workdir == *://* || $workdir == /* ]] ||
+        fail "--workdir is $workdir, a folder of one host; give an address (gs://BUCKET/FOLDER) or \
+the absolute path of a disk that all hosts share"
+}
+
+training() { # WORKDIR FLAGS: sets words, the command that trains
+    words=("${worker_python:-$python}" -m vit_jax.main --config "$experiment" --workdir "$@")
+}
+
+log_folder() { # WORKDIR: sets logs, a folder on this machine
+    logs=$1/logs
+    [[ $1 != *://* ]] || logs=runs/${1##*/}/logs
+    [ "$dry_run" ] || mkdir -p "$logs"
+}
+
+each() { # FUNCTION: calls it with workdir and flags, for every run of a sweep that is not finished
+    local plan line row rc status=0 settings=() flag
+    if [ ${#sweep[@]} = 0 ]; then
+        "$1" "$workdir" "${flags[@]}"
+        return
+    fi
+    for flag in "${flags[@]}"; do [[ $flag != *-config.* ]] || settings+=("$flag"); done
+    table=("$python" -m vit_jax.sweep --config "$experiment" --workdir "$workdir"
+        "${settings[@]}" "${sweep[@]}")
+    command -v "$python" >/dev/null ||
+        fail "a sweep needs $python; make it: bash launch.sh setup digits,figures"
+    plan=$("${table[@]}" --plan) || exit $?
+    while IFS= read -r line <&3; do
+        IFS=$'\t' read -r -a row <<<"$line"
+        if [ "${row[0]}" = finished ]; then
+            echo "# ${row[1]} is finished"
+            continue
+        fi
+        [ "$dry_run" ] || echo "# ${row[1]}"
+        rc=0
+        "$1" "${row[1]}" "${flags[@]}" "${row[@]:2}" || rc=$?
+        [ "$status" != 0 ] || status=$rc
+        case $rc in 130 | 143) break ;; esac
+        [ ! "$stopped" ] || break # any other failure is one row of the table
+    done 3<<<"$plan"
+    return "$status"
+}
+
+show_table() {
+    [ ${#sweep[@]} = 0 ] || run "${table[@]}"
+}
+
+pause() { # SECONDS: a signal is heard at once
+    sleep "$1" &
+    child=$!
+    wait "$child" || true
+}
+
+command=${1:-}
+shift || true
+experiment='' workdir='' name='' dry_run='' help='' flags=() sweep=() others=()
+passed_on='' stopped='' child='' worker_python=''
+combination='^[A-Za-z_][A-Za-z0-9_.]*='
+poll=${VIT_JAX_POLL:-10} # seconds between looks at what runs elsewhere
+
+case $command in
 quickstart)
-    shift
     setup digits,figures
-    .venv/bin/python -m vit_jax.main --config experiments/digits.py --workdir runs/digits "$@"
-    .venv/bin/python -m vit_jax.figures runs/digits
+    "$python" -m vit_jax.main --config experiments/digits.py --workdir runs/digits "$@"
+    "$python" -m vit_jax.figures runs/digits
     ;;
 test)
-    shift
     setup test
-    .venv/bin/ruff check .
-    .venv/bin/python -m pytest "$@"
+    "$python" -m ruff check .
+    "$python" -m pytest "$@"
     ;;
-local)
-    experiment=${2:?usage: bash launch.sh local FILE [FLAGS]}
-    shift 2
-    setup digits,figures
-    name=$(basename "${experiment%%:*}" .py)
-    .venv/bin/python -m vit_jax.main --config "$experiment" --workdir "runs/$name" "$@"
+setup)
+    setup "${1:?usage: bash launch.sh setup EXTRAS}"
+    ;;
+local | hosts | slurm | tpu | gke)
+    # shellcheck source=/dev/null
+    source launch/here.sh && { [ ! -e "launch/$command.sh" ] || source "launch/$command.sh"; }
+    "launch_$command" "$@"
     ;;
 *)
     usage
-    [ -z "${1:-}" ] || exit 2
+    [ -z "$command" ] || exit 2
     ;;
 esac

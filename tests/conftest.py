@@ -7,6 +7,7 @@ steps again, in this process and in those that the tests start.
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -17,3 +18,16 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a parallel worker, or 
     os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests inherit it
+
+import launching  # noqa: E402 - it imports JAX, which reads the environment
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A machine on which launch.sh calls stand-ins."""
+    with launching.held(tmp_path) as place:
+        yield place

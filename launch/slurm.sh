@@ -1,0 +1,162 @@
+# Batch jobs of SLURM. Read by launch.sh.
+# shellcheck shell=bash disable=SC2034,SC2154
+
+# Options of sbatch that take a value; others are given as --OPTION=VALUE.
+sbatch_options='partition time account qos constraint reservation mem cpus-per-task exclude
+    nodelist'
+
+help_slurm() {
+    cat <<'EOS'
+usage: bash launch.sh slurm --nodes N --gpus-per-node G [OPTIONS] EXPERIMENT [FLAGS]
+Submits a batch job and follows its log; Ctrl-C cancels it, losing the terminal does not. This
+folder must lie on a disk that all nodes share. A job that is preempted, or near its time limit,
+saves, queues again and goes on. The jobs of a sweep are submitted together.
+  --nodes N, --gpus-per-node G   what the job gets; one process a GPU
+  --before SECONDS               how long before its time limit the job saves (120)
+  --partition, --time, --account, --qos, --constraint, --reservation, --mem, --cpus-per-task,
+  --exclude, --nodelist VALUE    passed on to sbatch, as is every --OPTION=VALUE before EXPERIMENT
+  --detach                       submit, and no more
+  --workdir DIR, --sweep KEY=A,B ..., --dry-run   see: bash launch.sh
+EOS
+}
+
+launch_slurm() {
+    local status=0
+    nodes='' gpus_per_node='' before=120 detach='' passed_on=true follower='' jobs=()
+    local option variable
+    for option in $sbatch_options; do printf -v "${option//-/_}" ''; done
+    options "nodes gpus-per-node before $sbatch_options" detach "$@"
+    count nodes "$nodes"
+    count gpus-per-node "$gpus_per_node"
+    count before "$before"
+    for option in $sbatch_options; do
+        variable=${option//-/_}
+        [ -z "${!variable}" ] || others+=("--$option=${!variable}")
+    done
+    [ "$dry_run" ] || command -v sbatch >/dev/null ||
+        fail 'there is no sbatch here; run this on a login node of a SLURM cluster'
+    setup cuda,remote
+    trap 'kill $child $follower 2>/dev/null || true' EXIT
+    trap 'cancel 130' INT
+    trap 'cancel 143' TERM
+    each submit || status=$?
+    if [ "$detach$dry_run" ] || [ "$status" != 0 ]; then
+        [ ${#jobs[@]} = 0 ] || [ "$status" = 0 ] || cancel "$status"
+    else
+        await_jobs || status=$?
+    fi
+    [ "$detach" ] && [ ${#sweep[@]} != 0 ] && echo "# the table: $(quoted "${table[@]}")"
+    [ "$detach" ] || show_table
+    exit "$status"
+}
+
+# One process a GPU, because that is what jax.distributed makes of SLURM's variables: process
+# SLURM_PROCID of SLURM_NTASKS takes the device SLURM_LOCALID of its node and no other. So each must
+# see all devices of its node: no --gpus-per-task, no binding.
+# When one process ends the others notice, save if they can, and end on their own: srun gives them
+# five minutes and kills none before. --signal goes to the processes, not to this script; TERM here
+# means that the job is cancelled, or preempted and then queued again by SLURM itself.
+job_script() { # WORKDIR FLAGS: what sbatch gets
+    local option
+    training "$@"
+    cat <<EOS
+#!/bin/bash
+#SBATCH --job-name=$(basename "$1")
+#SBATCH --nodes=$nodes
+#SBATCH --gpus-per-node=$gpus_per_node
+#SBATCH --ntasks-per-node=$gpus_per_node
+#SBATCH --output="$logs/slurm-%j.log"
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=SIGTERM@$before
+$(for option in "${others[@]}"; do printf '#SBATCH %s="%s"\n' "${option%%=*}" "${option#*=}"; done)
+cd $(quoted "$PWD") || exit
+over='' status=0
+trap 'over=true' TERM
+srun --kill-on-bad-exit=0 --wait=300 --gpu-bind=none \\
+    \${SLURM_CPUS_PER_TASK:+--cpus-per-task=\$SLURM_CPUS_PER_TASK} \\
+    $(quoted "${words[@]}") || status=\$?
+if [ \$status = 143 ] && [ -z "\$over" ]; then
+    scontrol requeue "\$SLURM_JOB_ID" && exit 143
+fi
+echo \$status >$(quoted "$logs")/slurm-\$SLURM_JOB_ID.status
+exit \$status
+EOS
+}
+
+submit() { # WORKDIR FLAGS
+    local script job errors
+    log_folder "$1"
+    script=$logs/job.sbatch
+    if [ "$dry_run" ]; then
+        quoted mkdir -p "$logs"
+        echo "cat >$(quoted "$script") <<'END'"
+        job_script "$@"
+        echo END
+        quoted sbatch --parsable "$script"
+        return
+    fi
+    job_script "$@" >"$script"
+    errors=$logs/sbatch.errors
+    if ! job=$(sbatch --parsable "$script" 2>"$errors"); then
+        echo "error: sbatch refused $script: $(reason "$errors"); sinfo -s lists the partitions, \
+sacctmgr show associations the accounts" >&2
+        return 1
+    fi
+    job=${job%%;*} # without the cluster's name
+    jobs+=("$job $logs")
+    echo "# job $job, log $logs/slurm-$job.log"
+}
+
+reason() { # FILE: the last error that a command wrote there, as one line
+    grep -v '^ *$' "$1" | sed -n 's/^[a-z_]*: error: //; $p'
+}
+
+await_jobs() { # follows a single job; the status of the first that failed
+    local entry job logs rc status=0
+    if [ ${#jobs[@]} = 1 ]; then
+        read -r job logs <<<"${jobs[0]}"
+        touch "$logs/slurm-$job.log"
+        tail -n +1 -F "$logs/slurm-$job.log" 2>/dev/null &
+        follower=$!
+    fi
+    for entry in "${jobs[@]}"; do
+        read -r job logs <<<"$entry"
+        await "$job"
+        [ -z "$follower" ] || pause "$poll" # for its last words
+        rc=1
+        if [ -e "$logs/slurm-$job.status" ]; then
+            rc=$(cat "$logs/slurm-$job.status")
+        else
+            echo "error: job $job left the queue without an exit status (cancelled, or out of time \
+before it could save): see sacct -j $job; the same command goes on from its last checkpoint" >&2
+        fi
+        [ "$status" != 0 ] || status=$rc
+    done
+    return "$status"
+}
+
+await() { # JOB: returns when it is no longer queued or running; says when that changes
+    local state before=''
+    while :; do
+        if state=$(squeue --noheader --jobs="$1" --format=%T 2>&1); then
+            [ "$state" ] || return 0
+            [ "$state" = "$before" ] || echo "# job $1: $state"
+            before=$state
+        elif [[ $state == *'Invalid job id'* ]]; then
+            return 0
+        fi # else the controller does not answer, which says nothing of the job
+        pause "$poll"
+    done
+}
+
+cancel() { # STATUS: cancels what was submitted, waits until it is gone and exits
+    local entry
+    trap '' INT TERM
+    for entry in "${jobs[@]}"; do
+        scancel "${entry%% *}" || true
+        echo "# cancelled job ${entry%% *}" >&2
+    done
+    for entry in "${jobs[@]}"; do await "${entry%% *}" >/dev/null; done
+    exit "$1"
+}

@@ -1,0 +1,111 @@
+"""The runs of a sweep: python -m vit_jax.sweep --config FILE --workdir DIR KEY=VALUE,VALUE ...
+
+There is one run for each combination of the values, DIR/KEY=VALUE,KEY=VALUE, the last key changing
+fastest. Prints a table of what each has come to. `bash launch.sh COMMAND --sweep ...` starts them:
+--plan tells it how, after every combination's config was checked.
+"""
+
+import itertools
+import re
+
+from absl import flags
+
+from vit_jax import cli, config, report, workdir
+from vit_jax.errors import UserError
+
+
+def split(text):
+    """['(2, 4)', 'a'] of '(2, 4),a': commas within brackets part nothing."""
+    parts, depth = [''], 0
+    for character in text:
+        depth += (character in '([{') - (character in ')]}')
+        if character == ',' and depth <= 0:
+            parts.append('')
+        else:
+            parts[-1] += character
+    return parts
+
+
+def combinations(words):
+    """[((key, text), ...), ...] of words KEY=VALUE,VALUE, the last key changing fastest."""
+    axes = {}
+    for word in words:
+        key, _, text = word.partition('=')
+        values = split(text)
+        if not key or '' in values or re.search(r'[\t\n]', word):
+            raise UserError(f'{word!r} is not of the form KEY=VALUE,VALUE')
+        if key in axes:
+            raise UserError(f'{key} is swept twice; give its values as one list')
+        if len(set(values)) < len(values):
+            raise UserError(f'{word} has a value twice')
+        axes[key] = values
+    if not axes:
+        raise UserError('nothing to sweep; give KEY=VALUE,VALUE')
+    pairs = ([(key, value) for value in values] for key, values in axes.items())
+    return list(itertools.product(*pairs))
+
+
+def folder(combination):
+    """A name for the run's workdir that any file system and object store takes."""
+    return ','.join(key + '=' + re.sub(r'[^\w.+-]+', '_', value) for key, value in combination)
+
+
+def look(path, settings):
+    """(state, result.json or None) of the run with these settings in the folder `path`."""
+    begun = workdir.read_json(path / 'config.json')
+    result = workdir.read_json(path / 'result.json')
+    if begun is None:
+        return 'not begun', None
+    if any(meaning for *_, meaning in workdir.differences(begun, settings.to_dict())):
+        return 'another config', None
+    if result is not None:
+        return 'finished', result
+    return f'step {max((x["step"] for x in report.read_lines(path)), default=0):,}', None
+
+
+def main(argv, overrides):
+    words = combinations(argv[1:])
+    names = [folder(combination) for combination in words]
+    if len(set(names)) < len(names):
+        raise UserError(f'two runs would share a folder; their names: {", ".join(names)}')
+    rows = []
+    for combination, name in zip(words, names, strict=True):
+        path = workdir.located(WORKDIR.value) / name
+        settings = config.load(CONFIG.value, [*overrides, *combination])
+        state, result = look(path, settings)
+        if PLAN.value:
+            changes = (f'--config.{key}={value}' for key, value in combination)
+            print(state, f'{WORKDIR.value}/{name}', *changes, sep='\t')
+        rows.append((combination, state, result))
+    if not PLAN.value:
+        print(table(rows))
+
+
+def table(rows):
+    """Text: for each (combination, state, result) its values, its state and its metrics."""
+    keys = [key for key, _ in rows[0][0]]
+    found = [result['metrics'] if result else {} for *_, result in rows]
+    names = list(dict.fromkeys(k for metrics in found for k in metrics if '/' in k))
+    cells = [(*keys, 'state', *names)]
+    for (combination, state, _), metrics in zip(rows, found, strict=True):
+        values = (report.number(metrics[k]) if k in metrics else '' for k in names)
+        cells.append((*(value for _, value in combination), state, *values))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return '\n'.join(
+        '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+if __name__ == '__main__':
+    CONFIG = flags.DEFINE_string(
+        'config', None, 'Experiment file, as vit_jax.main takes it; --config.KEY=VALUE for all.',
+        required=True,
+    )  # fmt: skip
+    WORKDIR = flags.DEFINE_string(
+        'workdir', None, 'Folder of the sweep, local or gs://...', required=True
+    )
+    PLAN = flags.DEFINE_bool(
+        'plan', False, 'One line a run in place of the table: state, workdir and flags, by tabs.'
+    )
+    cli.run(main, 'config')
