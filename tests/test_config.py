@@ -33,8 +33,32 @@ def test_defaults_are_filled_in_and_overrides_taken():
 def test_a_view_that_was_a_name_gets_arguments():
     full = load('data.view=inception', 'data.view.name=inception', 'data.view.flip=false')
     assert full.data.view.to_dict() == dict(
-        name='inception', area=(0.05, 1.0), aspect=(3 / 4, 4 / 3), flip=False
+        name='inception', area=(0.05, 1.0), aspect=(3 / 4, 4 / 3), flip=False, method='bilinear',
+        antialias=True,
+    )  # fmt: skip
+
+
+def test_augmentations_and_mixtures_are_checked_as_the_view_is():
+    given = json.loads(json.dumps(load().to_dict()))
+    given['data']['augment'] = ['autoaugment', {'name': 'randaugment', 'magnitude': 15}]
+    parts = {'a': {'name': '/x'}, 'b': {'name': '/y', 'weight': 3}}
+    given['data']['source'] = {'mixture': parts}
+    full = config.complete(given)
+    assert full.data.augment == ('autoaugment', dict(name='randaugment', layers=2, magnitude=15))
+    assert full.data.source.mixture.b.to_dict() == dict(
+        name='/y', split='train', data_dir=None, image='image', label='label', weight=3
     )
+    again = config.changed(full.to_dict(), [('data.source.mixture.a.weight', '2.5')])
+    assert again.data.source.mixture.a.weight == 2.5
+    for key, value, words in (
+        ('augment', [{'name': 'randaugment', 'layer': 2}], r'augment\[0\].layer; .*\[0\].layers'),
+        ('augment', ['randaug'], "no augmentation 'randaug'; there are autoaugment"),
+        ('source', {'mixture': {'a': {'name': '/x', 'wait': 1}}}, 'mixture.a.wait; .*weight'),
+        ('source', {'mixture': {'a': {'name': '/x', 'weight': 0}}}, 'weight is 0, not above 0'),
+        ('source', {'mixture': parts, 'name': '/x'}, 'no key is beside it'),
+    ):
+        with pytest.raises(UserError, match=words):
+            config.complete(given | {'data': given['data'] | {key: value}})
 
 
 def test_complete_reads_back_what_it_wrote():

@@ -367,7 +367,7 @@ def test_killed_download(server, cache):
 
 
 def test_two_processes_at_once(server, cache):
-    server.pages['/a.npz'] = Page(pause=0.5)
+    server.pages['/a.npz'] = Page(pause=3)
     first = child(f'{server.url}/a.npz')
     wait_for(lambda: leftovers(cache))
     second = child(f'{server.url}/a.npz')

@@ -17,6 +17,7 @@ def figures(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_quickstart_trains_and_is_drawn(tmp_path):
     workdir = tmp_path / 'run'
     experiment = launched.TINY.parents[1] / 'experiments' / 'digits.py'
@@ -44,6 +45,7 @@ def test_the_recipe_of_the_quickstart_trains_and_is_drawn(tmp_path):
         workdir / 'summary.png').read_bytes()
 
 
+@pytest.mark.slow
 def test_a_model_without_class_token_and_a_run_that_goes_on(tmp_path):
     folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 5})
     workdir = tmp_path / 'run'

@@ -15,7 +15,9 @@ from PIL import Image
 import vit_jax
 from vit_jax import config, models, train, workdir
 from vit_jax.convert import load
+from vit_jax.data import augment
 from vit_jax.errors import UserError
+from vit_jax.stop import Stop
 
 FINETUNE = launched.TINY.parents[1] / 'experiments' / 'finetune.py'
 
@@ -51,7 +53,7 @@ def others(tmp_path_factory):
     )
 
 
-def finetune(folder, path, source, *overrides, stop=False):
+def finetune(folder, path, source, *overrides, stop=None):
     """A run of experiments/finetune.py of four steps on eight devices."""
     fixed = {
         'init_from': source, 'steps': 4, 'optim.warmup': 0, 'data.image_size': 16,
@@ -61,6 +63,7 @@ def finetune(folder, path, source, *overrides, stop=False):
     with workdir.held(str(path)) as path:
         begun = workdir.read_json(path / 'config.json')
         settings = config.load(f'{FINETUNE}:{folder}', pairs, begun)
+        stop = Stop() if stop is None else stop
         return train.train(settings, path, stop), settings
 
 
@@ -96,7 +99,7 @@ def test_it_starts_at_the_weights_and_not_at_their_source(others, pretrained, tm
         for name in before:
             np.testing.assert_allclose(before[name], after[name], atol=1e-12, err_msg=name)
 
-    class Once:
+    class Once(Stop):
         """False until the first checkpoint is there."""
 
         def __bool__(self):
@@ -111,6 +114,7 @@ def test_it_starts_at_the_weights_and_not_at_their_source(others, pretrained, tm
         finetune(others, tmp_path / 'third', source)
 
 
+@pytest.mark.slow
 def test_layer_decay_and_a_head_that_is_kept(folder, pretrained, tmp_path):
     finetune(folder, tmp_path / 'a', pretrained, 'optim.lr=1e-30', 'keep_head=true')
     kept = flat(vit_jax.load(tmp_path / 'a')[1])
@@ -144,6 +148,7 @@ def test_every_preset_is_a_complete_config(name, pretrained):
     models.build(**{**full.model, 'num_classes': 10})
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_last_digit_for_the_run_and_every_export(pretrained, tmp_path):
     last = [line for line in launched.metrics(pretrained) if 'val/loss' in line][-1]
     wanted = {k: last[f'val/{k}'] for k in ('accuracy', 'loss', 'examples')}
@@ -183,8 +188,8 @@ def test_predict_says_what_the_model_says_with_names(folder, pretrained, tmp_pat
     assert [line['image'] for line in lines] == [str(path) for path in images]
     model, params = vit_jax.load(pretrained, ema=True)
     for path, line in zip(images, lines, strict=True):
-        pixels = Image.open(path).resize((8, 8), Image.Resampling.BILINEAR)  # as the run's own view
-        logits, _ = model.apply({'params': params}, model.normalise(np.asarray(pixels)[None]))
+        pixels = augment.resize(np.asarray(Image.open(path)), None, size=(8, 8))  # the run's view
+        logits, _ = model.apply({'params': params}, model.normalise(pixels[None]))
         probabilities = np.asarray(jax.nn.softmax(logits[0]))
         assert [row['name'] for row in line['top']] == [
             ('ant', 'bee', 'cat')[i] for i in np.argsort(-probabilities)

@@ -1,5 +1,7 @@
 """Frozen features: neighbours and a linear classifier, against scikit-learn."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from vit_jax import config, models, sharding
 from vit_jax.errors import UserError
 from vit_jax.evaluators import probe
+from vit_jax.stop import Stop
 
 
 @pytest.fixture(scope='module')
@@ -66,7 +69,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
     evaluation, model, params = probe_of(data_dir)
     result = evaluation(params)
     train, test = (
-        evaluation.gathered(params, source, False)
+        evaluation.gathered(params, source, Stop(), print)
         for source in (evaluation.train_source, evaluation.source)
     )
     assert len(train[3]) == 1438 and len(test[3]) == result['examples'] == 359
@@ -79,7 +82,9 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
         score = KNeighborsClassifier(3).fit(train[i], train[3]).score(test[i], test[3])
         assert abs(result[name] - score) < 0.01, name
     assert result['knn_pixels'] > 0.95 > result['accuracy'] > 0.5
-    assert evaluation(params, stop=True) is None
+    stop = Stop()
+    stop.signum = signal.SIGTERM
+    assert evaluation(params, stop) is None
 
 
 @pytest.mark.parametrize('changes, words', [

@@ -63,6 +63,7 @@ def test_learns_and_reports(whole):
     assert result['versions']['jax'] and result['images_per_s'] > 0 and result['seconds'] > 0
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(folder, whole, tmp_path):
     workdir, seed = tmp_path / 'run', time.time_ns()
     rng = random.Random(seed)

@@ -18,10 +18,12 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_jax import config, models, report, train, workdir
+from vit_jax import assembly, config, models, report, train, workdir
 from vit_jax.checkpoint import Checkpoints
+from vit_jax.data import augment
 from vit_jax.errors import UserError
 from vit_jax.evaluators.classify import Classify
+from vit_jax.stop import Stop
 
 
 @pytest.fixture(scope='module')
@@ -29,24 +31,27 @@ def folder(tmp_path_factory):
     return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 5})
 
 
-def run(folder, path, *overrides, stop=False, **options):
+def run(folder, path, *overrides, stop=None, **options):
     """A run of 12 steps on eight devices."""
     fixed = ('steps=12', 'evals.val.batch_size=8', 'evals.val.every=4', 'checkpoint.every=4')
     pairs = [o.split('=', 1) for o in fixed + overrides]
+    stop = Stop() if stop is None else stop
     with workdir.held(str(path)) as path:
         return train.train(config.load(f'{launched.TINY}:{folder}', pairs), path, stop, **options)
 
 
-class StopAfter:
+class StopAfter(Stop):
     """True once metrics.jsonl has a line of that step."""
 
     def __init__(self, path, step):
+        super().__init__()
         self.path, self.step = path, step
 
     def __bool__(self):
         return launched.last_step(self.path) >= self.step
 
 
+@pytest.mark.slow
 def test_stop_and_resume_on_other_devices(folder, tmp_path):
     run(folder, tmp_path / 'whole')
     assert run(folder, tmp_path / 'run', stop=StopAfter(tmp_path / 'run', 5)) is None
@@ -137,9 +142,9 @@ def test_evaluation_uses_the_average_and_counts_each_example_once(folder, tmp_pa
     assert not np.allclose(params['head']['bias'], launched.state(tmp_path, 12)['params/head/bias'])
     hits, losses = [], []
     for path in sorted((folder / 'val').rglob('*.png')):
-        image = Image.open(path).resize((8, 8), Image.Resampling.BILINEAR)
+        image = augment.resize(np.asarray(Image.open(path)), None, size=(8, 8))
         label = ('ant', 'bee', 'cat').index(path.parent.name)
-        logits, _ = model.apply({'params': params}, model.normalise(np.asarray(image)[None]))
+        logits, _ = model.apply({'params': params}, model.normalise(image[None]))
         logits = np.asarray(logits[0], np.float64)
         hits.append(logits.argmax() == label)
         losses.append(np.log(np.exp(logits).sum()) - logits[label])
@@ -163,7 +168,7 @@ def average(arrays):
 
 
 def test_predictions_are_by_example(folder):
-    parts = train.make(config.load(f'{launched.TINY}:{folder}', [('evals.val.batch_size', '8')]))
+    parts = assembly.make(config.load(f'{launched.TINY}:{folder}', [('evals.val.batch_size', '8')]))
     params = parts.model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
     params['head']['bias'] = np.array([0.0, 1.0, 0.0])
     found = parts.evals['val'].predictions(params)
@@ -179,11 +184,15 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
     victim = folder / 'train' / 'bee' / '3.png'
     sound = victim.read_bytes()
     victim.write_bytes(sound[:50])
-    with pytest.raises(UserError, match=f'unreadable image {victim}'):
+    with pytest.raises(UserError, match=f'{victim}: unreadable image'):
         run(folder, tmp_path / 'run', 'steps=12')
     assert launched.checkpoints(tmp_path / 'run')[-1] >= before
     shutil.copytree(tmp_path / 'run', tmp_path / 'tolerant')
-    assert run(folder, tmp_path / 'tolerant', 'data.tolerance=0.05')  # 1 of 24 images
+    result = run(folder, tmp_path / 'tolerant', 'data.tolerance=0.05')  # 1 of 24 images
+    lines = report.read_lines(tmp_path / 'tolerant')
+    skipped = [line for line in lines if 'skipped' in line]
+    assert skipped and all(line['skipped'] == 1 for line in skipped)
+    assert result['examples_skipped'] == len(skipped) and 'skipped' not in result['metrics']
     victim.write_bytes(sound)
     run(folder, tmp_path / 'run')
     run(folder, tmp_path / 'whole')
@@ -196,6 +205,8 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
     ('data.image_size=9', 'image size 9 x 9 is not divisible by the patch size 4 x 4'),
     ('model.num_classes=2', 'labels are out of range: .* has 3 classes, model.num_classes is 2'),
     ('data.source.name=/nowhere', 'no folder /nowhere'),
+    (('data.repeats=4', 'objective.cutmix=1.0', 'accumulate=2', 'data.batch_size=16'),
+     'mix_shift is 1 with data.repeats 4: .* mixed with themselves; set it to 2'),
     ('data.source.split=test', "has no sub-folder 'test', but train, val"),
     ('mesh.fsdp=3', 'fsdp=3 tensor=1 does not cover 8 devices'),
     ('objective.loss=hinge', "objective.loss is 'hinge'"),
@@ -207,7 +218,7 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
 ])
 def test_mistakes_are_named_before_anything_is_trained(folder, tmp_path, override, words):
     with pytest.raises(UserError, match=words):
-        run(folder, tmp_path, override)
+        run(folder, tmp_path, *([override] if isinstance(override, str) else override))
     assert not (tmp_path / 'metrics.jsonl').exists()
 
 
@@ -246,9 +257,9 @@ def test_only_the_lines_asked_for(folder, tmp_path):
 def test_speed_leaves_out_compilation_and_evaluation(folder, tmp_path, monkeypatch):
     plain = Classify.__call__
 
-    def sleepy(self, params, stop=False):
+    def sleepy(self, params, stop, at):
         time.sleep(3)
-        return plain(self, params, stop)
+        return plain(self, params, stop, at)
 
     monkeypatch.setattr(Classify, '__call__', sleepy)
     run(folder, tmp_path)

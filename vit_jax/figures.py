@@ -10,10 +10,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from vit_jax import cli, optim, report, summary, train, workdir
+from vit_jax import assembly, checkpoint, cli, optim, report, storage, summary, workdir
 from vit_jax import config as configs
-from vit_jax.checkpoint import Checkpoints
-from vit_jax.data import pipeline
+from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
 
 ATTENDED = 4  # images
@@ -62,25 +61,31 @@ def draw_summary(path, out):
     if settings is None:
         raise UserError(f'{path} is no workdir of a run: it has no config.json')
     config = configs.complete(settings)
-    parts = train.make(config)
+    parts = assembly.make(config)
     classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
     if not classifying:
         raise UserError(f'{path}: its config has no evals, so there are no predictions to draw')
-    with Checkpoints(path, read_only=True) as checkpoints:
-        if not checkpoints.steps():
-            raise UserError(f'{path} has no checkpoint yet')
-        state = checkpoints.restore(checkpoints.steps()[-1], parts.abstract)
+    try:
+        state = checkpoint.newest(path, parts.abstract)
+    except checkpoint.Damaged as e:
+        raise UserError(f'the newest checkpoint of {path} is damaged: {e}') from e
+    if state is None:
+        raise UserError(f'{path} has no checkpoint yet')
     params = optim.averaged(state)
     name, evaluation = next(iter(classifying.items()))
     found = evaluation.predictions(params)
+    found['label'] = summary.one_label(found['label'], found['prediction'])
     images = Images(
         evaluation.source, found['id'], config.evals[name].view, config.evals[name].image_size
     )
     order = summary.mistakes_first(found['label'], found['prediction'], found['confidence'])
     attended = np.stack([images[i] for i in order[:ATTENDED]])
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if not storage.remote(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     summary.draw(
-        out, title=f'{config.model.name} on {config.data.source.name}, step {int(state.step):,}',
+        out,
+        title=f'{config.model.name} on {mixture.title(config.data.source)}, '
+        f'step {int(state.step):,}',
         lines=report.read_lines(path), images=images, labels=found['label'],
         predictions=found['prediction'], confidences=found['confidence'],
         classes=evaluation.source.classes, attended=attended,

@@ -59,7 +59,7 @@ def files_of(paths):
 def pixels(path, view):
     """uint8 [H, W, 3] of an image file."""
     try:
-        return view(decoding.decode(path.read_bytes()), None)
+        return view(decoding.read(path.read_bytes()), None)
     except decoding.Unreadable as e:
         raise UserError(f'unreadable image {path}: {e}') from e
 

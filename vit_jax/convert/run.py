@@ -4,7 +4,7 @@ import sys
 
 from etils import epath
 
-from vit_jax import checkpoint, models, workdir
+from vit_jax import checkpoint, models, storage, workdir
 from vit_jax.convert import fetch
 from vit_jax.convert.documents import class_names
 from vit_jax.convert.files import Array, brief
@@ -79,7 +79,7 @@ def in_memory(value):
 def sound(root, step, ema):
     """{name: array} of the checkpoint at `step`, or of the newest one that is not damaged."""
     folder = epath.Path(root) / 'checkpoints'
-    steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+    steps = steps_in(folder)
     if step is not None and int(step) not in steps:
         raise UserError(f'{folder} has no checkpoint {step}, but {", ".join(map(str, steps))}')
     if not steps:
@@ -91,5 +91,15 @@ def sound(root, step, ema):
             message = f'checkpoint {folder / str(n)} is damaged: {e}'
             if step is not None:
                 raise UserError(message) from e
+            if steps_in(folder)[:1] != steps[:1]:  # the run goes on, and deletes
+                return sound(root, step, ema)
             print(message, file=sys.stderr, flush=True)
     raise UserError(f'none of the {len(steps)} checkpoints in {folder} is sound')
+
+
+def steps_in(folder):
+    """The steps that there are whole checkpoints of, newest first."""
+    steps = [p for p in folder.iterdir() if p.name.isdigit()]
+    if storage.remote(folder):  # Orbax' mark there; on a disk the name itself tells
+        steps = [p for p in steps if (p / 'commit_success.txt').exists()]
+    return sorted((int(p.name) for p in steps), reverse=True)

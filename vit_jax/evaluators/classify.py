@@ -7,8 +7,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import losses, sharding, step
-from vit_jax.data import pipeline, sources
+from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
+from vit_jax.stop import Stop
 
 
 class Classify:
@@ -26,7 +27,7 @@ class Classify:
         view: str | dict = 'resize',
         loss: str = 'softmax',
         every: int = 0,
-        threads: int = 4,
+        threads: int | None = None,
         workers: int = 0,
         prefetch: int = 8,
         tolerance: float = 0.0,
@@ -34,33 +35,39 @@ class Classify:
         if loss not in losses.LOSSES:
             raise UserError(f'evals: loss is {loss!r}, not one of {", ".join(losses.LOSSES)}')
         self.mesh, self.every = mesh, every
-        self.source = sources.load(**source)
+        self.source = mixture.load(**source)
         sharding.check_batch(batch_size, mesh)
         if len(self.source.classes) > (model.num_classes or 0):
             raise UserError(
-                f'data set {source["name"]} has {len(self.source.classes)} classes, '
+                f'data set {mixture.title(source)} has {len(self.source.classes)} classes, '
                 f'the model {model.num_classes or "no head"} (model.num_classes)'
             )
         self.feed = partial(
-            pipeline.examples, self.source, jax.process_index(), jax.process_count(), view=view,
+            pipeline.examples, self.source, sharding.rows(batch_size, mesh), view=view,
             image_size=image_size, batch_size=batch_size, threads=threads, workers=workers,
             prefetch=prefetch, tolerance=tolerance,
         )  # fmt: skip
         self.step = jax.jit(
-            partial(step.eval_step, model=model, loss=loss),
+            sharding.on(mesh, partial(step.eval_step, model=model, loss=loss)),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 
     def due(self, n, steps):
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
-    def __call__(self, params, stop=False):
-        """{'accuracy', 'loss', 'examples'}; None where `stop` became true before the end."""
+    def __call__(self, params, stop=None, at=lambda phase: None):
+        """{'accuracy', 'loss', 'examples'}; None where `stop` became true before the end.
+
+        `at` is told of each batch, as hosts.joined wants it.
+        """
+        stop = Stop() if stop is None else stop
         total = {'accuracy': 0.0, 'loss': 0.0, 'examples': 0.0}
-        for batch in self.feed():
+        for i, batch in enumerate(self.feed()):
+            at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
+            sums, _ = self.step(params, sharding.put(stop.within(batch), self.mesh))
+            sums = stop.hear(sums)
             if stop:
                 return None
-            sums, _ = self.step(params, sharding.put(batch, self.mesh))
             total = {k: total[k] + float(v) for k, v in sums.items()}  # in float64
         count = total.pop('examples')
         return {k: v / count for k, v in total.items()} | {'examples': int(count)}

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax import sharding
-from vit_jax.data import pipeline, sources
+from vit_jax import sharding, step
+from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
+from vit_jax.stop import Stop
 
 
 def nearest(train, labels, test, *, k, classes, chunk=1024):
@@ -108,28 +109,28 @@ class Probe:
         k: int = 10,
         l2: float = 1.0,
         every: int = 0,
-        threads: int = 4,
+        threads: int | None = None,
         workers: int = 0,
         prefetch: int = 8,
         tolerance: float = 0.0,
     ):
         self.mesh, self.every, self.k, self.l2 = mesh, every, k, l2
-        self.source, self.train_source = sources.load(**source), sources.load(**train_source)
+        self.source, self.train_source = mixture.load(**source), mixture.load(**train_source)
         if self.source.classes != self.train_source.classes:
             raise UserError('evals: source and train_source have different classes')
         if not 0 < k <= len(self.train_source):
             raise UserError(f'evals: k is {k}, of {len(self.train_source)} training images')
         sharding.check_batch(batch_size, mesh)
         self.feed = partial(
-            pipeline.examples, host=jax.process_index(), hosts=jax.process_count(), view=view,
+            pipeline.examples, rows=sharding.rows(batch_size, mesh), view=view,
             image_size=image_size, batch_size=batch_size, threads=threads, workers=workers,
             prefetch=prefetch, tolerance=tolerance,
         )  # fmt: skip
         replicated = NamedSharding(mesh, PartitionSpec())
         self.step = jax.jit(
             lambda params, batch: (
-                *features(model, params, batch['image']), batch['image'], batch['label'],
-                batch['mask'],
+                (*features(model, params, batch['image']), batch['image'], batch['label']),
+                batch['mask'], step.wishes(batch),
             ),
             out_shardings=replicated,
         )  # fmt: skip
@@ -137,24 +138,32 @@ class Probe:
     def due(self, n, steps):
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
-    def gathered(self, params, source, stop):
+    def gathered(self, params, source, stop, at):
         """(tokens [N, D], both [N, 2 D], pixels [N, H * W * 3], labels [N]); None if stopped."""
         parts = []
-        for batch in self.feed(source):
+        for i, batch in enumerate(self.feed(source)):
+            at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
+            batch = sharding.put(stop.within(batch), self.mesh)
+            values, mask, wishes = self.step(params, batch)
+            stop.hear(wishes)
             if stop:
                 return None
-            *values, mask = self.step(params, sharding.put(batch, self.mesh))
             kept = np.asarray(mask) > 0
             parts.append([np.asarray(v)[kept] for v in values])
         token, both, pixels, labels = (np.concatenate(p) for p in zip(*parts, strict=True))
         return token, both, pixels.reshape(len(pixels), -1).astype(np.float32), labels
 
-    def __call__(self, params, stop=False):
-        """{'accuracy', 'knn', 'knn_pixels', 'examples'}; None where `stop` became true."""
-        train = self.gathered(params, self.train_source, stop)
-        test = self.gathered(params, self.source, stop) if train is not None else None
+    def __call__(self, params, stop=None, at=lambda phase: None):
+        """{'accuracy', 'knn', 'knn_pixels', 'examples'}; None where `stop` became true.
+
+        `at` is told of each batch, as hosts.joined wants it.
+        """
+        stop = Stop() if stop is None else stop
+        train = self.gathered(params, self.train_source, stop, at)
+        test = self.gathered(params, self.source, stop, at) if train is not None else None
         if test is None:
             return None
+        at('compile, of a classifier')
         labels, wanted, classes = train[3], test[3], len(self.source.classes)
         results = {}
         x, y = standardised(train[1], test[1])
