@@ -21,6 +21,8 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests inherit it
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # started by nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import launching  # noqa: E402 - it imports JAX, which reads the environment
 import pytest  # noqa: E402

@@ -129,7 +129,6 @@ def test_hosts_lose_their_launcher(place):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / 'vit_jax/hosts.py').exists(), reason='several processes')
 def test_hosts_really(folder, place):
     place.environment |= {'VIT_JAX_PYTHON': sys.executable}
     words = ('hosts', '--processes=2', '--devices=2', f'--workdir={place.workdir}',
