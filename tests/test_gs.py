@@ -128,7 +128,7 @@ def test_killed_and_stopped_it_ends_as_on_a_disk(store, folder, whole, tmp_path)
     tuned = tmp_path / 'tuned'
     command = launched.command(
         folder, tuned, '--config.steps=1', '--config.init_from=gs://bucket/run',
-        '--config.optim.lr=1e-30', '--config.keep_head=True',
+        '--config.optim.lr=1e-30', '--config.optim.warmup=0', '--config.keep_head=True',
     )  # fmt: skip
     status, output = Run(store, tmp_path / 'tuned.log', command).end()
     assert status == 0, output

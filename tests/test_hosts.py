@@ -292,6 +292,7 @@ def test_one_that_dies_or_stalls_ends_all(signum, who, count, folder, tmp_path):
     workdir, timeout = tmp_path / 'run', 12
     with Run(folder, workdir, count, 1, *LONG, f'--peer_timeout={timeout}') as run:
         run.wait_for(lambda: launched.last_step(workdir) >= 9)
+        run.wait_for(lambda: 7 in launched.checkpoints(workdir))
         run.processes[who].send_signal(getattr(signal, f'SIG{signum}'))
         statuses = run.ended(who, within=timeout + 5)
         for i, status in statuses.items():

@@ -93,8 +93,8 @@ class Watch:
 
     def __init__(self, place, timeout, start_timeout):
         self.place, self.timeout, self.start_timeout = place, timeout, start_timeout
-        self.interval = min(2, timeout / 10)
-        self.limit = timeout - 3 * self.interval  # of silence: with the delays, all within timeout
+        self.interval = min(2, timeout / 12)
+        self.limit = timeout - 5 * self.interval  # of silence: with the delays, all within timeout
         self.mine = {'moves': 0, 'phase': 'start', 'host': socket.gethostname(), 'beat': 0}
         self.records = {}  # the last of each process
         self.heard, self.behind = {}, {}  # since when: it said something, others wait for it
@@ -157,14 +157,13 @@ class Watch:
                 self.behind = {}
             before = now
             if not self.leaving and not self.over and (found := self.lost(now)):
-                self.stop(*found)
+                self.follow(*found)
 
     def lost(self, now):
         """(what to say, exit status) where a process is lost; else None."""
         for i, record in self.records.items():
             if 'end' in record and i != self.place.process:
-                end = record['end']
-                return f'{self.name(i)}: {end["message"]}', end['status']
+                return record['end']['message'], record['end']['status']
         limit = self.limit if not self.leaving else 3 * self.interval
         for i, since in self.heard.items():
             if now - since > limit:
@@ -184,14 +183,27 @@ class Watch:
         return None
 
     def name(self, i):
-        host = self.records.get(i, self.unknown())['host']
-        return f'process {i} of {self.place.processes} ({host})'
+        record = self.mine if i == self.place.process else self.records.get(i, self.unknown())
+        return f'process {i} of {self.place.processes} ({record["host"]})'
 
     def phase(self, i):
         return self.records.get(i, self.unknown())['phase']
 
     def unknown(self):
         return {'moves': 0, 'phase': 'start', 'host': 'unknown host'}
+
+    def follow(self, message, status):
+        """Ends this process because another one is lost; the last to leave has the store."""
+        if self.place.process == 0:
+            self.tell(message, status)
+        self.stop(message, status)
+
+    def tell(self, message, status):
+        """Puts why this process ends where the others look; process 0 waits until they have."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self.put(ENDS, {'status': status, 'message': message[:2000]})
+        if self.place.process == 0:
+            time.sleep(3 * self.interval)
 
     def stop(self, message, status):
         """Ends this process, wherever its other threads are."""
@@ -229,12 +241,9 @@ class Watch:
         deadline = time.monotonic() + 5 * self.interval
         while not known and time.monotonic() < deadline:
             if found := self.lost(time.monotonic()):
-                self.stop(*found)
+                self.follow(*found)
             time.sleep(self.interval / 2)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self.put(ENDS, {'status': status, 'message': message[:2000]})
-        if self.place.process == 0:
-            time.sleep(3 * self.interval)  # its store ends with it
+        self.tell(f'{self.name(self.place.process)}: {message}', status)
         self.stop(message, status)
 
     def end(self):
