@@ -37,7 +37,10 @@ def fingerprint(state):
             index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
             place = place + jnp.uint32(stride % 2**32) * index
             stride *= x.shape[axis]
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+        words = bits * (2 * place + 1)
+        if x.ndim > 1:  # columns first: a CPU adds them up eight times as fast as all at once
+            words = jax.lax.optimization_barrier(jnp.sum(words, axis=0, dtype=jnp.uint32))
+        return jnp.sum(words, dtype=jnp.uint32)
 
     return jax.tree.map(of, state)
 
