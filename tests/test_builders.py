@@ -41,6 +41,7 @@ def test_digits_are_scikit_learns_split_in_two(tmp_path):
     assert 'tensorflow' not in sys.modules
 
 
+@pytest.mark.slow
 def test_fashion_mnist_is_debians(tmp_path):
     builder = fashion.Builder(data_dir=tmp_path)
     builder.download_and_prepare(file_format='array_record')

@@ -88,6 +88,7 @@ def test_a_linear_probe_changes_the_head_alone(others, pretrained, tmp_path, cap
     assert json.loads((tmp_path / 'classes.json').read_text()) == ['dog', 'eel']
 
 
+@pytest.mark.slow
 def test_it_starts_at_the_weights_and_not_at_their_source(others, pretrained, tmp_path):
     """With rates of zero every parameter is what was loaded; resumed without the source too."""
     source = tmp_path / 'copy.npz'

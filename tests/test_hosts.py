@@ -286,7 +286,7 @@ def test_losses_are_those_of_one_process(count, devices, mesh, folder, alone, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize('signum, who, count', [
-    ('KILL', 2, 4), ('STOP', 2, 4), ('KILL', 0, 2), ('STOP', 0, 2),
+    ('KILL', 2, 4), ('STOP', 2, 4), ('KILL', 0, 2), ('STOP', 0, 2), ('ABRT', 1, 2),
 ])  # fmt: skip
 def test_one_that_dies_or_stalls_ends_all(signum, who, count, folder, tmp_path):
     workdir, timeout = tmp_path / 'run', 12

@@ -168,6 +168,7 @@ def test_regularisers_act_in_training_alone(fields):
     np.testing.assert_array_equal(logits(0), logits(0))
 
 
+@pytest.mark.slow
 def test_drop_path_keeps_the_expectation_and_the_first_block():
     model, params, images = small(depth=1, drop_path=0.9)
     plain, _ = model.apply({'params': params}, images)

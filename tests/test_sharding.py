@@ -85,9 +85,11 @@ def test_tensor_parallel_sums_activations_twice_a_layer_each_way(devices):
 
 
 @pytest.mark.parametrize('mesh', [
-    dict(data=2, fsdp=4), dict(fsdp=4, tensor=2), dict(data=4, tensor=2),
+    pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.slow),
+    pytest.param(dict(fsdp=4, tensor=2), marks=pytest.mark.slow),
+    pytest.param(dict(data=4, tensor=2), marks=pytest.mark.slow),
     dict(data=2, fsdp=2, tensor=2),
-])
+])  # fmt: skip
 def test_mixtures_exchange_what_their_parts_do(mesh):
     full = dict(data=1, fsdp=1, tensor=1) | mesh
     if 'data' not in mesh:

@@ -7,6 +7,7 @@ import sys
 
 import launched
 import numpy as np
+import pytest
 from PIL import Image
 
 from vit_jax import config
@@ -42,6 +43,7 @@ MIXED = ('objective.mixup=0.8', 'objective.cutmix=1.0', 'objective.mix_by=exampl
          'model.dropout=0.0', 'model.drop_path=0.0', "data.augment=('autoaugment',)")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_shows_what_the_step_trains_on(tmp_path):
     folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 1})
     experiment = f'{launched.TINY}:{folder}'

@@ -162,6 +162,7 @@ def test_sharded_state_takes_less_memory_a_device():
     assert sizes[8] < sizes[1] / 7
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch():
     # SGD: Adam would turn the rounding of a zero gradient (the key bias) into a full step.
     fields = dict(name='sgd', lr=0.1, clip=1.0)

@@ -217,14 +217,28 @@ class Watch:
         os._exit(status)
 
     def aborted(self, signum):
-        """Called in place of an abort: that of jax.distributed where process 0 is gone, at once."""
+        """Called in place of an abort, which is how XLA's threads end: at once where process 0 is
+        gone, perhaps where another one has left a collective. Any other abort goes on."""
+        self.leaving = True
+        deadline = time.monotonic() + 5 * self.interval
+        while not self.over and time.monotonic() < deadline:
+            if self.alone():
+                words = f'{self.name(0)}, which coordinates, is gone'
+                self.stop(f'{words}; its last words: {self.phase(0)}', STATUS)
+            if found := self.lost(time.monotonic()):
+                self.follow(*found)
+            time.sleep(self.interval / 2)
+        ctypes.CDLL(None).signal(signum, None)  # the default
+        os.kill(os.getpid(), signum)
+
+    def alone(self):
+        """Whether nobody answers at process 0's port."""
         host, _, port = self.place.coordinator.rpartition(':')
-        with contextlib.suppress(OSError):
+        try:
             socket.create_connection((host.strip('[]'), int(port)), 2).close()
-            return  # it is not: this is some other abort, and goes on
-        if not self.over:
-            words = f'{self.name(0)}, which coordinates, is gone; its last words: {self.phase(0)}'
-            self.stop(words, STATUS)
+        except OSError:
+            return True
+        return False
 
     def leave(self, error):
         """Ends this process for what it has raised, in the others' name where they are the reason.
