@@ -208,6 +208,19 @@ def read(text):
     )  # fmt: skip
 
 
+def kernel_bytes(text):
+    """Bytes of all operands and results of a program's Pallas kernels, wherever they lie; each
+    counts once, as in the analysis of XLA, which takes kernels for nothing."""
+    computations, _ = parsed(text)
+    total = 0
+    for computation in computations.values():
+        for i in computation.values():
+            if (i.attribute('custom_call_target') or '').strip('"') == 'tpu_custom_call':
+                arrays = [s for o in i.operands for s in computation[o].shapes] + list(i.shapes)
+                total += sum(s._replace(space=0).footprint for s in arrays)
+    return total
+
+
 def groups(attributes, partitions):
     """(devices in a group, the members of the first one)."""
     if found := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):

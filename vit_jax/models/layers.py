@@ -3,6 +3,7 @@
 Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C), L depth.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from vit_jax.errors import UserError
+from vit_jax.models import attention
 
 Dtype = Any
 
@@ -78,6 +80,38 @@ def gelu_of(kind):
     return lambda x: nn.gelu(x, approximate=kind == 'tanh')
 
 
+class Projection(nn.Module):
+    """As nn.DenseGeneral from `inputs` to `features` dimensions, but one product of two matrices.
+
+    [B, T, *inputs] -> [B, T, *features]; the kernel is [*inputs, *features]. The compiler lays out
+    a product as its dimensions suggest, and would copy between that and the matrix that a kernel
+    takes. Where the mesh splits heads, they stay a dimension.
+    """
+
+    inputs: tuple[int, ...]
+    features: tuple[int, ...]
+    kernel_init: Any = nn.initializers.xavier_uniform()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        matrix = math.prod(self.inputs), math.prod(self.features)
+        shape = (*self.inputs, *self.features)
+
+        def init(key, shape, dtype):
+            return self.kernel_init(key, matrix, dtype).reshape(shape)
+
+        kernel = self.param('kernel', init, shape, jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
+        x, kernel, bias = (y.astype(self.dtype) for y in (x, kernel, bias))
+        if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:
+            y = jnp.tensordot(by_example(x, whole=False), kernel, len(self.inputs))
+            return by_example(y + bias, whole=False)
+        x = by_example(x.reshape(*x.shape[:2], matrix[0]))
+        y = by_example(x @ kernel.reshape(matrix) + bias.ravel())
+        return y.reshape(*y.shape[:2], *self.features)
+
+
 class Mlp(nn.Module):
     """Two dense layers with GELU between: D -> mlp_dim -> D; with `glu`, SwiGLU
     (arXiv:2002.05202 eq. 6)."""
@@ -114,6 +148,7 @@ class Attention(nn.Module):
     """
 
     num_heads: int
+    kind: str = 'auto'
     qk_norm: bool = False
     epsilon: float = 1e-6
     dropout: float = 0.0
@@ -124,26 +159,35 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        shape = (3, self.num_heads, width // self.num_heads)
-        qkv = nn.DenseGeneral(shape, kernel_init=qkv_init, dtype=self.dtype, name='qkv')(x)
-        qkv = by_example(qkv, whole=False)
-        q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
+        heads = (self.num_heads, width // self.num_heads)
+        qkv = Projection((width,), (3, *heads), qkv_init, self.dtype, name='qkv')(x)
         if self.qk_norm:
+            q, k, v = jnp.split(qkv, 3, axis=2)
             q = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='q_norm')(q)
             k = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='k_norm')(k)
+            qkv = jnp.concatenate([q, k, v], axis=2)
+        x, captured = self.attend(qkv)
+        out = Projection(heads, (width,), dtype=self.dtype, name='out')(x)
+        return by_example(out), captured
+
+    def attend(self, qkv):
+        """[B, T, 3, H, C] -> ([B, T, H, C], probabilities [B, H, T, T] or None)."""
+        _, tokens, _, heads, channels = qkv.shape
+        kind = 'xla' if self.is_initializing() else attention.chosen(
+            self.kind, *attention.target(), tokens=tokens, width=heads * channels, heads=heads,
+            dtype=qkv.dtype, dropout=0.0 if self.deterministic else self.dropout,
+            capture=self.capture,
+        )  # fmt: skip
+        if kind == 'pallas':
+            return attention.pallas(qkv), None
+        q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
+        if kind == 'cudnn':
+            return jax.nn.dot_product_attention(q, k, v, implementation='cudnn'), None
         logits = jnp.einsum('bqhc,bkhc->bhqk', q * q.shape[-1] ** -0.5, k)
         probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         captured = probs if self.capture else None  # before dropout: what the model attends to
         probs = nn.Dropout(self.dropout, deterministic=self.deterministic)(probs)
-        x = jnp.einsum('bhqk,bkhc->bqhc', probs, v)
-        out = nn.DenseGeneral(
-            width,
-            axis=(-2, -1),
-            kernel_init=nn.initializers.xavier_uniform(),
-            dtype=self.dtype,
-            name='out',
-        )
-        return by_example(out(by_example(x, whole=False))), captured
+        return jnp.einsum('bhqk,bkhc->bqhc', probs, v), captured
 
 
 class Block(nn.Module):
@@ -161,6 +205,7 @@ class Block(nn.Module):
     qk_norm: bool = False
     layer_scale: float | None = None
     dropout: float = 0.0
+    attention: str = 'auto'
     attention_dropout: float = 0.0
     stochastic_depth: bool = False
     deterministic: bool = True
@@ -181,8 +226,9 @@ class Block(nn.Module):
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
         x = by_example(x)
         y = nn.LayerNorm(**norm, name='norm1')(x)
-        y, attention = Attention(
+        y, probabilities = Attention(
             self.num_heads,
+            self.attention,
             qk_norm=self.qk_norm,
             epsilon=self.epsilon,
             dropout=self.attention_dropout,
@@ -198,7 +244,7 @@ class Block(nn.Module):
             self.mlp_dim, self.gelu, self.glu, self.dropout, self.deterministic, self.dtype,
             name='mlp',
         )(y)  # fmt: skip
-        return self.residual(x, y, drop_path, 'scale2'), attention
+        return self.residual(x, y, drop_path, 'scale2'), probabilities
 
 
 class MapHead(nn.Module):

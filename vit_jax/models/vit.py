@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
-from vit_jax.models import layers, resnet
+from vit_jax.models import attention, layers, resnet
 
 # arXiv:2010.11929 table 1 (b, l, h); arXiv:2106.10270 table 2 (ti, s); arXiv:2106.04560 table 2
 # (mu to G); arXiv:2305.13035 table 1 (so400m); arXiv:2209.06794 section 3.1 (e).
@@ -31,6 +31,7 @@ CHOICES = {
     'posemb': ('learn', 'sincos2d', 'none'),
     'gelu': ('tanh', 'exact', 'quick'),
     'interpolation': ('linear', 'bicubic', 'bicubic_antialias'),
+    'attention': attention.KINDS,
     'remat': ('none', 'full', 'dots_saveable', 'dots_with_no_batch_dims_saveable'),
     'dtype': ('float32', 'bfloat16', 'float16'),
 }
@@ -79,6 +80,7 @@ class Vit(nn.Module):
     head_bias: float = 0.0  # initial value; -log K starts sigmoid losses near zero
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    attention: str = 'auto'  # how softmax(q k^T) v is computed, see models/attention.py
     drop_path: float = 0.0  # rate of the last block; rises linearly from 0 at the first
     remat: str = 'none'
     unroll: int = 1  # blocks a loop iteration: faster steps for longer compilation
@@ -256,6 +258,7 @@ class Vit(nn.Module):
             qk_norm=self.qk_norm,
             layer_scale=self.layer_scale,
             dropout=self.dropout,
+            attention=self.attention,
             attention_dropout=self.attention_dropout,
             stochastic_depth=self.drop_path > 0,
             deterministic=not train,

@@ -1,0 +1,102 @@
+"""The train step as the TPU's compiler sees it: python -m benchmarks.tpu_compile.
+
+    python -m benchmarks.tpu_compile --model vit-b/16 --topology v4:2x2x1 --batch_per_chip 64
+
+Compiles the step ahead of time, with AdamW (first moment in bfloat16), clipping and weight decay,
+data parallel, in bfloat16, all blocks unrolled so that XLA's own count is whole, and prints a JSON
+line, figures of one chip:
+
+    gflop        XLA's count, and what the kernels of this package state beside it
+    gb           bytes accessed: XLA's count, and all operands and results of the kernels, which XLA
+                 takes for nothing; `kernels_gb` is their part
+    traffic_gb   what crosses to and from the main memory alone, as `vit_jax.plan` counts
+    temp_gb      temporaries
+    compute_ms, memory_ms   at the peaks of the chip
+    compiler_ms  the compiler's own estimate
+
+It needs libtpu (extra `plan`) and no TPU. --set FIELD=VALUE changes a field of the model.
+"""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from vit_jax import devices, hlo, models, objectives, optim, sharding, step
+
+MODEL = flags.DEFINE_list('model', 'vit-b/16', 'Models by name.')
+TOPOLOGY = flags.DEFINE_list('topology', 'v4:2x2x1', 'v4:2x2x1, v5e:2x2, v6e:2x2, ...')
+BATCH = flags.DEFINE_integer('batch_per_chip', 64, 'Images a chip.')
+IMAGE = flags.DEFINE_integer('image_size', 224, 'Pixels of a side.')
+CLASSES = flags.DEFINE_integer('classes', 1000, 'Classes.')
+SET = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE of the model, JSON or a word.')
+KEEP = flags.DEFINE_string('keep', None, "Write the compiled program's text to this file.")
+
+
+def value(text):
+    """JSON, or else the word itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def measure(name, topology, fields):
+    """The figures of one model's step on one topology."""
+    found, _ = devices.topology(topology)
+    mesh = sharding.make_mesh(found)
+    shape = (IMAGE.value, IMAGE.value, 3)
+    model = models.build(name, num_classes=CLASSES.value, dtype='bfloat16', **fields)
+    model = model.clone(unroll=fields.get('unroll', model.depth))
+    tx = optim.make(
+        step.abstract_params(model, shape), 10_000, lr=1e-3, warmup=1000, weight_decay=0.1,
+        clip=1.0, momentum_dtype='bfloat16',
+    )  # fmt: skip
+    abstract = step.abstract_state(model, tx, shape, mesh)
+    size = BATCH.value * len(found)
+    batch = {
+        'image': jax.ShapeDtypeStruct((size, *shape), jnp.uint8),
+        'label': jax.ShapeDtypeStruct((size,), jnp.int32),
+        'mask': jax.ShapeDtypeStruct((size,), jnp.float32),
+    }
+    began = time.perf_counter()
+    advance = step.compiled(objectives.supervised(model), tx, abstract, mesh)
+    executable = advance.lower(abstract, batch).compile()
+    seconds = time.perf_counter() - began
+    text = executable.as_text()
+    if KEEP.value:
+        with open(KEEP.value, 'w') as file:
+            file.write(text)
+    cost, memory, peaks = (
+        executable.cost_analysis(), executable.memory_analysis(), devices.peaks(found)
+    )  # fmt: skip
+    program = hlo.read(text)
+    kernels = hlo.kernel_bytes(text)
+    accessed = cost['bytes accessed'] + kernels
+    return dict(
+        model=name, topology=topology, batch_per_chip=BATCH.value, image_size=IMAGE.value, **fields,
+        gflop=round(program.flops / 1e9), gb=round(accessed / 1e9, 2),
+        kernels_gb=round(kernels / 1e9, 2), traffic_gb=round(program.traffic / 1e9, 2),
+        temp_gb=round(memory.temp_size_in_bytes / 1e9, 3),
+        compute_ms=round(1e3 * program.flops / peaks.flops, 1),
+        memory_ms=round(1e3 * accessed / peaks.bandwidth, 1),
+        compiler_ms=program.cycles and peaks.clock and round(1e3 * program.cycles / peaks.clock, 1),
+        xla_gflop=round(cost['flops'] / 1e9), uncounted=program.uncounted,
+        compile_seconds=round(seconds),
+    )  # fmt: skip
+
+
+def main(argv):
+    if argv[1:]:
+        raise app.UsageError(f'unexpected argument {argv[1]!r}')
+    jax.config.update('jax_platforms', 'cpu')
+    fields = {k: value(v) for k, _, v in (pair.partition('=') for pair in SET.value)}
+    for topology in TOPOLOGY.value:
+        for name in MODEL.value:
+            print(json.dumps(measure(name, topology, fields)), flush=True)
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,159 @@
+"""Attention by every way that a device may have, against NumPy in float64 and one another."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import devices, hlo, models, sharding
+from vit_jax.errors import UserError
+from vit_jax.models import attention
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason='the TPU compiler is not installed: pip install "vit_jax[plan]"',
+)
+V4 = ('tpu', 'TPU v4')
+SHAPE = dict(tokens=197, width=768, heads=12, dtype=jnp.bfloat16, dropout=0.0, capture=False)
+
+
+def exact(qkv, weights):
+    """Output and gradient of sum(weights * output), by hand, in float64."""
+    q, k, v = np.moveaxis(np.asarray(qkv, np.float64), 2, 0)  # [B, T, H, C]
+    scale = q.shape[-1] ** -0.5
+    e = np.einsum('bqhc,bkhc->bhqk', q, k) * scale
+    e = np.exp(e - e.max(-1, keepdims=True))
+    probs = e / e.sum(-1, keepdims=True)
+    d_probs = np.einsum('bqhc,bkhc->bhqk', weights, v)
+    d_logits = scale * probs * (d_probs - (probs * d_probs).sum(-1, keepdims=True))
+    grads = (
+        np.einsum('bhqk,bkhc->bqhc', d_logits, k), np.einsum('bhqk,bqhc->bkhc', d_logits, q),
+        np.einsum('bhqk,bqhc->bkhc', probs, weights),
+    )  # fmt: skip
+    return np.einsum('bhqk,bkhc->bqhc', probs, v), np.stack(grads, axis=2)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('bfloat16', 2e-2)])
+@pytest.mark.parametrize('tokens, heads, channels, rows', [
+    (197, 3, 64, 256), (17, 4, 16, 8), (50, 2, 80, 16), (1, 2, 8, 8),
+])  # fmt: skip
+def test_the_kernel_is_exact(tokens, heads, channels, rows, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(attention, 'ROWS', rows)
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(2 * rng.standard_normal((2, tokens, 3, heads, channels)), dtype)
+    weights = jnp.asarray(rng.standard_normal((2, tokens, heads, channels)), dtype)
+    out, backward = jax.vjp(lambda x: attention.pallas(x, interpret=True), qkv)
+    (grads,) = backward(weights)
+    for found, wanted in zip((out, grads), exact(qkv, np.float64(weights)), strict=True):
+        assert found.dtype == dtype and found.shape == wanted.shape
+        error = np.abs(np.float64(found) - wanted).max() / np.abs(wanted).max()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize('mesh', [None, dict(data=2, fsdp=2, tensor=2)])
+def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
+    """With dropout and drop path, whose draws are the same."""
+    model = models.build(
+        'vit-ti/16', num_classes=5, width=64, depth=2, num_heads=4, mlp_dim=128, patch_size=8,
+        dropout=0.2, drop_path=0.3, qk_norm=True,
+    )  # fmt: skip
+    images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
+    params = model.init(jax.random.key(1), images)['params']
+    params['head']['kernel'] = jax.random.normal(jax.random.key(2), (64, 5))
+
+    def loss(params, images):
+        rngs = {'dropout': jax.random.key(3)}
+        logits, _ = model.apply({'params': params}, images, train=True, rngs=rngs)
+        return jnp.sum(jax.nn.log_softmax(logits)[:, 0])
+
+    calls, kernel = [], attention.pallas
+
+    def interpreted(qkv):
+        calls.append(qkv.shape)
+        return kernel(qkv, interpret=True)
+
+    wanted = jax.value_and_grad(loss)(params, images)
+    monkeypatch.setattr(attention, 'pallas', interpreted)
+    monkeypatch.setattr(attention, 'target', lambda: V4)
+    grad, places = jax.value_and_grad(loss), {}
+    if mesh:
+        mesh = sharding.make_mesh(**mesh)
+        grad = sharding.on(mesh, grad)
+        specs = jax.sharding.PartitionSpec(), sharding.BATCH
+        places = dict(in_shardings=tuple(jax.sharding.NamedSharding(mesh, s) for s in specs))
+    found = jax.jit(grad, **places)(params, images)
+    assert calls and set(calls) == {(8, 17, 3, 4, 16)}
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), found, wanted)
+
+
+def test_auto_is_what_can_be():
+    def auto(target, **changes):
+        return attention.chosen('auto', *target, **(SHAPE | changes))
+
+    hopper = ('gpu', 'NVIDIA H100 80GB HBM3')
+    assert auto(V4) == auto(('tpu', 'TPU v6 lite')) == auto(V4, dtype=jnp.float32) == 'pallas'
+    assert auto(V4, capture=True) == auto(V4, dropout=0.1) == auto(('tpu', 'TPU v3')) == 'xla'
+    assert auto(V4, tokens=1025) == 'xla' and auto(('tpu', 'TPU v5'), tokens=577) == 'pallas'
+    assert auto(hopper) == 'cudnn' and auto(hopper, dtype=jnp.float32) == 'xla'
+    assert auto(hopper, heads=2) == auto(('gpu', 'AMD Instinct')) == auto(('cpu', 'cpu')) == 'xla'
+
+
+@pytest.mark.parametrize('kind, target, changes, words', [
+    ('pallas', ('cpu', 'cpu'), {}, 'for TPUs, and this is for cpu'),
+    ('pallas', ('tpu', 'TPU v3'), {}, 'TPU v3'),
+    ('pallas', V4, dict(tokens=1025), '1025 tokens of width 768 need 33 MiB'),
+    ('pallas', V4, dict(dropout=0.1), 'attention_dropout is 0.1'),
+    ('pallas', V4, dict(capture=True), 'asked for'),
+    ('cudnn', V4, {}, 'NVIDIA GPUs, and this is for TPU v4'),
+    ('cudnn', ('gpu', 'NVIDIA H200'), dict(dtype=jnp.float32), 'model.dtype is float32'),
+    ('cudnn', ('gpu', 'NVIDIA H200'), dict(heads=2), '384 channels'),
+])  # fmt: skip
+def test_what_can_not_be_says_why(kind, target, changes, words):
+    with pytest.raises(UserError, match=f"model.attention is '{kind}', but .*{words}"):
+        attention.chosen(kind, *target, **(SHAPE | changes))
+
+
+def test_a_model_that_asks_for_what_can_not_be_is_refused():
+    model = models.build('vit-ti/16', width=32, num_heads=2, depth=1, attention='pallas')
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = model.init(jax.random.key(0), images)  # which computes no attention of use
+    with pytest.raises(UserError, match='this is for cpu'):
+        model.apply(variables, images)
+    with pytest.raises(UserError, match="model.attention is 'flash', not one of auto, xla"):
+        models.build('vit-ti/16', attention='flash')
+
+
+@needs_compiler
+@pytest.mark.parametrize('topology, tokens, width, heads', [
+    ('v4:2x2x1', 197, 768, 12), ('v5e:2x2', 197, 192, 3), ('v6e:2x2', 257, 1280, 16),
+    pytest.param('v4:2x2x1', 257, 1664, 16, marks=pytest.mark.slow),  # as large as it may be there
+    pytest.param('v5p:2x2x1', 577, 1024, 16, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_the_tpus_compiler_takes_the_kernel_and_its_bytes_are_counted(
+    topology, tokens, width, heads
+):
+    found, _ = devices.topology(topology)
+    mesh = sharding.make_mesh(found)
+    batch = 2 * len(found)
+    split = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    qkv = jax.ShapeDtypeStruct(
+        (batch, tokens, 3 * width), jnp.bfloat16, sharding=split
+    )  # fmt: skip
+
+    def gradient(qkv):
+        shape = (*qkv.shape[:2], 3, heads, width // heads)
+        assert attention.target() == ('tpu', found[0].device_kind)
+        attention.chosen('pallas', *attention.target(), **SHAPE | dict(
+            tokens=tokens, width=width, heads=heads))  # fmt: skip
+        return jax.grad(
+            lambda x: attention.pallas(x.reshape(shape)).astype(jnp.float32).sum()
+        )(qkv)  # fmt: skip
+
+    text = jax.jit(sharding.on(mesh, gradient)).lower(qkv).compile().as_text()
+    # Forward, whose result nobody reads, is left out; backward has 3 D and D in, and 3 D out.
+    lanes = 2 * (-(-3 * width // 128) * 128) + -(-width // 128) * 128
+    assert hlo.kernel_bytes(text) == 2 * 2 * (-(-tokens // 8) * 8) * lanes
+    assert text.count('tpu_custom_call') >= 1 and ' all-' not in text
