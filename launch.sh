@@ -9,7 +9,7 @@ usage() {
 usage: bash launch.sh COMMAND
   quickstart           make .venv, install, train a ViT on real handwritten digits, show the result
   test [PYTEST ARGS]   make .venv if need be, install the test extra, check style, run the tests;
-                       with -m slow those that take a minute or more
+                       with -m slow the longer ones
   setup EXTRAS         make .venv with the versions of constraints.txt: tpu,remote say
   local EXPERIMENT     train on this machine, with all its devices
   hosts EXPERIMENT     several processes on this machine, with simulated devices

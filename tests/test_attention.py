@@ -74,7 +74,7 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
         calls.append(qkv.shape)
         return kernel(qkv, interpret=True)
 
-    wanted = jax.value_and_grad(loss)(params, images)
+    wanted = jax.jit(jax.value_and_grad(loss))(params, images)
     monkeypatch.setattr(attention, 'pallas', interpreted)
     monkeypatch.setattr(attention, 'target', lambda: V4)
     grad, places = jax.value_and_grad(loss), {}

@@ -87,6 +87,7 @@ def damages(data):
 
 # TensorStore's threads come back to event loops that Orbax has closed after the error.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.slow
 def test_whatever_is_damaged_the_newest_sound_one_is_resumed(saved, tmp_path, capsys):
     files = [p.relative_to(saved) for p in (saved / 'checkpoints' / '20').rglob('*') if p.is_file()]
     sound = {n: state_at(n, devices=1) for n in (10, 20)}

@@ -179,6 +179,7 @@ def test_evaluate_gives_the_last_digit_for_the_run_and_every_export(pretrained, 
     assert status == 0 and json.loads(out)['val']['loss'] != wanted['loss']
 
 
+@pytest.mark.slow
 def test_predict_says_what_the_model_says_with_names(folder, pretrained, tmp_path):
     images = sorted((folder / 'val' / 'cat').iterdir())
     status, out, error = command(

@@ -158,6 +158,7 @@ def test_a_loss_that_is_no_number(folder, tmp_path):
         assert abs(array.astype('float64')).max() < float('inf')
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_saved(folder, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()

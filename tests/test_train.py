@@ -234,6 +234,7 @@ def test_judgement_of_what_was_expected():
     assert [r['pass'] for r in rows] == [False, True, None]
 
 
+@pytest.mark.slow
 def test_the_heading_names_each_parameter(folder, tmp_path, capsys):
     run(folder, tmp_path, 'optim.freeze=("^embedding/",)', 'optim.layer_decay=0.5', 'steps=6')
     rows = [x.split() for x in capsys.readouterr().out.splitlines()]
@@ -275,6 +276,7 @@ def test_not_finite_names_the_examples():
     assert 'step 7: not finite: loss nan, gradient norm 1.5' in str(e)
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar(folder, tmp_path):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
