@@ -56,12 +56,12 @@ def test_the_kernel_is_exact(tokens, heads, channels, rows, dtype, tolerance, mo
 def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
     """With dropout and drop path, whose draws are the same."""
     model = models.build(
-        'vit-ti/16', num_classes=5, width=64, depth=2, num_heads=4, mlp_dim=128, patch_size=8,
+        'vit-ti/16', num_classes=5, width=32, depth=2, num_heads=2, mlp_dim=64, patch_size=8,
         dropout=0.2, drop_path=0.3, qk_norm=True,
     )  # fmt: skip
     images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
     params = model.init(jax.random.key(1), images)['params']
-    params['head']['kernel'] = jax.random.normal(jax.random.key(2), (64, 5))
+    params['head']['kernel'] = jax.random.normal(jax.random.key(2), (32, 5))
 
     def loss(params, images):
         rngs = {'dropout': jax.random.key(3)}
@@ -84,7 +84,7 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
         specs = jax.sharding.PartitionSpec(), sharding.BATCH
         places = dict(in_shardings=tuple(jax.sharding.NamedSharding(mesh, s) for s in specs))
     found = jax.jit(grad, **places)(params, images)
-    assert calls and set(calls) == {(8, 17, 3, 4, 16)}
+    assert calls and set(calls) == {(8, 17, 3, 2, 16)}
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), found, wanted)
 
