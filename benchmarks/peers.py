@@ -129,6 +129,7 @@ def timm_model(name, size, classes):
 
 
 def transformers_model(name, size, classes):
+    import torch
     import transformers
 
     like = models.build(name, num_classes=classes)
@@ -139,7 +140,7 @@ def transformers_model(name, size, classes):
     )  # fmt: skip
     model = transformers.ViTForImageClassification(config)
 
-    class Logits(__import__('torch').nn.Module):
+    class Logits(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.model = model
