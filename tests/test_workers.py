@@ -118,3 +118,31 @@ def test_ctrl_c_ends_all(tmp_path):
         os.killpg(run.process.pid, signal.SIGINT)  # a terminal sends it to the whole group
         status, said = run.ended(10)
         assert status == 130 and 'interrupted' in said
+
+
+IN_A_DESTRUCTOR = """
+import os, signal, time
+from vit_jax import cli
+
+class Array:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+def main(argv):
+    Array()
+    time.sleep(60)
+
+if __name__ == '__main__':
+    cli.run(main)
+"""
+
+
+def test_ctrl_c_within_a_destructor_is_not_lost(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(IN_A_DESTRUCTOR)
+    done = subprocess.run(
+        [sys.executable, str(script)], text=True, capture_output=True, timeout=30,
+        cwd=pathlib.Path(__file__).parent.parent, env=os.environ | {'PYTHONPATH': '.'},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, 'interrupted\n')

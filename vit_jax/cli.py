@@ -1,9 +1,11 @@
 """What all commands share: a user's mistake is one line and exit status 2, a bug a traceback, and
 Ctrl-C one word and exit status 130."""
 
+import os
 import re
 import signal
 import sys
+import threading
 
 from absl import app, flags, logging
 
@@ -21,6 +23,18 @@ def split_changes(argv, section):
     return rest, changes
 
 
+def not_lost(unraisable):
+    """A sys.unraisablehook that repeats a Ctrl-C which came within a destructor.
+
+    Python prints an exception of a destructor and goes on, and the user would have to ask again.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        # Not at once, as this is still within the destructor.
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def run(main, section=None):
     """Parses sys.argv, calls main(arguments) and exits with what it returns.
 
@@ -34,6 +48,7 @@ def run(main, section=None):
         changes.extend(found)
         return flags.FLAGS(rest)
 
+    sys.unraisablehook = not_lost
     logging.set_verbosity(logging.WARNING)  # --verbosity overrules; absl's own default is INFO
     try:
         app.run((lambda argv: main(argv, changes)) if section else main, flags_parser=parse)
