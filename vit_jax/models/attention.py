@@ -31,16 +31,15 @@ def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capt
         else f'it can not drop probabilities, and model.attention_dropout is {dropout}'
         if dropout else None
     )  # fmt: skip
-    needed, memory = block_bytes(tokens, width, dtype), SMALL.get(device, LARGE)
     channels = width // heads
     if platform != 'tpu':
         obstacles['pallas'] = f'it is a kernel for TPUs, and this is for {platform}'
     elif device in ('TPU v2', 'TPU v3'):
         obstacles['pallas'] = f'a kernel can not multiply bfloat16 on {device}'
-    elif needed > memory:
+    elif not buffers(tokens, width, dtype, device):
         obstacles['pallas'] = (
-            f'{tokens} tokens of width {width} need {needed / MIB:.0f} MiB on the chip, where '
-            f'{device} has {memory / MIB:.0f}'
+            f'{tokens} tokens of width {width} need {block_bytes(tokens, width, dtype) / MIB:.0f} '
+            f'MiB on the chip, where {device} has {SMALL.get(device, LARGE) / MIB:.0f}'
         )
     if 'NVIDIA' not in device:
         obstacles['cudnn'] = f'it is for NVIDIA GPUs, and this is for {device}'
@@ -55,10 +54,17 @@ def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capt
     return kind
 
 
-def block_bytes(tokens, width, dtype):
-    """What the backward kernel holds on the chip, nearly: two images in and out, ten matrices."""
+def block_bytes(tokens, width, dtype, buffers=1):
+    """What the backward kernel holds on the chip, nearly: images in and out, and ten matrices."""
     rows, lanes = -(-tokens // 16) * 16, -(-tokens // 128) * 128
-    return 14 * rows * width * jnp.dtype(dtype).itemsize + 40 * min(ROWS, rows) * lanes
+    images = 7 * buffers * rows * width * jnp.dtype(dtype).itemsize
+    return images + 40 * min(ROWS, rows) * lanes
+
+
+def buffers(tokens, width, dtype, device):
+    """2 where the next image comes while one is computed, 1 where one alone fits, else 0."""
+    memory = SMALL.get(device, LARGE)
+    return next((n for n in (2, 1) if block_bytes(tokens, width, dtype, n) <= memory), 0)
 
 
 def target():
@@ -100,75 +106,116 @@ def forward_kernel(qkv, out, *, heads):
         out[0, rows, q] = products(probs.astype(values.dtype), values, (1, 0)).astype(out.dtype)
 
 
-def backward_kernel(qkv, d_out, d_qkv, *, heads):
-    """The gradient [1, T, 3 D] of `forward_kernel`; probabilities are computed anew."""
-    tokens, dtype, d_k, d_v = qkv.shape[1], qkv.dtype, 0, 0
-    for (q, k, v), rows in pieces(qkv.shape, heads):
+def backward_kernel(qkv, d_out, d_qkv, d_bias, *, heads):
+    """The gradient [1, T, 3 D] of `forward_kernel`, and its sum over tokens [1, 1, 3 D], float32.
+
+    Probabilities are computed anew. What is added to every token, a bias, has the sum as its
+    gradient: whoever computes it later reads all of it again.
+    """
+    tokens, dtype, sums = qkv.shape[1], qkv.dtype, [0, 0, 0]
+    for lanes, rows in pieces(qkv.shape, heads):
+        q, k, v = lanes
         queries, keys, d_o = qkv[0, rows, q], qkv[0, :, k], d_out[0, rows, q]
         probs = probabilities(queries, keys)
         d_probs = products(d_o, qkv[0, :, v], (1, 1))
         d_logits = probs * (d_probs - jnp.sum(probs * d_probs, axis=-1, keepdims=True))
         d_logits = (d_logits * queries.shape[-1] ** -0.5).astype(dtype)
-        d_qkv[0, rows, q] = products(d_logits, keys, (1, 0)).astype(dtype)
-        d_k += products(d_logits, queries, (0, 0))
-        d_v += products(probs.astype(dtype), d_o, (0, 0))
+        d_q = products(d_logits, keys, (1, 0))
+        d_qkv[0, rows, q] = d_q.astype(dtype)
+        sums[0] += jnp.sum(d_q, axis=0, keepdims=True)
+        sums[1] += products(d_logits, queries, (0, 0))
+        sums[2] += products(probs.astype(dtype), d_o, (0, 0))
         if rows.stop == tokens:
-            d_qkv[0, :, k], d_qkv[0, :, v] = d_k.astype(dtype), d_v.astype(dtype)
-            d_k = d_v = 0
+            d_qkv[0, :, k], d_qkv[0, :, v] = sums[1].astype(dtype), sums[2].astype(dtype)
+            for part, d in zip(lanes, sums, strict=True):
+                d_bias[0, :, part] = jnp.sum(d, axis=0, keepdims=True)
+            sums = [0, 0, 0]
 
 
-def call(kernel, heads, interpret, width, matmuls, *arrays):
-    """A kernel over all images, [B, T, *] -> [B, T, width]; its cost is stated for XLA."""
-    b, t, _ = arrays[0].shape
-    out = jax.ShapeDtypeStruct((b, t, width), arrays[0].dtype)
-    vmem = SMALL.get(target()[1], LARGE)
-    specs = [pl.BlockSpec((1, *x.shape[1:]), lambda i: (i, 0, 0)) for x in (*arrays, out)]
+def call(kernel, heads, matmuls, arrays, shapes, interpret):
+    """A kernel over all images, of arrays [B, T, *] to `shapes`; its cost is stated for XLA.
+
+    It streams what it reads: the compiler need not bring that to the chip beforehand.
+    """
+    b, t, width = arrays[0].shape
+    device = target()[1]
+    ahead = pl.Buffered(buffers(t, width // 3, arrays[0].dtype, device) or 1)
+    specs = [
+        pl.BlockSpec((1, *x.shape[1:]), lambda i: (i, 0, 0), pipeline_mode=ahead)
+        for x in (*arrays, *shapes)
+    ]
+    if not interpret:
+        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     return pl.pallas_call(
         functools.partial(kernel, heads=heads),
         grid=(b,),
-        in_specs=specs[:-1],
-        out_specs=specs[-1],
-        out_shape=out,
+        in_specs=specs[: len(arrays)],
+        out_specs=specs[len(arrays) :],
+        out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=('parallel',), vmem_limit_bytes=vmem
+            dimension_semantics=('parallel',), vmem_limit_bytes=SMALL.get(device, LARGE)
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * matmuls * b * t * t * arrays[0].shape[-1] // 3,
+            flops=2 * matmuls * b * t * t * width // 3,
             transcendentals=b * heads * t * t,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, out)),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
         ),
         interpret=interpret,
     )(*arrays)  # fmt: skip
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def fused(qkv, heads, interpret=False):
-    """Attention of qkv [B, T, 3 H C] -> [B, T, H C], reading and writing nothing else."""
-    return call(forward_kernel, heads, interpret, qkv.shape[-1] // 3, 2, qkv)
+def on_each_device(function, arrays, results):
+    """The function where no mesh is set; else on each device, with its own images and heads.
 
-
-def forward(qkv, heads, interpret):
-    return fused(qkv, heads, interpret), qkv
-
-
-def backward(heads, interpret, qkv, d_out):
-    return (call(backward_kernel, heads, interpret, qkv.shape[-1], 5, qkv, d_out),)
-
-
-fused.defvjp(forward, backward)
-
-
-def pallas(qkv, interpret=False):
-    """[B, T, 3, H, C] -> [B, T, H, C] by the kernel, on each device its own images and heads."""
-
-    def local(qkv):
-        b, t, _, h, c = qkv.shape
-        return fused(qkv.reshape(b, t, 3 * h * c), h, interpret).reshape(b, t, h, c)
-
+    `arrays` and `results` say which dimensions of each hold images (or None) and heads.
+    """
     if not {'data', 'fsdp'} <= set(jax.sharding.get_abstract_mesh().axis_names):
-        return local(qkv)
-    batch = ('data', 'fsdp')
-    return jax.shard_map(
-        local, in_specs=P(batch, None, None, 'tensor'), out_specs=P(batch, None, 'tensor'),
-        check_vma=False,
-    )(qkv)  # fmt: skip
+        return function
+
+    def spec(images, heads):
+        axes = {images: ('data', 'fsdp'), heads: 'tensor'}
+        return P(*(axes.get(k) for k in range(heads + 1)))
+
+    specs = [tuple(spec(*dims) for dims in places) for places in (arrays, results)]
+    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def pallas(qkv, bias, interpret=False):
+    """Attention by the kernel: qkv [B, T, 3, H, C] and what is added to it, [3, H, C] -> [B, T, H, C].
+
+    Nothing else is read or written. In the gradient, that of the bias costs no pass of its own.
+    """
+    return forward(qkv, bias, interpret)[0]
+
+
+def forward(qkv, bias, interpret):
+    def local(qkv, bias):
+        b, t, _, h, c = qkv.shape
+        # As matrices, which is what both the projection and the kernel have: no copy between.
+        qkv = qkv.reshape(b, t, 3 * h * c) + bias.reshape(3 * h * c).astype(qkv.dtype)
+        out = jax.ShapeDtypeStruct((b, t, h * c), qkv.dtype)
+        (out,) = call(forward_kernel, h, 2, [qkv], [out], interpret)
+        return out.reshape(b, t, h, c), qkv
+
+    out, qkv = on_each_device(local, [(0, 3), (None, 1)], [(0, 2), (0, 2)])(qkv, bias)
+    return out, (qkv, bias)
+
+
+def backward(interpret, residuals, d_out):
+    def local(qkv, d_out):
+        b, t, h, c = d_out.shape
+        arrays = [qkv, d_out.reshape(b, t, h * c)]
+        shapes = [
+            jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+            jax.ShapeDtypeStruct((b, 1, 3 * h * c), jnp.float32),
+        ]
+        d_qkv, d_bias = call(backward_kernel, h, 5, arrays, shapes, interpret)
+        return d_qkv.reshape(b, t, 3, h, c), d_bias.reshape(b, 3, h, c)
+
+    qkv, bias = residuals
+    d_qkv, d_bias = on_each_device(local, [(0, 2), (0, 2)], [(0, 3), (0, 2)])(qkv, d_out)
+    return d_qkv, jnp.sum(d_bias, axis=0).astype(bias.dtype)
+
+
+pallas.defvjp(forward, backward)

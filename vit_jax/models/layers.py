@@ -85,12 +85,14 @@ class Projection(nn.Module):
 
     [B, T, *inputs] -> [B, T, *features]; the kernel is [*inputs, *features]. The compiler lays out
     a product as its dimensions suggest, and would copy between that and the matrix that a kernel
-    takes. Where the mesh splits heads, they stay a dimension.
+    takes. Where the mesh splits heads, they stay a dimension. With `apart` the result is
+    (product, bias), for whoever adds it.
     """
 
     inputs: tuple[int, ...]
     features: tuple[int, ...]
     kernel_init: Any = nn.initializers.xavier_uniform()
+    apart: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -103,13 +105,15 @@ class Projection(nn.Module):
 
         kernel = self.param('kernel', init, shape, jnp.float32)
         bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
-        x, kernel, bias = (y.astype(self.dtype) for y in (x, kernel, bias))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:
             y = jnp.tensordot(by_example(x, whole=False), kernel, len(self.inputs))
-            return by_example(y + bias, whole=False)
-        x = by_example(x.reshape(*x.shape[:2], matrix[0]))
-        y = by_example(x @ kernel.reshape(matrix) + bias.ravel())
-        return y.reshape(*y.shape[:2], *self.features)
+            y = by_example(y, whole=False)
+        else:
+            x = by_example(x.reshape(*x.shape[:2], matrix[0]))
+            y = by_example(x @ kernel.reshape(matrix))
+            y = y.reshape(*y.shape[:2], *self.features)
+        return (y, bias) if self.apart else y + bias.astype(self.dtype)
 
 
 class Mlp(nn.Module):
@@ -160,18 +164,19 @@ class Attention(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
-        qkv = Projection((width,), (3, *heads), qkv_init, self.dtype, name='qkv')(x)
+        project = Projection((width,), (3, *heads), qkv_init, True, self.dtype, name='qkv')
+        qkv, bias = project(x)
         if self.qk_norm:
-            q, k, v = jnp.split(qkv, 3, axis=2)
+            q, k, v = jnp.split(qkv + bias.astype(self.dtype), 3, axis=2)
             q = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='q_norm')(q)
             k = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='k_norm')(k)
-            qkv = jnp.concatenate([q, k, v], axis=2)
-        x, captured = self.attend(qkv)
+            qkv, bias = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(bias)
+        x, captured = self.attend(qkv, bias)
         out = Projection(heads, (width,), dtype=self.dtype, name='out')(x)
         return by_example(out), captured
 
-    def attend(self, qkv):
-        """[B, T, 3, H, C] -> ([B, T, H, C], probabilities [B, H, T, T] or None)."""
+    def attend(self, qkv, bias):
+        """[B, T, 3, H, C] and [3, H, C], which is added -> ([B, T, H, C], probabilities or None)."""
         _, tokens, _, heads, channels = qkv.shape
         kind = 'xla' if self.is_initializing() else attention.chosen(
             self.kind, *attention.target(), tokens=tokens, width=heads * channels, heads=heads,
@@ -179,7 +184,8 @@ class Attention(nn.Module):
             capture=self.capture,
         )  # fmt: skip
         if kind == 'pallas':
-            return attention.pallas(qkv), None
+            return attention.pallas(qkv, bias), None
+        qkv = qkv + bias.astype(self.dtype)
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
         if kind == 'cudnn':
             return jax.nn.dot_product_attention(q, k, v, implementation='cudnn'), None
