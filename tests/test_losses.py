@@ -1,0 +1,63 @@
+"""Losses over many classes: what counts as a hit, and no float32 copy of the logits."""
+
+import functools
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import devices, hlo_text, losses, sharding
+
+CLASSES = 21_841  # of ImageNet-21k
+
+
+@pytest.mark.parametrize('labels', [[3, 0, 5], [[3, -1], [1, 0], [-1, -1]], 'weights'])
+def test_hits_are_of_any_true_label(labels):
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((3, 7)).astype(np.float32)
+    weights = rng.integers(0, 2, (3, 7)).astype(np.float32)
+    labels = weights if labels == 'weights' else np.array(labels)
+    for _ in range(20):
+        logits = rng.permuted(logits, axis=1)
+        best = logits.argmax(axis=1)
+        if labels.dtype == np.float32:
+            wanted = [weights[i, k] > 0 for i, k in enumerate(best)]
+        else:
+            wanted = [k in np.ravel(row) for k, row in zip(best, labels, strict=True)]
+        np.testing.assert_array_equal(losses.hits(jnp.asarray(logits), jnp.asarray(labels)), wanted)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason='the TPU compiler is not installed: pip install "vit_jax[plan]"',
+)
+@pytest.mark.parametrize('name', list(losses.LOSSES))
+def test_a_step_over_many_classes_makes_no_float32_copy_of_the_logits(name):
+    """In the program for a TPU: of [B, K] there is what the head's product gives, bfloat16."""
+    found, _ = devices.topology('v4:2x2x1')
+    mesh = sharding.make_mesh(found)
+    batch, width = 128 * len(found), 256
+
+    def objective(kernel, x, labels):
+        logits = (x @ kernel.astype(x.dtype)).astype(jnp.bfloat16)
+        by_example = losses.LOSSES[name](logits, labels, label_smoothing=0.1)
+        return jnp.mean(by_example), jnp.mean(losses.hits(logits, labels))
+
+    place = functools.partial(jax.sharding.NamedSharding, mesh)
+    split, same = place(sharding.BATCH), place(jax.sharding.PartitionSpec())
+    step = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+    text = step.lower(
+        jax.ShapeDtypeStruct((width, CLASSES), jnp.float32, sharding=same),
+        jax.ShapeDtypeStruct((batch, width), jnp.bfloat16, sharding=split),
+        jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=split),
+    ).compile().as_text()  # fmt: skip
+    computations, entry = hlo_text.parsed(text)
+    arrays = [
+        shape for i in computations[entry].values() if i.opcode != 'bitcast' for shape in i.shapes
+    ]
+    large = [s for s in arrays if math.prod(s.dims) >= 128 * CLASSES]
+    logits = [s for s in large if sorted(s.dims)[-2:] == [128, CLASSES]]
+    assert logits and {s.dtype for s in logits} == {'bf16'}
