@@ -71,6 +71,8 @@ job_script() { # WORKDIR FLAGS: what sbatch gets
 #SBATCH --signal=SIGTERM@$before
 $(for option in "${others[@]}"; do printf '#SBATCH %s="%s"\n' "${option%%=*}" "${option#*=}"; done)
 cd $(quoted "$PWD") || exit
+# Gradients are exchanged beside the computation of the layers before. Flags given later win.
+export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true \${XLA_FLAGS:-}"
 over='' status=0
 trap 'over=true' TERM
 srun --kill-on-bad-exit=0 --wait=300 --gpu-bind=none \\

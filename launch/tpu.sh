@@ -24,6 +24,9 @@ the end of worker 0.
 EOS
 }
 
+# No flags of XLA: libtpu hides what it can of the exchanges as it comes. Those that others set
+# (async collective fusion, data parallel all-reduce) changed nothing in the compiled step, see
+# benchmarks/RESULTS.md.
 launch_tpu() {
     local status=0
     zone='' type='' runtime='' project='' extras=tpu,remote grace=120 spot='' internal_ip=''

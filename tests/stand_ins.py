@@ -173,6 +173,7 @@ def start(job):
 
 
 def srun(args):
+    write('xla_flags', os.environ['XLA_FLAGS'])
     words = args[next(i for i, a in enumerate(args) if not a.startswith('-')):]
     os.execvp(words[0], words)
 

@@ -153,6 +153,7 @@ def test_hosts_really(folder, place):
 
 
 def test_slurm_job(place):
+    place.environment['XLA_FLAGS'] = '--xla_dump_to=here'
     place.fail(squeue='down')  # the controller does not answer once
     status, output, errors = place.run(
         (*SLURM, '--partition', 'gpu', '--time=2:00', '--exclusive=user'), '--config.seed=1'
@@ -166,6 +167,8 @@ def test_slurm_job(place):
     assert given['--partition'] == 'gpu' and given['--exclusive'] == 'user'
     assert given['--signal'] == 'SIGTERM@120' and '--requeue' in given
     (srun,) = place.calls('srun')
+    hiding, own = (place.folder / 'xla_flags').read_text().split()
+    assert hiding.startswith('--xla_gpu_enable_latency_hiding') and own == '--xla_dump_to=here'
     # jax.distributed picks a device by SLURM_LOCALID: all of a node's have to be there.
     assert '--gpu-bind=none' in srun and not [w for w in srun if 'gpus-per-task' in w]
     assert srun[-6:] == ['vit_jax.main', '--config', EXPERIMENT, '--workdir', str(place.workdir),

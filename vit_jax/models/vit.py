@@ -213,11 +213,14 @@ class Vit(nn.Module):
         if attention is not None:
             out['attention'] = attention
         last_norm = nn.LayerNorm(**norm, name='norm')
-        x = x if self.fc_norm else last_norm(x)
-        out['encoded'] = x[:, -n:]
+        # Apart, so that nobody norms the patches where the pooling reads the class token alone.
+        first, patches = x[:, :-n], x[:, -n:]
+        if not self.fc_norm:
+            first, patches = last_norm(first), last_norm(patches)
+        out['encoded'] = patches
         if 'cls' in self.prefix:
-            out['cls'] = x[:, 0]
-        dist = x[:, list(self.prefix).index('dist')] if self.dist_head else None
+            out['cls'] = first[:, 0]
+        dist = first[:, list(self.prefix).index('dist')] if self.dist_head else None
         x = layers.by_example(self.pooled(out))
         x = out['pre_logits'] = self.represented(last_norm(x) if self.fc_norm else x)
         if self.num_classes is None:
