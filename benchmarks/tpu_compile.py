@@ -8,7 +8,8 @@ line, figures of one chip:
 
     gflop        XLA's count, and what the kernels of this package state beside it
     gb           bytes accessed: XLA's count, and all operands and results of the kernels, which XLA
-                 takes for nothing; `kernels_gb` is their part
+                 takes for nothing; `kernels_gb` is their part, `prefetch_gb` that of copies to and
+                 from memory on the chip, where XLA counts a slice with the whole array
     traffic_gb   what crosses to and from the main memory alone, as `vit_jax.plan` counts
     temp_gb      temporaries
     compute_ms, memory_ms   at the peaks of the chip
@@ -78,7 +79,8 @@ def measure(name, topology, fields):
     return dict(
         model=name, topology=topology, batch_per_chip=BATCH.value, image_size=IMAGE.value, **fields,
         gflop=round(program.flops / 1e9), gb=round(accessed / 1e9, 2),
-        kernels_gb=round(kernels / 1e9, 2), traffic_gb=round(program.traffic / 1e9, 2),
+        kernels_gb=round(kernels / 1e9, 2), prefetch_gb=round(hlo.prefetch_bytes(text) / 1e9, 2),
+        traffic_gb=round(program.traffic / 1e9, 2),
         temp_gb=round(memory.temp_size_in_bytes / 1e9, 3),
         compute_ms=round(1e3 * program.flops / peaks.flops, 1),
         memory_ms=round(1e3 * accessed / peaks.bandwidth, 1),

@@ -211,14 +211,35 @@ def read(text):
 def kernel_bytes(text):
     """Bytes of all operands and results of a program's Pallas kernels, wherever they lie; each
     counts once, as in the analysis of XLA, which takes kernels for nothing."""
-    computations, _ = parsed(text)
+    kernels = [
+        (i, arrays) for i, arrays in operands(text)
+        if (i.attribute('custom_call_target') or '').strip('"') == 'tpu_custom_call'
+    ]  # fmt: skip
+    return sum(s.footprint for i, arrays in kernels for s in (*arrays, *whole(i)))
+
+
+def prefetch_bytes(text):
+    """Bytes that the analysis of XLA counts for asynchronous copies between main memory and that on
+    the chip: of a slice of an array the whole array, though the slice alone moves."""
     total = 0
+    for i, arrays in operands(text):
+        if i.opcode in ('copy-start', 'slice-start'):
+            result = whole(i)[1 if i.opcode == 'slice-start' else 0]
+            total += sum(s.footprint for s in (arrays[0], result))
+    return total
+
+
+def whole(i):
+    """The arrays of a result, as if all lay in main memory."""
+    return [s._replace(space=0) for s in i.shapes]
+
+
+def operands(text):
+    """(instruction, the arrays that it reads) of a program; all of them once."""
+    computations, _ = parsed(text)
     for computation in computations.values():
         for i in computation.values():
-            if (i.attribute('custom_call_target') or '').strip('"') == 'tpu_custom_call':
-                arrays = [s for o in i.operands for s in computation[o].shapes] + list(i.shapes)
-                total += sum(s._replace(space=0).footprint for s in arrays)
-    return total
+            yield i, [s for o in i.operands if o in computation for s in whole(computation[o])]
 
 
 def groups(attributes, partitions):
