@@ -53,12 +53,12 @@ def by_example(x, *, whole=True):
     With `whole` over nothing else: the partitioner would split activations by width wherever FSDP
     has split the weights, and sum them over all devices, in place of gathering one layer's
     weights. Heads and the hidden layer of an MLP are not `whole`: the weights split them.
-    [B, T, D] lies in memory in that order: left to itself the TPU's compiler may put tokens
+    On TPUs [B, T, D] lies in memory in that order: left to itself their compiler may put tokens
     outermost, copy for every kernel, and no longer join norms with the products after them.
     """
     if not {'data', 'fsdp'} <= set(jax.sharding.get_abstract_mesh().axis_names):
         return x
-    if x.ndim == 3:
+    if x.ndim == 3 and attention.target()[0] == 'tpu':  # others' partitioners gather for it
         x = with_layout_constraint(x, Layout((0, 1, 2)))
     rest = (None if whole else PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(('data', 'fsdp'), *rest))
