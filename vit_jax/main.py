@@ -50,6 +50,14 @@ START = flags.DEFINE_integer(
     'start_timeout', 600, 'Seconds that processes wait for one that starts, restores, compiles or '
     'saves.', lower_bound=1,
 )  # fmt: skip
+PROFILE = flags.DEFINE_string(
+    'profile', None, 'STEP:COUNT: trace so many steps from that one on, into WORKDIR/profile, for '
+    'XProf and Perfetto.',
+)  # fmt: skip
+CACHE = flags.DEFINE_string(
+    'compilation_cache', None, 'Folder in which compiled programs are kept for the next start, or '
+    'off; by default ~/.cache/vit_jax/compiled, or WORKDIR/compiled where that is on gs://.',
+)  # fmt: skip
 
 
 def main(argv, overrides):
@@ -62,8 +70,9 @@ def main(argv, overrides):
 def run(overrides, stop):
     """Trains and reports; the exit status."""
     # A signal is heard while these load.
-    from vit_jax import clusters, config, hosts, report, train, workdir
+    from vit_jax import caches, clusters, config, hosts, report, train, workdir
 
+    caches.keep_compiled(CACHE.value, WORKDIR.value)
     begun = workdir.read_json(workdir.located(WORKDIR.value) / 'config.json')
     settings = config.load(CONFIG.value, overrides, begun)
     limits = dict(timeout=TIMEOUT.value, start_timeout=START.value)
@@ -78,8 +87,9 @@ def run(overrides, stop):
             with workdir.held(WORKDIR.value) as path:
                 try:
                     result = train.train(
-                        settings, path, stop, at, allow_config_change=ALLOW.value
-                    )
+                        settings, path, stop, at, allow_config_change=ALLOW.value,
+                        profile=PROFILE.value,
+                    )  # fmt: skip
                 except report.NotFinite as e:  # at the same step in all processes
                     print(f'error: {e}', file=sys.stderr)
                     return 3

@@ -1,25 +1,30 @@
 """The loop: from a config to a trained model, and what is known of it, on disk."""
 
+import contextlib
 import itertools
 
 import jax
 
-from vit_jax import assembly, optim, report, sharding, step, workdir
+from vit_jax import assembly, optim, profiling, report, sharding, step, workdir
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
 
 
-def train(config, path, stop, at=lambda phase: None, *, allow_config_change=False):
+def train(
+    config, path, stop, at=lambda phase: None, *, allow_config_change=False, profile=None
+):
     """Trains in the folder `path` to the end, or until `stop` is true.
 
     `config` is one that `config.complete` returned. A run that left checkpoints in `path` goes on
     from the newest sound one as if it had never stopped. Returns result.json, None when stopped.
-    `at` is told of each phase, as hosts.joined wants it.
+    `at` is told of each phase, as hosts.joined wants it. `profile` is STEP:COUNT, or None.
     """
     at('start')
     first = jax.process_index() == 0
     parts = assembly.make(config)
+    if profile:
+        profiling.parsed(profile, parts.steps)
     with Checkpoints(path, **config.checkpoint) as checkpoints:
         begun = bool(checkpoints.steps())
         changes = workdir.settle_config(path, config, begun, allow_change=allow_config_change)
@@ -43,7 +48,9 @@ def train(config, path, stop, at=lambda phase: None, *, allow_config_change=Fals
                 log.say(f'from    {config.init_from}\n{account}')
             if changes:
                 log.say(f'the config has changed:\n{workdir.table(changes)}')
-            loop(config, parts, state, stop, at, checkpoints, log)
+            tracer = profiling.Profile(profile, path, parts.steps, start, log.say)
+            with contextlib.closing(tracer):
+                loop(config, parts, state, stop, at, checkpoints, log, tracer)
             if stop:
                 return None
             result = log.result()
@@ -54,7 +61,7 @@ def train(config, path, stop, at=lambda phase: None, *, allow_config_change=Fals
             return result
 
 
-def loop(config, parts, state, stop, at, checkpoints, log):
+def loop(config, parts, state, stop, at, checkpoints, log, tracer):
     """From the state to the last step, or to the next one after `stop` became true."""
     data = {k: v for k, v in config.data.items() if k != 'source'}
     advance = step.compiled(
@@ -95,8 +102,10 @@ def loop(config, parts, state, stop, at, checkpoints, log):
             except StopIteration:  # the same among several processes, in the first steps
                 raise stop.trouble from None
             at(f'step {n + 1}' if n > begun else 'compile, of the step')
-            state, metrics = advance(state, sharding.put(stop.within(batch), parts.mesh))
+            with tracer.step(n + 1):
+                state, metrics = advance(state, sharding.put(stop.within(batch), parts.mesh))
             n += 1
+            tracer.end(n, metrics)
             log.write(n, metrics)
             if checkpoints.due(n):
                 save()

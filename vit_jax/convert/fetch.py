@@ -25,6 +25,7 @@ import rich.console
 from fsspec.callbacks import Callback
 from rich import progress
 
+from vit_jax import caches
 from vit_jax.convert.reasons import foreign, reason, silent
 from vit_jax.errors import UserError
 
@@ -106,13 +107,10 @@ def pickled(address, name):
 
 
 def cache_folder(address):
-    """Where the files of an address are kept: below $VIT_JAX_CACHE, else the user's cache."""
-    root = os.environ.get('VIT_JAX_CACHE')
-    if not root:
-        root = os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'vit_jax')
+    """Where the files of an address are kept, below `caches.root()`."""
     tail = re.sub(r'[^\w.-]+', '_', last_name(address), flags=re.ASCII).lstrip('.')[:60]
     digest = hashlib.sha256(address.encode()).hexdigest()[:16]
-    return pathlib.Path(root).expanduser().absolute() / f'{tail}-{digest}'
+    return caches.root() / f'{tail}-{digest}'
 
 
 def safe_name(name, address):

@@ -182,7 +182,7 @@ def on_each_device(function, arrays, results):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def pallas(qkv, bias, interpret=False):
-    """Attention by the kernel: qkv [B, T, 3, H, C] and what is added to it, [3, H, C] -> [B, T, H, C].
+    """Attention by the kernel: [B, T, 3, H, C], a bias [3, H, C] that is added -> [B, T, H, C].
 
     Nothing else is read or written. In the gradient, that of the bias costs no pass of its own.
     """

@@ -181,7 +181,7 @@ class Attention(nn.Module):
         return by_example(out), captured
 
     def attend(self, qkv, bias):
-        """[B, T, 3, H, C] and [3, H, C], which is added -> ([B, T, H, C], probabilities or None)."""
+        """[B, T, 3, H, C], a bias [3, H, C] -> ([B, T, H, C], probabilities or None)."""
         _, tokens, _, heads, channels = qkv.shape
         kind = 'xla' if self.is_initializing() else attention.chosen(
             self.kind, *attention.target(), tokens=tokens, width=heads * channels, heads=heads,
