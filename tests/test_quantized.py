@@ -1,16 +1,20 @@
 """Products in 8 bits: against their rule and the theory of its errors in NumPy, and in models."""
 
+import json
 import re
+import subprocess
 import sys
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import launched
 import ml_dtypes
 import numpy as np
 import optax
 import pytest
 
+import vit_jax
 from vit_jax import models, objectives, optim, sharding, step
 from vit_jax.errors import UserError
 from vit_jax.models import quantized
@@ -210,3 +214,26 @@ def test_a_bad_value_and_a_missing_library_are_named(monkeypatch):
     for name in ('vit-ti/16', 'mixer-s/16'):
         with pytest.raises(UserError, match=words):
             models.build(name, quantize='int8')
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_as_it_was_trained_unless_told_otherwise(tmp_path):
+    folder = launched.write_images(tmp_path / 'images', {'train': 16, 'val': 5})
+    run, export = tmp_path / 'run', tmp_path / 'export.npz'
+    status, output = launched.finish(folder, run, '--config.model.quantize=int8')
+    assert status == 0, output
+    last = [line for line in launched.metrics(run) if 'val/loss' in line][-1]
+    model, params = vit_jax.load(run, ema=True)
+    assert model.quantize == 'int8'
+    vit_jax.save(export, model, params, format='official')
+
+    def loss(*flags):
+        command = [sys.executable, '-m', 'vit_jax.evaluate', '--json', *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=launched.ENVIRONMENT)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)['val']['loss']
+
+    config = f'--config={run}/config.json'
+    assert loss(f'--checkpoint={run}') == loss(f'--checkpoint={export}', config) == last['val/loss']
+    exact = loss(f'--checkpoint={run}', '--config.model.quantize=none')
+    assert exact != last['val/loss'] and exact == pytest.approx(last['val/loss'], rel=0.05)
