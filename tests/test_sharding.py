@@ -75,6 +75,21 @@ def test_fsdp_gathers_the_kernels_of_one_layer_at_a_time():
 
 
 @pytest.mark.slow
+def test_fsdp_gathers_kernels_in_int8_as_bytes():
+    found, abstract = program(mesh=dict(fsdp=8), quantize='int8')
+    kernels = [n for k, n in sizes(abstract).items() if 'encoder' in k and k.endswith('kernel')]
+    gathers = [c for c in large(found, loops=1) if c.kind == 'all-gather']
+    assert sorted(c.bytes for c in gathers) == sorted([n // DEPTH // 4 for n in kernels] * 2)
+    # Beside gradients, maxima by output cross: of qkv and fc1, whose inputs are split.
+    exact, _ = program(mesh=dict(fsdp=8))
+    sums, wanted = (
+        total(c for c in p.collectives if c.loops and c.kind != 'all-gather')
+        for p in (found, exact)
+    )  # fmt: skip
+    assert sums - wanted == DEPTH * 4 * (3 * WIDTH + FIELDS['mlp_dim'])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, 4])
 def test_tensor_parallel_sums_activations_twice_a_layer_each_way(devices):
     found, _ = program(devices, mesh=dict(tensor=devices))

@@ -2,8 +2,8 @@
 
 X is anything that vit_jax.load takes. The evaluations are those of the config's section `evals`
 (a run's config.json is a config, too); without --config, those of the run that X came from. Any
-setting can be changed: --config.evals.test.batch_size=100. Of the section `model` only dtype and
-unroll count, as X says what the model is.
+setting can be changed: --config.evals.test.batch_size=100. Of the section `model` only dtype,
+quantize and unroll count, as X says what the model is.
 """
 
 import json
@@ -46,7 +46,7 @@ def evaluate(checkpoint, config, ema=None):
 
 def read(checkpoint, image_size, model, ema):
     """The checkpoint at an image size, to be computed as the config's model is."""
-    how = {field: model[field] for field in ('dtype', 'unroll') if field in model}
+    how = {field: model[field] for field in ('dtype', 'quantize', 'unroll') if field in model}
     return weights.read(checkpoint, image_size=image_size, ema=ema, **how)
 
 

@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from vit_jax.errors import UserError
-from vit_jax.models import attention
+from vit_jax.models import attention, quantized
 
 Dtype = Any
 
@@ -91,7 +91,7 @@ class Projection(nn.Module):
     [B, T, *inputs] -> [B, T, *features]; the kernel is [*inputs, *features]. The compiler lays out
     a product as its dimensions suggest, and would copy between that and the matrix that a kernel
     takes. Where the mesh splits heads, they stay a dimension. With `apart` the result is
-    (product, bias), for whoever adds it.
+    (product, bias), for whoever adds it. `quantize` is one of quantized.KINDS.
     """
 
     inputs: tuple[int, ...]
@@ -99,6 +99,7 @@ class Projection(nn.Module):
     kernel_init: Any = nn.initializers.xavier_uniform()
     apart: bool = False
     dtype: Dtype = jnp.float32
+    quantize: str = 'none'
 
     @nn.compact
     def __call__(self, x):
@@ -111,12 +112,14 @@ class Projection(nn.Module):
         kernel = self.param('kernel', init, shape, jnp.float32)
         bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        dot = quantized.dot_general(self.quantize)
         if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:
-            y = jnp.tensordot(by_example(x, whole=False), kernel, len(self.inputs))
-            y = by_example(y, whole=False)
+            n = len(self.inputs)
+            axes = tuple(range(2, 2 + n)), tuple(range(n))
+            y = by_example(dot(by_example(x, whole=False), kernel, (axes, ((), ()))), whole=False)
         else:
             x = by_example(x.reshape(*x.shape[:2], matrix[0]))
-            y = by_example(x @ kernel.reshape(matrix))
+            y = by_example(dot(x, kernel.reshape(matrix), (((2,), (0,)), ((), ()))))
             y = y.reshape(*y.shape[:2], *self.features)
         return (y, bias) if self.apart else y + bias.astype(self.dtype)
 
@@ -131,6 +134,7 @@ class Mlp(nn.Module):
     dropout: float = 0.0
     deterministic: bool = True
     dtype: Dtype = jnp.float32
+    quantize: str = 'none'
 
     @nn.compact
     def __call__(self, x):
@@ -139,6 +143,7 @@ class Mlp(nn.Module):
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(1e-6),
             dtype=self.dtype,
+            dot_general=quantized.dot_general(self.quantize),
         )
         y = by_example(nn.Dense(self.mlp_dim, **dense, name='fc1')(x), whole=False)
         if self.glu:
@@ -164,20 +169,21 @@ class Attention(nn.Module):
     deterministic: bool = True
     capture: bool = False
     dtype: Dtype = jnp.float32
+    quantize: str = 'none'
 
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
-        project = Projection((width,), (3, *heads), qkv_init, True, self.dtype, name='qkv')
-        qkv, bias = project(x)
+        dense = dict(dtype=self.dtype, quantize=self.quantize)
+        qkv, bias = Projection((width,), (3, *heads), qkv_init, True, **dense, name='qkv')(x)
         if self.qk_norm:
             q, k, v = jnp.split(qkv + bias.astype(self.dtype), 3, axis=2)
             q = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='q_norm')(q)
             k = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='k_norm')(k)
             qkv, bias = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(bias)
         x, captured = self.attend(qkv, bias)
-        out = Projection(heads, (width,), dtype=self.dtype, name='out')(x)
+        out = Projection(heads, (width,), **dense, name='out')(x)
         return by_example(out), captured
 
     def attend(self, qkv, bias):
@@ -222,6 +228,7 @@ class Block(nn.Module):
     deterministic: bool = True
     capture: bool = False
     dtype: Dtype = jnp.float32
+    quantize: str = 'none'
 
     def residual(self, x, y, drop_path, name):
         """x + y, with y scaled by channel and dropped by example."""
@@ -246,6 +253,7 @@ class Block(nn.Module):
             deterministic=self.deterministic,
             capture=self.capture,
             dtype=self.dtype,
+            quantize=self.quantize,
             name='attn',
         )(y)
         y = nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
@@ -253,7 +261,7 @@ class Block(nn.Module):
         y = nn.LayerNorm(**norm, name='norm2')(x)
         y = Mlp(
             self.mlp_dim, self.gelu, self.glu, self.dropout, self.deterministic, self.dtype,
-            name='mlp',
+            self.quantize, name='mlp',
         )(y)  # fmt: skip
         return self.residual(x, y, drop_path, 'scale2'), probabilities
 

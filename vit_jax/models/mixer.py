@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
-from vit_jax.models import layers
+from vit_jax.models import layers, quantized
 from vit_jax.models.vit import CHOICES
 
 # arXiv:2105.01601 table 1
@@ -33,13 +33,14 @@ class MixerBlock(nn.Module):
     stochastic_depth: bool = False
     deterministic: bool = True
     dtype: Any = jnp.float32
+    quantize: str = 'none'
 
     @nn.compact
     def __call__(self, x, drop_path):
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
         mlp = dict(
             gelu=self.gelu, dropout=self.dropout, deterministic=self.deterministic,
-            dtype=self.dtype,
+            dtype=self.dtype, quantize=self.quantize,
         )  # fmt: skip
 
         def residual(x, y):
@@ -76,6 +77,7 @@ class Mixer(nn.Module):
     drop_path: float = 0.0  # rate of the last block; rises linearly from 0 at the first
     unroll: int = 1
     dtype: str = 'float32'  # of the computation; parameters are float32
+    quantize: str = 'none'  # products of the blocks with their kernels, see models/quantized.py
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -97,12 +99,13 @@ class Mixer(nn.Module):
 
     def check(self):
         """Says which field is wrong before anything is built from it."""
-        for field in ('gelu', 'dtype'):
+        for field in ('gelu', 'dtype', 'quantize'):
             if getattr(self, field) not in CHOICES[field]:
                 value = getattr(self, field)
                 raise UserError(
                     f'model.{field} is {value!r}, not one of {", ".join(CHOICES[field])}'
                 )
+        quantized.dot_general(self.quantize)
 
     def flops(self, image_shape):
         """Of one forward pass over one image [H, W, C], counted as `vit.Vit.flops` does."""
@@ -132,7 +135,7 @@ class Mixer(nn.Module):
         )
         encoder = stack(
             self.tokens_mlp_dim, self.mlp_dim, self.gelu, self.epsilon, self.dropout,
-            self.drop_path > 0, not train, self.dtype, name='encoder',
+            self.drop_path > 0, not train, self.dtype, self.quantize, name='encoder',
         )  # fmt: skip
         x, _ = encoder(x, jnp.linspace(0, self.drop_path, self.depth))
         x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
-from vit_jax.models import attention, layers, resnet
+from vit_jax.models import attention, layers, quantized, resnet
 
 # arXiv:2010.11929 table 1 (b, l, h); arXiv:2106.10270 table 2 (ti, s); arXiv:2106.04560 table 2
 # (mu to G); arXiv:2305.13035 table 1 (so400m); arXiv:2209.06794 section 3.1 (e).
@@ -34,6 +34,7 @@ CHOICES = {
     'attention': attention.KINDS,
     'remat': ('none', 'full', 'dots_saveable', 'dots_with_no_batch_dims_saveable'),
     'dtype': ('float32', 'bfloat16', 'float16'),
+    'quantize': tuple(quantized.KINDS),
 }
 
 
@@ -85,6 +86,7 @@ class Vit(nn.Module):
     remat: str = 'none'
     unroll: int = 1  # blocks a loop iteration: faster steps for longer compilation
     dtype: str = 'float32'  # of the computation; parameters are float32
+    quantize: str = 'none'  # products of the blocks with their kernels, see models/quantized.py
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -123,6 +125,7 @@ class Vit(nn.Module):
             if getattr(self, field) not in choices:
                 value = getattr(self, field)
                 raise UserError(f'model.{field} is {value!r}, not one of {", ".join(choices)}')
+        quantized.dot_general(self.quantize)
         if self.width % self.num_heads:
             raise UserError(
                 f'model.width {self.width} is not divisible by model.num_heads {self.num_heads}'
@@ -267,6 +270,7 @@ class Vit(nn.Module):
             deterministic=not train,
             capture=capture,
             dtype=self.dtype,
+            quantize=self.quantize,
             name='encoder',
         )
         return encoder(x, jnp.linspace(0, self.drop_path, self.depth))
