@@ -87,15 +87,6 @@ def probabilities(model, params, images, batch_size):
         yield from run()
 
 
-def view_of(found, name):
-    """The view by its name, else the run's, else a central crop."""
-    if name is not None:
-        return name
-    evals = (found.config or {}).get('evals')
-    first = next(iter(evals.values()), None) if isinstance(evals, dict) else None
-    return first.get('view', 'central') if isinstance(first, dict) else 'central'
-
-
 def main(argv):
     if not argv[1:]:
         raise UserError('no image is named; give paths of images or folders')
@@ -105,7 +96,7 @@ def main(argv):
     if found.model.num_classes is None:
         raise UserError(f'{CHECKPOINT.value} has no head, so it knows no classes')
     size = found.image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
-    view = pipeline.make_view(view_of(found, VIEW.value), size)
+    view = pipeline.make_view(found.view if VIEW.value is None else VIEW.value, size)
     stream = (pixels(path, view) for path in files)
     top = min(TOP.value, found.model.num_classes)
     results = probabilities(found.model, found.params, stream, min(BATCH.value, len(files)))

@@ -30,6 +30,13 @@ class Loaded(NamedTuple):
     classes: tuple | None  # names by label
     config: dict | None  # of the run that made them
 
+    @property
+    def view(self):
+        """How the run that made them first evaluates, else a central crop: a view by its name."""
+        evals = (self.config or {}).get('evals')
+        first = next(iter(evals.values()), None) if isinstance(evals, dict) else None
+        return first.get('view', 'central') if isinstance(first, dict) else 'central'
+
 
 class Found(NamedTuple):
     """An opened file, understood: what its arrays are, not yet their values."""

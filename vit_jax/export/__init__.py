@@ -1,0 +1,137 @@
+"""A model as one file that runs without this package: uint8 images in, probabilities out.
+
+The file is what jax.export serialises (StableHLO, the weights in it) for several platforms at once,
+any number of images and images of any size: the view of an evaluation is part of the function, as
+products with two matrices of weights that are computed from the sizes. What the file can't say to
+JAX (names of the classes, where it is from) is a zip archive behind it, which JAX does not read and
+any zip reader finds: `metadata.json`.
+
+Shapes: B batch, H W image, C channels, K classes, D width.
+"""
+
+import io
+import json
+import zipfile
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+VIEWS = ('central', 'resize')
+LIMIT = 2**31 - 2**24  # bytes of weights: the format addresses two gigabytes
+
+
+def exported(model, params, size, *, view='central', platforms=PLATFORMS):
+    """jax.export.Exported: uint8 [B, H, W, C] of any B, H, W -> float32 [B, K], probabilities.
+
+    Of a model without a head [B, D], its pre_logits; with pool='none' both are those of patches,
+    [B, N, K] and [B, N, D]. `view` is a name or dict(name=..., its arguments) of data/augment.py,
+    one of VIEWS, which brings the images to `size` (height, width). Attention is XLA's: a kernel is
+    of one platform. Raises UserError for a view, platform or model that can't be exported.
+    """
+    platforms = check_platforms(platforms)
+    weight = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    if weight > LIMIT:
+        raise UserError(
+            f'the weights are {weight / 1e9:.1f} GB, and an exported file holds {LIMIT / 1e9:.1f}'
+        )
+    arguments = view_arguments(view)
+    if hasattr(model, 'attention'):
+        model = model.clone(attention='xla')
+
+    def classify(images):
+        images = squared(images, size, **arguments)
+        output, _ = model.apply({'params': params}, model.normalise(images))
+        output = output.astype(jnp.float32)
+        return output if model.num_classes is None else jax.nn.softmax(output)
+
+    channels = len(model.mean)
+    shape = jax.export.symbolic_shape(f'b, h, w, {channels}')
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    return jax.export.export(jax.jit(classify), platforms=platforms)(images)
+
+
+def check_platforms(platforms):
+    """They, each once; UserError for one that there is not."""
+    for platform in platforms:
+        if platform not in PLATFORMS:
+            raise UserError(f'no platform {platform!r}; there are {", ".join(PLATFORMS)}')
+    if not platforms:
+        raise UserError(f'no platform is named; there are {", ".join(PLATFORMS)}')
+    return list(dict.fromkeys(platforms))
+
+
+def serialised(exported, metadata):
+    """The file's bytes: what jax.export.deserialize takes, and `metadata` as JSON in a zip."""
+    file = io.BytesIO(exported.serialize(vjp_order=0))
+    with zipfile.ZipFile(file, 'a') as archive:
+        entry = zipfile.ZipInfo('metadata.json')  # dated 1980: the same model gives the same bytes
+        archive.writestr(entry, json.dumps(metadata, indent=2) + '\n')
+    return file.getvalue()
+
+
+def view_arguments(view):
+    """The arguments of `squared` for a view; UserError where it has none."""
+    given = dict(name=view) if isinstance(view, str) else dict(view)
+    if given.get('name') not in VIEWS or given.get('method', 'bilinear') != 'bilinear':
+        said = ', '.join(f'{k}={v!r}' for k, v in given.items())
+        raise UserError(
+            f'the view {said} can not be exported; {" and ".join(VIEWS)} can, bilinear '
+            '(--view=central)'
+        )
+    crop = given.get('crop', 0.875) if given['name'] == 'central' else None
+    return dict(crop=crop, antialias=given.get('antialias', True))
+
+
+def squared(images, size, *, crop, antialias):
+    """uint8 [B, H, W, C] -> uint8 [B, *size, C], as the views central and, without a crop, resize.
+
+    H and W may be symbolic. All but the products is known, and computed, when this is compiled.
+    """
+    b, h, w, c = images.shape
+    rows, columns = jnp.asarray(h, jnp.int32), jnp.asarray(w, jnp.int32)
+    height, width = (rows, columns) if crop is None else window(rows, columns, size, crop)
+    down = weights(h, (rows - height) // 2, height, size[0], antialias)
+    across = weights(w, (columns - width) // 2, width, size[1], antialias)
+    out = images.astype(jnp.float32).reshape(b, h, w * c)  # [B, H, W C]
+    exact = jax.lax.Precision.HIGHEST  # a TPU would else round what it multiplies to bfloat16
+    out = jnp.einsum('ih,bhk->bik', down, out, precision=exact)
+    out = jnp.einsum('jw,biwc->bijc', across, out.reshape(b, size[0], w, c), precision=exact)
+    return jnp.clip(out + (0.5 if antialias else CUT), 0, 255).astype(jnp.uint8)
+
+
+CUT = 2**-10  # as in data/images.py
+
+
+def window(h, w, size, crop):
+    """augment.window of sides that are known when this is compiled: in float64, as there.
+
+    What is rounded to a pixel lies halfway between two for every eighth side. XLA folds constants
+    exactly, also for devices that have no float64.
+    """
+    with jax.enable_x64(True):
+        sides = h.astype(jnp.float64), w.astype(jnp.float64)
+        scale = crop * jnp.minimum(sides[0] / size[0], sides[1] / size[1])
+        return tuple(
+            jnp.clip(jnp.round(n * scale), 1, side).astype(jnp.int32)
+            for n, side in zip(size, sides, strict=True)
+        )
+
+
+def weights(side, start, length, size, antialias):
+    """float32 [size, side]: images.weights, bilinear, of pixels start ... start + length, else 0.
+
+    Distances are exact: whole numbers over a common denominator.
+    """
+    i = jnp.arange(size, dtype=jnp.int32)[:, None]
+    j = jnp.arange(side, dtype=jnp.int32) - start
+    if antialias:
+        distance, reach = (2 * j + 1) * size - (2 * i + 1) * length, jnp.maximum(length, size)
+    else:  # pixels outside are those of the border
+        place = jnp.clip((2 * i + 1) * length - size, 0, 2 * size * (length - 1))
+        distance, reach = 2 * size * j - place, size
+    near = jnp.maximum(1 - jnp.abs(distance).astype(jnp.float32) / (2 * reach), 0)
+    near = jnp.where((j >= 0) & (j < length), near, 0)
+    return near / jnp.sum(near, axis=1, keepdims=True)

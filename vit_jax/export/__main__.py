@@ -1,0 +1,114 @@
+"""One file that runs without this package: python -m vit_jax.export --checkpoint X --output FILE.
+
+X is anything that vit_jax.load takes. Where jax and flatbuffers are installed, on a CPU, a GPU of
+NVIDIA or a TPU, the file is used by
+
+    predict = jax.export.deserialize(open(FILE, 'rb').read()).call
+    probabilities = predict(images)
+
+with uint8 images [B, H, W, 3] of any number and size, as they were decoded: the view (a central
+crop or, with --view=resize, the whole image squeezed, which leaves images of the model's size as
+they are) and the normalisation are in the file. Each new [B, H, W] is compiled when it is first
+seen. The probabilities are float32 [B, K], as vit_jax.predict has them; a checkpoint without a head
+gives its features before the head, [B, D]. Names of the classes, and where the file is from:
+
+    json.loads(zipfile.ZipFile(FILE).read('metadata.json'))['classes']
+
+JAX promises to read such a file for six months of its releases (from 0.11.1 on it refuses older
+ones), so keep the checkpoint.
+"""
+
+import os
+import pathlib
+
+import jax
+from absl import flags
+
+import vit_jax
+from vit_jax import cli, export, models, storage, workdir
+from vit_jax.convert import load as weights
+from vit_jax.convert.save import complete
+from vit_jax.errors import UserError
+
+DEFAULT_SIZE = 224  # of a model that fits any
+
+CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None, 'What to export: a path, an address, a name of the catalogue.',
+    required=True,
+)  # fmt: skip
+OUTPUT = flags.DEFINE_string('output', None, 'The file to write, here or on gs://.', required=True)
+PLATFORMS = flags.DEFINE_list(
+    'platforms', list(export.PLATFORMS), 'Where the file is to run, one or several.'
+)
+SIZE = flags.DEFINE_integer('image_size', None, "Pixels a side, if not the checkpoint's own.")
+DTYPE = flags.DEFINE_enum(
+    'dtype', None, ['float32', 'bfloat16'], "Of the computation, if not the checkpoint's own; "
+    'weights and results are float32.',
+)  # fmt: skip
+VIEW = flags.DEFINE_enum(
+    'view', None, list(export.VIEWS), 'How an image becomes a square: central (crop, the default) '
+    'or resize (squeeze). Of a run: as its first evaluation does.',
+)  # fmt: skip
+EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
+
+
+def target(name):
+    """The path of the file to write, in a folder that is there; UserError where it can't be."""
+    if storage.remote(name):
+        return workdir.located(name)
+    path = pathlib.Path(os.path.abspath(os.path.expanduser(name)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'can not write {path}: {e.strerror}') from e
+    if path.is_dir():
+        raise UserError(f'can not write {path}: it is a folder; name a file')
+    return path
+
+
+def write(path, data):
+    """The bytes as a file that is complete or as it was."""
+    if storage.remote(path):
+        storage.write(path, data)
+        return
+    with complete(path) as part:
+        part.write_bytes(data)
+
+
+def metadata(found, size, view, platforms):
+    """What JAX does not keep, as JSON has it."""
+    return dict(
+        classes=found.classes and list(found.classes),
+        output='pre_logits' if found.model.num_classes is None else 'probabilities',
+        image_size=list(size), view=view, platforms=platforms, dtype=found.model.dtype,
+        model=models.describe(found.model)['name'], checkpoint=CHECKPOINT.value,
+        versions=dict(vit_jax=vit_jax.__version__, jax=jax.__version__),
+    )  # fmt: skip
+
+
+def main(argv):
+    if argv[1:]:
+        raise UserError(f'unexpected argument {argv[1]!r}')
+    path = target(OUTPUT.value)
+    platforms = export.check_platforms(PLATFORMS.value)
+    fields = {} if DTYPE.value is None else dict(dtype=DTYPE.value)
+    found = weights.read(
+        CHECKPOINT.value, image_size=SIZE.value, ema=None if EMA.value else False, **fields
+    )
+    size = found.image_size or (SIZE.value or DEFAULT_SIZE,) * 2
+    view = VIEW.value or found.view
+    exported = export.exported(found.model, found.params, size, view=view, platforms=platforms)
+    about = metadata(found, size, view, platforms)
+    data = export.serialised(exported, about)
+    write(path, data)
+    (images,), (output,) = exported.in_avals, exported.out_avals
+    print(
+        f'Written: {path} ({len(data) / 1e6:.1f} MB, for {", ".join(platforms)}): '
+        f'{images.dtype}{list(images.shape)} -> {about["output"]} {output.dtype}'
+        f'{list(output.shape)}'
+        + ('; the checkpoint has no head' if found.model.num_classes is None else '')
+    )
+
+
+if __name__ == '__main__':
+    cli.run(main)
