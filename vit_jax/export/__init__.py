@@ -2,8 +2,8 @@
 
 The file is what jax.export serialises (StableHLO, the weights in it) for several platforms at once,
 any number of images and images of any size: the view of an evaluation is part of the function, as
-products with two matrices of weights that are computed from the sizes. What the file can't say to
-JAX (names of the classes, where it is from) is a zip archive behind it, which JAX does not read and
+products with two matrices of weights that are computed from the sizes. What JAX has no place for
+(names of the classes, where it is from) is a zip archive at the end, which JAX does not read and
 any zip reader finds: `metadata.json`.
 
 Shapes: B batch, H W image, C channels, K classes, D width.
@@ -21,6 +21,7 @@ from vit_jax.errors import UserError
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 VIEWS = ('central', 'resize')
 LIMIT = 2**31 - 2**24  # bytes of weights: the format addresses two gigabytes
+CUT = 2**-10  # as in data/images.py
 
 
 def exported(model, params, size, *, view='central', platforms=PLATFORMS):
@@ -54,7 +55,7 @@ def exported(model, params, size, *, view='central', platforms=PLATFORMS):
 
 
 def check_platforms(platforms):
-    """They, each once; UserError for one that there is not."""
+    """A list of them, each once; UserError for one that is not among PLATFORMS."""
     for platform in platforms:
         if platform not in PLATFORMS:
             raise UserError(f'no platform {platform!r}; there are {", ".join(PLATFORMS)}')
@@ -100,9 +101,6 @@ def squared(images, size, *, crop, antialias):
     out = jnp.einsum('ih,bhk->bik', down, out, precision=exact)
     out = jnp.einsum('jw,biwc->bijc', across, out.reshape(b, size[0], w, c), precision=exact)
     return jnp.clip(out + (0.5 if antialias else CUT), 0, 255).astype(jnp.uint8)
-
-
-CUT = 2**-10  # as in data/images.py
 
 
 def window(h, w, size, crop):
