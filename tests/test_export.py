@@ -150,6 +150,7 @@ def test_it_gives_what_predict_gives_where_there_is_only_jax(checkpoint, photogr
         np.testing.assert_allclose(found[name], wanted[:count], atol=1e-5, rtol=0, err_msg=name)
 
 
+@pytest.mark.slow
 def test_images_of_any_size_are_seen_as_predict_sees_them(checkpoint, photographs, tmp_path):
     """To 1e-5 on most; a pixel that is rounded the other way moves a probability by some 1e-4."""
     file, model = tmp_path / 'model.jaxexport', vit_jax.load(checkpoint)
@@ -229,6 +230,7 @@ def test_without_a_head_it_gives_features(checkpoint, photographs, tmp_path):
     np.testing.assert_allclose(found, out['pre_logits'], atol=1e-5 * np.abs(found).max())
 
 
+@pytest.mark.slow
 def test_the_size_and_dtype_can_be_others(checkpoint, photographs, tmp_path):
     file = tmp_path / 'model.jaxexport'
     flags = ('--view=resize', '--image_size=32', '--dtype=bfloat16', '--platforms=cpu')
@@ -302,6 +304,7 @@ def test_what_can_not_be_exported_is_refused():
         export.exported(model, huge, (SIZE, SIZE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['vit-ti/8', 'mixer-s/8', 'r+vit-ti/16'])
 def test_every_kind_of_model_is_exported(name, photographs):
     """For three platforms at once; it gives what the model gives."""
