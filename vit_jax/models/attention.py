@@ -75,6 +75,11 @@ def target():
     return device.platform, device.device_kind
 
 
+def settled(x):
+    """x, laid out as its dimensions say: the compiler for CPUs would choose slower transposes."""
+    return jax.lax.optimization_barrier(x) if target()[0] == 'cpu' else x
+
+
 def products(q, k, dims):
     """q k^T or the like of two matrices, summed in float32."""
     return jax.lax.dot_general(q, k, ((dims[:1], dims[1:]), ((), ())),

@@ -149,7 +149,10 @@ class Mlp(nn.Module):
         if self.glu:
             x = nn.silu(nn.Dense(self.mlp_dim, **dense, name='gate')(x)) * y
         else:
-            x = gelu_of(self.gelu)(y)
+            gelu = gelu_of(self.gelu)
+            if attention.target()[0] == 'cpu':  # keeps y alone; elsewhere it would bar fusions
+                gelu = jax.checkpoint(gelu)
+            x = gelu(y)
         x = nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
         x = by_example(nn.Dense(width, **dense, name='fc2')(x))
         return nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
@@ -200,11 +203,13 @@ class Attention(nn.Module):
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
         if kind == 'cudnn':
             return jax.nn.dot_product_attention(q, k, v, implementation='cudnn'), None
-        logits = jnp.einsum('bqhc,bkhc->bhqk', q * q.shape[-1] ** -0.5, k)
+        q, k, v = (attention.settled(x.swapaxes(1, 2)) for x in (q, k, v))  # [B, H, T, C]
+        logits = jnp.einsum('bhqc,bhkc->bhqk', q * q.shape[-1] ** -0.5, k)
         probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         captured = probs if self.capture else None  # before dropout: what the model attends to
         probs = nn.Dropout(self.dropout, deterministic=self.deterministic)(probs)
-        return jnp.einsum('bhqk,bkhc->bqhc', probs, v), captured
+        x = attention.settled(jnp.einsum('bhqk,bhkc->bhqc', probs, v))
+        return x.swapaxes(1, 2), captured
 
 
 class Block(nn.Module):
