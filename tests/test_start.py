@@ -1,6 +1,7 @@
 """What a start costs and shows: compiled programs are kept, and steps are traced on request."""
 
 import gzip
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import launched
 import numpy as np
 import pytest
 
-from vit_jax import caches, report
+from vit_jax import caches, profiling, report
 from vit_jax.errors import UserError
 from vit_jax.profiling import parsed
 
@@ -94,6 +95,24 @@ def test_a_trace_has_the_steps_that_were_asked_for(folder, tmp_path):
 def test_a_profile_that_says_nothing_is_refused(wish):
     with pytest.raises(UserError, match=f"--profile is '{wish}', not STEP:COUNT"):
         parsed(wish, 10)
+
+
+@pytest.mark.parametrize(
+    'platforms, installed, refused',
+    [(None, '0.0.52', True), ('tpu,cpu', '0.0.4', True), (None, '0.0.42', False),
+     (None, '0.0.42.1', False), ('cuda,cpu', '0.0.52', False), (None, None, False)],
+)  # fmt: skip
+def test_a_libtpu_whose_profiler_would_crash_is_told(monkeypatch, platforms, installed, refused):
+    def version(name):
+        if not installed:
+            raise importlib.metadata.PackageNotFoundError
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, 'version', version)
+    monkeypatch.setattr(importlib.metadata, 'requires', lambda name: ['libtpu==0.0.42.*; extra'])
+    strange = profiling.strange_libtpu(platforms)
+    assert bool(strange) == refused
+    assert not refused or f'libtpu is {installed}, and jax ' in strange and '0.0.42;' in strange
 
 
 def test_a_profile_beyond_the_end_is_refused(folder, tmp_path):

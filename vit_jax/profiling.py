@@ -1,6 +1,7 @@
 """--profile STEP:COUNT: what device and host do in some steps, for XProf and Perfetto."""
 
 import contextlib
+import importlib.metadata
 import pathlib
 import re
 import tempfile
@@ -19,7 +20,30 @@ def parsed(text, steps):
     first, last = int(match[1]), int(match[1]) + int(match[2]) - 1
     if last > steps:
         raise UserError(f'--profile={text} asks for step {last}, and the run ends at step {steps}')
+    if strange := strange_libtpu(jax.config.jax_platforms):
+        raise UserError(f'--profile={text} would end in a segmentation fault: {strange}')
     return first, last
+
+
+def strange_libtpu(platforms):
+    """What is wrong with a libtpu that JAX has loaded and was not made for, else None.
+
+    It is loaded wherever it is installed, with or without a TPU, unless `platforms`, JAX's setting,
+    leave TPUs out; its profiler then starts too, and one of another version ends the process.
+    """
+    if platforms and 'tpu' not in platforms:
+        return None
+    try:
+        installed = importlib.metadata.version('libtpu')
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    wanted = re.search(r'libtpu==([\d.]+)\.\*', '\n'.join(importlib.metadata.requires('jax') or []))
+    if not wanted or f'{installed}.'.startswith(f'{wanted[1]}.'):
+        return None
+    return (
+        f'libtpu is {installed}, and jax {jax.__version__} takes {wanted[1]}; where there is no '
+        'TPU, set JAX_PLATFORMS=cpu or cuda,cpu, else: pip install "jax[tpu]"'
+    )
 
 
 class Profile:
