@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
@@ -30,6 +30,43 @@ def test_nearest_votes_as_scikit_learn_does(digits, k):
     found = probe.nearest(x, y, test, k=k, classes=10, chunk=128)
     assert found.shape == wanted.shape and np.mean(found == wanted) > 0.995  # ties may differ
     assert np.mean(found[::-1] == wanted) < 0.5
+
+
+@pytest.mark.parametrize('k', [10, 20])
+def test_cosine_votes_as_scikit_learn_does(digits, k):
+    x, y, test, _ = digits
+    x, test = x - x.mean(axis=0), test - x.mean(axis=0)
+    weighted = KNeighborsClassifier(
+        k, algorithm='brute', metric='cosine', weights=lambda d: np.exp((1 - d) / 0.5)
+    )
+    wanted = weighted.fit(x, y).predict(test)
+    found = probe.nearest(x, y, test, k=k, classes=10, temperature=0.5, chunk=128)
+    assert np.mean(found == wanted) > 0.998
+    longer = x * np.arange(1, 901)[:, None]
+    scaled = probe.nearest(longer, y, test, k=k, classes=10, temperature=0.5)
+    assert np.mean(found == scaled) > 0.998  # lengths do not count
+    near = probe.nearest(x, y, test, k=k, classes=10, temperature=1e-3)  # the nearest alone does
+    assert np.mean(near == weighted.set_params(n_neighbors=1).fit(x, y).predict(test)) > 0.998
+
+
+@pytest.mark.parametrize('n', [30, 900])  # fewer than features, and more
+@pytest.mark.parametrize('l2', [0.5, 1024.0])
+def test_least_squares_are_those_of_scikit_learn(digits, n, l2):
+    x, y, test, _ = digits
+    train, held = (a + 2 for a in probe.standardised(x[:n], test))  # the bias has to undo it
+    targets = 2 * np.eye(10)[y[:n]] - 1
+    wanted = Ridge(alpha=l2).fit(train.astype(np.float64), targets)
+    weights, bias = probe.ridge(train, y[:n], classes=10, l2=l2)
+    np.testing.assert_allclose(weights, wanted.coef_.T, atol=1e-4)
+    np.testing.assert_allclose(held @ weights + bias, wanted.predict(held), atol=2e-3, rtol=1e-3)
+
+
+def test_shots_are_drawn_of_each_class():
+    labels = np.array([3] * 50 + [0] * 2 + [1] * 20)
+    five = probe.some_of_each(labels, 5, seed=1)
+    assert len(set(five)) == 12 and np.bincount(labels[five]).tolist() == [2, 5, 0, 5]
+    assert set(five) < set(probe.some_of_each(labels, 10, seed=1))
+    assert set(five) != set(probe.some_of_each(labels, 5, seed=2))
 
 
 @pytest.mark.parametrize('l2', [0.1, 10.0])
@@ -66,21 +103,34 @@ def data_dir(tmp_path_factory):
 
 
 def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
-    evaluation, model, params = probe_of(data_dir)
+    evaluation, model, params = probe_of(data_dir, shots=(1, 25), seeds=2, shot_l2=1.0)
     result = evaluation(params)
     train, test = (
         evaluation.gathered(params, source, Stop(), print)
         for source in (evaluation.train_source, evaluation.source)
     )
-    assert len(train[3]) == 1438 and len(test[3]) == result['examples'] == 359
-    images = test[2].reshape(-1, 8, 8, 3)
+    assert len(train['labels']) == 1438 and len(test['labels']) == result['examples'] == 359
+    images = test['pixels'].reshape(-1, 8, 8, 3)
     _, out = model.apply({'params': params}, model.normalise(images))
     both = np.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=1)
-    np.testing.assert_allclose(test[1], both, atol=1e-5)
-    np.testing.assert_allclose(test[0], both[:, :16], atol=1e-5)
-    for name, i in (('knn', 0), ('knn_pixels', 2)):
-        score = KNeighborsClassifier(3).fit(train[i], train[3]).score(test[i], test[3])
-        assert abs(result[name] - score) < 0.01, name
+    np.testing.assert_allclose(test['both'], both, atol=1e-5)
+    np.testing.assert_allclose(test['token'], both[:, :16], atol=1e-5)
+    np.testing.assert_allclose(test['pre_logits'], out['pre_logits'], atol=1e-5)
+    for name, kind in (('knn', 'token'), ('knn_pixels', 'pixels')):
+        neighbours = KNeighborsClassifier(3).fit(train[kind], train['labels'])
+        assert abs(result[name] - neighbours.score(test[kind], test['labels'])) < 0.01, name
+    scores = []
+    for seed in range(2):
+        some = probe.some_of_each(train['labels'], 25, seed)
+        scale = StandardScaler().fit(train['pre_logits'][some].astype(np.float64))
+        model = Ridge(alpha=1.0).fit(
+            scale.transform(train['pre_logits'][some]), 2 * np.eye(10)[train['labels'][some]] - 1
+        )
+        predicted = np.argmax(model.predict(scale.transform(test['pre_logits'])), axis=1)
+        scores.append(np.mean(predicted == test['labels']))
+    assert abs(result['25_shot'] - np.mean(scores)) < 0.003
+    assert abs(result['25_shot_std'] - np.std(scores)) < 0.003
+    assert result['1_shot'] < result['25_shot']
     assert result['knn_pixels'] > 0.95 > result['accuracy'] > 0.5
     stop = Stop()
     stop.signum = signal.SIGTERM
@@ -89,6 +139,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
 
 @pytest.mark.parametrize('changes, words', [
     (dict(kind='knn'), "unknown key evals.p.kind"), (dict(l2='x'), "evals.p.l2 is 'x', not float"),
+    (dict(shots=(0, 5)), 'evals: shots .*0, 5.* must be above 0'),
 ])
 def test_mistakes_are_named(data_dir, changes, words):
     with pytest.raises(UserError, match=words):

@@ -1,7 +1,7 @@
-"""What frozen features know: nearest neighbours and a linear classifier, beside raw pixels.
+"""What frozen features know: nearest neighbours, linear classifiers, few shots, beside raw pixels.
 
 Features are computed once, by the model alone; no parameter is trained but those of the linear
-classifier, which L-BFGS finds on the device.
+classifiers, which L-BFGS or a closed form finds on the device.
 """
 
 from functools import partial
@@ -18,21 +18,68 @@ from vit_jax.errors import UserError
 from vit_jax.stop import Stop
 
 
-def nearest(train, labels, test, *, k, classes, chunk=1024):
-    """Predicted labels [M] by a vote among the k nearest of `train` [N, D] to each of `test`
-    [M, D], in Euclidean distance; of classes with equal votes the one with the lowest number."""
+def nearest(train, labels, test, *, k, classes, temperature=None, chunk=1024):
+    """Predicted labels [M] by the k nearest of `train` [N, D] to each of `test` [M, D].
+
+    Without a temperature, by a vote among those nearest in Euclidean distance; with one, by their
+    cosine similarities s, with weights exp(s / temperature) (arXiv:1805.01978 section 3.4). Of
+    classes with equal votes the one with the lowest number.
+    """
+
+    def unit(x):
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
     @jax.jit
     def vote(part):
         # |a - b|^2 without |a|^2, which is the same for all; float32 products in full
         dots = jnp.matmul(part, train.T, precision='highest')
-        _, near = jax.lax.top_k(2 * dots - jnp.sum(train**2, axis=1), k)
-        return jnp.argmax(jax.nn.one_hot(labels[near], classes).sum(axis=1), axis=1)
+        if temperature is None:
+            _, near = jax.lax.top_k(2 * dots - jnp.sum(train**2, axis=1), k)
+            votes = jnp.ones(near.shape)
+        else:
+            similar, near = jax.lax.top_k(dots, k)
+            votes = jnp.exp((similar - similar[:, :1]) / temperature)
+        votes = votes[..., None] * jax.nn.one_hot(labels[near], classes)
+        return jnp.argmax(votes.sum(axis=1), axis=1)
 
     train, labels = jnp.asarray(train, jnp.float32), jnp.asarray(labels)
+    parts = (jnp.asarray(test[i : i + chunk], jnp.float32) for i in range(0, len(test), chunk))
+    if temperature is not None:
+        train, parts = unit(train), map(unit, parts)
+    return np.concatenate([vote(part) for part in parts])
+
+
+def some_of_each(labels, shots, seed):
+    """Indices of `shots` random examples of each class, of all where it has fewer; those of more
+    shots with the same seed have those of fewer among them."""
+    rng = np.random.default_rng(seed)
     return np.concatenate(
-        [vote(jnp.asarray(test[i : i + chunk], jnp.float32)) for i in range(0, len(test), chunk)]
+        [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in np.unique(labels)]
     )
+
+
+def ridge(train, labels, *, classes, l2):
+    """(weights [D, K], bias [K]) that take features [N, D] to -1, and to 1 for their own class.
+
+    Regularised least squares (arXiv:2010.11929 section 4.1) in closed form: minimises the summed
+    squares + l2 |weights|^2, as scikit-learn's Ridge does with alpha = l2; the bias is free.
+    """
+
+    @jax.jit
+    def solve(x, y):
+        x_mean, y_mean = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
+        x, y = x - x_mean, y - y_mean
+        n, d = x.shape
+        dot = partial(jnp.matmul, precision='highest')
+        inverse = partial(jax.scipy.linalg.solve, assume_a='pos')
+        if n > d:
+            weights = inverse(dot(x.T, x) + l2 * jnp.eye(d), dot(x.T, y))
+        else:  # the same weights, by the smaller of the two matrices
+            weights = dot(x.T, inverse(dot(x, x.T) + l2 * jnp.eye(n), y))
+        return weights, y_mean - dot(x_mean, weights)
+
+    targets = 2 * jax.nn.one_hot(jnp.asarray(labels), classes) - 1
+    return solve(jnp.asarray(train, jnp.float32), targets)
 
 
 def standardised(train, *others):
@@ -77,22 +124,34 @@ def logistic(train, labels, *, classes, l2=1.0, steps=1000, tolerance=1e-4):
     return solve((jnp.zeros((train.shape[1], classes)), jnp.zeros(classes)))
 
 
+def score(linear, x, labels):
+    """Accuracy of (weights, bias) on features x [M, D]."""
+    weights, bias = (np.asarray(a) for a in linear)
+    return float(np.mean(np.argmax(x @ weights + bias, axis=1) == labels))
+
+
 def features(model, params, images):
-    """(class token [B, D], or the mean of the patches without one; the linear classifier's
-    [B, 2 D], class token and mean together, or the mean alone) of uint8 images [B, H, W, 3]."""
+    """Of uint8 images [B, H, W, 3], in float32: 'token', the class token [B, D], or the mean of the
+    patches without one; 'both' [B, 2 D], class token and mean, or the mean alone; 'pre_logits',
+    or the token once more where the model pools nothing."""
     _, out = model.apply({'params': params}, model.normalise(images))
-    mean = out['encoded'].mean(axis=1).astype(jnp.float32)
-    if 'cls' not in out:
-        return mean, mean
-    cls = out['cls'].astype(jnp.float32)
-    return cls, jnp.concatenate([cls, mean], axis=1)
+    mean = out['encoded'].mean(axis=1)
+    token = out.get('cls', mean)
+    both = jnp.concatenate([token, mean], axis=1) if 'cls' in out else mean
+    pre_logits = out['pre_logits'] if out['pre_logits'].ndim == 2 else token
+    found = dict(token=token, both=both, pre_logits=pre_logits)
+    return {name: x.astype(jnp.float32) for name, x in found.items()}
 
 
 class Probe:
     """An evaluation of frozen features, trained on `train_source` and tested on `source`.
 
     Gives `accuracy` (logistic regression on standardised class token and patch mean together,
-    penalty `l2`), `knn` (k nearest class tokens) and `knn_pixels` (k nearest images, no model).
+    penalty `l2`), `knn` (a vote of the k nearest class tokens), `knn_cosine` (weighted by cosine
+    similarity and `temperature`) and `knn_pixels` (k nearest images, no model). For each of
+    `shots`, N_shot is the mean over `seeds` of the accuracy of least squares on the pre-logits,
+    standardised, of N images of each class, penalty `shot_l2` (arXiv:2010.11929 section 4.1, which
+    says no penalty; 2^10 is that of big_vision's configs), and N_shot_std their deviation.
     """
 
     def __init__(
@@ -107,7 +166,11 @@ class Probe:
         batch_size: int,
         view: str | dict = 'resize',
         k: int = 10,
+        temperature: float = 0.07,
         l2: float = 1.0,
+        shots: tuple = (),
+        seeds: int = 3,
+        shot_l2: float = 1024.0,
         every: int = 0,
         threads: int | None = None,
         workers: int = 0,
@@ -115,11 +178,17 @@ class Probe:
         tolerance: float = 0.0,
     ):
         self.mesh, self.every, self.k, self.l2 = mesh, every, k, l2
+        self.temperature, self.shots, self.seeds, self.shot_l2 = temperature, shots, seeds, shot_l2
         self.source, self.train_source = mixture.load(**source), mixture.load(**train_source)
         if self.source.classes != self.train_source.classes:
             raise UserError('evals: source and train_source have different classes')
         if not 0 < k <= len(self.train_source):
             raise UserError(f'evals: k is {k}, of {len(self.train_source)} training images')
+        if not all(isinstance(n, int) and n > 0 for n in shots) or seeds < 1 or temperature <= 0:
+            raise UserError(
+                f'evals: shots {tuple(shots)}, seeds {seeds} and temperature {temperature} must be '
+                'above 0, shots whole numbers'
+            )
         sharding.check_batch(batch_size, mesh)
         self.feed = partial(
             pipeline.examples, rows=sharding.rows(batch_size, mesh), view=view,
@@ -129,7 +198,10 @@ class Probe:
         replicated = NamedSharding(mesh, PartitionSpec())
         self.step = jax.jit(
             lambda params, batch: (
-                (*features(model, params, batch['image']), batch['image'], batch['label']),
+                dict(
+                    **features(model, params, batch['image']),
+                    pixels=batch['image'], labels=batch['label'],
+                ),
                 batch['mask'], step.wishes(batch),
             ),
             out_shardings=replicated,
@@ -139,7 +211,7 @@ class Probe:
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
     def gathered(self, params, source, stop, at):
-        """(tokens [N, D], both [N, 2 D], pixels [N, H * W * 3], labels [N]); None if stopped."""
+        """`features` of all images, `pixels` [N, H * W * 3] and `labels` [N]; None if stopped."""
         parts = []
         for i, batch in enumerate(self.feed(source)):
             at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
@@ -149,12 +221,29 @@ class Probe:
             if stop:
                 return None
             kept = np.asarray(mask) > 0
-            parts.append([np.asarray(v)[kept] for v in values])
-        token, both, pixels, labels = (np.concatenate(p) for p in zip(*parts, strict=True))
-        return token, both, pixels.reshape(len(pixels), -1).astype(np.float32), labels
+            parts.append({name: np.asarray(v)[kept] for name, v in values.items()})
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        pixels = whole['pixels']
+        return whole | {'pixels': pixels.reshape(len(pixels), -1).astype(np.float32)}
+
+    def few_shot(self, train, test):
+        """{'5_shot': mean, '5_shot_std': deviation} and so on, of what `gathered` gave."""
+        results, classes = {}, len(self.source.classes)
+        for shots in self.shots:
+            scores = []
+            for seed in range(self.seeds):
+                some = some_of_each(train['labels'], shots, seed)
+                x, y = standardised(train['pre_logits'][some], test['pre_logits'])
+                scores.append(score(
+                    ridge(x, train['labels'][some], classes=classes, l2=self.shot_l2),
+                    y, test['labels'],
+                ))  # fmt: skip
+            results[f'{shots}_shot'] = float(np.mean(scores))
+            results[f'{shots}_shot_std'] = float(np.std(scores))
+        return results
 
     def __call__(self, params, stop=None, at=lambda phase: None):
-        """{'accuracy', 'knn', 'knn_pixels', 'examples'}; None where `stop` became true.
+        """Accuracies by name, see above, and `examples`; None where `stop` became true.
 
         `at` is told of each batch, as hosts.joined wants it.
         """
@@ -164,13 +253,16 @@ class Probe:
         if test is None:
             return None
         at('compile, of a classifier')
-        labels, wanted, classes = train[3], test[3], len(self.source.classes)
-        results = {}
-        x, y = standardised(train[1], test[1])
-        weights, bias = logistic(x, labels, classes=classes, l2=self.l2)
-        predicted = np.argmax(y @ np.asarray(weights) + np.asarray(bias), axis=1)
-        results['accuracy'] = float(np.mean(predicted == wanted))
-        for name, i in (('knn', 0), ('knn_pixels', 2)):
-            predicted = nearest(train[i], labels, test[i], k=self.k, classes=classes)
+        labels, wanted, classes = train['labels'], test['labels'], len(self.source.classes)
+        x, y = standardised(train['both'], test['both'])
+        results = {'accuracy': score(logistic(x, labels, classes=classes, l2=self.l2), y, wanted)}
+        for name, kind, temperature in (
+            ('knn', 'token', None),
+            ('knn_cosine', 'token', self.temperature),
+            ('knn_pixels', 'pixels', None),
+        ):
+            predicted = nearest(
+                train[kind], labels, test[kind], k=self.k, classes=classes, temperature=temperature
+            )
             results[name] = float(np.mean(predicted == wanted))
-        return results | {'examples': len(wanted)}
+        return results | self.few_shot(train, test) | {'examples': len(wanted)}
