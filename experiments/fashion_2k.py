@@ -41,7 +41,9 @@ def get_config(arg='finetune'):
     config.evals = dict(test=dict(source=test, every=100))
     if arg == 'probe':
         config.evals = dict(
-            probe=dict(type='probe', source=test, train_source=source, l2=10.0)
+            probe=dict(
+                type='probe', source=test, train_source=source, l2=10.0, shots=(1, 5, 10, 25)
+            )
         )
 
     config.optim = dict(lr=2e-4, layer_decay=0.75, warmup=40, weight_decay=0.05, clip=1.0)

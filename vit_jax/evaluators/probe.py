@@ -58,28 +58,24 @@ def some_of_each(labels, shots, seed):
     )
 
 
+@partial(jax.jit, static_argnames='classes')
 def ridge(train, labels, *, classes, l2):
     """(weights [D, K], bias [K]) that take features [N, D] to -1, and to 1 for their own class.
 
     Regularised least squares (arXiv:2010.11929 section 4.1) in closed form: minimises the summed
     squares + l2 |weights|^2, as scikit-learn's Ridge does with alpha = l2; the bias is free.
     """
-
-    @jax.jit
-    def solve(x, y):
-        x_mean, y_mean = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
-        x, y = x - x_mean, y - y_mean
-        n, d = x.shape
-        dot = partial(jnp.matmul, precision='highest')
-        inverse = partial(jax.scipy.linalg.solve, assume_a='pos')
-        if n > d:
-            weights = inverse(dot(x.T, x) + l2 * jnp.eye(d), dot(x.T, y))
-        else:  # the same weights, by the smaller of the two matrices
-            weights = dot(x.T, inverse(dot(x, x.T) + l2 * jnp.eye(n), y))
-        return weights, y_mean - dot(x_mean, weights)
-
-    targets = 2 * jax.nn.one_hot(jnp.asarray(labels), classes) - 1
-    return solve(jnp.asarray(train, jnp.float32), targets)
+    dot = partial(jnp.matmul, precision='highest')
+    inverse = partial(jax.scipy.linalg.solve, assume_a='pos')
+    targets = 2 * jax.nn.one_hot(labels, classes) - 1
+    x_mean, y_mean = jnp.mean(train, axis=0), jnp.mean(targets, axis=0)
+    x, y = train - x_mean, targets - y_mean
+    n, d = x.shape
+    if n > d:
+        weights = inverse(dot(x.T, x) + l2 * jnp.eye(d), dot(x.T, y))
+    else:  # the same weights, by the smaller of the two matrices
+        weights = dot(x.T, inverse(dot(x, x.T) + l2 * jnp.eye(n), y))
+    return weights, y_mean - dot(x_mean, weights)
 
 
 def standardised(train, *others):
