@@ -16,7 +16,9 @@ needs_compiler = pytest.mark.skipif(
     reason='the TPU compiler is not installed: pip install "vit_jax[plan]"',
 )
 V4 = ('tpu', 'TPU v4')
-SHAPE = dict(tokens=197, width=768, heads=12, dtype=jnp.bfloat16, dropout=0.0, capture=False)
+SHAPE = dict(
+    tokens=197, width=768, heads=12, dtype=jnp.bfloat16, dropout=0.0, capture=False, relative=False
+)  # fmt: skip
 
 
 def exact(qkv, weights):
@@ -112,6 +114,7 @@ def test_auto_is_what_can_be():
     ('pallas', V4, dict(tokens=1025), '1025 tokens of width 768 need 22 MiB'),
     ('pallas', V4, dict(dropout=0.1), 'attention_dropout is 0.1'),
     ('pallas', V4, dict(capture=True), 'asked for'),
+    ('pallas', V4, dict(relative=True), "posemb is 'relative'"),
     ('cudnn', V4, {}, 'NVIDIA GPUs, and this is for TPU v4'),
     ('cudnn', ('gpu', 'NVIDIA H200'), dict(dtype=jnp.float32), 'model.dtype is float32'),
     ('cudnn', ('gpu', 'NVIDIA H200'), dict(heads=2), '384 channels'),

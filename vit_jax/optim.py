@@ -15,7 +15,9 @@ from vit_jax.errors import UserError
 
 SCHEDULES = ('cosine', 'linear', 'rsqrt', 'constant')
 OPTIMIZERS = ('adamw', 'sgd', 'adafactor')
-FIRST = ('embedding', 'posemb', 'cls', 'dist', 'registers', 'resnet', 'pre_norm')  # before block 1
+FIRST = (  # before block 1
+    'embedding', 'posemb', 'posemb_y', 'posemb_x', 'cls', 'dist', 'registers', 'resnet', 'pre_norm',
+)  # fmt: skip
 
 
 class Optimizer(NamedTuple):
@@ -192,6 +194,8 @@ def make(
     if len(frozen) == len(leaves):
         raise UserError(f'optim.freeze {tuple(freeze)!r} leaves no parameter to train')
     depth = next((x.shape[0] for n, x in leaves.items() if n.startswith('encoder/')), 0)
+    if layer_decay != 1 and not depth:
+        raise UserError(f'optim.layer_decay is {layer_decay}, but the model has no encoder blocks')
 
     def trainable(tree):
         return jax.tree_util.tree_map_with_path(

@@ -27,7 +27,8 @@ RULES = (
     (r'encoder/token_mixing/fc1/kernel', P(None, None, 'fsdp')),  # [L, N, M]
     (r'encoder/token_mixing/fc2/kernel', P(None, 'fsdp', None)),  # [L, M, N]
     (r'embedding/kernel', P(None, None, None, 'fsdp')),  # [P, P, C, D]
-    (r'resnet/.*/kernel', P(None, None, None, 'fsdp')),  # [h, w, C, F]
+    (r'(conv_root|conv_proj|conv\d)/kernel', P(None, None, None, 'fsdp')),  # [h, w, C, F]
+    (r'encoder/attn/relative', P(None, None, 'tensor', None)),  # [L, 2 T - 1, H, C]
     (r'map_head/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D, H, C]
     (r'map_head/(query|key|value)/bias', P('tensor', None)),  # [H, C]
     (r'map_head/out/kernel', P('tensor', None, 'fsdp')),  # [H, C, D]
@@ -35,7 +36,7 @@ RULES = (
     (r'map_head/mlp/fc1/bias', P('tensor')),  # [M]
     (r'map_head/mlp/fc2/kernel', P('tensor', 'fsdp')),  # [M, D]
     (r'(pre_logits|head|dist_head)/kernel', P('fsdp', None)),  # [D, K]
-    (r'bias|scale|scale1|scale2|cls|dist|posemb|registers|probe', P()),
+    (r'bias|scale|scale1|scale2|cls|dist|posemb(_[yx])?|registers|probe', P()),
 )
 
 

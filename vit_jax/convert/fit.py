@@ -42,7 +42,7 @@ class Found(NamedTuple):
     """An opened file, understood: what its arrays are, not yet their values."""
 
     family: str
-    kind: str  # 'vit' or 'mixer'
+    kind: str  # one of models.KINDS
     fields: dict
     arrays: dict  # {name in the pieces: files.Array}
     pieces: Any  # model -> [Piece]
@@ -78,7 +78,7 @@ def fitted(found, path, *, fields, image_size, num_classes, keep_pre_logits, sou
             params, zeros = filled(model, found, used, fresh, grid, target)
     except UserError as e:
         raise UserError(e if path in str(e) else f'{path}: {e}') from e
-    size = None
+    size = (image_size or found.image_size) if found.kind == 'bit' else None
     if target is not None:
         size = tuple(n * s for n, s in zip(target, model.stride, strict=True))
     account = [('loaded', p.theirs, p.ours) for p in used if p.theirs in found.arrays]
@@ -109,7 +109,7 @@ def understand(found, fields, source_image_size):
         model = built('mixer', values)
         return model, grid_of(mixer_tokens(found), model, size)
     if found.rows is None:
-        return built('vit', values), None
+        return built(found.kind, values), None
     name, rows = found.rows
     probe = built('vit', values)
     fits = []
@@ -160,6 +160,8 @@ def grid_of(count, model, size):
 
 def built(kind, values):
     """The model of a file's fields; fields without effect have their default values."""
+    if kind == 'bit':
+        return models.build(kind, **values)
     for field in set(WHOLE) & values.keys():
         n = values[field]
         none = n is None and field in ('num_classes', 'representation_size')
@@ -197,9 +199,10 @@ def with_head(model, num_classes, keep_pre_logits):
 
 def target_grid(found, model, grid, image_size):
     """The grid that the parameters are to fit, None where they fit any."""
-    if image_size is None:
+    if image_size is None or found.kind == 'bit':
         return grid
     target = layers.grid(image_size, model.stride)
+    check_positions(found, model, target)
     if found.kind == 'mixer' and target != grid:
         count = mixer_tokens(found)
         if math.prod(target) != count:
@@ -213,6 +216,16 @@ def target_grid(found, model, grid, image_size):
             'it, give source_image_size=(height, width), which it was made for'
         )
     return target
+
+
+def check_positions(found, model, target):
+    """Raises UserError for positions that would have to be resized and are no table of patches."""
+    fixed = model.posemb in ('learn2d', 'relative') or getattr(model, 'posemb_at', '') == 'layers'
+    if fixed and found.image_size and target != layers.grid(found.image_size, model.stride):
+        raise UserError(
+            f'positions of model.posemb {model.posemb!r} at {model.posemb_at!r} are not resized; '
+            f'the model works at {found.image_size[0]} x {found.image_size[1]} pixels alone'
+        )
 
 
 def leftover(found, source, used, fresh):
@@ -235,7 +248,8 @@ def leftover(found, source, used, fresh):
 
 def describe(model):
     """'vit-b/16 (width 768, depth 12)'."""
-    return f'{models.describe(model)["name"]} (width {model.width}, depth {model.depth})'
+    depth = sum(model.units) if hasattr(model, 'units') else model.depth
+    return f'{models.describe(model)["name"]} (width {model.width}, depth {depth})'
 
 
 def filled(model, found, used, fresh, grid, target):

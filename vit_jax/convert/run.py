@@ -52,7 +52,7 @@ def found(address, ema):
     entries = {name: in_memory(value) for name, value in arrays.items()}
     rows = ('posemb', arrays['posemb'].shape[1]) if 'posemb' in arrays else None
     return Found(
-        'vit_jax', 'vit' if hasattr(model, 'prefix') else 'mixer', fields, entries,
+        'vit_jax', models.KINDS[type(model)], fields, entries,
         lambda m: own_pieces(m, arrays), rows, {}, size, class_names(classes), config,
     )  # fmt: skip
 

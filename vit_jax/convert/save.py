@@ -21,7 +21,7 @@ from vit_jax.convert.files import zip_digest
 from vit_jax.convert.fit import size_of
 from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError
-from vit_jax.models import layers, mixer
+from vit_jax.models import layers, mixer, resnet
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 FOLDER_FILES = (
@@ -57,6 +57,8 @@ def save(
         raise UserError(f'{path}: save writes local files; copy them from there')
     if isinstance(model, mixer.Mixer) and format != 'official':
         raise UserError(f'format {format} has no MLP-Mixer; official has')
+    if isinstance(model, resnet.Bit):
+        raise UserError(f'format {format} has no BiT ResNet; a workdir keeps one')
     params = {k: np.asarray(v) for k, v in flatten_dict(params, sep='/').items()}
     size = size_of(image_size) or table_size(model, params)
     if fold:
@@ -92,7 +94,8 @@ def table_size(model, params):
 
 def check(model, format):
     """Raises UserError for a field of the model that the format can not express."""
-    for field, values in FAMILIES[format].limits(model).items():
+    at_stem = {'posemb_at': ('stem',)} if hasattr(model, 'posemb_at') else {}
+    for field, values in (FAMILIES[format].limits(model) | at_stem).items():
         value = getattr(model, field)
         if value not in values:
             ways = ' or '.join(map(repr, values))

@@ -5,7 +5,7 @@ import difflib
 import re
 
 from vit_jax.errors import UserError
-from vit_jax.models import mixer, vit
+from vit_jax.models import mixer, resnet, vit
 
 # Units by stage and the patch in features, by the published name: arXiv:2010.11929 section 3.1
 # (r50), arXiv:2106.10270 table 2 (r26, and r, which has 32 pixels a patch in spite of its 16).
@@ -15,14 +15,19 @@ HYBRIDS = {
     ('r50', 16): ((3, 4, 9), 1),
     ('r50', 32): ((3, 4, 6, 3), 1),
 }
+KINDS = {vit.Vit: 'vit', mixer.Mixer: 'mixer', resnet.Bit: 'bit'}
 NAMES = (
-    "vit-SIZE/PATCH (SIZE: {}), 'vit/PATCH' with every size a field, mixer-SIZE/PATCH (SIZE: {}) "
-    'and the hybrids {}'
+    "vit-SIZE/PATCH (SIZE: {}), 'vit/PATCH' with every size a field, mixer-SIZE/PATCH (SIZE: {}), "
+    "the hybrids {} and bit-rDEPTHxWIDTH (DEPTH: {}), or 'bit' with its units a field"
 )
 
 
 def parts(name):
     """(module, {field: value}) of a model's name."""
+    match = re.fullmatch(r'bit(?:-r(\d+)x(\d+))?', name)
+    if match and (match[1] is None or int(match[1]) in resnet.DEPTHS and int(match[2])):
+        sizes = dict(units=resnet.DEPTHS[int(match[1])], width=float(match[2])) if match[1] else {}
+        return resnet.Bit, sizes
     match = re.fullmatch(r'(?:(r\d*)\+)?(vit|mixer)(?:-(\w+))?/(\d+)', name)
     root, kind, size, patch = match.groups() if match else (None,) * 4
     module, sizes = {'mixer': (mixer.Mixer, mixer.SIZES)}.get(kind, (vit.Vit, vit.SIZES))
@@ -31,9 +36,10 @@ def parts(name):
         known = False
     if not known or not int(patch):
         hybrids = ', '.join(f'{r}+vit-SIZE/{p}' for r, p in HYBRIDS)
+        depths = ', '.join(map(str, resnet.DEPTHS))
         raise UserError(
             f'no model {name!r}; there are '
-            + NAMES.format(', '.join(vit.SIZES), ', '.join(mixer.SIZES), hybrids)
+            + NAMES.format(', '.join(vit.SIZES), ', '.join(mixer.SIZES), hybrids, depths)
         )
     values = {'patch_size': (int(patch),) * 2, **(sizes[size] if size else {})}
     if root:
@@ -47,11 +53,13 @@ def fields(name):
     module, values = parts(name)
     rows = {f.name: f for f in dataclasses.fields(module) if f.name not in ('parent', 'name')}
     rows = {n: (f.type, values.get(n, f.default)) for n, f in rows.items()}
-    return {'name': (str, name), **rows, 'patch_size': (int | tuple, values['patch_size'])}
+    if 'patch_size' in rows:
+        rows['patch_size'] = (int | tuple, values['patch_size'])
+    return {'name': (str, name), **rows}
 
 
 def build(name, num_classes=1000, **values):
-    """A flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16'; no file is read.
+    """A flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16', 'bit-r50x1'; reads no file.
 
     `values` override any field of the module (`width=96`, `pool='gap'`, `dtype='bfloat16'`,
     `patch_size=4` or `(4, 8)`); a field that is none raises UserError and names the nearest.
@@ -64,9 +72,9 @@ def build(name, num_classes=1000, **values):
             raise UserError(f'a model has no field {field!r}; the nearest is {near!r}')
     values = {f: default for f, (_, default) in valid.items()} | values
     values |= {'num_classes': num_classes, 'name': None}
-    if isinstance(values['patch_size'], int):
+    if isinstance(values.get('patch_size'), int):
         values['patch_size'] = (values['patch_size'],) * 2
-    for field in ('patch_size', 'mean', 'std', 'resnet'):
+    for field in ('patch_size', 'mean', 'std', 'resnet', 'units'):
         if values.get(field) is not None:
             values[field] = tuple(values[field])
     model = module(**values)
@@ -76,14 +84,23 @@ def build(name, num_classes=1000, **values):
 
 def describe(model):
     """{field: value} with a `name` that `build` makes the same model of."""
-    sizes, kind = (
-        (mixer.SIZES, 'mixer') if isinstance(model, mixer.Mixer) else (vit.SIZES, 'vit')
-    )
     values = {
         f.name: getattr(model, f.name)
         for f in dataclasses.fields(model)
         if f.name not in ('parent', 'name')
     }
+    return {'name': name_of(model, values), **values}
+
+
+def name_of(model, values):
+    """The shortest name with which no size is a field, else one that has them all as fields."""
+    if isinstance(model, resnet.Bit):
+        depth = next((n for n, units in resnet.DEPTHS.items() if units == model.units), None)
+        whole = depth and model.width == int(model.width)
+        return f'bit-r{depth}x{int(model.width)}' if whole else 'bit'
+    sizes, kind = (
+        (mixer.SIZES, 'mixer') if isinstance(model, mixer.Mixer) else (vit.SIZES, 'vit')
+    )
     size = next(
         (s for s, row in sizes.items() if all(values[k] == v for k, v in row.items())), None
     )
@@ -93,4 +110,4 @@ def describe(model):
          if size and values.get('resnet') == units and values['patch_size'] == (inner,) * 2),
         None,
     )  # fmt: skip
-    return {'name': hybrid or f'{kind}{size}/{values["patch_size"][0]}', **values}
+    return hybrid or f'{kind}{size}/{values["patch_size"][0]}'

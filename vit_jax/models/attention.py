@@ -20,7 +20,7 @@ SMALL = {'TPU v4': 16 * MIB}  # memory beside the vector unit that a kernel may 
 LARGE = 32 * MIB
 
 
-def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capture):
+def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capture, relative):
     """The kind that 'auto' stands for; UserError where another one can't be.
 
     `platform` and `device` are JAX's names of what the step is for: 'tpu', 'TPU v4'.
@@ -28,6 +28,7 @@ def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capt
     obstacles = {'xla': None}
     obstacles['pallas'] = obstacles['cudnn'] = (
         'it never has the probabilities, which are asked for' if capture
+        else "it adds nothing to the logits, and model.posemb is 'relative'" if relative
         else f'it can not drop probabilities, and model.attention_dropout is {dropout}'
         if dropout else None
     )  # fmt: skip

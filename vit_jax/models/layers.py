@@ -29,6 +29,34 @@ def sincos2d(h, w, width, *, temperature=10_000.0):
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)[None]
 
 
+def positions(scope, kind, grid, before, width):
+    """A learnt table of `scope`, [1, before + h * w, D], of the rows before the patches and theirs.
+
+    'learn' has a row for each; 'learn2d' one half of D by row and one by column of the patches, and
+    zeros before (arXiv:2010.11929 appendix D.4).
+    """
+    h, w = grid
+    init = nn.initializers.normal(width**-0.5)
+    if kind == 'learn':
+        return scope.param('posemb', init, (1, before + h * w, width))
+    y = scope.param('posemb_y', init, (1, h, width // 2))
+    x = scope.param('posemb_x', init, (1, w, width - width // 2))
+    table = jnp.concatenate([jnp.repeat(y, w, axis=1), jnp.tile(x, (1, h, 1))], axis=-1)
+    return jnp.pad(table, ((0, 0), (before, 0), (0, 0)))
+
+
+def by_offset(x):
+    """Logits [..., T, 2 T - 1] by offset k - q from 1 - T on, as [..., T, T] by query and key.
+
+    Row q is wanted from its element T - 1 - q on: with one element more in each row, that start
+    moves by one row each.
+    """
+    t = x.shape[-2]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
+    x = x.reshape(*x.shape[:-2], 2 * t * t)[..., t - 1 : -1]
+    return x.reshape(*x.shape[:-1], t, 2 * t - 1)[..., :t]
+
+
 def grid(image_shape, stride):
     """Rows and columns of patches of an image [H, W, ...]; UserError where it has none."""
     (h, w), (y, x) = image_shape[:2], stride
@@ -167,6 +195,7 @@ class Attention(nn.Module):
     num_heads: int
     kind: str = 'auto'
     qk_norm: bool = False
+    relative: bool = False  # a key for each offset of tokens in a row, arXiv:2010.11929 app. D.4
     epsilon: float = 1e-6
     dropout: float = 0.0
     deterministic: bool = True
@@ -195,7 +224,7 @@ class Attention(nn.Module):
         kind = 'xla' if self.is_initializing() else attention.chosen(
             self.kind, *attention.target(), tokens=tokens, width=heads * channels, heads=heads,
             dtype=qkv.dtype, dropout=0.0 if self.deterministic else self.dropout,
-            capture=self.capture,
+            capture=self.capture, relative=self.relative,
         )  # fmt: skip
         if kind == 'pallas':
             return attention.pallas(qkv, bias), None
@@ -204,7 +233,12 @@ class Attention(nn.Module):
         if kind == 'cudnn':
             return jax.nn.dot_product_attention(q, k, v, implementation='cudnn'), None
         q, k, v = (attention.settled(x.swapaxes(1, 2)) for x in (q, k, v))  # [B, H, T, C]
-        logits = jnp.einsum('bhqc,bhkc->bhqk', q * q.shape[-1] ** -0.5, k)
+        q = q * q.shape[-1] ** -0.5
+        logits = jnp.einsum('bhqc,bhkc->bhqk', q, k)
+        if self.relative:
+            init = nn.initializers.normal(channels**-0.5)
+            keys = self.param('relative', init, (2 * tokens - 1, heads, channels))
+            logits += by_offset(jnp.einsum('bhqc,rhc->bhqr', q, keys.astype(self.dtype)))
         probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         captured = probs if self.capture else None  # before dropout: what the model attends to
         probs = nn.Dropout(self.dropout, deterministic=self.deterministic)(probs)
@@ -216,7 +250,8 @@ class Block(nn.Module):
     """Pre-norm encoder block (arXiv:2010.11929 eq. 2 and 3), as the body of a scan over depth.
 
     `drop_path` is the rate of this block (arXiv:1603.09382), `layer_scale` the initial value of
-    the per-channel residual scales (arXiv:2103.17239 eq. 3), None without them.
+    the per-channel residual scales (arXiv:2103.17239 eq. 3), None without them. Positions, its own
+    or `shared` ones, are added to its input.
     """
 
     num_heads: int
@@ -225,6 +260,8 @@ class Block(nn.Module):
     glu: bool = False
     epsilon: float = 1e-6
     qk_norm: bool = False
+    relative: bool = False
+    positions: tuple | None = None  # kind, grid and rows before of a table of its own
     layer_scale: float | None = None
     dropout: float = 0.0
     attention: str = 'auto'
@@ -245,14 +282,19 @@ class Block(nn.Module):
         return x + y
 
     @nn.compact
-    def __call__(self, x, drop_path):
+    def __call__(self, x, drop_path, shared=None):
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
+        if self.positions is not None:
+            shared = positions(self, *self.positions, x.shape[-1])  # [1, T, D]
+        if shared is not None:
+            x = x + shared.astype(x.dtype)
         x = by_example(x)
         y = nn.LayerNorm(**norm, name='norm1')(x)
         y, probabilities = Attention(
             self.num_heads,
             self.attention,
             qk_norm=self.qk_norm,
+            relative=self.relative,
             epsilon=self.epsilon,
             dropout=self.attention_dropout,
             deterministic=self.deterministic,

@@ -1,7 +1,9 @@
-"""The BiT-style ResNet before a hybrid's transformer (arXiv:1912.11370, arXiv:2010.11929 sec. 3.1).
+"""ResNets with group norm and weight-standardised convolutions (arXiv:1903.10520).
 
-Group norm and weight-standardised convolutions (arXiv:1903.10520) in bottleneck units with the
-strides in the 3 x 3 convolution. Shapes: B batch, H W image, C channels, F features.
+`ResNet` is what a hybrid has before its transformer (arXiv:2010.11929 section 3.1), with norms
+behind the convolutions; `Bit` is BiT (arXiv:1912.11370), the convolutional baseline of that paper,
+with norms before them (arXiv:1603.05027). Both are of bottleneck units with the strides in the
+3 x 3 convolution. Shapes: B batch, H W image, C channels, F features, K classes.
 """
 
 from typing import Any
@@ -10,10 +12,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.errors import UserError
 from vit_jax.models import layers
 
 GROUPS = 32
 ROOT_STRIDE = 4
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+# Units by stage: arXiv:1512.03385 table 1 (50 to 152 layers), arXiv:1603.05027 table 5 (200).
+DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 
 
 def stride(units):
@@ -38,18 +45,30 @@ def stages(units, width):
     ]
 
 
-def multiply_adds(image_shape, units, width):
+def taps(length, size, by, centred):
+    """Positions of a kernel that lie on the image, over all its places along one direction.
+
+    Products with padding are not counted: so XLA does, and so the exaFLOPs of arXiv:2010.11929
+    table 6 were.
+    """
+    places = -(-length // by)
+    before = size // 2 if centred else max((places - 1) * by + size - length, 0) // 2
+    starts = (i * by - before for i in range(places))
+    return sum(min(start + size, length) - max(start, 0) for start in starts)
+
+
+def multiply_adds(image_shape, units, width, centred=False):
     """Of the convolutions for one image [H, W, C]."""
     h, w, c = image_shape
     features = root_features(width)
-    h, w = -(-h // 2), -(-w // 2)
-    adds = h * w * 7 * 7 * c * features
-    h, w, c = -(-h // 2), -(-w // 2), features
+    adds = taps(h, 7, 2, centred) * taps(w, 7, 2, centred) * c * features
+    h, w, c = -(-h // ROOT_STRIDE), -(-w // ROOT_STRIDE), features
     for count, inner, first in stages(units, width):
         for i in range(count):
             by = first if i == 0 else 1
             oh, ow = -(-h // by), -(-w // by)
-            adds += h * w * c * inner + oh * ow * (9 * inner * inner + 4 * inner * inner)
+            adds += h * w * c * inner + oh * ow * 4 * inner * inner
+            adds += taps(h, 3, by, centred) * taps(w, 3, by, centred) * inner * inner
             if c != 4 * inner or by != 1:
                 adds += oh * ow * c * 4 * inner
             h, w, c = oh, ow, 4 * inner
@@ -63,6 +82,7 @@ class StdConv(nn.Module):
     size: int
     stride: int = 1
     dtype: Any = jnp.float32
+    centred: bool = False  # the same padding on both sides for any stride, as PyTorch has it
 
     @nn.compact
     def __call__(self, x):
@@ -70,8 +90,9 @@ class StdConv(nn.Module):
         kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
         kernel = kernel - kernel.mean(axis=(0, 1, 2))
         kernel = kernel / (kernel.std(axis=(0, 1, 2)) + 1e-5)
+        padding = ((self.size // 2,) * 2,) * 2 if self.centred else 'SAME'
         return layers.by_example(jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, 'SAME',
+            x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, padding,
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         ))  # fmt: skip
 
@@ -118,3 +139,104 @@ class ResNet(nn.Module):
                 by = first if j == 0 else 1
                 x = Unit(inner, by, self.dtype, name=f'block{i + 1}_unit{j + 1}')(x)
         return x
+
+
+class PreActUnit(nn.Module):
+    """Bottleneck with norms first: [B, H, W, C] -> [B, H / stride, W / stride, 4 * features]."""
+
+    features: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        def conv(features, size, by, name):
+            return StdConv(features, size, by, self.dtype, True, name=name)
+
+        def normed(x, name):
+            return nn.relu(nn.GroupNorm(GROUPS, epsilon=1e-5, dtype=self.dtype, name=name)(x))
+
+        outer = 4 * self.features
+        y = normed(x, 'gn1')
+        if x.shape[-1] != outer or self.stride != 1:
+            x = conv(outer, 1, self.stride, 'conv_proj')(y)
+        y = normed(conv(self.features, 1, 1, 'conv1')(y), 'gn2')
+        y = normed(conv(self.features, 3, self.stride, 'conv2')(y), 'gn3')
+        return x + conv(outer, 1, 1, 'conv3')(y)
+
+
+class Bit(nn.Module):
+    """BiT: images [B, H, W, C], normalised floats, to (output, named intermediates).
+
+    As `vit.Vit`: logits [B, K], or pre_logits [B, F] where `num_classes` is None. `encoded`
+    [B, N, F] has the features after the last norm, `tokens` those before it. Any image size.
+    """
+
+    num_classes: int | None = 1000
+    units: tuple[int, ...] = DEPTHS[50]
+    width: float = 1.0  # times 64 features in the root block
+    head_bias: float = 0.0  # initial value; -log K starts sigmoid losses near zero
+    dtype: str = 'float32'  # of the computation; parameters are float32
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    pool = 'gap'
+    posemb = 'none'
+
+    @property
+    def stride(self):
+        """Pixels from one feature to the next: (vertical, horizontal)."""
+        return (stride(self.units),) * 2
+
+    def grid(self, image_shape):
+        """Rows and columns of features of an image [H, W, ...]."""
+        y, x = self.stride
+        return -(-image_shape[0] // y), -(-image_shape[1] // x)
+
+    def normalise(self, images):
+        """uint8 [B, H, W, C] to the floats that this model was made for."""
+        return layers.normalise(images, self.mean, self.std)
+
+    def check(self):
+        """Says which field is wrong before anything is built from it."""
+        if self.dtype not in DTYPES:
+            raise UserError(f'model.dtype is {self.dtype!r}, not one of {", ".join(DTYPES)}')
+        if not self.units or min(self.units) < 1:
+            raise UserError(f'model.units is {self.units!r}, not units by stage, as (3, 4, 6, 3)')
+        if not root_features(self.width) or root_features(self.width) % GROUPS:
+            raise UserError(
+                f'model.width {self.width} gives {root_features(self.width)} features in the root '
+                f'block, which do not divide into {GROUPS} groups; multiples of 0.5 do'
+            )
+
+    def flops(self, image_shape):
+        """Of one forward pass over one image [H, W, C], counted as `vit.Vit.flops` does."""
+        adds = multiply_adds(image_shape, self.units, self.width, centred=True)
+        return 2 * (adds + channels(self.units, self.width) * (self.num_classes or 0))
+
+    @nn.compact
+    def __call__(self, images, *, train=False, capture=()):
+        self.check()
+        features = root_features(self.width)
+        x = StdConv(features, 7, 2, self.dtype, True, name='conv_root')(images)
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2))
+        for i, (count, inner, first) in enumerate(stages(self.units, self.width)):
+            for j in range(count):
+                unit = PreActUnit(
+                    inner, first if j == 0 else 1, self.dtype, name=f'block{i + 1}_unit{j + 1}'
+                )
+                x = unit(x)
+        b, h, w, f = x.shape
+        out = {'tokens': layers.by_example(x.reshape(b, h * w, f))}
+        x = nn.relu(nn.GroupNorm(GROUPS, epsilon=1e-5, dtype=self.dtype, name='norm')(x))
+        x = out['encoded'] = layers.by_example(x.reshape(b, h * w, f))  # [B, H, W, F] -> [B, N, F]
+        x = out['pre_logits'] = layers.by_example(x.mean(axis=1))
+        if self.num_classes is None:
+            return x, out
+        head = nn.Dense(
+            self.num_classes, kernel_init=nn.initializers.zeros,
+            bias_init=nn.initializers.constant(self.head_bias), dtype=self.dtype, name='head',
+        )  # fmt: skip
+        out['logits'] = layers.by_example(head(x))
+        return out['logits'], out

@@ -28,7 +28,8 @@ SIZES = {
 
 CHOICES = {
     'pool': ('cls', 'gap', 'cls_gap', 'map', 'none'),
-    'posemb': ('learn', 'sincos2d', 'none'),
+    'posemb': ('learn', 'learn2d', 'relative', 'sincos2d', 'none'),
+    'posemb_at': ('stem', 'layers', 'shared'),
     'gelu': ('tanh', 'exact', 'quick'),
     'interpolation': ('linear', 'bicubic', 'bicubic_antialias'),
     'attention': attention.KINDS,
@@ -60,7 +61,8 @@ class Vit(nn.Module):
     num_heads: int = 12
     mlp_dim: int = 3072
     pool: str = 'cls'
-    posemb: str = 'learn'
+    posemb: str = 'learn'  # see layers.positions; those of arXiv:2010.11929 appendix D.4
+    posemb_at: str = 'stem'  # before all blocks, or before each: a table a block, or a shared one
     interpolation: str = 'linear'  # of the position table where it meets another image size
     cls_token: bool | None = None  # None: where the pooling reads it
     dist_token: bool = False  # arXiv:2012.12877 section 4
@@ -102,6 +104,8 @@ class Vit(nn.Module):
         """Those of `prefix` that have rows in the position table; they come first in it."""
         if self.posemb != 'learn':
             return {}
+        if self.posemb_at != 'stem':
+            return self.prefix
         has = {'cls': self.cls_posemb, 'dist': self.cls_posemb, 'registers': self.registers_posemb}
         return {name: count for name, count in self.prefix.items() if has[name]}
 
@@ -126,6 +130,11 @@ class Vit(nn.Module):
                 value = getattr(self, field)
                 raise UserError(f'model.{field} is {value!r}, not one of {", ".join(choices)}')
         quantized.dot_general(self.quantize)
+        if self.posemb_at != 'stem' and self.posemb not in ('learn', 'learn2d'):
+            raise UserError(
+                f"model.posemb_at is {self.posemb_at!r}; with model.posemb {self.posemb!r} it is "
+                "'stem', as tables that are learnt alone have another place"
+            )
         if self.width % self.num_heads:
             raise UserError(
                 f'model.width {self.width} is not divisible by model.num_heads {self.num_heads}'
@@ -152,6 +161,8 @@ class Vit(nn.Module):
         adds += n * p[0] * p[1] * c * d
         mlp = (3 if self.glu else 2) * d * self.mlp_dim
         adds += self.depth * t * (4 * d * d + 2 * t * d + mlp)
+        if self.posemb == 'relative':
+            adds += self.depth * t * (2 * t - 1) * d
         if self.pool == 'map':
             adds += n * (2 * d * d + 2 * d) + 2 * d * d + 2 * d * self.mlp_dim
         rows, features = (n if self.pool == 'none' else 1), d * (1 + (self.pool == 'cls_gap'))
@@ -177,14 +188,12 @@ class Vit(nn.Module):
         )(x)
         b, _, _, d = x.shape
         x = layers.by_example(x.reshape(b, h * w, d))  # [B, h, w, D] -> [B, N, D]
-        if self.posemb == 'none':
+        if self.posemb_at != 'stem' or self.posemb in ('none', 'relative'):
             return x, None
         if self.posemb == 'sincos2d':
             return x + layers.sincos2d(h, w, d).astype(self.dtype), None
         before = sum(self.prefix_posemb.values())
-        table = self.param(
-            'posemb', nn.initializers.normal(d**-0.5), (1, before + h * w, d)
-        ).astype(self.dtype)
+        table = layers.positions(self, self.posemb, (h, w), before, d).astype(self.dtype)
         return x + table[:, before:], table[:, :before]
 
     def prefix_tokens(self, positions):
@@ -193,7 +202,7 @@ class Vit(nn.Module):
         for name, count in self.prefix.items():
             init = nn.initializers.zeros if name == 'cls' else nn.initializers.normal(0.02)
             token = self.param(name, init, (1, count, self.width)).astype(self.dtype)
-            if name in self.prefix_posemb:
+            if positions is not None and name in self.prefix_posemb:
                 token = token + positions[:, start : start + count]
                 start += count
             tokens.append(token)
@@ -212,7 +221,7 @@ class Vit(nn.Module):
         if self.pre_norm:
             x = nn.LayerNorm(**norm, name='pre_norm')(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x, attention = self.encode(x, train, 'attention' in capture)
+        x, attention = self.encode(x, self.grid(images.shape[1:]), train, 'attention' in capture)
         if attention is not None:
             out['attention'] = attention
         last_norm = nn.LayerNorm(**norm, name='norm')
@@ -240,8 +249,12 @@ class Vit(nn.Module):
         out['logits'] = logits
         return logits, out
 
-    def encode(self, x, train, capture):
+    def encode(self, x, grid, train, capture):
         """L blocks, their parameters stacked along a leading axis: [B, T, D] -> [B, T, D]."""
+        places = (self.posemb, grid, sum(self.prefix.values()))
+        shared = None
+        if self.posemb_at == 'shared':
+            shared = layers.positions(self, *places, self.width)
         block = layers.Block
         if self.remat != 'none':
             policy = None
@@ -252,6 +265,7 @@ class Vit(nn.Module):
             block,
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
+            in_axes=(0, nn.broadcast),
             length=self.depth,
             unroll=self.unroll,
         )
@@ -262,6 +276,8 @@ class Vit(nn.Module):
             glu=self.glu,
             epsilon=self.epsilon,
             qk_norm=self.qk_norm,
+            relative=self.posemb == 'relative',
+            positions=places if self.posemb_at == 'layers' else None,
             layer_scale=self.layer_scale,
             dropout=self.dropout,
             attention=self.attention,
@@ -273,7 +289,7 @@ class Vit(nn.Module):
             quantize=self.quantize,
             name='encoder',
         )
-        return encoder(x, jnp.linspace(0, self.drop_path, self.depth))
+        return encoder(x, jnp.linspace(0, self.drop_path, self.depth), shared)
 
     def pooled(self, out):
         """The tokens in one: [B, D], [B, 2 D] with cls_gap, or [B, N, D] without pooling."""
