@@ -46,7 +46,8 @@ def get_config(arg='finetune'):
     if arg == 'probe':
         config.evals = dict(
             probe=dict(
-                type='probe', source=test, train_source=source, l2=10.0, shots=(1, 5, 10, 25)
+                type='probe', source=test, train_source=source, l2=10.0, pixels=True,
+                shots=(1, 5, 10, 25),
             )
         )
 

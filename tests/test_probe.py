@@ -89,7 +89,7 @@ def probe_of(tmp_path, **changes):
     source = dict(name='digits', split='test', data_dir=str(tmp_path))
     given = dict(
         type='probe', source=source, train_source={**source, 'split': 'train'}, image_size=8,
-        batch_size=64, k=3, **changes,
+        batch_size=64, k=(3,), pixels=True, **changes,
     )  # fmt: skip
     full = config.complete_data('evals.p', given, probe.Probe)
     model = models.build('vit-ti/2', width=16, depth=1, num_heads=2, mlp_dim=32)
@@ -116,7 +116,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
     np.testing.assert_allclose(test['both'], both, atol=1e-5)
     np.testing.assert_allclose(test['token'], both[:, :16], atol=1e-5)
     np.testing.assert_allclose(test['pre_logits'], out['pre_logits'], atol=1e-5)
-    for name, kind in (('knn', 'token'), ('knn_pixels', 'pixels')):
+    for name, kind in (('3_nn', 'token'), ('3_nn_pixels', 'pixels')):
         neighbours = KNeighborsClassifier(3).fit(train[kind], train['labels'])
         assert abs(result[name] - neighbours.score(test[kind], test['labels'])) < 0.01, name
     scores = []
@@ -131,7 +131,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
     assert abs(result['25_shot'] - np.mean(scores)) < 0.003
     assert abs(result['25_shot_std'] - np.std(scores)) < 0.003
     assert result['1_shot'] < result['25_shot']
-    assert result['knn_pixels'] > 0.95 > result['accuracy'] > 0.5
+    assert result['3_nn_pixels'] > 0.95 > result['accuracy'] > 0.5
     stop = Stop()
     stop.signum = signal.SIGTERM
     assert evaluation(params, stop) is None
@@ -147,9 +147,9 @@ def test_mistakes_are_named(data_dir, changes, words):
 
 
 def test_more_neighbours_than_images_is_a_mistake(data_dir):
-    with pytest.raises(UserError, match='k is 5000, of 1438 training images'):
+    with pytest.raises(UserError, match=r'k is \(10, 5000\), of 1438 training images'):
         source = dict(name='digits', split='test', data_dir=str(data_dir))
         full = config.complete_data('evals.p', dict(
             source=source, train_source={**source, 'split': 'train'}, image_size=8,
-            batch_size=64, k=5000), probe.Probe)  # fmt: skip
+            batch_size=64, k=(10, 5000)), probe.Probe)  # fmt: skip
         probe.Probe(models.build('vit-ti/2'), sharding.make_mesh(), **full)

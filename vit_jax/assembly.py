@@ -49,7 +49,7 @@ def make(config, source=None, devices=None):
     tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
     abstract = step.abstract_state(model, tx, shape, mesh)
     evals = {
-        name: configs.EVALUATORS[kwargs.type](model, mesh, **kwargs)
+        name: configs.EVALUATORS[kwargs.type](model, mesh, source.classes, **kwargs)
         for name, kwargs in config.evals.items()
     }
     best = config.checkpoint.best

@@ -7,6 +7,7 @@ quantize and unroll count, as X says what the model is.
 """
 
 import json
+import time
 
 from absl import flags
 
@@ -39,9 +40,22 @@ def evaluate(checkpoint, config, ema=None):
         if size not in loaded:
             loaded = {size: read(checkpoint, size, config.model, ema)}
         found = loaded[size]
-        evaluation = configs.EVALUATORS[kwargs.type](found.model, mesh, **kwargs)
-        results[name] = evaluation(found.params)
-    return results
+        evaluation = configs.EVALUATORS[kwargs.type](found.model, mesh, found.classes, **kwargs)
+        began = time.perf_counter()
+        metrics = evaluation(found.params)
+        seconds = time.perf_counter() - began
+        results[name] = metrics | {'images_per_s': round(metrics['examples'] / seconds, 1)}
+    return results | means(results)
+
+
+def means(results):
+    """{'c/mean': {'accuracy': value}} of evaluations whose names share what is before a slash."""
+    groups = {}
+    for name, metrics in results.items():
+        group, slash, _ = name.rpartition('/')
+        if slash and 'accuracy' in metrics:
+            groups.setdefault(f'{group}/mean', []).append(metrics['accuracy'])
+    return {name: {'accuracy': sum(found) / len(found)} for name, found in groups.items()}
 
 
 def read(checkpoint, image_size, model, ema):

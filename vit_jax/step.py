@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import losses, optim, sharding
 
+BINS = 15  # of confidence, as arXiv:1706.04599 section 5 has them
+
 
 @flax.struct.dataclass
 class State:
@@ -124,25 +126,38 @@ def wishes(batch):
     return {'stop': jnp.sum(batch['stop'])} if 'stop' in batch else {}
 
 
-def eval_step(params, batch, *, model, loss='softmax'):
+def eval_step(params, batch, *, model, loss='softmax', among=None):
     """What a classifier makes of a batch: (sums over mask 1, values by example [B]).
 
-    The sums are of hits, losses and examples, float32.
+    The sums, float32: hits, hits among the best five, losses, examples; examples, hits and
+    confidence by bin of confidence [3, BINS]; hits and examples by class [2, K], where an image has
+    one label. An image without any label counts nowhere. `among` [S] are the only classes that may
+    be predicted.
     """
     logits, _ = model.apply({'params': params}, model.normalise(batch['image']))
-    mask = batch['mask'].astype(jnp.float32)
+    logits, labels = logits.astype(jnp.float32), batch['label']
+    classes = logits.shape[-1]
+    if among is not None:
+        logits = jnp.where(jnp.zeros(classes, bool).at[among].set(True), logits, -1e9)
+    several = labels.reshape(len(labels), -1)  # [B, L]
+    mask = batch['mask'].astype(jnp.float32) * jnp.any(several >= 0, axis=1)
+    hits = losses.hits(logits, labels) * mask
+    _, best = jax.lax.top_k(logits, min(5, classes))
+    confidence = jnp.max(jax.nn.softmax(logits), axis=-1)
+    bins = jnp.clip((confidence * BINS).astype(int), 0, BINS - 1)
     sums = {
-        'accuracy': jnp.sum(losses.hits(logits, batch['label']) * mask),
-        'loss': jnp.sum(losses.LOSSES[loss](logits, batch['label']) * mask),
+        'accuracy': jnp.sum(hits),
+        'top5': jnp.sum(jnp.any(several[:, :, None] == best[:, None], axis=(1, 2)) * mask),
+        'loss': jnp.sum(losses.LOSSES[loss](logits, labels) * mask),
         'examples': jnp.sum(mask),
+        'bins': jnp.stack(
+            [jnp.zeros(BINS).at[bins].add(x) for x in (mask, hits, confidence * mask)]
+        ),
         **wishes(batch),
     }
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32))
-    by_example = {
-        'prediction': jnp.argmax(logits, axis=-1),
-        'confidence': jnp.max(probabilities, axis=-1),
-    }
-    return sums, by_example
+    if labels.ndim == 1:
+        sums['by_class'] = jnp.stack([jnp.zeros(classes).at[labels].add(x) for x in (hits, mask)])
+    return sums, {'prediction': jnp.argmax(logits, axis=-1), 'confidence': confidence}
 
 
 def compiled(objective, tx, abstract, mesh, *, seed=0, accumulate=1):

@@ -3,6 +3,7 @@
 Folders of images, prepared records, tar shards (WebDataset), parquet files (Hugging Face), TFDS.
 """
 
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -10,13 +11,15 @@ import os
 import sys
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
-from vit_jax.data import jft_like, parquet, records, shards, tars, tfrecord
+from vit_jax.data import jft_like, parquet, records, shards, tars, tfrecord, vtab
 from vit_jax.errors import UserError
 
 BUILDERS = ('digits', 'fashion_mnist_debian')
 MOST_CLASSES = 2**20  # that go without names
+MOST_LABELS = 32  # of an image of TFDS
 SMALL = 2**28  # bytes; reading and parsing a record takes longer than decoding a small image
 SUFFIXES = tuple(f'.{suffix}' for suffix in tars.SUFFIXES)
 
@@ -36,10 +39,15 @@ class Source(NamedTuple):
 
 
 class Tfds:
-    """A TFDS split in a random-access format; a `small` one stays in memory once it is read."""
+    """A TFDS split in a random-access format; a `small` one stays in memory once it is read.
 
-    def __init__(self, data, title, image, label, small):
+    `label` is a feature or a function of the example; a list of labels gets `max_labels` places,
+    filled up with -1. `change` is done with the image's bytes.
+    """
+
+    def __init__(self, data, title, image, label, small, max_labels=None, change=None):
         self.data, self.title, self.image, self.label = data, title, image, label
+        self.max_labels, self.change = max_labels, change
         self.kept = {} if small else None
 
     def __len__(self):
@@ -54,7 +62,14 @@ class Tfds:
 
     def read(self, i):
         example = self.data[i]
-        return example[self.image], example[self.label]
+        image = example[self.image]
+        label = self.label(example) if callable(self.label) else example[self.label]
+        if self.max_labels is not None:
+            if len(label) > self.max_labels:
+                raise UserError(f'{self.name(i)} has {len(label)} labels, above {self.max_labels}')
+            label = np.pad(np.asarray(label, np.int32), (0, self.max_labels - len(label)),
+                           constant_values=-1)  # fmt: skip
+        return self.change(image) if self.change else image, label
 
     def name(self, i):
         return f'{self.title}[{i}]'
@@ -113,6 +128,7 @@ def load(
     - parquet files in the same ways, or in data/; the arrow files of Hugging Face's save_to_disk
     - any other folder: images in class/*, or in train/class/* and val/class/*
     - jft_like:EXAMPLESxCLASSES: images that are drawn as they are read
+    - vtab:TASK: a task of VTAB-1k, from TFDS
     - else TFDS, as it is prepared in data_dir
 
     All but those of TFDS may be at an address (gs://, https://); a folder of images at gs:// only.
@@ -125,6 +141,9 @@ def load(
     if name.startswith('jft_like:'):
         records_, classes = jft_like.named(name, split.partition('[')[0])
         return portion(records_, classes, split)
+    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    if name.startswith('vtab:'):
+        return vtab_task(name, split, data_dir)
     address = os.path.expanduser(name)
     exists = '://' not in name and os.path.exists(address)
     if not exists and ('*' in name or '{' in name) or address.endswith(shards.SHARDS) and not (
@@ -197,7 +216,6 @@ def tfds(name, split, *, data_dir=None, image='image', label='label'):
     """A TFDS data set; those of the repository are prepared at their first use."""
     import tensorflow_datasets as tfds_lib
 
-    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     if name in BUILDERS:
         module = f'vit_jax.data.builders.{name}.{name}_dataset_builder'
         builder = importlib.import_module(module).Builder(data_dir=data_dir)
@@ -211,27 +229,57 @@ def tfds(name, split, *, data_dir=None, image='image', label='label'):
             ) from e
     else:
         builder = prepared(name, data_dir)
-        if not builder.info.splits:
-            raise UserError(
-                f'data set {name} is not prepared in {builder.data_dir}; prepare it with: '
-                f'tfds build {name} --file_format=array_record'
-            )
     features = builder.info.features
     for key in (image, label):
         if key not in features:
             raise UserError(
                 f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}'
             )
-    names = getattr(features[label], 'names', None)
-    if names is None:
+    one = getattr(features[label], 'feature', features[label])  # of a sequence of labels
+    if getattr(one, 'names', None) is None:
         raise UserError(f'feature {label!r} of data set {name} is no class label')
-    names = tuple(names)
+    most = None if one is features[label] else MOST_LABELS
+    tfrecords = builder.info.available_file_formats() == {tfds_lib.core.FileFormat.TFRECORD}
+    with explained(builder, name, split):
+        if tfrecords and most is None:
+            found = tfrecord.of_builder(builder, split, image=image, label=label)
+        else:
+            data = random_access(builder, split, image)
+            small = builder.info.dataset_size < SMALL
+            found = Tfds(data, f'{name}/{split}', image, label, small, most)
+    return Source(found, tuple(one.names))
+
+
+def vtab_task(name, split, data_dir=None):
+    """A split of a task of VTAB-1k."""
+    task = vtab.task(name)
+    builder = prepared(task.dataset, data_dir)
+    sizes = {part: info.num_examples for part, info in builder.info.splits.items()}
+    part = vtab.split_of(task, split, sizes)
+    with explained(builder, task.dataset, part):
+        data = random_access(builder, part, 'image')
+    if task.classes is None:
+        names = builder.info.features[task.label].names
+    else:
+        names = map(str, range(task.classes))
+    change = vtab.brightened if task.bright else None
+    small = builder.info.dataset_size < SMALL or split != 'test'
+    found = Tfds(data, f'{name}/{split}', 'image', task.label, small, change=change)
+    return Source(found, tuple(names))
+
+
+def random_access(builder, split, image):
+    """A split as a sequence of examples whose images are not decoded."""
+    import tensorflow_datasets as tfds_lib
+
+    return builder.as_data_source(split, decoders={image: tfds_lib.decode.SkipDecoding()})
+
+
+@contextlib.contextmanager
+def explained(builder, name, split):
+    """Says of a data set that can't be opened why, and the way out."""
     try:
-        if builder.info.available_file_formats() == {tfds_lib.core.FileFormat.TFRECORD}:
-            return Source(tfrecord.of_builder(builder, split, image=image, label=label), names)
-        data = builder.as_data_source(
-            split, decoders={image: tfds_lib.decode.SkipDecoding()}
-        )
+        yield
     except NotImplementedError as e:
         raise UserError(
             f'data set {name} is not prepared in a random-access format in {builder.data_dir}; '
@@ -243,8 +291,6 @@ def tfds(name, split, *, data_dir=None, image='image', label='label'):
         raise UserError(
             f'data set {name} has no split {split!r}; it has {", ".join(builder.info.splits)}'
         ) from e
-    small = builder.info.dataset_size < SMALL
-    return Source(Tfds(data, f'{name}/{split}', image, label, small), names)
 
 
 def prepared(name, data_dir):
@@ -252,7 +298,7 @@ def prepared(name, data_dir):
     import tensorflow_datasets as tfds_lib
 
     try:
-        return tfds_lib.builder(name, data_dir=data_dir, try_gcs=False)
+        builder = tfds_lib.builder(name, data_dir=data_dir, try_gcs=False)
     except (tfds_lib.core.DatasetNotFoundError, ModuleNotFoundError) as e:
         known = [*BUILDERS, *tfds_lib.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, 3)
@@ -261,6 +307,12 @@ def prepared(name, data_dir):
             f'no data set {name!r} is prepared.{hint} A folder of images, records, tar or parquet '
             'files is given by its path or address, shards also as x-{000..146}.tar or x-*.tar.'
         ) from e
+    if not builder.info.splits:
+        raise UserError(
+            f'data set {name} is not prepared in {builder.data_dir}; prepare it with: '
+            f'tfds build {name} --file_format=array_record'
+        )
+    return builder
 
 
 def folder(path, split):

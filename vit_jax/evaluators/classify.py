@@ -1,8 +1,9 @@
-"""Accuracy and loss over a whole data set, every example counted once."""
+"""Accuracy, calibration and loss over a whole data set, every example counted once."""
 
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -12,13 +13,47 @@ from vit_jax.errors import UserError
 from vit_jax.stop import Stop
 
 
+def places(names, classes):
+    """Labels of a data set with these class `names` as those of a model with `classes`, or None.
+
+    None: they are the same, or names tell nothing. A data set of some of the classes, as folders of
+    a few of ImageNet's, has numbers of its own.
+    """
+    if not classes or len(names) >= len(classes) or names == tuple(map(str, range(len(names)))):
+        return None
+    index = {name: i for i, name in enumerate(classes)}
+    if len(index) < len(classes) or not all(name in index for name in names):
+        return None
+    return np.array([index[name] for name in names])
+
+
+def present(source):
+    """The labels that occur in a data set, sorted."""
+    return np.unique(np.concatenate([np.ravel(source.records[i][1]) for i in range(len(source))]))
+
+
+def calibration_error(bins):
+    """Expected calibration error of (examples, hits, confidence) by bin [3, N].
+
+    The mean over examples of |accuracy - confidence| of their bin (arXiv:1706.04599 eq. 3).
+    """
+    examples, hits, confidence = bins
+    return float(np.sum(np.abs(hits - confidence)) / np.sum(examples))
+
+
 class Classify:
-    """An evaluation of a classifier, due every `every` steps (0: at the end alone)."""
+    """An evaluation of a classifier, due every `every` steps (0: at the end alone).
+
+    `classes` are the names of the model's. With `subset` only those classes are predicted that
+    occur in the data, as of ImageNet-A and -R, whose 200 have numbers among all 1,000; a data set
+    whose class names are some of the model's is always so.
+    """
 
     def __init__(
         self,
         model,
         mesh,
+        classes=None,
         *,
         type: str = 'classify',
         source: dict,
@@ -26,6 +61,7 @@ class Classify:
         batch_size: int,
         view: str | dict = 'resize',
         loss: str = 'softmax',
+        subset: bool = False,
         every: int = 0,
         threads: int | None = None,
         workers: int = 0,
@@ -42,41 +78,77 @@ class Classify:
                 f'data set {mixture.title(source)} has {len(self.source.classes)} classes, '
                 f'the model {model.num_classes or "no head"} (model.num_classes)'
             )
+        self.places = places(self.source.classes, classes)
+        among = self.places
+        if subset and among is None:
+            among = present(self.source)
         self.feed = partial(
             pipeline.examples, self.source, sharding.rows(batch_size, mesh), view=view,
             image_size=image_size, batch_size=batch_size, threads=threads, workers=workers,
             prefetch=prefetch, tolerance=tolerance,
         )  # fmt: skip
+        among = None if among is None else jnp.asarray(among[among >= 0])
         self.step = jax.jit(
-            sharding.on(mesh, partial(step.eval_step, model=model, loss=loss)),
+            sharding.on(mesh, partial(step.eval_step, model=model, loss=loss, among=among)),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 
     def due(self, n, steps):
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
+    def batches(self):
+        """Batches with the model's labels."""
+        for batch in self.feed():
+            if self.places is not None:
+                label = batch['label']
+                batch = batch | {'label': np.where(label < 0, label, self.places[label])}
+            yield batch
+
     def __call__(self, params, stop=None, at=lambda phase: None):
-        """{'accuracy', 'loss', 'examples'}; None where `stop` became true before the end.
+        """Means by name, see `summary`; None where `stop` became true before the end.
 
         `at` is told of each batch, as hosts.joined wants it.
         """
         stop = Stop() if stop is None else stop
-        total = {'accuracy': 0.0, 'loss': 0.0, 'examples': 0.0}
-        for i, batch in enumerate(self.feed()):
+        total = {}
+        for i, batch in enumerate(self.batches()):
             at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
             sums, _ = self.step(params, sharding.put(stop.within(batch), self.mesh))
             sums = stop.hear(sums)
             if stop:
                 return None
-            total = {k: total[k] + float(v) for k, v in sums.items()}  # in float64
-        count = total.pop('examples')
-        return {k: v / count for k, v in total.items()} | {'examples': int(count)}
+            total = {k: total.get(k, 0) + np.asarray(v, np.float64) for k, v in sums.items()}
+        return summary(total)
 
     def predictions(self, params):
         """One process's view of each example: {'id', 'label', 'prediction', 'confidence': [N]}."""
         parts = []
-        for batch in self.feed():
+        for batch in self.batches():
             _, by_example = self.step(params, sharding.put(batch, self.mesh))
             by_example = jax.device_get(by_example) | {k: batch[k] for k in ('id', 'label')}
             parts.append({k: v[batch['mask'] > 0] for k, v in by_example.items()})
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def summary(total):
+    """{'accuracy', 'top5', 'loss', 'ece', 'class_accuracy', 'examples'} of `eval_step`'s sums.
+
+    `ece` is the expected calibration error of the softmax; `class_accuracy` the mean accuracy of
+    the classes that occur, where an image has one label.
+    """
+    count = total['examples']
+    if not count:
+        raise UserError('evals: no example of the data set has a label')
+    results = {name: float(total[name] / count) for name in ('accuracy', 'top5', 'loss')}
+    results['ece'] = calibration_error(total['bins'])
+    if 'by_class' in total:
+        hits, examples = total['by_class']
+        results['class_accuracy'] = float(np.mean(hits[examples > 0] / examples[examples > 0]))
+    return results | {'examples': int(count)}
+
+
+def confusion(labels, predictions, classes):
+    """How often [K, K] each class, by row, was taken for each."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    return counts

@@ -143,17 +143,19 @@ class Probe:
     """An evaluation of frozen features, trained on `train_source` and tested on `source`.
 
     Gives `accuracy` (logistic regression on standardised class token and patch mean together,
-    penalty `l2`), `knn` (a vote of the k nearest class tokens), `knn_cosine` (weighted by cosine
-    similarity and `temperature`) and `knn_pixels` (k nearest images, no model). For each of
-    `shots`, N_shot is the mean over `seeds` of the accuracy of least squares on the pre-logits,
-    standardised, of N images of each class, penalty `shot_l2` (arXiv:2010.11929 section 4.1, which
-    says no penalty; 2^10 is that of big_vision's configs), and N_shot_std their deviation.
+    penalty `l2`; None: without) and for each of `k` N_nn (a vote of the N nearest class tokens),
+    N_nn_cosine (weighted by cosine similarity and `temperature`) and, where asked for, N_nn_pixels
+    (nearest images, no model). For each of `shots`, N_shot is the mean over `seeds` of the accuracy
+    of least squares on the pre-logits, standardised, of N images of each class, penalty `shot_l2`
+    (arXiv:2010.11929 section 4.1, which says no penalty; 2^10 is that of big_vision's configs), and
+    N_shot_std their deviation.
     """
 
     def __init__(
         self,
         model,
         mesh,
+        classes=None,
         *,
         type: str = 'probe',
         source: dict,
@@ -161,9 +163,10 @@ class Probe:
         image_size: int | tuple,
         batch_size: int,
         view: str | dict = 'resize',
-        k: int = 10,
+        k: tuple = (10, 20),
+        pixels: bool = False,
         temperature: float = 0.07,
-        l2: float = 1.0,
+        l2: float | None = 1.0,
         shots: tuple = (),
         seeds: int = 3,
         shot_l2: float = 1024.0,
@@ -173,13 +176,13 @@ class Probe:
         prefetch: int = 8,
         tolerance: float = 0.0,
     ):
-        self.mesh, self.every, self.k, self.l2 = mesh, every, k, l2
+        self.mesh, self.every, self.k, self.pixels, self.l2 = mesh, every, k, pixels, l2
         self.temperature, self.shots, self.seeds, self.shot_l2 = temperature, shots, seeds, shot_l2
         self.source, self.train_source = mixture.load(**source), mixture.load(**train_source)
         if self.source.classes != self.train_source.classes:
             raise UserError('evals: source and train_source have different classes')
-        if not 0 < k <= len(self.train_source):
-            raise UserError(f'evals: k is {k}, of {len(self.train_source)} training images')
+        if not all(isinstance(n, int) and 0 < n <= len(self.train_source) for n in k):
+            raise UserError(f'evals: k is {tuple(k)}, of {len(self.train_source)} training images')
         if not all(isinstance(n, int) and n > 0 for n in shots) or seeds < 1 or temperature <= 0:
             raise UserError(
                 f'evals: shots {tuple(shots)}, seeds {seeds} and temperature {temperature} must be '
@@ -195,8 +198,8 @@ class Probe:
         self.step = jax.jit(
             lambda params, batch: (
                 dict(
-                    **features(model, params, batch['image']),
-                    pixels=batch['image'], labels=batch['label'],
+                    **features(model, params, batch['image']), labels=batch['label'],
+                    **({'pixels': batch['image']} if pixels else {}),
                 ),
                 batch['mask'], step.wishes(batch),
             ),
@@ -207,7 +210,8 @@ class Probe:
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
     def gathered(self, params, source, stop, at):
-        """`features` of all images, `pixels` [N, H * W * 3] and `labels` [N]; None if stopped."""
+        """`features` of all images, `labels` [N] and perhaps `pixels` [N, H * W * 3]; None where
+        `stop` became true."""
         parts = []
         for i, batch in enumerate(self.feed(source)):
             at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
@@ -219,8 +223,9 @@ class Probe:
             kept = np.asarray(mask) > 0
             parts.append({name: np.asarray(v)[kept] for name, v in values.items()})
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        pixels = whole['pixels']
-        return whole | {'pixels': pixels.reshape(len(pixels), -1).astype(np.float32)}
+        if self.pixels:
+            whole['pixels'] = whole['pixels'].reshape(len(whole['pixels']), -1).astype(np.float32)
+        return whole
 
     def few_shot(self, train, test):
         """{'5_shot': mean, '5_shot_std': deviation} and so on, of what `gathered` gave."""
@@ -250,15 +255,17 @@ class Probe:
             return None
         at('compile, of a classifier')
         labels, wanted, classes = train['labels'], test['labels'], len(self.source.classes)
-        x, y = standardised(train['both'], test['both'])
-        results = {'accuracy': score(logistic(x, labels, classes=classes, l2=self.l2), y, wanted)}
-        for name, kind, temperature in (
-            ('knn', 'token', None),
-            ('knn_cosine', 'token', self.temperature),
-            ('knn_pixels', 'pixels', None),
-        ):
-            predicted = nearest(
-                train[kind], labels, test[kind], k=self.k, classes=classes, temperature=temperature
-            )
-            results[name] = float(np.mean(predicted == wanted))
+        results = {}
+        if self.l2 is not None:
+            x, y = standardised(train['both'], test['both'])
+            linear = logistic(x, labels, classes=classes, l2=self.l2)
+            results['accuracy'] = score(linear, y, wanted)
+        kinds = [('', 'token', None), ('_cosine', 'token', self.temperature)]
+        kinds += [('_pixels', 'pixels', None)] if self.pixels else []
+        for k in self.k:
+            for name, kind, temperature in kinds:
+                predicted = nearest(
+                    train[kind], labels, test[kind], k=k, classes=classes, temperature=temperature
+                )
+                results[f'{k}_nn{name}'] = float(np.mean(predicted == wanted))
         return results | self.few_shot(train, test) | {'examples': len(wanted)}

@@ -1,0 +1,54 @@
+"""Position embeddings of ViT-B/16, FILE:none, 1d, 2d, rel, 1d-layers, 1d-shared, ...: table 8 of
+arXiv:2010.11929. Published, least squares on 5 images of each class of ImageNet, in percent:
+
+                    at the stem   at each layer   at each layer, shared
+    none               61.38
+    1-D                64.21          63.96              64.29
+    2-D                64.00          64.05              64.02
+    relative           64.03
+
+Here: not yet run. Pre-training is that of experiments/pretrain.py:b/16; the paper names no other
+data or length. JFT is not public: --config.data.source.name=PATH puts other data there.
+"""
+
+from ml_collections import ConfigDict
+
+from vit_jax import published
+
+JFT_300M = 'jft_like:303000000x18291'  # arXiv:2010.11929 section 4.1
+KINDS = {'none': ('none', 'No Pos. Emb.'), '1d': ('learn', '1-D Pos. Emb.'),
+         '2d': ('learn2d', '2-D Pos. Emb.'), 'rel': ('relative', 'Rel. Pos. Emb.')}  # fmt: skip
+PLACES = {'stem': 'Default/Stem', 'layers': 'Every Layer', 'shared': 'Every Layer-Shared'}
+ARGS = ('none', '1d', '2d', 'rel', '1d-layers', '2d-layers', '1d-shared', '2d-shared')
+
+
+def get_config(arg='1d'):
+    kind, _, place = arg.partition('-')
+    place = place or 'stem'
+    posemb, row = KINDS[kind]
+
+    config = ConfigDict()
+    config.seed = 0
+    config.epochs = 7
+
+    config.model = dict(name='vit-b/16', posemb=posemb, posemb_at=place, dtype='bfloat16')
+    config.data = dict(
+        source=dict(name=JFT_300M, split='train'), view='inception', image_size=224,
+        batch_size=4096,
+    )  # fmt: skip
+    config.evals = dict(
+        imagenet=dict(
+            type='probe', train_source=dict(name='imagenet2012', split='train[:10%]'),
+            source=dict(name='imagenet2012', split='validation'), view='small_central',
+            shots=(5,), k=(), l2=None,
+        )
+    )  # fmt: skip
+    config.objective = dict(loss='sigmoid')
+    config.optim = dict(name='adamw', schedule='linear', warmup=10_000, lr=8e-4, weight_decay=0.1)
+    config.checkpoint = dict(every=5_000)
+    config.report = dict(every=100)
+
+    config.expected = [published.expected(
+        'vit.table8', row, PLACES[place], 'imagenet/5_shot', scale=1, tolerance=0.005
+    )]  # fmt: skip
+    return config

@@ -1,0 +1,170 @@
+"""Evaluation of a classifier against scikit-learn and by hand: subsets, several labels, bins."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from PIL import Image
+from sklearn import metrics
+
+from vit_jax import evaluate, sharding, step
+from vit_jax.data import pipeline
+from vit_jax.errors import UserError
+from vit_jax.evaluators import classify
+
+CLASSES = 7
+
+
+class Table(nn.Module):
+    """Logits that the first pixel of an image chooses from a table, so that all is known."""
+
+    num_classes: int = CLASSES
+
+    def normalise(self, images):
+        return images
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        table = self.param('table', nn.initializers.normal(3.0), (256, self.num_classes))
+        return table[images[:, 0, 0, 0]], {}
+
+
+def folder(path, labels, names):
+    """Images whose first pixel is their number, one folder a class."""
+    for i, label in enumerate(labels):
+        place = path / names[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(place / f'{i:03}.png')
+    return path
+
+
+def evaluation(path, classes=None, **kwargs):
+    model = Table()
+    table = model.init(jax.random.key(0), np.zeros((1, 4, 4, 3), int))['params']['table']
+    made = classify.Classify(
+        model, sharding.make_mesh(), classes, source=dict(name=str(path)), image_size=4,
+        batch_size=16, **kwargs,
+    )  # fmt: skip
+    return made, {'table': table}, np.asarray(table, np.float64)
+
+
+def names(count):
+    return [f'n{i:02}' for i in range(count)]
+
+
+def test_numbers_are_those_of_scikit_learn(tmp_path):
+    labels = np.random.default_rng(0).integers(0, CLASSES, 200)
+    path = folder(tmp_path, labels, names(CLASSES))
+    made, params, table = evaluation(path)
+    found = made(params)
+    logits = table[:200]
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    best = logits.argmax(1)
+    assert found['examples'] == 200
+    assert found['accuracy'] == pytest.approx(metrics.accuracy_score(labels, best))
+    assert found['top5'] == pytest.approx(
+        metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(CLASSES))
+    )
+    assert found['class_accuracy'] == pytest.approx(metrics.balanced_accuracy_score(labels, best))
+    assert found['loss'] == pytest.approx(metrics.log_loss(labels, probs), rel=1e-5)
+    confidence, hits, error = probs.max(1), best == labels, 0.0
+    for k in range(step.BINS):  # arXiv:1706.04599 eq. 3, in words
+        inside = (confidence >= k / step.BINS) & (confidence < (k + 1) / step.BINS)
+        if inside.any():
+            error += inside.mean() * abs(hits[inside].mean() - confidence[inside].mean())
+    assert found['ece'] == pytest.approx(error, rel=1e-4)
+    predicted = made.predictions(params)
+    np.testing.assert_array_equal(
+        classify.confusion(predicted['label'], predicted['prediction'], CLASSES),
+        metrics.confusion_matrix(labels, best),
+    )
+
+
+def test_a_folder_of_some_classes_has_the_numbers_of_all(tmp_path):
+    """Three folders, of classes 1, 4 and 6 of the model: only these are predicted."""
+    labels, chosen = np.random.default_rng(1).integers(0, 3, 100), [1, 4, 6]
+    path = folder(tmp_path, labels, [names(CLASSES)[c] for c in chosen])
+    made, params, table = evaluation(path, tuple(names(CLASSES)))
+    found = made(params)
+    among = table[:100][:, chosen]
+    assert found['accuracy'] == pytest.approx(np.mean(among.argmax(1) == labels))
+    probs = np.exp(among) / np.exp(among).sum(1, keepdims=True)
+    assert found['loss'] == pytest.approx(metrics.log_loss(labels, probs), rel=1e-5)
+    assert set(made.predictions(params)['prediction']) == set(chosen)
+    other, *_ = evaluation(path, None)  # nothing is known of the model's classes
+    assert other.places is None
+
+
+def test_a_subset_with_the_numbers_of_all(tmp_path):
+    """As TFDS has ImageNet-A: labels among all classes, of which some occur."""
+    labels = np.random.default_rng(2).choice([0, 2, 5], 100)
+    path = folder(tmp_path, labels, names(CLASSES))
+    for name in names(CLASSES):
+        (path / name).mkdir(exist_ok=True)
+    (path / 'train').mkdir()
+    made, params, table = evaluation(write_records(path, labels), subset=True)
+    among = table[:100][:, [0, 2, 5]]
+    wanted = np.searchsorted([0, 2, 5], labels)
+    assert made(params)['accuracy'] == pytest.approx(np.mean(among.argmax(1) == wanted))
+    plain, *_ = evaluation(path / 'records')
+    assert plain(params)['accuracy'] == pytest.approx(np.mean(table[:100].argmax(1) == labels))
+
+
+def write_records(path, labels, max_labels=1):
+    """Records of the images in `path`, in the order of their numbers."""
+    import json
+
+    from vit_jax.data import example, records
+
+    out = path / 'records'
+    out.mkdir()
+    rows = []
+    for i, label in enumerate(labels):
+        data = next(path.glob(f'**/{i:03}.png')).read_bytes()
+        rows.append(example.encode(data, list(np.atleast_1d(label)), f'{i}'))
+    name = records.shard_name('train', 0, 1)
+    _, size, digest = records.write_shard(out / name, iter(rows))
+    shard = {'file': name, 'examples': len(rows), 'bytes': size, 'sha256': digest}
+    (out / records.MANIFEST).write_text(json.dumps({
+        'format': records.FORMAT, 'version': records.VERSION, 'max_labels': max_labels,
+        'classes': names(CLASSES), 'splits': {'train': [shard]},
+    }))  # fmt: skip
+    return out
+
+
+def test_an_image_with_several_labels_is_right_with_each_and_counts_nowhere_with_none(tmp_path):
+    """As ImageNet ReaL is counted (arXiv:2006.07159 section 4)."""
+    rng = np.random.default_rng(3)
+    labels = [sorted(rng.choice(CLASSES, rng.integers(0, 4), replace=False)) for _ in range(60)]
+    path = folder(tmp_path / 'images', np.zeros(60, int), names(1))
+    made, params, table = evaluation(write_records(path, labels, max_labels=4))
+    found, best = made(params), table[:60].argmax(1)
+    counted = [i for i in range(60) if labels[i]]
+    assert 0 < len(counted) < 60 and found['examples'] == len(counted)
+    assert found['accuracy'] == pytest.approx(np.mean([best[i] in labels[i] for i in counted]))
+    first = np.argsort(-table[:60], axis=1)[:, :5]
+    assert found['top5'] == pytest.approx(np.mean([bool({*first[i]} & {*labels[i]})
+                                                   for i in counted]))  # fmt: skip
+    assert 'class_accuracy' not in found
+
+
+def test_no_label_at_all_is_a_mistake(tmp_path):
+    path = folder(tmp_path / 'images', np.zeros(4, int), names(1))
+    made, params, _ = evaluation(write_records(path, [[]] * 4, max_labels=2))
+    with pytest.raises(UserError, match='no example of the data set has a label'):
+        made(params)
+
+
+def test_evaluations_with_a_slash_have_a_mean():
+    found = evaluate.means({
+        'c/fog_1': {'accuracy': 0.5}, 'c/fog_2': {'accuracy': 0.25}, 'real': {'accuracy': 0.9},
+    })  # fmt: skip
+    assert found == {'c/mean': {'accuracy': 0.375}}
+
+
+def test_places():
+    assert classify.places(('b', 'c'), ('a', 'b', 'c')).tolist() == [1, 2]
+    assert classify.places(('b', 'x'), ('a', 'b', 'c')) is None  # another data set
+    assert classify.places(('0', '1'), ('0', '1', '2')) is None  # names that tell nothing
+    assert classify.places(('a', 'b', 'c'), ('a', 'b', 'c')) is None
+    assert pipeline.size_of(4) == (4, 4)

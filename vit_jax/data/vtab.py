@@ -1,0 +1,134 @@
+"""VTAB-1k (arXiv:1910.04867): 19 tasks, each with 1,000 images to learn from, out of TFDS.
+
+`data.source.name='vtab:TASK'` with the splits train800, val200, train800val200 (these 1,000) and
+test. Which images and labels these are is as the benchmark's own code has it (github.com,
+google-research/task_adaptation). Prepared once: tfds build NAME --file_format=array_record.
+"""
+
+import io
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vit_jax.errors import UserError
+
+SPLITS = ('train800', 'val200', 'train800val200', 'test')
+CLEVR = np.array([0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0])  # distances between classes
+KITTI = np.array([-100.0, 8.0, 20.0, 999.0])  # metres; beyond the last: no vehicle
+
+
+class Task(NamedTuple):
+    """A task: where its images are, and what is to be told of them."""
+
+    group: str
+    dataset: str  # TFDS
+    val: tuple[str, int]  # the split of val200, and at which percent of it that begins
+    test: str
+    label: str | Callable = 'label'  # a feature, or a function of the example
+    classes: int | None = None  # where the label is a function
+    bright: bool = False  # images of 0 and 1
+
+
+def last_below(value, thresholds):
+    """The number of the last threshold below a value."""
+    return int(np.flatnonzero(thresholds < value)[-1])
+
+
+def clevr_count(example):
+    """Objects, of which there are 3 to 10."""
+    return len(example['objects']['size']) - 3
+
+
+def clevr_distance(example):
+    """Distance of the closest object, in 6 classes."""
+    return last_below(np.min(np.asarray(example['objects']['pixel_coords'])[:, 2]), CLEVR)
+
+
+def kitti_distance(example):
+    """Distance of the closest car, van or truck, in 3 classes and one for none."""
+    vehicles = np.asarray(example['objects']['type']) < 3
+    depths = np.asarray(example['objects']['location']).reshape(-1, 3)[vehicles, 2]
+    return last_below(np.min(depths, initial=1000.0), KITTI)
+
+
+def dsprites_location(example):
+    """Horizontal position: 32 places in 16 classes."""
+    return int(example['label_x_position']) // 2
+
+
+def dsprites_orientation(example):
+    """40 angles in 16 classes."""
+    return int(example['label_orientation'] / 2.5)
+
+
+OWN, TENTH = ('validation', 0), ('train', 90)  # a validation split of its own; a tenth of train
+TASKS = {
+    'caltech101': Task('natural', 'caltech101', TENTH, 'test'),
+    'cifar100': Task('natural', 'cifar100', TENTH, 'test'),
+    'dtd': Task('natural', 'dtd', OWN, 'test'),
+    'flowers102': Task('natural', 'oxford_flowers102', OWN, 'test'),
+    'pets': Task('natural', 'oxford_iiit_pet', ('train', 80), 'test'),
+    'sun397': Task('natural', 'sun397/tfds', OWN, 'test'),
+    'svhn': Task('natural', 'svhn_cropped', TENTH, 'test'),
+    'camelyon': Task('specialized', 'patch_camelyon', OWN, 'test'),
+    'eurosat': Task('specialized', 'eurosat/rgb', ('train', 60), 'train[80%:]'),
+    'resisc45': Task('specialized', 'resisc45', ('train', 60), 'train[80%:]'),
+    'retinopathy': Task(
+        'specialized', 'diabetic_retinopathy_detection/btgraham-300', OWN, 'test'
+    ),
+    'clevr_count': Task('structured', 'clevr', TENTH, 'validation', clevr_count, 8),
+    'clevr_distance': Task('structured', 'clevr', TENTH, 'validation', clevr_distance, 6),
+    'dmlab': Task('structured', 'dmlab', OWN, 'test'),
+    'dsprites_location': Task(
+        'structured', 'dsprites', ('train', 80), 'train[90%:]', dsprites_location, 16, True
+    ),
+    'dsprites_orientation': Task(
+        'structured', 'dsprites', ('train', 80), 'train[90%:]', dsprites_orientation, 16, True
+    ),
+    'kitti_distance': Task('structured', 'kitti', OWN, 'test', kitti_distance, 4),
+    'norb_azimuth': Task('structured', 'smallnorb', ('test', 0), 'test[50%:]', 'label_azimuth'),
+    'norb_elevation': Task(
+        'structured', 'smallnorb', ('test', 0), 'test[50%:]', 'label_elevation'
+    ),
+}
+
+
+def task(name):
+    """The task of 'vtab:NAME'."""
+    found = TASKS.get(name.removeprefix('vtab:'))
+    if found is None:
+        raise UserError(f'no task {name!r}; there are vtab:{", vtab:".join(TASKS)}')
+    return found
+
+
+def split_of(found, split, sizes):
+    """The TFDS split of one of `SPLITS`; `sizes` are {TFDS split: examples}."""
+    if split not in SPLITS:
+        raise UserError(f'VTAB has no split {split!r}; it has {", ".join(SPLITS)}')
+    name, percent = found.val
+    start = percent * sizes[name] // 100
+    parts = {'train800': 'train[:800]', 'val200': f'{name}[{start}:{start + 200}]',
+             'test': found.test}  # fmt: skip
+    return parts.get(split, f'{parts["train800"]}+{parts["val200"]}')
+
+
+def brightened(data):
+    """A PNG of grey levels 0 and 1 as one of 0 and 255."""
+    out = io.BytesIO()
+    pixels = np.array(Image.open(io.BytesIO(data)))
+    Image.fromarray(pixels * 255).save(out, 'PNG')
+    return out.getvalue()
+
+
+def means(accuracies):
+    """{'natural', 'specialized', 'structured', 'mean'}: of {task: accuracy}, of all 19 tasks."""
+    missing = TASKS.keys() - accuracies.keys()
+    if missing:
+        raise ValueError(f'no accuracy of {", ".join(sorted(missing))}')
+    groups = {}
+    for name, found in TASKS.items():
+        groups.setdefault(found.group, []).append(accuracies[name])
+    groups['mean'] = [accuracies[name] for name in TASKS]
+    return {name: float(np.mean(values)) for name, values in groups.items()}
