@@ -122,6 +122,9 @@ def get_config(arg='b/16'):
         config.expected = claims(model, data, config.epochs, sgd)
 
     config.model = dict(name=model_name(model), dtype='bfloat16', **fields)
+    if model not in LATER and not config.model.name.startswith('bit'):
+        width = {'b': 768, 'l': 1024, 'h': 1280}[model.rpartition('+')[2][0]]
+        config.model.representation_size = width  # a hidden layer in the head, section 3.1
     name, train, val = DATA[data]
     config.data = dict(
         source=dict(name=name, split=train), view=dict(name='inception'), image_size=224,

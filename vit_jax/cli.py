@@ -55,6 +55,8 @@ def run(main, section=None):
     except (UserError, flags.Error) as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read what is printed has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_jax import assembly, devices, hlo, step
 from vit_jax import config as configs
-from vit_jax.data import mixture, sources
+from vit_jax.data import mixture, sources, vtab
 from vit_jax.errors import UserError
 
 # Training split and classes of data sets that a plan may be for where they are not:
@@ -26,6 +26,9 @@ KNOWN = {
     'cifar10': (50_000, 10), 'cifar100': (50_000, 100), 'oxford_iiit_pet': (3_680, 37),
     'oxford_flowers102': (1_020, 102), 'places365_small': (1_803_460, 365),
 }  # fmt: skip
+
+
+VTAB_1K = {'train800': 800, 'val200': 200, 'train800val200': 1000}  # examples of its splits
 
 
 class Refused(Exception):
@@ -62,6 +65,8 @@ def data_set(settings, examples=None, classes=None):
     if examples is None and known[0] and part in ('train', 'full'):
         examples = round(known[0] * (high - low) / 100)
     classes = classes or known[1]
+    if name.startswith('vtab:'):
+        examples, classes = examples or VTAB_1K[split], classes or vtab.task(name).classes
     if not examples or not classes:
         raise UserError(
             f'{missing}; state its size with --examples and --classes, or use one of '

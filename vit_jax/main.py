@@ -6,8 +6,9 @@ with a run that was stopped or killed.
 One process a host (or a GPU) is found by itself on TPU pods and under SLURM and Open MPI; elsewhere
 --coordinator, --num_processes and --process_id say it.
 
-Exit status: 0 done, 2 a mistake that its one line names, 3 a loss or gradient that is no number,
-4 another process was lost, 130 and 143 stopped by SIGINT and SIGTERM with everything saved.
+Exit status: 0 done, 1 not what was expected (with --check), 2 a mistake that its one line names,
+3 a loss or gradient that is no number, 4 another process was lost, 130 and 143 stopped by SIGINT
+and SIGTERM with everything saved.
 """
 
 import signal
@@ -50,6 +51,14 @@ START = flags.DEFINE_integer(
     'start_timeout', 600, 'Seconds that processes wait for one that starts, restores, compiles or '
     'saves.', lower_bound=1,
 )  # fmt: skip
+CHECK = flags.DEFINE_bool(
+    'check', False, 'Exit with status 1 unless every number that the experiment expects was '
+    'measured and is within its tolerance.',
+)  # fmt: skip
+DRY_RUN = flags.DEFINE_bool(
+    'dry_run', False, 'Check the settings, say what the run would be, and train nothing. Neither '
+    'its data nor the checkpoint that it begins from need be there.',
+)  # fmt: skip
 PROFILE = flags.DEFINE_string(
     'profile', None, 'STEP:COUNT: trace so many steps from that one on, into WORKDIR/profile, for '
     'XProf and Perfetto.',
@@ -75,6 +84,11 @@ def run(overrides, stop):
     caches.keep_compiled(CACHE.value, WORKDIR.value)
     begun = workdir.read_json(workdir.located(WORKDIR.value) / 'config.json')
     settings = config.load(CONFIG.value, overrides, begun)
+    if DRY_RUN.value:
+        from vit_jax import rehearsal
+
+        print(rehearsal.of(settings, WORKDIR.value))
+        return 0
     limits = dict(timeout=TIMEOUT.value, start_timeout=START.value)
     try:
         where = clusters.place(
@@ -103,7 +117,7 @@ def run(overrides, stop):
         return 128 + (stop.signum or signal.SIGTERM)
     if first:
         report.print_result(path, result)
-    return 0
+    return int(CHECK.value and not all(row['pass'] for row in result['expected']))
 
 
 if __name__ == '__main__':

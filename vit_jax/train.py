@@ -54,7 +54,9 @@ def train(
             if stop:
                 return None
             result = log.result()
-            result['expected'] = workdir.judged(config.expected, result['metrics'])
+            result['costs'] = report.costs(result)
+            measured = result['metrics'] | result['costs']
+            result['expected'] = workdir.judged(config.expected, measured)
             result |= workdir.provenance()
             if first:
                 workdir.write_json(path / 'result.json', result)

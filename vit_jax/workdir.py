@@ -17,6 +17,7 @@ from vit_jax import storage
 from vit_jax.errors import UserError
 
 # Differences here leave it the same run: its batches, its model and its optimizer.
+LOWER = ('loss', 'ece', 'exaflops', 'accelerator_hours', 'tpu_core_days')  # is better
 HARMLESS = (
     'checkpoint', 'evals', 'expected', 'mesh', 'report', 'data.source.data_dir',
     'data.prefetch', 'data.threads', 'data.tolerance', 'data.workers',
@@ -184,14 +185,15 @@ def git_commit():
 def judged(expected, metrics):
     """The rows of `expected` with what was measured and whether it passes.
 
-    A row names a metric, a value, a tolerance and a source. A loss passes up to value + tolerance,
-    every other metric from value - tolerance on; what was not measured has pass None.
+    A row names a metric, a value, a tolerance and a source, and perhaps the cell of a published
+    table. A loss or cost passes up to value + tolerance, every other metric from value - tolerance
+    on; what was not measured has pass None.
     """
     rows = []
     for row in expected:
         measured = metrics.get(row['metric'])
         passed = None
-        if measured is not None and row['metric'].endswith('loss'):
+        if measured is not None and row['metric'].endswith(LOWER):
             passed = measured <= row['value'] + row['tolerance']
         elif measured is not None:
             passed = measured >= row['value'] - row['tolerance']

@@ -258,7 +258,7 @@ def vtab_task(name, split, data_dir=None):
     part = vtab.split_of(task, split, sizes)
     with explained(builder, task.dataset, part):
         data = random_access(builder, part, 'image')
-    if task.classes is None:
+    if isinstance(task.label, str):
         names = builder.info.features[task.label].names
     else:
         names = map(str, range(task.classes))

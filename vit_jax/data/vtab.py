@@ -24,10 +24,10 @@ class Task(NamedTuple):
 
     group: str
     dataset: str  # TFDS
+    classes: int
     val: tuple[str, int]  # the split of val200, and at which percent of it that begins
     test: str
     label: str | Callable = 'label'  # a feature, or a function of the example
-    classes: int | None = None  # where the label is a function
     bright: bool = False  # images of 0 and 1
 
 
@@ -64,34 +64,34 @@ def dsprites_orientation(example):
 
 
 OWN, TENTH = ('validation', 0), ('train', 90)  # a validation split of its own; a tenth of train
+SIXTY = ('train', 60), 'train[80%:]'
+SPRITES = ('train', 80), 'train[90%:]'
+NORB = ('test', 0), 'test[50%:]'
+RETINOPATHY = 'diabetic_retinopathy_detection/btgraham-300'
 TASKS = {
-    'caltech101': Task('natural', 'caltech101', TENTH, 'test'),
-    'cifar100': Task('natural', 'cifar100', TENTH, 'test'),
-    'dtd': Task('natural', 'dtd', OWN, 'test'),
-    'flowers102': Task('natural', 'oxford_flowers102', OWN, 'test'),
-    'pets': Task('natural', 'oxford_iiit_pet', ('train', 80), 'test'),
-    'sun397': Task('natural', 'sun397/tfds', OWN, 'test'),
-    'svhn': Task('natural', 'svhn_cropped', TENTH, 'test'),
-    'camelyon': Task('specialized', 'patch_camelyon', OWN, 'test'),
-    'eurosat': Task('specialized', 'eurosat/rgb', ('train', 60), 'train[80%:]'),
-    'resisc45': Task('specialized', 'resisc45', ('train', 60), 'train[80%:]'),
-    'retinopathy': Task(
-        'specialized', 'diabetic_retinopathy_detection/btgraham-300', OWN, 'test'
-    ),
-    'clevr_count': Task('structured', 'clevr', TENTH, 'validation', clevr_count, 8),
-    'clevr_distance': Task('structured', 'clevr', TENTH, 'validation', clevr_distance, 6),
-    'dmlab': Task('structured', 'dmlab', OWN, 'test'),
+    'caltech101': Task('natural', 'caltech101', 102, TENTH, 'test'),
+    'cifar100': Task('natural', 'cifar100', 100, TENTH, 'test'),
+    'dtd': Task('natural', 'dtd', 47, OWN, 'test'),
+    'flowers102': Task('natural', 'oxford_flowers102', 102, OWN, 'test'),
+    'pets': Task('natural', 'oxford_iiit_pet', 37, ('train', 80), 'test'),
+    'sun397': Task('natural', 'sun397/tfds', 397, OWN, 'test'),
+    'svhn': Task('natural', 'svhn_cropped', 10, TENTH, 'test'),
+    'camelyon': Task('specialized', 'patch_camelyon', 2, OWN, 'test'),
+    'eurosat': Task('specialized', 'eurosat/rgb', 10, *SIXTY),
+    'resisc45': Task('specialized', 'resisc45', 45, *SIXTY),
+    'retinopathy': Task('specialized', RETINOPATHY, 5, OWN, 'test'),
+    'clevr_count': Task('structured', 'clevr', 8, TENTH, 'validation', clevr_count),
+    'clevr_distance': Task('structured', 'clevr', 6, TENTH, 'validation', clevr_distance),
+    'dmlab': Task('structured', 'dmlab', 6, OWN, 'test'),
     'dsprites_location': Task(
-        'structured', 'dsprites', ('train', 80), 'train[90%:]', dsprites_location, 16, True
+        'structured', 'dsprites', 16, *SPRITES, dsprites_location, bright=True
     ),
     'dsprites_orientation': Task(
-        'structured', 'dsprites', ('train', 80), 'train[90%:]', dsprites_orientation, 16, True
+        'structured', 'dsprites', 16, *SPRITES, dsprites_orientation, bright=True
     ),
-    'kitti_distance': Task('structured', 'kitti', OWN, 'test', kitti_distance, 4),
-    'norb_azimuth': Task('structured', 'smallnorb', ('test', 0), 'test[50%:]', 'label_azimuth'),
-    'norb_elevation': Task(
-        'structured', 'smallnorb', ('test', 0), 'test[50%:]', 'label_elevation'
-    ),
+    'kitti_distance': Task('structured', 'kitti', 4, OWN, 'test', kitti_distance),
+    'norb_azimuth': Task('structured', 'smallnorb', 18, *NORB, 'label_azimuth'),
+    'norb_elevation': Task('structured', 'smallnorb', 9, *NORB, 'label_elevation'),
 }
 
 

@@ -1,0 +1,52 @@
+"""A classifier of ImageNet-1k on all its test sets, with vit_jax.evaluate --checkpoint X:
+
+ImageNet, ReaL's labels (arXiv:2006.07159), V2 (arXiv:1902.10811), A (arXiv:1907.07174) and R
+(arXiv:2006.16241), which have 200 of the classes and are scored among these, and Sketch
+(arXiv:1905.13549); FILE:c has the 75 corrupted ones of C (arXiv:1903.12261) and their mean. Images
+are as the ViT papers' code has them, 256 by area and then 224; for others there are
+--config.data.image_size=384 and --config.evals.X.view.name=central. TFDS names the sets; each is
+prepared once. Published, for ViT-S/16 of arXiv:2205.01580 with 90 epochs: 76.5% on ImageNet, 83.1
+on ReaL, 64.2 on V2. Here: not yet run.
+"""
+
+from ml_collections import ConfigDict
+
+SETS = {  # TFDS, split, label, whether the classes are some of the 1,000
+    'val': ('imagenet2012', 'validation', 'label', False),
+    'real': ('imagenet2012_real', 'validation', 'real_label', False),
+    'v2': ('imagenet_v2/matched-frequency', 'test', 'label', False),
+    'a': ('imagenet_a', 'test', 'label', True),
+    'r': ('imagenet_r', 'test', 'label', True),
+    'sketch': ('imagenet_sketch', 'test', 'label', False),
+}
+CORRUPTIONS = (  # arXiv:1903.12261 section 4.1, without its extra four
+    'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur',
+    'zoom_blur', 'snow', 'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate',
+    'jpeg_compression',
+)  # fmt: skip
+ARGS = ('all', 'c')
+
+
+def get_config(arg='all'):
+    sets = SETS
+    if arg == 'c':
+        names = [f'{c}_{severity}' for c in CORRUPTIONS for severity in range(1, 6)]
+        sets = {f'c/{n}': (f'imagenet2012_corrupted/{n}', 'validation', 'label', False)
+                for n in names}  # fmt: skip
+
+    config = ConfigDict()
+    config.steps = 1  # nothing is trained
+
+    config.model = dict()  # read from the checkpoint
+    config.data = dict(
+        source=dict(name='imagenet2012', split='train'), view='small_central', image_size=224,
+        batch_size=256,
+    )  # fmt: skip
+    config.evals = {
+        name: dict(
+            source=dict(name=data, split=split, label=label), subset=subset,
+            view='resize' if arg == 'c' else 'small_central',  # C's are 224 x 224 already
+        )
+        for name, (data, split, label, subset) in sets.items()
+    }  # fmt: skip
+    return config

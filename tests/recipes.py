@@ -1,0 +1,46 @@
+"""The experiments as the tests take them: by name and argument, and at a toy size."""
+
+import importlib.util
+import pathlib
+
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
+FILES = ('pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'finetune', 'imagenet')
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location('experiment', EXPERIMENTS / f'{name}.py')
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def given(name, arg):
+    """What an experiment gives, as config.complete takes it."""
+    return module(name).get_config(arg).to_dict()
+
+
+def toy(values, data_dir, steps=2):
+    """The same recipe with a tiny model on a few tiny images: two steps take seconds."""
+    model, name = values['model'], values['model']['name']
+    several = values['objective'].get('loss') == 'sigmoid' if 'objective' in values else False
+    few = dict(name='jft_like:48x8@32') if several else dict(name='digits', data_dir=data_dir)
+    if name.startswith('bit'):
+        model |= dict(name='bit', units=(1, 1), width=0.5)
+    elif name.startswith('mixer'):
+        model |= dict(name='mixer/16', width=32, depth=2, tokens_mlp_dim=16, mlp_dim=32)
+    else:
+        root = dict(resnet=(1, 1), resnet_width=0.5, patch_size=2) if '+' in name else {}
+        model |= dict(name='vit/16', width=32, depth=2, num_heads=2, mlp_dim=32, **root)
+    if model.get('representation_size'):
+        model['representation_size'] = 16
+    values['data'] |= dict(source=dict(few, split='train'), image_size=32, batch_size=8)
+    for one in values['evals'].values():
+        for key in ('source', 'train_source'):
+            if key in one:
+                data = dict(name='digits', data_dir=data_dir) if 'type' in one else few
+                one[key] = dict(data, split='test' if key == 'source' else 'train')
+        one |= dict(batch_size=8)
+    values['optim'] |= dict(warmup=1, **({'cooldown': 1} if 'cooldown' in values['optim'] else {}))
+    values['mesh'] = {}
+    values.pop('epochs', None)
+    return values | dict(steps=steps, init_from=None)

@@ -1,0 +1,154 @@
+"""Recipes: each builds at its full size, is what its source says, and trains at a toy size."""
+
+import jax
+import pytest
+import recipes
+
+from vit_jax import config, estimate, published, rehearsal, tables
+from vit_jax.convert.load import catalogue
+from vit_jax.data import distort
+from vit_jax.stop import Stop
+from vit_jax.train import train
+
+
+@pytest.fixture(scope='module')
+def known():
+    return tables.recipes()
+
+
+@pytest.mark.parametrize('name', recipes.FILES)
+def test_every_argument_gives_a_config_without_a_typo(name):
+    for arg in recipes.module(name).ARGS:
+        values = recipes.given(name, arg)
+        values['model'].setdefault('name', 'vit-b/16')
+        full = config.complete(values)
+        begin = full.init_from
+        assert begin is None or begin.startswith('runs/') or begin in catalogue(), (arg, begin)
+
+
+def test_a_run_that_others_begin_from_is_a_recipe_of_the_same_model(known):
+    _, places = known
+    begun = [one for one in places.values() if one.begin]
+    assert len(begun) > 150
+    for one in begun:
+        before = places[one.begin]  # or there is no such recipe
+        assert before.begin is None
+        models = [
+            recipes.given(r.file.split('/')[1][:-3], r.arg)['model']['name'] for r in (one, before)
+        ]
+        assert models[0] == models[1]
+
+
+def test_expected_numbers_are_those_of_the_tables(known):
+    cells, _ = known
+    assert len(cells) > 460
+    for cell, recipe in cells.items():
+        found = published.table(cell[0])
+        value = published.number(published.row_of(found, cell[1])[found.columns.index(cell[2])])
+        rows = recipes.given(recipe.file.split('/')[1][:-3], recipe.arg)['expected']
+        row = next(r for r in rows if tables.key_of(r['cell']) == cell)
+        assert row['value'] / row['scale'] == pytest.approx(value.value, abs=1e-3)
+        assert row['source'] == found.source
+
+
+def full(name, count):
+    """One argument for each model of a file, or of `count` of them."""
+    seen = {}
+    for arg in recipes.module(name).ARGS:
+        values = recipes.given(name, arg)
+        model, size = values['model'], values['data']['image_size']
+        seen.setdefault((model.get('name'), model.get('posemb'), size), arg)
+    return list(seen.values())[:count]
+
+
+@pytest.mark.parametrize('name, arg', [
+    *(('pretrain', a) for a in ('h/14', 'r50x1', 'r50+l/16', 'l/16-i21k', 'b/32-i1k', 'G/14')),
+    ('posemb', '2d-layers'), ('augreg', 'r+ti/16-i1k300'), ('vit_s16_i1k', '90'),
+    ('finetune', 'cifar10,h/14'), ('finetune', 'imagenet2012,r50+b/16-i21k'),
+    ('finetune', 'cifar10,mixer/b_16-i1k,224'), ('finetune', 'vtab:kitti_distance,l/16-i21k'),
+    ('finetune', 'imagenet2012,h/14,512,polyak'), ('finetune', 'oxford_flowers102,r152x2-sgd'),
+])  # fmt: skip
+def test_builds_at_its_full_size(name, arg):
+    text = rehearsal.of(config.complete(recipes.given(name, arg)), 'runs/x')
+    assert 'parameters' in text and 'exaFLOPs' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [n for n in recipes.FILES if n != 'imagenet'])
+def test_every_model_builds_at_its_full_size(name):
+    for arg in full(name, 1000):
+        rehearsal.of(config.complete(recipes.given(name, arg)), 'runs/x')
+
+
+TOYS = [
+    *(('pretrain', a) for a in ('b/16', 'l/16-i21k', 'b/32-i1k', 'r50x1-sgd', 'r50+b/16', 'G/14')),
+    ('posemb', 'rel'), ('posemb', '2d-layers'), ('augreg', 's/16-i1k300-strong2-wd_0.03-do_0.1'),
+    ('vit_s16_i1k', '90'), ('vit_s16_i1k', '300,original'), ('finetune', 'cifar10,l/16'),
+    ('finetune', 'imagenet2012,h/14,512,polyak'), ('finetune', 'vtab:dtd,l/16-i21k'),
+    ('finetune', 'cifar10,mixer/b_16-i1k,224'), ('finetune', 'oxford_flowers102,r50x1-sgd'),
+]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp('tfds'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, arg', TOYS)
+def test_plans_and_trains_two_steps_at_a_toy_size(tmp_path, data_dir, name, arg):
+    values = recipes.toy(recipes.given(name, arg), data_dir)
+    full = config.complete(values)
+    source, _ = estimate.data_set(full.data.source)
+    plan = estimate.plan(full, source, jax.devices()[:1], 'cpu:1', efficiency=0.5)
+    assert plan['memory']['fits'] and plan['seconds']['step'] > 0
+    result = train(full, tmp_path / 'run', Stop())
+    assert result['steps'] == 2 and result['metrics']['param_norm'] > 0
+    measured = [row for row in result['expected'] if row['measured'] is not None]
+    wanted = {row['metric'] for row in result['expected']} - {'tpu_core_days'}
+    assert {row['metric'] for row in measured} == wanted  # each is a metric that the run has
+
+
+def test_recipes_are_what_the_papers_say():
+    """Against arXiv:2010.11929 table 3, as data."""
+    names = {'JFT-300M': '', 'ImageNet-21k': '-i21k', 'ImageNet': '-i1k'}
+    table = published.table('vit.table3')
+    seen = 0
+    for models, data, epochs, lr, schedule, decay, dropout in table.rows:
+        base, power = (lr if ' x ' in lr else f'1 x {lr}').split(' x 10^')
+        rate = float(base) * 10 ** float(power)
+        for arg in args_of(models, names[data]):
+            values = recipes.given('pretrain', arg)
+            assert str(values['epochs']) in epochs.split('/'), arg
+            assert values['optim']['lr'] == pytest.approx(rate), arg
+            assert values['optim']['schedule'] == schedule
+            assert values['optim']['weight_decay'] == float(decay)
+            assert values['model'].get('dropout', 0.0) == float(dropout)
+            assert values['data']['batch_size'] == 4096 and values['optim']['warmup'] == 10_000
+            assert values['optim'].get('clip') == (1.0 if data == 'ImageNet' else None)
+            seen += 1
+    assert seen >= 20
+
+
+def args_of(models, data):
+    """['b/16', 'b/32'] of 'ViT-B/{16,32}', and likewise of ResNets and hybrids."""
+    if models == 'ViT-*':
+        return [f'{m}{data}' for m in ('b/16', 'b/32', 'l/16', 'l/32')]
+    head, _, rest = models.partition('{')
+    tails = rest.rstrip('}').split(',') if rest else ['']
+    names = [head.replace('ViT-', '').lower() + tail for tail in tails]
+    return [f'{name}{data}' for name in names]
+
+
+def test_augreg_is_the_grid_of_the_paper():
+    found = recipes.module('augreg')
+    assert len(found.GRID) == 28 and len(set(found.ARGS)) == 27 + 27 * 28
+    values = recipes.given('augreg', 's/16-i21k300')  # its best, by the name of its checkpoint
+    assert values['optim']['weight_decay'] == 0.03 and values['model']['drop_path'] == 0.0
+    assert values['data']['augment'] == distort.AUGREG['light1']['augment']
+    best = {name: one['address'] for name, one in catalogue().items()}
+    for pair, point in found.BEST.items():
+        model, data = pair.split('-')
+        if data == 'i21k300':
+            name = f'augreg/{model.replace("/", "_").replace("+", "_")}-i21k'
+            assert f'aug_{point}' in best[name] and f'sd_{point[-3:]}' in best[name]
