@@ -95,17 +95,26 @@ def recipes(folder=EXPERIMENTS):
     return cells, places
 
 
+def runs_below(folder):
+    """The workdirs at and below a folder, on a disk or on gs://, by name."""
+    if (folder / 'config.json').exists():
+        yield folder
+        return
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir():
+            yield from runs_below(inner)
+
+
 def results(folders):
     """[(workdir, config, result)] of all finished runs below some folders."""
     found = []
     for folder in map(workdir.located, folders):
         if not folder.exists():
             raise UserError(f'no folder {folder}')
-        for path in sorted(folder.glob('**/result.json')):
-            result = workdir.read_json(path)
-            config = workdir.read_json(path.parent / 'config.json') or {}
-            if result and isinstance(result.get('expected'), list):
-                found.append((str(path.parent), config, result))
+        for path in runs_below(folder):
+            result = workdir.read_json(path / 'result.json')
+            if result is not None:
+                found.append((str(path), workdir.read_json(path / 'config.json'), result))
     return found
 
 
@@ -149,7 +158,7 @@ class Cell(NamedTuple):
     label: tuple  # the row's
     column: str
     text: str  # as published
-    value: float | None
+    value: float
     found: tuple  # Measures
     recipe: Recipe | None
 
@@ -163,37 +172,37 @@ class Cell(NamedTuple):
 
     @property
     def difference(self):
-        return None if self.mean is None or self.value is None else self.mean - self.value
+        return None if self.mean is None else self.mean - self.value
 
     def beside(self):
         """'98.80 ± 0.10 (3), -0.15', or nothing."""
         if self.mean is None:
             return ''
-        digits = 4 if self.value is not None and abs(self.value) < 1.5 else 2
+        digits = 4 if self.value < 1.5 else 2
         text = f'{self.mean:.{digits}f}'
         if self.deviation is not None:
             text += f' ± {self.deviation:.{digits}f} ({len(self.found)})'
-        return text + ('' if self.difference is None else f', {self.difference:+.{digits}f}')
+        return f'{text}, {self.difference:+.{digits}f}'
 
 
 def grid_of(table, found, known):
-    """[(label, [Cell or a text for each column])] of a table."""
+    """[(label, [Cell or a text for each column])] of a table; a Cell is in columns that recipes or
+    runs are for, text in all others."""
+    keys = {key[1:] for key in [*known, *found] if key[0] == table.id}
+    columns, named = {column for _, column in keys}, {label for label, _ in keys}
     rows = []
     for row in table.rows:
         cells = []
         labels = [row[:n] for n in range(1, len(row))]
-        label = next((p for p in labels if [r[: len(p)] for r in table.rows].count(p) == 1), row)
+        label = next((p for p in labels if p in named), row[:1])
         for column, content in zip(table.columns, row, strict=True):
-            keys = [(table.id, p, column) for p in labels]
-            recipe = next((known[k] for k in keys if k in known), None)
-            ones = next((tuple(found[k]) for k in keys if k in found), ())
-            number = published.number(content)
             text = '' if content is None else str(content)
-            if number is None and not recipe and not ones or column in table.columns[: len(label)]:
+            number, key = published.number(content), (table.id, label, column)
+            if number is None or column not in columns:
                 cells.append(text)
             else:
-                value = None if number is None else number.value
-                cells.append(Cell(label, column, text, value, ones, recipe))
+                ones = tuple(found.get(key, ()))
+                cells.append(Cell(label, column, text, number.value, ones, known.get(key)))
         rows.append((label, cells))
     return rows
 

@@ -1,0 +1,202 @@
+"""Tables: what is published beside what runs have measured, and the commands of the rest."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import recipes
+
+from vit_jax import config, published, report, tables, typeset, workdir
+from vit_jax.data import vtab
+from vit_jax.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def known():
+    return tables.recipes()
+
+
+def finished(folder, name, arg, metrics, seed=0, **result):
+    """A run's folder as train leaves it, with `metrics` in place of a training."""
+    full = config.complete(recipes.given(name, arg) | dict(seed=seed))
+    path = folder / f'{name}-{arg.replace("/", "_")}-{seed}'
+    path.mkdir(parents=True)
+    result = dict(
+        metrics=metrics, steps=10, examples_seen=5120, seconds=7200.0, images_per_s=100.0,
+        flops_per_image=1e12, device_kind='TPU v3', device_count=8,
+    ) | result  # fmt: skip
+    result['costs'] = report.costs(result)
+    result['expected'] = workdir.judged(full.expected, metrics | result['costs'])
+    workdir.write_json(path / 'config.json', full.to_dict())
+    workdir.write_json(path / 'result.json', result)
+    return path
+
+
+def cell(rows, label, column):
+    return next(c for c in typeset.cells_of(rows) if (c.label, c.column) == (label, column))
+
+
+def rows_of(name, folder, known):
+    found = tables.measured(tables.results([folder]))
+    return tables.grid_of(published.table(name), found, known[0])
+
+
+def test_seeds_are_averaged_and_stand_beside_what_is_published(tmp_path, known):
+    for seed, accuracy in enumerate((0.989, 0.990, 0.9884)):
+        finished(tmp_path, 'finetune', 'cifar10,b/16-i21k', {'test/accuracy': accuracy}, seed)
+    rows = rows_of('vit.table5', tmp_path, known)
+    one = cell(rows, ('ImageNet-21k', 'CIFAR-10'), 'ViT-B/16')
+    scores = np.array([98.9, 99.0, 98.84])
+    assert one.value == 98.95 and one.mean == pytest.approx(scores.mean())
+    assert one.deviation == pytest.approx(scores.std(ddof=1)) and len(one.found) == 3
+    assert one.difference == pytest.approx(scores.mean() - 98.95)
+    assert one.beside() == '98.91 ± 0.08 (3), -0.04'
+    # The same runs are in the official repository's table, and in no other place of this one.
+    other = cell(
+        rows_of('vt.expected_finetune', tmp_path, known), ('ViT-B_16', 'cifar10'), 'acc dropout=0.0'
+    )
+    assert len(other.found) == 3
+    assert sum(bool(c.found) for c in typeset.cells_of(rows)) == 1
+
+
+def test_every_format_has_the_number_and_leaves_empty_places_empty(tmp_path, known):
+    finished(tmp_path, 'finetune', 'cifar10,b/16', {'test/accuracy': 0.991})
+    table, rows = published.table('vit.table6'), rows_of('vit.table6', tmp_path, known)
+    for form in typeset.FORMATS.values():
+        assert '99.10' in form(table, rows) or '99.1' in form(table, rows)
+    markdown = typeset.markdown(table, rows).splitlines()
+    line = next(row for row in markdown if row.startswith('| ViT-B/16 '))
+    assert line == (
+        '| ViT-B/16 | 7 | 84.15<br> | 88.85<br> | 99.0<br>99.10, +0.10 | 91.87<br> | 95.8<br> '
+        '| 99.56<br> | 224<br> |'
+    )
+    lines = list(csv.DictReader(typeset.comma_separated(table, rows).splitlines()))
+    assert len(lines) == 18 * 7
+    measured = [row for row in lines if row['measured']]
+    assert [(row['row'], row['column'], row['seeds']) for row in measured] == [
+        ('ViT-B/16, 7', 'CIFAR-10', '1')
+    ]
+    assert float(measured[0]['accelerator_hours']) == 16
+    assert all(row['measured'] == row['runs'] == '' for row in lines if row['seeds'] == '0')
+    assert all(row['recipe'].startswith('experiments/') for row in lines)
+
+
+def test_costs_are_in_the_units_of_the_papers():
+    """arXiv:2010.11929: 3 forward passes an image; a TPU v3 device is a core."""
+    result = dict(seconds=86_400.0, device_count=8, device_kind='TPU v3', flops_per_image=35.2e9,
+                  examples_seen=7 * 303_000_000)  # fmt: skip
+    costs = report.costs(result)
+    assert costs['exaflops'] == pytest.approx(224, rel=0.01)  # B/16, table 6
+    assert costs['tpu_core_days'] == 8 and costs['accelerator_hours'] == 192
+    v4 = report.costs(result | {'device_kind': 'TPU v4'})
+    assert v4['tpu_core_days'] == 16  # two cores a device
+    assert 'tpu_core_days' not in report.costs(result | {'device_kind': 'cpu'})
+
+
+def test_the_mean_of_vtab_needs_all_its_tasks(tmp_path, known):
+    table = published.table('vit.table9')
+    row = next(r for r in table.rows if r[0] == 'ViT-H/14 (JFT)')
+    for task, value in list(zip(vtab.TASKS, row[1:-1], strict=True))[:-1]:
+        metrics = {'test/accuracy': value / 100}
+        finished(tmp_path, 'finetune', f'vtab:{task},h/14', metrics)
+    rows = rows_of('vit.table9', tmp_path, known)
+    assert 'Mean' not in {c.column for c in typeset.cells_of(rows)}
+    last = list(vtab.TASKS)[-1]
+    finished(tmp_path, 'finetune', f'vtab:{last},h/14', {'test/accuracy': row[-2] / 100})
+    rows = rows_of('vit.table9', tmp_path, known)
+    assert cell(rows, (row[0],), 'Mean').mean == pytest.approx(row[-1], abs=0.05)
+    second = rows_of('vit.table2', tmp_path, known)
+    assert cell(second, ('VTAB (19 tasks)',), 'Ours-JFT (ViT-H/14)').found
+
+
+def test_missing_runs_come_behind_those_that_they_begin_from(tmp_path, known, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = rows_of('vit.table5', tmp_path, known)
+    chosen = tables.empty(rows, known[1], 'JFT-300M, CIFAR', 'ViT-H/14')
+    assert [' '.join(one.words()) for one in chosen] == [
+        'python -m vit_jax.main --config experiments/pretrain.py:h/14 '
+        '--workdir runs/pretrain/h_14',
+        'python -m vit_jax.main --config experiments/finetune.py:cifar10,h/14 '
+        '--workdir runs/finetune/cifar10,h_14',
+        'python -m vit_jax.main --config experiments/finetune.py:cifar100,h/14 '
+        '--workdir runs/finetune/cifar100,h_14',
+    ]
+    finished(tmp_path / 'runs', 'finetune', 'cifar10,h/14', {'test/accuracy': 0.995})
+    (tmp_path / 'runs/pretrain/h_14').mkdir(parents=True)
+    (tmp_path / 'runs/pretrain/h_14/result.json').write_text('{}')
+    rows = rows_of('vit.table5', tmp_path, known)
+    chosen = tables.empty(rows, known[1], 'JFT-300M, CIFAR', 'ViT-H/14')
+    assert [one.arg for one in chosen] == ['cifar100,h/14']
+
+
+def command(*args, cwd):
+    return subprocess.run(
+        [sys.executable, '-m', *args], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_line(tmp_path):
+    root = tables.EXPERIMENTS.parent
+    finished(tmp_path / 'runs', 'pretrain', 'b/16', {})
+    shown = command('vit_jax.tables', 'vit.table6', '--runs', str(tmp_path / 'runs'), '--out',
+                    str(tmp_path / 'out'), cwd=root)  # fmt: skip
+    assert shown.returncode == 0 and 'ViT-B/16' in shown.stdout, shown.stderr
+    assert sorted(p.suffix for p in (tmp_path / 'out').iterdir()) == [
+        '.csv', '.html', '.md', '.tex',
+    ]  # fmt: skip
+    run = command('vit_jax.tables', 'vit.table8', '--run', 'local', '--dry_run', '--row', 'Rel',
+                  cwd=root)  # fmt: skip
+    assert run.returncode == 0 and 'vit_jax.main' in run.stdout.splitlines()[-1]
+    assert 'posemb.py:rel' in run.stdout
+    for args, words in (
+        (['vit.table55'], "no table 'vit.table55'; there are vit.table1"),
+        (['vit.table5', '--runs', '/nowhere'], 'no folder /nowhere'),
+        (['vit.table5', '--run', 'moon'], '<local\\|hosts\\|slurm\\|tpu\\|gke>'),
+    ):
+        failed = command('vit_jax.tables', *args, cwd=root)
+        assert failed.returncode == 2 and 'Traceback' not in failed.stderr
+        assert words.replace('\\', '') in failed.stderr
+
+
+def test_check_is_the_exit_status(tmp_path):
+    """A finished run: 0 without the flag, 1 with it where a number is missed, 0 where it is met."""
+    root = tables.EXPERIMENTS.parent
+    args = ['vit_jax.main', '--config', 'experiments/digits.py', '--config.steps=2',
+            '--config.optim.warmup=1', '--config.evals.test.batch_size=64',
+            '--workdir', str(tmp_path)]  # fmt: skip
+    assert command(*args, cwd=root).returncode == 0
+    assert command(*args, '--check', cwd=root).returncode == 1
+    result = json.loads((tmp_path / 'result.json').read_text())
+    assert result['expected'][0]['pass'] is False and result['costs']['exaflops'] > 0
+    result['expected'][0]['pass'] = True
+    (tmp_path / 'result.json').write_text(json.dumps(result))
+    assert command(*args, '--check', cwd=root).returncode == 0
+
+
+def test_a_dry_run_needs_neither_data_nor_checkpoint(tmp_path):
+    root = tables.EXPERIMENTS.parent
+    run = command('vit_jax.main', '--config', 'experiments/finetune.py:cifar100,h/14', '--workdir',
+                  str(tmp_path / 'x'), '--dry_run', cwd=root)  # fmt: skip
+    assert run.returncode == 0 and not (tmp_path / 'x').exists(), run.stderr
+    assert 'vit.table5: JFT-300M, CIFAR-100; ViT-H/14' in run.stdout
+    assert '50,000 examples' not in run.stdout and '49,000 images' in run.stdout
+    bad = command('vit_jax.main', '--config', 'experiments/folder.py:/nowhere', '--workdir',
+                  str(tmp_path / 'x'), '--dry_run', cwd=root)  # fmt: skip
+    assert bad.returncode == 2 and '/nowhere' in bad.stderr and '--examples' not in bad.stderr
+
+
+def test_numbers_of_cells():
+    assert published.number('88.55±0.04') == (88.55, 0.04)
+    assert published.number('83.73%') == (83.73, None) and published.number('2.5k') == (2500, None)
+    assert published.number(None) is published.number('N/A') is published.number('30/90') is None
+    with pytest.raises(UserError, match="no table 'x'"):
+        published.table('x')
+    with pytest.raises(LookupError, match='2 rows of vit.table6 begin with'):
+        published.expected('vit.table6', 'ViT-L/16', 'ImageNet', 'x')
+    with pytest.raises(LookupError, match='no number in row'):
+        published.expected('vit.table8', 'No Pos. Emb.', 'Every Layer', 'x')
+    row = published.expected('vit.table2', 'ImageNet', 'Ours-I21k (ViT-L/16)', 'x', tolerance=1e-4)
+    assert row['value'] == 0.853 and row['tolerance'] == pytest.approx(0.0004)  # two deviations
