@@ -124,7 +124,8 @@ def test_differences_that_change_the_result_are_told_apart():
 @pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiments_are_complete(path):
     argument = ':/images' if path.stem == 'folder' else ''
-    begin = [('init_from', str(CHECKPOINT))] if path.stem in ('finetune', 'fashion_2k') else []
+    needs = path.stem in ('finetune', 'fashion_2k', 'imagenet')
+    begin = [('init_from', str(CHECKPOINT))] if needs else []
     full = config.load(f'{path}{argument}', begin)
     assert full.evals and path.read_text().startswith('"""')
     for row in full.expected:

@@ -218,7 +218,12 @@ def costs(result):
 
 def read_lines(workdir):
     """The lines of a run's metrics.jsonl as dicts; an unfinished last line is left out."""
-    data = storage.read(epath.Path(workdir) / 'metrics.jsonl')
+    return read_file(epath.Path(workdir) / 'metrics.jsonl')
+
+
+def read_file(path):
+    """The lines of a file as metrics.jsonl is one."""
+    data = storage.read(path)
     lines = []
     for line in (data or b'').splitlines():
         try:
@@ -324,3 +329,10 @@ def print_result(path, result):
         verdict = {True: 'pass', False: 'FAIL', None: 'not measured'}[row['pass']]
         print(f'expected {row["metric"]} {row["value"]} +- {row["tolerance"]}: {verdict}')
     print(f'{result["seconds"]:.0f} s in all. Result: {path / "result.json"}')
+
+
+if __name__ == '__main__':
+    from vit_jax import cli, compare
+
+    compare.define_flags()
+    cli.run(compare.main)

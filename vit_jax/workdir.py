@@ -143,9 +143,9 @@ def harmless(key):
     return any(key == part or key.startswith(part + '.') for part in HARMLESS)
 
 
-def table(changes):
+def table(changes, before='before', now='now'):
     """Rows of `differences` as aligned text."""
-    rows = [('key', 'before', 'now', '')]
+    rows = [('key', before, now, '')]
     rows += [
         (key, json.dumps(old), json.dumps(new), 'changes the result' if meaning else '')
         for key, old, new, meaning in changes

@@ -1,0 +1,164 @@
+"""Two runs side by side: python -m vit_jax.report compare A B [--metric loss] [--out FILE.png].
+
+A and B are workdirs, or files of lines as metrics.jsonl has them: a stored reference curve. Says at
+which step they first differ at all, and from which on by more than noise; how settings and versions
+differ; what each has come to; and draws both curves with their difference.
+"""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+from vit_jax import report, storage, summary, workdir
+from vit_jax.errors import UserError
+
+LEAST = 5  # lines in a window
+SIGMAS = 4.0  # one window in 16,000 exceeds them by chance
+
+
+class Parting(NamedTuple):
+    """Where two curves part, in steps; None: nowhere."""
+
+    first: int | None  # any bit differs
+    beyond: int | None  # by more than noise, from here on for a window
+    sigma: float  # standard deviation of the difference from line to line
+
+
+def lines_of(path):
+    """The lines of a run's workdir, or of a file."""
+    path = workdir.located(path)
+    if path.is_dir():
+        lines = report.read_lines(path)
+    elif path.exists():
+        lines = report.read_file(path)
+    else:
+        raise UserError(f'no run and no file {path}')
+    if not lines:
+        raise UserError(f'{path} has no line of metrics')
+    return lines
+
+
+def curve(lines, metric):
+    """{step: value} of a metric."""
+    return {line['step']: line[metric] for line in lines if line.get(metric) is not None}
+
+
+def parting(a, b):
+    """Where two curves {step: value} part, see `Parting`.
+
+    Of the difference d at common steps, noise is sigma = 1.48 median|d_t - d_(t-1)| / sqrt(2),
+    which neither a slow drift nor a few outliers raise. They part in the first window of n lines
+    (a twentieth of all, at least LEAST) whose mean exceeds SIGMAS sigma / sqrt(n).
+    """
+    steps = np.array(sorted(a.keys() & b.keys()))
+    if not len(steps):
+        return Parting(None, None, 0.0)
+    d = np.array([b[s] - a[s] for s in steps], np.float64)
+    differ = np.flatnonzero(d)
+    first = int(steps[differ[0]]) if len(differ) else None
+    n = min(max(LEAST, len(d) // 20), len(d))
+    sigma = 1.4826 * float(np.median(np.abs(np.diff(d)))) / 2**0.5 if len(d) > 1 else 0.0
+    means = np.convolve(d, np.full(n, 1 / n), 'valid')
+    floor = 1e-6 * float(np.median(np.abs([a[s] for s in steps])))  # below it, rounding
+    far = np.flatnonzero(np.abs(means) > np.maximum(SIGMAS * sigma / n**0.5, floor))
+    return Parting(first, int(steps[far[0]]) if len(far) else None, sigma)
+
+
+def settings(path):
+    """(config.json, result.json) of a workdir, {} where there is none."""
+    path = workdir.located(path)
+    if not path.is_dir():
+        return {}, {}
+    return tuple(workdir.read_json(path / f'{name}.json') or {} for name in ('config', 'result'))
+
+
+def text(a, b, lines, metric, found):
+    """All that is said, as one text."""
+    common = len(curve(lines[0], metric).keys() & curve(lines[1], metric).keys())
+    if not common:
+        raise UserError(f'{a} and {b} have no step in common with a {metric}')
+    said = [f'{metric} at {common:,} common steps']
+    if found.first is None:
+        said.append('equal to the last bit')
+    else:
+        said.append(f'differ first at step {found.first:,}')
+        said.append(
+            f'part by more than noise from step {found.beyond:,} on'
+            if found.beyond is not None else 'never part by more than noise'
+        )
+        said.append(f'noise of the difference from line to line: {found.sigma:.3g}')
+    (config_a, result_a), (config_b, result_b) = settings(a), settings(b)
+    if config_a and config_b:
+        changes = workdir.differences(config_a, config_b)
+        differ = '\nsettings\n' + workdir.table(changes, 'A', 'B')
+        said.append(differ if changes else '\nsettings are equal')
+    if result_a and result_b:
+        versions = [
+            r.get('versions', {}) | {'commit': r.get('git_commit')} for r in (result_a, result_b)
+        ]
+        other = [
+            f'{name}  {versions[0].get(name)}  {versions[1].get(name)}'
+            for name in sorted(versions[0].keys() | versions[1].keys())
+            if versions[0].get(name) != versions[1].get(name)
+        ]
+        said.append('\nversions\n' + '\n'.join(other) if other else '\nversions are equal')
+    last = [{k: v for line in part for k, v in line.items()} for part in lines]
+    names = [k for k in last[0] if k in last[1] and k not in ('step', 'seconds')]
+    rows = [('', 'A', 'B')] + [(k, *(report.number(part[k]) for part in last)) for k in names]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    said.append('\nlast values')
+    for row in rows:
+        said.append('  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+    return '\n'.join(said)
+
+
+def draw(path, names, curves, metric, found):
+    """A PNG: both curves above, their difference below, and where they part."""
+    figure = Figure(figsize=(8, 5), dpi=150, layout='constrained')
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    for name, one, colour, style in zip(
+        names, curves, (summary.RIGHT, summary.WRONG), ('-', '--'), strict=True
+    ):
+        above.plot(list(one), list(one.values()), style, color=colour, lw=1.2, label=name)
+    steps = sorted(curves[0].keys() & curves[1].keys())
+    below.plot(steps, [curves[1][s] - curves[0][s] for s in steps], color='black', lw=0.8)
+    below.axhspan(-2 * found.sigma, 2 * found.sigma, color=summary.GREY, alpha=0.2, lw=0)
+    if found.beyond is not None:
+        for ax in (above, below):
+            ax.axvline(found.beyond, color=summary.GREY, lw=1, ls=':')
+        above.annotate(
+            f'part at step {found.beyond:,}', (found.beyond, 1), xycoords=('data', 'axes fraction'),
+            xytext=(4, -4), textcoords='offset points', va='top', fontsize=8, color=summary.GREY,
+        )  # fmt: skip
+    above.set_ylabel(metric)
+    below.set_ylabel('B - A')
+    below.set_xlabel('step')
+    above.legend(frameon=False, fontsize=8)
+    for ax in (above, below):
+        ax.spines[['top', 'right']].set_visible(False)
+    png = io.BytesIO()
+    figure.savefig(png, format='png', facecolor='white', metadata={'Software': None})
+    storage.write(path, png.getvalue())
+
+
+def main(argv):
+    if len(argv) != 4 or argv[1] != 'compare':
+        raise UserError('usage: python -m vit_jax.report compare A B [--metric NAME] [--out FILE]')
+    a, b = argv[2:]
+    options = flags.FLAGS
+    lines = [lines_of(a), lines_of(b)]
+    curves = [curve(part, options.metric) for part in lines]
+    found = parting(*curves)
+    print(text(a, b, lines, options.metric, found))
+    out = workdir.located(options.out)
+    draw(out, ('A  ' + a, 'B  ' + b), curves, options.metric, found)
+    print(f'\nPicture: {out}')
+    return 0
+
+
+def define_flags():
+    flags.DEFINE_string('metric', 'loss', 'What to compare: loss, accuracy, test/accuracy ...')
+    flags.DEFINE_string('out', 'compare.png', 'The picture.')
