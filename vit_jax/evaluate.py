@@ -16,6 +16,7 @@ from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
+from vit_jax.evaluators import classify
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'What to evaluate: a path, an address, a name of the catalogue.',
@@ -45,17 +46,7 @@ def evaluate(checkpoint, config, ema=None):
         metrics = evaluation(found.params)
         seconds = time.perf_counter() - began
         results[name] = metrics | {'images_per_s': round(metrics['examples'] / seconds, 1)}
-    return results | means(results)
-
-
-def means(results):
-    """{'c/mean': {'accuracy': value}} of evaluations whose names share what is before a slash."""
-    groups = {}
-    for name, metrics in results.items():
-        group, slash, _ = name.rpartition('/')
-        if slash and 'accuracy' in metrics:
-            groups.setdefault(f'{group}/mean', []).append(metrics['accuracy'])
-    return {name: {'accuracy': sum(found) / len(found)} for name, found in groups.items()}
+    return results | classify.means(results)
 
 
 def read(checkpoint, image_size, model, ema):

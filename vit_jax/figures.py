@@ -1,7 +1,10 @@
-"""Pictures of a run: python -m vit_jax.figures WORKDIR [--out DIR].
+"""Pictures of a run or a checkpoint: python -m vit_jax.figures X [--images FILE,...] [--out DIR].
 
-Draws DIR/summary.png (DIR: the workdir) from the newest checkpoint: curves of loss and accuracy,
-images of the first evaluation with what the model says of them, attention of the class token.
+Of a run's workdir: DIR/summary.png (DIR: the workdir) from the newest checkpoint: curves of loss
+and accuracy, images of the first evaluation with what the model says of them, attention of the
+class token. With --images, or of any other checkpoint that vit_jax.load takes, what
+arXiv:2010.11929 has in figures 6, 7 and 14: filters.png, positions.png and, over the images,
+distance.png, rollout.png and heads.png.
 """
 
 from functools import partial
@@ -10,9 +13,22 @@ import jax
 import numpy as np
 from absl import flags
 
-from vit_jax import assembly, checkpoint, cli, optim, report, storage, summary, workdir
+from vit_jax import (
+    anatomy,
+    assembly,
+    checkpoint,
+    cli,
+    optim,
+    plates,
+    report,
+    storage,
+    summary,
+    workdir,
+)  # fmt: skip
 from vit_jax import config as configs
-from vit_jax.data import mixture, pipeline
+from vit_jax.convert import load as weights
+from vit_jax.convert import run
+from vit_jax.data import files, mixture, pipeline
 from vit_jax.errors import UserError
 
 ATTENDED = 4  # images
@@ -99,6 +115,11 @@ def attention_over(model, params, images):
     if 'cls' not in prefix:
         return None
     grid = model.grid(images.shape[1:])
+    return class_attention(captured(model, params, images), grid, sum(prefix.values()) - 1)
+
+
+def captured(model, params, images):
+    """Attention probabilities [L, B, H, T, T] over images uint8 [B, H, W, 3]."""
 
     @jax.jit
     def probabilities(params, images):
@@ -106,18 +127,62 @@ def attention_over(model, params, images):
         _, out = model.apply(variables, model.normalise(images), capture=('attention',))
         return out['attention']
 
-    return class_attention(probabilities(params, images), grid, sum(prefix.values()) - 1)
+    return probabilities(params, images)
+
+
+def draw_anatomy(address, paths, out, image_size=None):
+    """Writes what can be drawn of a checkpoint's model and images; yields each file."""
+    found = weights.read(address, image_size=image_size, ema=None)
+    model, params = found.model, found.params
+    if 'embedding' not in params:
+        raise UserError(f'{address} is a {type(model).__name__}, which has no patches to draw')
+    kernel = np.asarray(params['embedding']['kernel'])
+    if kernel.shape[2] in (1, 3):
+        yield out / 'filters.png'
+        plates.filters(out / 'filters.png', *anatomy.filter_components(kernel))
+    size = found.image_size or (files.DEFAULT_SIZE,) * 2
+    grid = model.grid(size)
+    if 'posemb' in params:
+        yield out / 'positions.png'
+        table = np.asarray(params['posemb'])
+        plates.positions(out / 'positions.png', anatomy.position_similarity(table, grid))
+    if not paths:
+        return
+    view = pipeline.make_view(found.view, size)
+    images = np.stack([files.pixels(path, view) for path in paths])
+    attention = captured(model, params, images)
+    yield out / 'distance.png'
+    distance = anatomy.attention_distance(attention, grid, model.stride)
+    plates.distances(out / 'distance.png', distance)
+    if 'cls' not in model.prefix:
+        return
+    yield out / 'rollout.png'
+    plates.rollouts(out / 'rollout.png', images, anatomy.rollout(attention, grid))
+    yield out / 'heads.png'
+    plates.heads(out / 'heads.png', images, anatomy.head_maps(attention, grid))
 
 
 def main(argv):
     if len(argv) != 2:
-        raise UserError('usage: python -m vit_jax.figures WORKDIR [--out DIR]')
-    path = workdir.located(argv[1])
-    out = workdir.located(OUT.value or argv[1])
-    draw_summary(path, out / 'summary.png')
-    print(f'Picture: {out / "summary.png"}')
+        raise UserError('usage: python -m vit_jax.figures X [--images FILE,...] [--out DIR]')
+    options = flags.FLAGS
+    is_run = run.is_run(argv[1])
+    if not is_run and not options.out:
+        raise UserError(f'{argv[1]} is no workdir of a run; give --out, a folder for the pictures')
+    out = workdir.located(options.out or argv[1])
+    if not storage.remote(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if is_run and not options.images:
+        draw_summary(workdir.located(argv[1]), out / 'summary.png')
+        print(f'Picture: {out / "summary.png"}')
+        return
+    paths = files.found(options.images)
+    for path in draw_anatomy(argv[1], paths, out, options.image_size):
+        print(f'Picture: {path}', flush=True)
 
 
 if __name__ == '__main__':
-    OUT = flags.DEFINE_string('out', None, 'Folder for the pictures; the workdir if not given.')
+    flags.DEFINE_string('out', None, 'Folder for the pictures; the workdir if not given.')
+    flags.DEFINE_list('images', [], 'Images or folders of them, for pictures of attention.')
+    flags.DEFINE_integer('image_size', None, "Pixels a side, if not the checkpoint's own.")
     cli.run(main)

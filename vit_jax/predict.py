@@ -5,23 +5,18 @@ come with their probabilities, by name where names are known; --json prints one 
 """
 
 import json
-import os
 import sys
 
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 from rich.console import Console
 from rich.table import Table
 
 from vit_jax import cli
 from vit_jax.convert import load as weights
-from vit_jax.data import images as decoding
-from vit_jax.data import pipeline, sources
+from vit_jax.data import files, pipeline
 from vit_jax.errors import UserError
-
-DEFAULT_SIZE = 224  # of a model that fits any
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'What to predict with: a path, an address, a name of the catalogue.',
@@ -36,32 +31,6 @@ VIEW = flags.DEFINE_string(
 )  # fmt: skip
 EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
-
-
-def files_of(paths):
-    """Image files, those inside of folders sorted."""
-    found = []
-    for name in paths:
-        path = epath.Path(os.path.expanduser(name))
-        if path.is_dir():
-            suffixes = sources.SUFFIXES
-            inside = [p for p in sorted(path.iterdir()) if p.name.lower().endswith(suffixes)]
-            if not inside:
-                raise UserError(f'no images in {path} ({", ".join(suffixes)})')
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise UserError(f'no image {path}')
-    return found
-
-
-def pixels(path, view):
-    """uint8 [H, W, 3] of an image file."""
-    try:
-        return view(decoding.read(path.read_bytes()), None)
-    except decoding.Unreadable as e:
-        raise UserError(f'unreadable image {path}: {e}') from e
 
 
 def probabilities(model, params, images, batch_size):
@@ -90,17 +59,17 @@ def probabilities(model, params, images, batch_size):
 def main(argv):
     if not argv[1:]:
         raise UserError('no image is named; give paths of images or folders')
-    files = files_of(argv[1:])
+    paths = files.found(argv[1:])
     ema = None if EMA.value else False
     found = weights.read(CHECKPOINT.value, image_size=SIZE.value, ema=ema)
     if found.model.num_classes is None:
         raise UserError(f'{CHECKPOINT.value} has no head, so it knows no classes')
-    size = found.image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
+    size = found.image_size or (files.DEFAULT_SIZE,) * 2
     view = pipeline.make_view(found.view if VIEW.value is None else VIEW.value, size)
-    stream = (pixels(path, view) for path in files)
+    stream = (files.pixels(path, view) for path in paths)
     top = min(TOP.value, found.model.num_classes)
-    results = probabilities(found.model, found.params, stream, min(BATCH.value, len(files)))
-    for path, values in zip(files, results, strict=True):
+    results = probabilities(found.model, found.params, stream, min(BATCH.value, len(paths)))
+    for path, values in zip(paths, results, strict=True):
         best = np.argsort(-values, kind='stable')[:top]
         rows = [(int(i), class_name(found.classes, i), float(values[i])) for i in best]
         if JSON.value:

@@ -152,3 +152,13 @@ def confusion(labels, predictions, classes):
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels, predictions), 1)
     return counts
+
+
+def means(results):
+    """{'c/mean': {'accuracy': value}} of evaluations whose names share what is before a slash."""
+    groups = {}
+    for name, metrics in results.items():
+        group, slash, _ = name.rpartition('/')
+        if slash and 'accuracy' in metrics:
+            groups.setdefault(f'{group}/mean', []).append(metrics['accuracy'])
+    return {name: {'accuracy': sum(found) / len(found)} for name, found in groups.items()}

@@ -1,0 +1,66 @@
+"""What a Vision Transformer has learnt, as arrays: filters, positions, where attention goes.
+
+Those of arXiv:2010.11929 figures 6, 7 and 14. Shapes: L layers, B batch, H heads, T tokens, N = h w
+patches, which come last among the tokens; P patch, C channels, D width. Arithmetic in float64.
+"""
+
+import numpy as np
+
+
+def filter_components(kernel, count=28):
+    """Principal components [count, P, P, C] of the patch filters [P, P, C, D], and their shares.
+
+    The filters are D points in P * P * C dimensions; a share is that of the variance about their
+    mean (figure 7, left). The sign of a component is that which makes its largest value positive.
+    """
+    points = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T  # [D, P * P * C]
+    _, scale, rows = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
+    components = (rows * np.sign(largest))[:count].reshape(-1, *kernel.shape[:3])
+    return components, (scale**2 / np.sum(scale**2))[:count]
+
+
+def position_similarity(table, grid):
+    """Cosine similarity [h, w, h, w] of each patch's position [1, prefix + N, D] to all others
+    (figure 7, middle)."""
+    h, w = grid
+    patches = np.asarray(table, np.float64)[0, -h * w :]
+    unit = patches / np.linalg.norm(patches, axis=1, keepdims=True)
+    return (unit @ unit.T).reshape(h, w, h, w)
+
+
+def attention_distance(attention, grid, stride):
+    """Mean distance [L, H] in pixels from a patch to what it attends to (figure 7, right).
+
+    attention [L, B, H, T, T]; among patches alone, whose weights are made to sum to 1. `stride` is
+    that of the patches in pixels, (vertical, horizontal).
+    """
+    h, w = grid
+    y, x = (a.reshape(-1) for a in np.mgrid[:h, :w] * np.reshape(stride, (2, 1, 1)))
+    distance = np.hypot(y[:, None] - y, x[:, None] - x)  # [N, N]
+    patches = np.asarray(attention, np.float64)[..., -h * w :, -h * w :]
+    total = np.maximum(patches.sum(axis=-1), np.finfo(np.float64).tiny)
+    return ((patches * distance).sum(axis=-1) / total).mean(axis=(1, 3))
+
+
+def rollout(attention, grid, token=0):
+    """What of the input reaches a token, [B, h, w] (figures 6 and 14; arXiv:2005.00928 section 3).
+
+    Heads are averaged, half of the weight is the residual's, and the layers are multiplied; of the
+    row of `token` the patches, made to sum to 1.
+    """
+    h, w = grid
+    heads = np.asarray(attention, np.float64).mean(axis=2)  # [L, B, T, T]
+    eye = np.eye(heads.shape[-1])
+    flow = eye
+    for layer in heads:
+        flow = (layer + eye) / 2 @ flow
+    row = flow[:, token, -h * w :]
+    return (row / row.sum(axis=1, keepdims=True)).reshape(-1, h, w)
+
+
+def head_maps(attention, grid, layer=-1, token=0):
+    """What a token attends to by head, [B, H, h, w], of one layer, as it is among all tokens."""
+    h, w = grid
+    rows = np.asarray(attention, np.float64)[layer][:, :, token, -h * w :]
+    return rows.reshape(*rows.shape[:2], h, w)

@@ -1,0 +1,129 @@
+"""The arrays of `anatomy` as pictures: PNG, readable in print and by colour-blind readers."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vit_jax import storage, summary
+
+DPI = 150
+MAP = 'cividis'  # the same to colour-blind readers (doi:10.1371/journal.pone.0199239)
+SHOWN = 7  # positions along a side, at most
+
+
+def save(path, figure):
+    """Writes a figure as PNG; equal figures give equal bytes."""
+    png = io.BytesIO()
+    figure.savefig(png, format='png', dpi=DPI, facecolor='white', metadata={'Software': None})
+    storage.write(path, png.getvalue())
+
+
+def bare(axes):
+    for ax in np.ravel(axes):
+        ax.set_axis_off()
+
+
+def scaled(values):
+    """Values in [0, 1], 0 in the middle: the largest magnitude is at an end."""
+    return 0.5 + values / (2 * np.abs(values).max() or 1)
+
+
+def filters(path, components, shares):
+    """The first principal components of the patch filters [K, P, P, C], C of 1 or 3."""
+    columns = 7
+    rows = -(-len(components) // columns)
+    figure = Figure(figsize=(6.3, 0.5 + 0.9 * rows), layout='constrained')
+    axes = np.reshape(figure.subplots(rows, columns), -1)
+    bare(axes)
+    for ax, component in zip(axes, components, strict=False):
+        image = scaled(component)
+        ax.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap='gray', vmin=0, vmax=1)
+    figure.suptitle(
+        f'Patch filters: the first {len(components)} principal components, '
+        f'{shares.sum():.0%} of the variance', fontsize=9,
+    )  # fmt: skip
+    save(path, figure)
+
+
+def positions(path, similarity):
+    """Maps of the similarity of some patches' positions [h, w, h, w] to those of all."""
+    h, w = similarity.shape[:2]
+    ys, xs = (np.unique(np.linspace(0, n - 1, min(n, SHOWN)).round().astype(int)) for n in (h, w))
+    figure = Figure(figsize=(6.3, 0.6 + 5.4 * len(ys) / len(xs)), layout='constrained')
+    axes = figure.subplots(len(ys), len(xs), squeeze=False)
+    for i, y in enumerate(ys):
+        for j, x in enumerate(xs):
+            ax = axes[i, j]
+            drawn = ax.imshow(similarity[y, x], cmap=MAP, vmin=-1, vmax=1)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if j == 0:
+                ax.set_ylabel(int(y) + 1, fontsize=7)
+            if i == len(ys) - 1:
+                ax.set_xlabel(int(x) + 1, fontsize=7)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=25)
+    bar.set_label('cosine similarity', fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle('Position embeddings, by row and column of the patch', fontsize=9)
+    save(path, figure)
+
+
+def distances(path, distance):
+    """Attention distance [L, H] in pixels by depth, a point a head."""
+    layers, heads = distance.shape
+    figure = Figure(figsize=(6.3, 3.6), layout='constrained')
+    ax = figure.subplots()
+    depth = np.arange(1, layers + 1)
+    for head in range(heads):
+        ax.plot(depth, distance[:, head], 'o', ms=4, mew=0, color=summary.RIGHT, alpha=0.5)
+    ax.plot(depth, distance.mean(axis=1), color=summary.WRONG, lw=1.5, label='mean of heads')
+    ax.set_xlabel('layer')
+    ax.set_ylabel('mean attention distance, pixels')
+    ax.set_ylim(0, 1.15 * distance.max())
+    ax.set_xticks(depth if layers <= 16 else depth[:: layers // 12])
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[['top', 'right']].set_visible(False)
+    save(path, figure)
+
+
+def overlay(image, heat):
+    """An image [H, W, 3] darkened where a map [h, w] is low (arXiv:2010.11929 figure 6).
+
+    The highest twentieth is shown in full: in large models a few patches of no meaning may have
+    most of the weight (arXiv:2309.16588 section 2), and all else would be black.
+    """
+    h, w = image.shape[:2]
+    full = max(np.quantile(heat, 0.95), np.finfo(np.float32).tiny)
+    weights = Image.fromarray(np.minimum(heat / full, 1).astype(np.float32))
+    weights = np.array(weights.resize((w, h), Image.Resampling.BICUBIC)).clip(0, 1)
+    return (image * weights[..., None]).astype(np.uint8)
+
+
+def rollouts(path, images, maps):
+    """Images and what of them reaches the output, side by side."""
+    figure = Figure(figsize=(4.6, 0.3 + 2.25 * len(images)), layout='constrained')
+    axes = figure.subplots(len(images), 2, squeeze=False)
+    bare(axes)
+    for row, image, heat in zip(axes, images, maps, strict=True):
+        row[0].imshow(image)
+        row[1].imshow(overlay(image, heat))
+    axes[0, 0].set_title('input', fontsize=9)
+    axes[0, 1].set_title('attention rollout', fontsize=9)
+    save(path, figure)
+
+
+def heads(path, images, maps):
+    """Each image and what the class token of a layer attends to by head [B, H, h, w]."""
+    count = maps.shape[1]
+    figure = Figure(figsize=(1.05 * (count + 1), 0.4 + 1.05 * len(images)), layout='constrained')
+    axes = figure.subplots(len(images), count + 1, squeeze=False)
+    bare(axes)
+    for row, image, by_head in zip(axes, images, maps, strict=True):
+        row[0].imshow(image)
+        for ax, heat in zip(row[1:], by_head, strict=True):
+            ax.imshow(heat, cmap=MAP)
+    for head in range(count):
+        axes[0, head + 1].set_title(f'head {head + 1}', fontsize=8)
+    save(path, figure)
