@@ -98,7 +98,7 @@ def test_plans_and_trains_two_steps_at_a_toy_size(tmp_path, data_dir, name, arg)
     values = recipes.toy(recipes.given(name, arg), data_dir)
     full = config.complete(values)
     source, _ = estimate.data_set(full.data.source)
-    plan = estimate.plan(full, source, jax.devices()[:1], 'cpu:1', efficiency=0.5)
+    plan = estimate.plan(full, source, jax.devices(), 'cpu:8', efficiency=0.5)
     assert plan['memory']['fits'] and plan['seconds']['step'] > 0
     result = train(full, tmp_path / 'run', Stop())
     assert result['steps'] == 2 and result['metrics']['param_norm'] > 0
