@@ -113,6 +113,14 @@ def gelu_of(kind):
     return lambda x: nn.gelu(x, approximate=kind == 'tanh')
 
 
+def head(num_classes, bias, dtype, name='head'):
+    """A dense layer to logits, within a module: a kernel of zeros, and `bias` to begin with."""
+    return nn.Dense(
+        num_classes, kernel_init=nn.initializers.zeros,
+        bias_init=nn.initializers.constant(bias), dtype=dtype, name=name,
+    )  # fmt: skip
+
+
 class Projection(nn.Module):
     """As nn.DenseGeneral from `inputs` to `features` dimensions, but one product of two matrices.
 

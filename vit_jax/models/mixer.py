@@ -6,7 +6,6 @@ Shapes: B batch, N patches, D width, L depth, K classes.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
@@ -143,9 +142,6 @@ class Mixer(nn.Module):
         x = out['pre_logits'] = layers.by_example(x.mean(axis=1))
         if self.num_classes is None:
             return x, out
-        head = nn.Dense(
-            self.num_classes, kernel_init=jax.nn.initializers.zeros,
-            bias_init=nn.initializers.constant(self.head_bias), dtype=self.dtype, name='head',
-        )  # fmt: skip
+        head = layers.head(self.num_classes, self.head_bias, self.dtype)
         out['logits'] = layers.by_example(head(x))
         return out['logits'], out

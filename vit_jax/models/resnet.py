@@ -6,6 +6,7 @@ with norms before them (arXiv:1603.05027). Both are of bottleneck units with the
 3 x 3 convolution. Shapes: B batch, H W image, C channels, F features, K classes.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -106,18 +107,17 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        def conv(features, size, by, name):
-            return StdConv(features, size, by, self.dtype, name=name)
+        conv = partial(StdConv, dtype=self.dtype)
 
         def norm(name, scale=nn.initializers.ones):
             return nn.GroupNorm(GROUPS, dtype=self.dtype, scale_init=scale, name=name)
 
         residual, outer = x, 4 * self.features
         if x.shape[-1] != outer or self.stride != 1:
-            residual = norm('gn_proj')(conv(outer, 1, self.stride, 'conv_proj')(x))
-        y = nn.relu(norm('gn1')(conv(self.features, 1, 1, 'conv1')(x)))
-        y = nn.relu(norm('gn2')(conv(self.features, 3, self.stride, 'conv2')(y)))
-        y = norm('gn3', nn.initializers.zeros)(conv(outer, 1, 1, 'conv3')(y))
+            residual = norm('gn_proj')(conv(outer, 1, self.stride, name='conv_proj')(x))
+        y = nn.relu(norm('gn1')(conv(self.features, 1, name='conv1')(x)))
+        y = nn.relu(norm('gn2')(conv(self.features, 3, self.stride, name='conv2')(y)))
+        y = norm('gn3', nn.initializers.zeros)(conv(outer, 1, name='conv3')(y))
         return nn.relu(residual + y)
 
 
@@ -150,8 +150,7 @@ class PreActUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        def conv(features, size, by, name):
-            return StdConv(features, size, by, self.dtype, True, name=name)
+        conv = partial(StdConv, dtype=self.dtype, centred=True)
 
         def normed(x, name):
             return nn.relu(nn.GroupNorm(GROUPS, epsilon=1e-5, dtype=self.dtype, name=name)(x))
@@ -159,10 +158,10 @@ class PreActUnit(nn.Module):
         outer = 4 * self.features
         y = normed(x, 'gn1')
         if x.shape[-1] != outer or self.stride != 1:
-            x = conv(outer, 1, self.stride, 'conv_proj')(y)
-        y = normed(conv(self.features, 1, 1, 'conv1')(y), 'gn2')
-        y = normed(conv(self.features, 3, self.stride, 'conv2')(y), 'gn3')
-        return x + conv(outer, 1, 1, 'conv3')(y)
+            x = conv(outer, 1, self.stride, name='conv_proj')(y)
+        y = normed(conv(self.features, 1, name='conv1')(y), 'gn2')
+        y = normed(conv(self.features, 3, self.stride, name='conv2')(y), 'gn3')
+        return x + conv(outer, 1, name='conv3')(y)
 
 
 class Bit(nn.Module):
@@ -234,9 +233,6 @@ class Bit(nn.Module):
         x = out['pre_logits'] = layers.by_example(x.mean(axis=1))
         if self.num_classes is None:
             return x, out
-        head = nn.Dense(
-            self.num_classes, kernel_init=nn.initializers.zeros,
-            bias_init=nn.initializers.constant(self.head_bias), dtype=self.dtype, name='head',
-        )  # fmt: skip
+        head = layers.head(self.num_classes, self.head_bias, self.dtype)
         out['logits'] = layers.by_example(head(x))
         return out['logits'], out

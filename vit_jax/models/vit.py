@@ -237,15 +237,10 @@ class Vit(nn.Module):
         x = out['pre_logits'] = self.represented(last_norm(x) if self.fc_norm else x)
         if self.num_classes is None:
             return x, out
-        head = dict(
-            features=self.num_classes,
-            kernel_init=nn.initializers.zeros,
-            bias_init=nn.initializers.constant(self.head_bias),
-            dtype=self.dtype,
-        )
-        logits = layers.by_example(nn.Dense(**head, name='head')(x))
+        head = self.num_classes, self.head_bias, self.dtype
+        logits = layers.by_example(layers.head(*head)(x))
         if self.dist_head:
-            logits = (logits + nn.Dense(**head, name='dist_head')(dist)) / 2
+            logits = (logits + layers.head(*head, name='dist_head')(dist)) / 2
         out['logits'] = logits
         return logits, out
 
