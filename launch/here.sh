@@ -105,8 +105,9 @@ supervise() { # LINES: runs these shell commands side by side; the status of the
                     echo "process $i ended with status $rc, see $logs/process_$i.log" >&2
             fi
         done
+        # SECONDS counts whole ones: past the deadline, as at it the grace could be a second short
         [ ! "$stopped" ] || deadline=${deadline:-$((SECONDS + grace))}
-        if [ "$deadline" ] && [ "$SECONDS" -ge "$deadline" ] && [ ${#pids[@]} -gt 0 ]; then
+        if [ "$deadline" ] && [ "$SECONDS" -gt "$deadline" ] && [ ${#pids[@]} -gt 0 ]; then
             echo "killed after $grace s: process ${!pids[*]}" >&2
             kill_all
             [ "$status" != 0 ] || status=137

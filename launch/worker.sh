@@ -57,7 +57,7 @@ begin() { # COMMAND
 
 ended() { # SECONDS: waits for it
     local deadline=$((SECONDS + $1))
-    while alive && [ $SECONDS -lt $deadline ]; do sleep 0.2; done
+    while alive && [ $SECONDS -le $deadline ]; do sleep 0.2; done
 }
 
 end() { # SECONDS
