@@ -4,7 +4,7 @@ import importlib.util
 import pathlib
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
-FILES = ('pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'finetune', 'imagenet')
+FILES = ('pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'finetune', 'imagenet', 'study')
 
 
 def module(name):

@@ -1,17 +1,25 @@
 """What a model has learnt, as arrays and pictures: against scikit-learn and loops in words."""
 
+import base64
+import html
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax
 import launched
 import numpy as np
 import pytest
+import scipy.special
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
+import vit_jax
 from vit_jax import anatomy
+from vit_jax.convert import load as weights
+from vit_jax.data import files, pipeline
 
 DATA = pathlib.Path(__file__).with_name('data')
 RNG = np.random.default_rng(0)
@@ -99,7 +107,16 @@ def test_a_checkpoint_is_drawn(tmp_path):
     drawn = figures(checkpoint, '--images', tmp_path, '--out', out)
     assert drawn.returncode == 0, drawn.stderr
     names = ['filters.png', 'positions.png', 'distance.png', 'rollout.png', 'heads.png']
-    assert drawn.stdout.splitlines() == [f'Picture: {out}/{name}' for name in names]
+    said = [f'Picture: {out}/{name}' for name in names]
+    assert drawn.stdout.splitlines() == [*said, f'Page: {out}/page.html']
+    page = (out / 'page.html').read_text()
+    held = [base64.b64decode(data) for data in re.findall(r'base64,([^"]+)"', page)]
+    assert held == [(out / name).read_bytes() for name in names]
+    assert '://' not in page and page.count('src=') == len(names)  # nothing beside it is needed
+    text = html.unescape(re.sub('<[^>]*>', '|', page))
+    model, params = vit_jax.load(checkpoint)
+    assert f'{sum(x.size for x in jax.tree.leaves(params)):,} parameters' in text
+    assert f'|num_heads||{model.num_heads}|' in text
     before = {}
     for name in names:
         with Image.open(out / name) as picture:
@@ -107,7 +124,27 @@ def test_a_checkpoint_is_drawn(tmp_path):
         assert min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
         before[name] = (out / name).read_bytes()
     figures(checkpoint, '--images', tmp_path, '--out', out)
+    assert (out / 'page.html').read_text() == page
     assert all((out / name).read_bytes() == before[name] for name in names)
+
+
+def test_a_model_without_attention_says_what_it_sees(tmp_path):
+    Image.fromarray(RNG.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / 'a & b.png')
+    checkpoint = DATA / 'official_mixer.npz'
+    drawn = figures(checkpoint, '--images', tmp_path / 'a & b.png', '--out', tmp_path / 'out')
+    assert drawn.returncode == 0, drawn.stderr
+    assert drawn.stdout.splitlines() == [
+        f'Picture: {tmp_path}/out/filters.png', f'Page: {tmp_path}/out/page.html']
+    page = (tmp_path / 'out' / 'page.html').read_text()
+    said = re.findall(r'<td>a &amp; b.png</td><td>class (\d+)</td><td>([\d.]+)%', page)
+    found = weights.read(checkpoint)
+    model, params = found.model, found.params
+    pixels = files.pixels(tmp_path / 'a & b.png', pipeline.make_view('central', found.image_size))
+    logits, _ = model.apply({'params': params}, model.normalise(pixels[None]))
+    shares = scipy.special.softmax(np.float64(logits[0]))
+    assert [int(i) for i, _ in said] == list(np.argsort(-shares)[:5])
+    best = 100 * np.sort(shares)[:-6:-1]
+    np.testing.assert_allclose([float(p) for _, p in said], best, atol=6e-3)
 
 
 @pytest.mark.parametrize('arguments, words', [

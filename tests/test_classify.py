@@ -1,5 +1,7 @@
 """Evaluation of a classifier against scikit-learn and by hand: subsets, several labels, bins."""
 
+import csv
+
 import jax
 import numpy as np
 import pytest
@@ -78,6 +80,25 @@ def test_numbers_are_those_of_scikit_learn(tmp_path):
         classify.confusion(predicted['label'], predicted['prediction'], CLASSES),
         metrics.confusion_matrix(labels, best),
     )
+    text = classify.by_class(predicted, names(CLASSES), CLASSES)
+    head, *rows = csv.reader(text.splitlines())
+    assert head == ['class', 'images', 'accuracy', *names(CLASSES)]
+    assert [row[0] for row in rows] == names(CLASSES)
+    assert [int(row[1]) for row in rows] == np.bincount(labels, minlength=CLASSES).tolist()
+    recall = metrics.recall_score(labels, best, average=None)
+    np.testing.assert_allclose([float(row[2]) for row in rows], recall)
+    counts = [[int(n) for n in row[3:]] for row in rows]
+    np.testing.assert_array_equal(counts, metrics.confusion_matrix(labels, best))
+
+
+def test_classes_of_many_labels_and_of_none():
+    found = dict(label=np.array([[1, 2], [0, -1], [-1, -1]]), prediction=np.array([2, 1, 0]))
+    text = classify.by_class(found, ('a', 'b'), 3)
+    assert text.splitlines() == [
+        'class,images,accuracy,a,b,class 2', 'a,1,0.0,0,1,0', 'b,0,,0,0,0', 'class 2,1,1.0,0,0,1'
+    ]
+    many = classify.by_class(found, None, classify.MOST_CONFUSED + 1).splitlines()
+    assert many[:2] == ['class,images,accuracy', 'class 0,1,0.0'] and many[3] == 'class 2,1,1.0'
 
 
 def test_a_folder_of_some_classes_has_the_numbers_of_all(tmp_path):

@@ -1,13 +1,22 @@
 """The command that draws a run, on a real one; and the recipe of the quickstart."""
 
+import html
+import io
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax
 import launched
+import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+import vit_jax
+from vit_jax.data import sources
 
 
 def figures(*arguments):
@@ -35,14 +44,47 @@ def test_the_recipe_of_the_quickstart_trains_and_is_drawn(tmp_path):
     assert f'Result: {workdir}/result.json' in done.stdout
     before = sorted(p for p in workdir.rglob('*'))
     drawn = figures(workdir)
-    assert drawn.returncode == 0 and f'Picture: {workdir}/summary.png' in drawn.stdout
+    assert drawn.returncode == 0 and f'Page: {workdir}/page.html' in drawn.stdout
     assert drawn.stderr == ''
+    names = [f'{n}.png' for n in ('summary', 'confusion', 'curves', 'filters', 'positions')]
+    assert drawn.stdout.splitlines()[:-1] == [f'Picture: {workdir}/{name}' for name in names]
     with Image.open(workdir / 'summary.png') as picture:
         assert picture.width == 1800 and picture.height > 1500
-    assert sorted(p for p in workdir.rglob('*')) == sorted([*before, workdir / 'summary.png'])
+    new = [workdir / name for name in (*names, 'page.html')]
+    assert sorted(p for p in workdir.rglob('*')) == sorted([*before, *new])
+    check_page((workdir / 'page.html').read_text(), workdir, result)
     assert figures(workdir, f'--out={tmp_path}/new').returncode == 0
-    assert (tmp_path / 'new' / 'summary.png').read_bytes() == (
-        workdir / 'summary.png').read_bytes()
+    one = figures(workdir / 'checkpoints' / '120', f'--out={tmp_path}/one')
+    assert one.stdout.splitlines() == [
+        *(f'Picture: {tmp_path}/one/{name}.png' for name in ('filters', 'positions')),
+        f'Page: {tmp_path}/one/page.html',
+    ]
+    for path in new:
+        assert (tmp_path / 'new' / path.name).read_bytes() == path.read_bytes()
+
+
+def check_page(page, workdir, result):
+    """Its figures are those of result.json and of scikit-learn's confusion matrix."""
+    rows = re.findall('<tr>(.*?)</tr>', page)
+    rows = [tuple(map(html.unescape, re.findall('<t[dh][^>]*>(.*?)</t[dh]>', r))) for r in rows]
+    assert ('test/accuracy', f'{result["metrics"]["test/accuracy"]:.4g}') in rows
+    assert ('optim.lr', '0.002') in rows and ('jax', jax.__version__) in rows
+    assert ('exaflops', f'{result["costs"]["exaflops"]:.4g}') in rows
+    assert 'class=bad>FAIL' in page  # 120 steps are not enough for what the recipe expects
+    model, params = vit_jax.load(workdir, ema=True)
+    images = sources.load(name='digits', split='test', data_dir=workdir.parent / 'tfds').records
+    labels = [int(images[i][1]) for i in range(len(images))]
+    pixels = np.stack([np.array(Image.open(io.BytesIO(images[i][0])).convert('RGB'))
+                       for i in range(len(images))])  # fmt: skip
+    logits, _ = model.apply({'params': params}, model.normalise(pixels))
+    counts = confusion_matrix(labels, np.argmax(logits, axis=1))
+    often = sorted(
+        (-counts[i, j], i, j) for i in range(10) for j in range(10) if i != j and counts[i, j]
+    )
+    start = rows.index(('true class', 'taken for', 'times', 'of')) + 1
+    assert rows[start : start + min(len(often), 20)] == [
+        (str(i), str(j), str(-n), str(counts[i].sum())) for n, i, j in often[:20]
+    ]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """From a checkpoint to a fine-tuned model and on: real runs, evaluated, exported, asked."""
 
+import csv
 import json
 import pathlib
 import shutil
@@ -170,8 +171,13 @@ def test_evaluate_gives_the_last_digit_for_the_run_and_every_export(pretrained, 
         found = json.loads(out)['val']
         assert found.pop('images_per_s') > 0 and found == wanted, path
     # What goes with the weights: the run's config, so that nothing has to be named.
-    status, out, _ = command('evaluate', f'--checkpoint={tmp_path}/h')
+    status, out, _ = command('evaluate', f'--checkpoint={tmp_path}/h', f'--out={tmp_path}/csv')
     assert status == 0 and f'val/accuracy  {wanted["accuracy"]:.4g}' in out
+    rows = list(csv.DictReader((tmp_path / 'csv' / 'val.csv').read_text().splitlines()))
+    assert [row['class'] for row in rows] == json.loads((pretrained / 'classes.json').read_text())
+    assert sum(int(row['images']) for row in rows) == wanted['examples']
+    hits = sum(int(row[row['class']]) for row in rows)
+    assert hits / wanted['examples'] == wanted['accuracy']
     headless = tmp_path / 'headless.npz'
     vit_jax.save(headless, *vit_jax.load(pretrained, num_classes=0))
     config_flag = f'--config={pretrained}/config.json'

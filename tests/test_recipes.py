@@ -74,7 +74,7 @@ def test_builds_at_its_full_size(name, arg):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [n for n in recipes.FILES if n != 'imagenet'])
+@pytest.mark.parametrize('name', [n for n in recipes.FILES if n not in ('imagenet', 'study')])
 def test_every_model_builds_at_its_full_size(name):
     for arg in one_of_each(name):
         rehearsal.of(config.complete(recipes.given(name, arg)), 'runs/x')
@@ -84,6 +84,7 @@ TOYS = [
     *(('pretrain', a) for a in ('b/16', 'r50x1-sgd', 'r50+b/16', 'G/14')), ('posemb', 'rel'),
     ('augreg', 's/16-i1k300-strong2-wd_0.03-do_0.1'), ('vit_s16_i1k', '90'),
     ('finetune', 'imagenet2012,l/16-i21k,512,polyak'),
+    ('study', 'vit-m,20k'), ('study', 'digits,resnet-m,5k'),
 ]  # fmt: skip
 
 

@@ -322,6 +322,7 @@ def test_images_beside_the_tars_they_came_in_are_a_folder_of_images(tmp_path):
     ('memory://nothing', 'memory://nothing has no manifest.json, and no'),
     ('memory://nothing/x-{{0..1}}.tar', 'can not read memory://nothing/x-0.tar: no such file'),
     ('nothing', "no data set 'nothing' is prepared.* tar or parquet files is given by"),
+    ('runs/nothing', "no data set 'runs/nothing' is prepared.* is given by its path"),
     ('jft_like:10', "'jft_like:10' is not of the form jft_like:EXAMPLESxCLASSES"),
     ('jft_like:10x99999', '99999 classes; jft_like has 2 to 31,680'),
 ])  # fmt: skip
@@ -738,6 +739,29 @@ def test_drawn_examples_are_sparse_and_long_tailed_over_30000_classes():
     assert len(test) == 100 and test.records[0][0] != train.records[0][0]
     with pytest.raises(IndexError):
         test.records[100]
+
+
+@pytest.mark.parametrize('cells, low, high', [(1, 0.52, 1.0), (2, 0.26, 0.5), (3, 0.15, 0.34)])
+def test_a_drawn_object_fills_its_cell(cells, low, high):
+    black, white = (list(jft_like.COLOURS).index(name) for name in ('black', 'white'))
+    label = jft_like.PAIRS.index((white, black))  # the ground is darker than white
+    sides = []
+    for i in range(200):
+        image = jft_like.draw(np.random.default_rng(i), [label], 96, cells)
+        y, x = np.nonzero(image.min(axis=2) > 225)
+        sides.append(max(np.ptp(y), np.ptp(x)) / 96)
+    assert low < min(sides) and max(sides) < high
+
+
+def test_grey_images_have_the_labels_and_shades_of_the_coloured():
+    coloured, grey = (jft_like.Drawn(20, 100, image_size=64, grey=grey) for grey in (False, True))
+    for i in range(20):
+        (data, labels), (shades, same) = coloured[i], grey[i]
+        shades = images.decode(shades).astype(np.float32)
+        assert np.ptp(shades, axis=2).max() == 0 and shades.shape == (64, 64, 3)
+        luma = images.decode(data) @ np.float32([0.299, 0.587, 0.114])  # ITU-R BT.601
+        assert abs(shades[..., 0] - luma).mean() < 4  # both are JPEG
+        np.testing.assert_array_equal(labels, same)
 
 
 def test_drawn_classes_can_be_learned():

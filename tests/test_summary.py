@@ -9,6 +9,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from vit_jax import figures, summary
+from vit_jax.evaluators import classify
 
 pytestmark = pytest.mark.filterwarnings('error')
 
@@ -264,6 +265,6 @@ def test_a_failure_leaves_the_former_file(tmp_path, monkeypatch):
 
 def test_of_several_labels_the_predicted_one_is_shown():
     labels = np.array([[3, 1], [2, -1], [0, 4]])
-    shown = summary.one_label(labels, np.array([1, 0, 0]))
+    shown = classify.one_label(labels, np.array([1, 0, 0]))
     assert shown.tolist() == [1, 2, 0]
-    assert summary.one_label(labels[:, 0], np.array([1, 0, 0])).tolist() == [3, 2, 0]
+    assert classify.one_label(labels[:, 0], np.array([1, 0, 0])).tolist() == [3, 2, 0]

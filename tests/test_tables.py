@@ -40,7 +40,7 @@ def cell(rows, label, column):
 
 
 def rows_of(name, folder, known):
-    found = tables.measured(tables.results([folder]))
+    found = tables.measured(workdir.finished([folder]))
     return tables.grid_of(published.table(name), found, known[0])
 
 

@@ -4,6 +4,9 @@ X is anything that vit_jax.load takes. The evaluations are those of the config's
 (a run's config.json is a config, too); without --config, those of the run that X came from. Any
 setting can be changed: --config.evals.test.batch_size=100. Of the section `model` only dtype,
 quantize and unroll count, as X says what the model is.
+
+With --out DIR also DIR/NAME.csv of each evaluation of a classifier: a line for each class with its
+images, its accuracy and how often it was taken for each of all classes.
 """
 
 import json
@@ -11,7 +14,7 @@ import time
 
 from absl import flags
 
-from vit_jax import cli, report, sharding
+from vit_jax import cli, report, sharding, storage, workdir
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.data import pipeline
@@ -27,11 +30,12 @@ EMA = flags.DEFINE_bool(
     'ema', True, 'Of a run: the moving average of the parameters where one was kept, as its own '
     'evaluations do.',
 )  # fmt: skip
+OUT = flags.DEFINE_string('out', None, 'Folder for the confusion of classes, a CSV an evaluation.')
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object in place of a table.')
 
 
-def evaluate(checkpoint, config, ema=None):
-    """{name: {metric: value}} of the evaluations of a complete config."""
+def evaluate(checkpoint, config, ema=None, out=None):
+    """{name: {metric: value}} of the evaluations of a complete config; `out` as --out."""
     if not config.evals:
         raise UserError('the config has no evals')
     mesh = sharding.make_mesh(**config.mesh)
@@ -46,6 +50,12 @@ def evaluate(checkpoint, config, ema=None):
         metrics = evaluation(found.params)
         seconds = time.perf_counter() - began
         results[name] = metrics | {'images_per_s': round(metrics['examples'] / seconds, 1)}
+        if out is not None and kwargs.type == 'classify':
+            classes = found.classes or evaluation.source.classes
+            text = classify.by_class(
+                evaluation.predictions(found.params), classes, found.model.num_classes
+            )
+            storage.write(out / f'{name.replace("/", "_")}.csv', text.encode())
     return results | classify.means(results)
 
 
@@ -73,7 +83,10 @@ def main(argv, overrides):
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}; flags begin with --')
     config = settings_of(CONFIG.value, CHECKPOINT.value, overrides)
-    results = evaluate(CHECKPOINT.value, config, None if EMA.value else False)
+    out = OUT.value and workdir.located(OUT.value)
+    if out and not storage.remote(out):
+        out.mkdir(parents=True, exist_ok=True)
+    results = evaluate(CHECKPOINT.value, config, None if EMA.value else False, out)
     if JSON.value:
         print(json.dumps({'checkpoint': CHECKPOINT.value, **results}))
         return

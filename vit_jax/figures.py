@@ -1,12 +1,19 @@
 """Pictures of a run or a checkpoint: python -m vit_jax.figures X [--images FILE,...] [--out DIR].
 
-Of a run's workdir: DIR/summary.png (DIR: the workdir) from the newest checkpoint: curves of loss
-and accuracy, images of the first evaluation with what the model says of them, attention of the
-class token. With --images, or of any other checkpoint that vit_jax.load takes, what
-arXiv:2010.11929 has in figures 6, 7 and 14: filters.png, positions.png and, over the images,
-distance.png, rollout.png and heads.png.
+X is anything that vit_jax.load takes, or a folder of runs. Into DIR, the workdir of a run if not
+given, go PNGs, and page.html with all of them, the settings, costs and versions in one file that
+needs no other.
+
+Of a run, from its newest checkpoint: summary.png (loss and accuracy, worst mistakes, where the
+class token looks), curves.png and confusion.png. Of any model what arXiv:2010.11929 has in figures
+6, 7 and 14: filters.png, positions.png and, over the images, distance.png, rollout.png and
+heads.png, with what the model says of them. Of a folder with runs that begin from others in it:
+images.png and compute.png, accuracy against the size and compute of their pre-training (figures 3
+to 5).
 """
 
+import itertools
+import os
 from functools import partial
 
 import jax
@@ -18,9 +25,12 @@ from vit_jax import (
     assembly,
     checkpoint,
     cli,
+    models,
     optim,
+    page,
     plates,
     report,
+    scaling,
     storage,
     summary,
     workdir,
@@ -30,8 +40,11 @@ from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.data import files, mixture, pipeline
 from vit_jax.errors import UserError
+from vit_jax.evaluators import classify
 
 ATTENDED = 4  # images
+MOST_CONFUSED = 200  # classes of a picture
+MOST_FREQUENT = 20  # pairs of classes
 
 
 def class_attention(attention, grid, registers=0):
@@ -71,42 +84,86 @@ class Images:
         return self.read(int(self.ids[i]), np.random.default_rng(0))['image']
 
 
-def draw_summary(path, out):
-    """Writes the picture of the run in `path`, from its newest checkpoint, to the file `out`."""
-    settings = workdir.read_json(path / 'config.json')
-    if settings is None:
-        raise UserError(f'{path} is no workdir of a run: it has no config.json')
-    config = configs.complete(settings)
+def of_run(path, out):
+    """Draws a run from its newest checkpoint; yields parts of its page (see `page`)."""
+    config = configs.complete(workdir.read_json(path / 'config.json'))
     parts = assembly.make(config)
-    classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
-    if not classifying:
-        raise UserError(f'{path}: its config has no evals, so there are no predictions to draw')
     try:
         state = checkpoint.newest(path, parts.abstract)
     except checkpoint.Damaged as e:
         raise UserError(f'the newest checkpoint of {path} is damaged: {e}') from e
     if state is None:
         raise UserError(f'{path} has no checkpoint yet')
+    lines = report.read_lines(path)
+    result = workdir.read_json(path / 'result.json') or {}
+    last = {k: v for line in lines for k, v in line.items() if '/' in k}
+    values = [(k, report.number(v)) for k, v in (result.get('metrics') or last).items() if '/' in k]
+    yield 'Results', f'At step {int(state.step):,}.', [('metric', 'value'), *values]
+    if result.get('expected'):
+        yield 'Expected', 'What the recipe was to come to.', [
+            ('metric', 'expected', 'measured', '', 'source'),
+            *((row['metric'], f'{row["value"]} \N{PLUS-MINUS SIGN} {row["tolerance"]}',
+               '' if row['measured'] is None else report.number(row['measured']),
+               report.VERDICTS[row['pass']], row['source']) for row in result['expected']),
+        ]  # fmt: skip
+    classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
+    if classifying:
+        yield from of_predictions(
+            config, parts, *next(iter(classifying.items())), state, lines, out
+        )
+    if plates.curves(out / 'curves.png', lines):
+        yield 'Curves', 'All that was recorded, over the steps; evaluations are marked.', (
+            out / 'curves.png')
+
+
+def said(value):
+    """A value of a table as text."""
+    return report.number(value) if type(value) in (int, float) else str(value)
+
+
+def of_predictions(config, parts, name, evaluation, state, lines, out):
+    """The parts of the page that a run's first evaluation tells."""
     params = optim.averaged(state)
-    name, evaluation = next(iter(classifying.items()))
     found = evaluation.predictions(params)
-    found['label'] = summary.one_label(found['label'], found['prediction'])
+    found['label'] = classify.one_label(found['label'], found['prediction'])
     images = Images(
         evaluation.source, found['id'], config.evals[name].view, config.evals[name].image_size
     )
     order = summary.mistakes_first(found['label'], found['prediction'], found['confidence'])
     attended = np.stack([images[i] for i in order[:ATTENDED]])
-    if not storage.remote(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
     summary.draw(
-        out,
+        out / 'summary.png',
         title=f'{config.model.name} on {mixture.title(config.data.source)}, '
         f'step {int(state.step):,}',
-        lines=report.read_lines(path), images=images, labels=found['label'],
+        lines=lines, images=images, labels=found['label'],
         predictions=found['prediction'], confidences=found['confidence'],
         classes=evaluation.source.classes, attended=attended,
         attention=attention_over(parts.model, params, attended),
     )  # fmt: skip
+    yield 'Summary', f'The evaluation {name}.', out / 'summary.png'
+    yield from of_mistakes(found, evaluation.source.classes, parts.model.num_classes, out)
+
+
+def of_mistakes(found, classes, count, out):
+    """The confusion of a model's `count` classes: a picture where they are few, and a table."""
+    label, prediction = found['label'], found['prediction']
+    names = [classify.class_name(classes, i) for i in range(count)]
+    if count <= MOST_CONFUSED:
+        plates.confusion(
+            out / 'confusion.png', classify.confusion(label, prediction, count), names
+        )
+        yield 'Confusion', 'By row what each class was taken for, in percent.', (
+            out / 'confusion.png')
+    known = label >= 0
+    images = np.bincount(label[known], minlength=count)
+    wrong = known & (label != prediction)
+    pairs, times = np.unique(label[wrong] * count + prediction[wrong], return_counts=True)
+    often = np.argsort(-times, kind='stable')[:MOST_FREQUENT]
+    rows = [(*divmod(int(pairs[i]), count), int(times[i])) for i in often]
+    yield 'Most frequent mistakes', 'Of all images of the true class.', [
+        ('true class', 'taken for', 'times', 'of'),
+        *((names[i], names[j], f'{n:,}', f'{images[i]:,}') for i, j, n in rows),
+    ]  # fmt: skip
 
 
 def attention_over(model, params, images):
@@ -115,74 +172,149 @@ def attention_over(model, params, images):
     if 'cls' not in prefix:
         return None
     grid = model.grid(images.shape[1:])
-    return class_attention(captured(model, params, images), grid, sum(prefix.values()) - 1)
+    attention = seen(model, params, images)['attention']
+    return class_attention(attention, grid, sum(prefix.values()) - 1)
 
 
-def captured(model, params, images):
-    """Attention probabilities [L, B, H, T, T] over images uint8 [B, H, W, 3]."""
+def seen(model, params, images):
+    """What a model makes of images uint8 [B, H, W, 3]: {name: intermediate}, with `attention`
+    [L, B, H, T, T] where it has any."""
 
     @jax.jit
-    def probabilities(params, images):
-        variables = {'params': params}
-        _, out = model.apply(variables, model.normalise(images), capture=('attention',))
-        return out['attention']
+    def run(params, images):
+        capture = dict(capture=('attention',)) if hasattr(model, 'num_heads') else {}
+        _, out = model.apply({'params': params}, model.normalise(images), **capture)
+        return {name: out[name] for name in ('attention', 'logits') if name in out}
 
-    return probabilities(params, images)
+    return run(params, images)
 
 
-def draw_anatomy(address, paths, out, image_size=None):
-    """Writes what can be drawn of a checkpoint's model and images; yields each file."""
-    found = weights.read(address, image_size=image_size, ema=None)
+def of_model(found, paths, out):
+    """Draws what a model has learnt, alone and over images; yields parts of its page."""
     model, params = found.model, found.params
-    if 'embedding' not in params:
-        raise UserError(f'{address} is a {type(model).__name__}, which has no patches to draw')
-    kernel = np.asarray(params['embedding']['kernel'])
-    if kernel.shape[2] in (1, 3):
-        yield out / 'filters.png'
-        plates.filters(out / 'filters.png', *anatomy.filter_components(kernel))
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
-    grid = model.grid(size)
+    kernel = np.asarray(params['embedding']['kernel']) if 'embedding' in params else None
+    if kernel is not None and kernel.shape[2] in (1, 3):
+        plates.filters(out / 'filters.png', *anatomy.filter_components(kernel))
+        yield 'Patch filters', 'Principal components (arXiv:2010.11929 figure 7, left).', (
+            out / 'filters.png')
     if 'posemb' in params:
-        yield out / 'positions.png'
         table = np.asarray(params['posemb'])
-        plates.positions(out / 'positions.png', anatomy.position_similarity(table, grid))
+        similarity = anatomy.position_similarity(table, model.grid(size))
+        plates.positions(out / 'positions.png', similarity)
+        yield 'Position embeddings', 'Similarity of each to all others (figure 7, middle).', (
+            out / 'positions.png')
     if not paths:
         return
     view = pipeline.make_view(found.view, size)
     images = np.stack([files.pixels(path, view) for path in paths])
-    attention = captured(model, params, images)
-    yield out / 'distance.png'
+    of_images = seen(model, params, images)
+    if 'logits' in of_images:
+        yield 'What the model says', 'The five classes of the highest probability.', [
+            ('image', 'class', 'probability'), *most_likely(of_images['logits'], paths, found)]
+    if 'attention' not in of_images:
+        return
+    grid, attention = model.grid(size), of_images['attention']
     distance = anatomy.attention_distance(attention, grid, model.stride)
     plates.distances(out / 'distance.png', distance)
+    yield 'Attention distance', 'A point for each head (figure 7, right).', out / 'distance.png'
     if 'cls' not in model.prefix:
         return
-    yield out / 'rollout.png'
     plates.rollouts(out / 'rollout.png', images, anatomy.rollout(attention, grid))
-    yield out / 'heads.png'
+    yield 'Attention rollout', 'What of an image reaches the class token (figure 6).', (
+        out / 'rollout.png')
     plates.heads(out / 'heads.png', images, anatomy.head_maps(attention, grid))
+    yield 'Attention of the class token', 'In the last layer, by head.', out / 'heads.png'
+
+
+def most_likely(logits, paths, found, top=5):
+    """Rows (image, class, probability) of logits [B, K]."""
+    shares = np.asarray(jax.nn.softmax(np.asarray(logits, np.float32)))
+    for path, row in zip(paths, shares, strict=True):
+        for i in np.argsort(-row, kind='stable')[:top]:
+            yield path.name, classify.class_name(found.classes, int(i)), f'{row[i]:.2%}'
+
+
+def of_records(path):
+    """The parts of a run's page that nothing is drawn for."""
+    result = workdir.read_json(path / 'result.json')
+    if result:
+        names = ('seconds', 'images_per_s', 'examples_seen', 'device_kind', 'device_count')
+        costs = result['costs'] | {name: result[name] for name in names}
+        yield 'Costs', 'exaFLOPs: three forward passes an image (arXiv:2010.11929 table 6).', [
+            ('', ''), *((k, said(v)) for k, v in costs.items())]
+        versions = result['versions'] | {k: result[k] for k in ('git_commit', 'finished')}
+        yield 'Versions', 'Of the process that ended the run.', [('', ''), *versions.items()]
+    settings = workdir.flat(workdir.read_json(path / 'config.json'))
+    yield 'Settings', 'All, as --config.KEY=VALUE would change them.', [
+        ('key', 'value'), *((k, said(v)) for k, v in settings.items())]
+
+
+def of_fields(found, shape):
+    """The part of the page that says what a model is."""
+    count = sum(x.size for x in jax.tree.leaves(found.params))
+    fields = models.describe(found.model)
+    return 'Model', f'{count:,} parameters, {found.model.flops(shape) / 1e9:.3g} GFLOP an image.', [
+        ('field', 'value'), *((k, said(v)) for k, v in fields.items())]
+
+
+def of_study(runs, out):
+    """Draws how the runs of a folder transfer; yields parts of its page."""
+    found = scaling.points(runs)
+    if scaling.draw_images(out / 'images.png', found):
+        yield 'Transfer and the size of the pre-training', (
+            'Models that were pre-trained on several numbers of images (arXiv:2010.11929 figures '
+            '3 and 4).'), out / 'images.png'
+    if found:
+        scaling.draw_compute(out / 'compute.png', found)
+        yield 'Transfer and the compute of the pre-training', (
+            'Of the runs on most images; all their forward and backward passes (figure 5).'), (
+            out / 'compute.png')
+    hours = sum(result['costs']['accelerator_hours'] for _, _, result in runs)
+    yield 'Runs', f'{len(runs):,}; {hours:,.3g} accelerator-hours in all.', [
+        ('run', 'model', 'data', 'accuracy', 'seconds'),
+        *((path, scaling.model_of(config, result), mixture.title(config['data']['source']),
+           said(scaling.accuracy(result)), said(result['seconds']))
+          for path, config, result in runs),
+    ]  # fmt: skip
 
 
 def main(argv):
     if len(argv) != 2:
         raise UserError('usage: python -m vit_jax.figures X [--images FILE,...] [--out DIR]')
     options = flags.FLAGS
-    is_run = run.is_run(argv[1])
+    path, step = run.parts(argv[1]) if run.is_run(argv[1]) else (None, None)
+    is_run = path is not None and step is None  # not one of its checkpoints
+    is_folder = path is None and os.path.isdir(argv[1])
+    runs = workdir.finished([argv[1]]) if is_folder else []
     if not is_run and not options.out:
         raise UserError(f'{argv[1]} is no workdir of a run; give --out, a folder for the pictures')
-    out = workdir.located(options.out or argv[1])
+    paths = files.found(options.images)
+    out = workdir.located(options.out or path)
     if not storage.remote(out):
         out.mkdir(parents=True, exist_ok=True)
-    if is_run and not options.images:
-        draw_summary(workdir.located(argv[1]), out / 'summary.png')
-        print(f'Picture: {out / "summary.png"}')
-        return
-    paths = files.found(options.images)
-    for path in draw_anatomy(argv[1], paths, out, options.image_size):
-        print(f'Picture: {path}', flush=True)
+    title = argv[1]
+    if runs:
+        stages = [of_study(runs, out)]
+    else:
+        found = weights.read(argv[1], image_size=options.image_size, ema=None)
+        size = found.image_size or (files.DEFAULT_SIZE,) * 2
+        title = f'{models.describe(found.model)["name"]}: {title}'
+        stages = [of_model(found, paths, out), [of_fields(found, (*size, 3))]]
+    if is_run:
+        stages = [of_run(path, out), *stages, of_records(path)]
+    parts = []
+    for part in itertools.chain(*stages):
+        parts.append(part)
+        if isinstance(part[-1], os.PathLike):
+            print(f'Picture: {part[-1]}', flush=True)
+    text = page.document(title, 'Drawn by python -m vit_jax.figures.', parts)
+    storage.write(out / 'page.html', text.encode())
+    print(f'Page: {out / "page.html"}')
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'Folder for the pictures; the workdir if not given.')
-    flags.DEFINE_list('images', [], 'Images or folders of them, for pictures of attention.')
+    flags.DEFINE_list('images', [], 'Images or folders of them, to see what the model makes of.')
     flags.DEFINE_integer('image_size', None, "Pixels a side, if not the checkpoint's own.")
     cli.run(main)

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -11,6 +12,8 @@ from vit_jax import storage, summary
 DPI = 150
 MAP = 'cividis'  # the same to colour-blind readers (doi:10.1371/journal.pone.0199239)
 SHOWN = 7  # positions along a side, at most
+NAMED, WRITTEN = 40, 20  # classes of a confusion whose names and shares are legible
+UNDRAWN = ('step', 'seconds', 'examples')  # of a line of metrics
 
 
 def save(path, figure):
@@ -28,6 +31,61 @@ def bare(axes):
 def scaled(values):
     """Values in [0, 1], 0 in the middle: the largest magnitude is at an end."""
     return 0.5 + values / (2 * np.abs(values).max() or 1)
+
+
+def curves(path, lines):
+    """All that lines of metrics.jsonl tell over the steps, a panel for each metric; False if none.
+
+    A metric is drawn once it has two points in training or in an evaluation.
+    """
+    keys = dict.fromkeys(key.rpartition('/')[2] for line in lines for key in line)
+    found = {key: summary.history(lines, key) for key in keys if key not in UNDRAWN}
+    names = [key for key, all_of in found.items() if any(len(s) > 1 for s, _ in all_of.values())]
+    if not names:
+        return False
+    columns = 3
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(9, 2.3 * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(names) :]:
+        ax.set_axis_off()
+    for ax, name in zip(axes, names, strict=False):
+        summary.draw_series(ax, found[name], '#.3g')
+        ax.set_title(name.replace('_', ' '), fontsize=9, loc='left')
+        ax.tick_params(labelsize=7)
+        ax.set_xlim(0, 1.02 * lines[-1]['step'])
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+        ax.xaxis.set_major_formatter('{x:,.0f}')
+        legend = ax.legend(frameon=False, fontsize=6)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    save(path, figure)
+    return True
+
+
+def confusion(path, counts, classes):
+    """Shares [K, K] of each class, by row, that were taken for each."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    k = len(counts)
+    side = min(2.2 + 0.32 * k, 8)
+    figure = Figure(figsize=(side + 0.6, side), layout='constrained')
+    ax = figure.subplots()
+    drawn = ax.imshow(shares, cmap=MAP, vmin=0, vmax=1)
+    if k <= NAMED:
+        words = [summary.shorten(name, 1.3, 7) for name in classes]
+        ax.set_xticks(range(k), words, rotation=90, fontsize=7, parse_math=False)
+        ax.set_yticks(range(k), words, fontsize=7, parse_math=False)
+    if k <= WRITTEN:
+        for i, j in zip(*np.nonzero(counts), strict=True):
+            colour = 'black' if shares[i, j] > 0.5 else 'white'
+            ax.text(j, i, f'{100 * shares[i, j]:.0f}', color=colour, fontsize=7,
+                    ha='center', va='center')  # fmt: skip
+    ax.set_xlabel('predicted', fontsize=8)
+    ax.set_ylabel('true class', fontsize=8)
+    bar = figure.colorbar(drawn, ax=ax, shrink=0.7, aspect=25)
+    bar.set_label('share of the true class', fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    save(path, figure)
 
 
 def filters(path, components, shares):

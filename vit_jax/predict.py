@@ -17,6 +17,7 @@ from vit_jax import cli
 from vit_jax.convert import load as weights
 from vit_jax.data import files, pipeline
 from vit_jax.errors import UserError
+from vit_jax.evaluators import classify
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'What to predict with: a path, an address, a name of the catalogue.',
@@ -71,17 +72,12 @@ def main(argv):
     results = probabilities(found.model, found.params, stream, min(BATCH.value, len(paths)))
     for path, values in zip(paths, results, strict=True):
         best = np.argsort(-values, kind='stable')[:top]
-        rows = [(int(i), class_name(found.classes, i), float(values[i])) for i in best]
+        rows = [(int(i), classify.class_name(found.classes, i), float(values[i])) for i in best]
         if JSON.value:
             classes = [dict(index=i, name=n, probability=p) for i, n, p in rows]
             print(json.dumps({'image': str(path), 'top': classes}), flush=True)
         else:
             show(path, rows)
-
-
-def class_name(classes, index):
-    """The class's name, its number where it has none."""
-    return classes[index] if classes is not None else f'class {index}'
 
 
 def show(path, rows):

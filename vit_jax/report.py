@@ -20,6 +20,8 @@ from vit_jax.data import mixture
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
 
+VERDICTS = {True: 'pass', False: 'FAIL', None: 'not measured'}  # of a line of `expected`
+
 
 class NotFinite(Exception):
     """A loss, gradient or parameter that is no number; `step` counts from 1."""
@@ -326,8 +328,8 @@ def print_result(path, result):
         if '/' in key:
             print(f'{key}  {number(value)}')
     for row in result['expected']:
-        verdict = {True: 'pass', False: 'FAIL', None: 'not measured'}[row['pass']]
-        print(f'expected {row["metric"]} {row["value"]} +- {row["tolerance"]}: {verdict}')
+        expected = f'{row["metric"]} {row["value"]} +- {row["tolerance"]}'
+        print(f'expected {expected}: {VERDICTS[row["pass"]]}')
     print(f'{result["seconds"]:.0f} s in all. Result: {path / "result.json"}')
 
 

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
+from vit_jax.evaluators import classify
+
 WIDTH, MARGIN, DPI = 9.0, 0.35, 200
 TITLE, HEADING, KEYS, KEY, CURVES, TICKS, SPACE = 0.55, 0.5, 0.36, 0.17, 1.8, 0.45, 0.25  # heights
 COLUMNS, ROWS, ROWS_ALONE = 9, 4, 6  # of the grid; ROWS_ALONE where there is no attention
@@ -24,14 +26,6 @@ RIGHT, WRONG, GREY = '#0072B2', '#D55E00', '#666666'
 LINES = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#000000')
 MARKERS = 'osD^vPX'  # one more than colours: names beyond the sixth differ by the pair
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-
-
-def one_label(labels, predictions):
-    """Of labels [N], or [N, L] padded with -1, one each: the predicted one where it is one."""
-    if labels.ndim == 1:
-        return labels
-    hit = (labels == predictions[:, None]).any(axis=1)
-    return np.where(hit, predictions, labels[:, 0])
 
 
 def mistakes_first(labels, predictions, confidences):
@@ -98,8 +92,8 @@ def draw(
     for i, n in enumerate(order):
         y, x = divmod(i, COLUMNS)
         box = (MARGIN + x * (tile[0] + GAP), tops[y], *tile)
-        predicted = class_name(classes, predictions[n])
-        true = class_name(classes, labels[n]) if wrong[n] else None
+        predicted = classify.class_name(classes, predictions[n])
+        true = classify.class_name(classes, labels[n]) if wrong[n] else None
         draw_example(fig, box, images[n], predicted, confidences[n], true)
     if len(attended):
         draw_attention(fig, maps, pair, attended, attention)
@@ -276,8 +270,3 @@ def text_width(text, size, weight='normal'):
     """Inches that a line takes."""
     font = FontProperties(size=size, weight=weight)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
-
-
-def class_name(classes, index):
-    """The class's name; its number where it has none, as a head can have more outputs."""
-    return classes[index] if 0 <= index < len(classes) else f'class {index}'

@@ -26,7 +26,6 @@ from rich.table import Table as Grid
 
 from vit_jax import cli, published, typeset, workdir
 from vit_jax.data import vtab
-from vit_jax.errors import UserError
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 LAUNCHERS = ('local', 'hosts', 'slurm', 'tpu', 'gke')
@@ -93,29 +92,6 @@ def recipes(folder=EXPERIMENTS):
                 if 'cell' in row:
                     cells.setdefault(key_of(row['cell']), found)
     return cells, places
-
-
-def runs_below(folder):
-    """The workdirs at and below a folder, on a disk or on gs://, by name."""
-    if (folder / 'config.json').exists():
-        yield folder
-        return
-    for inner in sorted(folder.iterdir()):
-        if inner.is_dir():
-            yield from runs_below(inner)
-
-
-def results(folders):
-    """[(workdir, config, result)] of all finished runs below some folders."""
-    found = []
-    for folder in map(workdir.located, folders):
-        if not folder.exists():
-            raise UserError(f'no folder {folder}')
-        for path in runs_below(folder):
-            result = workdir.read_json(path / 'result.json')
-            if result is not None:
-                found.append((str(path), workdir.read_json(path / 'config.json'), result))
-    return found
 
 
 def measured(runs):
@@ -235,7 +211,7 @@ def main(argv):
     options = flags.FLAGS
     cells, places = recipes()
     folders = [*options.runs, *argv[2:]]
-    found = measured(results(folders))
+    found = measured(workdir.finished(folders))
     if len(argv) < 2 or options.list:
         listed(cells, found)
         return 0

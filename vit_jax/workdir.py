@@ -100,6 +100,29 @@ def read_json(path):
     return None if data is None else json.loads(data)
 
 
+def runs_below(folder):
+    """The workdirs at and below a folder, on a disk or on gs://, by name."""
+    if (folder / 'config.json').exists():
+        yield folder
+        return
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir():
+            yield from runs_below(inner)
+
+
+def finished(folders):
+    """[(workdir, config, result)] of all finished runs below some folders."""
+    found = []
+    for folder in map(located, folders):
+        if not folder.exists():
+            raise UserError(f'no folder {folder}')
+        for path in runs_below(folder):
+            result = read_json(path / 'result.json')
+            if result is not None:
+                found.append((str(path), read_json(path / 'config.json'), result))
+    return found
+
+
 def settle_config(path, config, begun, *, allow_change):
     """Writes config.json; returns what differs from that of the run's last start.
 

@@ -1,7 +1,8 @@
 """Drawn images with many labels, as those of JFT: example i is a function of (seed, i) alone.
 
     python -m vit_jax.data.jft_like DST --examples N --classes K [--image_size 224] [--seed 0]
-        [--max_labels 4] [--test_examples N/10] [--shard_examples 2000] [--workers N]
+        [--max_labels 4] [--cells 2] [--grey] [--test_examples N/10] [--shard_examples 2000]
+        [--workers N]
 
 A class is a pair of colours on a texture of some frequency in a shape; an image shows one object
 for each of its labels on a cloudy ground. The frequency of class c is in proportion to 1 / (c + 1),
@@ -104,12 +105,15 @@ def grain(size):
     return np.random.default_rng(0).normal(0, GRAIN, (2 * size, 2 * size, 1)).astype(np.int16)
 
 
-def draw(rng, labels, size):
-    """An image uint8 [size, size, 3] with an object for each label, that do not hide each other."""
+def draw(rng, labels, size, cells=2):
+    """An image uint8 [size, size, 3] with an object for each label, that do not hide each other.
+
+    Each lies in a cell of its own, of at least `cells` x `cells`, of which it takes 0.65 or more.
+    """
     ground = rng.integers(70, 170, (6, 6, 1)) + rng.integers(-20, 20, (6, 6, 3))
     ground = ground.astype(np.uint8)
     image = np.array(Image.fromarray(ground).resize((size, size), Image.Resampling.BICUBIC))
-    side = max(2, int(np.ceil(np.sqrt(len(labels)))))
+    side = max(cells, int(np.ceil(np.sqrt(len(labels)))))
     cell = size / side
     places = rng.permutation(side * side)
     for label, place in zip(labels, places, strict=False):
@@ -137,8 +141,9 @@ class Drawn:
     """
 
     def __init__(
-        self, examples, classes, *, split='train', image_size=224, seed=0, max_labels=4, quality=90
-    ):
+        self, examples, classes, *, split='train', image_size=224, seed=0, max_labels=4, quality=90,
+        cells=2, grey=False,
+    ):  # fmt: skip
         if not 2 <= classes <= MOST_CLASSES:
             raise UserError(f'{classes} classes; jft_like has 2 to {MOST_CLASSES:,}')
         if not 1 <= max_labels <= min(MOST_LABELS, classes):
@@ -148,7 +153,7 @@ class Drawn:
             )
         self.examples, self.classes, self.split = examples, classes, split
         self.image_size, self.seed, self.max_labels = image_size, seed, max_labels
-        self.quality = quality
+        self.quality, self.cells, self.grey = quality, cells, grey
         shares = 1 / np.arange(1, classes + 1)
         self.shares = np.cumsum(shares / shares.sum())
         counts = 1 / np.arange(1, max_labels + 1) ** 2
@@ -177,7 +182,9 @@ class Drawn:
         rng = self.rng(i)
         labels = self.labels(rng)
         out = io.BytesIO()
-        image = Image.fromarray(draw(rng, labels, self.image_size))
+        image = Image.fromarray(draw(rng, labels, self.image_size, self.cells))
+        if self.grey:  # of three channels still, as all the others
+            image = image.convert('L').convert('RGB')
         image.save(out, 'JPEG', quality=self.quality)
         return out.getvalue(), labels
 
@@ -245,11 +252,13 @@ def write(dst, one, k, count, start, stop):
 
 def make(
     dst, *, examples, classes, test_examples=None, image_size=224, seed=0, max_labels=4,
-    shard_examples=2000, workers=1, told=lambda done, of: None,
+    cells=2, grey=False, shard_examples=2000, workers=1, told=lambda done, of: None,
 ):  # fmt: skip
     """Writes a folder of records; `told` hears how many shards are done."""
     counts = {'train': examples, 'test': test_examples or tenth(examples)}
-    options = dict(image_size=image_size, seed=seed, max_labels=max_labels)
+    options = dict(
+        image_size=image_size, seed=seed, max_labels=max_labels, cells=cells, grey=grey
+    )
     drawn = {
         split: Drawn(count, classes, split=split, **options) for split, count in counts.items()
     }
@@ -307,6 +316,8 @@ def define_flags():
     flags.DEFINE_integer('classes', None, f'Classes, up to {MOST_CLASSES:,}.', lower_bound=2)
     flags.DEFINE_integer('image_size', 224, 'Height and width in pixels.', lower_bound=8)
     flags.DEFINE_integer('max_labels', 4, f'Most labels of an image, up to {MOST_LABELS}.')
+    flags.DEFINE_integer('cells', 2, 'Least cells along a side, one object in each.', lower_bound=1)
+    flags.DEFINE_bool('grey', False, 'Greyscale images, in which colours are but shades.')
     flags.DEFINE_integer('seed', 0, 'What example i looks like.', lower_bound=0)
     flags.DEFINE_integer('shard_examples', 2000, 'Examples in a shard.', lower_bound=1)
     flags.DEFINE_integer('workers', os.cpu_count(), 'Processes that draw.', lower_bound=1)
@@ -316,8 +327,11 @@ def main(argv):
     options = flags.FLAGS
     if len(argv) != 2 or options.examples is None or options.classes is None:
         raise UserError('usage: python -m vit_jax.data.jft_like DST --examples N --classes K')
-    names = 'examples classes test_examples image_size seed max_labels shard_examples workers'
-    settings = {name: getattr(options, name) for name in names.split()}
+    names = (
+        'examples', 'classes', 'test_examples', 'image_size', 'seed', 'max_labels', 'cells', 'grey',
+        'shard_examples', 'workers',
+    )  # fmt: skip
+    settings = {name: getattr(options, name) for name in names}
     make(argv[1], **settings, told=lambda done, of: print(f'{done} of {of} shards', flush=True))
 
 

@@ -299,7 +299,8 @@ def prepared(name, data_dir):
 
     try:
         builder = tfds_lib.builder(name, data_dir=data_dir, try_gcs=False)
-    except (tfds_lib.core.DatasetNotFoundError, ModuleNotFoundError) as e:
+    except (tfds_lib.core.DatasetNotFoundError, ModuleNotFoundError, ValueError) as e:
+        # ValueError: a name that none of TFDS's can be, as that of a folder that is not there
         known = [*BUILDERS, *tfds_lib.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, 3)
         hint = f' Did you mean {" or ".join(near)}?' if near else ''

@@ -1,5 +1,7 @@
 """Accuracy, calibration and loss over a whole data set, every example counted once."""
 
+import csv
+import io
 from functools import partial
 
 import jax
@@ -11,6 +13,8 @@ from vit_jax import losses, sharding, step
 from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
+
+MOST_CONFUSED = 2000  # classes: 4 million numbers
 
 
 def places(names, classes):
@@ -147,11 +151,46 @@ def summary(total):
     return results | {'examples': int(count)}
 
 
+def one_label(labels, predictions):
+    """Of labels [N], or [N, L] padded with -1, one each: the predicted one where it is one."""
+    if labels.ndim == 1:
+        return labels
+    hit = (labels == predictions[:, None]).any(axis=1)
+    return np.where(hit, predictions, labels[:, 0])
+
+
+def class_name(classes, index):
+    """The class's name; its number where it has none, as a head can have more outputs."""
+    known = classes is not None and 0 <= index < len(classes)
+    return classes[index] if known else f'class {index}'
+
+
 def confusion(labels, predictions, classes):
-    """How often [K, K] each class, by row, was taken for each."""
+    """How often [K, K] each class, by row, was taken for each; a label below 0 is none."""
     counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (labels, predictions), 1)
+    np.add.at(counts, (labels[labels >= 0], predictions[labels >= 0]), 1)
     return counts
+
+
+def by_class(found, classes, count):
+    """CSV, a line a class: images, accuracy, how often it was taken for each of `count` classes
+    (where they are at most MOST_CONFUSED).
+
+    `found` is what `Classify.predictions` gives, `classes` the names, or None.
+    """
+    prediction = found['prediction']
+    labels = one_label(found['label'], prediction)
+    images = np.bincount(labels[labels >= 0], minlength=count)
+    hits = np.bincount(labels[labels == prediction], minlength=count)
+    names = [class_name(classes, i) for i in range(count)]
+    few = count <= MOST_CONFUSED
+    counts = confusion(labels, prediction, count).tolist() if few else [()] * count
+    file = io.StringIO()
+    write = csv.writer(file, lineterminator='\n')
+    write.writerow(['class', 'images', 'accuracy', *(names if few else ())])
+    for name, hit, of, row in zip(names, hits, images, counts, strict=True):
+        write.writerow([name, of, hit / of if of else '', *row])
+    return file.getvalue()
 
 
 def means(results):

@@ -1,0 +1,114 @@
+"""How runs transfer: what is read of a folder of runs, and the page that is drawn of it."""
+
+import json
+import subprocess
+import sys
+
+import launched
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax import scaling, workdir
+
+TASKS = ('digits', 'fashion')
+
+
+def write(folder, name, model, images, metrics, init_from=None, flops=10e6, data=None):
+    """A finished run, of which there is no more than what tells of it."""
+    path = folder / name
+    path.mkdir(parents=True)
+    source = dict(name=data or f'jft_like:{images}x10@32', split='train')
+    model = model | dict(num_classes=images or None)
+    config = dict(model=model, data=dict(source=source), init_from=init_from)
+    costs = dict(exaflops=3 * flops * 64_000 / 1e18, accelerator_hours=0.5)
+    result = dict(
+        metrics=metrics, flops_per_image=flops, seconds=1800.0, costs=costs, steps=1000,
+        device_count=1,
+    )  # fmt: skip
+    for part, value in (('config', config), ('result', result)):
+        (path / f'{part}.json').write_text(json.dumps(value))
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two models, of which one is pre-trained on two numbers of images, and both on the larger."""
+    folder = tmp_path / 'runs' / 'study'
+    models = {'a': (dict(name='vit/8', resnet=None), 10e6), 'b': (dict(name='bit-r50x1'), 8e9)}
+    for name, (model, flops) in models.items():
+        for images in (1000, 3000)[name == 'b' :]:
+            begin = f'{name},{images}'
+            few = {f'{task}/10_shot': 0.1 + images / 1e5 for task in TASKS}
+            more = {'test/accuracy': 0.5, 'digits/10_shot_std': 0.01}
+            write(folder, begin, model, images, few | more, flops=flops)
+            for task in TASKS:
+                write(
+                    folder, f'{task},{begin}', model, 0, {'test/accuracy': 0.2 + images / 1e4},
+                    f'runs/study/{begin}', flops, task,
+                )  # fmt: skip
+        for task in TASKS:
+            none, metrics = f'{task},{name},none', {'test/accuracy': 0.15}
+            write(folder, none, model, 0, metrics, flops=0.9 * flops, data=task)  # a smaller head
+    return folder
+
+
+def test_points_are_those_of_the_run_that_another_began_from(study):
+    found = scaling.points(workdir.finished([study]))
+    a, b = ('ViT, 10 MFLOP', 'ViT', 10e6), ('bit-r50x1', 'ResNet', 8e9)
+    expected = set()
+    for (model, family, flops), sizes in ((a, (1000, 3000)), (b, (3000,))):
+        exa = 3 * flops * 64_000 / 1e18
+        for task in TASKS:
+            tuned, few = f'{task}, fine-tuned', f'{task}, 10 shots of each class'
+            expected.add(scaling.Point(tuned, model, family, 0, 0.0, 0.15))
+            for n in sizes:
+                expected.add(scaling.Point(tuned, model, family, n, exa, 0.2 + n / 1e4))
+                expected.add(scaling.Point(few, model, family, n, exa, 0.1 + n / 1e5))
+    assert set(found) == expected and len(found) == len(expected)
+
+
+@pytest.mark.parametrize('model, family', [
+    (dict(name='vit-b/16', resnet=None), 'ViT'), (dict(name='mixer-b/16'), 'Mixer'),
+    (dict(name='r50+vit-b/16', resnet=(3, 4, 9)), 'hybrid'), (dict(name='bit'), 'ResNet'),
+    (dict(name='vit/1', resnet=()), 'hybrid'),
+])  # fmt: skip
+def test_families(model, family):
+    assert scaling.family_of(model) == family
+
+
+def figures(*arguments):
+    return subprocess.run(
+        [sys.executable, '-m', 'vit_jax.figures', *map(str, arguments)],
+        capture_output=True, text=True, env=launched.ENVIRONMENT,
+    )  # fmt: skip
+
+
+def test_a_folder_of_runs_is_drawn(study, tmp_path):
+    out = tmp_path / 'out'
+    drawn = figures(study, '--out', out)
+    assert drawn.returncode == 0, drawn.stderr
+    names = ['images.png', 'compute.png']
+    said = [f'Picture: {out}/{name}' for name in names]
+    assert drawn.stdout.splitlines() == [*said, f'Page: {out}/page.html']
+    for name in names:
+        with Image.open(out / name) as picture:
+            pixels = np.array(picture.convert('RGB')).reshape(-1, 3)
+        drawn_in = {tuple(colour) for colour in np.unique(pixels, axis=0)}
+        ours = {0: (0, 0x72, 0xB2), 2: (0, 0x9E, 0x73)}  # of ViTs and ResNets
+        assert ours[0] in drawn_in
+        assert (ours[2] in drawn_in) == (name == 'compute.png')  # on one number of images alone
+    page = (out / 'page.html').read_text()
+    assert '13; 6.5 accelerator-hours in all.' in page
+    assert figures(study).returncode == 2  # a folder of runs is left as it is
+
+
+def test_runs_that_begin_from_no_other_have_no_such_pictures(study, tmp_path):
+    for path in study.iterdir():
+        if path.name.count(',') == 2 and not path.name.endswith('none'):
+            (path / 'result.json').unlink()
+    for path in study.glob('*,*000/result.json'):
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {'metrics': {'test/accuracy': 0.5}}))
+    drawn = figures(study, '--out', tmp_path / 'out')
+    assert drawn.returncode == 0, drawn.stderr
+    assert drawn.stdout == f'Page: {tmp_path}/out/page.html\n'
