@@ -13,7 +13,9 @@ takes, h/14 or r50x1-sgd or b/16-i1k, and begins from that run's workdir, runs/p
 b/16, b/32, l/16, l/32, r50+b/16 and h/14 with -i21k from the paper's public checkpoint; or it is a
 public checkpoint: augreg/s_16-i21k, mixer/b_16-i1k; or a run of experiments/augreg.py,
 augreg:s/16-i1k300. More words, each after a comma: 512 or 224 (pixels), polyak (averaged
-parameters: table 2), dropout, steps=500. Published, from ImageNet-21k (table 5), in percent:
+parameters: table 2), dropout, steps=500, v2 (ImageNet V2 as a test, too: AugReg's column i21kv2 has
+of all points of the grid, augreg:s/16-i21k300-light1-wd_0.03-do_0.0, that of the highest
+v2/accuracy; here stands one for each model). Published, from ImageNet-21k (table 5), in percent:
 
                         B/16    B/32    L/16    L/32    H/14
     cifar10            98.95   98.79   99.16   99.13   99.27
@@ -83,6 +85,9 @@ AUGREG = {  # the row of AugReg's table 3, its public checkpoint, the rate of it
     'B/32': ('augreg/b_32-i21k', 0.01), 'S/32': ('augreg/s_32-i21k', 0.01),
     'R+Ti/16': ('augreg/r_ti_16-i21k', 0.03),
 }  # fmt: skip
+V2 = {  # the point of the grid that timm's checkpoint is named by, 87.10% there and 87.08 here
+    'L/16': '-medium1-wd_0.1-do_0.1',
+}  # fmt: skip
 TRANSFER = {'imagenet2012': 'ImageNet', 'cifar10': 'Cifar10', 'cifar100': 'Cifar100',
             'oxford_iiit_pet': 'Pets', 'oxford_flowers102': 'Flowers'}  # fmt: skip
 SHORT = ('b/16-i21k', (500, 1000))  # steps of the README's short schedules for CIFAR
@@ -101,6 +106,7 @@ ARGS = (
     *(f'imagenet2012,{name},{size}' for name, _ in AUGREG.values() for size in (384, 224)),
     *(f'imagenet2012,augreg:{row.lower()}-{data},{size}' for row in AUGREG
       for data in ('i1k300', 'i21k30') for size in (384, 224)),
+    *(f'imagenet2012,augreg:{row.lower()}-i21k300{V2.get(row, "")},384,v2' for row in AUGREG),
     *(f'{d},augreg/b_32-i21k' for d in TRANSFER if d != 'imagenet2012'),
 )  # fmt: skip
 
@@ -148,6 +154,14 @@ def of_table_5(name):
     return (data, f'ViT-{size.upper()}') if data and size in VITS else None
 
 
+def augreg_row(name):
+    """The row of AugReg's table 3 of an UPSTREAM, or None."""
+    for row, (checkpoint, _) in AUGREG.items():
+        if name == checkpoint or name.startswith(f'augreg:{row.lower()}-'):
+            return row
+    return None
+
+
 def claims(dataset, name, words):
     """The cells of published tables that a run is for, ImageNet's also with ReaL's labels."""
     rows, words = [], set(words)
@@ -158,6 +172,9 @@ def claims(dataset, name, words):
     if name in MIXERS:
         return [published.expected('vt.mixer', (*MIXERS[name], 'cifar10'), 'accuracy',
                                    'test/accuracy')]  # fmt: skip
+    if 'v2' in words:
+        add('augreg.table3', augreg_row(name), '384 i21kv2', 'test/accuracy')
+        return rows
     if 'polyak' in words:
         add('vit.table2', 'ImageNet', TABLE_2[name], 'test/accuracy')
         add('vit.table2', 'ImageNet ReaL', TABLE_2[name], 'real/accuracy')
@@ -172,13 +189,11 @@ def claims(dataset, name, words):
     if 'dropout' in words:
         return rows
     size = 224 if '224' in words else 384
-    public = {checkpoint: row for row, (checkpoint, _) in AUGREG.items()}
-    own = {f'augreg:{row.lower()}': row for row in AUGREG}
-    base, _, data = name.rpartition('-')
-    if dataset == 'imagenet2012' and (name in public or base in own):
-        row, data = (public[name], 'i21k300') if name in public else (own[base], data)
+    row, public = augreg_row(name), not name.startswith('augreg:')
+    if dataset == 'imagenet2012' and row:
+        data = 'i21k300' if public else name.rpartition('-')[2]
         add('augreg.table3', row, f'{size} {data}', 'test/accuracy')
-        if name in public and size == 384:
+        if public and size == 384:
             add('vt.checkpoints_augreg', row, 'Imagenet accuracy', 'test/accuracy')
     if name == 'augreg/b_32-i21k' and size == 384:
         add('bv.transfer', TRANSFER[dataset], 'mean %', 'test/accuracy')
@@ -235,11 +250,15 @@ def get_config(arg='cifar10'):
             config.model.dropout = 0.1
         if 'polyak' in words:
             config.optim.ema = 0.9999
+        if 'v2' in words:
+            v2 = dict(name='imagenet_v2/matched-frequency', split='test')
+            config.evals.v2 = dict(source=v2, view=evaluation)
         for word in words:
             if word.startswith('steps='):
                 config.steps = int(word.removeprefix('steps='))
                 config.optim.warmup = config.steps // 10
-        config.optim.lr = dict(AUGREG.values()).get(words[0], lr)
+        if augreg_row(words[0]):
+            config.optim.lr = AUGREG[augreg_row(words[0])][1]
         if name == 'imagenet2012':
             real = dict(name='imagenet2012_real', split='validation', label='real_label')
             config.evals.real = dict(source=real, view=evaluation)
