@@ -20,7 +20,8 @@ def write(folder, name, model, images, metrics, init_from=None, flops=10e6, data
     path.mkdir(parents=True)
     source = dict(name=data or f'jft_like:{images}x10@32', split='train')
     model = model | dict(num_classes=images or None)
-    config = dict(model=model, data=dict(source=source), init_from=init_from)
+    evals = dict(digits=dict(type='probe'), test=dict(type='classify'))
+    config = dict(model=model, data=dict(source=source), evals=evals, init_from=init_from)
     costs = dict(exaflops=3 * flops * 64_000 / 1e18, accelerator_hours=0.5)
     result = dict(
         metrics=metrics, flops_per_image=flops, seconds=1800.0, costs=costs, steps=1000,
@@ -39,7 +40,7 @@ def study(tmp_path):
         for images in (1000, 3000)[name == 'b' :]:
             begin = f'{name},{images}'
             few = {f'{task}/10_shot': 0.1 + images / 1e5 for task in TASKS}
-            more = {'test/accuracy': 0.5, 'digits/10_shot_std': 0.01}
+            more = {'digits/accuracy': 0.9, 'test/accuracy': 0.4625, 'digits/10_shot_std': 0.01}
             write(folder, begin, model, images, few | more, flops=flops)
             for task in TASKS:
                 write(
@@ -99,6 +100,7 @@ def test_a_folder_of_runs_is_drawn(study, tmp_path):
         assert (ours[2] in drawn_in) == (name == 'compute.png')  # on one number of images alone
     page = (out / 'page.html').read_text()
     assert '13; 6.5 accelerator-hours in all.' in page
+    assert page.count('<td>0.4625</td>') == 3 and '<td>0.9</td>' not in page
     assert figures(study).returncode == 2  # a folder of runs is left as it is
 
 

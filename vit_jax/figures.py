@@ -271,12 +271,14 @@ def of_study(runs, out):
             'Of the runs on most images; all their forward and backward passes (figure 5).'), (
             out / 'compute.png')
     hours = sum(result['costs']['accelerator_hours'] for _, _, result in runs)
-    yield 'Runs', f'{len(runs):,}; {hours:,.3g} accelerator-hours in all.', [
-        ('run', 'model', 'data', 'accuracy', 'seconds'),
-        *((path, scaling.model_of(config, result), mixture.title(config['data']['source']),
-           said(scaling.accuracy(result)), said(result['seconds']))
-          for path, config, result in runs),
-    ]  # fmt: skip
+    rows = [('run', 'model', 'data', 'accuracy', 'seconds')]
+    for path, config, result in runs:
+        value = scaling.accuracy(config, result)
+        rows.append((
+            path, scaling.model_of(config, result), mixture.title(config['data']['source']),
+            '' if value is None else said(value), said(result['seconds']),
+        ))  # fmt: skip
+    yield 'Runs', f'{len(runs):,}; {hours:,.3g} accelerator-hours in all.', rows
 
 
 def main(argv):

@@ -67,7 +67,7 @@ def points(runs):
         points.append(Point(task, model_of(config, result), family, images, exaflops, value))
 
     for path, config, result in runs:
-        task, value = mixture.title(config['data']['source']), accuracy(result)
+        task, value = mixture.title(config['data']['source']), accuracy(config, result)
         if path in before:
             if value is not None:
                 add(f'{task}, fine-tuned', before[path], value)
@@ -88,10 +88,11 @@ def same(config):
     return str(sorted((k, v) for k, v in config['model'].items() if k != 'num_classes'))
 
 
-def accuracy(result):
-    """Of the run's first evaluation that has one."""
-    named = (v for k, v in result['metrics'].items() if k.endswith('/accuracy'))
-    return next(named, None)
+def accuracy(config, result):
+    """Of the run's first evaluation as a classifier; None without one."""
+    names = (name for name, given in config['evals'].items() if given['type'] == 'classify')
+    values = (result['metrics'].get(f'{name}/accuracy') for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def images_of(config, known):
