@@ -77,6 +77,11 @@ def test_families(model, family):
     assert scaling.family_of(model) == family
 
 
+def test_seeds_are_averaged():
+    assert scaling.curve([(3, 0.5), (1, 0.25), (3, 1.0)]) == ([1, 3], [0.25, 0.75])
+    assert scaling.curve([]) == ([], [])
+
+
 def figures(*arguments):
     return subprocess.run(
         [sys.executable, '-m', 'vit_jax.figures', *map(str, arguments)],

@@ -120,9 +120,9 @@ def draw_images(path, found):
 
     def panel(ax, of_task):
         for model in dict.fromkeys(p.model for p in of_task):
-            line = sorted((places[p.images], p.value) for p in of_task if p.model == model)
+            line = curve((places[p.images], p.value) for p in of_task if p.model == model)
             family = next(p.family for p in of_task if p.model == model)
-            ax.plot(*np.transpose(line), lw=1.3, ms=5, label=model, **style(family))
+            ax.plot(*line, lw=1.3, ms=5, label=model, **style(family))
         ax.set_xticks(range(len(sizes)), [f'{s:,}' if s else 'none' for s in sizes])
         ax.set_xlim(-0.2, len(sizes) - 0.8)
 
@@ -140,15 +140,23 @@ def draw_compute(path, found):
 
     def panel(ax, of_task):
         for family in FAMILIES:
-            line = sorted((p.exaflops / scale, p.value) for p in of_task if p.family == family)
-            if line:
-                ax.plot(*np.transpose(line), ls=':', lw=0.8, ms=5, label=family, **style(family))
+            line = curve((p.exaflops / scale, p.value) for p in of_task if p.family == family)
+            if line[0]:
+                ax.plot(*line, ls=':', lw=0.8, ms=5, label=family, **style(family))
         ax.set_xscale('log')
         ax.xaxis.set_minor_locator(ticker.NullLocator())
         ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
         ax.set_xlim(low / scale / 1.1, 1.1 * high / scale)
 
     panels(path, chosen, panel, f'compute of the pre-training on {most:,} images, {unit}FLOP')
+
+
+def curve(points):
+    """(xs, ys) of points (x, y), with the mean where several, as of several seeds, have an x."""
+    at = {}
+    for x, y in points:
+        at.setdefault(x, []).append(y)
+    return sorted(at), [float(np.mean(at[x])) for x in sorted(at)]
 
 
 def style(family):
