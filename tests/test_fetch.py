@@ -38,6 +38,7 @@ class Page:
     announced: int | str | None = 'body'  # the length that GET announces; None: no length at all
     stop: int | None = None  # bytes after which the connection is reset
     pause: float = 0  # seconds between the halves
+    go: threading.Event | None = None  # set before the second half
     status: int = 200
     kind: str = 'application/octet-stream'
 
@@ -85,6 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.wfile.write(body[: len(body) // 2])
         time.sleep(page.pause)
+        assert page.go is None or page.go.wait(60)
         self.wfile.write(body[len(body) // 2 :])
 
 
@@ -367,12 +369,13 @@ def test_killed_download(server, cache):
 
 
 def test_two_processes_at_once(server, cache):
-    server.pages['/a.npz'] = Page(pause=3)
+    server.pages['/a.npz'] = page = Page(go=threading.Event())
     first = child(f'{server.url}/a.npz')
     wait_for(lambda: leftovers(cache))
     second = child(f'{server.url}/a.npz')
+    assert any('waiting for another process' in line for line in second.stderr)
+    page.go.set()
     outputs = [process.communicate() for process in (first, second)]
-    assert 'waiting' in outputs[1][1]
     for process, (out, err) in zip((first, second), outputs, strict=True):
         assert process.returncode == 0, err
         assert pathlib.Path(out.strip()).read_bytes() == BODY
