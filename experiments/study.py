@@ -9,7 +9,7 @@ FILE:MODEL,IMAGES pre-trains on the first 5k, 20k or all 100k of the drawn image
 whatever their number, and ends with few shots on frozen features. FILE:DATASET,MODEL,IMAGES
 fine-tunes that run for 200 steps on digits (1,437 images) or the first 2,000 of Fashion-MNIST; with
 none as IMAGES it begins from random weights. MODEL is one of vit, hybrid, resnet and mixer with 4
-to 6 (-s) or 8 to 10 MFLOP an image (-m).
+to 6.5 (-s) or 7.5 to 9.7 MFLOP an image (-m).
 
 Here, seed 0, 56 runs of 1.10 hours in all beside other work: accuracy in percent from random
 weights and from 5k, 20k and 100k images, standard errors 0.3 to 1.9 points (digits) and 0.4 to 0.5:

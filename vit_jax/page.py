@@ -55,6 +55,6 @@ def document(title, subtitle, parts):
     ]
     for heading, note, content in parts:
         lines.append(f'<h2>{html.escape(heading)}</h2><p>{html.escape(note)}</p>')
-        is_path = isinstance(content, str | os.PathLike)
+        is_path = isinstance(content, os.PathLike)
         lines.append(picture(content, f'{heading}. {note}') if is_path else table(content))
     return '\n'.join(lines) + '\n'
