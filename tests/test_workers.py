@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -41,7 +42,6 @@ class Run:
         folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 1})
         script = tmp_path / 'script.py'
         script.write_text(SCRIPT)
-        self.segments = set(os.listdir('/dev/shm'))
         self.process = subprocess.Popen(
             [sys.executable, str(script), str(folder)], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True, env=os.environ,
@@ -49,6 +49,8 @@ class Run:
         )  # fmt: skip
         self.workers = [int(pid) for pid in self.process.stdout.readline().split()]
         assert len(self.workers) == 2
+        maps = pathlib.Path(f'/proc/{self.process.pid}/maps').read_text()
+        self.segments = set(re.findall(r'/dev/shm/(psm_\w+)', maps))
 
     def __enter__(self):
         return self
@@ -67,8 +69,8 @@ class Run:
         return self.process.returncode, said
 
     def left(self):
-        """Shared memory that was not there before."""
-        return {s for s in set(os.listdir('/dev/shm')) - self.segments if s.startswith('psm_')}
+        """Shared memory of this run that is still there; that of others on the machine is theirs."""
+        return self.segments & set(os.listdir('/dev/shm'))
 
 
 def alive(pid):
