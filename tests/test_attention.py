@@ -67,7 +67,7 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
         dropout=0.2, drop_path=0.3, qk_norm=True,
     )  # fmt: skip
     images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
-    params = model.init(jax.random.key(1), images)['params']
+    params = jax.jit(model.init)(jax.random.key(1), images)['params']
     params['head']['kernel'] = jax.random.normal(jax.random.key(2), (32, 5))
 
     def loss(params, images):

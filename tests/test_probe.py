@@ -93,7 +93,7 @@ def probe_of(tmp_path, **changes):
     )  # fmt: skip
     full = config.complete_data('evals.p', given, probe.Probe)
     model = models.build('vit-ti/2', width=16, depth=1, num_heads=2, mlp_dim=32)
-    params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
     return probe.Probe(model, sharding.make_mesh(), **full), model, params
 
 
@@ -111,7 +111,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
     )
     assert len(train['labels']) == 1438 and len(test['labels']) == result['examples'] == 359
     images = test['pixels'].reshape(-1, 8, 8, 3)
-    _, out = model.apply({'params': params}, model.normalise(images))
+    _, out = jax.jit(model.apply)({'params': params}, model.normalise(images))
     both = np.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=1)
     np.testing.assert_allclose(test['both'], both, atol=1e-5)
     np.testing.assert_allclose(test['token'], both[:, :16], atol=1e-5)

@@ -105,7 +105,10 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize('phase', PHASES)
+@pytest.mark.parametrize('phase', [
+    pytest.param('compile', marks=pytest.mark.slow), 'step', 'evaluation',
+    pytest.param('save', marks=pytest.mark.slow),
+])
 def test_signals_save_and_say_how_to_resume(phase, folder, whole, tmp_path):
     workdir = tmp_path / 'run'
     signum, status = (

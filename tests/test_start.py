@@ -78,6 +78,7 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
     assert kept(None) == {}  # nobody asked for it: the run goes on without
 
 
+@pytest.mark.slow
 def test_a_trace_has_the_steps_that_were_asked_for(folder, tmp_path):
     status, said = finish(folder, tmp_path / 'run', '--profile=3:2', '--compilation_cache=off')
     assert status == 0 and f'steps 3 to 4 are traced in {tmp_path}/run/profile' in said

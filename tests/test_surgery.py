@@ -377,11 +377,11 @@ def test_a_timm_array_that_nothing_explains(tmp_path):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """The workdir of a run of 14 steps, with checkpoints of the steps 7 and 14."""
+    """The workdir of a run of 60 steps, with checkpoints of the steps 30 and 60."""
     folder = launched.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 2})
     workdir = tmp_path_factory.mktemp('run') / 'run'
-    status, output = launched.finish(folder, workdir, '--config.steps=14')
-    assert status == 0 and launched.checkpoints(workdir) == [7, 14], output
+    status, output = launched.finish(folder, workdir, '--config.checkpoint.every=30')
+    assert status == 0 and launched.checkpoints(workdir) == [30, 60], output
     return workdir
 
 
@@ -401,19 +401,19 @@ def parameters(workdir, step, prefix='params/'):
 
 def test_a_run_is_loaded(run):
     read = load.read(run)
-    assert_is(read.params, parameters(run, 14))
+    assert_is(read.params, parameters(run, 60))
     assert read.source == 'vit_jax' and read.image_size == (8, 8)
-    assert read.classes == ('ant', 'bee', 'cat') and read.config['steps'] == 14
+    assert read.classes == ('ant', 'bee', 'cat') and read.config['steps'] == 60
     assert (read.model.width, read.model.patch_size, read.model.drop_path) == (16, (4, 4), 0.1)
-    for address in (run / 'checkpoints' / '14', run / 'checkpoints', f'{run}/'):
-        assert_is(vit_jax.load(address)[1], parameters(run, 14))
-    assert_is(vit_jax.load(run / 'checkpoints' / '7')[1], parameters(run, 7))
-    with pytest.raises(UserError, match='no checkpoint 8, but 14, 7'):
+    for address in (run / 'checkpoints' / '60', run / 'checkpoints', f'{run}/'):
+        assert_is(vit_jax.load(address)[1], parameters(run, 60))
+    assert_is(vit_jax.load(run / 'checkpoints' / '30')[1], parameters(run, 30))
+    with pytest.raises(UserError, match='no checkpoint 8, but 60, 30'):
         vit_jax.load(run / 'checkpoints' / '8')
 
 
 def test_the_average_of_a_run_is_loaded(run):
-    for step in (7, 14):
+    for step in (30, 60):
         average = parameters(run, step, 'opt_state/.*average/')
         path = run / 'checkpoints' / str(step)
         assert_is(vit_jax.load(path, ema=True)[1], average)
@@ -424,16 +424,16 @@ def test_the_average_of_a_run_is_loaded(run):
 
 def test_a_damaged_checkpoint_of_a_run_is_passed_over(run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / 'run')
-    newest = copy / 'checkpoints' / '14'
+    newest = copy / 'checkpoints' / '60'
     for file in newest.rglob('d/*'):
         data = bytearray(file.read_bytes())
         data[len(data) // 3] ^= 0x10
         file.write_bytes(data)
-    assert_is(vit_jax.load(copy)[1], parameters(run, 7))
+    assert_is(vit_jax.load(copy)[1], parameters(run, 30))
     assert f'checkpoint {newest} is damaged: ' in capsys.readouterr().err
-    with pytest.raises(UserError, match='checkpoints/14 is damaged'):
+    with pytest.raises(UserError, match='checkpoints/60 is damaged'):
         vit_jax.load(newest)
-    (copy / 'checkpoints' / '7' / 'state' / 'manifest.ocdbt').unlink()
+    (copy / 'checkpoints' / '30' / 'state' / 'manifest.ocdbt').unlink()
     with pytest.raises(UserError, match='none of the 2 checkpoints in .* is sound'):
         vit_jax.load(copy)
 
@@ -445,7 +445,7 @@ def test_a_run_is_exported_and_loaded_back(run, tmp_path):
         classes=read.classes, config=read.config,
     )  # fmt: skip
     back = load.read(tmp_path / 'a.npz')
-    assert_is(back.params, parameters(run, 14))
+    assert_is(back.params, parameters(run, 60))
     assert back.model == read.model.clone(dropout=0.0, drop_path=0.0)
     assert (back.classes, back.config) == (read.classes, read.config)
     images = noise(2, 8, 8, 3)
@@ -455,7 +455,7 @@ def test_a_run_is_exported_and_loaded_back(run, tmp_path):
 
 def test_a_run_is_fitted_to_other_classes_and_sizes(run):
     model, params = vit_jax.load(run, num_classes=7, image_size=16)
-    arrays, params = parameters(run, 14), flat(params)
+    arrays, params = parameters(run, 60), flat(params)
     assert model.num_classes == 7 and params['head/kernel'].shape == (16, 7)
     assert not params['head/kernel'].any() and not params['head/bias'].any()
     before, table = arrays['posemb'][:, :1], params['posemb']

@@ -123,14 +123,14 @@ def test_a_config_that_never_trained_may_change(folder, tmp_path):
 
 
 def test_a_missing_evaluation_is_made_up_for(folder, tmp_path):
-    run(folder, tmp_path, 'steps=8')
+    run(folder, tmp_path)
     whole = launched.timeless(tmp_path)
-    assert [x['step'] for x in whole if 'val/loss' in x] == [4, 8]
+    assert [x['step'] for x in whole if 'val/loss' in x] == [4, 8, 12]
     path = tmp_path / 'metrics.jsonl'
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(''.join(lines[:-1]) + lines[-1][:9])  # a kill in the middle of a line
     (tmp_path / 'result.json').unlink()
-    run(folder, tmp_path, 'steps=8')
+    run(folder, tmp_path)
     assert launched.timeless(tmp_path) == whole
 
 
@@ -169,7 +169,7 @@ def average(arrays):
 
 def test_predictions_are_by_example(folder):
     parts = assembly.make(config.load(f'{launched.TINY}:{folder}', [('evals.val.batch_size', '8')]))
-    params = parts.model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
+    params = jax.jit(parts.model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
     params['head']['bias'] = np.array([0.0, 1.0, 0.0])
     found = parts.evals['val'].predictions(params)
     assert sorted(found['id']) == list(range(15)) and (found['prediction'] == 1).all()
@@ -246,8 +246,8 @@ def test_the_heading_names_each_parameter(folder, tmp_path, capsys):
 
 def test_a_workdir_may_be_relative(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(folder, 'runs/one', 'steps=6')
-    assert launched.checkpoints(tmp_path / 'runs' / 'one') == [4, 6]
+    run(folder, 'runs/one')
+    assert launched.checkpoints(tmp_path / 'runs' / 'one') == [4, 8, 12]
 
 
 def test_only_the_lines_asked_for(folder, tmp_path):
@@ -305,7 +305,7 @@ def guarded(name, *args, **kwargs):
         raise ImportError('TensorFlow is blocked')
     return plain(name, *args, **kwargs)
 builtins.__import__ = guarded
-sys.argv = {['main', *launched.command(folder, tmp_path / 'run', '--config.steps=6')[3:]]!r}
+sys.argv = {['main', *launched.command(folder, tmp_path / 'run')[3:]]!r}
 try:
     runpy.run_module('vit_jax.main', run_name='__main__')
 finally:

@@ -69,7 +69,7 @@ class Run:
         return self.process.returncode, said
 
     def left(self):
-        """Shared memory of this run that is still there; that of others on the machine is theirs."""
+        """This run's shared memory that is still there; other tests have some of their own."""
         return self.segments & set(os.listdir('/dev/shm'))
 
 
