@@ -5,6 +5,7 @@ run(n) makes n steps, or n forward passes, waits for the last one and returns no
 """
 
 import contextlib
+import functools
 
 import flax.linen as nn
 import jax
@@ -67,6 +68,16 @@ class PlainVit(nn.Module):
         return nn.Dense(like.num_classes, dtype=like.dtype, name='head')(x), {}
 
 
+def replicated(model, tx, shape, mesh):
+    """The state of any linen classifier, as shapes; each device has all of it."""
+    fresh = functools.partial(step.fresh, model=model, tx=tx, image_shape=shape)
+    everywhere = jax.sharding.NamedSharding(mesh, sharding.P())
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(fresh, jax.random.key(0)),
+    )
+
+
 def jax_steps(model, flops, size, batch, classes, train):
     """Steps of a linen classifier by this package's own train step, or forward passes."""
     shape = (size, size, 3)
@@ -87,11 +98,9 @@ def jax_steps(model, flops, size, batch, classes, train):
         momentum_dtype='bfloat16',
     )  # fmt: skip
     mesh = sharding.make_mesh(jax.devices()[:1])
+    abstract = replicated(model, tx, shape, mesh)
     state = step.fresh(jax.random.key(0), model=model, tx=tx, image_shape=shape)
-    state = jax.device_put(state, jax.sharding.NamedSharding(mesh, sharding.P()))
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
     advance = step.compiled(objectives.supervised(model), tx, abstract, mesh)
     data = sharding.put(arrays(size, batch, classes), mesh)
 

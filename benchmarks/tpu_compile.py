@@ -15,7 +15,9 @@ line, figures of one chip:
     compute_ms, memory_ms   at the peaks of the chip
     compiler_ms  the compiler's own estimate
 
-It needs libtpu (extra `plan`) and no TPU. --set FIELD=VALUE changes a field of the model.
+It needs libtpu (extra `plan`) and no TPU. --set FIELD=VALUE changes a field of the model. --peer
+compiles a plain linen encoder (peers.py) with the same optimizer beside it; `of_peer` is then the
+ratio of what the two access.
 """
 
 import json
@@ -25,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks import peers
 from vit_jax import devices, hlo, models, objectives, optim, sharding, step
 
 MODEL = flags.DEFINE_list('model', 'vit-b/16', 'Models by name.')
@@ -32,6 +35,7 @@ TOPOLOGY = flags.DEFINE_list('topology', 'v4:2x2x1', 'v4:2x2x1, v5e:2x2, v6e:2x2
 BATCH = flags.DEFINE_integer('batch_per_chip', 64, 'Images a chip.')
 IMAGE = flags.DEFINE_integer('image_size', 224, 'Pixels of a side.')
 CLASSES = flags.DEFINE_integer('classes', 1000, 'Classes.')
+PEER = flags.DEFINE_bool('peer', False, 'A plain linen encoder beside it.')
 SET = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE of the model, JSON or a word.')
 KEEP = flags.DEFINE_string('keep', None, "Write the compiled program's text to this file.")
 
@@ -44,18 +48,21 @@ def value(text):
         return text
 
 
-def measure(name, topology, fields):
-    """The figures of one model's step on one topology."""
+def measure(name, topology, fields, peer=False):
+    """The figures of one model's step on one topology, or of its peer's."""
     found, _ = devices.topology(topology)
     mesh = sharding.make_mesh(found)
     shape = (IMAGE.value, IMAGE.value, 3)
     model = models.build(name, num_classes=CLASSES.value, dtype='bfloat16', **fields)
     model = model.clone(unroll=fields.get('unroll', model.depth))
+    if peer:
+        model = peers.PlainVit(model)
     tx = optim.make(
         step.abstract_params(model, shape), 10_000, lr=1e-3, warmup=1000, weight_decay=0.1,
         clip=1.0, momentum_dtype='bfloat16',
     )  # fmt: skip
-    abstract = step.abstract_state(model, tx, shape, mesh)
+    state_of = peers.replicated if peer else step.abstract_state
+    abstract = state_of(model, tx, shape, mesh)
     size = BATCH.value * len(found)
     batch = {
         'image': jax.ShapeDtypeStruct((size, *shape), jnp.uint8),
@@ -77,7 +84,8 @@ def measure(name, topology, fields):
     kernels = hlo.kernel_bytes(text)
     accessed = cost['bytes accessed'] + kernels
     return dict(
-        model=name, topology=topology, batch_per_chip=BATCH.value, image_size=IMAGE.value, **fields,
+        model=f'{name} by flax_mha' if peer else name, topology=topology,
+        batch_per_chip=BATCH.value, image_size=IMAGE.value, **({} if peer else fields),
         gflop=round(program.flops / 1e9), gb=round(accessed / 1e9, 2),
         kernels_gb=round(kernels / 1e9, 2), prefetch_gb=round(hlo.prefetch_bytes(text) / 1e9, 2),
         traffic_gb=round(program.traffic / 1e9, 2),
@@ -97,7 +105,12 @@ def main(argv):
     fields = {k: value(v) for k, _, v in (pair.partition('=') for pair in SET.value)}
     for topology in TOPOLOGY.value:
         for name in MODEL.value:
-            print(json.dumps(measure(name, topology, fields)), flush=True)
+            figures = measure(name, topology, fields)
+            if PEER.value:
+                plain = measure(name, topology, fields, peer=True)
+                print(json.dumps(plain))
+                figures['of_peer'] = round(figures['gb'] / plain['gb'], 2)
+            print(json.dumps(figures), flush=True)
 
 
 if __name__ == '__main__':
