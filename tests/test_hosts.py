@@ -390,8 +390,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_next_start(folder, tmp_path):
     workdir = tmp_path / 'run'
     flags = ('--config.checkpoint.every=4', '--config.mesh.fsdp=2', '--config.evals.val.every=0')
     processes.finish(folder, workdir, 2, 1, *flags, '--config.steps=8')
-    data = max((workdir / 'checkpoints/8/state').glob('ocdbt.process_1/d/*'), key=os.path.getsize)
-    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    written = list((workdir / 'checkpoints/8/state').glob('ocdbt.process_1/d/*'))
+    assert written
+    for data in written:  # arrays are in some of them, how many depends on how fast they came
+        data.write_bytes(data.read_bytes()[:16])
     flags = (*flags, '--config.steps=9', '--allow_config_change')
     with Run(folder, workdir, 2, 1, *flags) as run:
         assert run.ended() == {0: hosts.STATUS, 1: hosts.STATUS}, run.says()
