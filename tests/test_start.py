@@ -39,6 +39,7 @@ def files(folder):
     return sorted(p.name for p in pathlib.Path(folder).rglob('*-cache'))
 
 
+@pytest.mark.slow
 def test_what_one_run_compiled_the_next_one_takes(folder, tmp_path):
     ends = []
     for name in 'ab':

@@ -161,6 +161,7 @@ def test_the_command_line(tmp_path):
         assert words.replace('\\', '') in failed.stderr
 
 
+@pytest.mark.slow
 def test_check_is_the_exit_status(tmp_path):
     """A finished run: 0 without the flag, 1 with it where a number is missed, 0 where it is met."""
     root = tables.EXPERIMENTS.parent
