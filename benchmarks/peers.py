@@ -83,7 +83,7 @@ def jax_steps(model, flops, size, batch, classes, train):
     shape = (size, size, 3)
     data = jax.device_put(arrays(size, batch, classes))
     if not train:
-        params = model.init(jax.random.key(0), jnp.zeros((1, *shape)))['params']
+        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)))['params']
         params = jax.tree.map(lambda x: x.astype(model_dtype(model)), params)
         forward = jax.jit(lambda p, x: model.apply({'params': p}, model.normalise(x))[0])
 

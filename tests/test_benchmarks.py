@@ -46,7 +46,8 @@ def test_the_plain_encoder_computes_what_ours_does():
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(np.shape, by_plain(params))
 
 
-@pytest.mark.parametrize('train', [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize('train', [True, False])
 def test_contenders_run_and_count_alike(train):
     arguments = ('vit-ti/16', 16, 2, 5, train, 'float32', {})
     (ours, flops), (plain, others) = peers.ours(*arguments), peers.flax_mha(*arguments)
