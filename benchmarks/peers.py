@@ -117,15 +117,8 @@ def model_dtype(model):
     return getattr(model, 'like', model).dtype
 
 
-def unrolled(model, fields):
-    """All blocks in a row, as every peer has them, unless the fields say otherwise."""
-    if not hasattr(model, 'unroll'):
-        return model
-    return model.clone(unroll=fields.get('unroll', model.depth))
-
-
 def ours(name, size, batch, classes, train, dtype, fields):
-    model = unrolled(models.build(name, num_classes=classes, dtype=dtype, **fields), fields)
+    model = models.build(name, num_classes=classes, dtype=dtype, **fields)
     return jax_steps(model, model.flops((size, size, 3)), size, batch, classes, train)
 
 

@@ -54,7 +54,9 @@ def measure(name, topology, fields, peer=False):
     mesh = sharding.make_mesh(found)
     shape = (IMAGE.value, IMAGE.value, 3)
     model = models.build(name, num_classes=CLASSES.value, dtype='bfloat16', **fields)
-    model = peers.PlainVit(model) if peer else peers.unrolled(model, fields)
+    model = model.clone(unroll=fields.get('unroll', model.depth))
+    if peer:
+        model = peers.PlainVit(model)
     tx = optim.make(
         step.abstract_params(model, shape), 10_000, lr=1e-3, warmup=1000, weight_decay=0.1,
         clip=1.0, momentum_dtype='bfloat16',

@@ -10,9 +10,9 @@ step, of images/s and of the ratio to ours in the same round; MFU against the da
 against a product of two matrices measured in the same run; peak memory; seconds to compile.
 
 Peers (peers.py): flax_mha, a plain linen encoder with the same optimizer; timm, under torch.compile
-with fused AdamW; torch, the same with transformers' ViT, where timm does not import. Ours has its
-blocks unrolled, as all of these have; --variant unroll=1 adds the loop of the default. --inference
-times forward passes: --batch is a list, of which 1 gives the latency. --set FIELD=VALUE,... changes
+with fused AdamW; torch, the same with transformers' ViT, where timm does not import. Their blocks
+come in a row, ours by default in a loop: --variant unroll=12 adds ours in a row. --inference times
+forward passes: --batch is a list, of which 1 gives the latency. --set FIELD=VALUE,... changes
 fields of our model; --variant FIELD=VALUE,... adds a variant of it as another contender.
 """
 

@@ -53,11 +53,3 @@ def test_contenders_run_and_count_alike(train):
     (ours, flops), (plain, others) = peers.ours(*arguments), peers.flax_mha(*arguments)
     assert flops == others > 0
     ours(1), plain(1)
-
-
-def test_blocks_are_in_a_row_unless_told_otherwise():
-    for name, fields, unroll in (
-        ('vit-b/16', {}, 12), ('vit-b/16', dict(unroll=1), 1), ('vit-b/16', dict(depth=3), 3),
-    ):  # fmt: skip
-        assert peers.unrolled(models.build(name, **fields), fields).unroll == unroll
-    assert peers.unrolled(models.build('bit-r50x1'), {}) == models.build('bit-r50x1')
