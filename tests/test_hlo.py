@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import hlo, hlo_text, models, objectives, optim, sharding, step
+from vit_jax import devices, hlo, hlo_text, models, objectives, optim, sharding, step
 
 IMAGE = (32, 32, 3)
-FIELDS = dict(patch_size=8, width=32, depth=6, num_heads=4, mlp_dim=64)
+FIELDS = dict(patch_size=8, width=32, depth=6, num_heads=4, mlp_dim=64, unroll=1)
 BATCH = 16
 
 
-def program(model, devices=1, mesh=None, batch=BATCH, accumulate=1):
-    """The Program of the train step of a model on simulated devices, and its abstract state."""
-    mesh = sharding.make_mesh(jax.devices()[:devices], **(mesh or {}))
+def program(model, chips=1, mesh=None, batch=BATCH, accumulate=1, topology='cpu:8'):
+    """The Program of the train step of a model on some chips, and its abstract state."""
+    mesh = sharding.make_mesh(devices.topology(topology)[0][:chips], **(mesh or {}))
     tx = optim.make(step.abstract_params(model, IMAGE), steps=10)
     abstract = step.abstract_state(model, tx, IMAGE, mesh)
     advance = step.compiled(
@@ -38,11 +38,11 @@ def training_flops(model):
 
 
 @pytest.mark.parametrize('fields', [
-    dict(), dict(unroll=6), pytest.param(dict(unroll=3), marks=pytest.mark.slow),
+    dict(), dict(unroll=None), pytest.param(dict(unroll=3), marks=pytest.mark.slow),
     pytest.param(dict(pool='map', glu=True), marks=pytest.mark.slow),
 ])
 def test_flops_are_those_of_the_model_however_it_is_looped(fields):
-    model = models.build('vit-ti/16', num_classes=8, **FIELDS, **fields)
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS | fields)
     found, _ = program(model)
     assert found.flops == pytest.approx(BATCH * training_flops(model), rel=0.02)
     assert not found.uncounted
@@ -58,9 +58,14 @@ def test_flops_of_other_models():
 
 
 @pytest.mark.slow
-def test_remat_costs_another_forward_pass_of_the_blocks():
-    model = models.build('vit-ti/16', num_classes=8, **FIELDS)
-    plain, again = (program(model.clone(remat=r))[0].flops for r in ('none', 'full'))
+@pytest.mark.parametrize('topology, unroll', [('cpu:8', 1), ('v5e:2x2', 1), ('v5e:2x2', 6)])
+def test_remat_costs_another_forward_pass_of_the_blocks(topology, unroll):
+    if topology != 'cpu:8':
+        pytest.importorskip('libtpu')
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS | dict(unroll=unroll))
+    plain, again = (
+        program(model.clone(remat=r), topology=topology)[0].flops for r in ('none', 'full')
+    )
     one = BATCH * (model.flops(IMAGE) - model.clone(depth=0).flops(IMAGE))
     assert again - plain == pytest.approx(one, rel=0.25)  # the last product needs not be made again
     assert again > plain
@@ -74,9 +79,22 @@ def test_loops_run_as_often_as_the_encoder_is_deep():
     assert found.flops == pytest.approx(whole.flops, rel=0.02)
 
 
+@pytest.mark.parametrize('topology, remat, loops', [
+    ('cpu:8', 'none', []), ('cpu:8', 'full', [6, 6]),
+    pytest.param('v5e:2x2', 'none', [6, 6], marks=pytest.mark.slow),
+])
+def test_by_default_blocks_come_in_a_row_on_cpus_where_a_loop_would_stack_what_they_keep(
+    topology, remat, loops
+):
+    if topology != 'cpu:8':
+        pytest.importorskip('libtpu')
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS | dict(unroll=None, remat=remat))
+    assert sorted(program(model, topology=topology)[0].loops.values()) == loops
+
+
 def test_data_parallel_sums_each_gradient_once():
     model = models.build('vit-ti/16', num_classes=8, **FIELDS)
-    found, abstract = program(model, devices=8)
+    found, abstract = program(model, chips=8)
     size = sum(x.size * 4 for x in jax.tree.leaves(abstract.params))
     assert {c.kind for c in found.collectives} == {'all-reduce'}
     assert sum(c.bytes * c.times for c in found.collectives) == pytest.approx(size, rel=0.02)
@@ -87,7 +105,7 @@ def test_data_parallel_sums_each_gradient_once():
 @pytest.mark.slow
 def test_weights_are_gathered_by_layer_with_fsdp():
     model = models.build('vit-ti/16', num_classes=8, **FIELDS)
-    found, abstract = program(model, devices=8, mesh=dict(fsdp=8))
+    found, abstract = program(model, chips=8, mesh=dict(fsdp=8))
     kernels = {
         optim.leaf_name(path): x.size * 4
         for path, x in jax.tree_util.tree_leaves_with_path(abstract.params)

@@ -211,9 +211,22 @@ def test_capture_unroll_and_remat_change_nothing():
     assert 'attention' not in out
     captured, _ = model.apply({'params': params}, images, capture=('attention',))
     np.testing.assert_array_equal(logits, captured)
-    for fields in (dict(unroll=3), dict(remat='full'), dict(remat='dots_saveable')):
+
+    def gradient(model):
+        def loss(params):
+            logits, _ = model.apply({'params': params}, images, train=True)
+            return jnp.sum(logits**2)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    wanted = gradient(model)
+    for fields in (dict(unroll=1), dict(unroll=2), dict(unroll=3), dict(remat='full'),
+                   dict(remat='dots_saveable', unroll=3)):  # fmt: skip
         other, _ = model.clone(**fields).apply({'params': params}, images)
         np.testing.assert_allclose(other, logits, rtol=1e-5, atol=1e-6)
+        for a, b in zip(*map(jax.tree.leaves, (gradient(model.clone(**fields)), wanted)),
+                        strict=True):  # fmt: skip
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * abs(b).max())
 
 
 def test_posemb_tells_places_apart():

@@ -92,6 +92,18 @@ def by_example(x, *, whole=True):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(('data', 'fsdp'), *rest))
 
 
+def in_a_row(unroll, depth, keeps):
+    """Blocks an iteration of the loop over depth: `unroll`, or where that is None the fastest.
+
+    `keeps` is whether what blocks compute is kept for a gradient. A loop puts that into stacked
+    arrays and takes it out again, which costs time on CPUs, where copies are not hidden: all blocks
+    there. Else one, which compiles soonest, and takes one block's weights out of theirs at a time.
+    """
+    if unroll is None:
+        unroll = depth if keeps and attention.target()[0] == 'cpu' else 1
+    return unroll
+
+
 def dropped(y, rate, key):
     """Stochastic depth (arXiv:1603.09382): y [B, T, D], zero for a share of the examples."""
     keep = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))

@@ -74,7 +74,7 @@ class Mixer(nn.Module):
     head_bias: float = 0.0  # initial value
     dropout: float = 0.0
     drop_path: float = 0.0  # rate of the last block; rises linearly from 0 at the first
-    unroll: int = 1
+    unroll: int | None = None  # blocks an iteration of the loop over depth; layers.in_a_row
     dtype: str = 'float32'  # of the computation; parameters are float32
     quantize: str = 'none'  # products of the blocks with their kernels, see models/quantized.py
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
@@ -130,7 +130,7 @@ class Mixer(nn.Module):
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
             length=self.depth,
-            unroll=self.unroll,
+            unroll=layers.in_a_row(self.unroll, self.depth, train),
         )
         encoder = stack(
             self.tokens_mlp_dim, self.mlp_dim, self.gelu, self.epsilon, self.dropout,

@@ -86,7 +86,7 @@ class Vit(nn.Module):
     attention: str = 'auto'  # how softmax(q k^T) v is computed, see models/attention.py
     drop_path: float = 0.0  # rate of the last block; rises linearly from 0 at the first
     remat: str = 'none'
-    unroll: int = 1  # blocks a loop iteration: faster steps for longer compilation
+    unroll: int | None = None  # blocks an iteration of the loop over depth; layers.in_a_row
     dtype: str = 'float32'  # of the computation; parameters are float32
     quantize: str = 'none'  # products of the blocks with their kernels, see models/quantized.py
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
@@ -250,19 +250,21 @@ class Vit(nn.Module):
         shared = None
         if self.posemb_at == 'shared':
             shared = layers.positions(self, *places, self.width)
+        unroll = layers.in_a_row(self.unroll, self.depth, train and self.remat == 'none')
         block = layers.Block
         if self.remat != 'none':
             policy = None
             if self.remat != 'full':
                 policy = getattr(jax.checkpoint_policies, self.remat)
-            block = nn.remat(block, policy=policy, prevent_cse=False)
+            # Where no loop parts the two passes, the compiler would join what is computed twice.
+            block = nn.remat(block, policy=policy, prevent_cse=unroll >= self.depth)
         stack = nn.scan(
             block,
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
             in_axes=(0, nn.broadcast),
             length=self.depth,
-            unroll=self.unroll,
+            unroll=unroll,
         )
         encoder = stack(
             num_heads=self.num_heads,
