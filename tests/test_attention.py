@@ -15,6 +15,7 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
     reason='the TPU compiler is not installed: pip install "vit_jax[plan]"',
 )
+HOPPER = ('gpu', 'NVIDIA H100 80GB HBM3')
 V4 = ('tpu', 'TPU v4')
 SHAPE = dict(
     tokens=197, width=768, heads=12, dtype=jnp.bfloat16, dropout=0.0, capture=False, relative=False
@@ -100,12 +101,11 @@ def test_auto_is_what_can_be():
     def auto(target, **changes):
         return attention.chosen('auto', *target, **(SHAPE | changes))
 
-    hopper = ('gpu', 'NVIDIA H100 80GB HBM3')
     assert auto(V4) == auto(('tpu', 'TPU v6 lite')) == auto(V4, dtype=jnp.float32) == 'pallas'
     assert auto(V4, capture=True) == auto(V4, dropout=0.1) == auto(('tpu', 'TPU v3')) == 'xla'
     assert auto(V4, tokens=1025) == 'xla' and auto(V4, tokens=577) == 'pallas'
-    assert auto(hopper) == 'cudnn' and auto(hopper, dtype=jnp.float32) == 'xla'
-    assert auto(hopper, heads=2) == auto(('gpu', 'AMD Instinct')) == auto(('cpu', 'cpu')) == 'xla'
+    assert auto(HOPPER) == 'cudnn' and auto(HOPPER, dtype=jnp.float32) == 'xla'
+    assert auto(HOPPER, heads=2) == auto(('gpu', 'AMD Instinct')) == auto(('cpu', 'cpu')) == 'xla'
 
 
 @pytest.mark.parametrize('kind, target, changes, words', [
@@ -122,6 +122,62 @@ def test_auto_is_what_can_be():
 def test_what_can_not_be_says_why(kind, target, changes, words):
     with pytest.raises(UserError, match=f"model.attention is '{kind}', but .*{words}"):
         attention.chosen(kind, *target, **(SHAPE | changes))
+
+
+@pytest.mark.parametrize('size, tokens', [(16, 5), (24, 10)])  # the second with no class token
+def test_cudnn_is_given_an_even_number_of_tokens_and_told_how_many_count(monkeypatch, size, tokens):
+    """JAX's own attention in place of cuDNN's, which is not here: what is asked of it."""
+    by_jax, asked = jax.nn.dot_product_attention, []
+
+    def stand_in(q, k, v, *, implementation, **given):
+        asked.append((implementation, q.shape[1], *given))
+        return by_jax(q, k, v, implementation='xla', **given)
+
+    model = models.build(
+        'vit-ti/16', patch_size=8, width=32, num_heads=4, depth=2, num_classes=5,
+        pool='cls' if tokens % 2 else 'gap', registers=0 if tokens % 2 else 1,
+    )  # fmt: skip
+    images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)['params']
+    params = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(1).normal(size=x.shape), params)
+
+    def results():
+        def loss(p):
+            logits, _ = model.apply({'params': p}, images, train=True)
+            return jnp.sum(logits**2), logits
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    wanted = results()
+    monkeypatch.setattr(attention, 'target', lambda: HOPPER)
+    monkeypatch.setattr(attention, 'chosen', lambda *args, **kwargs: 'cudnn')
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+                 results(), wanted)  # fmt: skip
+    padding = ('query_seq_lengths', 'key_value_seq_lengths') if tokens % 2 else ()
+    assert set(asked) == {('cudnn', tokens + tokens % 2, *padding)}
+
+
+@pytest.mark.parametrize('unroll', [1, 3])
+def test_cudnn_trains_on_197_tokens_and_its_forward_pass_is_not_made_again(monkeypatch, unroll):
+    """The program before compilation, as JAX makes it where it finds cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
+
+    monkeypatch.setattr(attention, 'target', lambda: HOPPER)
+    monkeypatch.setattr(jax_cudnn, 'check_cudnn_version', lambda: 91000)
+    monkeypatch.setattr(jax_cudnn, 'check_compute_capability', lambda _: True)
+    model = models.build(
+        'vit-ti/16', width=128, num_heads=2, depth=3, dtype='bfloat16', unroll=unroll
+    )
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+
+    def loss(params, images):
+        return model.apply({'params': params}, images, train=True)[0].astype(jnp.float32).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(params, images))
+    assert text.count('dot_product_attention_fwd_wrapper[') == 1
+    assert text.count('dot_product_attention_bwd_wrapper[') == 1
 
 
 def test_a_model_that_asks_for_what_can_not_be_is_refused():

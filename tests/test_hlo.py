@@ -79,17 +79,12 @@ def test_loops_run_as_often_as_the_encoder_is_deep():
     assert found.flops == pytest.approx(whole.flops, rel=0.02)
 
 
-@pytest.mark.parametrize('topology, remat, loops', [
-    ('cpu:8', 'none', []), ('cpu:8', 'full', [6, 6]),
-    pytest.param('v5e:2x2', 'none', [6, 6], marks=pytest.mark.slow),
+@pytest.mark.parametrize('remat, mesh, loops', [
+    ('none', dict(data=8), []), ('full', dict(data=8), [6, 6]), ('none', dict(fsdp=8), [6, 6]),
 ])
-def test_by_default_blocks_come_in_a_row_on_cpus_where_a_loop_would_stack_what_they_keep(
-    topology, remat, loops
-):
-    if topology != 'cpu:8':
-        pytest.importorskip('libtpu')
+def test_by_default_blocks_come_in_a_row_but_where_a_loop_saves_memory(remat, mesh, loops):
     model = models.build('vit-ti/16', num_classes=8, **FIELDS | dict(unroll=None, remat=remat))
-    assert sorted(program(model, topology=topology)[0].loops.values()) == loops
+    assert sorted(program(model, chips=8, mesh=mesh)[0].loops.values()) == loops
 
 
 def test_data_parallel_sums_each_gradient_once():

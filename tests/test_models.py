@@ -221,12 +221,35 @@ def test_capture_unroll_and_remat_change_nothing():
 
     wanted = gradient(model)
     for fields in (dict(unroll=1), dict(unroll=2), dict(unroll=3), dict(remat='full'),
-                   dict(remat='dots_saveable', unroll=3)):  # fmt: skip
+                   dict(remat='full', unroll=3)):  # fmt: skip
         other, _ = model.clone(**fields).apply({'params': params}, images)
         np.testing.assert_allclose(other, logits, rtol=1e-5, atol=1e-6)
         for a, b in zip(*map(jax.tree.leaves, (gradient(model.clone(**fields)), wanted)),
                         strict=True):  # fmt: skip
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * abs(b).max())
+
+
+def kept(model, params, images):
+    """(dtype, *shape) of what the blocks of a loop keep for the gradient, stacked by depth."""
+    def residuals(params):
+        return jax.vjp(lambda p: model.apply({'params': p}, images, train=True)[0], params)[1]
+
+    found = jax.tree.leaves(jax.eval_shape(residuals, params))
+    mine = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
+    return sorted(
+        (x.dtype.name, *x.shape) for x in found
+        if x.shape[:1] == (model.depth,) and x.ndim > 1 and (x.shape, x.dtype) not in mine
+    )  # fmt: skip
+
+
+def test_a_loop_keeps_products_and_sums_and_no_more():
+    model, params, images = small(unroll=1, gelu='exact')
+    b, t, d, h, c, mlp = 2, 7, 24, 3, 8, 32
+    wanted = [(b, t, d)] * 2  # the input, and the sum of it and the attention's output
+    wanted += [(b, t, 3, h, c), (b, h, t, t), (b, t, h, c), (b, t, mlp)]  # qkv to hidden
+    wanted += [(b, t)] * 4 + [(b, h, t)] * 2  # of two norms, of softmax
+    assert kept(model, params, images) == sorted(('float32', model.depth, *s) for s in wanted)
+    assert kept(model.clone(remat='full'), params, images) == [('float32', model.depth, b, t, d)]
 
 
 def test_posemb_tells_places_apart():

@@ -189,7 +189,7 @@ def gradients(model, params, mesh=None, parts=1):
 @pytest.mark.slow
 @pytest.mark.parametrize('model, fields, mesh', [
     (VIT, dict(remat='full'), dict(data=2, fsdp=2, tensor=2)),
-    (VIT, dict(remat='dots_saveable', unroll=2), dict(fsdp=8)),
+    (VIT, dict(remat='dots_with_no_batch_dims_saveable', unroll=2), dict(fsdp=8)),
     (MIXER, dict(unroll=2), dict(fsdp=4, tensor=2)),
 ])  # fmt: skip
 @pytest.mark.parametrize('kind', ['int8', 'fp8'])

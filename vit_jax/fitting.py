@@ -5,10 +5,8 @@ from vit_jax import config as configs
 from vit_jax.errors import UserError
 
 # Share of the model's arithmetic that a policy has done twice, or as long as that: an order to try
-# in, not a prediction. The first two make softmax, GELU and norms again, the third products, too.
-REMAT = {
-    'none': 0.0, 'dots_saveable': 0.06, 'dots_with_no_batch_dims_saveable': 0.12, 'full': 1 / 3,
-}  # fmt: skip
+# in, not a prediction. The second makes attention again, the third a whole forward pass.
+REMAT = {'none': 0.0, 'dots_with_no_batch_dims_saveable': 0.12, 'full': 1 / 3}
 
 
 def seconds_more(config, plan, policy, fsdp, accumulate):

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
@@ -205,6 +206,9 @@ def forward(qkv, bias, interpret):
         return out.reshape(b, t, h, c), qkv
 
     out, qkv = on_each_device(local, [(0, 3), (None, 1)], [(0, 2), (0, 2)])(qkv, bias)
+    b, t, h, c = out.shape
+    out = checkpoint_name(out.reshape(b, t, h * c), 'attended').reshape(out.shape)
+    qkv = checkpoint_name(qkv, 'qkv')
     return out, (qkv, bias)
 
 

@@ -3,12 +3,14 @@
 Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C), L depth.
 """
 
+import functools
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
@@ -16,6 +18,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import attention, quantized
 
 Dtype = Any
+KEPT = ('qkv', 'logits', 'attended', 'projected', 'middle', 'hidden')  # by blocks, see `kept`
 
 
 def sincos2d(h, w, width, *, temperature=10_000.0):
@@ -95,13 +98,36 @@ def by_example(x, *, whole=True):
 def in_a_row(unroll, depth, keeps):
     """Blocks an iteration of the loop over depth: `unroll`, or where that is None the fastest.
 
-    `keeps` is whether what blocks compute is kept for a gradient. A loop puts that into stacked
-    arrays and takes it out again, which costs time on CPUs, where copies are not hidden: all blocks
-    there. Else one, which compiles soonest, and takes one block's weights out of theirs at a time.
+    `keeps` is whether what blocks compute is kept for a gradient. A loop copies that to stacked
+    arrays and out of them again: all blocks in a row then. Else one at a time, which compiles
+    sooner; also with FSDP, as the weights of one block alone are then gathered at a time.
     """
     if unroll is None:
-        unroll = depth if keeps and attention.target()[0] == 'cpu' else 1
+        fsdp = jax.sharding.get_abstract_mesh().shape.get('fsdp', 1)
+        unroll = depth if keeps and fsdp == 1 else 1
     return unroll
+
+
+def kept(primitive, *avals, **params):
+    """Policy of `jax.checkpoint`: names of KEPT, sums of norms and softmax, cuDNN's results."""
+    if primitive.name in ('reduce_sum', 'reduce_max', 'dot_product_attention_fwd_wrapper'):
+        return True
+    return jax.checkpoint_policies.save_only_these_names(*KEPT)(primitive, *avals, **params)
+
+
+def recomputed(block, remat, loops):
+    """A module that computes anew for the gradient what `remat` says: [B, T, D] -> [B, T, D].
+
+    'full' keeps the input alone. With 'none' compilers choose, but where blocks are a loop all that
+    is kept goes to memory: there products of matrices are kept, and what lies between them (norms,
+    GELU, softmax) is computed anew, as a part of the products that it goes into.
+    """
+    if remat == 'none' and not loops:
+        return block
+    policies = {'none': kept, 'full': None}
+    policy = policies[remat] if remat in policies else getattr(jax.checkpoint_policies, remat)
+    # Without a loop between the two passes compilers would join what is computed twice.
+    return nn.remat(block, policy=policy, prevent_cse=not loops)
 
 
 def dropped(y, rate, key):
@@ -194,16 +220,33 @@ class Mlp(nn.Module):
             dot_general=quantized.dot_general(self.quantize),
         )
         y = by_example(nn.Dense(self.mlp_dim, **dense, name='fc1')(x), whole=False)
+        y = checkpoint_name(y, 'hidden')
         if self.glu:
-            x = nn.silu(nn.Dense(self.mlp_dim, **dense, name='gate')(x)) * y
+            gate = nn.Dense(self.mlp_dim, **dense, name='gate')(x)
+            x = nn.silu(checkpoint_name(gate, 'hidden')) * y
         else:
             gelu = gelu_of(self.gelu)
             if attention.target()[0] == 'cpu':  # keeps y alone; elsewhere it would bar fusions
                 gelu = jax.checkpoint(gelu)
             x = gelu(y)
         x = nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
-        x = by_example(nn.Dense(width, **dense, name='fc2')(x))
+        x = checkpoint_name(by_example(nn.Dense(width, **dense, name='fc2')(x)), 'projected')
         return nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
+
+
+def cudnn(q, k, v):
+    """Attention by cuDNN, three times [B, T, H, C] -> [B, T, H, C].
+
+    JAX (0.10 and 0.11) refuses gradients for an odd T, as it takes even an absent bias for one that
+    wants an even T: a token is added, which the lengths say is none.
+    """
+    attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+    b, t = q.shape[:2]
+    if t % 2 == 0:
+        return attend(q, k, v)
+    q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
+    lengths = by_example(jnp.full(b, t, jnp.int32))
+    return attend(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :t]
 
 
 class Attention(nn.Module):
@@ -236,7 +279,7 @@ class Attention(nn.Module):
             qkv, bias = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(bias)
         x, captured = self.attend(qkv, bias)
         out = Projection(heads, (width,), **dense, name='out')(x)
-        return by_example(out), captured
+        return checkpoint_name(by_example(out), 'projected'), captured
 
     def attend(self, qkv, bias):
         """[B, T, 3, H, C], a bias [3, H, C] -> ([B, T, H, C], probabilities or None)."""
@@ -248,10 +291,10 @@ class Attention(nn.Module):
         )  # fmt: skip
         if kind == 'pallas':
             return attention.pallas(qkv, bias), None
-        qkv = qkv + bias.astype(self.dtype)
+        qkv = checkpoint_name(qkv + bias.astype(self.dtype), 'qkv')
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
         if kind == 'cudnn':
-            return jax.nn.dot_product_attention(q, k, v, implementation='cudnn'), None
+            return cudnn(q, k, v), None
         q, k, v = (attention.settled(x.swapaxes(1, 2)) for x in (q, k, v))  # [B, H, T, C]
         q = q * q.shape[-1] ** -0.5
         logits = jnp.einsum('bhqc,bhkc->bhqk', q, k)
@@ -259,11 +302,12 @@ class Attention(nn.Module):
             init = nn.initializers.normal(channels**-0.5)
             keys = self.param('relative', init, (2 * tokens - 1, heads, channels))
             logits += by_offset(jnp.einsum('bhqc,rhc->bhqr', q, keys.astype(self.dtype)))
+        logits = checkpoint_name(logits, 'logits')
         probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         captured = probs if self.capture else None  # before dropout: what the model attends to
         probs = nn.Dropout(self.dropout, deterministic=self.deterministic)(probs)
         x = attention.settled(jnp.einsum('bhqk,bhkc->bhqc', probs, v))
-        return x.swapaxes(1, 2), captured
+        return checkpoint_name(x.swapaxes(1, 2), 'attended'), captured
 
 
 class Block(nn.Module):
@@ -324,7 +368,7 @@ class Block(nn.Module):
             name='attn',
         )(y)
         y = nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
-        x = self.residual(x, y, drop_path, 'scale1')
+        x = checkpoint_name(self.residual(x, y, drop_path, 'scale1'), 'middle')
         y = nn.LayerNorm(**norm, name='norm2')(x)
         y = Mlp(
             self.mlp_dim, self.gelu, self.glu, self.dropout, self.deterministic, self.dtype,

@@ -125,12 +125,13 @@ class Mixer(nn.Module):
         )(images.astype(self.dtype))  # fmt: skip
         x = x.reshape(-1, h * w, self.width)  # [B, h, w, D] -> [B, N, D]
         x = out['tokens'] = layers.by_example(x)
+        unroll = layers.in_a_row(self.unroll, self.depth, train)
         stack = nn.scan(
-            MixerBlock,
+            layers.recomputed(MixerBlock, 'none', unroll < self.depth),
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
             length=self.depth,
-            unroll=layers.in_a_row(self.unroll, self.depth, train),
+            unroll=unroll,
         )
         encoder = stack(
             self.tokens_mlp_dim, self.mlp_dim, self.gelu, self.epsilon, self.dropout,

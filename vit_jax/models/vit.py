@@ -4,7 +4,6 @@ Shapes: B batch, H W image, C channels, P patch, N patches, T tokens, D width, L
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
@@ -33,7 +32,7 @@ CHOICES = {
     'gelu': ('tanh', 'exact', 'quick'),
     'interpolation': ('linear', 'bicubic', 'bicubic_antialias'),
     'attention': attention.KINDS,
-    'remat': ('none', 'full', 'dots_saveable', 'dots_with_no_batch_dims_saveable'),
+    'remat': ('none', 'full', 'dots_with_no_batch_dims_saveable'),
     'dtype': ('float32', 'bfloat16', 'float16'),
     'quantize': tuple(quantized.KINDS),
 }
@@ -251,15 +250,8 @@ class Vit(nn.Module):
         if self.posemb_at == 'shared':
             shared = layers.positions(self, *places, self.width)
         unroll = layers.in_a_row(self.unroll, self.depth, train and self.remat == 'none')
-        block = layers.Block
-        if self.remat != 'none':
-            policy = None
-            if self.remat != 'full':
-                policy = getattr(jax.checkpoint_policies, self.remat)
-            # Where no loop parts the two passes, the compiler would join what is computed twice.
-            block = nn.remat(block, policy=policy, prevent_cse=unroll >= self.depth)
         stack = nn.scan(
-            block,
+            layers.recomputed(layers.Block, self.remat, unroll < self.depth),
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
             in_axes=(0, nn.broadcast),
