@@ -38,7 +38,7 @@ def training_flops(model):
 
 
 @pytest.mark.parametrize('fields', [
-    dict(), dict(unroll=None), pytest.param(dict(unroll=3), marks=pytest.mark.slow),
+    dict(), dict(unroll=6), pytest.param(dict(unroll=3), marks=pytest.mark.slow),
     pytest.param(dict(pool='map', glu=True), marks=pytest.mark.slow),
 ])
 def test_flops_are_those_of_the_model_however_it_is_looped(fields):
@@ -79,12 +79,19 @@ def test_loops_run_as_often_as_the_encoder_is_deep():
     assert found.flops == pytest.approx(whole.flops, rel=0.02)
 
 
-@pytest.mark.parametrize('remat, mesh, loops', [
-    ('none', dict(data=8), []), ('full', dict(data=8), [6, 6]), ('none', dict(fsdp=8), [6, 6]),
+@pytest.mark.slow
+@pytest.mark.parametrize('topology, remat, mesh, loops', [
+    ('v5e:2x2', 'none', dict(data=4), []), ('v5e:2x2', 'full', dict(data=4), [6, 6]),
+    ('v5e:2x2', 'none', dict(fsdp=4), [6, 6]), ('cpu:8', 'none', dict(data=4), [6, 6]),
 ])
-def test_by_default_blocks_come_in_a_row_but_where_a_loop_saves_memory(remat, mesh, loops):
+def test_by_default_blocks_come_in_a_row_on_accelerators_unless_a_loop_saves_memory(
+    topology, remat, mesh, loops
+):
+    if topology != 'cpu:8':
+        pytest.importorskip('libtpu')
     model = models.build('vit-ti/16', num_classes=8, **FIELDS | dict(unroll=None, remat=remat))
-    assert sorted(program(model, chips=8, mesh=mesh)[0].loops.values()) == loops
+    found, _ = program(model, chips=4, mesh=mesh, topology=topology)
+    assert sorted(found.loops.values()) == loops
 
 
 def test_data_parallel_sums_each_gradient_once():

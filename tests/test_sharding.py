@@ -9,7 +9,7 @@ from vit_jax import hlo, models, objectives, optim, sharding, step
 from vit_jax.errors import UserError
 
 IMAGE, BATCH, DEPTH, WIDTH, TOKENS = (32, 32, 3), 16, 3, 64, 17
-FIELDS = dict(num_classes=16, depth=DEPTH, width=WIDTH, num_heads=4, mlp_dim=256, unroll=1)
+FIELDS = dict(num_classes=16, depth=DEPTH, width=WIDTH, num_heads=4, mlp_dim=256)
 
 
 def program(devices=8, accumulate=1, name='vit-ti/8', mesh=None, **fields):

@@ -99,13 +99,14 @@ def in_a_row(unroll, depth, keeps):
     """Blocks an iteration of the loop over depth: `unroll`, or where that is None the fastest.
 
     `keeps` is whether what blocks compute is kept for a gradient. A loop copies that to stacked
-    arrays and out of them again: all blocks in a row then. Else one at a time, which compiles
-    sooner; also with FSDP, as the weights of one block alone are then gathered at a time.
+    arrays and out of them again: on accelerators all blocks come in a row then, unless FSDP is to
+    gather the weights of one block at a time. Else it is a loop, which compiles sooner and is no
+    slower on CPUs (benchmarks/RESULTS.md).
     """
-    if unroll is None:
-        fsdp = jax.sharding.get_abstract_mesh().shape.get('fsdp', 1)
-        unroll = depth if keeps and fsdp == 1 else 1
-    return unroll
+    if unroll is not None:
+        return unroll
+    fsdp = jax.sharding.get_abstract_mesh().shape.get('fsdp', 1)
+    return depth if keeps and fsdp == 1 and attention.target()[0] != 'cpu' else 1
 
 
 def kept(primitive, *avals, **params):
