@@ -22,12 +22,10 @@ AGAIN = flags.DEFINE_bool('again', False, 'Compile also what docs/plans.json has
 STEPS = flags.DEFINE_integer('steps', 7, 'measure: timed steps of each model.')
 KEPT = pathlib.Path('docs/plans.json')
 PRETRAIN = '--config=experiments/pretrain.py:'
-REMAT = '--config.model.remat='
-DOTS = REMAT + 'dots_with_no_batch_dims_saveable'
 TABLE = (
-    (f'{PRETRAIN}h/14', '--topology=v4:4x4x8', DOTS),
+    (f'{PRETRAIN}h/14', '--topology=v4:4x4x8'),
     (f'{PRETRAIN}h/14', '--topology=v4:8x8x16'),
-    (f'{PRETRAIN}G/14', '--topology=v4:4x4x8', REMAT + 'full'),
+    (f'{PRETRAIN}G/14', '--topology=v4:4x4x8'),
     (f'{PRETRAIN}G/14', '--topology=v4:8x8x16'),
     (f'{PRETRAIN}e/14', '--topology=v5p:8x8x8'),
     (f'{PRETRAIN}l/16-i21k', '--topology=v5e:16x16'),

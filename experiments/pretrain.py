@@ -114,7 +114,7 @@ def get_config(arg='b/16'):
     batch_size, config.mesh = 4096, {}
     if model in LATER:
         data, length, batch_size, config.mesh = LATER[model]
-        fields, optim = dict(pool='map', remat='dots_with_no_batch_dims_saveable'), LARGE
+        fields, optim = dict(pool='map'), LARGE
         config.update(length)
     else:
         epochs, fields, optim = settings(model, data, sgd)
