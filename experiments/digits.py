@@ -18,7 +18,7 @@ def get_config(arg=None):
     config.seed = 0
     config.epochs = 70
 
-    config.model = dict(name='vit-ti/2', width=64, depth=6, num_heads=4, mlp_dim=128)
+    config.model = dict(name='vit-ti/2', width=64, depth=6, num_heads=4, mlp_dim=128, unroll=6)
     config.data = dict(
         source=dict(name='digits', split='train'),
         view=dict(name='affine', degrees=10.0, scale=0.1, shear=0.1, pixels=0.75),

@@ -22,7 +22,7 @@ def get_config(arg=None):
     config.seed = 0
     config.epochs = 16
 
-    config.model = dict(name='vit-ti/7', width=128, depth=6, num_heads=4, mlp_dim=256)
+    config.model = dict(name='vit-ti/7', width=128, depth=6, num_heads=4, mlp_dim=256, unroll=6)
     config.data = dict(
         source=dict(name='fashion_mnist_debian', split='train'),
         view=dict(name='affine', degrees=5.0, scale=0.05, pixels=0.5, flip=True),

@@ -35,19 +35,19 @@ from vit_jax import published
 
 MODELS = {
     'vit-s': dict(
-        name='vit/8', width=56, depth=4, num_heads=2, mlp_dim=112, pool='gap'),
+        name='vit/8', width=56, depth=4, num_heads=2, mlp_dim=112, pool='gap', unroll=4),
     'vit-m': dict(
-        name='vit/8', width=80, depth=4, num_heads=2, mlp_dim=160, pool='gap'),
+        name='vit/8', width=80, depth=4, num_heads=2, mlp_dim=160, pool='gap', unroll=4),
     'hybrid-s': dict(
         name='vit/2', resnet=(1,), resnet_width=0.5, width=48, depth=2, num_heads=2, mlp_dim=96,
-        pool='gap'),
+        pool='gap', unroll=2),
     'hybrid-m': dict(
         name='vit/1', resnet=(1, 1), resnet_width=0.5, width=48, depth=2, num_heads=2, mlp_dim=96,
-        pool='gap'),
+        pool='gap', unroll=2),
     'resnet-s': dict(name='bit', units=(1,), width=0.5),
     'resnet-m': dict(name='bit', units=(1, 1), width=0.5),
-    'mixer-s': dict(name='mixer/8', width=88, depth=3, tokens_mlp_dim=44, mlp_dim=176),
-    'mixer-m': dict(name='mixer/8', width=112, depth=4, tokens_mlp_dim=56, mlp_dim=224),
+    'mixer-s': dict(name='mixer/8', width=88, depth=3, tokens_mlp_dim=44, mlp_dim=176, unroll=3),
+    'mixer-m': dict(name='mixer/8', width=112, depth=4, tokens_mlp_dim=56, mlp_dim=224, unroll=4),
 }  # fmt: skip
 IMAGES = {'5k': 'train[:5%]', '20k': 'train[:20%]', '100k': 'train'}
 JFT_LIKE = 'runs/study/jft_like'
