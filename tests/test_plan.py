@@ -259,7 +259,7 @@ def test_status_1_where_it_does_not_fit():
 @pytest.mark.slow
 def test_fit_on_a_slice_of_tpus():
     arguments = ['--config=experiments/pretrain.py:l/16', '--topology=v5e:2x4',
-                 '--config.model.depth=4', '--config.data.batch_size=2048']  # fmt: skip
+                 '--config.model.depth=4', '--config.data.batch_size=16384']  # fmt: skip
     status, out, err = run(*arguments, '--json', '--fit')
     assert status == 1, err
     plan = json.loads(out)
