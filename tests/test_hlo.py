@@ -14,8 +14,8 @@ FIELDS = dict(patch_size=8, width=32, depth=6, num_heads=4, mlp_dim=64, unroll=1
 BATCH = 16
 
 
-def program(model, chips=1, mesh=None, batch=BATCH, accumulate=1, topology='cpu:8'):
-    """The Program of the train step of a model on some chips, and its abstract state."""
+def compiled(model, chips=1, mesh=None, batch=BATCH, accumulate=1, topology='cpu:8'):
+    """The train step of a model on some chips, compiled, and its abstract state."""
     mesh = sharding.make_mesh(devices.topology(topology)[0][:chips], **(mesh or {}))
     tx = optim.make(step.abstract_params(model, IMAGE), steps=10)
     abstract = step.abstract_state(model, tx, IMAGE, mesh)
@@ -27,7 +27,13 @@ def program(model, chips=1, mesh=None, batch=BATCH, accumulate=1, topology='cpu:
         'label': jax.ShapeDtypeStruct((batch,), jnp.int32),
         'mask': jax.ShapeDtypeStruct((batch,), jnp.float32),
     }
-    return hlo.read(advance.lower(abstract, arrays).compile().as_text()), abstract
+    return advance.lower(abstract, arrays).compile(), abstract
+
+
+def program(*args, **kwargs):
+    """The Program of `compiled`, and its abstract state."""
+    advance, abstract = compiled(*args, **kwargs)
+    return hlo.read(advance.as_text()), abstract
 
 
 def training_flops(model):
@@ -69,6 +75,26 @@ def test_remat_costs_another_forward_pass_of_the_blocks(topology, unroll):
     one = BATCH * (model.flops(IMAGE) - model.clone(depth=0).flops(IMAGE))
     assert again - plain == pytest.approx(one, rel=0.25)  # the last product needs not be made again
     assert again > plain
+
+
+@pytest.mark.slow
+def test_each_tpu_draws_once_for_the_dropout_of_its_examples():
+    pytest.importorskip('libtpu')
+    chips, size = 4, (BATCH, 2**6, 2**10)
+    base = models.build('vit-ti/16', num_classes=8, **FIELDS | dict(unroll=6))
+    operations = {
+        rate: compiled(base.clone(dropout=rate), chips, topology='v5e:2x2')[0].cost_analysis()
+        for rate in (0.0, 0.1)
+    }
+    place = jax.sharding.SingleDeviceSharding(devices.topology('v5e:2x2')[0][0])
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=place)
+    draw = jax.jit(lambda k: jax.random.bits(jax.random.wrap_key_data(k), size, jnp.uint32))
+    word = draw.lower(key).compile().cost_analysis()['flops'] / np.prod(size)
+
+    h, w = base.grid(IMAGE)
+    tokens = -(-(h * w + 1) // 2)  # that words are drawn for, each of which decides for two
+    words = tokens * (base.width + base.depth * (2 * base.width + base.mlp_dim)) * BATCH / chips
+    assert 0.5 < (operations[0.1]['flops'] - operations[0.0]['flops']) / (word * words) < 1.5
 
 
 def test_loops_run_as_often_as_the_encoder_is_deep():

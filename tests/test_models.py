@@ -7,6 +7,7 @@ import pytest
 
 from vit_jax import models, objectives, optim, sharding, step
 from vit_jax.errors import UserError
+from vit_jax.models import layers
 
 SMALL = dict(width=24, depth=3, num_heads=3, mlp_dim=32, patch_size=4)
 
@@ -278,6 +279,33 @@ def test_regularisers_act_in_training_alone(fields):
 
     assert not np.allclose(logits(0), logits(1))
     np.testing.assert_array_equal(logits(0), logits(0))
+
+
+def test_dropout_keeps_each_element_by_itself_and_the_gradient_keeps_the_same():
+    x = jax.random.normal(jax.random.key(0), (16, 13, 4096)) + 10  # zero where it drops
+    drop = layers.Dropout(0.3, deterministic=False)
+
+    def out(x, seed=1):
+        return drop.apply({}, x, rngs={'dropout': jax.random.key(seed)})
+
+    y, keep = np.asarray(out(x)), np.asarray(out(x)) != 0
+    np.testing.assert_allclose(y, np.where(keep, x / 0.7, 0), rtol=1e-4)  # the rate in 2^-16
+    np.testing.assert_allclose(jax.grad(lambda x: out(x).sum())(x), keep / 0.7, rtol=1e-4)
+
+    keep = (keep - 0.7) / np.sqrt(0.7 * 0.3)  # mean 0, variance 1
+    others = [(np.asarray(out(x, seed=2)) != 0) - 0.7]
+    others += [np.roll(keep, s, axis) for axis in range(3) for s in range(1, 13)]
+    for other in [np.ones_like(keep), *others]:
+        assert abs((keep * other).mean()) < 4.5 / np.sqrt(keep.size)  # of a normal variable: 7e-6
+
+
+def test_dropout_at_its_limits():
+    x = jnp.ones((2, 5, 64))
+    for rate, low, high in ((0.0, 1, 1), (1e-9, 1, 1), (1 - 1e-9, 0, 0.01)):
+        y = layers.Dropout(rate, deterministic=False).apply(
+            {}, x, rngs={'dropout': jax.random.key(0)}
+        )
+        assert np.isfinite(y).all() and low <= (y != 0).mean() <= high
 
 
 @pytest.mark.slow

@@ -199,6 +199,30 @@ class Projection(nn.Module):
         return (y, bias) if self.apart else y + bias.astype(self.dtype)
 
 
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al., 2014, section 4) of [..., T, D], the rate a multiple of 2^-16.
+
+    A random word decides twice, for a token of either half. TPUs' compiler keeps what is joined
+    of two halves for all who read it; nn.Dropout's decisions it makes anew for each, the gradient
+    among them, which takes as long as all products of B/16 do (benchmarks/RESULTS.md).
+    """
+
+    rate: float
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        if self.deterministic or not self.rate:
+            return x
+        *batch, tokens, width = x.shape
+        share = min(round(self.rate * 2**16), 2**16 - 1)
+        shape = (*batch, -(-tokens // 2), width)
+        words = jax.random.bits(self.make_rng('dropout'), shape, 'uint32')
+        halves = [(words & 0xFFFF) >= share, (words >> 16) >= share]
+        keep = jnp.concatenate(halves, axis=-2)[..., :tokens, :]
+        return jnp.where(keep, x / (1 - share / 2**16), 0)
+
+
 class Mlp(nn.Module):
     """Two dense layers with GELU between: D -> mlp_dim -> D; with `glu`, SwiGLU
     (arXiv:2002.05202 eq. 6)."""
@@ -230,9 +254,9 @@ class Mlp(nn.Module):
             if attention.target()[0] == 'cpu':  # keeps y alone; elsewhere it would bar fusions
                 gelu = jax.checkpoint(gelu)
             x = gelu(y)
-        x = nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
+        x = Dropout(self.dropout, deterministic=self.deterministic)(x)
         x = checkpoint_name(by_example(nn.Dense(width, **dense, name='fc2')(x)), 'projected')
-        return nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
+        return Dropout(self.dropout, deterministic=self.deterministic)(x)
 
 
 def cudnn(q, k, v):
@@ -306,7 +330,7 @@ class Attention(nn.Module):
         logits = checkpoint_name(logits, 'logits')
         probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         captured = probs if self.capture else None  # before dropout: what the model attends to
-        probs = nn.Dropout(self.dropout, deterministic=self.deterministic)(probs)
+        probs = Dropout(self.dropout, deterministic=self.deterministic)(probs)
         x = attention.settled(jnp.einsum('bhqk,bhkc->bhqc', probs, v))
         return checkpoint_name(x.swapaxes(1, 2), 'attended'), captured
 
@@ -368,7 +392,7 @@ class Block(nn.Module):
             quantize=self.quantize,
             name='attn',
         )(y)
-        y = nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
+        y = Dropout(self.dropout, deterministic=self.deterministic)(y)
         x = checkpoint_name(self.residual(x, y, drop_path, 'scale1'), 'middle')
         y = nn.LayerNorm(**norm, name='norm2')(x)
         y = Mlp(

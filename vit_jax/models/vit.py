@@ -219,7 +219,7 @@ class Vit(nn.Module):
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
         if self.pre_norm:
             x = nn.LayerNorm(**norm, name='pre_norm')(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = layers.Dropout(self.dropout, deterministic=not train)(x)
         x, attention = self.encode(x, self.grid(images.shape[1:]), train, 'attention' in capture)
         if attention is not None:
             out['attention'] = attention
