@@ -17,7 +17,7 @@ line, figures of one chip:
 
 It needs libtpu (extra `plan`) and no TPU. --set FIELD=VALUE changes a field of the model. --peer
 compiles a plain linen encoder (peers.py) with the same optimizer beside it; `of_peer` is then the
-ratio of what the two access.
+ratio of what the two access. --inference compiles the forward pass alone.
 """
 
 import json
@@ -37,6 +37,7 @@ IMAGE = flags.DEFINE_integer('image_size', 224, 'Pixels of a side.')
 CLASSES = flags.DEFINE_integer('classes', 1000, 'Classes.')
 PEER = flags.DEFINE_bool('peer', False, 'A plain linen encoder beside it.')
 SET = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE of the model, JSON or a word.')
+INFERENCE = flags.DEFINE_bool('inference', False, 'The forward pass in place of the step.')
 KEEP = flags.DEFINE_string('keep', None, "Write the compiled program's text to this file.")
 
 
@@ -48,30 +49,38 @@ def value(text):
         return text
 
 
-def measure(name, topology, fields, peer=False):
-    """The figures of one model's step on one topology, or of its peer's."""
-    found, _ = devices.topology(topology)
-    mesh = sharding.make_mesh(found)
-    shape = (IMAGE.value, IMAGE.value, 3)
-    model = models.build(name, num_classes=CLASSES.value, dtype='bfloat16', **fields)
-    model = model.clone(unroll=fields.get('unroll', model.depth))
-    if peer:
-        model = peers.PlainVit(model)
+def lowered(model, peer, mesh):
+    """The step, or the forward pass, of the images of all chips, for the compiler."""
+    shape, size = (IMAGE.value, IMAGE.value, 3), BATCH.value * mesh.size
     tx = optim.make(
         step.abstract_params(model, shape), 10_000, lr=1e-3, warmup=1000, weight_decay=0.1,
         clip=1.0, momentum_dtype='bfloat16',
     )  # fmt: skip
     state_of = peers.replicated if peer else step.abstract_state
     abstract = state_of(model, tx, shape, mesh)
-    size = BATCH.value * len(found)
     batch = {
         'image': jax.ShapeDtypeStruct((size, *shape), jnp.uint8),
         'label': jax.ShapeDtypeStruct((size,), jnp.int32),
         'mask': jax.ShapeDtypeStruct((size,), jnp.float32),
     }
+    if not INFERENCE.value:
+        advance = step.compiled(objectives.supervised(model), tx, abstract, mesh)
+        return advance.lower(abstract, batch)
+    placed = jax.NamedSharding(mesh, sharding.BATCH)
+    images = jax.ShapeDtypeStruct((size, *shape), jnp.uint8, sharding=placed)
+    forward = sharding.on(mesh, lambda params, images: model.apply({'params': params}, images)[0])
+    return jax.jit(forward, out_shardings=placed).lower(abstract.params, images)
+
+
+def measure(name, topology, fields, peer=False):
+    """The figures of one model on one topology, or of its peer's."""
+    found, _ = devices.topology(topology)
+    model = models.build(name, num_classes=CLASSES.value, dtype='bfloat16', **fields)
+    model = model.clone(unroll=fields.get('unroll', model.depth))
+    if peer:
+        model = peers.PlainVit(model)
     began = time.perf_counter()
-    advance = step.compiled(objectives.supervised(model), tx, abstract, mesh)
-    executable = advance.lower(abstract, batch).compile()
+    executable = lowered(model, peer, sharding.make_mesh(found)).compile()
     seconds = time.perf_counter() - began
     text = executable.as_text()
     if KEEP.value:
@@ -85,7 +94,8 @@ def measure(name, topology, fields, peer=False):
     accessed = cost['bytes accessed'] + kernels
     return dict(
         model=f'{name} by flax_mha' if peer else name, topology=topology,
-        batch_per_chip=BATCH.value, image_size=IMAGE.value, **({} if peer else fields),
+        batch_per_chip=BATCH.value, image_size=IMAGE.value,
+        what='forward' if INFERENCE.value else 'train', **({} if peer else fields),
         gflop=round(program.flops / 1e9), gb=round(accessed / 1e9, 2),
         kernels_gb=round(kernels / 1e9, 2), prefetch_gb=round(hlo.prefetch_bytes(text) / 1e9, 2),
         traffic_gb=round(program.traffic / 1e9, 2),
