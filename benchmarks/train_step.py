@@ -11,7 +11,7 @@ against a product of two matrices measured in the same run; peak memory; seconds
 
 Peers (peers.py): flax_mha, a plain linen encoder with the same optimizer; timm, under torch.compile
 with fused AdamW; torch, the same with transformers' ViT, where timm does not import. Their blocks
-come in a row, as ours do by default where an accelerator trains; --variant unroll=1 adds a loop,
+come in a row, as ours do by default on accelerators; --variant unroll=1 adds a loop,
 unroll=12 a row. --inference times forward passes: --batch is a list, of which 1 gives the latency.
 --set FIELD=VALUE,... changes fields of our model; --variant FIELD=VALUE,... adds a variant of it as
 another contender.

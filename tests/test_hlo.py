@@ -1,5 +1,6 @@
 """Reading a compiled program: FLOPs, loops and collectives against what the model must do."""
 
+import re
 from functools import partial
 
 import jax
@@ -118,6 +119,38 @@ def test_by_default_blocks_come_in_a_row_on_accelerators_unless_a_loop_saves_mem
     model = models.build('vit-ti/16', num_classes=8, **FIELDS | dict(unroll=None, remat=remat))
     found, _ = program(model, chips=4, mesh=mesh, topology=topology)
     assert sorted(found.loops.values()) == loops
+
+
+def forward(model, image, batch):
+    """The text of a forward pass on one chip of v5e, compiled."""
+    pytest.importorskip('libtpu')
+    mesh = sharding.make_mesh(devices.topology('v5e:2x2')[0][:1])
+    tx = optim.make(step.abstract_params(model, image), steps=10)
+    params = step.abstract_state(model, tx, image, mesh).params
+    split = jax.NamedSharding(mesh, sharding.BATCH)
+    images = jax.ShapeDtypeStruct((batch, *image), jnp.uint8, sharding=split)
+    run = sharding.on(mesh, lambda params, images: model.apply({'params': params}, images)[0])
+    return jax.jit(run).lower(params, images).compile().as_text()
+
+
+@pytest.mark.slow
+def test_a_forward_pass_on_an_accelerator_has_no_loop_whatever_training_recomputes():
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS | dict(unroll=None, remat='full'))
+    assert not hlo.read(forward(model, IMAGE, BATCH)).loops
+    assert [*hlo.read(forward(model.clone(unroll=1), IMAGE, BATCH)).loops.values()] == [6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('width, together', [(384, True), (768, False)])
+def test_tpus_fuse_the_products_of_an_mlp_where_it_is_narrow(width, together):
+    fields = dict(width=width, mlp_dim=4 * width, depth=1, dtype='bfloat16')
+    model = models.build('vit-ti/16', num_classes=8, **FIELDS | fields)
+    text = forward(model, (112, 112, 3), 64)
+    bodies = {body.split(' ')[0]: body for body in re.split(r'\n(?=%|ENTRY)', text)}
+    multiply = {name for name, body in bodies.items() if ' convolution(' in body}
+    assert len(multiply) >= 4
+    calls = [re.findall(r' fusion\(.* calls=(%[\w.-]+)', bodies[name]) for name in multiply]
+    assert together == any(multiply & set(called) for called in calls)
 
 
 def test_data_parallel_sums_each_gradient_once():

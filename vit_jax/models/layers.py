@@ -18,6 +18,9 @@ from vit_jax.errors import UserError
 from vit_jax.models import attention, quantized
 
 Dtype = Any
+# From this width on TPUs' compiler is kept from fusing an MLP's two products in a forward pass: it
+# makes the first anew for each tile of the second, which pays for narrow ones (RESULTS.md).
+WIDE = 512
 KEPT = ('qkv', 'logits', 'attended', 'projected', 'middle', 'hidden')  # by blocks, see `kept`
 
 
@@ -95,18 +98,18 @@ def by_example(x, *, whole=True):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(('data', 'fsdp'), *rest))
 
 
-def in_a_row(unroll, depth, keeps):
+def in_a_row(unroll, depth, loop):
     """Blocks an iteration of the loop over depth: `unroll`, or where that is None the fastest.
 
-    `keeps` is whether what blocks compute is kept for a gradient. A loop copies that to stacked
-    arrays and out of them again: on accelerators all blocks come in a row then, unless FSDP is to
-    gather the weights of one block at a time. Else it is a loop, which compiles sooner and is no
-    slower on CPUs (benchmarks/RESULTS.md).
+    A loop copies weights of each block out of their stacks, and what is kept for a gradient into
+    stacked arrays and out again: on accelerators all blocks come in a row, unless `loop` asks for
+    one or FSDP is to gather the weights of one block at a time. On CPUs it is a loop, which is no
+    slower there and compiles sooner (benchmarks/RESULTS.md).
     """
     if unroll is not None:
         return unroll
     fsdp = jax.sharding.get_abstract_mesh().shape.get('fsdp', 1)
-    return depth if keeps and fsdp == 1 and attention.target()[0] != 'cpu' else 1
+    return 1 if loop or fsdp > 1 or attention.target()[0] == 'cpu' else depth
 
 
 def kept(primitive, *avals, **params):
@@ -254,6 +257,8 @@ class Mlp(nn.Module):
             if attention.target()[0] == 'cpu':  # keeps y alone; elsewhere it would bar fusions
                 gelu = jax.checkpoint(gelu)
             x = gelu(y)
+        if self.deterministic and width >= WIDE and attention.target()[0] == 'tpu':
+            x = jax.lax.optimization_barrier(x)
         x = Dropout(self.dropout, deterministic=self.deterministic)(x)
         x = checkpoint_name(by_example(nn.Dense(width, **dense, name='fc2')(x)), 'projected')
         return Dropout(self.dropout, deterministic=self.deterministic)(x)

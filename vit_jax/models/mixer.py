@@ -125,7 +125,7 @@ class Mixer(nn.Module):
         )(images.astype(self.dtype))  # fmt: skip
         x = x.reshape(-1, h * w, self.width)  # [B, h, w, D] -> [B, N, D]
         x = out['tokens'] = layers.by_example(x)
-        unroll = layers.in_a_row(self.unroll, self.depth, train)
+        unroll = layers.in_a_row(self.unroll, self.depth, self.is_initializing())
         stack = nn.scan(
             layers.recomputed(MixerBlock, 'none', unroll < self.depth),
             variable_axes={'params': 0},

@@ -249,7 +249,8 @@ class Vit(nn.Module):
         shared = None
         if self.posemb_at == 'shared':
             shared = layers.positions(self, *places, self.width)
-        unroll = layers.in_a_row(self.unroll, self.depth, train and self.remat == 'none')
+        loop = self.is_initializing() or (train and self.remat != 'none')
+        unroll = layers.in_a_row(self.unroll, self.depth, loop)
         stack = nn.scan(
             layers.recomputed(layers.Block, self.remat, unroll < self.depth),
             variable_axes={'params': 0},
