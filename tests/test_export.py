@@ -20,6 +20,7 @@ import vit_jax
 from vit_jax import devices, export, models
 from vit_jax.data import augment, pipeline
 from vit_jax.errors import UserError
+from vit_jax.models import attention
 
 SIZE, CLASSES = 48, ('ant', 'bee', 'cat', 'dog', 'eel', 'fox', 'gnu')
 # In a process that has jax, what jax needs, and nothing else of what is installed.
@@ -319,6 +320,22 @@ def test_every_kind_of_model_is_exported(name, photographs):
     model = model if name.startswith('mixer') else model.clone(attention='xla')
     wanted = by_view(model, params, photographs[:2], size=64)
     np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['vit-ti/16', 'mixer-s/16'])
+def test_its_blocks_are_a_loop_wherever_it_is_made(name, monkeypatch):
+    fields = dict(tokens_mlp_dim=8) if name.startswith('mixer') else dict(num_heads=2)
+    model = models.build(name, num_classes=5, width=32, depth=3, mlp_dim=64, **fields)
+    params = jax.eval_shape(model.init, jax.random.key(1), np.zeros((1, 64, 64, 3)))['params']
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+
+    def loops(**changes):
+        made = export.exported(model.clone(**changes), params, (64, 64))
+        return made.mlir_module().count('stablehlo.while')
+
+    here = loops()
+    monkeypatch.setattr(attention, 'target', lambda: ('tpu', 'TPU v4'))
+    assert loops() == here == 1 + loops(unroll=3)
 
 
 def test_the_compiler_of_tpus_takes_it():

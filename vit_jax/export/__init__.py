@@ -29,8 +29,9 @@ def exported(model, params, size, *, view='central', platforms=PLATFORMS):
 
     Of a model without a head [B, D], its pre_logits; with pool='none' both are those of patches,
     [B, N, K] and [B, N, D]. `view` is a name or dict(name=..., its arguments) of data/augment.py,
-    one of VIEWS, which brings the images to `size` (height, width). Attention is XLA's: a kernel is
-    of one platform. Raises UserError for a view, platform or model that can't be exported.
+    one of VIEWS, which brings the images to `size` (height, width). Attention is XLA's and blocks
+    are a loop, or what `model.unroll` says, wherever the file is made: a kernel is of one platform,
+    and a row slow on CPUs. Raises UserError for a view, platform or model that can't be exported.
     """
     platforms = check_platforms(platforms)
     weight = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
@@ -41,6 +42,8 @@ def exported(model, params, size, *, view='central', platforms=PLATFORMS):
     arguments = view_arguments(view)
     if hasattr(model, 'attention'):
         model = model.clone(attention='xla')
+    if hasattr(model, 'unroll'):
+        model = model.clone(unroll=model.unroll or 1)
 
     def classify(images):
         images = squared(images, size, **arguments)
