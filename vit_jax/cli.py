@@ -10,6 +10,7 @@ import threading
 from absl import app, flags, logging
 
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 
 def split_changes(argv, section):
@@ -35,6 +36,13 @@ def not_lost(unraisable):
         sys.__unraisablehook__(unraisable)
 
 
+class Printable(logging.PythonFormatter):
+    """Log lines, whatever name they hold, without a terminal's escape sequences."""
+
+    def format(self, record):
+        return printable(super().format(record), keep='\n\t')
+
+
 def run(main, section=None):
     """Parses sys.argv, calls main(arguments) and exits with what it returns.
 
@@ -49,11 +57,15 @@ def run(main, section=None):
         return flags.FLAGS(rest)
 
     sys.unraisablehook = not_lost
+    for stream in (sys.stdout, sys.stderr):  # names print where the encoding is ASCII, too
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+    logging.get_absl_handler().setFormatter(Printable())
     logging.set_verbosity(logging.WARNING)  # --verbosity overrules; absl's own default is INFO
     try:
         app.run((lambda argv: main(argv, changes)) if section else main, flags_parser=parse)
     except (UserError, flags.Error) as e:
-        print(f'error: {e}', file=sys.stderr)
+        print('error:', printable(e, keep='\n'), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever read what is printed has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
