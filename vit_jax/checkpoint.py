@@ -21,6 +21,7 @@ from etils import epath
 from vit_jax import storage
 from vit_jax.errors import Lost, UserError
 from vit_jax.optim import leaf_name
+from vit_jax.text import printable
 
 
 @jax.jit
@@ -235,7 +236,7 @@ class Checkpoints:
                 state = self.restore(step, abstract)
             except Damaged as e:
                 message = f'checkpoint {self.path / str(step)} is damaged: {e}'
-                print(message, file=sys.stderr, flush=True)
+                print(printable(message), file=sys.stderr, flush=True)
                 bad.append(step)
                 if jax.process_count() > 1 and step > steps[0]:
                     self.set_aside(bad)
@@ -365,7 +366,7 @@ def to_keep(steps, scores, *, keep, keep_every, largest):
     kept = set(sorted(steps)[-keep:])
     if keep_every:
         kept |= {s for s in steps if s % keep_every == 0}
-    scored = [s for s in sorted(steps) if s in scores]
+    scored = [s for s in sorted(steps) if np.isfinite(scores.get(s, np.nan))]
     if scored:
         kept.add((max if largest else min)(scored, key=scores.get))
     return kept

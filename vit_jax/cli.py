@@ -65,7 +65,8 @@ def run(main, section=None):
     try:
         app.run((lambda argv: main(argv, changes)) if section else main, flags_parser=parse)
     except (UserError, flags.Error) as e:
-        print('error:', printable(e, keep='\n'), file=sys.stderr)
+        own = '\n' if getattr(e, 'several_lines', True) else ''  # absl's have some, too
+        print('error:', printable(e, keep=own), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever read what is printed has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

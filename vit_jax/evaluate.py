@@ -9,7 +9,6 @@ With --out DIR also DIR/NAME.csv of each evaluation of a classifier: a line for 
 images, its accuracy and how often it was taken for each of all classes.
 """
 
-import json
 import time
 
 from absl import flags
@@ -20,6 +19,7 @@ from vit_jax.convert import load as weights
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
+from vit_jax.text import printable, to_json
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'What to evaluate: a path, an address, a name of the catalogue.',
@@ -88,11 +88,11 @@ def main(argv, overrides):
         out.mkdir(parents=True, exist_ok=True)
     results = evaluate(CHECKPOINT.value, config, None if EMA.value else False, out)
     if JSON.value:
-        print(json.dumps({'checkpoint': CHECKPOINT.value, **results}))
+        print(to_json({'checkpoint': CHECKPOINT.value, **results}))
         return
     for name, metrics in results.items():
         for metric, value in metrics.items():
-            print(f'{name}/{metric}  {report.number(value)}')
+            print(f'{printable(name)}/{metric}  {report.number(value)}')
 
 
 if __name__ == '__main__':

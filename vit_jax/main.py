@@ -19,6 +19,7 @@ from absl import flags
 from vit_jax import cli
 from vit_jax import stop as stopping
 from vit_jax.errors import Lost, UserError
+from vit_jax.text import printable
 
 CONFIG = flags.DEFINE_string(
     'config', None, 'Experiment file, with an argument after a colon where it takes one. '
@@ -108,7 +109,7 @@ def run(overrides, stop):
                     print(f'error: {e}', file=sys.stderr)
                     return 3
     except Lost as e:
-        print(f'error: {e}', file=sys.stderr)
+        print('error:', printable(e, keep='\n'), file=sys.stderr)
         return hosts.STATUS
     first = where is None or where.process == 0
     if result is None:

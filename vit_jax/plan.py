@@ -9,7 +9,6 @@ ones. estimate.py says how the times are made of it.
 Exit status 1 where it does not fit; --fit then searches for what would make it fit.
 """
 
-import json
 import sys
 
 import jax
@@ -19,6 +18,7 @@ from vit_jax import cli, devices, estimate, fitting
 from vit_jax import config as configs
 from vit_jax.errors import UserError
 from vit_jax.estimate import size
+from vit_jax.text import to_json
 
 CONFIG = flags.DEFINE_string(
     'config', None, 'Experiment file, with an argument after a colon where it takes one. '
@@ -139,7 +139,7 @@ def main(argv, overrides):
         else:
             say('nothing that was tried fits')
     if JSON.value:
-        print(json.dumps(result | {'command': sys.argv[1:]}))
+        print(to_json(result | {'command': sys.argv[1:]}))
     return 0 if result['memory']['fits'] else 1
 
 

@@ -19,6 +19,7 @@ from vit_jax import devices, storage
 from vit_jax.data import mixture
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
+from vit_jax.text import finite, printable, to_json
 
 VERDICTS = {True: 'pass', False: 'FAIL', None: 'not measured'}  # of a line of `expected`
 
@@ -71,7 +72,7 @@ class Report:
 
     def open(self, start):
         """Rewrites the kept lines in one atomic step, and goes on from there."""
-        text = ''.join(json.dumps(line) + '\n' for line in self.lines)
+        text = ''.join(to_json(line) + '\n' for line in self.lines)
         self.file = storage.Growing(self.path, text.encode())
         folder = self.path.parent / 'tensorboard'
         if not storage.remote(folder):
@@ -158,10 +159,10 @@ class Report:
         return result
 
     def append(self, step, metrics):
-        line = {'step': step, **metrics}
+        line = finite({'step': step, **metrics})
         self.lines.append(line)
         if self.writes:
-            self.file.write((json.dumps(line) + '\n').encode())
+            self.file.write((to_json(line) + '\n').encode())
             values = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
             self.event(step=step, summary=summary_pb2.Summary(value=values))
 
@@ -175,8 +176,9 @@ class Report:
         self.say(f'step {step}  {name}: {text}')
 
     def history(self, key):
-        """{step: value} of a metric."""
-        return {line['step']: line[key] for line in self.lines if key in line}
+        """{step: value} of a metric, NaN where it was not finite."""
+        values = {line['step']: line[key] for line in self.lines if key in line}
+        return {step: math.nan if value is None else value for step, value in values.items()}
 
     def say(self, text):
         self.bar.say(text)
@@ -271,9 +273,9 @@ class Bar:
 
     def say(self, text):
         if self.bar:
-            self.bar.console.print(text, highlight=False, markup=False)
+            self.bar.console.print(printable(text, '\n'), highlight=False, markup=False)
         elif self.shown:
-            print(text, flush=True)
+            print(printable(text, '\n'), flush=True)
 
     def close(self):
         if self.bar:
@@ -281,7 +283,9 @@ class Bar:
 
 
 def number(value):
-    """A count in full, any other number to four digits."""
+    """A count in full, any other number to four digits; None stands for one that is not finite."""
+    if value is None:
+        return 'not finite'
     return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
 
 
@@ -326,10 +330,10 @@ def print_result(path, result):
     """The last words of a run."""
     for key, value in result['metrics'].items():
         if '/' in key:
-            print(f'{key}  {number(value)}')
+            print(f'{printable(key)}  {number(value)}')
     for row in result['expected']:
         expected = f'{row["metric"]} {row["value"]} +- {row["tolerance"]}'
-        print(f'expected {expected}: {VERDICTS[row["pass"]]}')
+        print(f'expected {printable(expected)}: {VERDICTS[row["pass"]]}')
     print(f'{result["seconds"]:.0f} s in all. Result: {path / "result.json"}')
 
 

@@ -14,6 +14,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
 from vit_jax.evaluators import classify
+from vit_jax.text import printable
 
 WIDTH, MARGIN, DPI = 9.0, 0.35, 200
 TITLE, HEADING, KEYS, KEY, CURVES, TICKS, SPACE = 0.55, 0.5, 0.36, 0.17, 1.8, 0.45, 0.25  # heights
@@ -258,7 +259,7 @@ def write(fig, left, baseline, text, *, size, room=WIDTH - 2 * MARGIN, weight='n
 
 def shorten(text, room, size, weight='normal'):
     """The text in one line, cut with an ellipsis where it is wider than `room` inches."""
-    text = ' '.join(str(text).split())
+    text = printable(' '.join(str(text).split()))
     if text_width(text, size, weight) <= room:
         return text
     while text and text_width(text + '…', size, weight) > room:

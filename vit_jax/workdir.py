@@ -15,6 +15,7 @@ from etils import epath
 
 from vit_jax import storage
 from vit_jax.errors import UserError
+from vit_jax.text import to_json
 
 # Differences here leave it the same run: its batches, its model and its optimizer.
 LOWER = ('loss', 'ece', 'exaflops', 'accelerator_hours', 'tpu_core_days')  # is better
@@ -91,7 +92,7 @@ def explained(path):
 
 def write_json(path, value):
     """One object, indented; the file is complete or as it was."""
-    storage.write(path, (json.dumps(value, indent=2) + '\n').encode())
+    storage.write(path, (to_json(value, indent=2) + '\n').encode())
 
 
 def read_json(path):
@@ -134,7 +135,8 @@ def settle_config(path, config, begun, *, allow_change):
     if any(meaning for *_, meaning in changes) and not allow_change:
         raise UserError(
             f'the config differs from the one that {path} was begun with:\n{table(changes)}\n'
-            'Name another workdir, or give --allow_config_change to go on with the new values.'
+            'Name another workdir, or give --allow_config_change to go on with the new values.',
+            several_lines=True,
         )
     if jax.process_index() == 0:
         write_json(path / 'config.json', config.to_dict())

@@ -10,6 +10,7 @@ from absl import flags
 from vit_jax import cli, config, models
 from vit_jax.convert import load, save
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 TO = flags.DEFINE_enum('to', None, list(save.FAMILIES), 'The format to write.')
 LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')
@@ -76,7 +77,7 @@ def main(argv, changes):
             argv[2], found.model, found.params, TO.value, image_size=found.image_size or size(),
             classes=found.classes, config=found.config, fold=FOLD.value,
         )  # fmt: skip
-        print(f'Written: {argv[2]} ({TO.value})')
+        print(f'Written: {printable(argv[2])} ({TO.value})')
 
 
 if __name__ == '__main__':

@@ -28,6 +28,7 @@ from rich import progress
 from vit_jax import caches
 from vit_jax.convert.reasons import foreign, reason, silent
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 FILES = ('.npz', '.safetensors', '.json')  # an address that ends in none of these is a folder
 PICKLED = ('.bin', '.pt', '.pth', '.pkl')
@@ -207,7 +208,8 @@ def held(folder, address):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f'{address}: waiting for another process that is fetching it', file=sys.stderr)
+            said = printable(f'{address}: waiting for another process that is fetching it')
+            print(said, file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
@@ -263,7 +265,8 @@ def use_cached(folder, name, address, reason):
     if not files or None in files.values() or (name and name not in files):
         raise UserError(f'{address} can not be reached ({reason}), and no copy is in the cache')
     date = time.strftime('%Y-%m-%d', time.localtime((folder / '.fetched').stat().st_mtime))
-    print(f'{address} can not be reached ({reason}); using the copy of {date}', file=sys.stderr)
+    said = f'{address} can not be reached ({reason}); using the copy of {date}'
+    print(printable(said), file=sys.stderr)
 
 
 def update(fs, files, folder, address):
@@ -334,7 +337,8 @@ def shown(address, files, size):
     if not files or not sys.stderr.isatty():
         if files:
             names = ', '.join(f.name for f in files)
-            print(f'fetching {address}: {names} ({size:,} bytes)', file=sys.stderr)
+            said = f'fetching {address}: {names} ({size:,} bytes)'
+            print(printable(said), file=sys.stderr)
         yield lambda file, value: None
         return
     bar = progress.Progress(
@@ -347,7 +351,7 @@ def shown(address, files, size):
         console=rich.console.Console(stderr=True),
     )
     with bar:
-        tasks = {f.name: bar.add_task(f.name, total=f.size, start=False) for f in files}
+        tasks = {f.name: bar.add_task(printable(f.name), total=f.size, start=False) for f in files}
 
         def show(file, value):
             bar.start_task(tasks[file.name])

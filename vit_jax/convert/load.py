@@ -13,6 +13,7 @@ from vit_jax.convert import big_vision, fetch, files, hf, official, run, timm
 from vit_jax.convert.documents import class_names, option, read_json, size_option
 from vit_jax.convert.fit import Found, fitted, size_of
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 
 def load(path, *, image_size=None, num_classes=None, keep_pre_logits=False, ema=False, **fields):
@@ -238,7 +239,8 @@ def table(account):
     for (what, detail), members in groups.items():
         some = ', '.join(members[:3]) + (f', ... ({len(members)})' if len(members) > 3 else '')
         lines.append((what, some, detail))
-    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    lines = [tuple(map(printable, line)) for line in lines]
+    widths = [max((len(line[i]) for line in lines), default=0) for i in range(2)]
     return '\n'.join(
         f'{what.ljust(widths[0])}  {which.ljust(widths[1])}  {detail}'
         for what, which, detail in lines

@@ -11,6 +11,7 @@ from vit_jax.convert.files import Array, brief
 from vit_jax.convert.fit import Found
 from vit_jax.convert.pieces import Piece
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 
 def parts(address):
@@ -93,7 +94,7 @@ def sound(root, step, ema):
                 raise UserError(message) from e
             if steps_in(folder)[:1] != steps[:1]:  # the run goes on, and deletes
                 return sound(root, step, ema)
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
     raise UserError(f'none of the {len(steps)} checkpoints in {folder} is sound')
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import glob
-import json
 import os
 import pathlib
 import shutil
@@ -22,6 +21,7 @@ from vit_jax.convert.fit import size_of
 from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError
 from vit_jax.models import layers, mixer, resnet
+from vit_jax.text import to_json
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 FOLDER_FILES = (
@@ -176,7 +176,7 @@ def write_npz(path, arrays, model, size, classes, config):
             np.savez(file, **arrays)
         record = record_of(model, size, classes, config) | {'arrays': zip_digest(part)}
         with complete(path.with_suffix('.json')) as beside:
-            beside.write_text(json.dumps(record, indent=2) + '\n')
+            beside.write_text(to_json(record, indent=2) + '\n')
 
 
 def part_of(path):
@@ -223,7 +223,7 @@ def write_folder(path, format, arrays, model, size, classes, config):
         part.mkdir(parents=True)
         save_file(arrays, part / 'model.safetensors', metadata={'format': 'pt'})
         for name, value in documents.items():
-            (part / name).write_text(json.dumps(value, indent=2) + '\n')
+            (part / name).write_text(to_json(value, indent=2) + '\n')
         for file in part.iterdir():
             with file.open('rb') as stream:
                 os.fsync(stream.fileno())

@@ -7,7 +7,6 @@ changed, as --config.data.view=central.
 """
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from vit_jax import cli, losses, models, objectives
 from vit_jax import config as configs
 from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
+from vit_jax.text import printable, to_json
 
 CONFIG = flags.DEFINE_string('config', None, 'Experiment file or config.json.', required=True)
 STEP = flags.DEFINE_integer('step', 0, 'Which batch; 0 is the first.', lower_bound=0)
@@ -67,6 +67,8 @@ def draw(path, images, found, title):
     """A grid of images [N, H, W, 3] with ids and labels above."""
     try:
         from matplotlib.figure import Figure
+
+        from vit_jax.summary import shorten
     except ModuleNotFoundError as e:
         raise UserError('--show needs matplotlib: pip install "vit_jax[figures]"') from e
     columns = min(8, len(found))
@@ -80,8 +82,9 @@ def draw(path, images, found, title):
             words += ['...'] if len(labels) > 2 else []
             words = words if found[k]['used'] else ['not used']
             axis.imshow(np.clip(images[k] / 255, 0, 1), interpolation='nearest')
-            axis.set_title('\n'.join([str(found[k]['id']), *words]), fontsize=7)
-    figure.suptitle(title, fontsize=9)
+            words = [str(found[k]['id']), *(shorten(word, 1.8, 7) for word in words)]
+            axis.set_title('\n'.join(words), fontsize=7, parse_math=False)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as e:
@@ -99,10 +102,11 @@ def main(argv, changes):
     found = list(rows(batch, weights, source, COUNT.value))
     for row in found:
         if JSON.value:
-            print(json.dumps(row))
+            print(to_json(row))
         else:
-            labels = ', '.join(f'{k} {v:g}' for k, v in row['labels'].items())
-            print(f'{row["id"]:>10}  {row["name"]}  {labels}{"" if row["used"] else "  NOT USED"}')
+            labels = ', '.join(f'{printable(k)} {v:g}' for k, v in row['labels'].items())
+            used = '' if row['used'] else '  NOT USED'
+            print(f'{row["id"]:>10}  {printable(row["name"])}  {labels}{used}')
     if SHOW.value:
         title = f'{mixture.title(config.data.source)}, step {STEP.value}'
         draw(epath.Path(SHOW.value).expanduser(), images, found, title)

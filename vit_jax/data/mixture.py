@@ -7,6 +7,7 @@ import numpy as np
 
 from vit_jax.data import sources
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 
 class Part(NamedTuple):
@@ -87,5 +88,6 @@ def load(*, mixture: dict | None = None, **source):
 
 
 def title(source):
-    """What a person would call the data set of a config's section."""
-    return ' + '.join(source['mixture']) if 'mixture' in source else source['name']
+    """What a person would call the data set of a config's section, in one line."""
+    names = ' + '.join(source['mixture']) if 'mixture' in source else source['name']
+    return printable(names)

@@ -22,6 +22,7 @@ from grain.experimental import index_shuffle
 from vit_jax.data import distort, images
 from vit_jax.data.augment import VIEWS
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 
 def size_of(image_size):
@@ -370,5 +371,5 @@ def usable(feed, source, tolerance):
                         f'{source.name(int(i))}: {error} ({len(bad)} of {len(source)} examples '
                         f'so far; tolerance is {tolerance:g})'
                     )
-                logging.warning('skipped %s: %s', source.name(int(i)), error)
+                logging.warning('skipped %s', printable(f'{source.name(int(i))}: {error}'))
         yield batch

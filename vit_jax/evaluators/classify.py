@@ -13,6 +13,7 @@ from vit_jax import losses, sharding, step
 from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
+from vit_jax.text import cell
 
 MOST_CONFUSED = 2000  # classes: 4 million numbers
 
@@ -176,13 +177,14 @@ def by_class(found, classes, count):
     """CSV, a line a class: images, accuracy, how often it was taken for each of `count` classes
     (where they are at most MOST_CONFUSED).
 
-    `found` is what `Classify.predictions` gives, `classes` the names, or None.
+    `found` is what `Classify.predictions` gives, `classes` the names, or None; they are written as
+    `text.cell` has them.
     """
     prediction = found['prediction']
     labels = one_label(found['label'], prediction)
     images = np.bincount(labels[labels >= 0], minlength=count)
     hits = np.bincount(labels[labels == prediction], minlength=count)
-    names = [class_name(classes, i) for i in range(count)]
+    names = [cell(class_name(classes, i)) for i in range(count)]
     few = count <= MOST_CONFUSED
     counts = confusion(labels, prediction, count).tolist() if few else [()] * count
     file = io.StringIO()

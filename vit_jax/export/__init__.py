@@ -10,13 +10,13 @@ Shapes: B batch, H W image, C channels, K classes, D width.
 """
 
 import io
-import json
 import zipfile
 
 import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.text import to_json
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 VIEWS = ('central', 'resize')
@@ -72,7 +72,7 @@ def serialised(exported, metadata):
     file = io.BytesIO(exported.serialize(vjp_order=0))
     with zipfile.ZipFile(file, 'a') as archive:
         entry = zipfile.ZipInfo('metadata.json')  # dated 1980: the same model gives the same bytes
-        archive.writestr(entry, json.dumps(metadata, indent=2) + '\n')
+        archive.writestr(entry, to_json(metadata, indent=2) + '\n')
     return file.getvalue()
 
 

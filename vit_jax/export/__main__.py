@@ -29,6 +29,7 @@ from vit_jax import cli, export, models, storage, workdir
 from vit_jax.convert import load as weights
 from vit_jax.convert.save import complete
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 DEFAULT_SIZE = 224  # of a model that fits any
 
@@ -103,7 +104,7 @@ def main(argv):
     write(path, data)
     (images,), (output,) = exported.in_avals, exported.out_avals
     print(
-        f'Written: {path} ({len(data) / 1e6:.1f} MB, for {", ".join(platforms)}): '
+        f'Written: {printable(path)} ({len(data) / 1e6:.1f} MB, for {", ".join(platforms)}): '
         f'{images.dtype}{list(images.shape)} -> {about["output"]} {output.dtype}'
         f'{list(output.shape)}'
         + ('; the checkpoint has no head' if found.model.num_classes is None else '')
