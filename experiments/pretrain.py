@@ -133,7 +133,7 @@ def get_config(arg='b/16'):
     loss = 'sigmoid' if data.startswith('jft') else 'softmax'
     config.objective = dict(loss=loss)
     config.evals = dict(
-        val=dict(source=dict(name=name, split=val), view='central', loss=loss, every=20_000)
+        val=dict(source=dict(name=name, split=val), view='central', every=20_000)
     )
     if data == 'i1k':
         config.evals.test = dict(

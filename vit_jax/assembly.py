@@ -49,7 +49,7 @@ def make(config, source=None, devices=None):
     tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
     abstract = step.abstract_state(model, tx, shape, mesh)
     evals = {
-        name: configs.EVALUATORS[kwargs.type](model, mesh, source.classes, **kwargs)
+        name: evaluation(model, mesh, source.classes, config.objective.loss, kwargs)
         for name, kwargs in config.evals.items()
     }
     best = config.checkpoint.best
@@ -57,6 +57,14 @@ def make(config, source=None, devices=None):
         names = ', '.join(f'{name}/accuracy' for name in evals) or 'none without evals'
         raise UserError(f'checkpoint.best is {best!r}, no metric of an evaluation: {names}')
     return Parts(source, steps, mesh, model, shape, objective, tx, abstract, evals)
+
+
+def evaluation(model, mesh, classes, loss, settings):
+    """An evaluation by its section of a config; `loss` is that of training, its own default."""
+    settings = dict(settings)
+    if settings.get('loss', loss) is None:
+        settings['loss'] = loss
+    return configs.EVALUATORS[settings['type']](model, mesh, classes, **settings)
 
 
 def check_partners(config):

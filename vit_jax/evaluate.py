@@ -13,7 +13,7 @@ import time
 
 from absl import flags
 
-from vit_jax import cli, report, sharding, storage, workdir
+from vit_jax import assembly, cli, report, sharding, storage, workdir
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.data import pipeline
@@ -45,7 +45,8 @@ def evaluate(checkpoint, config, ema=None, out=None):
         if size not in loaded:
             loaded = {size: read(checkpoint, size, config.model, ema)}
         found = loaded[size]
-        evaluation = configs.EVALUATORS[kwargs.type](found.model, mesh, found.classes, **kwargs)
+        loss = found.loss or config.objective.loss
+        evaluation = assembly.evaluation(found.model, mesh, found.classes, loss, kwargs)
         began = time.perf_counter()
         metrics = evaluation(found.params)
         seconds = time.perf_counter() - began

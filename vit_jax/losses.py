@@ -44,7 +44,16 @@ def sigmoid_xent(logits, labels, *, label_smoothing=0.0):
 
 
 LOSSES = {'softmax': softmax_xent, 'sigmoid': sigmoid_xent}
+PROBABILITIES = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
 TARGETS = {'softmax': distribution, 'sigmoid': targets}  # what each makes of labels
+
+
+def probabilities(logits: jax.Array, loss: str | None = None) -> jax.Array:
+    """What a classifier trained with a loss of LOSSES says of each class, float32 [B, K].
+
+    None: nothing tells what it was trained with, and a softmax is taken.
+    """
+    return PROBABILITIES[loss or 'softmax'](logits.astype(jnp.float32))
 
 
 def hits(logits, labels):

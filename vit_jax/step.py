@@ -143,7 +143,7 @@ def eval_step(params, batch, *, model, loss='softmax', among=None):
     mask = batch['mask'].astype(jnp.float32) * jnp.any(several >= 0, axis=1)
     hits = losses.hits(logits, labels) * mask
     _, best = jax.lax.top_k(logits, min(5, classes))
-    confidence = jnp.max(jax.nn.softmax(logits), axis=-1)
+    confidence = jnp.max(losses.probabilities(logits, loss), axis=-1)
     bins = jnp.clip((confidence * BINS).astype(int), 0, BINS - 1)
     sums = {
         'accuracy': jnp.sum(hits),

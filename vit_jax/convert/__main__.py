@@ -75,7 +75,7 @@ def main(argv, changes):
     if len(argv) == 3:
         save.save(
             argv[2], found.model, found.params, TO.value, image_size=found.image_size or size(),
-            classes=found.classes, config=found.config, fold=FOLD.value,
+            classes=found.classes, config=found.config, loss=found.loss, fold=FOLD.value,
         )  # fmt: skip
         print(f'Written: {printable(argv[2])} ({TO.value})')
 

@@ -17,6 +17,11 @@ KINDS = {  # of values in JSON files, by what a message calls them
 }
 
 
+PROBLEMS = {  # transformers' problem_type, by the loss that a classifier is trained with
+    'softmax': 'single_label_classification', 'sigmoid': 'multi_label_classification',
+}  # fmt: skip
+
+
 def read_json(path):
     """The object in a file, {} where there is none."""
     try:
@@ -70,6 +75,11 @@ def size_option(config, key, file='config.json'):
         wanted = 'a number of pixels or [height, width]'
         raise UserError(f'{file}: {key} is {brief(repr(value))}, not {wanted}')
     return tuple(pair)
+
+
+def loss_said(config: dict) -> str | None:
+    """The loss of a classifier by its problem_type in config.json, None where that is unknown."""
+    return {v: k for k, v in PROBLEMS.items()}.get(str(config.get('problem_type')))
 
 
 def class_names(values):

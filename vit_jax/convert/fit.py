@@ -29,6 +29,7 @@ class Loaded(NamedTuple):
     image_size: tuple | None  # (height, width) of the parameters, None where any fits
     classes: tuple | None  # names by label
     config: dict | None  # of the run that made them
+    loss: str | None = None  # the head was trained with: 'softmax' or 'sigmoid'; None: unknown
 
     @property
     def view(self):
@@ -51,6 +52,14 @@ class Found(NamedTuple):
     image_size: tuple | None
     classes: tuple | None
     config: dict | None
+    loss: str | None = None  # where the file itself tells; else as the config says
+
+
+def loss_of(config: dict | None) -> str | None:
+    """'softmax' or 'sigmoid', what the run of a config trains a classifier with; None: unknown."""
+    objective = (config or {}).get('objective')
+    loss = objective.get('loss') if isinstance(objective, dict) else None
+    return loss if loss in ('softmax', 'sigmoid') else None
 
 
 def size_of(image_size, name='image_size'):
@@ -93,7 +102,8 @@ def fitted(found, path, *, fields, image_size, num_classes, keep_pre_logits, sou
     classes = found.classes if not fresh else None
     if classes is not None and len(classes) != model.num_classes:
         classes = None
-    return Loaded(model, params, account, found.family, size, classes, found.config)
+    loss = None if 'head' in fresh else found.loss or loss_of(found.config)
+    return Loaded(model, params, account, found.family, size, classes, found.config, loss)
 
 
 def understand(found, fields, source_image_size):

@@ -10,7 +10,14 @@ import re
 from absl import logging
 
 from vit_jax.convert import big_vision, fetch, files, hf, official, run, timm
-from vit_jax.convert.documents import class_names, option, read_json, size_option
+from vit_jax.convert.documents import (
+    PROBLEMS,
+    class_names,
+    loss_said,
+    option,
+    read_json,
+    size_option,
+)
 from vit_jax.convert.fit import Found, fitted, size_of
 from vit_jax.errors import UserError
 from vit_jax.text import printable
@@ -174,6 +181,7 @@ def npz(arrays, tower, record):
         image_size=size_option(record, 'image_size', 'the .json beside it'),
         classes=class_names(record.get('classes')),
         config=option(record, 'config', 'an object', file='the .json beside it'),
+        loss=record.get('loss') if record.get('loss') in PROBLEMS else None,
     )  # fmt: skip
     tidy = official.tidy(arrays) if tower is None else {}
     if official.matches(tidy):
@@ -200,7 +208,7 @@ def timm_folder(arrays, config, record):
     return Found(
         'timm', kind, fields, arrays, timm.pieces, timm.table_rows(arrays),
         {}, timm.image_size(config),
-        class_names(config.get('label_names')), record,
+        class_names(config.get('label_names')), record, loss_said(config),
     )  # fmt: skip
 
 
@@ -216,7 +224,7 @@ def hf_folder(arrays, config, processor, record):
             found = None
     return Found(
         'hf', kind, fields, tidy, hf.pieces, hf.table_rows(tidy), explained(tidy, hf.UNUSED),
-        hf.image_size(config), class_names(found), record,
+        hf.image_size(config), class_names(found), record, loss_said(config),
     )  # fmt: skip
 
 

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vit_jax.convert import big_vision, hf, official, timm
+from vit_jax.convert.documents import PROBLEMS
 from vit_jax.convert.fetch import alive
 from vit_jax.convert.files import zip_digest
-from vit_jax.convert.fit import size_of
+from vit_jax.convert.fit import loss_of, size_of
 from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError
 from vit_jax.models import layers, mixer, resnet
@@ -38,13 +39,15 @@ def save(
     image_size=None,
     classes=None,
     config=None,
+    loss=None,
     fold=False,
 ):
     """Writes a checkpoint: 'official' and 'big_vision' an .npz, 'timm' and 'hf' a folder.
 
     Beside the weights goes what is needed to use them: input size and normalisation, `classes`
-    (names by label) and the `config` of the run that made them, in NAME.json beside an .npz and in
-    the JSON files of a folder. `image_size` (int or (height, width)) is read from a square
+    (names by label), the `loss` that the head was trained with ('softmax' or 'sigmoid'; by the
+    config if not given) and the `config` of the run that made them, in NAME.json beside an .npz
+    and in the JSON files of a folder. `image_size` (int or (height, width)) is read from a square
     position table where it is not given. Whatever the format can not express is a UserError, which
     names it; with `fold`, positions that are computed or absent are written as a table, and a
     class token that has a position as one without, which changes no output. What stood at `path`
@@ -65,6 +68,9 @@ def save(
         model, params = folded(model, params, format, size)
     check(model, format)
     expected(model, params, size)
+    loss = loss_of(config) if loss is None else loss
+    if loss is not None and loss not in PROBLEMS:
+        raise UserError(f'loss is {loss!r}, not one of {", ".join(PROBLEMS)}')
     family = FAMILIES[format]
     arrays = extract(family.pieces(model), params)
     if classes is not None and len(classes) != model.num_classes:
@@ -73,14 +79,16 @@ def save(
         if path.suffix != '.npz':
             raise UserError(f'{path}: format {format} is one file, name it with .npz')
         prefix = 'params/' if format == 'big_vision' else ''
-        write_npz(path, {prefix + n: a for n, a in arrays.items()}, model, size, classes, config)
+        record = record_of(model, size, classes, config, loss)
+        write_npz(path, {prefix + n: a for n, a in arrays.items()}, record)
         return
     if path.suffix in ('.npz', '.safetensors'):
         raise UserError(f'{path}: format {format} is a folder, name it without {path.suffix}')
     if size is None:
         raise UserError(f'format {format} states an image size; give image_size=...')
     arrays = hf_arrays(model, arrays) if format == 'hf' else timm.unbiased(model, arrays)
-    write_folder(path, format, arrays, model, size, classes, config)
+    documents = documents_of(format, model, size, classes, config, loss)
+    write_folder(path, arrays, documents)
 
 
 def table_size(model, params):
@@ -160,21 +168,21 @@ def hf_arrays(model, arrays):
     return arrays
 
 
-def record_of(model, size, classes, config):
+def record_of(model, size, classes, config, loss):
     """What goes beside the weights, as JSON has it."""
     return dict(
         image_size=list(size) if size else None, mean=list(model.mean), std=list(model.std),
-        classes=list(classes) if classes else None, config=config,
+        classes=list(classes) if classes else None, loss=loss, config=config,
     )  # fmt: skip
 
 
-def write_npz(path, arrays, model, size, classes, config):
+def write_npz(path, arrays, record):
     """path and, beside it, what is needed to use it; the .npz last, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete(path) as part:
         with part.open('wb') as file:
             np.savez(file, **arrays)
-        record = record_of(model, size, classes, config) | {'arrays': zip_digest(part)}
+        record = record | {'arrays': zip_digest(part)}
         with complete(path.with_suffix('.json')) as beside:
             beside.write_text(to_json(record, indent=2) + '\n')
 
@@ -203,7 +211,19 @@ def complete(path):
         part.unlink(missing_ok=True)
 
 
-def write_folder(path, format, arrays, model, size, classes, config):
+def documents_of(format, model, size, classes, config, loss):
+    """{name: value} of the JSON files of a folder."""
+    documents = {'config.json': FAMILIES[format].config_of(model, size, classes)}
+    if loss is not None:
+        documents['config.json']['problem_type'] = PROBLEMS[loss]
+    if format == 'hf':
+        documents['preprocessor_config.json'] = hf.processor_of(model, size)
+    if config is not None:
+        documents['run_config.json'] = config
+    return documents
+
+
+def write_folder(path, arrays, documents):
     """A folder with model.safetensors and its JSON files, in one step."""
     if path.exists():
         strange = [p.name for p in path.iterdir() if p.name not in FOLDER_FILES] if path.is_dir() \
@@ -212,11 +232,6 @@ def write_folder(path, format, arrays, model, size, classes, config):
             raise UserError(
                 f'{path} holds {strange[0]!r}, which no export wrote; name another folder'
             )
-    documents = {'config.json': FAMILIES[format].config_of(model, size, classes)}
-    if format == 'hf':
-        documents['preprocessor_config.json'] = hf.processor_of(model, size)
-    if config is not None:
-        documents['run_config.json'] = config
     path = path.absolute()
     part = part_of(path)
     try:

@@ -51,7 +51,8 @@ class Classify:
 
     `classes` are the names of the model's. With `subset` only those classes are predicted that
     occur in the data, as of ImageNet-A and -R, whose 200 have numbers among all 1,000; a data set
-    whose class names are some of the model's is always so.
+    whose class names are some of the model's is always so. `loss` is that of training if not given
+    ('softmax' where nothing tells), and says what a probability is: of a softmax or a sigmoid.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Classify:
         image_size: int | tuple,
         batch_size: int,
         view: str | dict = 'resize',
-        loss: str = 'softmax',
+        loss: str | None = None,
         subset: bool = False,
         every: int = 0,
         threads: int | None = None,
@@ -73,7 +74,7 @@ class Classify:
         prefetch: int = 8,
         tolerance: float = 0.0,
     ):
-        if loss not in losses.LOSSES:
+        if loss is not None and loss not in losses.LOSSES:
             raise UserError(f'evals: loss is {loss!r}, not one of {", ".join(losses.LOSSES)}')
         self.mesh, self.every = mesh, every
         self.source = mixture.load(**source)
@@ -94,7 +95,10 @@ class Classify:
         )  # fmt: skip
         among = None if among is None else jnp.asarray(among[among >= 0])
         self.step = jax.jit(
-            sharding.on(mesh, partial(step.eval_step, model=model, loss=loss, among=among)),
+            sharding.on(
+                mesh,
+                partial(step.eval_step, model=model, loss=loss or 'softmax', among=among),
+            ),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 
@@ -138,8 +142,8 @@ class Classify:
 def summary(total):
     """{'accuracy', 'top5', 'loss', 'ece', 'class_accuracy', 'examples'} of `eval_step`'s sums.
 
-    `ece` is the expected calibration error of the softmax; `class_accuracy` the mean accuracy of
-    the classes that occur, where an image has one label.
+    `ece` is the expected calibration error of the probabilities; `class_accuracy` the mean accuracy
+    of the classes that occur, where an image has one label.
     """
     count = total['examples']
     if not count:

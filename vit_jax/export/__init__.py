@@ -15,6 +15,7 @@ import zipfile
 import jax
 import jax.numpy as jnp
 
+from vit_jax import losses
 from vit_jax.errors import UserError
 from vit_jax.text import to_json
 
@@ -24,12 +25,13 @@ LIMIT = 2**31 - 2**24  # bytes of weights: the format addresses two gigabytes
 CUT = 2**-10  # as in data/images.py
 
 
-def exported(model, params, size, *, view='central', platforms=PLATFORMS):
+def exported(model, params, size, *, view='central', loss=None, platforms=PLATFORMS):
     """jax.export.Exported: uint8 [B, H, W, C] of any B, H, W -> float32 [B, K], probabilities.
 
     Of a model without a head [B, D], its pre_logits; with pool='none' both are those of patches,
-    [B, N, K] and [B, N, D]. `view` is a name or dict(name=..., its arguments) of data/augment.py,
-    one of VIEWS, which brings the images to `size` (height, width). Attention is XLA's and blocks
+    [B, N, K] and [B, N, D]. `loss` is that with which the head was trained: it says whether
+    probabilities are of a softmax or a sigmoid. `view` is a name or dict(name=..., its arguments)
+    of data/augment.py, one of VIEWS, which brings the images to `size` (height, width). Attention is XLA's and blocks
     are a loop, or what `model.unroll` says, wherever the file is made: a kernel is of one platform,
     and a row slow on CPUs. Raises UserError for a view, platform or model that can't be exported.
     """
@@ -48,8 +50,9 @@ def exported(model, params, size, *, view='central', platforms=PLATFORMS):
     def classify(images):
         images = squared(images, size, **arguments)
         output, _ = model.apply({'params': params}, model.normalise(images))
-        output = output.astype(jnp.float32)
-        return output if model.num_classes is None else jax.nn.softmax(output)
+        if model.num_classes is None:
+            return output.astype(jnp.float32)
+        return losses.probabilities(output, loss)
 
     channels = len(model.mean)
     shape = jax.export.symbolic_shape(f'b, h, w, {channels}')

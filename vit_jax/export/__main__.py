@@ -9,8 +9,9 @@ NVIDIA or a TPU, the file is used by
 with uint8 images [B, H, W, 3] of any number and size, as they were decoded: the view (a central
 crop or, with --view=resize, the whole image squeezed, which leaves images of the model's size as
 they are) and the normalisation are in the file. Each new [B, H, W] is compiled when it is first
-seen. The probabilities are float32 [B, K], as vit_jax.predict has them; a checkpoint without a head
-gives its features before the head, [B, D]. Names of the classes, and where the file is from:
+seen. The probabilities are float32 [B, K], of a softmax or, where the model was trained with one,
+a sigmoid, as vit_jax.predict has them; a checkpoint without a head gives its features before the
+head, [B, D]. Names of the classes, and where the file is from:
 
     json.loads(zipfile.ZipFile(FILE).read('metadata.json'))['classes']
 
@@ -81,6 +82,7 @@ def metadata(found, size, view, platforms):
     return dict(
         classes=found.classes and list(found.classes),
         output='pre_logits' if found.model.num_classes is None else 'probabilities',
+        loss=found.loss,  # that the head was trained with: of a softmax or a sigmoid
         image_size=list(size), view=view, platforms=platforms, dtype=found.model.dtype,
         model=models.describe(found.model)['name'], checkpoint=CHECKPOINT.value,
         versions=dict(vit_jax=vit_jax.__version__, jax=jax.__version__),
@@ -98,7 +100,9 @@ def main(argv):
     )
     size = found.image_size or (SIZE.value or DEFAULT_SIZE,) * 2
     view = VIEW.value or found.view
-    exported = export.exported(found.model, found.params, size, view=view, platforms=platforms)
+    exported = export.exported(
+        found.model, found.params, size, view=view, loss=found.loss, platforms=platforms
+    )
     about = metadata(found, size, view, platforms)
     data = export.serialised(exported, about)
     write(path, data)
