@@ -21,18 +21,6 @@ from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.text import printable, to_json
 
-CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, 'What to evaluate: a path, an address, a name of the catalogue.',
-    required=True,
-)  # fmt: skip
-CONFIG = flags.DEFINE_string('config', None, 'Experiment file, or a config.json, with evals.')
-EMA = flags.DEFINE_bool(
-    'ema', True, 'Of a run: the moving average of the parameters where one was kept, as its own '
-    'evaluations do.',
-)  # fmt: skip
-OUT = flags.DEFINE_string('out', None, 'Folder for the confusion of classes, a CSV an evaluation.')
-JSON = flags.DEFINE_bool('json', False, 'Print one JSON object in place of a table.')
-
 
 def evaluate(checkpoint, config, ema=None, out=None):
     """{name: {metric: value}} of the evaluations of a complete config; `out` as --out."""
@@ -81,15 +69,16 @@ def settings_of(path, checkpoint, overrides):
 
 
 def main(argv, overrides):
+    options = flags.FLAGS
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}; flags begin with --')
-    config = settings_of(CONFIG.value, CHECKPOINT.value, overrides)
-    out = OUT.value and workdir.located(OUT.value)
+    config = settings_of(options.config, options.checkpoint, overrides)
+    out = options.out and workdir.located(options.out)
     if out and not storage.remote(out):
         out.mkdir(parents=True, exist_ok=True)
-    results = evaluate(CHECKPOINT.value, config, None if EMA.value else False, out)
-    if JSON.value:
-        print(to_json({'checkpoint': CHECKPOINT.value, **results}))
+    results = evaluate(options.checkpoint, config, None if options.ema else False, out)
+    if options.json:
+        print(to_json({'checkpoint': options.checkpoint, **results}))
         return
     for name, metrics in results.items():
         for metric, value in metrics.items():
@@ -97,4 +86,15 @@ def main(argv, overrides):
 
 
 if __name__ == '__main__':
+    flags.DEFINE_string(
+        'checkpoint', None, 'What to evaluate: a path, an address, a name of the catalogue.',
+        required=True,
+    )  # fmt: skip
+    flags.DEFINE_string('config', None, 'Experiment file, or a config.json, with evals.')
+    flags.DEFINE_bool(
+        'ema', True, 'Of a run: the moving average of the parameters where one was kept, as its '
+        'own evaluations do.',
+    )  # fmt: skip
+    flags.DEFINE_string('out', None, 'Folder for the confusion of classes, a CSV an evaluation.')
+    flags.DEFINE_bool('json', False, 'Print one JSON object in place of a table.')
     cli.run(main, 'config')

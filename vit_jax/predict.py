@@ -1,10 +1,16 @@
 """Says what is in images: python -m vit_jax.predict --checkpoint X IMAGE...
 
-X is anything that vit_jax.load takes. Images are files, or folders of them. The most likely classes
-come with their probabilities, by name where names are known; --json prints one object an image.
+X is anything that vit_jax.load takes. Images are files, folders of them, or their addresses. The
+most likely classes come with their probabilities (of a softmax, or of a sigmoid where the model was
+trained with one), by name where names are known; --json prints one JSON object an image, with names
+exactly as they are. An image that can't be read is named on stderr and left out, and the exit
+status is then 2.
 """
 
-import json
+import collections
+import concurrent.futures
+import contextlib
+import itertools
 import sys
 
 import jax
@@ -13,82 +19,127 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from vit_jax import cli
+from vit_jax import cli, losses
 from vit_jax.convert import load as weights
-from vit_jax.data import files, pipeline
+from vit_jax.data import crew, files, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
-
-CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, 'What to predict with: a path, an address, a name of the catalogue.',
-    required=True,
-)  # fmt: skip
-TOP = flags.DEFINE_integer('top', 5, 'Classes to name for each image.', lower_bound=1)
-BATCH = flags.DEFINE_integer('batch_size', 32, 'Images a step.', lower_bound=1)
-SIZE = flags.DEFINE_integer('image_size', None, "Pixels a side, if not the checkpoint's own.")
-VIEW = flags.DEFINE_string(
-    'view', None, 'How an image becomes a square: central (crop, the default) or resize (squeeze). '
-    'Of a run: as its first evaluation does.',
-)  # fmt: skip
-EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
-JSON = flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
+from vit_jax.text import printable, to_json
 
 
-def probabilities(model, params, images, batch_size):
-    """Yields float32 [K] for each of the images [H, W, 3], computed in batches of one size."""
+def read_ahead(paths, view, count):
+    """Yields (path, uint8 [H, W, 3]) in order, `count` of them read ahead by threads.
+
+    In place of an image that can't be read stands its UserError.
+    """
+
+    def pixels(path):
+        try:
+            return files.pixels(path, view)
+        except UserError as e:
+            return e
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = collections.deque()
+        for path in paths:
+            waiting.append((path, pool.submit(pixels, path)))
+            if len(waiting) > count:
+                path, image = waiting.popleft()
+                yield path, image.result()
+        for path, image in waiting:
+            yield path, image.result()
+
+
+def predicted(model, params, images, batch_size, loss=None):
+    """Yields (path, probabilities float32 [K]) of what `read_ahead` yields, or (path, UserError).
+
+    Batches are of one size, which is compiled once; `loss` is that of training.
+    """
 
     @jax.jit
     def step(params, batch):
         logits, _ = model.apply({'params': params}, model.normalise(batch))
-        return jax.nn.softmax(logits.astype(np.float32))
+        return losses.probabilities(logits, loss)
 
-    batch = []
-
-    def run():
-        padded = batch + [batch[-1]] * (batch_size - len(batch))
-        return np.asarray(step(params, np.stack(padded)))[: len(batch)]
-
-    for image in images:
-        batch.append(image)
-        if len(batch) == batch_size:
-            yield from run()
-            batch.clear()
-    if batch:
-        yield from run()
+    while group := list(itertools.islice(images, batch_size)):
+        yield from (pair for pair in group if isinstance(pair[1], UserError))
+        paths, batch = [], []
+        for path, image in group:
+            if not isinstance(image, UserError):
+                paths.append(path)
+                batch.append(image)
+        if batch:
+            batch += batch[-1:] * (batch_size - len(batch))
+            yield from zip(paths, np.asarray(step(params, np.stack(batch))), strict=False)
 
 
 def main(argv):
+    options = flags.FLAGS
     if not argv[1:]:
         raise UserError('no image is named; give paths of images or folders')
     paths = files.found(argv[1:])
-    ema = None if EMA.value else False
-    found = weights.read(CHECKPOINT.value, image_size=SIZE.value, ema=ema)
+    ema = None if options.ema else False
+    found = weights.read(options.checkpoint, image_size=options.image_size, ema=ema)
     if found.model.num_classes is None:
-        raise UserError(f'{CHECKPOINT.value} has no head, so it knows no classes')
+        raise UserError(f'{options.checkpoint} has no head, so it knows no classes')
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
-    view = pipeline.make_view(found.view if VIEW.value is None else VIEW.value, size)
-    stream = (files.pixels(path, view) for path in paths)
-    top = min(TOP.value, found.model.num_classes)
-    results = probabilities(found.model, found.params, stream, min(BATCH.value, len(paths)))
-    for path, values in zip(paths, results, strict=True):
-        best = np.argsort(-values, kind='stable')[:top]
-        rows = [(int(i), classify.class_name(found.classes, i), float(values[i])) for i in best]
-        if JSON.value:
-            classes = [dict(index=i, name=n, probability=p) for i, n, p in rows]
-            print(json.dumps({'image': str(path), 'top': classes}), flush=True)
-        else:
-            show(path, rows)
+    view = pipeline.make_view(found.view if options.view is None else options.view, size)
+    batch_size = min(options.batch_size, len(paths))
+    images = read_ahead(paths, view, 2 * batch_size)
+    results = predicted(found.model, found.params, images, batch_size, found.loss)
+    failed = 0
+    with progress(len(paths)) as advance:
+        for path, values in results:
+            if isinstance(values, UserError):
+                if len(paths) == 1:
+                    raise values
+                print(f'skipped: {printable(values)}', file=sys.stderr)
+                failed += 1
+            else:
+                show(path, values, found.classes, options.top)
+            advance(1)
+    if failed:
+        raise UserError(f'{failed:,} of {len(paths):,} images can not be read')
 
 
-def show(path, rows):
-    """One image's classes as a table."""
+@contextlib.contextmanager
+def progress(total):
+    """Gives `advance(count)`: a bar on a terminal to which no results go."""
+    if total == 1 or sys.stdout.isatty() or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    with crew.Bar('images', total) as bar:
+        yield bar.add
+
+
+def show(path, values, classes, top):
+    """Prints the `top` classes of an image by their probabilities [K]."""
+    best = np.argsort(-values, kind='stable')[:top]
+    rows = [(int(i), classify.class_name(classes, i), float(values[i])) for i in best]
+    if flags.FLAGS.json:
+        found = [dict(index=i, name=n, probability=p) for i, n, p in rows]
+        print(to_json({'image': str(path), 'top': found}), flush=True)
+        return
     table = Table(box=None, pad_edge=False, show_header=False)
     for _, name, probability in rows:
-        table.add_row(f'{probability:7.2%}', name)
-    console = Console(file=sys.stdout, highlight=False, markup=False)
-    console.print(str(path))
+        table.add_row(f'{probability:7.2%}', printable(name))
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console.print(printable(path), soft_wrap=True)
     console.print(table)
 
 
 if __name__ == '__main__':
+    flags.DEFINE_string(
+        'checkpoint', None, 'What to predict with: a path, an address, a name of the catalogue.',
+        required=True,
+    )  # fmt: skip
+    flags.DEFINE_integer('top', 5, 'Classes to name for each image.', lower_bound=1)
+    flags.DEFINE_integer('batch_size', 32, 'Images a step.', lower_bound=1)
+    flags.DEFINE_integer('image_size', None, "Pixels a side, if not the checkpoint's own.")
+    flags.DEFINE_string(
+        'view', None, 'How an image becomes a square: central (crop, the default) or resize '
+        '(squeeze). Of a run: as its first evaluation does.',
+    )  # fmt: skip
+    flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
+    flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
     cli.run(main)

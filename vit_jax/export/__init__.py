@@ -31,9 +31,10 @@ def exported(model, params, size, *, view='central', loss=None, platforms=PLATFO
     Of a model without a head [B, D], its pre_logits; with pool='none' both are those of patches,
     [B, N, K] and [B, N, D]. `loss` is that with which the head was trained: it says whether
     probabilities are of a softmax or a sigmoid. `view` is a name or dict(name=..., its arguments)
-    of data/augment.py, one of VIEWS, which brings the images to `size` (height, width). Attention is XLA's and blocks
-    are a loop, or what `model.unroll` says, wherever the file is made: a kernel is of one platform,
-    and a row slow on CPUs. Raises UserError for a view, platform or model that can't be exported.
+    of data/augment.py, one of VIEWS, which brings the images to `size` (height, width). Attention
+    is XLA's and blocks are a loop, or what `model.unroll` says, wherever the file is made: a kernel
+    is of one platform, and a row slow on CPUs. Raises UserError for a view, platform or model that
+    can't be exported.
     """
     platforms = check_platforms(platforms)
     weight = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
