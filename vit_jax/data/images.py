@@ -7,7 +7,7 @@ and for all other files, Pillow decodes the whole.
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from vit_jax.errors import UserError
 
@@ -16,7 +16,12 @@ try:
 except ImportError:
     _jpeg = None
 
-FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF')
+SUFFIXES = {  # of file names, and Pillow's name of the format; contents decide, names do not
+    'jpg': 'JPEG', 'jpeg': 'JPEG', 'jpe': 'JPEG', 'jfif': 'JPEG', 'png': 'PNG', 'gif': 'GIF',
+    'bmp': 'BMP', 'webp': 'WEBP', 'tif': 'TIFF', 'tiff': 'TIFF', 'ppm': 'PPM', 'pgm': 'PPM',
+    'pbm': 'PPM', 'pnm': 'PPM', **({'avif': 'AVIF'} if features.check('avif') else {}),
+}  # fmt: skip
+FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 ORIENTATION = 0x0112
 CUT = 2**-10  # added before values are cut off: what is 255 but for rounding stays it
 METHODS = ('bilinear', 'bicubic', 'area')
