@@ -232,7 +232,8 @@ def most_likely(logits, paths, found, top=5):
     shares = np.asarray(jax.nn.softmax(np.asarray(logits, np.float32)))
     for path, row in zip(paths, shares, strict=True):
         for i in np.argsort(-row, kind='stable')[:top]:
-            yield path.name, classify.class_name(found.classes, int(i)), f'{row[i]:.2%}'
+            name = classify.class_name(found.classes, int(i))
+            yield os.path.basename(path), name, f'{row[i]:.2%}'
 
 
 def of_records(path):
@@ -291,8 +292,8 @@ def main(argv):
     runs = workdir.finished([argv[1]]) if is_folder else []
     if not is_run and not options.out:
         raise UserError(f'{argv[1]} is no workdir of a run; give --out, a folder for the pictures')
-    paths = files.found(options.images)
     out = workdir.located(options.out or path)
+    paths = files.found(options.images, skip=out)
     if not storage.remote(out):
         out.mkdir(parents=True, exist_ok=True)
     title = argv[1]

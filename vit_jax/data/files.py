@@ -1,36 +1,144 @@
-"""Image files that a user names on a command line."""
+"""Image files that a user names on a command line, by their paths or addresses."""
 
 import os
+import pathlib
+import stat
+import tempfile
 
-from etils import epath
+import numpy as np
 
-from vit_jax.data import images, sources
+from vit_jax.convert import fetch
+from vit_jax.data import images
 from vit_jax.errors import UserError
 
 DEFAULT_SIZE = 224  # pixels a side, for a model that fits any
+MOST_BYTES = 2**30  # of an image file
+MOST_FILES = 2**20  # in folders
+DEEPEST = 32  # folders in folders
+SUFFIXES = tuple(f'.{suffix}' for suffix in images.SUFFIXES)
 
 
-def found(paths):
-    """Image files, those inside of folders sorted."""
-    files = []
+def found(paths: list[str | os.PathLike], *, skip: os.PathLike | None = None) -> list[str]:
+    """Image files: those named, and those in folders and their sub-folders, sorted.
+
+    A name is a path, or an address that fsspec knows: gs://, https://, hf://. An address at
+    http(s) is a folder if it ends in a slash. Images in the folder `skip`, a command's own output,
+    are left out. Raises UserError where there is no image.
+    """
+    files, above = [], set() if skip is None or not os.path.exists(skip) else {identity(skip)}
     for name in paths:
-        path = epath.Path(os.path.expanduser(name))
-        if path.is_dir():
-            suffixes = sources.SUFFIXES
-            inside = [p for p in sorted(path.iterdir()) if p.name.lower().endswith(suffixes)]
-            if not inside:
-                raise UserError(f'no images in {path} ({", ".join(suffixes)})')
-            files += inside
-        elif path.exists():
-            files.append(path)
-        else:
-            raise UserError(f'no image {path}')
+        name = os.path.expanduser(os.fspath(name))
+        remote = '://' in name
+        inside = inside_address(name) if remote else inside_folder(name, above)
+        if inside is None:
+            files.append(name)
+        elif not inside:
+            raise UserError(f'no images in {name} ({", ".join(SUFFIXES)})')
+        files += inside or []
+        if len(files) > MOST_FILES:
+            raise UserError(f'{name} has more than {MOST_FILES:,} images; name a part of them')
     return files
 
 
-def pixels(path, view):
-    """uint8 [H, W, 3] of an image file."""
+def identity(path):
+    """What tells a file or folder from every other, by whatever path."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def inside_folder(name, above):
+    """The image files below a folder, None of a file; UserError where there is neither."""
     try:
-        return view(images.read(path.read_bytes()), None)
+        if stat.S_ISDIR(os.stat(name).st_mode):
+            return list(walked(name, above))
+    except FileNotFoundError as e:
+        if e.filename == name:
+            raise UserError(f'no image {name}') from e
+        raise UserError(f'can not read folder {e.filename}: {e.strerror}') from e
+    except (OSError, ValueError) as e:  # ValueError: a null byte
+        reason = getattr(e, 'strerror', None) or e
+        raise UserError(f'can not read {getattr(e, "filename", None) or name}: {reason}') from e
+    return None
+
+
+def walked(folder, above):
+    """Yields the image files below a folder, sorted; links are followed, but not in circles.
+
+    `above` are the identities of the folders that it is in, and of those that are left out.
+    """
+    here = above | {identity(folder)}
+    if len(here) == len(above) or len(here) > DEEPEST:
+        return
+    with os.scandir(folder) as entries:
+        entries = sorted(entries, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith('.'):
+            continue
+        if os.path.isdir(entry.path):
+            yield from walked(entry.path, here)
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield entry.path
+
+
+def inside_address(address):
+    """The image files below a folder at an address, None of a file."""
+    with fetch.explained(address):
+        fs, path = fetch.backend(address)
+        if address.startswith(('http://', 'https://')):
+            is_folder = fetch.last_name(address) == '' or address.partition('?')[0][-1:] == '/'
+        else:
+            is_folder = fs.info(path)['type'] == 'directory'
+        if not is_folder:
+            fs.info(path)  # raises where there is none
+            return None
+        names = sorted(fs.find(path, maxdepth=DEEPEST))
+        return [
+            fs.unstrip_protocol(name) for name in names
+            if fetch.last_name(name).lower().endswith(SUFFIXES)
+            and '/.' not in name.removeprefix(path)
+        ]  # fmt: skip
+
+
+def pixels(path: str | os.PathLike, view) -> np.ndarray:
+    """uint8 [H, W, 3] of an image file, at a path or an address.
+
+    Raises images.Unreadable, a UserError, with its name.
+    """
+    path = os.fspath(path)
+    try:
+        return view(images.read(content(path)), None)
     except images.Unreadable as e:
-        raise UserError(f'unreadable image {path}: {e}') from e
+        raise images.Unreadable(f'unreadable image {path}: {e}') from e
+
+
+def content(path):
+    """The bytes of a file at a path or an address; images.Unreadable where they can't be had."""
+    try:
+        if '://' in path:
+            return downloaded(path)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise images.Unreadable('it is not a file')
+        if status.st_size > MOST_BYTES:
+            raise images.Unreadable(f'{status.st_size:,} bytes are more than {MOST_BYTES:,}')
+        return pathlib.Path(path).read_bytes()
+    except images.Unreadable:
+        raise
+    except (OSError, UserError) as e:
+        raise images.Unreadable(getattr(e, 'strerror', None) or str(e)) from e
+
+
+def downloaded(address):
+    """The bytes of a file at an address; UserError where it is not there, too large, cut off."""
+
+    def check(size):
+        if size > MOST_BYTES:
+            raise UserError(f'{address} has more than {MOST_BYTES:,} bytes')
+
+    with fetch.explained(address), tempfile.TemporaryDirectory(prefix='vit_jax_') as folder:
+        fs, path = fetch.backend(address)
+        file = fetch.File(fetch.last_name(address), path, fetch.said(fs.info(path)))
+        check(file.size or 0)
+        to = pathlib.Path(folder) / 'image'
+        fetch.download(fs, file, to, address, check)
+        return to.read_bytes()
