@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from vit_jax.data import augment, images
+from vit_jax.data import augment, images, metadata
 
 HEADERS = [pathlib.Path(p) / 'jpeglib.h' for p in ('/usr/include', '/usr/local/include')]
 # What tf.image makes of three files, TensorFlow 2.21; every fifth row and column.
@@ -168,7 +168,7 @@ def test_large_windows_are_decoded_at_a_smaller_scale_and_look_the_same():
 
 def test_turned_and_cmyk_files_are_as_pillow_shows_them():
     exif = Image.Exif()
-    exif[images.ORIENTATION] = 6
+    exif[metadata.ORIENTATION] = 6
     turned = encoded(photo(40, 60), exif=exif)
     image = images.read(turned)
     assert image.shape == (60, 40, 3)

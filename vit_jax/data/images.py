@@ -4,11 +4,10 @@ JPEGs are decoded by an extension, `_jpeg.c`, as far as a window needs them; whe
 and for all other files, Pillow decodes the whole.
 """
 
-import io
-
 import numpy as np
-from PIL import Image, ImageOps, features
 
+from vit_jax.data import metadata
+from vit_jax.data.decoding import FORMATS, SUFFIXES, Unreadable, decode
 from vit_jax.errors import UserError
 
 try:
@@ -16,19 +15,9 @@ try:
 except ImportError:
     _jpeg = None
 
-SUFFIXES = {  # of file names, and Pillow's name of the format; contents decide, names do not
-    'jpg': 'JPEG', 'jpeg': 'JPEG', 'jpe': 'JPEG', 'jfif': 'JPEG', 'png': 'PNG', 'gif': 'GIF',
-    'bmp': 'BMP', 'webp': 'WEBP', 'tif': 'TIFF', 'tiff': 'TIFF', 'ppm': 'PPM', 'pgm': 'PPM',
-    'pbm': 'PPM', 'pnm': 'PPM', **({'avif': 'AVIF'} if features.check('avif') else {}),
-}  # fmt: skip
-FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
-ORIENTATION = 0x0112
 CUT = 2**-10  # added before values are cut off: what is 255 but for rounding stays it
+__all__ = ['FORMATS', 'SUFFIXES', 'Unreadable', 'decode']
 METHODS = ('bilinear', 'bicubic', 'area')
-
-
-class Unreadable(UserError):
-    """An image that no array can be made of; says why, its reader knows which."""
 
 
 class Encoded:
@@ -82,19 +71,9 @@ def read(data):
             height, width, exif = _jpeg.size(data)
         except ValueError:
             return decode(data)
-        if not exif or orientation(exif) == 1:
+        if metadata.orientation(exif) == 1:
             return Encoded(data, height, width)
     return decode(data)
-
-
-def orientation(exif):
-    """How a viewer turns the image; 1 is not at all."""
-    found = Image.Exif()
-    try:
-        found.load(exif)
-        return found.get(ORIENTATION, 1)
-    except Exception:  # whatever Pillow makes of damaged EXIF data, it decides
-        return None
 
 
 def resized(image, box, size, method='bilinear', antialias=True, flip=False):
@@ -154,38 +133,3 @@ def keys(x):
     """Keys' cubic kernel (a = -0.5) at distances x."""
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x < 1, near, np.where(x < 2, far, 0))
-
-
-def decode(data):
-    """Bytes of an image file to uint8 RGB [H, W, 3].
-
-    The orientation in EXIF is applied, transparency laid over white, of an animation the first
-    frame taken, 16 bits scaled to 8, CMYK and grey converted. Raises Unreadable for the rest.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
-            return np.asarray(to_rgb(image))
-    except Unreadable:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise Unreadable(str(e).replace(repr(io.BytesIO), 'the data').split(' <_io')[0]) from e
-
-
-def to_rgb(image):
-    """Any of Pillow's modes to RGB; Unreadable where a viewer would not know the range."""
-    if image.mode.startswith('I;16'):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == 'I':  # 16-bit grey, as some versions of Pillow open it
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise Unreadable('32-bit integer pixels have no agreed range')
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    elif image.mode == 'F':
-        raise Unreadable('floating-point pixels have no agreed range')
-    if 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
-        image = image.convert('RGBA')
-        white = Image.new('RGBA', image.size, 'white')
-        image = Image.alpha_composite(white, image)
-    return image.convert('RGB')

@@ -1,0 +1,153 @@
+"""Bytes of image files to arrays, as a viewer would show them, by Pillow."""
+
+import io
+
+import numpy as np
+from PIL import Image, features
+
+from vit_jax.data import metadata
+from vit_jax.errors import UserError
+
+SUFFIXES = {  # of file names, and Pillow's name of the format; contents decide, names do not
+    'jpg': 'JPEG', 'jpeg': 'JPEG', 'jpe': 'JPEG', 'jfif': 'JPEG', 'png': 'PNG', 'gif': 'GIF',
+    'bmp': 'BMP', 'webp': 'WEBP', 'tif': 'TIFF', 'tiff': 'TIFF', 'ppm': 'PPM', 'pgm': 'PPM',
+    'pbm': 'PPM', 'pnm': 'PPM', **({'avif': 'AVIF'} if features.check('avif') else {}),
+}  # fmt: skip
+FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
+# TIFF tags
+BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, COLOUR_MAP = 258, 259, 262, 277, 284, 320
+SAMPLE_FORMAT, SUBSAMPLING = 339, 530
+
+
+class Unreadable(UserError):
+    """An image that no array can be made of; says why, its reader knows which."""
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Bytes of an image file to uint8 RGB [H, W, 3].
+
+    The orientation in EXIF is applied, transparency laid over white, of an animation the first
+    frame taken, more than 8 bits scaled to 8, CMYK and grey converted. Raises Unreadable for the
+    rest.
+    """
+    try:
+        data = bytes(data)
+        picture, exif = metadata.apart(data)
+        with Image.open(io.BytesIO(picture), formats=FORMATS) as file:
+            turn = metadata.orientation(exif or file.info.get('exif', b''))
+            return turned(np.asarray(shown(file, data)), turn)
+    except Unreadable:
+        raise
+    except Exception as e:  # Pillow's parsers raise whatever damaged data leads them to
+        raise Unreadable(reason(e)) from e
+
+
+def reason(error):
+    """Why a file can't be decoded, in one line."""
+    text = str(error).replace(repr(io.BytesIO), 'the data').split(' <_io')[0]
+    text = ' '.join(text.split()) or type(error).__name__
+    known = isinstance(error, (OSError, ValueError, SyntaxError, Image.DecompressionBombError))
+    return text if known else f'{type(error).__name__}: {text}'
+
+
+def turned(image, orientation):
+    """An array [H, W, C] as EXIF's orientation, 1 to 8, has it shown."""
+    if orientation > 4:
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def shown(file, data):
+    """An opened image file as RGB, over white."""
+    opaque = None  # bool [H, W], of what a key colour or a frame smaller than its canvas leaves
+    if file.format == 'PNG':
+        opaque = unlike_key(file, data)
+    elif file.format == 'GIF':
+        opaque = within_frame(file)
+    elif file.format == 'TIFF':
+        check_tiff(file.tag_v2)
+    file.load()
+    image = to_rgb(eight_bits(file, data))
+    if opaque is None:
+        return image
+    return Image.composite(image, Image.new('RGB', image.size, 'white'), Image.fromarray(opaque))
+
+
+def unlike_key(file, data):
+    """Where pixels of a PNG are not of the colour that its tRNS chunk makes transparent.
+
+    None where that is no single colour. All bits of the key count, in 16-bit files, too.
+    """
+    depth, colour = data[24], data[25]
+    if colour not in (0, 2) or 'transparency' not in file.info:
+        return None
+    key = np.asarray(file.info.pop('transparency')) & (2**depth - 1)
+    if colour == 2 and depth == 16:  # of which Pillow decodes the high bytes, if asked the low ones
+        with Image.open(io.BytesIO(data), formats=['PNG']) as low:
+            low.tile = [tile._replace(args='RGB;16L') for tile in low.tile]
+            low = np.asarray(low)
+        file.load()
+        return ((np.asarray(file) != key >> 8) | (low != (key & 255))).any(-1)
+    file.load()
+    values = np.asarray(file)
+    if colour == 2:
+        return (values != key).any(-1)
+    return values != (key if depth in (1, 16) else key * (255 // (2**depth - 1)))
+
+
+def within_frame(file):
+    """Where the first frame of a GIF is; None where it fills the canvas."""
+    x0, y0, x1, y1 = file.tile[0].extents
+    if (x0, y0, x1, y1) == (0, 0, *file.size):
+        return None
+    within = np.zeros(file.size[::-1], bool)
+    within[y0:y1, x0:x1] = True
+    return within
+
+
+def check_tiff(tags):
+    """Raises Unreadable for a TIFF whose pixels Pillow takes for others."""
+    grey = tags.get(PHOTOMETRIC, 0) in (0, 1)
+    bits, planes = tags.get(BITS, (1,)), tags.get(PLANES, 1) == 2
+    if any(kind in (2, 5, 6) for kind in tags.get(SAMPLE_FORMAT, ())):
+        raise Unreadable('signed and complex pixels have no agreed range')
+    raw = tags.get(COMPRESSION, 1) == 1
+    if planes and (grey and tags.get(SAMPLES, 1) > 1 or raw and max(bits) > 8):
+        raise Unreadable('planes of grey and alpha, or of more than 8 bits, are not read')
+    if raw and tags.get(PHOTOMETRIC) == 6:
+        if tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1):
+            raise Unreadable('subsampled colours without compression are not read')
+
+
+def eight_bits(image, data):
+    """An image with 8 bits a channel; Unreadable where a viewer would not know the range."""
+    tags = image.tag_v2 if image.format == 'TIFF' else {}
+    if image.mode == 'F':
+        raise Unreadable('floating-point pixels have no agreed range')
+    if image.mode in ('P', 'PA') and tags and max(tags[COLOUR_MAP]) < 256:
+        # Of 16 bits a colour, but some writers take 8, as libtiff knows.
+        image.putpalette(np.uint8(tags[COLOUR_MAP]).reshape(3, -1).T.tobytes())
+    if image.mode == 'I' or image.mode.startswith('I;16'):
+        bits = max(tags.get(BITS, (16,)))
+        if bits > 16:
+            raise Unreadable('32-bit integer pixels have no agreed range')
+        values = np.asarray(image) >> bits - 8
+        if tags and metadata.white_is_zero(data):
+            values = 255 - values
+        return Image.fromarray(values.astype(np.uint8))
+    return image
+
+
+def to_rgb(image):
+    """Any of Pillow's modes of 8 bits to RGB, transparency over white."""
+    if image.mode == 'La':
+        image = image.convert('LA')
+    if 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        white = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(white, image)
+    return image.convert('RGB')

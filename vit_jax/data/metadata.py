@@ -1,0 +1,165 @@
+"""Image files without what is no pixel of them, and how EXIF says that they are turned.
+
+Decoders stumble over texts, profiles and odd entries of EXIF data that no viewer minds. They are
+given what makes the pixels of the first image, no more.
+"""
+
+import re
+import struct
+import zlib
+
+ORIENTATION = 0x0112  # a tag of EXIF and TIFF; the others are of TIFF
+BITS, PHOTOMETRIC, SAMPLES = 258, 262, 277
+EXIF = b'Exif\0\0'
+# TIFF tags that say where pixels are and what they mean (TIFF 6.0, its supplements, BigTIFF).
+PIXEL_TAGS = frozenset([
+    254, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324,
+    325, 332, 334, 336, 338, 339, 347, 512, 513, 514, 515, 519, 520, 521, 529, 530, 531, 532,
+])  # fmt: skip
+
+
+def apart(data: bytes) -> tuple[bytes, bytes]:
+    """(a file that decodes to the same pixels, its EXIF data or b''); other formats as they are.
+
+    The EXIF data of a TIFF file is the file itself. WebP and AVIF keep theirs.
+    """
+    if data[:2] == b'\xff\xd8':
+        return jpeg(data)
+    if data[:8] == b'\x89PNG\r\n\x1a\n':
+        return png(data)
+    if data[:2] in BYTE_ORDERS:
+        return tiff(data), data
+    if data[4:8] == b'ftyp':  # AVIF turns by boxes of its own, so its EXIF data is ignored
+        return re.sub(rb'(infe\x02.{7})Exif', rb'\1none', data, flags=re.DOTALL), b''
+    return data, b''
+
+
+def jpeg(data):
+    """A JPEG without APP1 to APP13, APP15 and comments; what can't be parsed stays."""
+    pieces, exif, at, begin = [], b'', 2, 0
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        kind = data[at + 1]
+        if kind in (0xFF, 0x01):  # a fill byte; a marker without a length
+            at += 1 if kind == 0xFF else 2
+            continue
+        if kind == 0xDA or 0xD0 <= kind <= 0xD9 or not kind:
+            break
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        if end > len(data):
+            break
+        if kind == 0xE1 and not exif and data[at + 4 : at + 10] == EXIF:
+            exif = data[at + 4 : end]
+        if (0xE1 <= kind <= 0xEF and kind != 0xEE) or kind == 0xFE:
+            pieces.append(data[begin:at])
+            begin = end
+        at = end
+    return joined(pieces, data, begin), exif
+
+
+def png(data):
+    """A PNG without ancillary chunks other than tRNS; EXIF data and tRNS count if undamaged."""
+    pieces, exif, at, begin, seen = [], b'', 8, 0, {}
+    while at + 12 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
+        if end > len(data) or not kind.isalpha():
+            break
+        good = not kind[0] & 32
+        if kind == b'eXIf' and not exif and sound(data, at, end):
+            exif = data[at + 8 : end - 4]
+        if kind == b'tRNS' and b'IDAT' not in seen and b'tRNS' not in seen:
+            colours = {0: (2,), 2: (6,), 3: range(1, seen.get(b'PLTE', 0) // 3 + 1)}
+            good = end - at - 12 in colours.get(data[25], ()) and sound(data, at, end)
+        if not good:
+            pieces.append(data[begin:at])
+            begin = end
+        seen[kind] = end - at - 12
+        at = end
+    return joined(pieces, data, begin), exif
+
+
+def sound(data, at, end):
+    """Whether the checksum of a PNG chunk is right."""
+    return zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+
+
+def joined(pieces, data, begin):
+    """The pieces of a file and what follows them from `begin` on."""
+    return b''.join((*pieces, data[begin:])) if pieces else data
+
+
+BYTE_ORDERS = {b'II': '<', b'MM': '>'}
+
+
+def directory(data):
+    """(where the first TIFF directory begins, format of its count, of an entry, of an offset).
+
+    None where the data is no TIFF.
+    """
+    order = BYTE_ORDERS.get(data[:2])
+    if order is None or len(data) < 16:
+        return None
+    big = struct.unpack(f'{order}H', data[2:4])[0] == 43
+    count, entry, offset = ('Q', 'HHQ8s', 'Q') if big else ('H', 'HHI4s', 'I')
+    start = struct.unpack_from(order + offset, data, 8 if big else 4)[0]
+    return start, order + count, order + entry, order + offset
+
+
+def entries(data):
+    """[(tag, type, count, value or its offset as bytes)] of the first directory of a TIFF."""
+    place = directory(data)
+    if place is None or place[0] + struct.calcsize(place[1]) > len(data):
+        return []
+    start, count, entry, _ = place
+    length = struct.unpack_from(count, data, start)[0]
+    start, size = start + struct.calcsize(count), struct.calcsize(entry)
+    length = min(length, (len(data) - start) // size)
+    return [struct.unpack_from(entry, data, start + k * size) for k in range(length)]
+
+
+def tiff(data):
+    """A TIFF whose first directory has entries of pixels alone, and which has no second one.
+
+    One of more than 8 bits in which 0 is white says that it is black, as Pillow reads it so.
+    """
+    kept = [found for found in entries(data) if found[0] in PIXEL_TAGS]
+    if not kept:
+        return data
+    start, count, entry, offset = directory(data)
+    if white_is_zero(data):
+        one = struct.pack(BYTE_ORDERS[data[:2]] + 'H', 1)
+        kept = [(*f[:3], one + f[3][2:]) if f[0] == PHOTOMETRIC else f for f in kept]
+    packed = struct.pack(count, len(kept)) + b''.join(struct.pack(entry, *one) for one in kept)
+    packed += struct.pack(offset, 0)
+    return b''.join((data[:start], packed, data[start + len(packed) :]))
+
+
+def number(data, tag, default, most=None):
+    """The first value of a TIFF's tag of 16-bit numbers; the default where it has none.
+
+    Also where there are more than `most` of them, or they lie outside of the file.
+    """
+    for found, kind, count, value in entries(data):
+        if found == tag and kind == 3 and 0 < count <= (most or count):
+            order, at = BYTE_ORDERS[data[:2]], 0
+            if count * 2 > len(value):
+                at = struct.unpack(order + ('Q' if len(value) == 8 else 'I'), value)[0]
+                value = data
+            if at + 2 <= len(value):
+                return struct.unpack_from(order + 'H', value, at)[0]
+    return default
+
+
+def white_is_zero(data):
+    """Whether 0 is white in a TIFF of one channel and more than 8 bits."""
+    grey = number(data, SAMPLES, 1) == 1 and number(data, PHOTOMETRIC, None) == 0
+    return grey and number(data, BITS, 1) > 8
+
+
+def orientation(exif: bytes) -> int:
+    """How a viewer turns an image, 1 (not at all) to 8, by EXIF data or a TIFF file.
+
+    As in browsers, a damaged or odd entry turns nothing, and XMP does not count.
+    """
+    exif = exif.removeprefix(EXIF)
+    turn = number(exif, ORIENTATION, 1, most=1)
+    return turn if turn in range(1, 9) else 1
