@@ -236,11 +236,3 @@ def test_donated_arrays_are_saved_as_they_were(tmp_path):
         target = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         restored = checkpoints.restore(1, {'x': target})
     np.testing.assert_array_equal(restored['x'], np.arange(1_000_000.0, dtype=np.float32))
-
-
-@pytest.mark.parametrize('fields, words', [
-    (dict(mode='most'), "checkpoint.mode is 'most'"), (dict(keep=0), 'checkpoint.keep is 0'),
-])
-def test_mistakes_are_named(tmp_path, fields, words):
-    with pytest.raises(UserError, match=words):
-        Checkpoints(tmp_path, **fields)

@@ -9,7 +9,6 @@ from scipy import stats
 from test_step import IMAGE, MODEL, assert_trees_close, batch
 
 from vit_jax import losses, mixing, objectives, sharding, step
-from vit_jax.errors import UserError
 
 MIX = jax.jit(mixing.mix, static_argnames=('mixup', 'cutmix', 'by', 'shift'))
 
@@ -237,12 +236,3 @@ def test_without_mixing_the_key_is_the_dropouts():
     logits, _ = Linear().apply({'params': PARAMS}, images, train=True, rngs={'dropout': key})
     by_example = losses.softmax_xent(logits, examples['label'])
     assert_trees_close(value, objectives.masked_mean(by_example, examples['mask']), rtol=1e-5)
-
-
-@pytest.mark.parametrize('fields, words', [
-    (dict(mixup=-0.1), 'objective.mixup is -0.1'), (dict(cutmix=-1), 'objective.cutmix is -1'),
-    (dict(mix_by='pair'), "objective.mix_by is 'pair'"), (dict(mix_shift=0), 'mix_shift is 0'),
-])
-def test_mistakes_are_named(fields, words):
-    with pytest.raises(UserError, match=words):
-        objectives.supervised(MODEL, **fields)

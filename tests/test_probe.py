@@ -139,7 +139,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
 
 @pytest.mark.parametrize('changes, words', [
     (dict(kind='knn'), "unknown key evals.p.kind"), (dict(l2='x'), "evals.p.l2 is 'x', not float"),
-    (dict(shots=(0, 5)), 'evals: shots .*0, 5.* must be above 0'),
+    (dict(shots=(0, 5)), r'evals.p.shots is \(0, 5\), not several, each int above 0'),
 ])
 def test_mistakes_are_named(data_dir, changes, words):
     with pytest.raises(UserError, match=words):

@@ -11,6 +11,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vit_jax import storage
+from vit_jax.bounds import NonNegative, Positive
 from vit_jax.errors import Lost, UserError
 from vit_jax.optim import leaf_name
 from vit_jax.text import printable
@@ -104,16 +106,12 @@ class Checkpoints:
         workdir,
         read_only=False,
         *,
-        every: int = 1000,
-        keep: int = 2,
-        keep_every: int | None = None,
+        every: NonNegative[int] = 1000,
+        keep: Positive[int] = 2,
+        keep_every: Positive[int] | None = None,
         best: str | None = None,
-        mode: str = 'max',
+        mode: Literal['max', 'min'] = 'max',
     ):
-        if mode not in ('max', 'min'):
-            raise UserError(f"checkpoint.mode is {mode!r}, not 'max' or 'min'")
-        if keep < 1:
-            raise UserError(f'checkpoint.keep is {keep}; the last one must be kept')
         self.every, self.keep, self.keep_every = every, keep, keep_every
         self.best, self.mode, self.read_only = best, mode, read_only
         self.path = epath.Path(workdir) / 'checkpoints'

@@ -9,12 +9,12 @@ import difflib
 import importlib.util
 import inspect
 import pathlib
-import types
-import typing
+from typing import Literal
 
 from ml_collections import ConfigDict
 
-from vit_jax import models, objectives, optim, report, sharding
+from vit_jax import bounds, models, objectives, optim, report, sharding
+from vit_jax.bounds import Finite, NonNegative, Positive, Seed, Steps
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.convert import documents
 from vit_jax.convert import load as weights
@@ -23,17 +23,14 @@ from vit_jax.errors import UserError
 from vit_jax.evaluators import classify, probe
 
 REQUIRED = inspect.Parameter.empty
-POSITIVE = (
-    'accumulate', 'batch_size', 'depth', 'epochs', 'fsdp', 'image_size', 'keep', 'keep_every',
-    'layers', 'lr', 'mlp_dim', 'num_classes', 'num_heads', 'patch_size', 'prefetch', 'repeats',
-    'smaller', 'steps', 'tensor', 'threads', 'unroll', 'weight', 'width',
-)  # fmt: skip
-SHARES = (
-    'attention_dropout', 'b1', 'b2', 'drop_path', 'dropout', 'ema', 'label_smoothing', 'momentum',
-    'tolerance',
-)  # fmt: skip
-
 EVALUATORS = {'classify': classify.Classify, 'probe': probe.Probe}
+SECTIONS = {  # those of which every key is an argument of one function
+    'objective': objectives.supervised,
+    'optim': optim.make,
+    'mesh': sharding.make_mesh,
+    'checkpoint': Checkpoints,
+    'report': report.Report,
+}
 
 
 def load(path, overrides=(), begun=None):
@@ -87,20 +84,35 @@ def parsed(text):
 
 def scalars(
     *,
-    seed: int = 0,
-    steps: int | None = None,
-    epochs: float | None = None,
-    accumulate: int = 1,
+    seed: Seed = 0,
+    steps: Steps | None = None,
+    epochs: Positive[float] | None = None,
+    accumulate: Positive[int] = 1,
     init_from: str | None = None,
     keep_head: bool = False,
     keep_pre_logits: bool = False,
-    expected: tuple = (),
+    expected: tuple[dict, ...] = (),
 ):
     """The keys outside of sections. `steps` overrules `epochs`.
 
     `init_from` is anything that `vit_jax.load` takes: its weights are where training begins, with
     a new zero head unless `keep_head` (which keeps a representation layer too) and without a
     representation layer unless `keep_pre_logits`.
+    """
+
+
+def expectation(
+    *,
+    metric: str,
+    value: Finite[float],
+    tolerance: NonNegative[float],
+    source: str,
+    cell: tuple[str, tuple[str | Finite[float], ...], str] | None = None,
+    scale: Positive[float] = 1.0,
+):
+    """A row of `expected`: what `metric` is to be, and in which cell of a published table it is.
+
+    The cell is (table, the row's first cells, column), its number times `scale` the value.
     """
 
 
@@ -119,27 +131,21 @@ def complete(given, begun=None):
     Raises UserError for a key that nothing reads (and names the nearest that is read), a value of
     the wrong type or range, and a key that must be given and is not.
     """
-    sections = {
-        'objective': objectives.supervised,
-        'optim': optim.make,
-        'mesh': sharding.make_mesh,
-        'checkpoint': Checkpoints,
-        'report': report.Report,
-    }
-    names = ('model', 'data', 'evals', *sections)
+    names = ('model', 'data', 'evals', *SECTIONS)
     outside = {k: v for k, v in given.items() if k not in names}
     full = filled('', outside, keys_of(scalars), also=names)
+    for i, row in enumerate(full['expected']):
+        filled(f'expected[{i}]', row, keys_of(expectation))
     full['model'] = complete_model(section(given, 'model'), full, begun)
     full['data'] = complete_data('data', section(given, 'data'), pipeline.batches)
-    for name, function in sections.items():
+    for name, function in SECTIONS.items():
         full[name] = filled(name, section(given, name), keys_of(function))
     full['evals'] = {}
     for name in section(given, 'evals'):
         path = f'evals.{name}'
         values = section(given['evals'], name, path)
         kind = values.get('type', 'classify')
-        if kind not in EVALUATORS:
-            raise UserError(f'config {path}.type is {kind!r}, not one of {", ".join(EVALUATORS)}')
+        bounds.check(f'config {path}.type', kind, Literal[tuple(EVALUATORS)])
         inherited = {k: full['data'][k] for k in ('image_size', 'batch_size')}
         full['evals'][name] = complete_data(path, inherited | values, EVALUATORS[kind])
     if full['steps'] is None and full['epochs'] is None:
@@ -174,7 +180,7 @@ def complete_model(values, scalars, begun=None):
         raise UserError(f"config model.name is {name!r}, not a name as 'vit-b/16'")
     keys = models.fields(name)
     keys = {k: (kind, read.get(k, default)) for k, (kind, default) in keys.items()}
-    keys['num_classes'] = (int | None, None)  # None: the data set's
+    keys['num_classes'] = (keys['num_classes'][0], None)  # None: the data set's
     return filled('model', values, keys)
 
 
@@ -222,7 +228,7 @@ def complete_source(path, values):
     return {'mixture': {
         name: filled(
             f'{path}.mixture.{name}', section(parts, name, f'{path}.mixture.{name}'),
-            known | {'weight': (float, 1.0)},
+            known | {'weight': (Positive[float], 1.0)},
         )
         for name in parts
     }}  # fmt: skip
@@ -248,43 +254,9 @@ def filled(path, values, keys, also=()):
             near = difflib.get_close_matches(key, [*keys, *also], 1, cutoff=0)
             hint = f'; the nearest valid key is {prefix}{near[0]}' if near else ''
             raise UserError(f'config has an unknown key {prefix}{key}{hint}')
-        if not conforms(value, keys[key][0]):
-            raise UserError(f'config {prefix}{key} is {value!r}, not {describe(keys[key][0])}')
-        check_range(prefix + key, key, value)
+        bounds.check(f'config {prefix}{key}', value, keys[key][0])
     for key, (annotation, default) in keys.items():
         if default is REQUIRED and key not in values:
-            raise UserError(f'config has no {prefix}{key} ({describe(annotation)})')
+            raise UserError(f'config has no {prefix}{key} ({bounds.describe(annotation)})')
     return {key: values.get(key, default) for key, (_, default) in keys.items()}
 
-
-def check_range(path, key, value):
-    """Raises UserError for a number that can't be meant."""
-    for number in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(number, (int, float)):
-            if key in POSITIVE and not number > 0:
-                raise UserError(f'config {path} is {value!r}, not above 0')
-            if key in SHARES and not 0 <= number < 1:
-                raise UserError(f'config {path} is {value!r}, not in [0, 1)')
-
-
-def conforms(value, annotation):
-    """Whether a value is of an annotated type; an int is a float too, a list a tuple."""
-    if isinstance(annotation, types.UnionType):
-        return any(conforms(value, kind) for kind in typing.get_args(annotation))
-    if annotation is None:
-        return value is None
-    kind = typing.get_origin(annotation) or annotation
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is tuple:
-        return isinstance(value, (tuple, list))
-    return isinstance(value, kind)
-
-
-def describe(annotation):
-    """'int or None' for int | None."""
-    if isinstance(annotation, types.UnionType):
-        return ' or '.join(describe(kind) for kind in typing.get_args(annotation))
-    return getattr(annotation, '__name__', str(annotation)).replace('NoneType', 'None')

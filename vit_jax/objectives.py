@@ -4,11 +4,13 @@ A batch is {image: uint8 [B, H, W, C], label: int [B], int [B, L] padded with -1
 mask: [B]}; loss and metrics are means over the examples with mask 1.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from vit_jax import losses, mixing
-from vit_jax.errors import UserError
+from vit_jax.bounds import NonNegative, Positive, Rate
 
 MIX = 0x6D6978  # folded into the key for mixing; dropout has the key as it comes
 
@@ -18,26 +20,15 @@ def masked_mean(values, mask):
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def check_mixing(mixup, cutmix, mix_by, mix_shift):
-    """Raises UserError for what `mixing.mix` can't do."""
-    for name, alpha in ('mixup', mixup), ('cutmix', cutmix):
-        if alpha < 0:
-            raise UserError(f'objective.{name} is {alpha!r}, not 0 (without) or above')
-    if mix_by not in ('batch', 'example'):
-        raise UserError(f"objective.mix_by is {mix_by!r}, not 'batch' or 'example'")
-    if mix_shift < 1:
-        raise UserError(f'objective.mix_shift is {mix_shift!r}, not 1 or above')
-
-
 def supervised(
     model,
     *,
-    loss: str = 'softmax',
-    label_smoothing: float = 0.0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    mix_by: str = 'batch',
-    mix_shift: int = 1,
+    loss: Literal['softmax', 'sigmoid'] = 'softmax',
+    label_smoothing: Rate = 0.0,
+    mixup: NonNegative[float] = 0.0,
+    cutmix: NonNegative[float] = 0.0,
+    mix_by: Literal['batch', 'example'] = 'batch',
+    mix_shift: Positive[int] = 1,
 ):
     """Classification with a softmax or a sigmoid (multi-label) cross-entropy.
 
@@ -45,9 +36,6 @@ def supervised(
     `mix_shift` before; where gradients are accumulated, partners and draws are of a micro-batch.
     Accuracy is then of mixed images: it counts the class of greatest weight in the mixed label.
     """
-    if loss not in losses.LOSSES:
-        raise UserError(f'objective.loss is {loss!r}, not one of {", ".join(losses.LOSSES)}')
-    check_mixing(mixup, cutmix, mix_by, mix_shift)
 
     def objective(params, batch, key):
         images, labels = seen(

@@ -5,16 +5,16 @@ A frozen leaf is None in every tree of this module: it has no gradient and no op
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax.bounds import Float, NonNegative, Pattern, Positive, Range, Rate
 from vit_jax.errors import UserError
 
-SCHEDULES = ('cosine', 'linear', 'rsqrt', 'constant')
-OPTIMIZERS = ('adamw', 'sgd', 'adafactor')
+Schedule = Literal['cosine', 'linear', 'rsqrt', 'constant']
 FIRST = (  # before block 1
     'embedding', 'posemb', 'posemb_y', 'posemb_x', 'cls', 'dist', 'registers', 'resnet', 'pre_norm',
 )  # fmt: skip
@@ -47,8 +47,6 @@ def make_schedule(kind, *, lr, steps, warmup=0, cooldown=0, timescale=10_000):
     cosine and linear reach 0 at `steps`; rsqrt falls as 1 / sqrt(1 + t / timescale) after the
     warm-up (arXiv:2106.04560 section 3.5).
     """
-    if kind not in SCHEDULES:
-        raise UserError(f'optim.schedule is {kind!r}, not one of {", ".join(SCHEDULES)}')
     if warmup + cooldown > steps:
         raise UserError(f'optim.warmup {warmup} + optim.cooldown {cooldown} exceed {steps} steps')
 
@@ -140,37 +138,35 @@ def core(name, *, b1, b2, eps, momentum, momentum_dtype):
         return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=momentum_dtype)
     if name == 'sgd':
         return optax.trace(decay=momentum, accumulator_dtype=momentum_dtype)
-    if name == 'adafactor':  # as modified in arXiv:2106.04560 section 3.4
-        return optax.chain(
-            optax.scale_by_factored_rms(min_dim_size_to_factor=32),
-            optax.clip_by_block_rms(1.0),
-            optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype),
-        )
-    raise UserError(f'optim.name is {name!r}, not one of {", ".join(OPTIMIZERS)}')
+    return optax.chain(  # adafactor, as modified in arXiv:2106.04560 section 3.4
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype),
+    )
 
 
 def make(
     params,
     steps,
     *,
-    name: str = 'adamw',
-    lr: float = 1e-3,
-    schedule: str = 'cosine',
-    warmup: int = 0,
-    cooldown: int = 0,
-    timescale: int = 10_000,
-    weight_decay: float = 0.0,
-    decay: tuple | str = ('kernel$',),
-    clip: float | None = None,
-    layer_decay: float = 1.0,
-    freeze: tuple | str = (),
-    only: tuple | str = (),
-    ema: float | None = None,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    momentum: float = 0.9,
-    momentum_dtype: str | None = None,
+    name: Literal['adamw', 'sgd', 'adafactor'] = 'adamw',
+    lr: Positive[float] = 1e-3,
+    schedule: Schedule = 'cosine',
+    warmup: NonNegative[int] = 0,
+    cooldown: NonNegative[int] = 0,
+    timescale: Positive[int] = 10_000,
+    weight_decay: NonNegative[float] = 0.0,
+    decay: tuple[Pattern, ...] | Pattern = ('kernel$',),
+    clip: Positive[float] | None = None,
+    layer_decay: Annotated[float, Range(0, 1, '(]')] = 1.0,
+    freeze: tuple[Pattern, ...] | Pattern = (),
+    only: tuple[Pattern, ...] | Pattern = (),
+    ema: Rate | None = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Positive[float] = 1e-8,
+    momentum: Rate = 0.9,
+    momentum_dtype: Float | None = None,
 ):
     """The optimizer of a run; `params` may be shapes.
 

@@ -16,6 +16,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from vit_jax import devices, storage
+from vit_jax.bounds import Positive
 from vit_jax.data import mixture
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
@@ -50,10 +51,16 @@ class Report:
     """
 
     def __init__(
-        self, workdir, steps, batch_size, start, flops_per_image, stop=None, *, every: int = 50
+        self,
+        workdir,
+        steps,
+        batch_size,
+        start,
+        flops_per_image,
+        stop=None,
+        *,
+        every: Positive[int] = 50,
     ):
-        if every < 1:
-            raise UserError(f'report.every is {every}; it counts steps, from 1')
         self.path = epath.Path(workdir) / 'metrics.jsonl'
         self.steps, self.batch_size, self.every = steps, batch_size, every
         self.flops_per_image, self.stop = flops_per_image, Stop() if stop is None else stop

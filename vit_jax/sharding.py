@@ -2,12 +2,14 @@
 
 import functools
 import re
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vit_jax.bounds import Positive
 from vit_jax.errors import UserError
 from vit_jax.optim import leaf_name
 
@@ -40,7 +42,13 @@ RULES = (
 )
 
 
-def make_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1):
+def make_mesh(
+    devices=None,
+    *,
+    data: Literal[-1] | Positive[int] = -1,
+    fsdp: Positive[int] = 1,
+    tensor: Positive[int] = 1,
+):
     """A mesh over all devices, or over `devices`; data=-1 takes what the other axes leave.
 
     Between slices of TPUs, whose network is slow, lie replicas alone: axis data.

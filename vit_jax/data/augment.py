@@ -8,20 +8,27 @@ that is decoded as far as the view needs it (images.Encoded).
 antialias=False; with it small images of large windows are better.
 """
 
+from typing import Annotated, Literal
+
 import numpy as np
 from PIL import Image
 
+from vit_jax.bounds import Interval, NonNegative, Pixels, Positive, Range, Share
 from vit_jax.data.images import resized
 from vit_jax.errors import UserError
 
+Method = Literal['bilinear', 'bicubic', 'area']
+Crop = Annotated[float, Range(0, 1, '(]')]
+Shift = Annotated[int, Range(0, 65_536)]
 
-def resize(image, rng, *, size, method: str = 'bilinear', antialias: bool = True):
+
+def resize(image, rng, *, size, method: Method = 'bilinear', antialias: bool = True):
     """The whole image, squeezed to the size."""
     return resized(image, (0, 0, *image.shape[:2]), size, method, antialias)
 
 
 def central(
-    image, rng, *, size, crop: float = 0.875, method: str = 'bilinear', antialias: bool = True
+    image, rng, *, size, crop: Crop = 0.875, method: Method = 'bilinear', antialias: bool = True
 ):
     """The largest central window of the size's aspect, its sides times `crop`, resized."""
     h, w = image.shape[:2]
@@ -31,7 +38,7 @@ def central(
 
 
 def small_central(
-    image, rng, *, size, smaller: int = 256, method: str = 'area', antialias: bool = False
+    image, rng, *, size, smaller: Pixels = 256, method: Method = 'area', antialias: bool = False
 ):
     """The smaller side resized to `smaller`, then a central window of the size.
 
@@ -59,9 +66,9 @@ def random_crop(
     rng,
     *,
     size,
-    crop: float = 0.875,
+    crop: Crop = 0.875,
     flip: bool = True,
-    method: str = 'bilinear',
+    method: Method = 'bilinear',
     antialias: bool = True,
 ):
     """A window as large as that of `central`, anywhere, resized, and mirrored by chance."""
@@ -101,10 +108,10 @@ def inception(
     rng,
     *,
     size,
-    area: tuple = (0.05, 1.0),
-    aspect: tuple = (3 / 4, 4 / 3),
+    area: Interval[Share] = (0.05, 1.0),
+    aspect: Interval[Positive[float]] = (3 / 4, 4 / 3),
     flip: bool = True,
-    method: str = 'bilinear',
+    method: Method = 'bilinear',
     antialias: bool = True,
 ):
     """A random box, resized, and mirrored by chance: the usual view of ImageNet training."""
@@ -112,7 +119,7 @@ def inception(
     return resized(image, box, size, method, antialias, mirror(rng, flip))
 
 
-def shift(image, rng, *, size, pixels: int = 1, flip: bool = False):
+def shift(image, rng, *, size, pixels: Shift = 1, flip: bool = False):
     """The image at the size, moved by up to `pixels` each way; black comes in at the border."""
     framed = np.zeros((size[0] + 2 * pixels, size[1] + 2 * pixels, 3), np.uint8)
     framed[pixels : pixels + size[0], pixels : pixels + size[1]] = resize(image, rng, size=size)
@@ -125,10 +132,10 @@ def affine(
     rng,
     *,
     size,
-    degrees: float = 10.0,
-    scale: float = 0.1,
-    shear: float = 0.0,
-    pixels: float = 1.0,
+    degrees: Annotated[float, Range(0, 180)] = 10.0,
+    scale: Annotated[float, Range(0, 10)] = 0.1,
+    shear: NonNegative[float] = 0.0,
+    pixels: NonNegative[float] = 1.0,
     flip: bool = False,
 ):
     """The image at the size, turned, sheared, scaled and moved about its centre; black around it.

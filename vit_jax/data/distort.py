@@ -4,12 +4,15 @@ Each draws whatever it needs from `rng` (numpy.random.Generator) and leaves its 
 """
 
 from functools import partial
+from typing import Annotated, Literal
 
 import numpy as np
 
+from vit_jax.bounds import Interval, NonNegative, Positive, Range, Share
 from vit_jax.data import operations as ops
 from vit_jax.errors import UserError
 
+Layers = Annotated[int, Range(0, 1000)]
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet's pixels in [0, 1]
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -123,7 +126,7 @@ def operate(table, name, image, rng, level):
     return operation(image, *arguments(image, rng, level, top))
 
 
-def randaugment(image, rng, *, layers: int = 2, magnitude: float = 10):
+def randaugment(image, rng, *, layers: Layers = 2, magnitude: NonNegative[float] = 10):
     """`layers` of the 16 operations in turn, drawn with replacement (arXiv:1909.13719).
 
     The variant of the ViT papers' code: every drawn operation is applied, warps take the nearest
@@ -132,8 +135,6 @@ def randaugment(image, rng, *, layers: int = 2, magnitude: float = 10):
     posterizing keeps 0.4 magnitude bits; solarizing is from 25.6 magnitude modulo 256 on, at 0, 10
     and 20 an inversion (big_vision, issue 110).
     """
-    if layers < 0 or magnitude < 0:
-        raise UserError(f'randaugment: layers {layers}, magnitude {magnitude}: not 0 or above')
     names = list(RANDAUGMENT)
     for i in rng.integers(len(names), size=layers):
         image = operate(RANDAUGMENT, names[i], image, rng, magnitude)
@@ -188,17 +189,24 @@ TORCHVISION = {
 }
 
 
-def randaugment_torchvision(image, rng, *, layers: int = 2, magnitude: int = 9, bins: int = 31):
+def randaugment_torchvision(
+    image,
+    rng,
+    *,
+    layers: Layers = 2,
+    magnitude: NonNegative[int] = 9,
+    bins: Annotated[int, Range(2, 65_536)] = 31,
+):
     """`layers` of torchvision's 14 operations in turn, drawn with replacement.
 
     As torchvision.transforms.RandAugment does it on a Pillow image with its defaults: nearest
     pixel, black fill, strength magnitude / (bins - 1) of what it allows, and even chances of
     either sign.
     """
-    if layers < 0 or not 0 <= magnitude < bins or bins < 2:
+    if magnitude >= bins:
         raise UserError(
-            f'randaugment_torchvision: layers {layers}, magnitude {magnitude} of {bins} bins: '
-            'layers are 0 or more, the magnitude one of at least 2 bins, from 0 on'
+            f'randaugment_torchvision: magnitude {magnitude} of {bins} bins; the highest is '
+            f'{bins - 1}'
         )
     share = magnitude / (bins - 1)
     names = list(TORCHVISION)
@@ -212,21 +220,16 @@ def color_jitter(
     image,
     rng,
     *,
-    brightness: float = 0.4,
-    contrast: float = 0.4,
-    saturation: float = 0.4,
-    hue: float = 0.0,
+    brightness: NonNegative[float] = 0.4,
+    contrast: NonNegative[float] = 0.4,
+    saturation: NonNegative[float] = 0.4,
+    hue: Annotated[float, Range(0, 0.5)] = 0.0,
 ):
     """Brightness, contrast, saturation and hue changed in a random order.
 
     torchvision.transforms.ColorJitter's definition, on a Pillow image: factors uniform in
     [max(0, 1 - x), 1 + x], the hue turned by a share uniform in +-hue of the circle.
     """
-    if min(brightness, contrast, saturation) < 0 or not 0 <= hue <= 0.5:
-        raise UserError(
-            f'color_jitter: brightness {brightness}, contrast {contrast}, saturation '
-            f'{saturation}, hue {hue}: not 0 or above, with a hue of up to 0.5'
-        )
     strengths = {'Brightness': brightness, 'Contrast': contrast, 'Color': saturation}
     steps = [
         partial(ops.enhance, kind=kind, factor=rng.uniform(max(0, 1 - x), 1 + x))
@@ -240,7 +243,7 @@ def color_jitter(
     return image
 
 
-def three_augment(image, rng, *, jitter: float = 0.3):
+def three_augment(image, rng, *, jitter: NonNegative[float] = 0.3):
     """Greyscale, solarisation (from 128 on) or a Gaussian blur (radius in [0.1, 2]), then jitter.
 
     One of the three by even chances, always; brightness, contrast and saturation by `jitter`
@@ -260,10 +263,10 @@ def erase(
     image,
     rng,
     *,
-    probability: float = 0.25,
-    area: tuple = (0.02, 1 / 3),
-    aspect: tuple = (0.3, 10 / 3),
-    fill: str = 'noise',
+    probability: Share = 0.25,
+    area: Interval[Share] = (0.02, 1 / 3),
+    aspect: Interval[Positive[float]] = (0.3, 10 / 3),
+    fill: Literal['noise', 'mean', 'black'] = 'noise',
 ):
     """By chance a box replaced by noise, by the mean colour or by black (arXiv:1708.04896).
 
@@ -271,10 +274,6 @@ def erase(
     until it is smaller than the image both ways. Noise is mean + deviation * N(0, 1) of ImageNet's
     colours by pixel and channel: N(0, 1) where the model normalises by them (timm's mode 'pixel').
     """
-    if fill not in ('noise', 'mean', 'black'):
-        raise UserError(f"erase: fill is {fill!r}, not one of 'noise', 'mean', 'black'")
-    if not 0 <= area[0] <= area[1] <= 1 or not 0 < aspect[0] <= aspect[1]:
-        raise UserError(f'erase: area {area}, aspect {aspect}: not a range of shares and of ratios')
     if rng.random() >= probability:
         return image
     height, width = image.shape[:2]

@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags, logging
 from grain.experimental import index_shuffle
 
+from vit_jax.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.data import distort, images
 from vit_jax.data.augment import VIEWS
 from vit_jax.errors import UserError
@@ -41,7 +42,7 @@ def check_augmentation(name):
 
 
 def check_name(kind, name, known):
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f'no {kind} {name!r}; there are {", ".join(sorted(known))}')
     return name
 
@@ -160,14 +161,14 @@ def batches(
     rows=None,
     *,
     view: str | dict,
-    image_size: int | tuple,
-    batch_size: int,
-    augment: tuple = (),
-    repeats: int = 1,
-    threads: int | None = None,
-    workers: int | None = None,
-    prefetch: int = 8,
-    tolerance: float = 0.0,
+    image_size: Size,
+    batch_size: Positive[int],
+    augment: tuple[str | dict, ...] = (),
+    repeats: Positive[int] = 1,
+    threads: Threads | None = None,
+    workers: Workers | None = None,
+    prefetch: Prefetch = 8,
+    tolerance: Rate = 0.0,
 ):
     """Training batches from step `start` on, without end; of each, those of the global batch's
     `rows` (None: all) that this process needs.

@@ -3,13 +3,15 @@
 import csv
 import io
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax import losses, sharding, step
+from vit_jax import sharding, step
+from vit_jax.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
@@ -61,21 +63,19 @@ class Classify:
         mesh,
         classes=None,
         *,
-        type: str = 'classify',
+        type: Literal['classify'] = 'classify',
         source: dict,
-        image_size: int | tuple,
-        batch_size: int,
+        image_size: Size,
+        batch_size: Positive[int],
         view: str | dict = 'resize',
-        loss: str | None = None,
+        loss: Literal['softmax', 'sigmoid'] | None = None,
         subset: bool = False,
-        every: int = 0,
-        threads: int | None = None,
-        workers: int = 0,
-        prefetch: int = 8,
-        tolerance: float = 0.0,
+        every: NonNegative[int] = 0,
+        threads: Threads | None = None,
+        workers: Workers = 0,
+        prefetch: Prefetch = 8,
+        tolerance: Rate = 0.0,
     ):
-        if loss is not None and loss not in losses.LOSSES:
-            raise UserError(f'evals: loss is {loss!r}, not one of {", ".join(losses.LOSSES)}')
         self.mesh, self.every = mesh, every
         self.source = mixture.load(**source)
         sharding.check_batch(batch_size, mesh)

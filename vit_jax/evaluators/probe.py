@@ -5,6 +5,7 @@ classifiers, which L-BFGS or a closed form finds on the device.
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding, step
+from vit_jax.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
@@ -157,37 +159,32 @@ class Probe:
         mesh,
         classes=None,
         *,
-        type: str = 'probe',
+        type: Literal['probe'] = 'probe',
         source: dict,
         train_source: dict,
-        image_size: int | tuple,
-        batch_size: int,
+        image_size: Size,
+        batch_size: Positive[int],
         view: str | dict = 'resize',
-        k: tuple = (10, 20),
+        k: tuple[Positive[int], ...] = (10, 20),
         pixels: bool = False,
-        temperature: float = 0.07,
-        l2: float | None = 1.0,
-        shots: tuple = (),
-        seeds: int = 3,
-        shot_l2: float = 1024.0,
-        every: int = 0,
-        threads: int | None = None,
-        workers: int = 0,
-        prefetch: int = 8,
-        tolerance: float = 0.0,
+        temperature: Positive[float] = 0.07,
+        l2: NonNegative[float] | None = 1.0,
+        shots: tuple[Positive[int], ...] = (),
+        seeds: Positive[int] = 3,
+        shot_l2: NonNegative[float] = 1024.0,
+        every: NonNegative[int] = 0,
+        threads: Threads | None = None,
+        workers: Workers = 0,
+        prefetch: Prefetch = 8,
+        tolerance: Rate = 0.0,
     ):
         self.mesh, self.every, self.k, self.pixels, self.l2 = mesh, every, k, pixels, l2
         self.temperature, self.shots, self.seeds, self.shot_l2 = temperature, shots, seeds, shot_l2
         self.source, self.train_source = mixture.load(**source), mixture.load(**train_source)
         if self.source.classes != self.train_source.classes:
             raise UserError('evals: source and train_source have different classes')
-        if not all(isinstance(n, int) and 0 < n <= len(self.train_source) for n in k):
+        if max(k, default=0) > len(self.train_source):
             raise UserError(f'evals: k is {tuple(k)}, of {len(self.train_source)} training images')
-        if not all(isinstance(n, int) and n > 0 for n in shots) or seeds < 1 or temperature <= 0:
-            raise UserError(
-                f'evals: shots {tuple(shots)}, seeds {seeds} and temperature {temperature} must be '
-                'above 0, shots whole numbers'
-            )
         sharding.check_batch(batch_size, mesh)
         self.feed = partial(
             pipeline.examples, rows=sharding.rows(batch_size, mesh), view=view,

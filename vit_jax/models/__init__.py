@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import re
 
+from vit_jax import bounds
 from vit_jax.errors import UserError
 from vit_jax.models import mixer, resnet, vit
 
@@ -54,7 +55,7 @@ def fields(name):
     rows = {f.name: f for f in dataclasses.fields(module) if f.name not in ('parent', 'name')}
     rows = {n: (f.type, values.get(n, f.default)) for n, f in rows.items()}
     if 'patch_size' in rows:
-        rows['patch_size'] = (int | tuple, values['patch_size'])
+        rows['patch_size'] = (bounds.Positive[int] | rows['patch_size'][0], values['patch_size'])
     return {'name': (str, name), **rows}
 
 
@@ -70,6 +71,7 @@ def build(name, num_classes=1000, **values):
         if field not in valid:
             near = difflib.get_close_matches(field, valid, 1, cutoff=0)[0]
             raise UserError(f'a model has no field {field!r}; the nearest is {near!r}')
+        bounds.check(f'model.{field}', values[field], valid[field][0])
     values = {f: default for f, (_, default) in valid.items()} | values
     values |= {'num_classes': num_classes, 'name': None}
     if isinstance(values.get('patch_size'), int):

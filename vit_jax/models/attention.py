@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.errors import UserError
 
-KINDS = ('auto', 'xla', 'cudnn', 'pallas')
 ROWS = 256  # queries at a time: what lies between the products stays on the chip
 MIB = 2**20
 SMALL = {'TPU v4': 16 * MIB}  # memory beside the vector unit that a kernel may take, else LARGE

@@ -5,7 +5,7 @@ Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C)
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import attention, quantized
 
 Dtype = Any
+Gelu = Literal['tanh', 'exact', 'quick']
 # From this width on TPUs' compiler is kept from fusing an MLP's two products in a forward pass: it
 # makes the first anew for each tile of the second, which pays for narrow ones (RESULTS.md).
 WIDE = 512

@@ -3,14 +3,14 @@
 Shapes: B batch, N patches, D width, L depth, K classes.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
+from vit_jax import bounds
+from vit_jax.bounds import Finite, Float, Positive, Rate
 from vit_jax.models import layers, quantized
-from vit_jax.models.vit import CHOICES
 
 # arXiv:2105.01601 table 1
 SIZES = {
@@ -63,22 +63,24 @@ class Mixer(nn.Module):
     encoded [B, N, D], pre_logits and logits. It works at one image size, which sets N.
     """
 
-    num_classes: int | None = 1000
-    patch_size: tuple[int, int] = (16, 16)
-    width: int = 768
-    depth: int = 12
-    tokens_mlp_dim: int = 384
-    mlp_dim: int = 3072
-    gelu: str = 'tanh'
-    epsilon: float = 1e-6
-    head_bias: float = 0.0  # initial value
-    dropout: float = 0.0
-    drop_path: float = 0.0  # rate of the last block; rises linearly from 0 at the first
-    unroll: int | None = None  # blocks an iteration of the loop over depth; layers.in_a_row
-    dtype: str = 'float32'  # of the computation; parameters are float32
-    quantize: str = 'none'  # products of the blocks with their kernels, see models/quantized.py
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    num_classes: Positive[int] | None = 1000
+    patch_size: tuple[Positive[int], Positive[int]] = (16, 16)
+    width: Positive[int] = 768
+    depth: Positive[int] = 12
+    tokens_mlp_dim: Positive[int] = 384
+    mlp_dim: Positive[int] = 3072
+    gelu: layers.Gelu = 'tanh'
+    epsilon: Positive[float] = 1e-6
+    head_bias: Finite[float] = 0.0  # initial value
+    dropout: Rate = 0.0
+    drop_path: Rate = 0.0  # rate of the last block; rises linearly from 0 at the first
+    # blocks an iteration of the loop over depth; layers.in_a_row
+    unroll: Positive[int] | None = None
+    dtype: Float = 'float32'  # of the computation; parameters are float32
+    # products of the blocks with their kernels, see models/quantized.py
+    quantize: Literal['none', 'int8', 'fp8'] = 'none'
+    mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
+    std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)
 
     pool = 'gap'
     posemb = 'none'
@@ -98,12 +100,7 @@ class Mixer(nn.Module):
 
     def check(self):
         """Says which field is wrong before anything is built from it."""
-        for field in ('gelu', 'dtype', 'quantize'):
-            if getattr(self, field) not in CHOICES[field]:
-                value = getattr(self, field)
-                raise UserError(
-                    f'model.{field} is {value!r}, not one of {", ".join(CHOICES[field])}'
-                )
+        bounds.check_fields('model', self)
         quantized.dot_general(self.quantize)
 
     def flops(self, image_shape):

@@ -13,12 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax import bounds
+from vit_jax.bounds import Finite, Float, Positive
 from vit_jax.errors import UserError
 from vit_jax.models import layers
 
 GROUPS = 32
 ROOT_STRIDE = 4
-DTYPES = ('float32', 'bfloat16', 'float16')
 
 # Units by stage: arXiv:1512.03385 table 1 (50 to 152 layers), arXiv:1603.05027 table 5 (200).
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
@@ -171,13 +172,13 @@ class Bit(nn.Module):
     [B, N, F] has the features after the last norm, `tokens` those before it. Any image size.
     """
 
-    num_classes: int | None = 1000
-    units: tuple[int, ...] = DEPTHS[50]
-    width: float = 1.0  # times 64 features in the root block
-    head_bias: float = 0.0  # initial value; -log K starts sigmoid losses near zero
-    dtype: str = 'float32'  # of the computation; parameters are float32
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    num_classes: Positive[int] | None = 1000
+    units: tuple[Positive[int], ...] = DEPTHS[50]
+    width: Positive[float] = 1.0  # times 64 features in the root block
+    head_bias: Finite[float] = 0.0  # initial value; -log K starts sigmoid losses near zero
+    dtype: Float = 'float32'  # of the computation; parameters are float32
+    mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
+    std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)
 
     pool = 'gap'
     posemb = 'none'
@@ -198,9 +199,8 @@ class Bit(nn.Module):
 
     def check(self):
         """Says which field is wrong before anything is built from it."""
-        if self.dtype not in DTYPES:
-            raise UserError(f'model.dtype is {self.dtype!r}, not one of {", ".join(DTYPES)}')
-        if not self.units or min(self.units) < 1:
+        bounds.check_fields('model', self)
+        if not self.units:
             raise UserError(f'model.units is {self.units!r}, not units by stage, as (3, 4, 6, 3)')
         if not root_features(self.width) or root_features(self.width) % GROUPS:
             raise UserError(

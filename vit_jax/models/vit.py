@@ -3,11 +3,15 @@
 Shapes: B batch, H W image, C channels, P patch, N patches, T tokens, D width, L depth, K classes.
 """
 
+from typing import Literal
+
 import flax.linen as nn
 import jax.numpy as jnp
 
+from vit_jax import bounds
+from vit_jax.bounds import Finite, Float, NonNegative, Positive, Rate
 from vit_jax.errors import UserError
-from vit_jax.models import attention, layers, quantized, resnet
+from vit_jax.models import layers, quantized, resnet
 
 # arXiv:2010.11929 table 1 (b, l, h); arXiv:2106.10270 table 2 (ti, s); arXiv:2106.04560 table 2
 # (mu to G); arXiv:2305.13035 table 1 (so400m); arXiv:2209.06794 section 3.1 (e).
@@ -23,18 +27,6 @@ SIZES = {
     'g': dict(width=1408, depth=40, num_heads=16, mlp_dim=6144),
     'G': dict(width=1664, depth=48, num_heads=16, mlp_dim=8192),
     'e': dict(width=1792, depth=56, num_heads=16, mlp_dim=15360),
-}
-
-CHOICES = {
-    'pool': ('cls', 'gap', 'cls_gap', 'map', 'none'),
-    'posemb': ('learn', 'learn2d', 'relative', 'sincos2d', 'none'),
-    'posemb_at': ('stem', 'layers', 'shared'),
-    'gelu': ('tanh', 'exact', 'quick'),
-    'interpolation': ('linear', 'bicubic', 'bicubic_antialias'),
-    'attention': attention.KINDS,
-    'remat': ('none', 'full', 'dots_with_no_batch_dims_saveable'),
-    'dtype': ('float32', 'bfloat16', 'float16'),
-    'quantize': tuple(quantized.KINDS),
 }
 
 
@@ -53,43 +45,51 @@ class Vit(nn.Module):
                 first, then the distillation token, the registers and the patches
     """
 
-    num_classes: int | None = 1000
-    patch_size: tuple[int, int] = (16, 16)  # in pixels, or in features of `resnet`
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    pool: str = 'cls'
-    posemb: str = 'learn'  # see layers.positions; those of arXiv:2010.11929 appendix D.4
-    posemb_at: str = 'stem'  # before all blocks, or before each: a table a block, or a shared one
-    interpolation: str = 'linear'  # of the position table where it meets another image size
+    num_classes: Positive[int] | None = 1000
+    # in pixels, or in features of `resnet`
+    patch_size: tuple[Positive[int], Positive[int]] = (16, 16)
+    width: Positive[int] = 768
+    depth: Positive[int] = 12
+    num_heads: Positive[int] = 12
+    mlp_dim: Positive[int] = 3072
+    pool: Literal['cls', 'gap', 'cls_gap', 'map', 'none'] = 'cls'
+    # see layers.positions; those of arXiv:2010.11929 appendix D.4
+    posemb: Literal['learn', 'learn2d', 'relative', 'sincos2d', 'none'] = 'learn'
+    # before all blocks, or before each: a table a block, or a shared one
+    posemb_at: Literal['stem', 'layers', 'shared'] = 'stem'
+    # of the position table where it meets another image size
+    interpolation: Literal['linear', 'bicubic', 'bicubic_antialias'] = 'linear'
     cls_token: bool | None = None  # None: where the pooling reads it
     dist_token: bool = False  # arXiv:2012.12877 section 4
     dist_head: bool = False  # a head on the distillation token; logits are the mean of both
-    registers: int = 0  # arXiv:2309.16588
+    registers: NonNegative[int] = 0  # arXiv:2309.16588
     cls_posemb: bool = True  # class and distillation token have a row in the position table
     registers_posemb: bool = False
-    representation_size: int | None = None  # a dense layer with tanh before the head
-    resnet: tuple[int, ...] | None = None  # hybrid: units by stage; () is the root block alone
-    resnet_width: float = 1.0
+    representation_size: Positive[int] | None = None  # a dense layer with tanh before the head
+    # hybrid: units by stage; () is the root block alone
+    resnet: tuple[Positive[int], ...] | None = None
+    resnet_width: Positive[float] = 1.0
     pre_norm: bool = False  # a norm before the first block, as CLIP has it
     fc_norm: bool = False  # the last norm after pooling in place of before
-    layer_scale: float | None = None
+    layer_scale: NonNegative[float] | None = None
     qk_norm: bool = False
-    gelu: str = 'tanh'
+    gelu: layers.Gelu = 'tanh'
     glu: bool = False  # SwiGLU in place of GELU
-    epsilon: float = 1e-6
-    head_bias: float = 0.0  # initial value; -log K starts sigmoid losses near zero
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    attention: str = 'auto'  # how softmax(q k^T) v is computed, see models/attention.py
-    drop_path: float = 0.0  # rate of the last block; rises linearly from 0 at the first
-    remat: str = 'none'
-    unroll: int | None = None  # blocks an iteration of the loop over depth; layers.in_a_row
-    dtype: str = 'float32'  # of the computation; parameters are float32
-    quantize: str = 'none'  # products of the blocks with their kernels, see models/quantized.py
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    epsilon: Positive[float] = 1e-6
+    head_bias: Finite[float] = 0.0  # initial value; -log K starts sigmoid losses near zero
+    dropout: Rate = 0.0
+    attention_dropout: Rate = 0.0
+    # how softmax(q k^T) v is computed, see models/attention.py
+    attention: Literal['auto', 'xla', 'cudnn', 'pallas'] = 'auto'
+    drop_path: Rate = 0.0  # rate of the last block; rises linearly from 0 at the first
+    remat: Literal['none', 'full', 'dots_with_no_batch_dims_saveable'] = 'none'
+    # blocks an iteration of the loop over depth; layers.in_a_row
+    unroll: Positive[int] | None = None
+    dtype: Float = 'float32'  # of the computation; parameters are float32
+    # products of the blocks with their kernels, see models/quantized.py
+    quantize: Literal['none', 'int8', 'fp8'] = 'none'
+    mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
+    std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)
 
     @property
     def prefix(self):
@@ -124,16 +124,15 @@ class Vit(nn.Module):
 
     def check(self):
         """Says which field is wrong before anything is built from it."""
-        for field, choices in CHOICES.items():
-            if getattr(self, field) not in choices:
-                value = getattr(self, field)
-                raise UserError(f'model.{field} is {value!r}, not one of {", ".join(choices)}')
+        bounds.check_fields('model', self)
         quantized.dot_general(self.quantize)
         if self.posemb_at != 'stem' and self.posemb not in ('learn', 'learn2d'):
             raise UserError(
                 f"model.posemb_at is {self.posemb_at!r}; with model.posemb {self.posemb!r} it is "
                 "'stem', as tables that are learnt alone have another place"
             )
+        if self.posemb == 'sincos2d' and self.width % 4:
+            raise UserError(f'model.posemb sincos2d needs a width divisible by 4, not {self.width}')
         if self.width % self.num_heads:
             raise UserError(
                 f'model.width {self.width} is not divisible by model.num_heads {self.num_heads}'

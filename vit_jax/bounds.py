@@ -1,0 +1,144 @@
+"""The values that a setting may have, declared by its annotation: `lr: Positive[float] = 1e-3`.
+
+An annotation is a type, a Literal, a union, a tuple of these, or Annotated with a Range (numbers)
+or Ascending (pairs). A float is finite and an int fits 64 bits, whatever else is declared; an int
+is a float too, a bool neither; a list stands for a tuple, as JSON has no tuples.
+"""
+
+import dataclasses
+import math
+import re
+import sys
+import types
+import typing
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+from vit_jax.errors import UserError
+
+T = TypeVar('T')
+MOST_SHOWN = 200  # characters of a value in a message
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`; a round bracket in `ends` leaves that end out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    ends: str = '[]'
+
+    def has(self, number):
+        above = number > self.low if self.ends[0] == '(' else number >= self.low
+        return above and (number < self.high if self.ends[1] == ')' else number <= self.high)
+
+    def __str__(self):
+        if self.high < math.inf:
+            return f' in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}'
+        if self.low > -math.inf:
+            return f' above {self.low}' if self.ends[0] == '(' else f' of {self.low} or above'
+        return ''
+
+
+class Ascending(NamedTuple):
+    """Numbers of which none is less than the one before it."""
+
+    def has(self, values):
+        return all(a <= b for a, b in zip(values, values[1:], strict=False))
+
+    def __str__(self):
+        return ' in ascending order'
+
+
+class Regex(NamedTuple):
+    """Text that Python's `re` compiles."""
+
+    def has(self, text):
+        try:
+            re.compile(text)
+        except (re.error, OverflowError, RecursionError):
+            return False
+        return True
+
+    def __str__(self):
+        return ' that is a regular expression'
+
+
+Finite = Annotated[T, Range()]  # Finite[float]: any number, said so that none is forgotten
+Positive = Annotated[T, Range(0, ends='(]')]
+NonNegative = Annotated[T, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Rate = Annotated[float, Range(0, 1, '[)')]  # of dropout, of a moving average: below 1
+Interval = Annotated[tuple[T, T], Ascending()]
+Pixels = Annotated[int, Range(1, 65_536)]  # of a side of an image
+Size = Pixels | tuple[Pixels, Pixels]  # of both sides, or (height, width)
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Steps = Annotated[int, Range(1, 2**31 - 1)]
+Pattern = Annotated[str, Regex()]
+Float = Literal['float32', 'bfloat16', 'float16']
+Threads = Annotated[int, Range(1, 1024)]
+Workers = Annotated[int, Range(0, 1024)]
+Prefetch = Annotated[int, Range(1, 65_536)]
+
+
+def check(name, value, annotation):
+    """Raises UserError, which names the setting, unless the annotation allows the value."""
+    if not allows(annotation, value):
+        raise UserError(f'{name} is {shown(value)}, not {describe(annotation)}')
+
+
+def check_fields(section, values):
+    """Likewise for each field of a dataclass, but those that flax adds to a module."""
+    for field in dataclasses.fields(values):
+        if field.name not in ('parent', 'name'):
+            check(f'{section}.{field.name}', getattr(values, field.name), field.type)
+
+
+def allows(annotation, value):
+    """Whether a value is what an annotation declares."""
+    kind, of = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Annotated:
+        return allows(of[0], value) and all(bound.has(value) for bound in of[1:])
+    if kind in (types.UnionType, typing.Union):
+        return any(allows(one, value) for one in of)
+    if kind is Literal:
+        return any(type(value) is type(one) and value == one for one in of)
+    if kind in (None, types.NoneType):
+        return value is None
+    if kind is int:
+        return type(value) is int and -(2**63) <= value < 2**63
+    if kind is float:
+        return (type(value) is int or isinstance(value, float)) and (
+            abs(value) <= sys.float_info.max
+        )
+    if kind is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        if of and of[-1] is not ...:
+            return len(value) == len(of) and all(map(allows, of, value))
+        return not of or all(allows(of[0], one) for one in value)
+    return isinstance(value, kind)
+
+
+def describe(annotation):
+    """'int above 0 or None' for Positive[int] | None."""
+    kind, of = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Annotated:
+        return describe(of[0]) + ''.join(map(str, of[1:]))
+    if kind in (types.UnionType, typing.Union):
+        return ' or '.join(map(describe, of))
+    if kind is Literal:
+        return ('one of ' if len(of) > 1 else '') + ', '.join(map(str, of))
+    if kind is tuple and of:
+        inner = [describe(one) for one in of if one is not ...]
+        return f'several, each {inner[0]}' if of[-1] is ... else f'({", ".join(inner)})'
+    names = {None: 'None', types.NoneType: 'None', dict: 'a section with keys'}
+    return names.get(kind) or kind.__name__
+
+
+def shown(value):
+    """A value as Python writes it, in one line of bounded length."""
+    try:
+        text = repr(value)
+    except Exception:  # of an object of the user's, or an int of thousands of digits
+        text = f'a value of type {type(value).__name__}'
+    text = ' '.join(text.split())
+    return text if len(text) <= MOST_SHOWN else f'{text[:MOST_SHOWN]}...'
