@@ -124,3 +124,46 @@ def gif(canvas, frames, *, background=0, palette=((0, 0, 0), (200, 0, 0), (0, 0,
             bytes([len(codes[k : k + 255])]) + codes[k : k + 255] for k in range(0, len(codes), 255)
         ) + b'\0'  # fmt: skip
     return data + b'\x3b'
+
+
+def jpeg(height, width, sampling, rng, *, adobe=None):
+    """A baseline JPEG of random low frequencies, with any (across, down) sampling a component."""
+    most = np.max(sampling, 0)
+    mcus = [-(-width // (8 * most[0])), -(-height // (8 * most[1]))]
+    order = [(c, k) for c, (x, y) in enumerate(sampling) for k in range(x * y)]
+    if len(sampling) == 1:
+        mcus, order = [-(-width // 8), -(-height // 8)], [(0, 0)]
+    bits, before = [], [0] * len(sampling)
+
+    def add(code, length, value):
+        """A code, and a value in the bits that T.81 F.1.2.1 has for its size."""
+        size = int(abs(value)).bit_length()
+        bits.append(f'{code(size):0{length}b}')
+        if size:
+            bits.append(f'{value if value > 0 else value + 2**size - 1:0{size}b}')
+
+    for _ in range(mcus[0] * mcus[1]):
+        for c, _ in order:
+            level = int(rng.integers(-30, 30))
+            add(lambda size: size, 4, level - before[c])
+            before[c] = level
+            for _ in range(3):
+                add(lambda size: size, 8, int(rng.integers(1, 9)) * int(rng.choice([-1, 1])))
+            bits.append(f'{0:08b}')  # the end of the block
+    data = ''.join(bits)
+    data += '1' * (-len(data) % 8)
+    scan = int(data, 2).to_bytes(len(data) // 8).replace(b'\xff', b'\xff\0')
+
+    def segment(marker, content):
+        return bytes([0xFF, marker]) + struct.pack('>H', len(content) + 2) + content
+
+    frame = struct.pack('>BHHB', 8, height, width, len(sampling))
+    frame += b''.join(bytes([c + 1, x << 4 | y, 0]) for c, (x, y) in enumerate(sampling))
+    scans = bytes([len(sampling)]) + b''.join(bytes([c + 1, 0]) for c in range(len(sampling)))
+    dc = bytes([0, 0, 0, 0, 12, *[0] * 12, *range(12)])
+    ac = bytes([0x10, *[0] * 7, 16, *[0] * 8, *range(16)])
+    head = b'' if adobe is None else segment(0xEE, b'Adobe\0d\0\0\0\0' + bytes([adobe]))
+    return b''.join([
+        b'\xff\xd8', head, segment(0xDB, b'\0' + b'\x10' * 64), segment(0xC0, frame),
+        segment(0xC4, dc), segment(0xC4, ac), segment(0xDA, scans + b'\0\x3f\0'), scan, b'\xff\xd9',
+    ])  # fmt: skip

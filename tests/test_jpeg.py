@@ -1,15 +1,17 @@
 """JPEG windows by the extension: Pillow's bits, TensorFlow's preprocessing, nothing on trust."""
 
 import io
+import itertools
 import pathlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pictures
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -74,6 +76,42 @@ def test_windows_have_the_bits_of_the_whole_image(case):
     np.testing.assert_array_equal(window, whole[y : y + h, x : x + w])
     mirrored = images.resized(image, box, (h, w), flip=True)
     np.testing.assert_array_equal(mirrored, window[:, ::-1])
+
+
+FACTORS = list(itertools.product((1, 2, 3, 4), repeat=2))  # across, down, of a component
+SAMPLINGS = [
+    [y, cb, cr] for y, cb, cr in itertools.product(FACTORS, repeat=3)
+    if y[0] * y[1] + cb[0] * cb[1] + cr[0] * cr[1] <= 10  # blocks of an MCU
+]  # fmt: skip
+
+
+@needs_extension
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(SAMPLINGS + [[factors] for factors in FACTORS]),
+    st.integers(17, 90), st.integers(17, 90), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**32),
+    st.sampled_from([None, 0, 1]),
+)  # fmt: skip
+def test_windows_are_right_at_every_scale_and_sampling(sampling, h, w, scale, seed, adobe):
+    """Those of the whole image at this scale, as libjpeg-turbo in Pillow decodes it."""
+    rng = np.random.default_rng(seed)
+    data = pictures.jpeg(h, w, sampling, rng, adobe=adobe)
+    with Image.open(io.BytesIO(data)) as file:
+        file.draft(None, (w // scale, h // scale))
+        assume(file.size == (-(-w // scale), -(-h // scale)))
+        try:
+            whole = np.asarray(file.convert('RGB'))
+        except OSError:  # fractions, as of 3 and 2, are not in libjpeg
+            with pytest.raises(images.Unreadable):
+                images.resized(images.read(data), (0, 0, h, w), (h, w))
+            return
+    height, width = whole.shape[:2]
+    for _ in range(6):
+        y, x = int(rng.integers(height)), int(rng.integers(width))
+        box = y, x, int(rng.integers(1, height - y + 1)), int(rng.integers(1, width - x + 1))
+        window = np.empty((*box[2:], 3), np.uint8)
+        images._jpeg.view(data, window, box, (0, 0, *box[2:]), scale, 0, True, False)
+        np.testing.assert_array_equal(window, whole[y : y + box[2], x : x + box[3]])
 
 
 def differences(ours, theirs):

@@ -460,9 +460,12 @@ typedef struct {
 
 /* Decodes a window of the image scaled by 1 / `denominator` to d->rows, RGBX; the window moves to
    where it lies there. Returns the pixels of a row there. Bits are those of a decoded whole, with
-   libjpeg's accurate inverse DCT, or its fast one, which is TensorFlow's. */
+   libjpeg's accurate inverse DCT, or its fast one, which is TensorFlow's. Of a scaled image with a
+   sampling factor above 2 all is decoded down to the end of the window: libjpeg-turbo upsamples
+   some of these windows by wrong neighbours. */
 static int decode(decoder *d, window *w, int denominator, int fast) {
     j_decompress_ptr jpeg = &d->jpeg;
+    int part = denominator == 1 || (jpeg->max_h_samp_factor <= 2 && jpeg->max_v_samp_factor <= 2);
     jpeg->out_color_space = JCS_EXT_RGBX;
     jpeg->dct_method = fast ? JDCT_IFAST : JDCT_ISLOW;
     jpeg->scale_num = 1;
@@ -471,7 +474,8 @@ static int decode(decoder *d, window *w, int denominator, int fast) {
     /* One MCU more on either side: smooth upsampling of colours looks at the neighbours. */
     int step = 8 * jpeg->max_h_samp_factor / denominator;
     int from = w->x >= step ? w->x - step : 0, to = w->x + w->width + step;
-    if (to > (int)jpeg->output_width) to = jpeg->output_width;
+    if (to > (int)jpeg->output_width || !part) to = jpeg->output_width;
+    if (!part) from = 0;
     JDIMENSION left = from, width = to - from;
     jpeg_crop_scanline(jpeg, &left, &width);
     int mcu = jpeg->num_components == 1 ? 8 / denominator : step;
@@ -479,17 +483,18 @@ static int decode(decoder *d, window *w, int denominator, int fast) {
     d->last_column = (left + width - 1) / mcu;
     take_over(d);
     int stride = (width + 15) / 16 * 16;
-    size_t size = (size_t)w->height * stride * 4;
+    int skipped = part ? w->y : 0, last = w->y + w->height - skipped;
+    size_t size = (size_t)last * stride * 4;
     d->rows = roomy(&d->scratch->rows, &d->scratch->rows_size, size);
     if (!d->rows) fail(d, "out of memory");
-    if (w->y) jpeg_skip_scanlines(jpeg, w->y);
-    for (int row = 0; row < w->height;) {
+    if (skipped) jpeg_skip_scanlines(jpeg, skipped);
+    for (int row = 0; row < last;) {
         JSAMPROW rows[8];
-        int count = w->height - row < 8 ? w->height - row : 8;
+        int count = last - row < 8 ? last - row : 8;
         for (int i = 0; i < count; i++) rows[i] = d->rows + (size_t)(row + i) * stride * 4;
         row += jpeg_read_scanlines(jpeg, rows, count);
     }
-    w->y = 0;
+    w->y -= skipped;
     w->x -= left;
     return stride;
 }
