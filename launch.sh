@@ -26,7 +26,7 @@ bash launch.sh COMMAND --help says what each of the last five takes. All of them
   --dry-run            print what would run, ready to paste, and do nothing
   --                   all that follows goes to vit_jax.main
 $VIT_JAX_PYTHON names a Python that has vit_jax; then nothing is installed here.
-Exit status: that of the run (0 done, 2 a mistake, 3 not finite, 130 and 143 stopped and saved);
+Exit status: that of the run (0 done, 2 a mistake, 3 not finite, 129, 130, 143 stopped and saved);
 1 where what carries the run (SLURM, gcloud, kubectl) has failed.
 EOS
 }
@@ -176,7 +176,7 @@ each() { # FUNCTION: calls it with workdir and flags, for every run of a sweep t
         rc=0
         "$1" "${row[1]}" "${flags[@]}" "${row[@]:2}" || rc=$?
         [ "$status" != 0 ] || status=$rc
-        case $rc in 130 | 143) break ;; esac
+        case $rc in 129 | 130 | 143) break ;; esac
         [ ! "$stopped" ] || break # any other failure is one row of the table
     done 3<<<"$plan"
     return "$status"

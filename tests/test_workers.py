@@ -1,5 +1,6 @@
 """Worker processes: whatever ends, the run is told or ends too, and nothing stays behind."""
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -8,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import shared_memory
 
 import launched
 import numpy as np
 import pytest
 
-from vit_jax.data import pipeline, sources
+from vit_jax.data import memory, pipeline, sources
 
 SCRIPT = """
 import multiprocessing, sys, time
@@ -29,6 +31,7 @@ def main(argv):
     print(*[p.pid for p in multiprocessing.active_children()], flush=True)
     for _ in feed:
         time.sleep(0.01)
+        print('goes on', flush=True)
 
 if __name__ == '__main__':
     cli.run(main)
@@ -50,7 +53,7 @@ class Run:
         self.workers = [int(pid) for pid in self.process.stdout.readline().split()]
         assert len(self.workers) == 2
         maps = pathlib.Path(f'/proc/{self.process.pid}/maps').read_text()
-        self.segments = set(re.findall(r'/dev/shm/(psm_\w+)', maps))
+        (self.prefix,) = set(re.findall(r'/dev/shm/(vit_jax-[0-9a-f]+)', maps))
 
     def __enter__(self):
         return self
@@ -70,7 +73,10 @@ class Run:
 
     def left(self):
         """This run's shared memory that is still there; other tests have some of their own."""
-        return self.segments & set(os.listdir('/dev/shm'))
+        return [name for name in self.files() if not name.endswith('.lock')]
+
+    def files(self):
+        return [name for name in os.listdir('/dev/shm') if self.prefix in name]
 
 
 def alive(pid):
@@ -113,6 +119,67 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         assert run.left()
         os.kill(run.process.pid, signal.SIGKILL)
         assert run.ended(10)[0] == -signal.SIGKILL
+
+
+def test_what_a_killed_group_leaves_is_removed_at_the_next_start(tmp_path):
+    """And nothing else: neither of a run that goes on, nor of another program."""
+    other = shared_memory.SharedMemory(create=True, size=10)
+    try:
+        with Run(tmp_path / 'a') as lives, Run(tmp_path / 'b') as killed:
+            os.killpg(killed.process.pid, signal.SIGKILL)
+            killed.process.wait()
+            before = lives.files()
+            assert len(killed.files()) > 10 and f'{lives.prefix}.lock' in before
+            orphan = 'vit_jax-0123456789abcdef-1'  # made after its run's rest was removed
+            pathlib.Path('/dev/shm', orphan).touch()
+            memory.sweep()
+            files = os.listdir('/dev/shm')
+            assert not killed.files() and orphan not in files and other.name in files
+            assert {name for name in before if 'sem.' in name or 'lock' in name} <= set(files)
+            assert lives.process.poll() is None and lives.process.stdout.readline()
+    finally:
+        other.unlink()
+
+
+def spawned(pid):
+    """Workers of a process, from their first instruction on."""
+    found = []
+    with contextlib.suppress(OSError):
+        for task in pathlib.Path(f'/proc/{pid}/task').glob('*/children'):
+            for child in task.read_text().split():
+                if b'spawn_main' in pathlib.Path(f'/proc/{child}/cmdline').read_bytes():
+                    found.append(int(child))
+    return found
+
+
+MOMENTS = [(signal.SIGTERM, 0.0)] + [
+    pytest.param(number, delay, marks=pytest.mark.slow)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for delay in (0.05, 0.3, 1.0, 2.0, 4.0)
+]
+
+
+@pytest.mark.parametrize('number, delay', MOMENTS)
+def test_a_signal_to_the_group_is_for_the_parent_alone(tmp_path, number, delay):
+    """Seconds after the first worker began, while the first batch is awaited or later."""
+    folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 1})
+    workdir = tmp_path / 'run'
+    with launched.log_of(workdir).open('w') as log:
+        process = subprocess.Popen(
+            launched.command(folder, workdir, '--config.data.workers=2', '--config.steps=100000'),
+            stdout=log, stderr=log, env=launched.ENVIRONMENT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        launched.wait_for(lambda: spawned(process.pid), process, workdir)
+        time.sleep(delay)
+        os.killpg(process.pid, number)
+        status = process.wait(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    said = launched.log_of(workdir).read_text()
+    assert status == 128 + number and 'Stopped and saved' in said, said
+    assert 'Traceback' not in said and 'error' not in said and launched.checkpoints(workdir)
 
 
 def test_ctrl_c_ends_all(tmp_path):

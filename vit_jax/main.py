@@ -7,8 +7,8 @@ One process a host (or a GPU) is found by itself on TPU pods and under SLURM and
 --coordinator, --num_processes and --process_id say it.
 
 Exit status: 0 done, 1 not what was expected (with --check), 2 a mistake that its one line names,
-3 a loss or gradient that is no number, 4 another process was lost, 130 and 143 stopped by SIGINT
-and SIGTERM with everything saved.
+3 a loss or gradient that is no number, 4 another process was lost, 129, 130 and 143 stopped by
+SIGHUP, SIGINT and SIGTERM with everything saved.
 """
 
 import signal
@@ -81,7 +81,9 @@ def run(overrides, stop):
     """Trains and reports; the exit status."""
     # A signal is heard while these load.
     from vit_jax import caches, clusters, config, hosts, report, train, workdir
+    from vit_jax.data import memory
 
+    memory.sweep()
     caches.keep_compiled(CACHE.value, WORKDIR.value)
     begun = workdir.read_json(workdir.located(WORKDIR.value) / 'config.json')
     settings = config.load(CONFIG.value, overrides, begun)

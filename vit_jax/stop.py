@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Stop:
-    """True once SIGTERM or SIGINT came; a second one ends the process at once.
+    """True once SIGTERM, SIGINT or SIGHUP came; a second one ends the process at once.
 
     Several processes must stop at the same step, also where the signal came to one alone. So there
     it is true once all know: each has its wish in its rows of every batch, and the sum over the
@@ -41,14 +41,18 @@ class Stop:
         signal.signal(signum, signal.SIG_DFL)
         name = signal.Signals(signum).name
         # print() can't be entered twice, and the signal may have come in the midst of one.
-        os.write(2, f'\n{name}: stopping at the next step; once more to lose it.\n'.encode())
+        with contextlib.suppress(OSError):  # SIGHUP: the terminal is gone
+            os.write(2, f'\n{name}: stopping at the next step; once more to lose it.\n'.encode())
 
 
 @contextlib.contextmanager
 def on_signal():
-    """A Stop that listens as long as the block runs."""
+    """A Stop that listens as long as the block runs; nohup has SIGHUP ignored, which stays so."""
     stop = Stop()
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signals.remove(signal.SIGHUP)
+    before = {s: signal.signal(s, stop) for s in signals}
     try:
         yield stop
     finally:

@@ -1,13 +1,12 @@
-"""Worker processes that take tasks from pipes: none is waited for in vain, none hears Ctrl-C."""
+"""Worker processes that take tasks from pipes: none is waited for in vain, none hears a signal."""
 
 import contextlib
 import multiprocessing
-import os
-import signal
 import sys
 import time
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 
+from vit_jax.data.workers import deaf, end
 from vit_jax.errors import UserError
 
 
@@ -18,7 +17,7 @@ def distributed(work, job, tasks, workers, bar):
     try:
         for _ in range(min(workers, len(tasks))):
             ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(job, theirs, os.getpid()), daemon=True)
+            process = context.Process(target=work, args=(job, theirs), daemon=True)
             with deaf():
                 process.start()
             theirs.close()  # so that its end is seen when the worker dies
@@ -39,10 +38,7 @@ def distributed(work, job, tasks, workers, bar):
                     pipe.close()
                 yield value
     finally:
-        for process, _ in crew.values():
-            process.terminate()
-        for process, _ in crew.values():
-            process.join()
+        end([process for process, _ in crew.values()])
 
 
 def give(tasks, crew, pipe, process):
@@ -50,20 +46,6 @@ def give(tasks, crew, pipe, process):
     crew[pipe] = process, tasks.pop()
     with contextlib.suppress(OSError):  # it is dead, which is seen when its answer is read
         pipe.send(crew[pipe][1])
-
-
-@contextlib.contextmanager
-def deaf():
-    """Processes that start in the block never hear of Ctrl-C, which goes to the whole group.
-
-    This process hears of it at the end of the block.
-    """
-    resource_tracker.ensure_running()  # else it starts in the block, and ends the deafness
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def answer(pipe, process, task):

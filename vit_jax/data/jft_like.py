@@ -26,7 +26,8 @@ from absl import flags
 from PIL import Image
 
 from vit_jax import cli
-from vit_jax.data import example, records
+from vit_jax.data import example, memory, records
+from vit_jax.data.workers import deaf, end_with_parent
 from vit_jax.errors import UserError
 
 COLOURS = {
@@ -267,9 +268,13 @@ def make(
     begin(dst, json.dumps(settings) + '\n')
     splits = {split: [] for split in drawn}
     context = multiprocessing.get_context('spawn')  # threads of this process hold locks
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    memory.claim()
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=end_with_parent
+    ) as pool:
         work = plan(drawn, shard_examples)
-        jobs = [(split, pool.submit(write, dst, drawn[split], *rest)) for split, *rest in work]
+        with deaf():
+            jobs = [(split, pool.submit(write, dst, drawn[split], *rest)) for split, *rest in work]
         try:
             for done, (split, job) in enumerate(jobs):
                 splits[split].append(job.result())

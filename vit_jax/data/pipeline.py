@@ -6,22 +6,19 @@ several are padded with -1.
 """
 
 import collections
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
 from functools import partial
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from grain.experimental import index_shuffle
 
 from vit_jax.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.data import distort, images
 from vit_jax.data.augment import VIEWS
+from vit_jax.data.workers import prefetched
 from vit_jax.errors import UserError
 from vit_jax.text import printable
 
@@ -287,57 +284,7 @@ def stream(data, threads, workers, prefetch):
     ahead = max(threads, prefetch // max(workers, 1))  # batches, of each worker
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     data = data.to_iter_dataset(options)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads flags, also where no absl app runs
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers)
-        data = data.mp_prefetch(options, worker_init_fn=partial(begin_worker, parent=os.getpid()))
-        return watched(iter(data), set(multiprocessing.active_children()))
-    return iter(data)
-
-
-def begin_worker(index, count, *, parent):
-    """Leaves Ctrl-C to the parent, and ends this process when the parent has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-
-
-def end_with(parent):
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)  # the resource tracker then removes what is left of shared memory
-
-
-def watched(feed, others):
-    """The elements of `feed`; UserError where one of the processes behind it has died."""
-    workers = []
-    while True:
-        try:
-            yield next(feed)
-        except StopIteration:
-            return
-        except RuntimeError as e:
-            for k, process in enumerate(workers):
-                if process.exitcode:
-                    raise UserError(
-                        f'data worker {k + 1} of {len(workers)} (process {process.pid}) ended with '
-                        f'exit code {process.exitcode}{signal_name(process.exitcode)}; '
-                        '--config.data.workers=0 reads in threads'
-                    ) from e
-            if 'exit code' in str(e):  # before the first batch
-                raise UserError(f'a data worker could not start: {e}') from e
-            raise
-        if not workers:
-            started = set(multiprocessing.active_children()) - others
-            workers = sorted(started, key=lambda process: process.pid)
-
-
-def signal_name(code):
-    """' (SIGKILL; out of memory?)' for -9."""
-    if code >= 0:
-        return ''
-    name = signal.Signals(-code).name
-    return f' ({name}; out of memory?)' if name == 'SIGKILL' else f' ({name})'
+    return prefetched(data, workers) if workers else iter(data)
 
 
 def foreseen(feed, stop, ahead=2):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import time
 import traceback
 
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.data import duplicates, example, images, records
+from vit_jax.data.workers import end_with_parent
 from vit_jax.errors import UserError
 
 KNOWN = '.against.npz'  # what is known of the test sets, as long as DST is not finished
@@ -76,14 +76,13 @@ class Job:
         return [('shard', split, k) for split in self.sources for k in range(self.shards(split))]
 
 
-def work(job, pipe, parent):
+def work(job, pipe):
     """A worker: takes tasks from a pipe and answers each, until the pipe or its parent is gone."""
+    end_with_parent()
     known, said = None, 0.0
 
     def progress(done):
         nonlocal said
-        if os.getppid() != parent:
-            raise EOFError
         if time.time() - said > EVERY:
             said = time.time()
             pipe.send(('at', done))

@@ -1,0 +1,127 @@
+"""Processes that work for this one: it alone hears signals, and they end when it does.
+
+Schedulers and terminals send a signal to all processes of a group. A worker that obeyed it would be
+missing while this process finishes its step and saves.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import Future
+from functools import partial
+from multiprocessing import resource_tracker, util
+
+from absl import flags
+
+from vit_jax.data import memory
+from vit_jax.errors import UserError
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+@contextlib.contextmanager
+def deaf():
+    """Threads and processes that start in the block never hear of SIGNALS, which go to the group.
+
+    They inherit what this thread blocks, so there is no moment at which they do. This process hears
+    of a signal at the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        resource_tracker.ensure_running()  # it unblocks all but SIGHUP when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def deafly(call):
+    """The result of a call in a deaf thread; while it is awaited, signals are heard here."""
+    result = Future()
+
+    def work():
+        try:
+            result.set_result(call())
+        except BaseException as e:
+            result.set_exception(e)
+
+    with deaf():
+        threading.Thread(target=work, daemon=True).start()
+    return result.result()
+
+
+def end_with_parent():
+    """Ends this worker as soon as its parent has ended; leaves signals to it."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=outlive_nobody, daemon=True).start()
+
+
+def outlive_nobody():
+    multiprocessing.parent_process().join()
+    os._exit(1)  # shared memory is left to Python's resource tracker, or memory.sweep
+
+
+def prefetched(data, workers):
+    """Iterates over a Grain data set in worker processes.
+
+    Raises UserError that names a worker which died and its exit code.
+    """
+    import grain  # takes a second, which workers of `crew` need not wait for
+
+    if not flags.FLAGS.is_parsed():  # Grain reads flags, also where no absl app runs
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    begin = partial(begin_worker, prefix=memory.claim())
+    return watched(iter(data.mp_prefetch(options, worker_init_fn=begin)))
+
+
+def begin_worker(index, count, *, prefix):
+    end_with_parent()
+    memory.adopt(prefix)
+
+
+def watched(feed):
+    """The elements of `feed`; UserError where one of the processes behind it has died."""
+    others = set(multiprocessing.active_children())
+    take, workers = partial(deafly, partial(next, feed)), []  # the first one starts the workers
+    while True:
+        try:
+            yield take()
+        except StopIteration:
+            return
+        except RuntimeError as e:
+            for k, process in enumerate(workers):
+                if process.exitcode:
+                    raise UserError(
+                        f'data worker {k + 1} of {len(workers)} (process {process.pid}) ended with '
+                        f'exit code {process.exitcode}{signal_name(process.exitcode)}; '
+                        '--config.data.workers=0 reads in threads'
+                    ) from e
+            if 'exit code' in str(e):  # before the first batch
+                raise UserError(f'a data worker could not start: {e}') from e
+            raise
+        if not workers:
+            started = set(multiprocessing.active_children()) - others
+            workers = sorted(started, key=lambda process: process.pid)
+            # Python ends what Grain has left with a SIGTERM, which is not heard, and then waits.
+            util.Finalize(None, end, args=(workers,), exitpriority=0)
+            take = partial(next, feed)
+
+
+def end(workers):
+    """Ends worker processes at once."""
+    for process in workers:
+        process.kill()
+    for process in workers:
+        process.join()
+
+
+def signal_name(code):
+    """' (SIGKILL; out of memory?)' for -9."""
+    if code >= 0:
+        return ''
+    name = signal.Signals(-code).name
+    return f' ({name}; out of memory?)' if name == 'SIGKILL' else f' ({name})'
