@@ -1,21 +1,19 @@
 """Runs of several processes: real ones that meet, train, are stopped, killed and held up."""
 
-import concurrent.futures
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 
 import launched
 import numpy as np
 import processes
 import pytest
-from processes import Run, free_port
+from processes import Run
 
 from vit_jax import clusters, hosts, sharding
-from vit_jax.errors import Lost, UserError
-from vit_jax.rendezvous import meet
+from vit_jax.errors import UserError
 
 STEPS = ('--config.steps=20', '--config.checkpoint.every=10')
 LONG = ('--config.steps=100000', '--config.checkpoint.every=7', '--config.evals.val.every=0')
@@ -73,12 +71,18 @@ def test_place(variables, flags, wanted, environment):
     ('', ('a:1', 4, None), '--process_id must be given too'),
     ('', (None, None, 1), '--coordinator and --num_processes must be given too'),
     ('', ('a', 4, 1), "--coordinator is 'a', not of the form HOST:PORT"),
+    ('', ('a:', 4, 1), 'not of the form HOST:PORT'),
+    ('', ('a b:1', 4, 1), 'not of the form HOST:PORT'),
+    ('', ('::1:8476', 4, 1), 'not of the form HOST:PORT, or [ADDRESS]:PORT for IPv6'),
+    ('', ('a:99999', 4, 1), "'a:99999'; ports are from 1 to 65535"),
+    ('', ('a:0', 4, 0), 'ports are from 1 to 65535'),
+    ('', ('a..b:1', 4, 1), "'a..b:1', whose host is no name"),
     ('', ('a:1', 4, 4), '--process_id is 4; of 4 processes it is one of 0 to 3'),
     (OMPI, (), "this is process 3 of 4, but 'OMPI_MCA_orte_hnp_uri' is not set"),
 ])  # fmt: skip
 def test_places_that_are_none(variables, flags, words, environment):
     environment(variables)
-    with pytest.raises(UserError, match=words.replace('(', r'\(')):
+    with pytest.raises(UserError, match=re.escape(words)):
         clusters.place(*flags)
 
 
@@ -105,72 +109,6 @@ def test_what_is_expected_is_checked(environment):
     ):
         with pytest.raises(UserError, match=words):
             call()
-
-
-# the meeting
-
-
-def meeting(*places, facts=None, timeout=20):
-    """What `meet` returns or raises in each of several threads, (process, of how many) each."""
-    port = free_port()
-
-    def one(i, process, count):
-        where = clusters.Place(f'localhost:{port}', count, process, None)
-        try:
-            return meet(where, (facts or {}).get(i, {'config': 'a'}), timeout)
-        except (Lost, UserError) as e:
-            return e
-
-    with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
-        jobs = [pool.submit(one, i, *place) for i, place in enumerate(places)]
-        return [job.result() for job in jobs]
-
-
-def test_all_meet():
-    assert meeting(*((i, 5) for i in range(5))) == [None] * 5
-
-
-def test_who_does_not_come_is_named_to_all():
-    for found in meeting((0, 5), (2, 5), (4, 5), timeout=1):
-        assert isinstance(found, Lost)
-        assert 'processes 1, 3 of 5 did not start within 1 s' in str(found)
-    (found,) = meeting((1, 2), timeout=1)
-    assert isinstance(found, Lost) and 'process 0 did not answer at localhost:' in str(found)
-
-
-def test_other_configs_and_equal_numbers_are_named_to_all():
-    for found in meeting((0, 3), (1, 3), (2, 3), facts={2: {'config': 'b'}}):
-        assert isinstance(found, UserError) and 'has another config than process 0' in str(found)
-    for found in meeting((0, 2), (1, 3)):
-        assert isinstance(found, UserError) and 'has another processes than' in str(found)
-    found = meeting((0, 3), (1, 3), (1, 3))
-    assert all(isinstance(f, UserError) and 'say that they are number 1' in str(f) for f in found)
-
-
-def test_strangers_and_those_that_started_anew_do_not_disturb():
-    port = free_port()
-    where = [clusters.Place(f'localhost:{port}', 3, i, None) for i in range(3)]
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        first = pool.submit(meet, where[0], {}, 20)
-        for words in (b'GET / HTTP/1.1\r\n\r\n', b'[1]\n', b'{"process": 1}\n', b'',
-                      b'{"process": 1, "host": "x", "facts": {"processes": 3}}\n'):  # fmt: skip
-            connection = None
-            while connection is None:
-                try:
-                    connection = socket.create_connection(('localhost', port), 5)
-                except OSError:
-                    assert not first.done()
-            connection.sendall(words)
-            connection.close()
-        rest = [pool.submit(meet, place, {}, 20) for place in where[1:]]
-        assert [job.result() for job in (first, *rest)] == [None] * 3
-
-
-def test_a_port_in_use_is_named():
-    with socket.create_server(('', 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
-        where = clusters.Place(f'localhost:{server.getsockname()[1]}', 2, 0, None)
-        with pytest.raises(UserError, match='can not listen at port .* of --coordinator: '):
-            meet(where, {}, 5)
 
 
 # who is lost
@@ -334,6 +272,27 @@ def test_a_barrier_where_one_stalls(phase, folder, begun, tmp_path):
         (error,) = run.errors(0)
         assert 'process 1 of 2' in error, error
         assert ('did not start' if phase == 'start' else phase) in error
+
+
+@pytest.mark.parametrize('signum, who, count', [
+    ('KILL', 1, 3),
+    pytest.param('KILL', 0, 2, marks=pytest.mark.slow),
+    pytest.param('STOP', 1, 2, marks=pytest.mark.slow),
+    pytest.param('STOP', 0, 2, marks=pytest.mark.slow),
+])
+def test_one_lost_between_the_meeting_and_the_start_is_named(signum, who, count, folder, tmp_path):
+    flags = ('--peer_timeout=10', '--start_timeout=600')
+    with Run(folder, tmp_path, count, 1, *flags, stop_in=(who, 'vit_jax.hosts:Watch')) as run:
+        run.wait_for(lambda: run.stopped(who))
+        if signum == 'KILL':
+            run.processes[who].kill()
+        statuses = run.ended(who)
+        assert set(statuses.values()) == {hosts.STATUS}, run.says()
+        for i in statuses:
+            (error,) = run.errors(i)
+            assert f'error: process {who} of {count} (' in error, run.says()
+            assert 'Check failed' not in run.log(i)
+            assert ('ended before' if signum == 'KILL' else 'has not been heard of') in error
 
 
 @pytest.mark.slow

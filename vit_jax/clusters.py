@@ -17,6 +17,11 @@ class Place(NamedTuple):
     process: int
     devices: list[int] | None  # GPUs of its machine that are this process's; None: all
 
+    def address(self):
+        """(host, port) of the coordinator; an IPv6 address without its brackets."""
+        host, _, port = self.coordinator.rpartition(':')
+        return host.removeprefix('[').removesuffix(']'), int(port)
+
 
 # Variables with the number of processes, that of this one, its number on its machine and how many
 # there are on it. A job's own script, which no srun has started, has none of SLURM's step.
@@ -97,8 +102,16 @@ def by_flags(coordinator, processes, process):
 
 
 def checked(place):
-    if not re.fullmatch(r'.+:\d+', place.coordinator):
-        raise UserError(f'--coordinator is {place.coordinator!r}, not of the form HOST:PORT')
+    given = f'--coordinator is {place.coordinator!r}'
+    match = re.fullmatch(r'(\[[0-9a-fA-F:.%\w]+\]|[\w.-]+):([0-9]{1,5})', place.coordinator)
+    if not match:
+        raise UserError(f'{given}, not of the form HOST:PORT, or [ADDRESS]:PORT for IPv6')
+    if not 1 <= int(match[2]) <= 65535:
+        raise UserError(f'{given}; ports are from 1 to 65535')
+    try:
+        match[1].encode('idna')
+    except UnicodeError:
+        raise UserError(f'{given}, whose host is no name') from None
     if not 0 <= place.process < place.processes:
         raise UserError(
             f'--process_id is {place.process}; of {place.processes} processes it is one of '

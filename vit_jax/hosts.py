@@ -71,16 +71,17 @@ def joined(place, facts, *, timeout, start_timeout):
     if place is None:
         yield lambda phase: None
         return
-    meet(place, facts, start_timeout)
+    meeting = meet(place, facts, start_timeout)
     watch = Watch(place, timeout, start_timeout)
     jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
-    jax.distributed.initialize(
-        place.coordinator, place.processes, place.process, place.devices,
-        cluster_detection_method='deactivate', initialization_timeout=start_timeout,
-        heartbeat_timeout_seconds=10 * timeout,  # the watch is to speak first
-        shutdown_timeout_seconds=timeout,
-    )  # fmt: skip
-    watch.begin(distributed.global_state.client)
+    with meeting.watched(timeout, lambda why: watch.stop(why, STATUS)):
+        jax.distributed.initialize(
+            place.coordinator, place.processes, place.process, place.devices,
+            cluster_detection_method='deactivate', initialization_timeout=start_timeout,
+            heartbeat_timeout_seconds=10 * timeout,  # the watch is to speak first
+            shutdown_timeout_seconds=timeout,
+        )  # fmt: skip
+        watch.begin(distributed.global_state.client)
     try:
         yield watch.at
     except BaseException as e:
