@@ -22,12 +22,15 @@ from vit_jax.evaluators import classify
 from vit_jax.text import printable, to_json
 
 
-def evaluate(checkpoint, config, ema=None, out=None):
-    """{name: {metric: value}} of the evaluations of a complete config; `out` as --out."""
+def evaluate(checkpoint, config, ema=None, by_class=False):
+    """{name: {metric: value}} of the evaluations of a complete config, and {name: CSV text}.
+
+    The second, as --out has it, is empty unless `by_class`.
+    """
     if not config.evals:
         raise UserError('the config has no evals')
     mesh = sharding.make_mesh(**config.mesh)
-    results, loaded = {}, {}
+    results, texts, loaded = {}, {}, {}
     for name, kwargs in config.evals.items():
         size = pipeline.size_of(kwargs.image_size)
         if size not in loaded:
@@ -39,13 +42,12 @@ def evaluate(checkpoint, config, ema=None, out=None):
         metrics = evaluation(found.params)
         seconds = time.perf_counter() - began
         results[name] = metrics | {'images_per_s': round(metrics['examples'] / seconds, 1)}
-        if out is not None and kwargs.type == 'classify':
+        if by_class and kwargs.type == 'classify':
             classes = found.classes or evaluation.source.classes
-            text = classify.by_class(
+            texts[name] = classify.by_class(
                 evaluation.predictions(found.params), classes, found.model.num_classes
             )
-            storage.write(out / f'{name.replace("/", "_")}.csv', text.encode())
-    return results | classify.means(results)
+    return results | classify.means(results), texts
 
 
 def read(checkpoint, image_size, model, ema):
@@ -73,16 +75,18 @@ def main(argv, overrides):
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}; flags begin with --')
     config = settings_of(options.config, options.checkpoint, overrides)
-    out = options.out and workdir.located(options.out)
-    if out and not storage.remote(out):
-        out.mkdir(parents=True, exist_ok=True)
-    results = evaluate(options.checkpoint, config, None if options.ema else False, out)
+    out = options.out and storage.folder(workdir.located(options.out))  # else known at once
+    results, texts = evaluate(
+        options.checkpoint, config, None if options.ema else False, by_class=bool(out)
+    )
     if options.json:
         print(to_json({'checkpoint': options.checkpoint, **results}))
-        return
-    for name, metrics in results.items():
-        for metric, value in metrics.items():
-            print(f'{printable(name)}/{metric}  {report.number(value)}')
+    else:
+        for name, metrics in results.items():
+            for metric, value in metrics.items():
+                print(f'{printable(name)}/{metric}  {report.number(value)}')
+    for name, text in texts.items():  # last, as a full disk must not take the rest along
+        storage.write(out / f'{name.replace("/", "_")}.csv', text.encode())
 
 
 if __name__ == '__main__':

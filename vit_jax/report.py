@@ -82,8 +82,7 @@ class Report:
         text = ''.join(to_json(line) + '\n' for line in self.lines)
         self.file = storage.Growing(self.path, text.encode())
         folder = self.path.parent / 'tensorboard'
-        if not storage.remote(folder):
-            folder.mkdir(exist_ok=True)
+        storage.folder(folder)
         name = f'events.out.tfevents.{self.began:010.0f}.{socket.gethostname()}.{os.getpid()}'
         self.events = RecordWriter(storage.Growing(folder / name))
         self.event(file_version='brain.Event:2')

@@ -63,6 +63,24 @@ def explained(path, doing):
         raise UserError(f'can not {doing} {path}: {why(e)}') from e
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Turns what a disk or a server refuses, as `path` is written, into one line for the user."""
+    try:
+        with explained(path, 'write'):
+            yield
+    except OSError as e:
+        raise UserError(f'can not write {path}: {e.strerror or e}') from e
+
+
+def folder(path):
+    """Makes a folder for what is to be written, and those above it. Raises UserError."""
+    if not remote(path):
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def away(error):
     """Whether a server gave no answer, or none that says what it has: all may be well there."""
     words = 'UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|Forbidden'
@@ -104,14 +122,19 @@ def read(path):
 
 
 def write(path, data):
-    """Writes bytes to a file, which is complete or as it was."""
-    if remote(path):
-        with explained(path, 'write'):
+    """Writes bytes to a file, which is complete or as it was. Raises UserError."""
+    with writing(path):
+        if remote(path):
             path.write_bytes(data)
-        return
-    part = path.with_name(path.name + '.part')
-    part.write_bytes(data)
-    part.replace(path)
+            return
+        part = path.with_name(path.name + '.part')
+        try:
+            part.write_bytes(data)
+            part.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
 
 
 class Growing:
@@ -121,7 +144,8 @@ class Growing:
         write(path, data)
         self.path, self.file = path, None
         if not remote(path):
-            self.file = path.open('ab')
+            with writing(path):
+                self.file = open(path, 'ab', buffering=0)
             return
         self.data, self.written = bytearray(data), len(data)
         self.uploads = concurrent.futures.ThreadPoolExecutor(1)
@@ -129,10 +153,14 @@ class Growing:
         self.next = time.monotonic() + PERIOD
 
     def write(self, data):
-        """Adds bytes; they are in the file at once, elsewhere after a while, or after `sync`."""
+        """Adds bytes; they are in the file at once, elsewhere after a while, or after `sync`.
+
+        Raises UserError.
+        """
         if self.file:
-            self.file.write(data)
-            self.file.flush()
+            with writing(self.path):
+                while data:  # a disk that becomes full takes a part
+                    data = data[self.file.write(data) :]
             return
         self.data += data
         if time.monotonic() > self.next and (self.running is None or self.running.done()):

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import importlib.metadata
 import json
@@ -77,12 +76,11 @@ def locked(path):
 
 @contextlib.contextmanager
 def explained(path):
-    """Turns what the file system refuses into one line for the user."""
+    """Turns what the file system refuses of the files below `path` into one line for the user."""
     try:
         yield
     except OSError as e:
-        inside = e.filename is not None and str(e.filename).startswith(str(path))
-        if not inside and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if e.filename is None or not str(e.filename).startswith(str(path)):
             raise
         raise UserError(
             f'can not write to workdir {path}: {os.strerror(e.errno)}; '
