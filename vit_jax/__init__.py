@@ -1,6 +1,11 @@
 """Vision Transformers in JAX and Flax: `load` any public checkpoint, `save` it for others."""
 
+from vit_jax import streams
+
 __version__ = '0.1.0'
+
+if streams.is_command():
+    streams.begin()
 
 
 def __getattr__(name):

@@ -1,6 +1,11 @@
-"""What all commands share: a user's mistake is one line and exit status 2, a bug a traceback, and
-Ctrl-C one word and exit status 130."""
+"""What all commands share: a user's mistake is one line and exit status 2, a bug a traceback.
 
+What the system refuses (a file, memory, a thread) is one line, too. SIGINT, SIGTERM and SIGHUP end
+a command with exit status 130, 143 and 129. Where nobody reads what is printed any more, a command
+goes on without a word, as its files matter; where it can't be written, status and line say so.
+"""
+
+import errno
 import os
 import re
 import signal
@@ -9,7 +14,8 @@ import threading
 
 from absl import app, flags, logging
 
-from vit_jax.errors import UserError
+from vit_jax import streams
+from vit_jax.errors import UserError, refusal
 from vit_jax.text import printable
 
 
@@ -24,14 +30,30 @@ def split_changes(argv, section):
     return rest, changes
 
 
+class Interrupted(KeyboardInterrupt):
+    """One of streams.SIGNALS came."""
+
+    def __init__(self, signum):
+        super().__init__()
+        self.signum = signum
+
+
+def interrupt(signum, frame):
+    """A signal handler: unwinds, so that no half-written file stays; a second signal is the end."""
+    streams.leave_at_signals()
+    raise Interrupted(signum)
+
+
 def not_lost(unraisable):
-    """A sys.unraisablehook that repeats a Ctrl-C which came within a destructor.
+    """A sys.unraisablehook that repeats a signal which came within a destructor.
 
     Python prints an exception of a destructor and goes on, and the user would have to ask again.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        signum = getattr(unraisable.exc_value, 'signum', signal.SIGINT)
         # Not at once, as this is still within the destructor.
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
+        streams.leave_at_signals(interrupt)
     else:
         sys.__unraisablehook__(unraisable)
 
@@ -43,11 +65,12 @@ class Printable(logging.PythonFormatter):
         return printable(super().format(record), keep='\n\t')
 
 
-def run(main, section=None):
+def run(main, section=None, *, goes_on=False):
     """Parses sys.argv, calls main(arguments) and exits with what it returns.
 
     With a `section`, flags of the form --SECTION.KEY=VALUE are left to main as its second
-    argument: a list of (key, text).
+    argument: a list of (key, text). A command that `goes_on` without its output, as files have all
+    that it prints, says when it does so.
     """
     changes = []
 
@@ -56,20 +79,52 @@ def run(main, section=None):
         changes.extend(found)
         return flags.FLAGS(rest)
 
+    streams.begin()
+    if goes_on and streams.output('stdout'):
+        streams.output('stdout').tell = without_output
     sys.unraisablehook = not_lost
-    for stream in (sys.stdout, sys.stderr):  # names print where the encoding is ASCII, too
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
     logging.get_absl_handler().setFormatter(Printable())
     logging.set_verbosity(logging.WARNING)  # --verbosity overrules; absl's own default is INFO
     try:
-        app.run((lambda argv: main(argv, changes)) if section else main, flags_parser=parse)
+        streams.leave_at_signals(interrupt)
+        try:
+            app.run((lambda argv: main(argv, changes)) if section else main, flags_parser=parse)
+        finally:
+            streams.leave_at_signals()
+    except SystemExit as e:  # which is how app.run ends
+        status = e.code
     except (UserError, flags.Error) as e:
-        own = '\n' if getattr(e, 'several_lines', True) else ''  # absl's have some, too
-        print('error:', printable(e, keep=own), file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read what is printed has gone, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
+        status = mistake(e)
+    except KeyboardInterrupt as e:
         print('interrupted', file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        status = 128 + getattr(e, 'signum', signal.SIGINT)
+    except Exception as e:
+        line = refusal(e)
+        if line is None:
+            raise
+        status = mistake(line)
+    sys.exit(finished(status, goes_on))
+
+
+def mistake(error):
+    """Prints the one line of what a user can mend; its exit status."""
+    own = '\n' if getattr(error, 'several_lines', True) else ''  # absl's have some, too
+    print('error:', printable(error, keep=own), file=sys.stderr)
+    return 2
+
+
+def without_output(error):
+    """Says that output is lost, once, where all that it says is in files, too."""
+    print(
+        f'standard output: {error.strerror}; going on without it', file=sys.stderr, flush=True
+    )
+
+
+def finished(status, goes_on):
+    """The exit status, once all that was printed is written or refused."""
+    sys.stdout.flush()
+    output = streams.output('stdout')
+    refused = None if goes_on or output is None else output.refused
+    if status in (0, None) and refused is not None and refused.errno != errno.EPIPE:
+        return mistake(f'can not write to standard output: {refused.strerror}')
+    return status

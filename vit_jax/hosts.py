@@ -21,7 +21,8 @@ import jax
 from jax._src import distributed  # its store of keys has no public name
 
 import vit_jax
-from vit_jax.errors import Lost, UserError
+from vit_jax import streams
+from vit_jax.errors import Lost, UserError, refusal
 from vit_jax.rendezvous import meet
 
 STATUS = 4  # the exit status where another process was lost
@@ -214,7 +215,7 @@ class Watch:
         sys.stderr.flush()
         if status == STATUS:
             message += '; what was saved is as it was, and the same command goes on from there'
-        os.write(2, f'\nerror: {message}\n'.encode())
+        streams.write_error(f'\nerror: {message}\n')
         os._exit(status)
 
     def aborted(self, signum):
@@ -250,6 +251,8 @@ class Watch:
         known = isinstance(error, (UserError, Lost))
         if known:
             message, status = str(error), 2 if isinstance(error, UserError) else STATUS
+        elif (message := refusal(error)) is not None:
+            known, status = True, 2
         else:
             traceback.print_exception(error)
             message, status = f'{type(error).__name__}: {error}', 1

@@ -124,4 +124,4 @@ def run(overrides, stop):
 
 
 if __name__ == '__main__':
-    cli.run(main, 'config')
+    cli.run(main, 'config', goes_on=True)

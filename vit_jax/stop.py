@@ -1,10 +1,11 @@
 """Signals that ask a run to stop."""
 
 import contextlib
-import os
 import signal
 
 import numpy as np
+
+from vit_jax import streams
 
 
 class Stop:
@@ -41,8 +42,7 @@ class Stop:
         signal.signal(signum, signal.SIG_DFL)
         name = signal.Signals(signum).name
         # print() can't be entered twice, and the signal may have come in the midst of one.
-        with contextlib.suppress(OSError):  # SIGHUP: the terminal is gone
-            os.write(2, f'\n{name}: stopping at the next step; once more to lose it.\n'.encode())
+        streams.write_error(f'\n{name}: stopping at the next step; once more to lose it.\n')
 
 
 @contextlib.contextmanager

@@ -1,0 +1,115 @@
+"""What a command does first, before it imports anything large: its output may fail, signals end it.
+
+`vit_jax/__init__.py` calls `begin` where Python starts one of the package's commands. A program
+that imports the package keeps its own streams and signals.
+"""
+
+import errno
+import io
+import os
+import select
+import signal
+import sys
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a command
+NAMES = {'stdout': 1, 'stderr': 2}
+
+
+class Output(io.RawIOBase):
+    """Writes to a file descriptor and never raises: what is refused is dropped.
+
+    `refused` is the first OSError, None as long as all was written; `tell` is called with it.
+    """
+
+    def __init__(self, number, closed=None):
+        self.number, self.refused = number, None
+        self.closed_from_start = closed  # the OSError to raise
+        self.tell = lambda error: None
+
+    def writable(self):
+        return True
+
+    def fileno(self):
+        return self.number
+
+    def isatty(self):
+        return os.isatty(self.number)
+
+    def write(self, data):
+        rest = memoryview(data)
+        count = len(rest)
+        while len(rest) and self.refused is None:
+            try:
+                if self.closed_from_start:
+                    raise self.closed_from_start
+                rest = rest[os.write(self.number, rest) :]
+            except BlockingIOError:  # another program has made the pipe non-blocking
+                select.select([], [self.number], [])
+            except OSError as e:
+                self.refused = e
+                self.tell(e)
+        return count
+
+
+def is_command():
+    """Whether `python -m vit_jax.X` is being started: Python looks for X still."""
+    words = sys.orig_argv
+    module = words[words.index('-m') + 1 :][:1] if '-m' in words else []
+    return sys.argv[:1] == ['-m'] and ''.join(module).startswith('vit_jax.')
+
+
+def begin():
+    """Makes sys.stdout and sys.stderr an `Output` each, and lets signals end the process at once.
+
+    File descriptors 0 to 2 that are closed become /dev/null: the next file to be opened would get
+    the number, and what is printed. Does nothing where it was called before.
+    """
+    if output('stdout'):
+        return
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name, number in NAMES.items():
+        before = getattr(sys, name)
+        if before is None:  # it was closed
+            raw = Output(number, OSError(errno.EBADF, os.strerror(errno.EBADF)))
+            made = io.TextIOWrapper(raw, 'utf-8', 'backslashreplace', write_through=True)
+        else:
+            before.flush()
+            raw = Output(number)
+            made = io.TextIOWrapper(  # names print where the encoding is ASCII, too
+                raw if before.write_through else io.BufferedWriter(raw), before.encoding,
+                'backslashreplace', line_buffering=before.line_buffering,
+                write_through=before.write_through,
+            )  # fmt: skip
+        made.output = raw
+        setattr(sys, name, made)
+    leave_at_signals()
+
+
+def output(name):
+    """The `Output` below sys.stdout or sys.stderr; None where there is another stream."""
+    return getattr(getattr(sys, name), 'output', None)
+
+
+def leave_at_signals(handler=None):
+    """Lets SIGNALS call `handler`, by default one that ends the process; ignored ones stay so."""
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # by nohup, or in a script's background
+            signal.signal(signum, handler or leave)
+
+
+def leave(signum, frame):
+    """Ends the process: nothing is begun yet, or all is done."""
+    write_error(f'{signal.Signals(signum).name}: ended\n')
+    os._exit(128 + signum)
+
+
+def write_error(text):
+    """Writes to stderr without a buffer, as a signal handler must, and never raises."""
+    try:
+        os.write(2, text.encode(errors='backslashreplace'))
+    except OSError:
+        pass
