@@ -22,10 +22,10 @@ def write(folder, name, model, images, metrics, init_from=None, flops=10e6, data
     model = model | dict(num_classes=images or None)
     evals = dict(digits=dict(type='probe'), test=dict(type='classify'))
     config = dict(model=model, data=dict(source=source), evals=evals, init_from=init_from)
-    costs = dict(exaflops=3 * flops * 64_000 / 1e18, accelerator_hours=0.5)
+    costs = dict(exaflops=3 * flops * 64_000 / 1e18, device_hours=0.5)
     result = dict(
         metrics=metrics, flops_per_image=flops, seconds=1800.0, costs=costs, steps=1000,
-        device_count=1,
+        device_count=1, device_kind='cpu', examples_seen=64_000,
     )  # fmt: skip
     for part, value in (('config', config), ('result', result)):
         (path / f'{part}.json').write_text(json.dumps(value))
@@ -104,7 +104,7 @@ def test_a_folder_of_runs_is_drawn(study, tmp_path):
         assert ours[0] in drawn_in
         assert (ours[2] in drawn_in) == (name == 'compute.png')  # on one number of images alone
     page = (out / 'page.html').read_text()
-    assert '13; 6.5 accelerator-hours in all.' in page
+    assert '13; 6.5 device-hours in all.' in page
     assert page.count('<td>0.4625</td>') == 3 and '<td>0.9</td>' not in page
     assert figures(study).returncode == 2  # a folder of runs is left as it is
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from vit_jax import figures, summary
+from vit_jax import model_page, summary
 from vit_jax.evaluators import classify
 
 pytestmark = pytest.mark.filterwarnings('error')
@@ -26,7 +26,7 @@ def fields(n=12, size=(8, 8), *, maps=2, **changes):
     labels = np.arange(n) % 3
     attention = rng.uniform(size=(maps, 2, 3))
     return dict(
-        title='a run', lines=TRAIN + EVALS, images=images, labels=labels,
+        title='a run', evaluation='val', lines=TRAIN + EVALS, images=images, labels=labels,
         predictions=np.where(np.arange(n) % 5 == 1, (labels + 1) % 3, labels),
         confidences=rng.uniform(size=n), classes=('ant', 'bee', 'cat'),
         attention=attention, attended=images[:maps],
@@ -76,18 +76,18 @@ def test_class_attention_is_the_class_tokens_row_without_registers():
     for b, y, x in np.ndindex(3, 2, 3):
         expected[b, y, x] = np.mean([attention[1, b, head, 0, 3 + 3 * y + x] for head in range(4)])
     expected = [a / a.sum() for a in expected]
-    found = figures.class_attention(attention, (2, 3), registers=2)
+    found = model_page.class_attention(attention, (2, 3), registers=2)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_class_attention_checks_the_grid():
     with pytest.raises(ValueError, match='9 tokens.* 1 registers and 2 x 3'):
-        figures.class_attention(np.zeros((1, 1, 1, 9, 9)), (2, 3), registers=1)
+        model_page.class_attention(np.zeros((1, 1, 1, 9, 9)), (2, 3), registers=1)
 
 
 def test_class_attention_of_a_token_that_sees_no_patch_is_finite():
-    found = figures.class_attention(np.eye(5)[None, None, None], (2, 2))
+    found = model_page.class_attention(np.eye(5)[None, None, None], (2, 2))
     np.testing.assert_array_equal(found, np.zeros((1, 2, 2)))
 
 
@@ -104,7 +104,7 @@ def test_captions_name_the_prediction_and_where_wrong_the_truth(draw):
         n=4, labels=[0, 1, 2, 0], predictions=[0, 2, 2, 1], confidences=[0.91, 0.52, 0.73, 0.64]
     ))
     assert captions(figure) == 'bee 64% ≠ ant cat 52% ≠ bee ant 91% cat 73%'
-    assert 'Test images: 2 of 4 wrong' in words(figure)
+    assert 'Evaluation val: 2 of 4 images wrong' in words(figure)
 
 
 def test_classes_of_one_name_are_still_two_classes(draw):

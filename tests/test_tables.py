@@ -79,7 +79,7 @@ def test_every_format_has_the_number_and_leaves_empty_places_empty(tmp_path, kno
     assert [(row['row'], row['column'], row['seeds']) for row in measured] == [
         ('ViT-B/16, 7', 'CIFAR-10', '1')
     ]
-    assert float(measured[0]['accelerator_hours']) == 16
+    assert float(measured[0]['device_hours']) == 16
     assert all(row['measured'] == row['runs'] == '' for row in lines if row['seeds'] == '0')
     assert all(row['recipe'].startswith('experiments/') for row in lines)
 
@@ -90,7 +90,7 @@ def test_costs_are_in_the_units_of_the_papers():
                   examples_seen=7 * 303_000_000)  # fmt: skip
     costs = report.costs(result)
     assert costs['exaflops'] == pytest.approx(224, rel=0.01)  # B/16, table 6
-    assert costs['tpu_core_days'] == 8 and costs['accelerator_hours'] == 192
+    assert costs['tpu_core_days'] == 8 and costs['device_hours'] == 192
     v4 = report.costs(result | {'device_kind': 'TPU v4'})
     assert v4['tpu_core_days'] == 16  # two cores a device
     assert 'tpu_core_days' not in report.costs(result | {'device_kind': 'cpu'})

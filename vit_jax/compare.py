@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from vit_jax import report, storage, summary, workdir
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 LEAST = 5  # lines in a window
 SIGMAS = 4.0  # one window in 16,000 exceeds them by chance
@@ -133,11 +134,14 @@ def draw(path, names, curves, metric, found):
             f'part at step {found.beyond:,}', (found.beyond, 1), xycoords=('data', 'axes fraction'),
             xytext=(4, -4), textcoords='offset points', va='top', fontsize=8, color=summary.GREY,
         )  # fmt: skip
-    above.set_ylabel(metric)
+    above.set_ylabel(metric, parse_math=False)
     below.set_ylabel('B - A')
     below.set_xlabel('step')
-    above.legend(frameon=False, fontsize=8)
+    legend = figure.legend(loc='outside upper left', ncols=2, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     for ax in (above, below):
+        ax.yaxis.set_major_formatter(summary.Plain())
         ax.spines[['top', 'right']].set_visible(False)
     png = io.BytesIO()
     figure.savefig(png, format='png', facecolor='white', metadata={'Software': None})
@@ -152,10 +156,11 @@ def main(argv):
     lines = [lines_of(a), lines_of(b)]
     curves = [curve(part, options.metric) for part in lines]
     found = parting(*curves)
-    print(text(a, b, lines, options.metric, found))
+    print(printable(text(a, b, lines, options.metric, found), keep='\n'))
     out = workdir.located(options.out)
-    draw(out, ('A  ' + a, 'B  ' + b), curves, options.metric, found)
-    print(f'\nPicture: {out}')
+    names = [summary.shorten(f'{k}  {name}', 3.5, 8) for k, name in (('A', a), ('B', b))]
+    draw(out, names, curves, options.metric, found)
+    print(f'\nPicture: {printable(out)}')
     return 0
 
 

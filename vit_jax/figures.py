@@ -16,15 +16,14 @@ import itertools
 import os
 from functools import partial
 
-import jax
 import numpy as np
 from absl import flags
 
 from vit_jax import (
-    anatomy,
     assembly,
     checkpoint,
     cli,
+    model_page,
     models,
     optim,
     page,
@@ -41,30 +40,11 @@ from vit_jax.convert import run
 from vit_jax.data import files, mixture, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
+from vit_jax.text import printable
 
 ATTENDED = 4  # images
 MOST_CONFUSED = 200  # classes of a picture
 MOST_FREQUENT = 20  # pairs of classes
-
-
-def class_attention(attention, grid, registers=0):
-    """What the class token of the last block attends to, mean over heads, among patches alone.
-
-    attention [L, B, H, T, T] of tokens (class, registers, patches by rows), grid (h, w) ->
-    float32 [B, h, w], of sum 1 over the patches.
-    """
-    h, w = grid
-    last = np.asarray(attention[-1], np.float32)
-    if last.shape[-1] != 1 + registers + h * w:
-        raise ValueError(
-            f'attention over {last.shape[-1]} tokens is not that of a class token, {registers} '
-            f'registers and {h} x {w} patches'
-        )
-    patches = last[:, :, 0, 1 + registers :].mean(axis=1)  # [B, H, T, T] -> [B, N]
-    total = patches.sum(axis=-1, keepdims=True)
-    # In low precision all patches can round to 0, when the class token sees itself alone.
-    patches = patches / np.maximum(total, np.finfo(np.float32).tiny)
-    return patches.reshape(-1, h, w)
 
 
 class Images:
@@ -116,11 +96,6 @@ def of_run(path, out):
             out / 'curves.png')
 
 
-def said(value):
-    """A value of a table as text."""
-    return report.number(value) if type(value) in (int, float) else str(value)
-
-
 def of_predictions(config, parts, name, evaluation, state, lines, out):
     """The parts of the page that a run's first evaluation tells."""
     params = optim.averaged(state)
@@ -133,12 +108,12 @@ def of_predictions(config, parts, name, evaluation, state, lines, out):
     attended = np.stack([images[i] for i in order[:ATTENDED]])
     summary.draw(
         out / 'summary.png',
-        title=f'{config.model.name} on {mixture.title(config.data.source)}, '
+        evaluation=name, title=f'{config.model.name} on {mixture.title(config.data.source)}, '
         f'step {int(state.step):,}',
         lines=lines, images=images, labels=found['label'],
         predictions=found['prediction'], confidences=found['confidence'],
         classes=evaluation.source.classes, attended=attended,
-        attention=attention_over(parts.model, params, attended),
+        attention=model_page.attention_over(parts.model, params, attended),
     )  # fmt: skip
     yield 'Summary', f'The evaluation {name}.', out / 'summary.png'
     yield from of_mistakes(found, evaluation.source.classes, parts.model.num_classes, out)
@@ -166,97 +141,19 @@ def of_mistakes(found, classes, count, out):
     ]  # fmt: skip
 
 
-def attention_over(model, params, images):
-    """class_attention [B, h, w] over images uint8 [B, H, W, 3]; None without a class token."""
-    prefix = getattr(model, 'prefix', {})
-    if 'cls' not in prefix:
-        return None
-    grid = model.grid(images.shape[1:])
-    attention = seen(model, params, images)['attention']
-    return class_attention(attention, grid, sum(prefix.values()) - 1)
-
-
-def seen(model, params, images):
-    """What a model makes of images uint8 [B, H, W, 3]: {name: intermediate}, with `attention`
-    [L, B, H, T, T] where it has any."""
-
-    @jax.jit
-    def run(params, images):
-        capture = dict(capture=('attention',)) if hasattr(model, 'num_heads') else {}
-        _, out = model.apply({'params': params}, model.normalise(images), **capture)
-        return {name: out[name] for name in ('attention', 'logits') if name in out}
-
-    return run(params, images)
-
-
-def of_model(found, paths, out):
-    """Draws what a model has learnt, alone and over images; yields parts of its page."""
-    model, params = found.model, found.params
-    size = found.image_size or (files.DEFAULT_SIZE,) * 2
-    kernel = np.asarray(params['embedding']['kernel']) if 'embedding' in params else None
-    if kernel is not None and kernel.shape[2] in (1, 3):
-        plates.filters(out / 'filters.png', *anatomy.filter_components(kernel))
-        yield 'Patch filters', 'Principal components (arXiv:2010.11929 figure 7, left).', (
-            out / 'filters.png')
-    if 'posemb' in params:
-        table = np.asarray(params['posemb'])
-        similarity = anatomy.position_similarity(table, model.grid(size))
-        plates.positions(out / 'positions.png', similarity)
-        yield 'Position embeddings', 'Similarity of each to all others (figure 7, middle).', (
-            out / 'positions.png')
-    if not paths:
-        return
-    view = pipeline.make_view(found.view, size)
-    images = np.stack([files.pixels(path, view) for path in paths])
-    of_images = seen(model, params, images)
-    if 'logits' in of_images:
-        yield 'What the model says', 'The five classes of the highest probability.', [
-            ('image', 'class', 'probability'), *most_likely(of_images['logits'], paths, found)]
-    if 'attention' not in of_images:
-        return
-    grid, attention = model.grid(size), of_images['attention']
-    distance = anatomy.attention_distance(attention, grid, model.stride)
-    plates.distances(out / 'distance.png', distance)
-    yield 'Attention distance', 'A point for each head (figure 7, right).', out / 'distance.png'
-    if 'cls' not in model.prefix:
-        return
-    plates.rollouts(out / 'rollout.png', images, anatomy.rollout(attention, grid))
-    yield 'Attention rollout', 'What of an image reaches the class token (figure 6).', (
-        out / 'rollout.png')
-    plates.heads(out / 'heads.png', images, anatomy.head_maps(attention, grid))
-    yield 'Attention of the class token', 'In the last layer, by head.', out / 'heads.png'
-
-
-def most_likely(logits, paths, found, top=5):
-    """Rows (image, class, probability) of logits [B, K]."""
-    shares = np.asarray(jax.nn.softmax(np.asarray(logits, np.float32)))
-    for path, row in zip(paths, shares, strict=True):
-        for i in np.argsort(-row, kind='stable')[:top]:
-            name = classify.class_name(found.classes, int(i))
-            yield os.path.basename(path), name, f'{row[i]:.2%}'
-
-
 def of_records(path):
     """The parts of a run's page that nothing is drawn for."""
     result = workdir.read_json(path / 'result.json')
     if result:
         names = ('seconds', 'images_per_s', 'examples_seen', 'device_kind', 'device_count')
-        costs = result['costs'] | {name: result[name] for name in names}
+        costs = report.costs(result) | {name: result[name] for name in names}
         yield 'Costs', 'exaFLOPs: three forward passes an image (arXiv:2010.11929 table 6).', [
-            ('', ''), *((k, said(v)) for k, v in costs.items())]
+            ('', ''), *((k, page.said(v)) for k, v in costs.items())]
         versions = result['versions'] | {k: result[k] for k in ('git_commit', 'finished')}
         yield 'Versions', 'Of the process that ended the run.', [('', ''), *versions.items()]
     settings = workdir.flat(workdir.read_json(path / 'config.json'))
     yield 'Settings', 'All, as --config.KEY=VALUE would change them.', [
-        ('key', 'value'), *((k, said(v)) for k, v in settings.items())]
-
-
-def of_fields(found, shape):
-    """The part of the page that says what a model is."""
-    count = sum(x.size for x in jax.tree.leaves(found.params))
-    fields = models.describe(found.model)
-    return 'Model', f'{count:,} parameters, {found.model.flops(shape) / 1e9:.3g} GFLOP an image.', [
-        ('field', 'value'), *((k, said(v)) for k, v in fields.items())]
+        ('key', 'value'), *((k, page.said(v)) for k, v in settings.items())]
 
 
 def of_study(runs, out):
@@ -271,15 +168,15 @@ def of_study(runs, out):
         yield 'Transfer and the compute of the pre-training', (
             'Of the runs on most images; all their forward and backward passes (figure 5).'), (
             out / 'compute.png')
-    hours = sum(result['costs']['accelerator_hours'] for _, _, result in runs)
+    hours = sum(report.costs(result)['device_hours'] for _, _, result in runs)
     rows = [('run', 'model', 'data', 'accuracy', 'seconds')]
     for path, config, result in runs:
         value = scaling.accuracy(config, result)
         rows.append((
             path, scaling.model_of(config, result), mixture.title(config['data']['source']),
-            '' if value is None else said(value), said(result['seconds']),
+            '' if value is None else page.said(value), page.said(result['seconds']),
         ))  # fmt: skip
-    yield 'Runs', f'{len(runs):,}; {hours:,.3g} accelerator-hours in all.', rows
+    yield 'Runs', f'{len(runs):,}; {hours:,.3g} device-hours in all.', rows
 
 
 def main(argv):
@@ -296,28 +193,49 @@ def main(argv):
     paths = files.found(options.images, skip=out)
     if not storage.remote(out):
         out.mkdir(parents=True, exist_ok=True)
-    title = argv[1]
+    title, looks = argv[1], None
     if runs:
         stages = [of_study(runs, out)]
     else:
         found = weights.read(argv[1], image_size=options.image_size, ema=None)
-        size = found.image_size or (files.DEFAULT_SIZE,) * 2
-        title = f'{models.describe(found.model)["name"]}: {title}'
-        stages = [of_model(found, paths, out), [of_fields(found, (*size, 3))]]
+        name = named(found)
+        title = f'{name}: {title}'
+        stages = [model_page.of_model(found, name, out)]
+        if paths:
+            drawn = model_page.chosen(paths, options.max_images)
+            if len(drawn) < len(paths):
+                print(f'{len(drawn)} of {len(paths):,} images are drawn; --max_images=N draws more')
+            looks = model_page.Looks(found, drawn)
+            stages.append(looks.parts(out))
     if is_run:
         stages = [of_run(path, out), *stages, of_records(path)]
     parts = []
     for part in itertools.chain(*stages):
         parts.append(part)
         if isinstance(part[-1], os.PathLike):
-            print(f'Picture: {part[-1]}', flush=True)
+            print(f'Picture: {printable(part[-1])}', flush=True)
     text = page.document(title, 'Drawn by python -m vit_jax.figures.', parts)
     storage.write(out / 'page.html', text.encode())
-    print(f'Page: {out / "page.html"}')
+    print(f'Page: {printable(out / "page.html")}')
+    if looks and looks.failed:
+        raise UserError(f'{looks.failed} of {len(drawn)} images can not be read')
+
+
+def named(found):
+    """What a run's config calls the model, else the shortest name that makes it."""
+    model = (found.config or {}).get('model')
+    name = model.get('name') if isinstance(model, dict) else None
+    return name if isinstance(name, str) else models.describe(found.model)['name']
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'Folder for the pictures; the workdir if not given.')
-    flags.DEFINE_list('images', [], 'Images or folders of them, to see what the model makes of.')
+    flags.DEFINE_list(
+        'images', [], 'Images, folders of them or addresses, to see what the model makes of.'
+    )
+    flags.DEFINE_integer(
+        'max_images', 16, 'Images to draw of these, at most, evenly spaced.',
+        lower_bound=1, upper_bound=100,
+    )  # fmt: skip
     flags.DEFINE_integer('image_size', None, "Pixels a side, if not the checkpoint's own.")
     cli.run(main)

@@ -8,7 +8,8 @@ import base64
 import html
 import os
 
-from vit_jax import storage
+from vit_jax import report, storage
+from vit_jax.text import printable
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto;
@@ -25,10 +26,20 @@ td + td { font-variant-numeric: tabular-nums } .bad { color: #b04a00; font-weigh
 BAD = 'FAIL'  # a cell that says this stands out
 
 
+def escaped(text):
+    """Text as HTML has it, without what a reader can't see."""
+    return html.escape(printable(text))
+
+
+def said(value):
+    """A value of a table as text."""
+    return report.number(value) if type(value) in (int, float) else str(value)
+
+
 def picture(path, words):
     """An <img> that holds its PNG; `words` say what is on it to who can not see it."""
     data = base64.b64encode(storage.read(path)).decode()
-    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{escaped(words)}" src="data:image/png;base64,{data}">'
 
 
 def table(rows):
@@ -36,7 +47,7 @@ def table(rows):
 
     def line(cells, tag):
         shown = ''.join(
-            f'<{tag}{" class=bad" if cell == BAD else ""}>{html.escape(str(cell))}</{tag}>'
+            f'<{tag}{" class=bad" if cell == BAD else ""}>{escaped(cell)}</{tag}>'
             for cell in cells
         )
         return f'<tr>{shown}</tr>'
@@ -50,11 +61,11 @@ def document(title, subtitle, parts):
     lines = [
         '<!doctype html><html lang=en><meta charset=utf-8>',
         '<meta name=viewport content="width=device-width">',
-        f'<title>{html.escape(title)}</title><style>{STYLE}</style>',
-        f'<h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p>',
+        f'<title>{escaped(title)}</title><style>{STYLE}</style>',
+        f'<h1>{escaped(title)}</h1><p>{escaped(subtitle)}</p>',
     ]
     for heading, note, content in parts:
-        lines.append(f'<h2>{html.escape(heading)}</h2><p>{html.escape(note)}</p>')
+        lines.append(f'<h2>{escaped(heading)}</h2><p>{escaped(note)}</p>')
         is_path = isinstance(content, os.PathLike)
         lines.append(picture(content, f'{heading}. {note}') if is_path else table(content))
     return '\n'.join(lines) + '\n'

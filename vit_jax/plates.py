@@ -56,7 +56,10 @@ def curves(path, lines):
         ax.set_xlim(0, 1.02 * lines[-1]['step'])
         ax.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
         ax.xaxis.set_major_formatter('{x:,.0f}')
-        legend = ax.legend(frameon=False, fontsize=6)
+        legend = ax.legend(  # below the axes, where no line is
+            loc='upper left', bbox_to_anchor=(0, -0.14), borderaxespad=0, frameon=False, fontsize=6,
+            ncols=2, columnspacing=1,
+        )  # fmt: skip
         for text in legend.get_texts():
             text.set_parse_math(False)
     save(path, figure)
@@ -141,8 +144,8 @@ def distances(path, distance):
     ax.set_ylabel('mean attention distance, pixels')
     ax.set_ylim(0, 1.15 * distance.max())
     ax.set_xticks(depth if layers <= 16 else depth[:: layers // 12])
-    ax.legend(frameon=False, fontsize=8)
     ax.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='outside upper right', frameon=False, fontsize=8)
     save(path, figure)
 
 
@@ -160,15 +163,19 @@ def overlay(image, heat):
 
 
 def rollouts(path, images, maps):
-    """Images and what of them reaches the output, side by side."""
-    figure = Figure(figsize=(4.6, 0.3 + 2.25 * len(images)), layout='constrained')
-    axes = figure.subplots(len(images), 2, squeeze=False)
+    """Images and what of them reaches the output, side by side, in one to four columns of pairs."""
+    columns = min(4, -(-len(images) // 4))
+    rows = -(-len(images) // columns)
+    side = 2.3 if columns == 1 else 1.5
+    figure = Figure(figsize=(2 * side * columns, 0.3 + side * rows), layout='constrained')
+    axes = figure.subplots(rows, 2 * columns, squeeze=False)
     bare(axes)
-    for row, image, heat in zip(axes, images, maps, strict=True):
-        row[0].imshow(image)
-        row[1].imshow(overlay(image, heat))
-    axes[0, 0].set_title('input', fontsize=9)
-    axes[0, 1].set_title('attention rollout', fontsize=9)
+    for pair, image, heat in zip(axes.reshape(-1, 2), images, maps, strict=False):
+        pair[0].imshow(image)
+        pair[1].imshow(overlay(image, heat))
+    for pair in axes[0].reshape(-1, 2):
+        pair[0].set_title('input', fontsize=9)
+        pair[1].set_title('attention rollout', fontsize=9)
     save(path, figure)
 
 

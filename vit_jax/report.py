@@ -212,13 +212,13 @@ def costs(result):
     """{name: value} of what result.json tells a run to have cost, in the units of the papers.
 
     exaflops (arXiv:2010.11929 table 6: three forward passes for each image seen, 1e18),
-    accelerator_hours (devices as JAX counts them, evaluations included) and, on TPUs,
+    device_hours (devices as JAX counts them, evaluations included) and, on TPUs,
     tpu_core_days (table 2).
     """
     hours = result['seconds'] * result['device_count'] / 3600
     found = {
         'exaflops': 3 * result['flops_per_image'] * result['examples_seen'] / 1e18,
-        'accelerator_hours': hours,
+        'device_hours': hours,
     }
     kind = devices.DEVICES.get(result['device_kind'])
     if kind is not None and kind.kind.startswith('TPU'):

@@ -176,7 +176,7 @@ def panels(path, found, panel, xlabel):
         ax.set_axis_off()
     for ax, task in zip(axes, tasks, strict=False):
         panel(ax, [p for p in found if p.task == task])
-        ax.set_title(task, fontsize=9, loc='left')
+        ax.set_title(task, fontsize=9, loc='left', parse_math=False)
         ax.grid(color='#E5E5E5', lw=0.6)
         ax.tick_params(labelsize=8)
         ax.yaxis.set_major_formatter(ticker.PercentFormatter(1))
@@ -184,5 +184,5 @@ def panels(path, found, panel, xlabel):
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside upper center', ncols=4, frameon=False, fontsize=8)
     figure.supxlabel(xlabel, fontsize=9)
-    figure.supylabel('test accuracy', fontsize=9)
+    figure.supylabel('accuracy', fontsize=9)
     plates.save(path, figure)

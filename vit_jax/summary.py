@@ -5,6 +5,8 @@ Lengths are inches from the upper left corner of the page, font sizes are points
 """
 
 import io
+import math
+import re
 
 import numpy as np
 from etils import epath
@@ -38,12 +40,15 @@ def mistakes_first(labels, predictions, confidences):
 
 
 def history(lines, metric):
-    """{name: (steps, values)} of a metric; '' is the training, others come before the slash."""
+    """{name: (steps, values)} of a metric; '' is the training, others come before the slash.
+
+    A value that is not finite is left out.
+    """
     series = {}
     for line in lines:
         for key, value in line.items():
             name, _, last = key.rpartition('/')
-            if last == metric and value is not None:
+            if last == metric and isinstance(value, (int, float)) and math.isfinite(value):
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(line['step'])
                 values.append(value)
@@ -51,9 +56,20 @@ def history(lines, metric):
 
 
 def draw(
-    path, *, title, lines, images, labels, predictions, confidences, classes, attention, attended
+    path,
+    *,
+    title,
+    evaluation,
+    lines,
+    images,
+    labels,
+    predictions,
+    confidences,
+    classes,
+    attention,
+    attended,
 ):
-    """Writes a PNG of a run's loss and accuracy, its test images and its attention.
+    """Writes a PNG of a run's loss and accuracy, the images of an evaluation and its attention.
 
     lines: dicts as in metrics.jsonl. images: a sequence of N uint8 [H, W, 3], of which only
     those shown are read; labels and predictions int [N], confidences [N] (probability of the
@@ -86,7 +102,8 @@ def draw(
     draw_curves(fig, MARGIN, keys, 'Loss', loss, last)
     draw_curves(fig, WIDTH / 2 + GAP, keys, 'Accuracy', accuracy, last)
     heading(
-        fig, MARGIN, grid, f'Test images: {wrong.sum():,} of {len(labels):,} wrong',
+        fig, MARGIN, grid,
+        f'Evaluation {evaluation}: {wrong.sum():,} of {len(labels):,} images wrong',
         'Most confident mistakes first. Below each image: the predicted class, its probability '
         'and, where wrong, \N{NOT EQUAL TO} the true class.',
     )
@@ -133,6 +150,24 @@ def draw_curves(fig, left, keys, metric, series, last):
             text.set_parse_math(False)
 
 
+class Plain(ticker.Formatter):
+    """Numbers in full: as many digits as tell the ticks apart, and no offset beside the axis."""
+
+    def format_ticks(self, values):
+        values = np.asarray(values, np.float64)
+        gaps = np.diff(np.unique(values))
+        gap = float(gaps.min()) if len(gaps) else float(np.abs(values).max(initial=0)) or 1.0
+        largest = max(float(np.abs(values).max(initial=0)), gap)
+        digits = max(math.ceil(math.log10(largest / gap)) + 1, 4)
+        return [
+            re.sub(r'e([+-])0*', lambda e: 'e' + e[1].strip('+'), f'{x:.{digits}g}')
+            for x in np.where(np.abs(values) < gap / 1000, 0.0, values)
+        ]
+
+    def __call__(self, x, pos=None):
+        return self.format_ticks([x])[0]
+
+
 def spans_decades(series):
     """Whether positive values differ so much that only a log scale shows the small ones."""
     values = np.concatenate([[], *series])
@@ -145,6 +180,7 @@ def draw_series(ax, series, form):
     ax.grid(color='#E5E5E5', lw=0.6)
     ax.tick_params(labelsize=8, color='#999999')
     ax.spines[['top', 'right']].set_visible(False)
+    ax.yaxis.set_major_formatter(Plain())
     if not series:
         ax.text(0.5, 0.5, 'not recorded', transform=ax.transAxes, ha='center', color=GREY)
     if '' in series:

@@ -12,6 +12,7 @@ from absl import flags
 
 from vit_jax import cli, config, report, workdir
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 
 def split(text):
@@ -78,7 +79,7 @@ def main(argv, overrides):
             print(state, f'{WORKDIR.value}/{name}', *changes, sep='\t')
         rows.append((combination, state, result))
     if not PLAN.value:
-        print(table(rows))
+        print(printable(table(rows), keep='\n'))
 
 
 def table(rows):

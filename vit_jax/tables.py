@@ -26,6 +26,7 @@ from rich.table import Table as Grid
 
 from vit_jax import cli, published, typeset, workdir
 from vit_jax.data import vtab
+from vit_jax.text import printable
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 LAUNCHERS = ('local', 'hosts', 'slurm', 'tpu', 'gke')
@@ -235,7 +236,7 @@ def main(argv):
         out.mkdir(parents=True, exist_ok=True)
         for suffix, form in typeset.FORMATS.items():
             (out / f'{table.id}.{suffix}').write_text(form(table, rows))
-        print(f'Written: {out / table.id}.{{{",".join(typeset.FORMATS)}}}')
+        print(f'Written: {printable(out / table.id)}.{{{",".join(typeset.FORMATS)}}}')
     return 0
 
 

@@ -13,9 +13,10 @@ from rich import box, console
 from rich.table import Table as Grid
 
 from vit_jax import report
+from vit_jax import text as texts
 
-COSTS = ('exaflops', 'accelerator_hours', 'tpu_core_days')
-RUNS = ('run', 'seed', 'steps', 'images/s', 'exaFLOPs', 'accelerator-hours', 'TPU-core-days')
+COSTS = ('exaflops', 'device_hours', 'tpu_core_days')
+RUNS = ('run', 'seed', 'steps', 'images/s', 'exaFLOPs', 'device-hours', 'TPU-core-days')
 
 
 def cells_of(rows):
@@ -28,7 +29,7 @@ def used(rows):
     runs = {m.run: m for cell in cells_of(rows) for m in cell.found}
     lines = []
     for path, one in sorted(runs.items()):
-        costs = one.result.get('costs') or report.costs(one.result)
+        costs = report.costs(one.result)
         lines.append([
             path, one.seed, one.result['steps'], one.result['images_per_s'],
             *(costs.get(name) for name in COSTS),
@@ -38,7 +39,9 @@ def used(rows):
 
 def plain(value):
     """A cell of the list of runs as text."""
-    return '' if value is None else f'{value:,.4g}' if isinstance(value, float) else str(value)
+    if value is None:
+        return ''
+    return f'{value:,.4g}' if isinstance(value, float) else texts.printable(value)
 
 
 def head(table):
@@ -58,7 +61,8 @@ def markdown(table, rows):
     runs = used(rows)
     if runs:
         lines += ['', '| ' + ' | '.join(RUNS) + ' |', '|---' * len(RUNS) + '|']
-        lines += ['| ' + ' | '.join(map(plain, run)) + ' |' for run in runs]
+        cells = [[re.sub(r'([|<\\`*_\[])', r'\\\1', plain(value)) for value in run] for run in runs]
+        lines += ['| ' + ' | '.join(run) + ' |' for run in cells]
     return '\n'.join(lines) + '\n'
 
 
@@ -71,13 +75,14 @@ def comma_separated(table, rows):
         *COSTS, 'images_per_s', 'runs', 'recipe',
     ])  # fmt: skip
     for cell in cells_of(rows):
-        costs = [m.result.get('costs') or report.costs(m.result) for m in cell.found]
+        costs = [report.costs(m.result) for m in cell.found]
         sums = [sum(c[n] for c in costs if n in c) if costs else '' for n in COSTS]
         rates = [m.result['images_per_s'] for m in cell.found if m.result['images_per_s']]
         write.writerow([
             table.id, ', '.join(map(str, cell.label)), cell.column, cell.text, cell.mean,
             cell.deviation, cell.difference, len(cell.found), *sums,
-            statistics.median(rates) if rates else '', ' '.join(m.run for m in cell.found),
+            statistics.median(rates) if rates else '',
+            texts.cell(' '.join(m.run for m in cell.found)),
             cell.recipe.config if cell.recipe else '',
         ])  # fmt: skip
     return out.getvalue()

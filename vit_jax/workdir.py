@@ -17,7 +17,7 @@ from vit_jax.errors import UserError
 from vit_jax.text import to_json
 
 # Differences here leave it the same run: its batches, its model and its optimizer.
-LOWER = ('loss', 'ece', 'exaflops', 'accelerator_hours', 'tpu_core_days')  # is better
+LOWER = ('loss', 'ece', 'exaflops', 'device_hours', 'tpu_core_days')  # is better
 HARMLESS = (
     'checkpoint', 'evals', 'expected', 'mesh', 'report', 'data.source.data_dir',
     'data.prefetch', 'data.threads', 'data.tolerance', 'data.workers',
