@@ -5,7 +5,7 @@ import itertools
 
 import jax
 
-from vit_jax import assembly, optim, profiling, report, sharding, step, workdir
+from vit_jax import assembly, optim, origin, profiling, report, sharding, step, workdir
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
@@ -32,8 +32,7 @@ def train(
         if result and result['steps'] == parts.steps:
             print(f'{path} is finished: {parts.steps} steps are done.', flush=True)
             return result
-        if first:
-            workdir.write_json(path / 'classes.json', list(parts.source.classes))
+        changes += origin.settle(path, parts, begun, allow_change=allow_config_change)
         at('restore')
         state, account = checkpoints.resume(parts.abstract), None
         if state is None:
@@ -47,7 +46,7 @@ def train(
             if account:
                 log.say(f'from    {config.init_from}\n{account}')
             if changes:
-                log.say(f'the config has changed:\n{workdir.table(changes)}')
+                log.say(f'what has changed since the run was begun:\n{workdir.table(changes)}')
             tracer = profiling.Profile(profile, path, parts.steps, start, log.say)
             with contextlib.closing(tracer):
                 loop(config, parts, state, stop, at, checkpoints, log, tracer)

@@ -197,6 +197,11 @@ class Drawn:
         padded[: len(labels)] = labels
         return data, padded
 
+    def traits(self):
+        settings = (self.examples, self.classes, self.split, self.image_size, self.seed,
+                    self.max_labels, self.quality, self.cells, self.grey)  # fmt: skip
+        return [str(settings)], []
+
     def name(self, i):
         return f'jft_like:{self.examples}x{self.classes}/{self.split}[{i}]'
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data import sources
+from vit_jax.data import facts, sources
 from vit_jax.errors import UserError
 from vit_jax.text import printable
 
@@ -29,6 +29,15 @@ class Records:
 
     def __len__(self):
         return self.parts[-1].offset + self.parts[-1].length
+
+    def traits(self):
+        order, contents = [], []
+        for part in self.parts:
+            own = facts.traits(part.records)
+            labels = [] if part.labels is None else [part.labels]
+            order += [str((part.length, part.weight)), *labels, *own[0]]
+            contents += own[1]
+        return order, contents
 
     def find(self, i):
         part = self.parts[bisect.bisect_right(self.offsets, i) - 1]

@@ -150,6 +150,14 @@ class Rows:
         k = int(np.searchsorted(self.first, group, side='right')) - 1
         return k, group, i - (int(self.ends[group - 1]) if group else 0)
 
+    def traits(self):
+        ends = [] if self.label_ends is None else [self.label_ends]
+        sizes = []
+        for file in self.files:
+            with ranges.reading(file):
+                sizes.append(ranges.identity(file).get('size'))
+        return [self.ends, self.labels, *ends], sizes
+
     def name(self, i):
         """The file and row of example i."""
         k, _, _ = self.locate(i)

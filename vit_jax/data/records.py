@@ -234,6 +234,9 @@ class Records:
         padded[: len(labels)] = labels
         return image, padded
 
+    def traits(self):
+        return [self.split, self.ends], [self.digests]
+
     def place(self, i):
         k, position = self.locate(i)
         return f'{beside(self.folder, self.files[k])}[{position}]'

@@ -5,7 +5,6 @@ Folders of images, prepared records, tar shards (WebDataset), parquet files (Hug
 
 import contextlib
 import difflib
-import hashlib
 import importlib
 import os
 import sys
@@ -14,7 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from vit_jax.data import jft_like, parquet, records, shards, tars, tfrecord, vtab
+from vit_jax.data import (
+    facts,
+    folders,
+    jft_like,
+    parquet,
+    records,
+    shards,
+    tars,
+    tfrecord,
+    vtab,
+)  # fmt: skip
 from vit_jax.errors import UserError
 
 BUILDERS = ('digits', 'fashion_mnist_debian')
@@ -71,24 +80,15 @@ class Tfds:
                            constant_values=-1)  # fmt: skip
         return self.change(image) if self.change else image, label
 
+    def traits(self):
+        info, split = self.data.dataset_info, self.data.split
+        files = info.splits[split].file_instructions
+        parts = [(os.path.basename(f.filename), f.skip, f.take, f.examples_in_shard) for f in files]
+        names = {str(part.name): part.num_bytes for part in info.splits.values()}
+        return [info.full_name, str(parts)], [str(sorted(names.items()))]
+
     def name(self, i):
         return f'{self.title}[{i}]'
-
-
-class Files:
-    """Paths and their labels."""
-
-    def __init__(self, paths, labels):
-        self.paths, self.labels = paths, labels
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return epath.Path(self.paths[i]).read_bytes(), self.labels[i]
-
-    def name(self, i):
-        return self.paths[i]
 
 
 class Part:
@@ -108,6 +108,10 @@ class Part:
 
     def __getitem__(self, i):
         return self.whole[self.at(i)]
+
+    def traits(self):
+        order, contents = facts.traits(self.whole)
+        return [str((self.start, self.stop)), *order], contents
 
     def name(self, i):
         return self.whole.name(self.at(i))
@@ -349,18 +353,12 @@ def folder(path, split):
         ]  # fmt: skip
         if not files:
             raise UserError(f'no images in {d} ({", ".join(SUFFIXES)})')
-        chosen = [str(f) for f in files if low <= percentile(f'{d.name}/{f.name}') < high]
+        chosen = [str(f) for f in files if low <= folders.percentile(f'{d.name}/{f.name}') < high]
         paths += chosen
         labels += [classes.index(d.name)] * len(chosen)
     if not paths:
         raise UserError(f'no images in {root}/*/ for split {split!r} ({", ".join(SUFFIXES)})')
-    return Source(Files(paths, labels), tuple(classes))
-
-
-def percentile(name):
-    """A number in [0, 100) that the file's name alone decides."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], 'big') / 2**64 * 100
+    return Source(folders.Files(str(root), paths, labels), tuple(classes))
 
 
 def share(split):

@@ -53,6 +53,10 @@ class Tars(ranges.Ranges):
             return int(self.labels[i])
         return padded(self.labels, self.label_ends, i, self.max_labels)
 
+    def traits(self):
+        ends = [] if self.label_ends is None else [self.label_ends]
+        return [self.keys, self.key_ends, self.labels, *ends], [self.sizes]
+
     def name(self, i):
         """The shard, position and key of example i."""
         stop = int(self.key_ends[i])

@@ -101,6 +101,10 @@ class TfRecords(ranges.Ranges):
         k, position = super().locate(i)
         return k, position + int(self.skips[k])
 
+    def traits(self):
+        names = [file.rpartition('/')[2] for file in self.files]
+        return [*names, self.ends, self.skips], [self.sizes]
+
     def read(self, i):
         """The data of record i; its CRC is checked where google-crc32c is installed."""
         data = super().read(i)

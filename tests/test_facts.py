@@ -1,0 +1,139 @@
+"""What tells data sets apart: the same at another place, another for each change; and at a resume."""
+
+import json
+import pickle
+import shutil
+
+import jax
+import kinds
+import launched
+import pytest
+
+from vit_jax import config, train, workdir
+from vit_jax.data import facts, mixture, sources
+from vit_jax.errors import UserError
+from vit_jax.stop import Stop
+
+NAMES = ('ant', 'bee', 'cat')
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'cache'))
+
+
+def rows():
+    return [(kinds.png(10 * i, 4 + i), i % 3) for i in range(9)]
+
+
+def of(path, split='train'):
+    return facts.of(sources.load(name=str(path), split=split))
+
+
+def changed(a, b):
+    return {key for key in a if a[key] != b[key]}
+
+
+@pytest.mark.parametrize('kind', kinds.KINDS)
+def test_a_copy_has_the_same_facts_and_each_change_is_one_of_them(kind, tmp_path):
+    def write(name, some, names=NAMES):
+        return kinds.write(kind, tmp_path / name, some, names)
+
+    first = of(write('a', rows()))
+    assert first['classes'] == 3 and first['examples'] == 9 and 'ant, bee, cat' in str(first)
+    shutil.copytree(tmp_path / 'a', tmp_path / 'elsewhere' / 'b')
+    shutil.rmtree(tmp_path / 'a')
+    assert of(tmp_path / 'elsewhere' / 'b') == first
+    renamed = of(write('renamed', rows(), ('ant', 'bee', 'dog')))
+    assert 'class_names' in changed(first, renamed)
+    assert {'examples', 'order'} <= changed(first, of(write('grown', [*rows(), rows()[0]])))
+    labels = of(write('labels', [(d, 2 - k) for d, k in rows()]))
+    assert {'order', 'contents'} & changed(first, labels)  # records keep them within shards
+    other = [(kinds.png(255, 60) if i == 4 else d, k) for i, (d, k) in enumerate(rows())]
+    assert changed(first, of(write('other', other))) == {'contents'}
+    share = of(tmp_path / 'other', 'train[:50%]')
+    assert {'examples', 'order'} <= changed(of(tmp_path / 'other'), share)
+    json.dumps(first)
+
+
+def test_facts_of_mixtures_and_drawn_sets_are_those_of_their_parts(tmp_path):
+    kinds.write('folder', tmp_path / 'a', rows(), NAMES)
+    kinds.write('records', tmp_path / 'b', rows(), NAMES[::-1])
+
+    def mixed(**weights):
+        parts = {k: dict(name=str(tmp_path / k), weight=w) for k, w in weights.items()}
+        return mixture.load(mixture=parts)
+
+    first = facts.of(mixed(a=1.0, b=2.0))
+    assert facts.of(pickle.loads(pickle.dumps(mixed(a=1.0, b=2.0)))) == first
+    assert 'order' in changed(first, facts.of(mixed(a=1.0, b=1.0)))
+    assert 'order' in changed(first, facts.of(mixed(b=2.0, a=1.0)))
+    drawn = [of(name) for name in ('jft_like:50x10@16', 'jft_like:50x10@32')]
+    assert changed(*drawn) == {'order'}
+
+
+class Soon(Stop):
+    """True once the run has written its first line."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def __bool__(self):
+        return launched.last_step(self.path) >= 1
+
+
+def run(folder, path, stop=None, steps=60, **options):
+    pairs = [('steps', str(steps)), ('evals.val.batch_size', '8')]
+    with workdir.held(str(path)) as path:
+        settings = config.load(f'{launched.TINY}:{folder}', pairs)
+        return train.train(settings, path, Stop() if stop is None else stop, **options)
+
+
+def test_a_run_goes_on_with_the_data_it_was_begun_with_or_says_what_differs(tmp_path, capsys):
+    data, path = tmp_path / 'data', tmp_path / 'run'
+    launched.write_images(data, {'train': 4, 'val': 3})
+    run(data, path, Soon(path), steps=60)
+    saved = launched.checkpoints(path)
+    kept = {name: (path / name).read_bytes() for name in ('classes.json', 'facts.json')}
+
+    def refused(words, undo, **options):
+        with pytest.raises(UserError, match=words) as e:
+            run(data, path, **options)
+        undo()
+        assert launched.checkpoints(path) == saved
+        assert {name: (path / name).read_bytes() for name in kept} == kept
+        return str(e.value)
+
+    train_, val = data / 'train', data / 'val'
+    for folder in (train_, val):
+        (folder / 'ant').rename(folder / 'zebra')
+    said = refused('added zebra; gone ant.*\n.*--allow_config_change',
+                   lambda: [(f / 'zebra').rename(f / 'ant') for f in (train_, val)])
+    assert 'data.class_names' in said and 'data.order' in said
+    shutil.copy(train_ / 'bee' / '0.png', train_ / 'bee' / '9.png')
+    assert 'data.examples' in refused('data.order', (train_ / 'bee' / '9.png').unlink)
+    before = (train_ / 'cat' / '1.png').read_bytes()
+    (train_ / 'cat' / '1.png').write_bytes(kinds.png(3, 64))
+    refused('data.contents', lambda: (train_ / 'cat' / '1.png').write_bytes(before))
+    for folder in (train_, val):
+        shutil.copytree(folder / 'bee', folder / 'yak')
+    for options in ({}, dict(allow_config_change=True)):
+        said = refused('added yak. Its head has 3 outputs', lambda: None, **options)
+        assert 'opt_state' not in said
+    for folder in (train_, val):
+        shutil.rmtree(folder / 'yak')
+    with jax.default_prng_impl('rbg'):
+        refused('jax.default_prng_impl  "threefry2x32"  "rbg"', lambda: None)
+    with jax.threefry_partitionable(False):
+        refused('jax.threefry_partitionable', lambda: None)
+    # What evaluations see and how a number is rounded leaves it the same run, and is said.
+    (val / 'ant' / '0.png').unlink()
+    with jax.default_matmul_precision('highest'):
+        capsys.readouterr()
+        run(data, path, Soon(path), steps=60)
+    said = capsys.readouterr().out
+    assert 'evals.val.examples' in said and 'jax.default_matmul_precision' in said
+    (train_ / 'bee' / '0.png').unlink()
+    assert run(data, path, steps=20, allow_config_change=True)['steps'] == 20
+    assert json.loads((path / 'facts.json').read_text())['data.examples'] == 11
