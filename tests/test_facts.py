@@ -1,4 +1,4 @@
-"""What tells data sets apart: the same at another place, another for each change; and at a resume."""
+"""What tells data sets apart: a copy has the same facts, a change other ones; and a resume."""
 
 import json
 import pickle
