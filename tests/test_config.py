@@ -46,7 +46,8 @@ def test_augmentations_and_mixtures_are_checked_as_the_view_is():
     full = config.complete(given)
     assert full.data.augment == ('autoaugment', dict(name='randaugment', layers=2, magnitude=15))
     assert full.data.source.mixture.b.to_dict() == dict(
-        name='/y', split='train', data_dir=None, image='image', label='label', weight=3
+        name='/y', split='train', data_dir=None, image='image', label='label', labels='by_name',
+        weight=3,
     )
     again = config.changed(full.to_dict(), [('data.source.mixture.a.weight', '2.5')])
     assert again.data.source.mixture.a.weight == 2.5

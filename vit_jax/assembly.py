@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 
 from vit_jax import config as configs
-from vit_jax import models, objectives, optim, sharding, step
+from vit_jax import models, objectives, optim, sharding, step, workdir
 from vit_jax.convert import load as weights
-from vit_jax.data import mixture, pipeline, sources
+from vit_jax.data import mixture, names, pipeline, sources
 from vit_jax.errors import UserError
 
 
@@ -26,14 +26,19 @@ class Parts(NamedTuple):
     evals: dict[str, Any]
 
 
-def make(config, source=None, devices=None):
+def make(config, source=None, devices=None, classes=None):
     """The parts of a run; every mistake in the config that can be seen beforehand is seen here.
 
     A plan has devices that are not here, and perhaps a `source` of which it knows the size alone.
+    `classes` are the names of a head that is kept (`kept_classes`): labels of the data become its.
     """
     source = mixture.load(**config.data.source) if source is None else source
     mesh = sharding.make_mesh(devices, **config.mesh)
     sharding.check_batch(config.data.batch_size, mesh, config.accumulate)
+    if config.keep_head and config.init_from and (classes or config.model.num_classes):
+        classes = tuple(classes or map(str, range(config.model.num_classes)))
+        title = f'data set {mixture.title(config.data.source)}'
+        source = names.relabelled(source, classes, title, "the kept head's")
     classes = len(source.classes)
     model = models.build(**{**config.model, 'num_classes': config.model.num_classes or classes})
     if model.num_classes < classes:
@@ -54,8 +59,8 @@ def make(config, source=None, devices=None):
     }
     best = config.checkpoint.best
     if best is not None and best.rpartition('/')[0] not in evals:
-        names = ', '.join(f'{name}/accuracy' for name in evals) or 'none without evals'
-        raise UserError(f'checkpoint.best is {best!r}, no metric of an evaluation: {names}')
+        known = ', '.join(f'{name}/accuracy' for name in evals) or 'none without evals'
+        raise UserError(f'checkpoint.best is {best!r}, no metric of an evaluation: {known}')
     return Parts(source, steps, mesh, model, shape, objective, tx, abstract, evals)
 
 
@@ -65,6 +70,17 @@ def evaluation(model, mesh, classes, loss, settings):
     if settings.get('loss', loss) is None:
         settings['loss'] = loss
     return configs.EVALUATORS[settings['type']](model, mesh, classes, **settings)
+
+
+def kept_classes(config, path, begun):
+    """Names of the classes of the head that a run in `path` keeps; None where it has a new one.
+
+    A run that goes on has them in classes.json, as its checkpoint `init_from` may be gone.
+    """
+    if not config.keep_head or config.init_from is None:
+        return None
+    known = workdir.read_json(path / 'classes.json') if begun else None
+    return known or weights.read(config.init_from, values=False, ema=None).classes
 
 
 def check_partners(config):

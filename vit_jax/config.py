@@ -180,7 +180,8 @@ def complete_model(values, scalars, begun=None):
         raise UserError(f"config model.name is {name!r}, not a name as 'vit-b/16'")
     keys = models.fields(name)
     keys = {k: (kind, read.get(k, default)) for k, (kind, default) in keys.items()}
-    keys['num_classes'] = (keys['num_classes'][0], None)  # None: the data set's
+    kept = read.get('num_classes') if scalars['keep_head'] else None
+    keys['num_classes'] = (keys['num_classes'][0], kept)  # None: the data set's
     return filled('model', values, keys)
 
 

@@ -5,6 +5,10 @@ X is anything that vit_jax.load takes. The evaluations are those of the config's
 setting can be changed: --config.evals.test.batch_size=100. Of the section `model` only dtype,
 quantize and unroll count, as X says what the model is.
 
+Labels of the data become the checkpoint's by the names of the classes, where both have names, in
+whatever order; a data set of some of the classes is scored among these, and one with others is
+refused unless --labels=by_number.
+
 With --out DIR also DIR/NAME.csv of each evaluation of a classifier: a line for each class with its
 images, its accuracy and how often it was taken for each of all classes.
 """
@@ -16,7 +20,7 @@ from absl import flags
 from vit_jax import assembly, cli, report, sharding, storage, workdir
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
-from vit_jax.data import pipeline
+from vit_jax.data import names, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.text import printable, to_json
@@ -70,11 +74,21 @@ def settings_of(path, checkpoint, overrides):
     return configs.changed(found.config, overrides)
 
 
+def compare(config, labels):
+    """Sets how labels are compared in all data sets of the evaluations."""
+    for kwargs in config.evals.values():
+        for key in kwargs.keys() & {'source', 'train_source'}:
+            for part in kwargs[key].get('mixture', {'': kwargs[key]}).values():
+                part['labels'] = labels
+
+
 def main(argv, overrides):
     options = flags.FLAGS
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}; flags begin with --')
     config = settings_of(options.config, options.checkpoint, overrides)
+    if options.labels:
+        compare(config, options.labels)
     out = options.out and storage.folder(workdir.located(options.out))  # else known at once
     results, texts = evaluate(
         options.checkpoint, config, None if options.ema else False, by_class=bool(out)
@@ -98,6 +112,10 @@ if __name__ == '__main__':
     flags.DEFINE_bool(
         'ema', True, 'Of a run: the moving average of the parameters where one was kept, as its '
         'own evaluations do.',
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        'labels', None, list(names.BY), 'How labels of all data sets are compared with the '
+        "checkpoint's: by the names of the classes, the default, or as numbers.",
     )  # fmt: skip
     flags.DEFINE_string('out', None, 'Folder for the confusion of classes, a CSV an evaluation.')
     flags.DEFINE_bool('json', False, 'Print one JSON object in place of a table.')

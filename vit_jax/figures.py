@@ -67,7 +67,7 @@ class Images:
 def of_run(path, out):
     """Draws a run from its newest checkpoint; yields parts of its page (see `page`)."""
     config = configs.complete(workdir.read_json(path / 'config.json'))
-    parts = assembly.make(config)
+    parts = assembly.make(config, classes=assembly.kept_classes(config, path, begun=True))
     try:
         state = checkpoint.newest(path, parts.abstract)
     except checkpoint.Damaged as e:

@@ -22,11 +22,11 @@ def train(
     """
     at('start')
     first = jax.process_index() == 0
-    parts = assembly.make(config)
-    if profile:
-        profiling.parsed(profile, parts.steps)
     with Checkpoints(path, **config.checkpoint) as checkpoints:
         begun = bool(checkpoints.steps())
+        parts = assembly.make(config, classes=assembly.kept_classes(config, path, begun))
+        if profile:
+            profiling.parsed(profile, parts.steps)
         changes = workdir.settle_config(path, config, begun, allow_change=allow_config_change)
         result = workdir.read_json(path / 'result.json')
         if result and result['steps'] == parts.steps:

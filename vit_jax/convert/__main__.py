@@ -10,6 +10,7 @@ from absl import flags
 from vit_jax import cli, config, models
 from vit_jax.convert import load, save
 from vit_jax.errors import UserError
+from vit_jax.evaluators import classify
 from vit_jax.text import printable
 
 TO = flags.DEFINE_enum('to', None, list(save.FAMILIES), 'The format to write.')
@@ -73,9 +74,11 @@ def main(argv, changes):
     print(described(found))
     print(load.table(found.account))
     if len(argv) == 3:
+        outputs = range(found.model.num_classes or 0)  # of a run perhaps more than have names
+        classes = found.classes and [classify.class_name(found.classes, i) for i in outputs]
         save.save(
             argv[2], found.model, found.params, TO.value, image_size=found.image_size or size(),
-            classes=found.classes, config=found.config, loss=found.loss, fold=FOLD.value,
+            classes=classes, config=found.config, loss=found.loss, fold=FOLD.value,
         )  # fmt: skip
         print(f'Written: {printable(argv[2])} ({TO.value})')
 

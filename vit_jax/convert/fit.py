@@ -101,7 +101,8 @@ def fitted(found, path, *, fields, image_size, num_classes, keep_pre_logits, sou
     account += [('unused', name, why) for name, why in sorted(unused.items())]
     classes = found.classes if not fresh else None
     if classes is not None and len(classes) != model.num_classes:
-        classes = None
+        more = (model.num_classes or 0) > len(classes)  # a run's head may have outputs to spare
+        classes = classes if more and found.family == 'vit_jax' else None
     loss = None if 'head' in fresh else found.loss or loss_of(found.config)
     return Loaded(model, params, account, found.family, size, classes, found.config, loss)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data import facts, sources
+from vit_jax.data import facts, names, sources
 from vit_jax.errors import UserError
 from vit_jax.text import printable
 
@@ -46,7 +46,7 @@ class Records:
     def __getitem__(self, i):
         part, k = self.find(i)
         data, label = part.records[k]
-        label = translated(np.asarray(label, np.int32), part.labels)
+        label = names.translated(np.asarray(label, np.int32), part.labels)
         if self.max_labels == 1:
             return data, label
         padded = np.full(self.max_labels, -1, np.int32)
@@ -58,19 +58,11 @@ class Records:
         return part.records.name(k)
 
 
-def translated(label, labels):
-    """Labels of a part as those of the mixture; what is out of range stays so."""
-    if labels is None:
-        return label
-    inside = (label >= 0) & (label < len(labels))
-    outside = np.where(label < 0, label, np.iinfo(np.int32).max)
-    return np.where(inside, labels[np.where(inside, label, 0)], outside).astype(np.int32)
-
-
 def load(*, mixture: dict | None = None, **source):
     """What `sources.load` takes, or `mixture`: {name: dict of that and `weight`}.
 
-    Classes are those of all parts; what has the same name is one class. With a part of several
+    Classes are those of all parts; what has the same name is one class, unless the part has
+    `labels='by_number'`: its numbers are those of the others. With a part of several
     labels an example, all have as many, padded with -1.
     """
     if mixture is None:
@@ -80,20 +72,49 @@ def load(*, mixture: dict | None = None, **source):
         name: sources.load(**{k: v for k, v in part.items() if k != 'weight'})
         for name, part in mixture.items()
     }
-    classes = list(dict.fromkeys(c for source in loaded.values() for c in source.classes))
-    number = {name: i for i, name in enumerate(classes)}
+    classes = all_classes(loaded)
     parts, offset, most = [], 0, 1
     for name, source in loaded.items():
         if not len(source):
             raise UserError(f'data set {name} of the mixture is empty')
-        labels = np.array([number[c] for c in source.classes], np.int32)
-        same = np.array_equal(labels, np.arange(len(labels)))
-        parts.append(
-            Part(offset, len(source), weights[name], source.records, None if same else labels)
-        )
+        labels = None
+        if source.labels == 'by_name':
+            labels = np.array(names.matched(source.classes, classes), np.int32)
+            labels = None if np.array_equal(labels, np.arange(len(labels))) else labels
+        parts.append(Part(offset, len(source), weights[name], source.records, labels))
         offset += len(source)
         most = max(most, getattr(source.records, 'max_labels', None) or 1)
-    return sources.Source(Records(parts, most), tuple(classes))
+    numbered = all(source.labels == 'by_number' for source in loaded.values())
+    return sources.Source(Records(parts, most), classes, 'by_number' if numbered else 'by_name')
+
+
+def all_classes(loaded):
+    """The class names of all parts {name: Source}; UserError where they do not tell classes apart.
+
+    A part with labels by number has those of the others, or of the part with the most.
+    """
+    named = {k: source.classes for k, source in loaded.items() if source.labels == 'by_name'}
+    if not named:
+        return max((source.classes for source in loaded.values()), key=len)
+    classes = []
+    bare = [k for k, own in named.items() if names.tell_nothing(own)]
+    for name, own in named.items():
+        if twice := names.doubled(own):
+            raise UserError(f'data set {name} of the mixture has a class {twice!r} twice')
+        if 0 < len(bare) < len(named):
+            raise UserError(
+                f'data set {bare[0]} of the mixture has no names of classes, others have; '
+                'labels=by_number in its section says that its numbers are theirs'
+            )
+        places = names.matched(own, classes)
+        classes += [own[k] for k, i in enumerate(places) if i is None]
+    for name, source in loaded.items():
+        if source.labels == 'by_number' and len(source.classes) > len(classes):
+            raise UserError(
+                f'data set {name} of the mixture has {len(source.classes)} classes by number, '
+                f'the others {len(classes)}'
+            )
+    return tuple(classes)
 
 
 def title(source):

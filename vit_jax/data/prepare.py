@@ -26,7 +26,7 @@ import PIL
 from absl import flags
 
 from vit_jax import cli
-from vit_jax.data import crew, duplicates, records, sources, writing
+from vit_jax.data import crew, duplicates, names, records, sources, writing
 from vit_jax.errors import UserError
 
 SPLIT = flags.DEFINE_list('split', ['train'], 'The splits to prepare.')
@@ -69,8 +69,8 @@ def load(name, splits, fields):
     for split, source in loaded.items():
         if not re.fullmatch(r'\w[\w.-]*', split, re.ASCII):
             raise UserError(f'split {split!r} can not be the name of a file; prepare a whole one')
-        if source.classes != loaded[splits[0]].classes:
-            raise UserError(f'splits {splits[0]} and {split} of {name} have different classes')
+        first = loaded[splits[0]].classes
+        loaded[split] = names.relabelled(source, first, f'split {split}', f"split {splits[0]}'s")
         if not len(source):
             raise UserError(f'split {split} of {name} has no examples')
     return loaded

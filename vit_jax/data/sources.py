@@ -8,7 +8,7 @@ import difflib
 import importlib
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -17,6 +17,7 @@ from vit_jax.data import (
     facts,
     folders,
     jft_like,
+    names,
     parquet,
     records,
     shards,
@@ -38,6 +39,7 @@ class Source(NamedTuple):
 
     records: Any  # len(records), records[i] -> (bytes, label)
     classes: tuple[str, ...]
+    labels: str = 'by_name'  # how they are compared with a model's, see `names`
 
     def __len__(self):
         return len(self.records)
@@ -124,6 +126,7 @@ def load(
     data_dir: str | None = None,
     image: str = 'image',
     label: str = 'label',
+    labels: Literal['by_name', 'by_number'] = 'by_name',
 ):
     """The data set `name`, of a kind that its name and its files tell:
 
@@ -141,7 +144,16 @@ def load(
     of its shards are divided into, or a share of one in percent: of a folder of images by a hash
     of the file's name, of others by position. A pattern is all of 'train'. `image` and `label`
     name the features of TFDS, the columns of parquet, the extension and json field in a tar.
+
+    `labels` are compared with those of a model or of other data sets 'by_name' of the class, or
+    'by_number'. Classes whose names are numbers, as folders have them, are in their numbers' order.
     """
+    found = found_by(name, split, data_dir, image, label)
+    return Source(found.records, found.classes, labels)
+
+
+def found_by(name, split, data_dir, image, label):
+    """`load`, whose labels are by name."""
     if name.startswith('jft_like:'):
         records_, classes = jft_like.named(name, split.partition('[')[0])
         return portion(records_, classes, split)
@@ -335,7 +347,8 @@ def folder(path, split):
         )
     root = path / part if divided else path
     top = path / 'train' if divided else path
-    classes = sorted(d.name for d in top.iterdir() if d.is_dir() and not d.name.startswith('.'))
+    inner = [d.name for d in top.iterdir() if d.is_dir() and not d.name.startswith('.')]
+    classes = names.in_order(inner, top)
     if len(classes) < 2:
         raise UserError(
             f'{top} has {len(classes)} class folders; a data set needs two or more, or else '

@@ -12,26 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding, step
 from vit_jax.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
-from vit_jax.data import mixture, pipeline
+from vit_jax.data import mixture, names, pipeline
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
 from vit_jax.text import cell
 
 MOST_CONFUSED = 2000  # classes: 4 million numbers
-
-
-def places(names, classes):
-    """Labels of a data set with these class `names` as those of a model with `classes`, or None.
-
-    None: they are the same, or names tell nothing. A data set of some of the classes, as folders of
-    a few of ImageNet's, has numbers of its own.
-    """
-    if not classes or len(names) >= len(classes) or names == tuple(map(str, range(len(names)))):
-        return None
-    index = {name: i for i, name in enumerate(classes)}
-    if len(index) < len(classes) or not all(name in index for name in names):
-        return None
-    return np.array([index[name] for name in names])
 
 
 def present(source):
@@ -51,7 +37,8 @@ def calibration_error(bins):
 class Classify:
     """An evaluation of a classifier, due every `every` steps (0: at the end alone).
 
-    `classes` are the names of the model's. With `subset` only those classes are predicted that
+    `classes` are the names of the model's, None where it has none; labels of the data become those
+    of the model by name (`names.relabelled`). With `subset` only those classes are predicted that
     occur in the data, as of ImageNet-A and -R, whose 200 have numbers among all 1,000; a data set
     whose class names are some of the model's is always so. `loss` is that of training if not given
     ('softmax' where nothing tells), and says what a probability is: of a softmax or a sigmoid.
@@ -77,16 +64,20 @@ class Classify:
         tolerance: Rate = 0.0,
     ):
         self.mesh, self.every = mesh, every
-        self.source = mixture.load(**source)
+        own, title = mixture.load(**source), f'data set {mixture.title(source)}'
         sharding.check_batch(batch_size, mesh)
-        if len(self.source.classes) > (model.num_classes or 0):
+        outputs = model.num_classes or 0
+        classes = classes or tuple(map(str, range(outputs)))
+        self.source = names.relabelled(own, classes, title) if outputs else own
+        if len(self.source.classes) > outputs:
             raise UserError(
-                f'data set {mixture.title(source)} has {len(self.source.classes)} classes, '
-                f'the model {model.num_classes or "no head"} (model.num_classes)'
+                f'{title} has {len(own.classes)} classes, the model {outputs or "no head"} '
+                '(model.num_classes)'
             )
-        self.places = places(self.source.classes, classes)
-        among = self.places
-        if subset and among is None:
+        among = None
+        if isinstance(self.source.records, names.Mapped) and len(own.classes) < len(classes):
+            among = np.sort(self.source.records.labels)
+        elif subset:
             among = present(self.source)
         self.feed = partial(
             pipeline.examples, self.source, sharding.rows(batch_size, mesh), view=view,
@@ -105,14 +96,6 @@ class Classify:
     def due(self, n, steps):
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
-    def batches(self):
-        """Batches with the model's labels."""
-        for batch in self.feed():
-            if self.places is not None:
-                label = batch['label']
-                batch = batch | {'label': np.where(label < 0, label, self.places[label])}
-            yield batch
-
     def __call__(self, params, stop=None, at=lambda phase: None):
         """Means by name, see `summary`; None where `stop` became true before the end.
 
@@ -120,7 +103,7 @@ class Classify:
         """
         stop = Stop() if stop is None else stop
         total = {}
-        for i, batch in enumerate(self.batches()):
+        for i, batch in enumerate(self.feed()):
             at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
             sums, _ = self.step(params, sharding.put(stop.within(batch), self.mesh))
             sums = stop.hear(sums)
@@ -132,7 +115,7 @@ class Classify:
     def predictions(self, params):
         """One process's view of each example: {'id', 'label', 'prediction', 'confidence': [N]}."""
         parts = []
-        for batch in self.batches():
+        for batch in self.feed():
             _, by_example = self.step(params, sharding.put(batch, self.mesh))
             by_example = jax.device_get(by_example) | {k: batch[k] for k in ('id', 'label')}
             parts.append({k: v[batch['mask'] > 0] for k, v in by_example.items()})

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding, step
 from vit_jax.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
-from vit_jax.data import mixture, pipeline
+from vit_jax.data import mixture, names, pipeline
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
 
@@ -180,9 +180,15 @@ class Probe:
     ):
         self.mesh, self.every, self.k, self.pixels, self.l2 = mesh, every, k, pixels, l2
         self.temperature, self.shots, self.seeds, self.shot_l2 = temperature, shots, seeds, shot_l2
-        self.source, self.train_source = mixture.load(**source), mixture.load(**train_source)
-        if self.source.classes != self.train_source.classes:
-            raise UserError('evals: source and train_source have different classes')
+        own, self.train_source = mixture.load(**source), mixture.load(**train_source)
+        self.source = names.relabelled(
+            own, self.train_source.classes, f'data set {mixture.title(source)}', "train_source's"
+        )
+        if len(self.source.classes) > len(self.train_source.classes):
+            raise UserError(
+                f'evals: source has {len(self.source.classes)} classes, train_source '
+                f'{len(self.train_source.classes)}'
+            )
         if max(k, default=0) > len(self.train_source):
             raise UserError(f'evals: k is {tuple(k)}, of {len(self.train_source)} training images')
         sharding.check_batch(batch_size, mesh)
@@ -226,7 +232,7 @@ class Probe:
 
     def few_shot(self, train, test):
         """{'5_shot': mean, '5_shot_std': deviation} and so on, of what `gathered` gave."""
-        results, classes = {}, len(self.source.classes)
+        results, classes = {}, len(self.train_source.classes)
         for shots in self.shots:
             scores = []
             for seed in range(self.seeds):
@@ -251,7 +257,7 @@ class Probe:
         if test is None:
             return None
         at('compile, of a classifier')
-        labels, wanted, classes = train['labels'], test['labels'], len(self.source.classes)
+        labels, wanted, classes = train['labels'], test['labels'], len(self.train_source.classes)
         results = {}
         if self.l2 is not None:
             x, y = standardised(train['both'], test['both'])

@@ -30,6 +30,7 @@ from vit_jax import cli, export, models, storage, workdir
 from vit_jax.convert import load as weights
 from vit_jax.convert.save import complete
 from vit_jax.errors import UserError
+from vit_jax.evaluators import classify
 from vit_jax.text import printable
 
 DEFAULT_SIZE = 224  # of a model that fits any
@@ -79,8 +80,9 @@ def write(path, data):
 
 def metadata(found, size, view, platforms):
     """What JAX does not keep, as JSON has it."""
+    outputs = range(found.model.num_classes or 0)  # of a run perhaps more than have names
     return dict(
-        classes=found.classes and list(found.classes),
+        classes=found.classes and [classify.class_name(found.classes, i) for i in outputs],
         output='pre_logits' if found.model.num_classes is None else 'probabilities',
         loss=found.loss,  # that the head was trained with: of a softmax or a sigmoid
         image_size=list(size), view=view, platforms=platforms, dtype=found.model.dtype,
