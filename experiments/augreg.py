@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import published
 from vit_jax.data import distort
+from vit_jax.errors import UserError, choices
 
 MODELS = ('ti/16', 's/32', 's/16', 'b/32', 'b/16', 'l/16', 'r+ti/16', 'r26+s/32', 'r50+l/32')
 DATA = {  # TFDS, training, validation, epochs
@@ -46,12 +47,12 @@ ARGS = (*PAIRS, *(f'{pair}-{point}' for pair in PAIRS for point in GRID))
 
 
 def get_config(arg='s/16-i1k300'):
-    model, data, *_ = arg.split('-')
+    model, data, *_ = *arg.split('-'), ''
     pair = f'{model}-{data}'
     point = arg.removeprefix(pair).lstrip('-') or BEST.get(pair, USUAL)
+    if f'{pair}-{point}' not in ARGS:
+        raise UserError(f'no argument {arg!r}; {choices(arg, ARGS)}')
     found = re.fullmatch(r'(\w+)-wd_([\d.]+)-do_([\d.]+)', point)
-    if pair not in PAIRS or not found or found[1] not in distort.AUGREG:
-        raise ValueError(f'{arg!r} is not of the form {PAIRS[0]}-{GRID[0]}')
     name, train, val, epochs = DATA[data]
     preset = distort.AUGREG[found[1]]
     rate = float(found[3])

@@ -25,10 +25,16 @@ rates it is stable.
 
 from ml_collections import ConfigDict
 
+from vit_jax.errors import check_choice
+
 S14 = dict(name='vit-s/14', layer_scale=1.0, gelu='exact')  # DINOv2's, arXiv:2304.07193
 
 
+ARGS = ('finetune', 'probe', 'random')
+
+
 def get_config(arg='finetune'):
+    check_choice('argument', arg, ARGS)
     config = ConfigDict()
     config.seed = 0
     config.epochs = 5

@@ -17,7 +17,7 @@ width 96 73.5%, both with shifts. More patches cost more than they bring in this
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     config = ConfigDict()
     config.seed = 0
     config.epochs = 16

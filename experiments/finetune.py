@@ -28,12 +28,15 @@ One flag each: --config.optim.layer_decay=0.75 (layer-wise rates), --config.opti
 probe), --config.optim.freeze=embedding, --config.model.drop_path=0.1, --config.keep_head=true.
 """
 
+import os
 import pathlib
+import re
 
 from ml_collections import ConfigDict
 
 from vit_jax import published
 from vit_jax.data import vtab
+from vit_jax.errors import UserError
 
 PRESETS = {  # the share of `train` to train on, the test split, steps, warm-up, rate, view
     'cifar10': (98, 'test', 10_000, 500, 0.003, 'random_crop'),
@@ -90,6 +93,7 @@ V2 = {  # the point of the grid that timm's checkpoint is named by, 87.10% there
 }  # fmt: skip
 TRANSFER = {'imagenet2012': 'ImageNet', 'cifar10': 'Cifar10', 'cifar100': 'Cifar100',
             'oxford_iiit_pet': 'Pets', 'oxford_flowers102': 'Flowers'}  # fmt: skip
+WORDS = ('224', '384', '512', 'polyak', 'dropout', 'v2')
 SHORT = ('b/16-i21k', (500, 1000))  # steps of the README's short schedules for CIFAR
 
 ARGS = (
@@ -109,6 +113,17 @@ ARGS = (
     *(f'imagenet2012,augreg:{row.lower()}-i21k300{V2.get(row, "")},384,v2' for row in AUGREG),
     *(f'{d},augreg/b_32-i21k' for d in TRANSFER if d != 'imagenet2012'),
 )  # fmt: skip
+
+
+def divided(arg):
+    """(data set, the words after it) of an argument; the path of a folder may have commas."""
+    parts = re.split(r',(?![^{]*\})', arg)  # shards x-{a,b}.tar may, too
+    paths = (n for n in range(len(parts), 1, -1) if os.path.isdir(','.join(parts[:n])))
+    n = next(paths, 1)
+    for word in parts[n + 1 :]:
+        if word not in WORDS and not re.fullmatch(r'steps=[1-9]\d{0,8}', word):
+            raise UserError(f'{word!r} is none of {", ".join(WORDS)}, steps=NUMBER')
+    return ','.join(parts[:n]), parts[n:]
 
 
 def splits(name):
@@ -213,7 +228,7 @@ def claims(dataset, name, words):
 
 
 def get_config(arg='cifar10'):
-    name, *words = arg.split(',')
+    name, words = divided(arg)
     *_, steps, warmup, lr, view = PRESETS.get(name, (2_500, 500, 0.01, 'inception'))
     train, *tests = splits(name).items()
     size = next((int(w) for w in words if w in ('224', '512')), 384)
@@ -262,5 +277,5 @@ def get_config(arg='cifar10'):
         if name == 'imagenet2012':
             real = dict(name='imagenet2012_real', split='validation', label='real_label')
             config.evals.real = dict(source=real, view=evaluation)
-        config.expected = claims(name, words[0], words[1:])
+        config.expected = claims(name, words[0], words[1:]) if arg in ARGS else []
     return config

@@ -11,6 +11,8 @@ on ReaL, 64.2 on V2. Here: not yet run.
 
 from ml_collections import ConfigDict
 
+from vit_jax.errors import check_choice
+
 SETS = {  # TFDS, split, label, whether the classes are some of the 1,000
     'val': ('imagenet2012', 'validation', 'label', False),
     'real': ('imagenet2012_real', 'validation', 'real_label', False),
@@ -28,6 +30,7 @@ ARGS = ('all', 'c')
 
 
 def get_config(arg='all'):
+    check_choice('argument', arg, ARGS)
     sets = SETS
     if arg == 'c':
         names = [f'{c}_{severity}' for c in CORRUPTIONS for severity in range(1, 6)]

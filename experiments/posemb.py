@@ -14,6 +14,7 @@ data or length. JFT is not public: --config.data.source.name=PATH puts other dat
 from ml_collections import ConfigDict
 
 from vit_jax import published
+from vit_jax.errors import check_choice
 
 JFT_300M = 'jft_like:303000000x18291'  # arXiv:2010.11929 section 4.1
 KINDS = {'none': ('none', 'No Pos. Emb.'), '1d': ('learn', '1-D Pos. Emb.'),
@@ -23,6 +24,7 @@ ARGS = ('none', '1d', '2d', 'rel', '1d-layers', '2d-layers', '1d-shared', '2d-sh
 
 
 def get_config(arg='1d'):
+    check_choice('argument', arg, ARGS)
     kind, _, place = arg.partition('-')
     place = place or 'stem'
     posemb, row = KINDS[kind]

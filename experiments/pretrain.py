@@ -28,6 +28,7 @@ import re
 from ml_collections import ConfigDict
 
 from vit_jax import published
+from vit_jax.errors import UserError
 
 JFT_300M = 'jft_like:303000000x18291'  # arXiv:2010.11929 section 4.1
 JFT_3B = 'jft_like:3000000000x29593'  # arXiv:2106.04560 section 3
@@ -105,8 +106,8 @@ def claims(model, data, epochs, sgd):
 def get_config(arg='b/16'):
     match = re.fullmatch(r'([^-]+)(?:-(i21k|i1k))?(?:-(\d+)ep)?(-sgd)?', arg)
     model, data, given, sgd = match.groups() if match else (None,) * 4
-    if model not in {*JFT, *LATER}:
-        raise ValueError(f'{arg!r} is none of {", ".join(ARGS)}')
+    if model not in {*JFT, *LATER} or model in LATER and arg != model:
+        raise UserError(f'{arg!r} is none of {", ".join(ARGS)}')
     data = data or 'jft'
 
     config = ConfigDict()
@@ -119,7 +120,7 @@ def get_config(arg='b/16'):
     else:
         epochs, fields, optim = settings(model, data, sgd)
         config.epochs = int(given or epochs)
-        config.expected = claims(model, data, config.epochs, sgd)
+        config.expected = claims(model, data, config.epochs, sgd) if arg in ARGS else []
 
     config.model = dict(name=model_name(model), dtype='bfloat16', **fields)
     if model not in LATER and not config.model.name.startswith('bit'):

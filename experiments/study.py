@@ -32,6 +32,7 @@ knows 33% of them, and 23% where the images were grey; from random weights 87%.
 from ml_collections import ConfigDict
 
 from vit_jax import published
+from vit_jax.errors import check_choice
 
 MODELS = {
     'vit-s': dict(
@@ -72,6 +73,7 @@ def source(name, split):
 
 
 def get_config(arg='vit-m,100k'):
+    check_choice('argument', arg, ARGS)
     *tuned, model, images = arg.split(',')
     config = ConfigDict()
     config.seed = 0

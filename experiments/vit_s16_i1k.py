@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import published
 from vit_jax.data import distort
+from vit_jax.errors import check_choice
 
 ROWS = {
     '': 'Our improvements', 'plain': 'no RandAug+MixUp', 'learn': 'Posemb: sincos2d -> learned',
@@ -34,6 +35,7 @@ ARGS = tuple(f'{n},{v}'.rstrip(',') for v in ROWS for n in (90, 150, 300))
 
 
 def get_config(arg='90'):
+    check_choice('argument', arg, ARGS)
     epochs, _, variant = arg.partition(',')
     row, epochs = ROWS[variant], int(epochs)
     changes = {variant}

@@ -10,7 +10,7 @@ from typing import Annotated
 import launched
 import pytest
 
-from vit_jax import bounds, config, models
+from vit_jax import bounds, config, errors, experiment, models
 from vit_jax.data import augment, distort, pipeline, sources
 from vit_jax.errors import UserError
 
@@ -123,7 +123,7 @@ def test_no_value_outside_of_what_is_declared_is_taken(path, keys, values):
             except UserError as e:
                 assert '\n' not in str(e) and key in str(e), e
             else:
-                pytest.fail(f'{path}.{key} took {bounds.shown(value)}')
+                pytest.fail(f'{path}.{key} took {errors.shown(value)}')
 
 
 @pytest.mark.parametrize('path, values, words', [
@@ -151,4 +151,4 @@ def test_randaugment_of_no_layers_is_one():
     assert full.data.augment[0]['layers'] == 0
 
 
-TINY = config.from_file(f'{launched.TINY}:/images')
+TINY = experiment.read(f'{launched.TINY}:/images')

@@ -30,6 +30,18 @@ def test_hits_are_of_any_true_label(labels):
         np.testing.assert_array_equal(losses.hits(jnp.asarray(logits), jnp.asarray(labels)), wanted)
 
 
+@pytest.mark.parametrize('name, without', [('softmax', 0.0), ('sigmoid', 7 * math.log(2))])
+def test_smoothing_adds_nothing_to_an_example_without_labels(name, without):
+    logits = jnp.zeros((4, 7)).at[:, 2].set(jnp.array([0.0, 0.0, 3.0, 0.0]))
+    loss = functools.partial(losses.LOSSES[name], label_smoothing=0.3)
+    sets = loss(logits, jnp.array([[1, 2], [-1, -1], [2, -1], [-1, -1]]))
+    np.testing.assert_allclose(sets[np.array([1, 3])], without, rtol=1e-6)
+    weights = loss(logits, jnp.zeros((4, 7)).at[0, 1].set(1.0).at[0, 2].set(1.0).at[2, 2].set(1.0))
+    np.testing.assert_allclose(weights[1:], sets[1:], rtol=1e-6)
+    one = (0.7 * jax.nn.one_hot(2, 7) + 0.3 / 7)[None]  # label 2, smoothed
+    np.testing.assert_allclose(sets[2], losses.LOSSES[name](logits[2:3], one)[0], rtol=1e-6)
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
     reason='the TPU compiler is not installed: pip install "vit_jax[plan]"',

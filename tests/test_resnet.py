@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import vit_jax
-from vit_jax import config, models
+from vit_jax import config, experiment, models
 from vit_jax.errors import UserError
 from vit_jax.models import resnet
 from vit_jax.stop import Stop
@@ -106,7 +106,7 @@ def test_names_and_fields_make_the_same_model():
 
 @pytest.mark.slow
 def test_trains_and_loads_and_says_what_no_format_has(tmp_path):
-    given = config.from_file('experiments/digits.py')
+    given = experiment.read('experiments/digits.py')
     given.pop('epochs')
     given['model'] = dict(name='bit', units=[1, 1], width=0.5)
     given['steps'], given['expected'] = 100, ()

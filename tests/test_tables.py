@@ -29,7 +29,9 @@ def finished(folder, name, arg, metrics, seed=0, **result):
         flops_per_image=1e12, device_kind='TPU v3', device_count=8,
     ) | result  # fmt: skip
     result['costs'] = report.costs(result)
-    result['expected'] = workdir.judged(full.expected, metrics | result['costs'])
+    result['expected'] = workdir.judged(
+        full.expected, metrics | result['costs'], config.better(full)
+    )
     workdir.write_json(path / 'config.json', full.to_dict())
     workdir.write_json(path / 'result.json', result)
     return path

@@ -213,8 +213,8 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
     ('evals.val.loss=hinge', "loss is 'hinge'"),
     ('optim.name=adam', "optim.name is 'adam'"),
     ('optim.freeze=("nothing",)', "optim.freeze 'nothing' matches no parameter"),
-    ('checkpoint.best=accuracy', "checkpoint.best is 'accuracy', .*: val/accuracy"),
-    ('checkpoint.mode=most', "checkpoint.mode is 'most'"),
+    ('checkpoint.best=accuracy', "best is 'accuracy', .* there are val/accuracy, val/top5"),
+    (('checkpoint.best=val/loss', 'checkpoint.mode=max'), 'the best val/loss is its min'),
 ])
 def test_mistakes_are_named_before_anything_is_trained(folder, tmp_path, override, words):
     with pytest.raises(UserError, match=words):
@@ -228,10 +228,14 @@ def test_judgement_of_what_was_expected():
         dict(metric='val/loss', value=0.5, tolerance=0.1, source='paper'),
         dict(metric='real/accuracy', value=0.5, tolerance=0.1, source='paper'),
     ]
-    rows = workdir.judged(expected, {'val/accuracy': 0.881, 'val/loss': 0.61})
+    better = {'val/accuracy': 'max', 'val/loss': 'min', 'real/accuracy': 'max'}
+    rows = workdir.judged(expected, {'val/accuracy': 0.881, 'val/loss': 0.61}, better)
     assert [r['pass'] for r in rows] == [True, False, None]
-    rows = workdir.judged(expected, {'val/accuracy': 0.879, 'val/loss': 0.1})
+    rows = workdir.judged(expected, {'val/accuracy': 0.879, 'val/loss': 0.1}, better)
     assert [r['pass'] for r in rows] == [False, True, None]
+    for loss, passes in (0.1, False), (0.45, True), (0.61, False):  # neither is better
+        rows = workdir.judged(expected, {'val/loss': loss}, {})
+        assert rows[1]['pass'] == passes
 
 
 @pytest.mark.slow

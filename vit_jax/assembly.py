@@ -57,10 +57,6 @@ def make(config, source=None, devices=None, classes=None):
         name: evaluation(model, mesh, source.classes, config.objective.loss, kwargs)
         for name, kwargs in config.evals.items()
     }
-    best = config.checkpoint.best
-    if best is not None and best.rpartition('/')[0] not in evals:
-        known = ', '.join(f'{name}/accuracy' for name in evals) or 'none without evals'
-        raise UserError(f'checkpoint.best is {best!r}, no metric of an evaluation: {known}')
     return Parts(source, steps, mesh, model, shape, objective, tx, abstract, evals)
 
 

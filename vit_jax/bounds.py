@@ -13,10 +13,9 @@ import types
 import typing
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, shown
 
 T = TypeVar('T')
-MOST_SHOWN = 200  # characters of a value in a message
 
 
 class Range(NamedTuple):
@@ -132,13 +131,3 @@ def describe(annotation):
         return f'several, each {inner[0]}' if of[-1] is ... else f'({", ".join(inner)})'
     names = {None: 'None', types.NoneType: 'None', dict: 'a section with keys'}
     return names.get(kind) or kind.__name__
-
-
-def shown(value):
-    """A value as Python writes it, in one line of bounded length."""
-    try:
-        text = repr(value)
-    except Exception:  # of an object of the user's, or an int of thousands of digits
-        text = f'a value of type {type(value).__name__}'
-    text = ' '.join(text.split())
-    return text if len(text) <= MOST_SHOWN else f'{text[:MOST_SHOWN]}...'

@@ -97,8 +97,8 @@ class Checkpoints:
     """The folder `checkpoints` of a run.
 
     Saves every `every` steps (0: at the end alone), in the background. Keeps the last `keep`,
-    every `keep_every`-th step where given, and the best by the metric `best` ('test/accuracy';
-    largest where `mode` is 'max', least where it is 'min').
+    every `keep_every`-th step where given, and the best by the metric `best` ('test/accuracy'),
+    the largest unless `mode` is 'min'; config.py sets it as the metric declares.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Checkpoints:
         keep: Positive[int] = 2,
         keep_every: Positive[int] | None = None,
         best: str | None = None,
-        mode: Literal['max', 'min'] = 'max',
+        mode: Literal['max', 'min'] | None = None,
     ):
         self.every, self.keep, self.keep_every = every, keep, keep_every
         self.best, self.mode, self.read_only = best, mode, read_only
@@ -174,7 +174,7 @@ class Checkpoints:
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = to_keep(
             steps, self.scores, keep=self.keep, keep_every=self.keep_every,
-            largest=self.mode == 'max',
+            largest=self.mode != 'min',
         )  # fmt: skip
         return [step in kept for step in steps]
 

@@ -6,20 +6,20 @@ is all there is to say which keys, types and defaults it has.
 
 import ast
 import difflib
-import importlib.util
 import inspect
-import pathlib
+import re
+import warnings
 from typing import Literal
 
+from absl import logging
 from ml_collections import ConfigDict
 
-from vit_jax import bounds, models, objectives, optim, report, sharding
+from vit_jax import bounds, experiment, models, objectives, optim, report, sharding
 from vit_jax.bounds import Finite, NonNegative, Positive, Seed, Steps
 from vit_jax.checkpoint import Checkpoints
-from vit_jax.convert import documents
 from vit_jax.convert import load as weights
 from vit_jax.data import augment, distort, pipeline, sources
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, choices, shown
 from vit_jax.evaluators import classify, probe
 
 REQUIRED = inspect.Parameter.empty
@@ -40,11 +40,18 @@ def load(path, overrides=(), begun=None):
     is the config that a run goes on with: its model stands in for a checkpoint `init_from` that
     can no longer be read.
     """
-    return changed(from_file(path), overrides, begun)
+    return changed(experiment.read(path), overrides, begun)
 
 
 def changed(given, overrides, begun=None):
-    """The complete config of a nested dict with `overrides`, as `load` has them."""
+    """The complete config of a nested dict with `overrides`, as `load` has them.
+
+    `steps` among the overrides stands in for given `epochs`, and the other way round.
+    """
+    new = {key for key, text in overrides if parsed(text) is not None}
+    for key, other in ('steps', 'epochs'), ('epochs', 'steps'):
+        if key in new and other not in new and given.get(other) is not None:
+            logging.warning('%s is given: %s=%s is not used', key, other, given.pop(other))
     for key, text in overrides:
         *parents, last = key.split('.')
         part = given
@@ -56,29 +63,14 @@ def changed(given, overrides, begun=None):
     return complete(given, begun)
 
 
-def from_file(path):
-    """What an experiment file, 'FILE' or 'FILE:ARG', or a config.json gives, as a nested dict."""
-    file, _, arg = path.partition(':')
-    if not pathlib.Path(file).is_file():
-        raise UserError(f'no experiment file {file}')
-    if file.endswith('.json'):
-        return documents.read_json(pathlib.Path(file))
-    spec = importlib.util.spec_from_file_location('experiment', file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, 'get_config'):
-        raise UserError(f'experiment file {file} has no function get_config(arg=None)')
-    given = module.get_config(arg) if arg else module.get_config()
-    return given.to_dict()
-
-
 def parsed(text):
     """A Python literal, true or false; any other text is a string."""
     if text in ('true', 'false'):
         return text == 'true'
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings(action='ignore'):  # of what text means in Python
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -93,7 +85,7 @@ def scalars(
     keep_pre_logits: bool = False,
     expected: tuple[dict, ...] = (),
 ):
-    """The keys outside of sections. `steps` overrules `epochs`.
+    """The keys outside of sections, with either `steps` or `epochs`.
 
     `init_from` is anything that `vit_jax.load` takes: its weights are where training begins, with
     a new zero head unless `keep_head` (which keeps a representation layer too) and without a
@@ -134,8 +126,8 @@ def complete(given, begun=None):
     names = ('model', 'data', 'evals', *SECTIONS)
     outside = {k: v for k, v in given.items() if k not in names}
     full = filled('', outside, keys_of(scalars), also=names)
-    for i, row in enumerate(full['expected']):
-        filled(f'expected[{i}]', row, keys_of(expectation))
+    rows = enumerate(full['expected'])
+    full['expected'] = tuple(filled(f'expected[{i}]', row, keys_of(expectation)) for i, row in rows)
     full['model'] = complete_model(section(given, 'model'), full, begun)
     full['data'] = complete_data('data', section(given, 'data'), pipeline.batches)
     for name, function in SECTIONS.items():
@@ -143,21 +135,68 @@ def complete(given, begun=None):
     full['evals'] = {}
     for name in section(given, 'evals'):
         path = f'evals.{name}'
+        check_name(path, name)
         values = section(given['evals'], name, path)
         kind = values.get('type', 'classify')
         bounds.check(f'config {path}.type', kind, Literal[tuple(EVALUATORS)])
         inherited = {k: full['data'][k] for k in ('image_size', 'batch_size')}
         full['evals'][name] = complete_data(path, inherited | values, EVALUATORS[kind])
-    if full['steps'] is None and full['epochs'] is None:
-        raise UserError('config has neither steps nor epochs')
+    if (full['steps'] is None) == (full['epochs'] is None):
+        which = 'neither steps nor epochs' if full['steps'] is None else (
+            f'both steps ({full["steps"]}) and epochs ({full["epochs"]}); leave one out'
+        )
+        raise UserError(f'config has {which}')
+    full['checkpoint']['mode'] = mode_of(full)
     return ConfigDict(full)
+
+
+def metrics(evals):
+    """{'val/accuracy': 'max', 'val/loss': 'min'} of a complete section: which is better of each."""
+    return {
+        f'{name}/{metric}': which
+        for name, settings in evals.items()
+        for metric, which in EVALUATORS[settings['type']].metrics(**settings).items()
+    }
+
+
+def better(config):
+    """Likewise of all that a run of a complete config measures: its costs and training, too."""
+    return metrics(config.evals) | objectives.METRICS | report.COSTS
+
+
+def mode_of(full):
+    """checkpoint.mode as the metric checkpoint.best declares it; UserError for no such metric."""
+    best, mode = full['checkpoint']['best'], full['checkpoint']['mode']
+    if best is None:
+        return mode
+    known = metrics(full['evals'])
+    if best not in known:
+        raise UserError(
+            f'config checkpoint.best is {shown(best)}, no metric of the evals; '
+                f'{choices(best, known)}'
+        )
+    if mode not in (None, known[best]):
+        raise UserError(
+            f'config checkpoint.mode is {mode}, but the best {best} is its {known[best]}; leave '
+            'the key out'
+        )
+    return known[best]
+
+
+def check_name(path, name):
+    """Raises UserError unless a name that a user gave a section can stand in keys and files."""
+    if not isinstance(name, str) or not re.fullmatch(r'[\w-]+(/[\w-]+)*', name):
+        raise UserError(
+            f'config {path} has the name {shown(name)}; names are of letters, digits, _ and '
+            '-, with a slash between parts'
+        )
 
 
 def section(given, name, path=None):
     """A part of the config as a dict, empty where it is not given."""
     value = given.get(name, {})
     if not isinstance(value, dict):
-        raise UserError(f'config {path or name} is {value!r}, not a section with keys')
+        raise UserError(f'config {path or name} is {shown(value)}, not a section with keys')
     return value
 
 
@@ -177,7 +216,7 @@ def complete_model(values, scalars, begun=None):
             'what the model is (--config.init_from=PATH)'
         )
     if not isinstance(name, str):
-        raise UserError(f"config model.name is {name!r}, not a name as 'vit-b/16'")
+        raise UserError(f"config model.name is {shown(name)}, not a name as 'vit-b/16'")
     keys = models.fields(name)
     keys = {k: (kind, read.get(k, default)) for k, (kind, default) in keys.items()}
     kept = read.get('num_classes') if scalars['keep_head'] else None
@@ -226,6 +265,8 @@ def complete_source(path, values):
     parts = section(values, 'mixture', f'{path}.mixture')
     if len(values) > 1 or not parts:
         raise UserError(f'config {path}.mixture is a section of data sets, and no key is beside it')
+    for name in parts:
+        check_name(f'{path}.mixture.{name}', name)
     return {'mixture': {
         name: filled(
             f'{path}.mixture.{name}', section(parts, name, f'{path}.mixture.{name}'),
@@ -252,9 +293,9 @@ def filled(path, values, keys, also=()):
     prefix = f'{path}.' if path else ''
     for key, value in values.items():
         if key not in keys:
-            near = difflib.get_close_matches(key, [*keys, *also], 1, cutoff=0)
+            near = difflib.get_close_matches(str(key)[:200], [*keys, *also], 1, cutoff=0)
             hint = f'; the nearest valid key is {prefix}{near[0]}' if near else ''
-            raise UserError(f'config has an unknown key {prefix}{key}{hint}')
+            raise UserError(f'config has an unknown key {prefix}{str(key)[:200]}{hint}')
         bounds.check(f'config {prefix}{key}', value, keys[key][0])
     for key, (annotation, default) in keys.items():
         if default is REQUIRED and key not in values:

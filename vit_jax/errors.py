@@ -1,7 +1,12 @@
 """The exceptions that stand for something other than a bug."""
 
+import difflib
 import errno
 import re
+from collections.abc import Iterable
+
+MOST_LISTED = 30  # names in a message
+MOST_SHOWN = 200  # characters of a value in a message
 
 
 class UserError(ValueError):
@@ -14,6 +19,31 @@ class UserError(ValueError):
     def __init__(self, message: object = '', *, several_lines: bool = False):
         super().__init__(message)
         self.several_lines = several_lines
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, in one line of bounded length."""
+    try:
+        text = repr(value)
+    except Exception:  # of an object of the user's, or an int of thousands of digits
+        text = f'a value of type {type(value).__name__}'
+    text = ' '.join(text.split())
+    return text if len(text) <= MOST_SHOWN else f'{text[:MOST_SHOWN]}...'
+
+
+def choices(name: object, known: Iterable[str]) -> str:
+    """'there are a, b, c', or of many the nearest to `name`: the end of a line on a wrong name."""
+    known = list(known)
+    if len(known) <= MOST_LISTED:
+        return f'there are {", ".join(known)}' if known else 'there is none'
+    near = difflib.get_close_matches(str(name)[:MOST_SHOWN], known, 5, cutoff=0)
+    return f'the nearest of {len(known)} are {", ".join(near)}'
+
+
+def check_choice(kind: str, name: object, known: Iterable[str]) -> None:
+    """Raises UserError, with the names there are, unless `name` is among them."""
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f'no {kind} {shown(name)}; {choices(name, known)}')
 
 
 class Lost(Exception):

@@ -17,7 +17,7 @@ import time
 
 from absl import flags
 
-from vit_jax import assembly, cli, report, sharding, storage, workdir
+from vit_jax import assembly, cli, experiment, report, sharding, storage, workdir
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.data import names, pipeline
@@ -64,7 +64,7 @@ def settings_of(path, checkpoint, overrides):
     """The complete config, of a file or of the run that the checkpoint came from."""
     if path is not None:
         needs_model = not any(key in ('init_from', 'model.name') for key, _ in overrides)
-        given = configs.from_file(path)
+        given = experiment.read(path)
         if needs_model and not given.get('model', {}).get('name'):
             overrides = [*overrides, ('init_from', checkpoint)]
         return configs.load(path, overrides)

@@ -27,17 +27,32 @@ def distribution(labels, num_classes):
     return wanted / jnp.maximum(jnp.sum(wanted, axis=-1, keepdims=True), 1)
 
 
+def smoothed(wanted, labels, label_smoothing):
+    """Weights [B, K] of `labels` with the uniform distribution mixed in (arXiv:1512.00567).
+
+    Weights of an example without labels stay 0; of one that has them in part, as mixup's with such
+    a partner, that part is smoothed.
+    """
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        labelled = jnp.any(labels.reshape(len(labels), -1) >= 0, axis=-1)
+    else:
+        labelled = jnp.minimum(jnp.sum(wanted, axis=-1), 1)
+    uniform = label_smoothing / wanted.shape[-1] * labelled[:, None]
+    return (1 - label_smoothing) * wanted + uniform
+
+
 def softmax_xent(logits, labels, *, label_smoothing=0.0):
-    """Cross-entropy in float32; smoothing mixes in the uniform distribution (arXiv:1512.00567)."""
-    wanted = distribution(labels, logits.shape[-1])
-    wanted = (1 - label_smoothing) * wanted + label_smoothing / logits.shape[-1]
+    """Cross-entropy in float32; an example without labels has none."""
+    wanted = smoothed(distribution(labels, logits.shape[-1]), labels, label_smoothing)
     return -jnp.sum(wanted * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
 def sigmoid_xent(logits, labels, *, label_smoothing=0.0):
-    """Binary cross-entropy summed over classes (arXiv:2006.07159 section 3), multi-label or not."""
-    wanted = targets(labels, logits.shape[-1])
-    wanted = (1 - label_smoothing) * wanted + label_smoothing / logits.shape[-1]
+    """Binary cross-entropy summed over classes (arXiv:2006.07159 section 3), multi-label or not.
+
+    Of an example without labels no class is true, whatever the smoothing.
+    """
+    wanted = smoothed(targets(labels, logits.shape[-1]), labels, label_smoothing)
     logits = logits.astype(jnp.float32)
     positive, negative = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     return -jnp.sum(wanted * positive + (1 - wanted) * negative, axis=-1)

@@ -20,6 +20,9 @@ def masked_mean(values, mask):
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
+METRICS = {'loss': 'min', 'accuracy': 'max'}  # of `supervised`, and which is better
+
+
 def supervised(
     model,
     *,

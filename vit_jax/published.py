@@ -6,7 +6,7 @@ import json
 import re
 from typing import NamedTuple
 
-from vit_jax.errors import UserError
+from vit_jax.errors import check_choice
 
 
 class Table(NamedTuple):
@@ -43,8 +43,7 @@ def tables():
 def table(name):
     """The table of that id; UserError, with the nearest ones, where there is none."""
     known = tables()
-    if name not in known:
-        raise UserError(f'no table {name!r}; there are {", ".join(known)}')
+    check_choice('table', name, known)
     return known[name]
 
 

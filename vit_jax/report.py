@@ -208,6 +208,9 @@ class Report:
         }
 
 
+COSTS = dict.fromkeys(('exaflops', 'device_hours', 'tpu_core_days'), 'min')  # which is better
+
+
 def costs(result):
     """{name: value} of what result.json tells a run to have cost, in the units of the papers.
 

@@ -12,7 +12,6 @@ A run begins from a run where its recipe says so; that one comes first. Each has
 own, runs/EXPERIMENT/ARGUMENT.
 """
 
-import importlib.util
 import pathlib
 import re
 import shlex
@@ -24,7 +23,7 @@ from absl import flags
 from rich import box
 from rich.table import Table as Grid
 
-from vit_jax import cli, published, typeset, workdir
+from vit_jax import cli, experiment, published, typeset, workdir
 from vit_jax.data import vtab
 from vit_jax.text import printable
 
@@ -80,9 +79,7 @@ def recipes(folder=EXPERIMENTS):
     """({cell: Recipe}, {workdir: Recipe}) of all arguments that the experiments name as ARGS."""
     cells, places = {}, {}
     for file in sorted(pathlib.Path(folder).glob('*.py')):
-        spec = importlib.util.spec_from_file_location('experiment', file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = experiment.module(str(file))
         for arg in getattr(module, 'ARGS', ()):
             config = module.get_config(arg)
             begin = config.get('init_from')

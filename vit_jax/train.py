@@ -6,6 +6,7 @@ import itertools
 import jax
 
 from vit_jax import assembly, optim, origin, profiling, report, sharding, step, workdir
+from vit_jax import config as configs
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
@@ -55,7 +56,8 @@ def train(
             result = log.result()
             result['costs'] = report.costs(result)
             measured = result['metrics'] | result['costs']
-            result['expected'] = workdir.judged(config.expected, measured)
+            better = configs.better(config)
+            result['expected'] = workdir.judged(config.expected, measured, better)
             result |= workdir.provenance()
             if first:
                 workdir.write_json(path / 'result.json', result)

@@ -17,7 +17,6 @@ from vit_jax.errors import UserError
 from vit_jax.text import to_json
 
 # Differences here leave it the same run: its batches, its model and its optimizer.
-LOWER = ('loss', 'ece', 'exaflops', 'device_hours', 'tpu_core_days')  # is better
 HARMLESS = (
     'checkpoint', 'evals', 'expected', 'mesh', 'report', 'data.source.data_dir',
     'data.prefetch', 'data.threads', 'data.tolerance', 'data.workers',
@@ -205,20 +204,20 @@ def git_commit():
         return None
 
 
-def judged(expected, metrics):
+def judged(expected, metrics, better):
     """The rows of `expected` with what was measured and whether it passes.
 
     A row names a metric, a value, a tolerance and a source, and perhaps the cell of a published
-    table. A loss or cost passes up to value + tolerance, every other metric from value - tolerance
-    on; what was not measured has pass None.
+    table. `better` is {metric: 'max' or 'min'} as declared beside the metrics' definitions: one of
+    which less is better passes up to value + tolerance, one of which more is from value - tolerance
+    on, one of which neither is within both. What was not measured has pass None.
     """
     rows = []
     for row in expected:
-        measured = metrics.get(row['metric'])
-        passed = None
-        if measured is not None and row['metric'].endswith(LOWER):
-            passed = measured <= row['value'] + row['tolerance']
-        elif measured is not None:
-            passed = measured >= row['value'] - row['tolerance']
+        measured, passed = metrics.get(row['metric']), None
+        if measured is not None:
+            value, tolerance, which = row['value'], row['tolerance'], better.get(row['metric'])
+            low_enough = which == 'max' or measured <= value + tolerance
+            passed = low_enough and (which == 'min' or measured >= value - tolerance)
         rows.append({**row, 'measured': measured, 'pass': passed})
     return rows

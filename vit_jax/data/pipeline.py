@@ -19,7 +19,7 @@ from vit_jax.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.data import distort, images
 from vit_jax.data.augment import VIEWS
 from vit_jax.data.workers import prefetched
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 from vit_jax.text import printable
 
 
@@ -39,8 +39,7 @@ def check_augmentation(name):
 
 
 def check_name(kind, name, known):
-    if not isinstance(name, str) or name not in known:
-        raise UserError(f'no {kind} {name!r}; there are {", ".join(sorted(known))}')
+    check_choice(kind, name, sorted(known))
     return name
 
 

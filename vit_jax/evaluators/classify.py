@@ -34,6 +34,11 @@ def calibration_error(bins):
     return float(np.sum(np.abs(hits - confidence)) / np.sum(examples))
 
 
+METRICS = {  # of `summary`, and which is better
+    'accuracy': 'max', 'top5': 'max', 'loss': 'min', 'ece': 'min', 'class_accuracy': 'max',
+}  # fmt: skip
+
+
 class Classify:
     """An evaluation of a classifier, due every `every` steps (0: at the end alone).
 
@@ -92,6 +97,11 @@ class Classify:
             ),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
+
+    @staticmethod
+    def metrics(**settings):
+        """{metric: 'max' or 'min'}: what such an evaluation measures, and which is better."""
+        return METRICS
 
     def due(self, n, steps):
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)

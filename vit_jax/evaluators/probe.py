@@ -209,6 +209,14 @@ class Probe:
             out_shardings=replicated,
         )  # fmt: skip
 
+    @staticmethod
+    def metrics(*, k, pixels, l2, shots, **settings):
+        """{metric: 'max'}: the accuracies that such an evaluation measures."""
+        kinds = ('', '_cosine', '_pixels') if pixels else ('', '_cosine')
+        names = [] if l2 is None else ['accuracy']
+        names += [f'{n}_nn{kind}' for n in k for kind in kinds] + [f'{n}_shot' for n in shots]
+        return dict.fromkeys(names, 'max')
+
     def due(self, n, steps):
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 

@@ -5,7 +5,7 @@ import difflib
 import re
 
 from vit_jax import bounds
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, shown
 from vit_jax.models import mixer, resnet, vit
 
 # Units by stage and the patch in features, by the published name: arXiv:2010.11929 section 3.1
@@ -39,7 +39,7 @@ def parts(name):
         hybrids = ', '.join(f'{r}+vit-SIZE/{p}' for r, p in HYBRIDS)
         depths = ', '.join(map(str, resnet.DEPTHS))
         raise UserError(
-            f'no model {name!r}; there are '
+            f'no model {shown(name)}; there are '
             + NAMES.format(', '.join(vit.SIZES), ', '.join(mixer.SIZES), hybrids, depths)
         )
     values = {'patch_size': (int(patch),) * 2, **(sizes[size] if size else {})}
