@@ -154,7 +154,7 @@ def test_the_command_line(tmp_path):
     assert run.returncode == 0 and 'vit_jax.main' in run.stdout.splitlines()[-1]
     assert 'posemb.py:rel' in run.stdout
     for args, words in (
-        (['vit.table55'], "no table 'vit.table55'; there are vit.table1"),
+        (['vit.table55'], "no table 'vit.table55'; the nearest of 40 are vit.table5"),
         (['vit.table5', '--runs', '/nowhere'], 'no folder /nowhere'),
         (['vit.table5', '--run', 'moon'], '<local\\|hosts\\|slurm\\|tpu\\|gke>'),
     ):
