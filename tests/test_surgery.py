@@ -393,8 +393,8 @@ def assert_is(params, arrays):
         assert params[name].tobytes() == array.tobytes(), name
 
 
-def parameters(workdir, step, prefix='params/'):
-    """{name: array} of the parameters in a checkpoint, by Orbax alone."""
+def parameters(workdir, step, prefix='opt_state/.*average/'):
+    """{name: array} of the parameters' moving average in a checkpoint, by Orbax alone."""
     state = launched.state(workdir, step)
     return {re.sub(f'^{prefix}', '', n): a for n, a in state.items() if re.match(prefix, n)}
 
@@ -412,12 +412,15 @@ def test_a_run_is_loaded(run):
         vit_jax.load(run / 'checkpoints' / '8')
 
 
-def test_the_average_of_a_run_is_loaded(run):
+def test_the_average_of_a_run_is_loaded_unless_asked_otherwise(run):
     for step in (30, 60):
-        average = parameters(run, step, 'opt_state/.*average/')
+        average, raw = parameters(run, step), parameters(run, step, 'params/')
         path = run / 'checkpoints' / str(step)
-        assert_is(vit_jax.load(path, ema=True)[1], average)
-        assert not np.array_equal(average['head/kernel'], parameters(run, step)['head/kernel'])
+        for ema, wanted in (None, average), (True, average), (False, raw):
+            assert_is(vit_jax.load(path, ema=ema)[1], wanted)
+            assert_is(load.read(path, ema=ema).params, wanted)
+        assert_is(vit_jax.load(path)[1], average)
+        assert not np.array_equal(average['head/kernel'], raw['head/kernel'])
     with pytest.raises(UserError, match='no checkpoint of a run, so it has no moving average'):
         vit_jax.load(PRE_LOGITS, ema=True)
 

@@ -296,8 +296,8 @@ def newest(workdir, abstract):
 def weights(path, *, average):
     """{name: numpy array} of the parameters in a checkpoint's folder `path` (checkpoints/STEP).
 
-    With `average`, their moving average where one was kept. Neither optimizer nor config is
-    needed. Raises Damaged.
+    `average` None: their moving average where one was kept; True: that, or UserError; False: never.
+    Neither optimizer nor config is needed. Raises Damaged.
     """
     path = epath.Path(path)
     quieten()
@@ -306,10 +306,12 @@ def weights(path, *, average):
     except Exception as e:  # whatever a broken file or a server makes the libraries raise
         raise unreadable(path, 'its list of arrays', e) from e
     places = {name: name for name in kept if name.startswith('params/')}
-    for name in kept if average else ():
+    for name in kept if average is not False else ():
         match = re.fullmatch(r'opt_state/(?:.*/)?average/(.*)', name)
         if match:
             places[f'params/{match[1]}'] = name
+    if average and all(name == place for name, place in places.items()):
+        raise UserError(f'{path} has no moving average of its parameters (ema)')
     wanted = set(places.values())
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:

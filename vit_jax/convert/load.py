@@ -23,17 +23,19 @@ from vit_jax.errors import UserError
 from vit_jax.text import printable
 
 
-def load(path, *, image_size=None, num_classes=None, keep_pre_logits=False, ema=False, **fields):
+def load(path, *, image_size=None, num_classes=None, keep_pre_logits=False, ema=None, **fields):
     """(model, parameters) of a checkpoint, of which nothing needs to be said but where it is.
 
     `path` is a local path, a gs://, https:// or hf:// address or a name of the catalogue, of: an
     official or big_vision .npz ('FILE.npz:img' for one tower of several); a timm or Hugging Face
-    folder or .safetensors; a run's workdir or one of its checkpoints, with the moving average of
-    its parameters where `ema`. `image_size` (int or (height, width)) resizes the position table
-    by the rule of the source. `num_classes` gives a new zero head (0: none) and drops a
-    representation layer (arXiv:2010.11929 section 3.2) unless `keep_pre_logits`. `fields` override
-    what was read of the model, as `num_heads`, `epsilon` or `dtype`; `source_image_size` is the
-    size that a table was made for, where it is not square. Parameters are float32.
+    folder or .safetensors; a run's workdir or one of its checkpoints. Of a run the moving average
+    of the parameters is taken where one was kept; `ema=False` takes the parameters themselves,
+    `ema=True` refuses a checkpoint without an average. `image_size` (int or (height, width))
+    resizes the position table by the rule of the source. `num_classes` gives a new zero head (0:
+    none) and drops a representation layer (arXiv:2010.11929 section 3.2) unless
+    `keep_pre_logits`. `fields` override what was read of the model, as `num_heads`, `epsilon` or
+    `dtype`; `source_image_size` is the size that a table was made for, where it is not square.
+    Parameters are float32.
     Raises UserError for whatever is broken, unknown or left unexplained.
     """
     found = read(
@@ -50,15 +52,12 @@ def read(
     image_size=None,
     num_classes=None,
     keep_pre_logits=False,
-    ema=False,
+    ema=None,
     values=True,
     source_image_size=None,
     **fields,
 ):
-    """`Loaded`, with arguments as those of `load`; without `values` no parameters are read.
-
-    `ema` may be None here: the moving average where there is one.
-    """
+    """`Loaded`, with arguments as those of `load`; without `values` no parameters are read."""
     address, tower = split(resolve(str(path)))
     surgery_of = dict(
         image_size=size_of(image_size), num_classes=num_classes, values=values,
@@ -66,7 +65,7 @@ def read(
         fields=fields,
     )  # fmt: skip
     if run.is_run(address):
-        return fitted(run.found(address, ema is not False), str(path), **surgery_of)
+        return fitted(run.found(address, ema), str(path), **surgery_of)
     local = fetch.local(address)
     if ema:
         raise UserError(f'{path} is no checkpoint of a run, so it has no moving average (ema)')
