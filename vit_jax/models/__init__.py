@@ -6,7 +6,7 @@ import re
 
 from vit_jax import bounds
 from vit_jax.errors import UserError, shown
-from vit_jax.models import mixer, resnet, vit
+from vit_jax.models import interface, mixer, resnet, vit
 
 # Units by stage and the patch in features, by the published name: arXiv:2010.11929 section 3.1
 # (r50), arXiv:2106.10270 table 2 (r26, and r, which has 32 pixels a patch in spite of its 16).
@@ -16,6 +16,7 @@ HYBRIDS = {
     ('r50', 16): ((3, 4, 9), 1),
     ('r50', 32): ((3, 4, 6, 3), 1),
 }
+NO_SETTINGS = ('parent', 'name', 'metadata')  # fields of a module that `build` does not take
 KINDS = {vit.Vit: 'vit', mixer.Mixer: 'mixer', resnet.Bit: 'bit'}
 NAMES = (
     "vit-SIZE/PATCH (SIZE: {}), 'vit/PATCH' with every size a field, mixer-SIZE/PATCH (SIZE: {}), "
@@ -52,7 +53,7 @@ def parts(name):
 def fields(name):
     """{field: (annotation, default)} of the model of that name: what `build` takes."""
     module, values = parts(name)
-    rows = {f.name: f for f in dataclasses.fields(module) if f.name not in ('parent', 'name')}
+    rows = {f.name: f for f in dataclasses.fields(module) if f.name not in NO_SETTINGS}
     rows = {n: (f.type, values.get(n, f.default)) for n, f in rows.items()}
     if 'patch_size' in rows:
         rows['patch_size'] = (bounds.Positive[int] | rows['patch_size'][0], values['patch_size'])
@@ -62,11 +63,14 @@ def fields(name):
 def build(name, num_classes=1000, **values):
     """A flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16', 'bit-r50x1'; reads no file.
 
-    `values` override any field of the module (`width=96`, `pool='gap'`, `dtype='bfloat16'`,
-    `patch_size=4` or `(4, 8)`); a field that is none raises UserError and names the nearest.
+    `values` override any field of the module (`width=96`, `pool='gap'`, `dtype='bfloat16'` or
+    `jnp.bfloat16`, `patch_size=4` or `(4, 8)`); a field that is none raises UserError and names
+    the nearest.
     """
     module, _ = parts(name)
     valid = fields(name)
+    if 'dtype' in values:
+        values['dtype'] = interface.dtype_name(values['dtype'])
     for field in values:
         if field not in valid:
             near = difflib.get_close_matches(field, valid, 1, cutoff=0)[0]
@@ -89,7 +93,7 @@ def describe(model):
     values = {
         f.name: getattr(model, f.name)
         for f in dataclasses.fields(model)
-        if f.name not in ('parent', 'name')
+        if f.name not in NO_SETTINGS
     }
     return {'name': name_of(model, values), **values}
 

@@ -135,6 +135,17 @@ def recomputed(block, remat, loops):
     return nn.remat(block, policy=policy, prevent_cse=not loops)
 
 
+def rounded(x):
+    """x as its dtype has it, whether anything else reads it or not.
+
+    XLA on CPUs keeps float32 between operations of bfloat16 that it fuses, but not where a value
+    is captured, too: asking for it would change the output.
+    """
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or attention.target()[0] != 'cpu':
+        return x
+    return jax.lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, jnp.finfo(x.dtype).nmant)
+
+
 def dropped(y, rate, key):
     """Stochastic depth (arXiv:1603.09382): y [B, T, D], zero for a share of the examples."""
     keep = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
@@ -334,7 +345,7 @@ class Attention(nn.Module):
             keys = self.param('relative', init, (2 * tokens - 1, heads, channels))
             logits += by_offset(jnp.einsum('bhqc,rhc->bhqr', q, keys.astype(self.dtype)))
         logits = checkpoint_name(logits, 'logits')
-        probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
+        probs = rounded(nn.softmax(logits.astype(jnp.float32)).astype(self.dtype))
         captured = probs if self.capture else None  # before dropout: what the model attends to
         probs = Dropout(self.dropout, deterministic=self.deterministic)(probs)
         x = attention.settled(jnp.einsum('bhqk,bhkc->bhqc', probs, v))
@@ -364,6 +375,7 @@ class Block(nn.Module):
     stochastic_depth: bool = False
     deterministic: bool = True
     capture: bool = False
+    keep: bool = False
     dtype: Dtype = jnp.float32
     quantize: str = 'none'
 
@@ -405,7 +417,8 @@ class Block(nn.Module):
             self.mlp_dim, self.gelu, self.glu, self.dropout, self.deterministic, self.dtype,
             self.quantize, name='mlp',
         )(y)  # fmt: skip
-        return self.residual(x, y, drop_path, 'scale2'), probabilities
+        x = rounded(self.residual(x, y, drop_path, 'scale2'))
+        return x, (probabilities, x if self.keep else None)
 
 
 class MapHead(nn.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vit_jax import bounds
 from vit_jax.bounds import Finite, Float, Positive, Rate
-from vit_jax.models import layers, quantized
+from vit_jax.models import interface, layers, quantized
 
 # arXiv:2105.01601 table 1
 SIZES = {
@@ -31,6 +31,7 @@ class MixerBlock(nn.Module):
     dropout: float = 0.0
     stochastic_depth: bool = False
     deterministic: bool = True
+    keep: bool = False
     dtype: Any = jnp.float32
     quantize: str = 'none'
 
@@ -53,14 +54,16 @@ class MixerBlock(nn.Module):
         x = residual(x, y.swapaxes(1, 2))
         y = nn.LayerNorm(**norm, name='norm2')(x)
         y = layers.Mlp(self.mlp_dim, **mlp, name='channel_mixing')(y)
-        return residual(x, y), None
+        x = layers.rounded(residual(x, y))
+        return x, x if self.keep else None
 
 
 class Mixer(nn.Module):
     """Images [B, H, W, C], normalised floats, to (output, named intermediates).
 
     As `vit.Vit`: logits [B, K], or pre_logits [B, D] where `num_classes` is None, and tokens,
-    encoded [B, N, D], pre_logits and logits. It works at one image size, which sets N.
+    encoded [B, N, D], pre_logits and logits; tokens_by_block and normed_by_block [L + 1, B, N, D]
+    with their names in `capture`. It works at one image size, which sets N.
     """
 
     num_classes: Positive[int] | None = 1000
@@ -81,9 +84,15 @@ class Mixer(nn.Module):
     quantize: Literal['none', 'int8', 'fp8'] = 'none'
     mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
     std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)
+    metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
 
     pool = 'gap'
     posemb = 'none'
+    captures = ('tokens_by_block', 'normed_by_block')
+
+    def __post_init__(self):
+        self.dtype = interface.dtype_name(self.dtype)
+        super().__post_init__()
 
     @property
     def stride(self):
@@ -114,7 +123,10 @@ class Mixer(nn.Module):
     @nn.compact
     def __call__(self, images, *, train=False, capture=()):
         self.check()
+        interface.check_images(images, len(self.mean))
+        capture = interface.captures(capture, self.captures)
         h, w = self.grid(images.shape[1:])
+        interface.check_size(images, (h, w), self.variables.get('params', {}))
         out = {}
         x = nn.Conv(
             self.width, self.patch_size, strides=self.patch_size, padding='VALID',
@@ -132,10 +144,17 @@ class Mixer(nn.Module):
         )
         encoder = stack(
             self.tokens_mlp_dim, self.mlp_dim, self.gelu, self.epsilon, self.dropout,
-            self.drop_path > 0, not train, self.dtype, self.quantize, name='encoder',
+            self.drop_path > 0, not train, bool(capture), self.dtype, self.quantize, name='encoder',
         )  # fmt: skip
-        x, _ = encoder(x, jnp.linspace(0, self.drop_path, self.depth))
-        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
+        x, by_block = encoder(x, jnp.linspace(0, self.drop_path, self.depth))
+        last_norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')
+        if capture:
+            by_block = jnp.concatenate([out['tokens'][None], by_block])
+        if 'tokens_by_block' in capture:
+            out['tokens_by_block'] = by_block
+        if 'normed_by_block' in capture:
+            out['normed_by_block'] = last_norm(by_block)
+        x = last_norm(x)
         out['encoded'] = x
         x = out['pre_logits'] = layers.by_example(x.mean(axis=1))
         if self.num_classes is None:

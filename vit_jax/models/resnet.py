@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from vit_jax import bounds
 from vit_jax.bounds import Finite, Float, Positive
 from vit_jax.errors import UserError
-from vit_jax.models import layers
+from vit_jax.models import interface, layers
 
 GROUPS = 32
 ROOT_STRIDE = 4
@@ -179,9 +179,15 @@ class Bit(nn.Module):
     dtype: Float = 'float32'  # of the computation; parameters are float32
     mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
     std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)
+    metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
 
     pool = 'gap'
     posemb = 'none'
+    captures = ()  # it has no blocks of one shape
+
+    def __post_init__(self):
+        self.dtype = interface.dtype_name(self.dtype)
+        super().__post_init__()
 
     @property
     def stride(self):
@@ -216,6 +222,8 @@ class Bit(nn.Module):
     @nn.compact
     def __call__(self, images, *, train=False, capture=()):
         self.check()
+        interface.check_images(images, len(self.mean))
+        interface.captures(capture, self.captures)
         features = root_features(self.width)
         x = StdConv(features, 7, 2, self.dtype, True, name='conv_root')(images)
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))

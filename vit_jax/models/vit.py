@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vit_jax import bounds
 from vit_jax.bounds import Finite, Float, NonNegative, Positive, Rate
 from vit_jax.errors import UserError
-from vit_jax.models import layers, quantized, resnet
+from vit_jax.models import interface, layers, quantized, resnet
 
 # arXiv:2010.11929 table 1 (b, l, h); arXiv:2106.10270 table 2 (ti, s); arXiv:2106.04560 table 2
 # (mu to G); arXiv:2305.13035 table 1 (so400m); arXiv:2209.06794 section 3.1 (e).
@@ -41,8 +41,16 @@ class Vit(nn.Module):
     cls         [B, D]     class token likewise, where there is one
     pre_logits  [B, D]     what the head reads; [B, 2 D] with pool='cls_gap'
     logits      [B, K]     where there is a head
-    attention   [L, B, heads, T, T]  with capture=('attention',); T counts the class token
-                first, then the distillation token, the registers and the patches
+
+    With their names in `capture`; T counts the class token first, then the distillation token, the
+    registers and the patches:
+
+    attention        [L, B, heads, T, T]  probabilities
+    tokens_by_block  [L + 1, B, T, D]     0 is what the first block reads, i what block i returns
+    normed_by_block  [L + 1, B, T, D]     the same after the last norm (as they are with `fc_norm`)
+
+    Asking changes no output. `train` turns dropout and stochastic depth on. Raises UserError for
+    images of another kind or size than the parameters are for, and an unknown capture.
     """
 
     num_classes: Positive[int] | None = 1000
@@ -90,6 +98,13 @@ class Vit(nn.Module):
     quantize: Literal['none', 'int8', 'fp8'] = 'none'
     mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
     std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)
+    metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
+
+    captures = ('attention', 'tokens_by_block', 'normed_by_block')
+
+    def __post_init__(self):
+        self.dtype = interface.dtype_name(self.dtype)
+        super().__post_init__()
 
     @property
     def prefix(self):
@@ -209,6 +224,11 @@ class Vit(nn.Module):
     @nn.compact
     def __call__(self, images, *, train=False, capture=()):
         self.check()
+        interface.check_images(images, len(self.mean))
+        capture = interface.captures(capture, self.captures)
+        grid = self.grid(images.shape[1:])
+        rows = self.prefix if self.posemb == 'relative' else self.prefix_posemb
+        interface.check_size(images, grid, self.variables.get('params', {}), sum(rows.values()))
         out = {}
         x, positions = self.embed(images)
         out['tokens'] = x
@@ -219,10 +239,11 @@ class Vit(nn.Module):
         if self.pre_norm:
             x = nn.LayerNorm(**norm, name='pre_norm')(x)
         x = layers.Dropout(self.dropout, deterministic=not train)(x)
-        x, attention = self.encode(x, self.grid(images.shape[1:]), train, 'attention' in capture)
-        if attention is not None:
-            out['attention'] = attention
+        x, by_block = self.encode(x, grid, train, capture)
+        out |= by_block
         last_norm = nn.LayerNorm(**norm, name='norm')
+        if 'normed_by_block' in out and not self.fc_norm:
+            out['normed_by_block'] = last_norm(out['normed_by_block'])
         # Apart, so that nobody norms the patches where the pooling reads the class token alone.
         first, patches = x[:, :-n], x[:, -n:]
         if not self.fc_norm:
@@ -243,7 +264,10 @@ class Vit(nn.Module):
         return logits, out
 
     def encode(self, x, grid, train, capture):
-        """L blocks, their parameters stacked along a leading axis: [B, T, D] -> [B, T, D]."""
+        """L blocks, their parameters stacked along a leading axis: [B, T, D] -> [B, T, D].
+
+        Returns what is captured of them, too.
+        """
         places = (self.posemb, grid, sum(self.prefix.values()))
         shared = None
         if self.posemb_at == 'shared':
@@ -273,12 +297,18 @@ class Vit(nn.Module):
             attention_dropout=self.attention_dropout,
             stochastic_depth=self.drop_path > 0,
             deterministic=not train,
-            capture=capture,
+            capture='attention' in capture,
+            keep=bool({'tokens_by_block', 'normed_by_block'} & set(capture)),
             dtype=self.dtype,
             quantize=self.quantize,
             name='encoder',
         )
-        return encoder(x, jnp.linspace(0, self.drop_path, self.depth), shared)
+        y, (attention, tokens) = encoder(x, jnp.linspace(0, self.drop_path, self.depth), shared)
+        found = {'attention': attention}
+        if tokens is not None:
+            tokens = jnp.concatenate([x[None], tokens])
+            found |= {'tokens_by_block': tokens, 'normed_by_block': tokens}
+        return y, {name: found[name] for name in capture}
 
     def pooled(self, out):
         """The tokens in one: [B, D], [B, 2 D] with cls_gap, or [B, N, D] without pooling."""

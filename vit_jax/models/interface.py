@@ -1,0 +1,79 @@
+"""What every model shares towards its callers: metadata, and checks of what it is called with."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says of its images and classes; no output of the model depends on it."""
+
+    image_size: tuple[int, int] | None = None  # (height, width) in pixels; None: any size fits
+    view: str | dict = 'central'  # how an image comes to that size, see data/augment.py
+    classes: tuple[str, ...] | None = None  # names by label; None: unknown
+
+
+def metadata():
+    """The field `metadata` of a model, which neither its hash nor its equality depends on."""
+    return dataclasses.field(default=None, compare=False, repr=False)
+
+
+def dtype_name(dtype):
+    """'bfloat16' of jnp.bfloat16, a NumPy dtype or its name; what is no dtype stays as it is."""
+    try:
+        return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    except TypeError:
+        return dtype
+
+
+def check_images(images, channels):
+    """Raises UserError unless images are floats [B, H, W, channels]."""
+    shape = tuple(images.shape)
+    if len(shape) != 4 or shape[-1] != channels:
+        raise UserError(f'images are {list(shape)}, not [B, H, W, {channels}]')
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(
+            f'images are {images.dtype}, not normalised floats; model.normalise(images) makes '
+            'them of uint8, vit_jax.preprocess(model, images) of files and arrays'
+        )
+
+
+def captures(capture, known):
+    """The names in `capture`, one or several, as a tuple; UserError for one that is not known."""
+    names = (capture,) if isinstance(capture, str) else tuple(capture)
+    for name in names:
+        if name not in known:
+            there = f'there are {", ".join(known)}' if known else 'this model captures nothing'
+            raise UserError(f'no capture {name!r}; {there}')
+    return names
+
+
+def check_size(images, grid, params, before=0):
+    """Raises UserError where parameters have positions for another grid (h, w) than the images.
+
+    `before` counts the tokens before the patches that have positions too.
+    """
+    h, w = grid
+    encoder = params.get('encoder', {})
+    tables = {**encoder, **params}
+    counts = []
+    if 'posemb' in tables:
+        counts.append((tables['posemb'].shape[-2] - before, h * w))
+    if 'posemb_y' in tables:
+        counts.append((tables['posemb_y'].shape[-2], h))
+        counts.append((tables['posemb_x'].shape[-2], w))
+    if 'relative' in encoder.get('attn', {}):
+        counts.append(((encoder['attn']['relative'].shape[-3] + 1) // 2 - before, h * w))
+    if 'token_mixing' in encoder:
+        counts.append((encoder['token_mixing']['fc1']['kernel'].shape[-2], h * w))
+    for there, here in counts:
+        if there != here:
+            y, x = images.shape[1:3]
+            raise UserError(
+                f'images of {y} x {x} pixels are {h} x {w} patches, and the parameters have '
+                f'positions for {there} in place of {here}: '
+                f'vit_jax.load(path, image_size=({y}, {x})) fits them where they can be resized'
+            )
