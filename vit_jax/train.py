@@ -9,7 +9,6 @@ from vit_jax import assembly, optim, origin, profiling, report, sharding, step, 
 from vit_jax import config as configs
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import pipeline
-from vit_jax.errors import UserError
 
 
 def train(
@@ -77,12 +76,24 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
         log.sync()  # raises NotFinite: what is no number is never saved
         checkpoints.save(n, state, log.history(config.checkpoint.best))
 
+    @contextlib.contextmanager
+    def saved():
+        """Saves what was trained where data, an evaluation or a view of the user's ends the run."""
+        try:
+            yield
+        except (StopIteration, report.NotFinite):
+            raise
+        except Exception:
+            if n > begun and not stop.shared:  # others would not come to save with this process
+                save()
+            raise
+
     def evaluate():
         due = {k: e for k, e in parts.evals.items() if e.due(n, parts.steps)}
         for name, evaluation in due.items():
             if n not in log.history(f'{name}/accuracy') and not stop:
                 log.sync()
-                with log.pause():
+                with saved(), log.pause():
                     metrics = evaluation(optim.averaged(state), stop, at)
                 if metrics is not None:
                     log.evaluation(n, name, metrics)
@@ -97,11 +108,8 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
         while n < parts.steps and not stop:
             at(f'step {n + 1}, waiting for data')
             try:
-                with log.waiting():
+                with saved(), log.waiting():
                     batch = next(feed)
-            except UserError:  # an unreadable image, say: what was trained until then is kept
-                save()
-                raise
             except StopIteration:  # the same among several processes, in the first steps
                 raise stop.trouble from None
             at(f'step {n + 1}' if n > begun else 'compile, of the step')

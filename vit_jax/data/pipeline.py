@@ -12,20 +12,14 @@ from functools import partial
 
 import grain
 import numpy as np
-from absl import logging
 from grain.experimental import index_shuffle
 
 from vit_jax.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
-from vit_jax.data import distort, images
+from vit_jax.data import distort
 from vit_jax.data.augment import VIEWS
+from vit_jax.data.reading import example, no_label, size_of, unbroken, usable
 from vit_jax.data.workers import prefetched
 from vit_jax.errors import UserError, check_choice
-from vit_jax.text import printable
-
-
-def size_of(image_size):
-    """An int or (height, width) to (height, width)."""
-    return (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
 
 
 def check_view(name):
@@ -59,42 +53,6 @@ def one_after_another(image, rng, *, steps):
     for step in steps:
         image = step(image, rng)
     return image
-
-
-def example(i, rng, *, source, view, image_size):
-    """Example i as the model sees it; one that can't be used has mask 0 and says why."""
-    image, label, error = None, no_label(source), ''
-    try:
-        data, found = source.records[i]
-        found = np.asarray(found, np.int32).reshape(label.shape)
-        image, error = view(images.read(data), rng), wrong_label(found, source)
-        label = label if error else found
-    except images.Unreadable as e:
-        error = f'unreadable image: {e}'
-    except UserError as e:  # a damaged record
-        error = str(e)
-    return {
-        'image': np.zeros((*size_of(image_size), 3), np.uint8) if image is None else image,
-        'label': label,
-        'mask': np.float32(not error),
-        'id': np.int64(i),
-        'error': np.array(error[:200], '<U200'),
-    }
-
-
-def no_label(source):
-    """What stands for the label, or the labels [L], of an example that can't be used."""
-    most = getattr(source.records, 'max_labels', None) or 1
-    return np.int32(0) if most == 1 else np.full(most, -1, np.int32)
-
-
-def wrong_label(labels, source):
-    """What is wrong with a label, or labels [L] padded with -1; nothing is an empty text."""
-    least = 0 if labels.ndim == 0 else -1
-    bad = labels[(labels < least) | (labels >= len(source.classes))]
-    if not bad.size:
-        return ''
-    return f'label {bad.flat[0]} is out of range: the data set has {len(source.classes)} classes'
 
 
 def ids(source, *, batch_size, seed, step, repeats=1):
@@ -243,17 +201,33 @@ def examples(
     workers=0,
     prefetch=8,
     tolerance=0.0,
+    stop=None,
 ):
     """Batches of one pass, each example once; the last one is padded with mask 0.
 
-    Of each, those of the global batch's `rows` (None: all) that this process needs.
+    Of each, those of the global batch's `rows` (None: all) that this process needs. With a `stop`
+    that is shared with other processes, all batches come also after an error, which it is told.
     """
+    rows = np.arange(batch_size) if rows is None else rows
     make = partial(
         evaluation_batch, source=source, view=make_view(view, image_size), image_size=image_size,
-        batch_size=batch_size, rows=np.arange(batch_size) if rows is None else rows,
+        batch_size=batch_size, rows=rows,
     )  # fmt: skip
-    data = grain.MapDataset.range(-(-len(source) // batch_size)).map(make)
-    return usable(stream(data, threads, workers, prefetch), source, tolerance)
+    count = -(-len(source) // batch_size)
+    data = grain.MapDataset.range(count).map(make)
+    feed = usable(stream(data, threads, workers, prefetch), source, tolerance)
+    if stop is None or not stop.shared:
+        return feed
+    return unbroken(feed, blank(source, len(rows), image_size), count, stop)
+
+
+def blank(source, size, image_size):
+    """A batch of so many examples that do not count."""
+    image, label = np.zeros((size, *size_of(image_size), 3), np.uint8), no_label(source)
+    return {
+        'image': image, 'label': np.broadcast_to(label, (size, *label.shape)).copy(),
+        'mask': np.zeros(size, np.float32), 'id': np.full(size, -1, np.int64),
+    }  # fmt: skip
 
 
 def evaluation_batch(step, *, source, view, image_size, batch_size, rows):
@@ -287,7 +261,7 @@ def stream(data, threads, workers, prefetch):
 
 
 def foreseen(feed, stop, ahead=2):
-    """The batches of `feed`; sets `stop.trouble` to a UserError up to `ahead` of them before it.
+    """The batches of `feed`; sets `stop.trouble` to what it raises up to `ahead` of them before.
 
     A process that ended at once would be missing in the step that the others have begun. They hear
     of its wish when they have begun the step after the next.
@@ -297,26 +271,10 @@ def foreseen(feed, stop, ahead=2):
         while stop.trouble is None and len(held) <= ahead:
             try:
                 held.append(next(feed))
-            except UserError as e:
-                stop.trouble = e
             except StopIteration:
                 break
+            except Exception as e:
+                stop.trouble = e
         if not held:
             return
         yield held.popleft()
-
-
-def usable(feed, source, tolerance):
-    """The batches of `feed`, until more than the tolerated share of the data set is unusable."""
-    bad = set()
-    for batch in feed:
-        for i, error in zip(batch['id'], batch.pop('error'), strict=True):
-            if error and i >= 0 and int(i) not in bad:
-                bad.add(int(i))
-                if len(bad) > tolerance * len(source):
-                    raise UserError(
-                        f'{source.name(int(i))}: {error} ({len(bad)} of {len(source)} examples '
-                        f'so far; tolerance is {tolerance:g})'
-                    )
-                logging.warning('skipped %s', printable(f'{source.name(int(i))}: {error}'))
-        yield batch

@@ -113,7 +113,7 @@ class Classify:
         """
         stop = Stop() if stop is None else stop
         total = {}
-        for i, batch in enumerate(self.feed()):
+        for i, batch in enumerate(self.feed(stop=stop)):
             at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
             sums, _ = self.step(params, sharding.put(stop.within(batch), self.mesh))
             sums = stop.hear(sums)

@@ -224,7 +224,7 @@ class Probe:
         """`features` of all images, `labels` [N] and perhaps `pixels` [N, H * W * 3]; None where
         `stop` became true."""
         parts = []
-        for i, batch in enumerate(self.feed(source)):
+        for i, batch in enumerate(self.feed(source, stop=stop)):
             at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
             batch = sharding.put(stop.within(batch), self.mesh)
             values, mask, wishes = self.step(params, batch)

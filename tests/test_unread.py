@@ -1,0 +1,158 @@
+"""Whatever a reader raises is one example less, named; what was trained until then is saved."""
+
+import errno
+import shutil
+import struct
+import zlib
+
+import aiohttp
+import launched
+import numpy as np
+import pytest
+
+from vit_jax.data import pipeline, reading, sources
+from vit_jax.errors import UserError
+from vit_jax.stop import Stop
+
+ERRORS = [
+    OSError(errno.EIO, 'Input/output error'), FileNotFoundError(errno.ENOENT, 'No such file', 'x'),
+    PermissionError(errno.EACCES, 'Permission denied'), OSError('odd'), struct.error('unpack'),
+    zlib.error('deflate'), KeyError('image'), IndexError(), AttributeError('x'), MemoryError(),
+    RuntimeError('a parser\nof two lines'), TimeoutError(), EOFError(), RecursionError(),
+    UnicodeDecodeError('utf-8', b'x', 0, 1, 'no'), AssertionError(), aiohttp.ClientError('gone'),
+]  # fmt: skip
+
+
+class Records:
+    """Nine examples of real images, the fifth of which raises."""
+
+    def __init__(self, source, error, nameless=False):
+        self.source, self.error, self.nameless = source, error, nameless
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, i):
+        if i == 4:
+            raise self.error
+        return self.source.records[i]
+
+    def name(self, i):
+        if self.nameless:
+            raise self.error
+        return f'shard[{i}]'
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = launched.write_images(tmp_path / 'images', {'train': 3, 'val': 1})
+    return sources.load(name=str(folder))
+
+
+@pytest.mark.parametrize('error', ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_a_reader_raises_is_an_example_less(source, error):
+    options = dict(view='resize', image_size=8, batch_size=9, threads=1)
+    for nameless, called in ((False, r'shard\[4\]'), (True, 'example 4')):
+        bad = sources.Source(Records(source, error, nameless), source.classes)
+        (batch,) = pipeline.examples(bad, tolerance=1 / 9, **options)
+        np.testing.assert_array_equal(batch['mask'], np.arange(9) != 4)
+        with pytest.raises(UserError, match=f'^{called}: can not be read: .*1 of 9 examples'):
+            next(pipeline.batches(bad, 0, **options))
+    (batch,) = pipeline.examples(source, **options)
+    assert batch['mask'].all()
+
+
+def test_a_mistake_in_a_view_is_none_of_the_data(source):
+    def view(image, rng):
+        raise ZeroDivisionError('a mistake')
+
+    with pytest.raises(ZeroDivisionError):
+        reading.example(0, None, source=source, view=view, image_size=8)
+
+
+def test_other_processes_get_every_batch_of_an_evaluation(source):
+    stop = Stop()
+    stop.shared = True
+    bad = sources.Source(Records(source, OSError('gone')), source.classes)
+    feed = pipeline.examples(bad, view='resize', image_size=8, batch_size=2, threads=1, stop=stop)
+    batches = [(stop.within(batch), stop.trouble) for batch in feed]
+    assert [trouble is not None for _, trouble in batches] == [False, False, True, True, True]
+    assert isinstance(stop.trouble, UserError) and 'shard[4]' in str(stop.trouble)
+    for batch, trouble in batches:
+        assert batch['mask'].all() == (trouble is None)
+        assert batch['stop'].tolist() == [trouble is not None] * 2
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+            k: (v.shape, v.dtype) for k, v in batches[0][0].items()
+        }
+
+
+FOREVER = ('--config.steps=1000000', '--config.checkpoint.every=0', '--config.report.every=1')
+
+
+def deleted(folder):
+    shutil.rmtree(folder)
+
+
+def dangling(folder):
+    for file in folder.rglob('*.png'):
+        link = file.with_suffix('.new')
+        link.symlink_to('/nowhere')
+        link.rename(file)
+
+
+@pytest.mark.parametrize('part, loss, workers', [
+    ('train', deleted, 0), pytest.param('train', dangling, 1, marks=pytest.mark.slow),
+    pytest.param('val', deleted, 0, marks=pytest.mark.slow),
+    pytest.param('val', dangling, 1, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_images_that_go_away_lose_nothing_that_was_trained(part, loss, workers, tmp_path):
+    folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 8})
+    every = 3 if part == 'val' else 0
+    flags = (*FOREVER, f'--config.evals.val.every={every}', f'--config.data.workers={workers}',
+             f'--config.evals.val.workers={workers if part == "val" else 0}')  # fmt: skip
+    workdir = tmp_path / 'run'
+    process = launched.start(folder, workdir, *flags)
+    launched.wait_for(lambda: launched.last_step(workdir) > 7, process, workdir)
+    loss(folder / part)
+    assert process.wait(timeout=300) == 2, launched.log_of(workdir).read_text()
+    said = launched.log_of(workdir).read_text()
+    assert 'Traceback' not in said
+    line = said.splitlines()[-1]
+    assert line.startswith(f'error: {folder / part}/') and 'No such file or directory' in line
+    assert launched.checkpoints(workdir) == [launched.last_step(workdir)]
+    assert launched.last_step(workdir) > 7
+
+
+MISTAKEN = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+import tiny
+from vit_jax.data import augment
+
+def mistaken(image, rng, *, size):
+    if pathlib.Path({sign!r}).exists():
+        raise ZeroDivisionError('a mistake')
+    return augment.resize(image, rng, size=size)
+
+augment.VIEWS['mistaken'] = mistaken
+
+def get_config():
+    config = tiny.get_config({folder!r})
+    config.data.view = 'mistaken'
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_view_ends_in_a_traceback_and_loses_nothing(tmp_path):
+    folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 1})
+    sign, workdir, config = (tmp_path / name for name in ('sign', 'run', 'config.py'))
+    tests = str(launched.TINY.parent)
+    config.write_text(MISTAKEN.format(tests=tests, sign=str(sign), folder=str(folder)))
+    flags = (f'--config={config}', *FOREVER, '--config.evals.val.every=0')
+    process = launched.start(folder, workdir, *flags)
+    launched.wait_for(lambda: launched.last_step(workdir) > 7, process, workdir)
+    sign.touch()
+    assert process.wait(timeout=300) == 1
+    assert 'ZeroDivisionError: a mistake' in launched.log_of(workdir).read_text()
+    assert launched.checkpoints(workdir) == [launched.last_step(workdir)]
