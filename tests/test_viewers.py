@@ -3,8 +3,11 @@
 import io
 import itertools
 import json
+import os
 import pathlib
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -329,3 +332,33 @@ def test_avif_turns_by_its_own_boxes():
         exif = pictures.tiff_of([(metadata.ORIENTATION, 3, [k]), (282, 5, [1, 0])])
         shown = decoded(saved('AVIF', quality=100, exif=exif))
         np.testing.assert_array_equal(shown, expected)
+
+
+FUZZ = """
+import fuzz_images, sys, warnings
+warnings.simplefilter('ignore')
+fuzz_images.limited()
+print(*fuzz_images.fuzz(count=int(sys.argv[1]), seed=int(sys.argv[2])))
+"""
+
+
+def fuzzed(count, seed):
+    """(files read, files refused) of mutations, in a process with limited memory."""
+    done = subprocess.run(
+        [sys.executable, '-c', FUZZ, str(count), str(seed)], text=True, capture_output=True,
+        cwd=pathlib.Path(__file__).parent, timeout=1500,
+        env=os.environ | {'MALLOC_PERTURB_': '165', 'MALLOC_CHECK_': '3'},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return tuple(map(int, done.stdout.split()))
+
+
+def test_damaged_files_are_arrays_or_unreadable():
+    read, refused = fuzzed(1500, 0)
+    assert read > 100 and refused > 500
+
+
+@pytest.mark.slow
+def test_many_damaged_files_are_arrays_or_unreadable():
+    read, refused = fuzzed(40_000, 1)
+    assert read > 3000 and refused > 10_000
