@@ -1,11 +1,13 @@
 """Examples as the model sees them, and what becomes of those that can't be read."""
 
+import errno
+
 import numpy as np
 from absl import logging
 
 from vit_jax.convert import reasons
 from vit_jax.data import images
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, refusal
 from vit_jax.text import printable
 
 
@@ -51,7 +53,8 @@ def example(i, rng, *, source, view, image_size):
 def why(error):
     """Why a reader failed, in a few words."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        short = error.errno in (errno.EMFILE, errno.ENFILE)  # of descriptors, no fault of the file
+        return refusal(error) if short else error.strerror
     name, reason = type(error).__name__, reasons.reason(error)
     return reason if isinstance(error, OSError) or name == reason else f'{name}: {reason}'
 
