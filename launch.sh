@@ -47,7 +47,25 @@ quoted() { # WORDS: one line that a shell reads as these words
         [[ $word =~ ^[A-Za-z0-9_./:=,@+-]+$ ]] || word=${word@Q}
         line+=" $word"
     done
-    echo "${line# }"
+    printf '%s\n' "${line# }"
+}
+
+plain() { # WORDS: each is one line, so that it can not begin another one of a script or manifest
+    local word
+    for word in "$@"; do
+        case $word in # the last ones are line breaks to YAML: U+0085, 2028, 2029, and U+FEFF
+        *[[:cntrl:]]* | *$'\xc2\x85'* | *$'\xe2\x80\xa8'* | *$'\xe2\x80\xa9'* | *$'\xef\xbb\xbf'*)
+            fail "a control character in $(LC_ALL=C printf %q "$word")" ;;
+        esac
+    done
+}
+
+name_of() { # OPTION VALUE REGEX: the value is empty or like that
+    [[ -z $2 || $2 =~ ^$3$ ]] || fail "--$1 is $(LC_ALL=C printf %q "$2"), which no ${1//-/ } is"
+}
+
+secret() { # what the processes of a job know each other by, see vit_jax/talk.py
+    head -c 16 /dev/urandom | od -An -v -tx1 | tr -d ' \n'
 }
 
 run() { # COMMAND: runs it; with --dry-run prints it
@@ -120,6 +138,7 @@ parse() { # "VALUED OPTIONS" "SWITCHES" ARGUMENTS: sets variables of these names
 
 options() { # as parse; then checks what all commands need
     local file
+    plain "${@:3}" "${VIT_JAX_PYTHON:-}"
     parse "$@"
     if [ "$help" ]; then
         "help_$command"
@@ -131,11 +150,13 @@ options() { # as parse; then checks what all commands need
     [ ! "$experiment" ] || [ -f "$file" ] ||
         fail "no experiment file $file; there are $(echo experiments/*.py)"
     workdir=${workdir:-runs/$(basename "$file" .py)${sweep:+.sweep}}
+    [[ $workdir != -* ]] || workdir=./$workdir
     workdir=${workdir%/}
 }
 
 count() { # OPTION VALUE: the value is a whole number above 0
-    [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "--$1 is '$2', not a whole number above 0"
+    [[ $2 =~ ^[1-9][0-9]{0,6}$ ]] ||
+        fail "--$1 is '$2', not a whole number above 0 of at most seven digits"
 }
 
 shared_workdir() { # a run of several hosts, or one that moves, needs a folder that all of them see
@@ -211,15 +232,19 @@ test)
     "$python" -m pytest "$@"
     ;;
 setup)
-    setup "${1:?usage: bash launch.sh setup EXTRAS}"
+    known=$(sed -n '/extras_require/,/^\[/s/^\([a-z]*\) *=.*/\1/p' setup.cfg | tr '\n' ' ')
+    [ $# = 1 ] || fail "give EXTRAS, with commas between them, of these: $known"
+    for extra in ${1//,/ }; do
+        [[ " $known" == *" $extra "* ]] ||
+            fail "unknown extra $(LC_ALL=C printf %q "$extra"); there are: $known"
+    done
+    setup "$1"
     ;;
 local | hosts | slurm | tpu | gke)
     # shellcheck source=/dev/null
     source launch/here.sh && { [ ! -e "launch/$command.sh" ] || source "launch/$command.sh"; }
     "launch_$command" "$@"
     ;;
-*)
-    usage
-    [ -z "$command" ] || exit 2
-    ;;
+'' | help | -h | --help) usage ;;
+*) fail "unknown command $(LC_ALL=C printf %q "$command"); bash launch.sh lists them" ;;
 esac

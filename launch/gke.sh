@@ -37,7 +37,10 @@ launch_gke() {
     [ "$name" ] || name=$(basename "${experiment%%:*}" .py)
     name=$(tr 'A-Z_.' 'a-z--' <<<"$name")
     [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
-        fail "--name is $name; a JobSet's has letters, digits and -, and at most 40 of them"
+        fail "--name is $(quoted "$name"); a JobSet's has letters, digits and -, and at most 40 of them"
+    name_of namespace "$namespace" '[a-z0-9]([a-z0-9-]*[a-z0-9])?'
+    name_of service-account "$service_account" '[a-z0-9]([a-z0-9.-]*[a-z0-9])?'
+    name_of image "$image" '[A-Za-z0-9][A-Za-z0-9_./:@-]*'
     scratch=$(mktemp -d)
     trap 'kill $child $follower 2>/dev/null || true; rm -rf "$scratch"' EXIT
     jobsets=("$name")
@@ -73,8 +76,8 @@ launch_gke() {
 # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
 count_hosts() { # sets accelerator, chips_per_host and hosts; refuses what no node pool can have
     local chips known='1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16'
-    [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] ||
-        fail "--topology is $topology; write it as 4x4x8 or 4x8"
+    [[ $topology =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
+        fail "--topology is $(quoted "$topology"); write it as 4x4x8 or 4x8"
     chips=$((${topology//x/*}))
     case $topology in
     *x*x*) accelerator=${accelerator:-tpu-v4-podslice} ;;
@@ -86,7 +89,7 @@ count_hosts() { # sets accelerator, chips_per_host and hosts; refuses what no no
         [[ " $known" == *" $topology,"* ]] || ascending_fours
         ;;
     tpu-v5-lite-podslice | tpu-v6e-slice) [[ " $known," == *" $topology,"* ]] ;;
-    *) fail "unknown --accelerator $accelerator; see: bash launch.sh gke --help" ;;
+    *) fail "unknown --accelerator $(quoted "$accelerator"); see: bash launch.sh gke --help" ;;
     esac || fail "$accelerator has no topology $topology; it has $known"
     case $topology in
     1x1) chips_per_host=${chips_per_host:-1} ;;
@@ -111,7 +114,7 @@ ascending_fours() {
 # GKE gives each pod TPU_WORKER_ID and TPU_WORKER_HOSTNAMES, which jax.distributed finds. A JobSet
 # stands for one slice: the annotation keeps other jobs out of its node pool. The rules (JobSet 0.6)
 # end it where a pod ends with status 2 or 3; after any other failure all pods begin again.
-manifest() { # NAME
+manifest() { # NAME SECRET
     cat <<EOS
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -157,7 +160,9 @@ EOS
             - name: vit-jax
               image: $(text "$image")
               command:
-$(for word in "${words[@]}"; do echo "              - $(text "$word")"; done)
+$(for word in "${words[@]}"; do printf '%s\n' "              - $(text "$word")"; done)
+              env:
+              - {name: VIT_JAX_JOB_SECRET, value: "$2"}
               ports:
               - containerPort: 8482
               resources:
@@ -169,7 +174,7 @@ EOS
 text() { # WORD: as a string of YAML for Kubernetes
     local word=${1//\\/\\\\}
     word=${word//\"/\\\"}
-    echo "\"${word//\$(/\$\$(}\"" # $(NAME) would be a variable of Kubernetes
+    printf '%s\n' "\"${word//\$/\$\$}\"" # $(NAME) would be a variable of Kubernetes, $$ is a $
 }
 
 kube() { # ARGUMENTS: kubectl; $scratch/out has what it says, its errors $scratch/err
@@ -179,17 +184,16 @@ kube() { # ARGUMENTS: kubectl; $scratch/out has what it says, its errors $scratc
 }
 
 apply() { # WORKDIR FLAGS
-    local jobset=$name
+    local jobset=$name secret
     training "$@"
     number=$((number + 1))
     [ ${#sweep[@]} = 0 ] || jobset=$name-$number
     if [ "$dry_run" ]; then
         echo "$(quoted kubectl ${namespace:+"--namespace=$namespace"} apply -f -) <<'END'"
-        manifest "$jobset"
+        manifest "$jobset" "$(secret)"
         echo END
         return
     fi
-    manifest "$jobset" >"$scratch/manifest"
     # A JobSet that has ended can not begin again, one with this name makes room.
     kube get jobset "$jobset" --ignore-not-found '--output=jsonpath={.status.terminalState}' ||
         { explain "can not look for JobSet $jobset" && return 1; }
@@ -197,6 +201,11 @@ apply() { # WORKDIR FLAGS
         kube delete jobset "$jobset" --wait ||
             { explain "can not delete JobSet $jobset" && return 1; }
     fi
+    # One that runs keeps its secret: another manifest would be refused.
+    secret='{..env[?(@.name=="VIT_JAX_JOB_SECRET")].value}'
+    kube get jobset "$jobset" --ignore-not-found "--output=jsonpath=$secret" || true
+    secret=$(cat "$scratch/out")
+    manifest "$jobset" "${secret:-$(secret)}" >"$scratch/manifest"
     kube apply -f "$scratch/manifest" || { explain "can not apply JobSet $jobset" && return 1; }
     jobsets+=("$jobset")
     echo "# JobSet $jobset: $hosts pods of $chips_per_host chips"

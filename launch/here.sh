@@ -49,6 +49,8 @@ launch_hosts() {
     count processes "$processes"
     count devices "$devices"
     count grace "$grace"
+    [[ -z $port || $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65535 ]] ||
+        fail "--port is '$port'; ports are from 1 to 65535"
     setup digits,figures
     each run_hosts || status=$?
     show_table
@@ -58,7 +60,14 @@ launch_hosts() {
 run_hosts() { # WORKDIR FLAGS
     local i place lines=() where=${port:-$(free_port)}
     log_folder "$1"
-    [ ! "$dry_run" ] || quoted mkdir -p "$logs"
+    if [ "$dry_run" ]; then
+        quoted mkdir -p "$logs"
+        declare -f secret
+        # shellcheck disable=SC2016
+        echo 'export VIT_JAX_JOB_SECRET=${VIT_JAX_JOB_SECRET:-$(secret)}'
+    else
+        export VIT_JAX_JOB_SECRET=${VIT_JAX_JOB_SECRET:-$(secret)}
+    fi
     place=(env JAX_PLATFORMS=cpu
         "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices")
     for ((i = 0; i < processes; i++)); do

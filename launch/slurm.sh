@@ -33,6 +33,12 @@ launch_slurm() {
         variable=${option//-/_}
         [ -z "${!variable}" ] || others+=("--$option=${!variable}")
     done
+    for option in "${others[@]}"; do
+        [[ $option =~ ^--[a-z][a-z0-9-]*=[^\"\\]*$ ]] ||
+            fail "$(quoted "$option") can not be written into a job script: quotes and backslashes"
+    done
+    [[ $PWD$workdir != *[\"\\%]* ]] ||
+        fail "--workdir $(quoted "$workdir"), or this folder, has a \", \\ or %, which SLURM reads"
     [ "$dry_run" ] || command -v sbatch >/dev/null ||
         fail 'there is no sbatch here; run this on a login node of a SLURM cluster'
     setup cuda,remote
@@ -57,11 +63,12 @@ launch_slurm() {
 # five minutes and kills none before. --signal goes to the processes, not to this script; TERM here
 # means that the job is cancelled, or preempted and then queued again by SLURM itself.
 job_script() { # WORKDIR FLAGS: what sbatch gets
-    local option
+    local option job_name
     training "$@"
+    job_name=$(basename "$1")
     cat <<EOS
 #!/bin/bash
-#SBATCH --job-name=$(basename "$1")
+#SBATCH --job-name="${job_name//[^A-Za-z0-9_.,=+-]/_}"
 #SBATCH --nodes=$nodes
 #SBATCH --gpus-per-node=$gpus_per_node
 #SBATCH --ntasks-per-node=$gpus_per_node
@@ -73,6 +80,9 @@ $(for option in "${others[@]}"; do printf '#SBATCH %s="%s"\n' "${option%%=*}" "$
 cd $(quoted "$PWD") || exit
 # Gradients are exchanged beside the computation of the layers before. Flags given later win.
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true \${XLA_FLAGS:-}"
+# What the processes know each other by, a new one for each start; it is in no file.
+$(declare -f secret)
+export VIT_JAX_JOB_SECRET=\${VIT_JAX_JOB_SECRET:-\$(secret)}
 over='' status=0
 trap 'over=true' TERM
 srun --kill-on-bad-exit=0 --wait=300 --gpu-bind=none \\

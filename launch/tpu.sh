@@ -35,6 +35,12 @@ launch_tpu() {
     [ "$name" ] || fail 'no --name given: the name of the TPU'
     [ "$zone" ] || fail 'no --zone given: where the TPU is, us-central2-b say'
     count grace "$grace"
+    name_of name "$name" '[a-z]([a-z0-9-]{0,61}[a-z0-9])?'
+    name_of zone "$zone" '[a-z][a-z0-9-]*'
+    name_of project "$project" '[a-z][a-z0-9.:-]*'
+    name_of type "$type" '[a-z0-9][a-z0-9-]*'
+    name_of runtime "$runtime" '[a-z0-9][a-z0-9._-]*'
+    name_of extras "$extras" '[a-z]+(,[a-z]+)*'
     [ "$dry_run" ] || command -v gcloud >/dev/null ||
         fail 'there is no gcloud here; install the Google Cloud CLI and log in: gcloud auth login'
     scratch=$(mktemp -d)
@@ -200,10 +206,12 @@ request() {
 ship() { # this folder to every worker, and what it needs
     local archive=runs/$name.tgz
     [ "$dry_run" ] || echo "# setting up every worker of $name"
-    run mkdir -p runs
+    run mkdir -p "runs/$name.job"
+    # What the workers know each other by; worker.sh takes it at the start of a run.
+    run bash -c "$(declare -f secret); umask 077; secret >runs/$name.job/job_secret"
     run tar --exclude=__pycache__ --exclude='*.so' -czf "$archive" launch.sh launch setup.cfg \
         setup.py pyproject.toml constraints.txt README.md vit_jax experiments benchmarks \
-        "${experiment%%:*}" || return 1
+        "${experiment%%:*}" -C "runs/$name.job" job_secret || return 1
     gcloud_tpu tpu-vm scp ${internal_ip:+--internal-ip} --worker=all "$archive" \
         "$name:vit_jax.tgz" ||
         { explain "can not copy to every worker of $name" && return 1; }

@@ -41,6 +41,8 @@ begin() { # COMMAND
     fi
     clear_up
     rm -f status process
+    [ ! -s ~/vit_jax/job_secret ] || VIT_JAX_JOB_SECRET=$(cat ~/vit_jax/job_secret)
+    export VIT_JAX_JOB_SECRET=${VIT_JAX_JOB_SECRET:-}
     echo "$line" >"command"
     # shellcheck disable=SC2016
     setsid bash -c 'cd "$HOME/vit_jax"

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,12 +49,91 @@ def test_shell_is_clean():
     ((*GKE, '--topology=4by4', '--workdir=gs://b/r', EXPERIMENT), '--topology is 4by4'),
     ((*GKE, '--accelerator=tpu-v6e-slice', '--workdir=gs://b/r', EXPERIMENT), 'no topology 4x4x8'),
     (('gke', '--topology=4x4', EXPERIMENT), 'no --image given'),
+    ((*GKE, '--topology=9999999999x4', '--workdir=gs://b/r', EXPERIMENT), '--topology is 9999999999x4'),
+    (('hosts', '--processes=-3', EXPERIMENT), "--processes is '-3', not a whole number"),
+    (('hosts', '--processes', '-3', EXPERIMENT), "--processes is '-3', not a whole number"),
+    (('hosts', '--processes=99999999999999999999', EXPERIMENT), 'at most seven digits'),
+    (('hosts', '--processes=2', '--port=70000', EXPERIMENT), 'ports are from 1 to 65535'),
+    (('hosts', '--processes=2', '--port=-1', EXPERIMENT), "--port is '-1'"),
+    (('hosts', '--processes=2', '--grace=0', EXPERIMENT), "--grace is '0'"),
+    (('slurm', '--nodes=0', '--gpus-per-node=4', EXPERIMENT), "--nodes is '0'"),
+    (('local', '-x', EXPERIMENT), 'unknown option -x of local'),
+    (('local', '--workdir'), '--workdir has no value'),
+    (('lokal', EXPERIMENT), 'unknown command lokal'),
+    (('setup',), 'give EXTRAS'),
+    (('setup', 'tpu,remot'), 'unknown extra remot'),
 ])  # fmt: skip
 def test_mistakes_are_one_line(place, words, message):
     status, output, errors = place.launch(*words)
     assert (status, output) == (2, '')
     assert_one_line(errors, message)
     assert not place.calls()
+
+
+NEEDED = {  # the least that a command takes, with what its values are
+    'local': {}, 'hosts': {'processes': '1'}, 'slurm': {'nodes': '1', 'gpus-per-node': '1'},
+    'tpu': {'name': 't', 'zone': 'z'}, 'gke': {'image': 'i', 'topology': '4x4x8'},
+}  # fmt: skip
+HOSTILE = 'a\'b"c$(touch {0})`touch {0}`;touch {0}&& #é🙂 \\ -x %j ${{HOME}} $HOME *'
+
+
+def valued(place, command):
+    """The options of a command that take a value."""
+    _, output, _ = place.launch(command, '--help')
+    named = set(re.findall(r'(?<![\w-])--([a-z-]+)', output)) - {'workdir', 'sweep'}
+    others = {'detach', 'logs', 'stop', 'spot', 'internal-ip', 'dry-run'}
+    return sorted(named - others - {'constraint'} | ({'constraint'} & named & {command == 'slurm'}))
+
+
+@pytest.mark.parametrize('command', NEEDED)
+def test_no_value_of_an_option_becomes_a_command(place, command):
+    """Each option in turn: one line that refuses it, or a dry run that is what was asked for."""
+    trap = place.folder / 'trap'
+    workdir = 'gs://b/r' if command in ('tpu', 'gke') else place.workdir
+    for option in valued(place, command):
+        value = HOSTILE.format(trap)
+        words = [f'--{k}={v}' for k, v in (NEEDED[command] | {option: value}).items()]
+        status, output, errors = place.launch(
+            command, *words, f'--workdir={workdir}', '--dry-run', EXPERIMENT
+        )
+        assert not trap.exists() and status in (0, 2), (option, errors)
+        if status == 2:
+            assert_one_line(errors, f'--{option}')
+        else:
+            assert value in shlex.split(output) or f'"{value}"' in output, (option, output)
+    assert not place.calls('gcloud') + place.calls('sbatch') + place.calls('kubectl')
+
+
+@pytest.mark.parametrize('command', NEEDED)
+@pytest.mark.parametrize('where', ['flag', 'workdir', 'option'])
+def test_a_control_character_is_refused(place, command, where):
+    for character in ('\n', '\r', '\t', '\x1b', '\x7f', '\x85', '\u2028', '\u2029', '\ufeff'):
+        value = f'a{character}#SBATCH --wrap=id'
+        given = {'flag': f'--config.seed={value}', 'workdir': f'--workdir=/{value}',
+                 'option': f'--name={value}'}[where]  # fmt: skip
+        words = [f'--{k}={v}' for k, v in NEEDED[command].items()]
+        order = (given, EXPERIMENT) if where != 'flag' else (EXPERIMENT, given)
+        status, output, errors = place.launch(command, *words, *order)
+        assert (status, output) == (2, ''), (character, errors)
+        assert_one_line(errors, 'a control character in ')
+    assert not place.calls()
+
+
+@pytest.mark.parametrize('command', ['local', 'hosts', 'slurm', 'tpu'])
+def test_hostile_flags_arrive_as_they_are(place, command):
+    """Through every shell on the way: names of folders too, where the command can have them."""
+    trap = place.folder / 'trap'
+    flags = [f'--config.x={HOSTILE.format(trap)}', '--config.y=-n', '--config.z=']
+    words = [f'--{k}={v}' for k, v in NEEDED[command].items()]
+    workdir = f'{place.workdir} $(touch {trap.name}) \'é'
+    if command == 'tpu':
+        workdir, words = 'gs://b/r $(touch x)\'', [*words, '--type=v4-32']
+    status, output, errors = place.launch(
+        command, *words, f'--workdir={workdir}', EXPERIMENT, *flags
+    )
+    assert status == 0 and not trap.exists() and not (ROOT / trap.name).exists(), errors
+    for call in runs(place):
+        assert call[:7] == ['--config', EXPERIMENT, '--workdir', workdir, *flags]
 
 
 def test_help_names_real_options(place):

@@ -133,7 +133,9 @@ def test_tpu_that_can_not_be_had(place, fails, words, message):
 
 
 def manifest(place, *words):
-    words = (*GKE, *words, '--workdir=gs://b/r', '--dry-run', EXPERIMENT, '--config.x=a "$(b)\\')
+    flags = [word for word in words if word.startswith('--config')] or ['--config.x=a "$(b)\\']
+    words = [word for word in words if word not in flags]
+    words = (*GKE, *words, '--workdir=gs://b/r', '--dry-run', EXPERIMENT, *flags)
     status, output, errors = place.launch(*words)
     assert status == 0, errors
     return yaml.safe_load(re.search("<<'END'\n(.*)\nEND\n", output, re.DOTALL)[1])
@@ -163,6 +165,16 @@ def test_gke_manifest(place, words, hosts, chips, accelerator):
     assert pod['terminationGracePeriodSeconds'] == 99 and pod['restartPolicy'] == 'Never'
     # Kubernetes would replace $(b); $$ is how it writes $.
     assert container['command'][-3:] == ['--workdir', 'gs://b/r', '--config.x=a "$$(b)\\']
+
+
+def test_gke_values_are_what_they_were(place):
+    """Quotes, backslashes and variables, as YAML and Kubernetes read them."""
+    value = '--config.y=a: b # "c" \'d\' \\n $(POD) $$(POD) ${E} $ %s é🙂 - [x] {y} *z &a !t'
+    (container,) = manifest(place, value)['spec']['replicatedJobs'][0]['template']['spec'][
+        'template']['spec']['containers']  # fmt: skip
+    assert container['command'][-1].replace('$$', '$') == value
+    (secret,) = container['env']
+    assert secret['name'] == 'VIT_JAX_JOB_SECRET' and re.fullmatch('[0-9a-f]{32}', secret['value'])
 
 
 def gke(*words):
