@@ -11,6 +11,7 @@ import time
 
 import launched
 
+ROOT = pathlib.Path(__file__).parents[1]
 # Compiled in half the time; what is computed is the same.
 QUICKLY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 TINY = (
@@ -55,8 +56,13 @@ def free_port():
 class Run:
     """Processes that train in one workdir, each with its log; all end with the block."""
 
-    def __init__(self, folder, workdir, count, devices, *flags, stop_in=(None, ''), only=None):
-        """`stop_in` is (process, 'module:function'); of `only` these processes none is missing."""
+    def __init__(
+        self, folder, workdir, count, devices, *flags, stop_in=(None, ''), only=None, cwd=None
+    ):  # fmt: skip
+        """`stop_in` is (process, 'module:function'); of `only` these processes none is missing.
+
+        `cwd` is {process: folder}, where a relative `folder` is another one for each.
+        """
         self.workdir, self.count = workdir, count
         self.logs = [pathlib.Path(f'{workdir}.{i}.log') for i in range(count)]
         self.seen = [len(log.read_text()) if log.exists() else 0 for log in self.logs]
@@ -70,13 +76,13 @@ class Run:
                      f'--process_id={i}']  # fmt: skip
             environment = os.environ | {
                 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {QUICKLY}',
-                'PYTHONPATH': str(hook), 'STOP_IN': stop_in[1] if stop_in[0] == i else '',
+                'PYTHONPATH': f'{hook}:{ROOT}', 'STOP_IN': stop_in[1] if stop_in[0] == i else '',
             }  # fmt: skip
             with self.logs[i].open('a') as log:
                 self.processes[i] = subprocess.Popen(
                     [sys.executable, '-m', 'vit_jax.main', f'--config={launched.TINY}:{folder}',
                      f'--workdir={workdir}', *TINY, *place, *flags],
-                    stdout=log, stderr=log, env=environment,
+                    stdout=log, stderr=log, env=environment, cwd=cwd and cwd[i],
                 )  # fmt: skip
 
     def __enter__(self):

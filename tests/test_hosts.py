@@ -407,6 +407,45 @@ def test_a_loss_that_is_no_number_ends_all(folder, tmp_path):
         assert all('not finite' in run.errors(i)[0] for i in range(2))
 
 
+def copies(path, *changes):
+    """{process: folder with a local copy of the data}, each changed in its own way."""
+    found = {}
+    for i, change in enumerate(changes):
+        found[i] = path / f'host{i}'
+        launched.write_images(found[i] / 'data', {'train': 4, 'val': 2})
+        if change:
+            change(found[i] / 'data')
+    return found
+
+
+def other_names(data):
+    for split in ('train', 'val'):
+        (data / split / 'bee').rename(data / split / 'dog')
+
+
+DIFFERENCES = {
+    'data.class_names': other_names,
+    'data.examples': lambda data: (data / 'train/bee/3.png').unlink(),
+    'data.order': lambda data: (data / 'train/bee/3.png').rename(data / 'train/bee/03.png'),
+    'evals.val.examples': lambda data: (data / 'val/bee/1.png').unlink(),
+}
+
+
+@pytest.mark.parametrize('key', [
+    'data.class_names', *(pytest.param(k, marks=pytest.mark.slow) for k in list(DIFFERENCES)[1:]),
+])
+def test_processes_whose_data_differ_end_before_they_train(key, tmp_path):
+    cwd = copies(tmp_path, None, None, DIFFERENCES[key])
+    workdir = tmp_path / 'run'
+    sizes = ('--config.data.batch_size=6', '--config.evals.val.batch_size=6')
+    with Run('data', workdir, 3, 1, *sizes, *LONG, cwd=cwd) as run:
+        assert run.ended() == {0: 2, 1: 2, 2: 2}, run.says()
+        for i in range(3):
+            (error,) = run.errors(i)
+            assert 'process 2 (' in error and f'has another {key} than process 0' in error
+    assert not launched.checkpoints(workdir) and not launched.metrics(workdir)
+
+
 @pytest.mark.slow
 def test_one_mistake_is_one_line_in_all(folder, tmp_path):
     with Run(folder, tmp_path / 'run', 3, 1, *STEPS) as run:

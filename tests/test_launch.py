@@ -49,7 +49,7 @@ def test_shell_is_clean():
     ((*GKE, '--topology=4by4', '--workdir=gs://b/r', EXPERIMENT), '--topology is 4by4'),
     ((*GKE, '--accelerator=tpu-v6e-slice', '--workdir=gs://b/r', EXPERIMENT), 'no topology 4x4x8'),
     (('gke', '--topology=4x4', EXPERIMENT), 'no --image given'),
-    ((*GKE, '--topology=9999999999x4', '--workdir=gs://b/r', EXPERIMENT), '--topology is 9999999999x4'),
+    ((*GKE, '--topology=99999x4', '--workdir=gs://b/r', EXPERIMENT), '--topology is 99999x4'),
     (('hosts', '--processes=-3', EXPERIMENT), "--processes is '-3', not a whole number"),
     (('hosts', '--processes', '-3', EXPERIMENT), "--processes is '-3', not a whole number"),
     (('hosts', '--processes=99999999999999999999', EXPERIMENT), 'at most seven digits'),

@@ -23,11 +23,11 @@ from jax._src import distributed  # its store of keys has no public name
 import vit_jax
 from vit_jax import streams
 from vit_jax.errors import Lost, UserError, refusal
-from vit_jax.rendezvous import meet
+from vit_jax.rendezvous import meet, mistake
 
 STATUS = 4  # the exit status where another process was lost
 LONG = ('start', 'restore', 'compile', 'save')  # phases that one may need much longer for
-BEATS, ENDS = 'vit_jax/beat', 'vit_jax/end'
+BEATS, ENDS, FACTS = 'vit_jax/beat', 'vit_jax/end', 'vit_jax/facts'
 
 
 def facts(settings):
@@ -63,14 +63,16 @@ def expect_devices(devices):
 def joined(place, facts, *, timeout, start_timeout):
     """Makes this process one of a run's, until all have come to the end of the block.
 
-    Yields a function that is told of each phase as it begins, in the same order in all processes.
-    `facts` are those that must be equal in all. A process that is not heard of for `timeout`
-    seconds, or stays behind the others so long (in a LONG phase: `start_timeout`), ends all with
-    STATUS and one line that names it. Where the block raises, all end with its words, this process
-    at once: an orderly exit would wait for the others. Raises Lost, UserError before the block.
+    Yields (at, agree), which all processes call in the same order: at(phase) as each begins, and
+    agree(facts), which raises UserError in all where one has other facts than process 0. `facts`
+    are those that must be equal before anything is read. A process that is not heard of for
+    `timeout` seconds, or stays behind the others so long (in a LONG phase: `start_timeout`), ends
+    all with STATUS and one line that names it. Where the block raises, all end with its words, this
+    process at once: an orderly exit would wait for the others. Raises Lost, UserError before the
+    block.
     """
     if place is None:
-        yield lambda phase: None
+        yield (lambda phase: None), (lambda facts: None)
         return
     meeting = meet(place, facts, start_timeout)
     watch = Watch(place, timeout, start_timeout)
@@ -84,7 +86,7 @@ def joined(place, facts, *, timeout, start_timeout):
         )  # fmt: skip
         watch.begin(distributed.global_state.client)
     try:
-        yield watch.at
+        yield watch.at, watch.agree
     except BaseException as e:
         watch.leave(e)
     watch.end()
@@ -118,6 +120,16 @@ class Watch:
         self.heard = {i: now for i in range(self.place.processes)}
         for work in (self.exchange, self.judge):
             threading.Thread(target=work, daemon=True).start()
+
+    def agree(self, facts):
+        """Raises UserError, in all processes, where one has other facts than process 0."""
+        self.at('start, data compared')
+        self.put(FACTS, {'host': self.mine['host'], 'facts': facts})
+        self.client.wait_at_barrier('vit_jax/agree', 1000 * self.start_timeout)
+        found = self.all(FACTS)
+        for i in sorted(found):
+            if wrong := mistake(found[0], {'process': i, **found[i]}, None):
+                raise UserError(wrong['mistake'])
 
     def exchange(self):
         """Tells the others of this process and hears of them, until the end.

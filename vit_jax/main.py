@@ -98,13 +98,13 @@ def run(overrides, stop):
             COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=START.value
         )
         hosts.expect(where, EXPECT_PROCESSES.value)
-        with hosts.joined(where, hosts.facts(settings), **limits) as at:
+        with hosts.joined(where, hosts.facts(settings), **limits) as (at, agree):
             hosts.expect_devices(EXPECT_DEVICES.value)
             stop.shared = where is not None
             with workdir.held(WORKDIR.value) as path:
                 try:
                     result = train.train(
-                        settings, path, stop, at, allow_config_change=ALLOW.value,
+                        settings, path, stop, at, agree, allow_config_change=ALLOW.value,
                         profile=PROFILE.value,
                     )  # fmt: skip
                 except report.NotFinite as e:  # at the same step in all processes

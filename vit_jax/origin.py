@@ -34,13 +34,13 @@ def of(source, evaluations):
     }
 
 
-def settle(path, parts, begun, *, allow_change):
-    """Writes facts.json and classes.json; returns what differs from those of the last start.
+def settle(path, parts, now, begun, *, allow_change):
+    """Writes facts.json, with what `of` says `now`, and classes.json; returns what has changed.
 
     Raises UserError, with a table, where something is trained already (`begun`) and data or random
     numbers are others, unless `allow_change`; and always where the number of outputs would be.
     """
-    now, classes = of(parts.source, parts.evals), list(parts.source.classes)
+    classes = list(parts.source.classes)
     before = workdir.read_json(path / FILE) if begun else None
     known = workdir.read_json(path / 'classes.json') if begun else None
     changes = [] if before is None else [

@@ -12,19 +12,23 @@ from vit_jax.data import pipeline
 
 
 def train(
-    config, path, stop, at=lambda phase: None, *, allow_config_change=False, profile=None
-):
+    config, path, stop, at=lambda phase: None, agree=lambda facts: None, *,
+    allow_config_change=False, profile=None,
+):  # fmt: skip
     """Trains in the folder `path` to the end, or until `stop` is true.
 
     `config` is one that `config.complete` returned. A run that left checkpoints in `path` goes on
     from the newest sound one as if it had never stopped. Returns result.json, None when stopped.
-    `at` is told of each phase, as hosts.joined wants it. `profile` is STEP:COUNT, or None.
+    `at` is told of each phase, and `agree` of the data, as hosts.joined wants it. `profile` is
+    STEP:COUNT, or None.
     """
     at('start')
     first = jax.process_index() == 0
     with Checkpoints(path, **config.checkpoint) as checkpoints:
         begun = bool(checkpoints.steps())
         parts = assembly.make(config, classes=assembly.kept_classes(config, path, begun))
+        facts = origin.of(parts.source, parts.evals)
+        agree({key: value for key, value in facts.items() if key != 'xla_flags'})
         if profile:
             profiling.parsed(profile, parts.steps)
         changes = workdir.settle_config(path, config, begun, allow_change=allow_config_change)
@@ -32,7 +36,7 @@ def train(
         if result and result['steps'] == parts.steps:
             print(f'{path} is finished: {parts.steps} steps are done.', flush=True)
             return result
-        changes += origin.settle(path, parts, begun, allow_change=allow_config_change)
+        changes += origin.settle(path, parts, facts, begun, allow_change=allow_config_change)
         at('restore')
         state, account = checkpoints.resume(parts.abstract), None
         if state is None:
