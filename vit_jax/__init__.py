@@ -1,21 +1,40 @@
-"""Vision Transformers in JAX and Flax: `load` any public checkpoint, `save` it for others."""
+"""Vision Transformers in JAX and Flax.
 
-from vit_jax import streams
+    model, params = vit_jax.load(path)                  # any public checkpoint, or a run
+    images = vit_jax.preprocess(model, ['a.jpg'])       # files, PIL images, arrays
+    logits, out = model.apply({'params': params}, images)
+    vit_jax.class_names(model)                          # by label
+    vit_jax.save('mine', model, params, format='hf')    # official, big_vision, timm, hf
+    vit_jax.models.build('vit-b/16', num_classes=10)    # a model without a checkpoint
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vit_jax import models
+    from vit_jax.convert.load import load
+    from vit_jax.convert.save import save
+    from vit_jax.errors import UserError
+    from vit_jax.inputs import class_names, preprocess
 
 __version__ = '0.1.0'
+__all__ = ['UserError', 'class_names', 'load', 'models', 'preprocess', 'save']
 
-if streams.is_command():
-    streams.begin()
+# Imported when they are asked for: the step needs none of them.
+PLACES = {
+    'UserError': 'vit_jax.errors', 'class_names': 'vit_jax.inputs', 'load': 'vit_jax.convert.load',
+    'preprocess': 'vit_jax.inputs', 'save': 'vit_jax.convert.save',
+}  # fmt: skip
 
 
-def __getattr__(name):
-    """`load` and `save`, imported when they are asked for: the step needs neither."""
-    if name == 'load':
-        from vit_jax.convert.load import load
-
-        return load
-    if name == 'save':
-        from vit_jax.convert.save import save
-
-        return save
+def __getattr__(name: str) -> object:
+    if name == 'models':
+        return importlib.import_module('vit_jax.models')
+    if name in PLACES:
+        return getattr(importlib.import_module(PLACES[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, '__version__', '__doc__'})

@@ -5,12 +5,17 @@ most likely classes come with their probabilities (of a softmax, or of a sigmoid
 trained with one), by name where names are known; --json prints one JSON object an image, with names
 exactly as they are. An image that can't be read is named on stderr and left out, and the exit
 status is then 2.
+
+With --features FILE.npz it writes, in place of classes, what the head reads of each image (or would
+read, where there is none): `features` float32 [images, D] and `files`, their names.
 """
 
 import collections
 import concurrent.futures
 import contextlib
 import itertools
+import os
+import pathlib
 import sys
 
 import jax
@@ -19,8 +24,9 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from vit_jax import cli, losses
+from vit_jax import cli, losses, storage
 from vit_jax.convert import load as weights
+from vit_jax.convert.save import complete
 from vit_jax.data import crew, files, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -50,15 +56,18 @@ def read_ahead(paths, view, count):
             yield path, image.result()
 
 
-def predicted(model, params, images, batch_size, loss=None):
+def predicted(model, params, images, batch_size, loss=None, features=False):
     """Yields (path, probabilities float32 [K]) of what `read_ahead` yields, or (path, UserError).
 
-    Batches are of one size, which is compiled once; `loss` is that of training.
+    Batches are of one size, which is compiled once; `loss` is that of training. With `features`
+    pre_logits, float32 [D], in place of probabilities.
     """
 
     @jax.jit
     def step(params, batch):
-        logits, _ = model.apply({'params': params}, model.normalise(batch))
+        logits, out = model.apply({'params': params}, model.normalise(batch))
+        if features:
+            return out['pre_logits'].astype(np.float32)
         return losses.probabilities(logits, loss)
 
     while group := list(itertools.islice(images, batch_size)):
@@ -77,17 +86,21 @@ def main(argv):
     options = flags.FLAGS
     if not argv[1:]:
         raise UserError('no image is named; give paths of images or folders')
+    if options.features:
+        check_output(options.features)
     paths = files.found(argv[1:])
     ema = None if options.ema else False
     found = weights.read(options.checkpoint, image_size=options.image_size, ema=ema)
-    if found.model.num_classes is None:
+    if found.model.num_classes is None and not options.features:
         raise UserError(f'{options.checkpoint} has no head, so it knows no classes')
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
     view = pipeline.make_view(found.view if options.view is None else options.view, size)
     batch_size = min(options.batch_size, len(paths))
     images = read_ahead(paths, view, 2 * batch_size)
-    results = predicted(found.model, found.params, images, batch_size, found.loss)
-    failed = 0
+    results = predicted(
+        found.model, found.params, images, batch_size, found.loss, bool(options.features)
+    )
+    failed, rows = 0, []
     with progress(len(paths)) as advance:
         for path, values in results:
             if isinstance(values, UserError):
@@ -95,11 +108,32 @@ def main(argv):
                     raise values
                 print(f'skipped: {printable(values)}', file=sys.stderr)
                 failed += 1
+            elif options.features:
+                rows.append((path, values))
             else:
                 show(path, values, found.classes, options.top)
             advance(1)
+    if rows:
+        write_features(options.features, rows)
     if failed:
         raise UserError(f'{failed:,} of {len(paths):,} images can not be read')
+
+
+def check_output(path):
+    """Raises UserError unless a file of features can be written, before anything is computed."""
+    if not path.endswith('.npz') or '://' in path:
+        raise UserError(f'--features={path}: name a file here that ends in .npz')
+    if os.path.exists(path) and not flags.FLAGS.force:
+        raise UserError(f'{path} is there already; --force replaces it')
+    storage.folder(pathlib.Path(path).absolute().parent)
+
+
+def write_features(path, rows):
+    """Writes [(name, float32 [D])] as a file that is complete or as it was."""
+    names, features = zip(*rows, strict=True)
+    with complete(pathlib.Path(path)) as part, part.open('wb') as file:
+        np.savez(file, features=np.stack(features), files=np.array(list(map(str, names))))
+    print(f'Written: {printable(path)}: features of {len(rows):,} images')
 
 
 @contextlib.contextmanager
@@ -141,5 +175,7 @@ if __name__ == '__main__':
         '(squeeze). Of a run: as its first evaluation does.',
     )  # fmt: skip
     flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
+    flags.DEFINE_string('features', None, 'An .npz to write: what the head reads of each image.')
+    flags.DEFINE_bool('force', False, 'Replace a file of --features that is there.')
     flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
     cli.run(main)

@@ -12,6 +12,7 @@ from vit_jax import models
 from vit_jax.convert import files, official, pieces, surgery
 from vit_jax.errors import UserError
 from vit_jax.models import layers
+from vit_jax.models.interface import Metadata
 
 WHOLE = (
     'num_classes', 'width', 'depth', 'num_heads', 'mlp_dim', 'tokens_mlp_dim',
@@ -37,6 +38,11 @@ class Loaded(NamedTuple):
         evals = (self.config or {}).get('evals')
         first = next(iter(evals.values()), None) if isinstance(evals, dict) else None
         return first.get('view', 'central') if isinstance(first, dict) else 'central'
+
+    @property
+    def metadata(self):
+        """What the model that `load` returns carries for whoever feeds it."""
+        return Metadata(self.image_size, self.view, self.classes, self.loss)
 
 
 class Found(NamedTuple):

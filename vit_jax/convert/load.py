@@ -6,7 +6,10 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Sequence
+from typing import Any
 
+import flax.linen as nn
 from absl import logging
 
 from vit_jax.convert import big_vision, fetch, files, hf, official, run, timm
@@ -23,8 +26,21 @@ from vit_jax.errors import UserError
 from vit_jax.text import printable
 
 
-def load(path, *, image_size=None, num_classes=None, keep_pre_logits=False, ema=None, **fields):
+def load(
+    path: str | os.PathLike,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    num_classes: int | None = None,
+    keep_pre_logits: bool = False,
+    ema: bool | None = None,
+    **fields: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
     """(model, parameters) of a checkpoint, of which nothing needs to be said but where it is.
+
+        model, params = vit_jax.load(path)
+        logits, out = model.apply({'params': params}, vit_jax.preprocess(model, files))
+
+    `model.metadata` has image_size, view and classes (names by label) of the checkpoint.
 
     `path` is a local path, a gs://, https:// or hf:// address or a name of the catalogue, of: an
     official or big_vision .npz ('FILE.npz:img' for one tower of several); a timm or Hugging Face
@@ -43,7 +59,7 @@ def load(path, *, image_size=None, num_classes=None, keep_pre_logits=False, ema=
         ema=ema, **fields,
     )  # fmt: skip
     logging.info('%s: %s\n%s', path, found.source, table(found.account))
-    return found.model, found.params
+    return found.model.clone(metadata=found.metadata), found.params
 
 
 def read(

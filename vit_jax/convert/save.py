@@ -6,7 +6,10 @@ import glob
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +25,7 @@ from vit_jax.convert.fit import loss_of, size_of
 from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError
 from vit_jax.models import layers, mixer, resnet
+from vit_jax.models.interface import Metadata
 from vit_jax.text import to_json
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
@@ -31,27 +35,28 @@ FOLDER_FILES = (
 
 
 def save(
-    path,
-    model,
-    params,
-    format='official',
+    path: str | os.PathLike,
+    model: nn.Module,
+    params: dict[str, Any],
+    format: str = 'official',
     *,
-    image_size=None,
-    classes=None,
-    config=None,
-    loss=None,
-    fold=False,
-):
+    image_size: int | Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+    config: dict | None = None,
+    loss: str | None = None,
+    fold: bool = False,
+) -> None:
     """Writes a checkpoint: 'official' and 'big_vision' an .npz, 'timm' and 'hf' a folder.
 
     Beside the weights goes what is needed to use them: input size and normalisation, `classes`
-    (names by label), the `loss` that the head was trained with ('softmax' or 'sigmoid'; by the
-    config if not given) and the `config` of the run that made them, in NAME.json beside an .npz
-    and in the JSON files of a folder. `image_size` (int or (height, width)) is read from a square
-    position table where it is not given. Whatever the format can not express is a UserError, which
-    names it; with `fold`, positions that are computed or absent are written as a table, and a
-    class token that has a position as one without, which changes no output. What stood at `path`
-    is replaced in one step, and stays as it was until then.
+    (names by label), the `loss` that the head was trained with ('softmax' or 'sigmoid') and the
+    `config` of the run that made them, in NAME.json beside an .npz and in the JSON files of a
+    folder. Where they are not given, `image_size` (int or (height, width)), `classes` and `loss`
+    are those of `model.metadata`; else the size is read from a square position table, and the loss
+    from the config. Whatever the format can not express is a UserError, which names it; with
+    `fold`, positions that are computed or absent are written as a table, and a class token that
+    has a position as one without, which changes no output. What stood at `path` is replaced in one
+    step, and stays as it was until then.
     """
     path = pathlib.Path(os.path.expanduser(path))
     if format not in FAMILIES:
@@ -63,7 +68,11 @@ def save(
     if isinstance(model, resnet.Bit):
         raise UserError(f'format {format} has no BiT ResNet; a workdir keeps one')
     params = {k: np.asarray(v) for k, v in flatten_dict(params, sep='/').items()}
-    size = size_of(image_size) or table_size(model, params)
+    about = model.metadata or Metadata()
+    size = size_of(image_size) or about.image_size or table_size(model, params)
+    if classes is None and about.classes and len(about.classes) == model.num_classes:
+        classes = about.classes
+    loss = loss or about.loss
     if fold:
         model, params = folded(model, params, format, size)
     check(model, format)

@@ -14,6 +14,7 @@ class Metadata:
     image_size: tuple[int, int] | None = None  # (height, width) in pixels; None: any size fits
     view: str | dict = 'central'  # how an image comes to that size, see data/augment.py
     classes: tuple[str, ...] | None = None  # names by label; None: unknown
+    loss: str | None = None  # the head was trained with, 'softmax' or 'sigmoid'; None: unknown
 
 
 def metadata():

@@ -6,6 +6,7 @@ Shapes: B batch, N patches, D width, L depth, K classes.
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vit_jax import bounds
@@ -121,7 +122,14 @@ class Mixer(nn.Module):
         return 2 * (adds + d * (self.num_classes or 0))
 
     @nn.compact
-    def __call__(self, images, *, train=False, capture=()):
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        capture: str | tuple[str, ...] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(output, named intermediates) of normalised floats [B, H, W, C], as the class says."""
         self.check()
         interface.check_images(images, len(self.mean))
         capture = interface.captures(capture, self.captures)

@@ -220,7 +220,14 @@ class Bit(nn.Module):
         return 2 * (adds + channels(self.units, self.width) * (self.num_classes or 0))
 
     @nn.compact
-    def __call__(self, images, *, train=False, capture=()):
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        capture: str | tuple[str, ...] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(output, named intermediates) of normalised floats [B, H, W, C], as the class says."""
         self.check()
         interface.check_images(images, len(self.mean))
         interface.captures(capture, self.captures)

@@ -6,6 +6,7 @@ Shapes: B batch, H W image, C channels, P patch, N patches, T tokens, D width, L
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vit_jax import bounds
@@ -222,7 +223,14 @@ class Vit(nn.Module):
         return tokens
 
     @nn.compact
-    def __call__(self, images, *, train=False, capture=()):
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        capture: str | tuple[str, ...] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(output, named intermediates) of normalised floats [B, H, W, C], as the class says."""
         self.check()
         interface.check_images(images, len(self.mean))
         capture = interface.captures(capture, self.captures)
