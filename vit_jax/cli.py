@@ -77,7 +77,10 @@ def run(main, section=None, *, goes_on=False):
     def parse(argv):
         rest, found = split_changes(argv, section) if section else (argv, [])
         changes.extend(found)
-        return flags.FLAGS(rest)
+        try:
+            return flags.FLAGS([*rest[:1], *('--help' if a == '-h' else a for a in rest[1:])])
+        except SystemExit:  # absl's status of --help and its kin is 1
+            sys.exit(0)
 
     streams.begin()
     if goes_on and streams.output('stdout'):

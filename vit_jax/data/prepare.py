@@ -37,7 +37,7 @@ QUALITY = flags.DEFINE_integer(
     'quality', 92, 'Of JPEGs that are written.', lower_bound=1, upper_bound=100
 )
 WORKERS = flags.DEFINE_integer('workers', os.cpu_count(), 'Processes.', lower_bound=1)
-EXAMPLES = flags.DEFINE_integer('shard_examples', 8192, 'Examples a writing.shard.', lower_bound=1)
+EXAMPLES = flags.DEFINE_integer('shard_examples', 8192, 'Examples a shard.', lower_bound=1)
 SHARDS = flags.DEFINE_integer('shards', None, 'Shards a split, in place of that.', lower_bound=1)
 AGAINST = flags.DEFINE_multi_string(
     'against', [], 'A test set, SRC[:SPLIT] (split test, else), whose duplicates are left out.'
@@ -176,7 +176,7 @@ def journal(dst, wanted, job):
 
 
 def sound(path, line):
-    """Whether a writing.shard is, byte by byte, as the journal has it."""
+    """Whether a shard is, byte by byte, as the journal has it."""
     try:
         with path.open('rb') as file:
             if os.fstat(file.fileno()).st_size != line['bytes']:
@@ -315,7 +315,7 @@ def main(argv, changes):
         print('stopped; the same command goes on where it was', file=sys.stderr)
         sys.exit(130)
     for split, counts in manifest.get('counts', {}).items():
-        size = sum(writing.shard['bytes'] for writing.shard in manifest['splits'][split])
+        size = sum(shard['bytes'] for shard in manifest['splits'][split])
         print(
             f'{split}: {counts["examples"]:,} images, {size:,} bytes, '
             f'{len(manifest["splits"][split]):,} shards; {counts["removed"]:,} duplicates and '

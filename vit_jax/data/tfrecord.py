@@ -1,4 +1,4 @@
-"""Records as ranges of bytes of files, and TFDS's TFRecords at any ranges.index without TensorFlow.
+"""Records as ranges of bytes of files, and TFDS's TFRecords at any index without TensorFlow.
 
 A TFRecord is uint64 length, masked CRC-32C of the length, data, masked CRC-32C of the data
 (tensorflow/core/lib/io/record_writer.h). Where its records begin is found by one pass over the
