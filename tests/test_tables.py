@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import recipes
 
-from vit_jax import config, published, report, tables, typeset, workdir
+from vit_jax import config, published, rehearsal, report, tables, typeset, workdir
 from vit_jax.data import vtab
 from vit_jax.errors import UserError
 
@@ -117,7 +117,9 @@ def test_the_mean_of_vtab_needs_all_its_tasks(tmp_path, known):
 def test_missing_runs_come_behind_those_that_they_begin_from(tmp_path, known, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = rows_of('vit.table5', tmp_path, known)
-    chosen = tables.empty(rows, known[1], 'JFT-300M, CIFAR', 'ViT-H/14')
+    chosen = tables.empty(
+        tables.asked(published.table('vit.table5'), rows, 'JFT-300M, CIFAR', 'ViT-H/14'), known[1]
+    )
     assert [' '.join(one.words()) for one in chosen] == [
         'python -m vit_jax.main --config experiments/pretrain.py:h/14 '
         '--workdir runs/pretrain/h_14',
@@ -130,8 +132,21 @@ def test_missing_runs_come_behind_those_that_they_begin_from(tmp_path, known, mo
     (tmp_path / 'runs/pretrain/h_14').mkdir(parents=True)
     (tmp_path / 'runs/pretrain/h_14/result.json').write_text('{}')
     rows = rows_of('vit.table5', tmp_path, known)
-    chosen = tables.empty(rows, known[1], 'JFT-300M, CIFAR', 'ViT-H/14')
+    chosen = tables.empty(
+        tables.asked(published.table('vit.table5'), rows, 'JFT-300M, CIFAR', 'ViT-H/14'), known[1]
+    )
     assert [one.arg for one in chosen] == ['cifar100,h/14']
+
+
+@pytest.mark.parametrize('row, column, words', [
+    ('ViT-L/61', None, r"--row 'ViT-L/61' is in none: there are 'ImageNet, CIFAR-10', "),
+    ('ImageNet', 'zz', "--column 'zz' is in none: there are "),
+    (None, 'Pre-training', 'no recipe is for a number there'),
+])
+def test_a_text_that_is_in_no_name_chooses_nothing(known, row, column, words):
+    with pytest.raises(UserError, match=words):
+        table = published.table('vit.table5')
+        tables.asked(table, tables.grid_of(table, {}, known[0]), row, column)
 
 
 def command(*args, cwd):
@@ -186,9 +201,16 @@ def test_a_dry_run_needs_neither_data_nor_checkpoint(tmp_path):
     assert run.returncode == 0 and not (tmp_path / 'x').exists(), run.stderr
     assert 'vit.table5: JFT-300M, CIFAR-100; ViT-H/14' in run.stdout
     assert '50,000 examples' not in run.stdout and '49,000 images' in run.stdout
-    bad = command('vit_jax.main', '--config', 'experiments/folder.py:/nowhere', '--workdir',
-                  str(tmp_path / 'x'), '--dry_run', cwd=root)  # fmt: skip
-    assert bad.returncode == 2 and '/nowhere' in bad.stderr and '--examples' not in bad.stderr
+    run = command('vit_jax.main', '--config', 'experiments/finetune.py:/nowhere', '--workdir',
+                  f'{tmp_path}/x', '--dry_run', '--config.init_from=/no/run', cwd=root)  # fmt: skip
+    assert run.returncode == 0 and not run.stderr and not (tmp_path / 'x').exists()
+    assert 'model    unknown, as /no/run can not be read' in run.stdout
+    assert 'data     /nowhere: unknown (' in run.stdout and '--examples' not in run.stdout
+    full = config.load('experiments/folder.py:/nowhere')  # neither steps nor classes are known
+    text = rehearsal.of(full, 'x')
+    assert 'parameters without the head' in text and '30 epochs of 32 images a step' in text
+    with pytest.raises(UserError, match="optim.freeze 'zzz' matches no parameter"):
+        rehearsal.of(config.load('experiments/folder.py:/nowhere', [('optim.freeze', 'zzz')]), 'x')
 
 
 def test_numbers_of_cells():

@@ -47,8 +47,7 @@ def make(config, source=None, devices=None, classes=None):
             f'classes, model.num_classes is {model.num_classes}'
         )
     check_partners(config)
-    epoch = len(source) / config.data.batch_size  # in steps
-    steps = config.steps or max(1, round(config.epochs * epoch))
+    steps = steps_of(config, source)
     shape = (*pipeline.size_of(config.data.image_size), 3)
     objective = objectives.supervised(model, **config.objective)
     tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
@@ -77,6 +76,11 @@ def kept_classes(config, path, begun):
         return None
     known = workdir.read_json(path / 'classes.json') if begun else None
     return known or weights.read(config.init_from, values=False, ema=None).classes
+
+
+def steps_of(config, source):
+    """The length of a run."""
+    return config.steps or max(1, round(config.epochs * len(source) / config.data.batch_size))
 
 
 def check_partners(config):

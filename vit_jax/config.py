@@ -33,17 +33,18 @@ SECTIONS = {  # those of which every key is an argument of one function
 }
 
 
-def load(path, overrides=(), begun=None):
+def load(path, overrides=(), begun=None, absent=False):
     """The complete config of an experiment file, 'FILE' or 'FILE:ARG', or of a run's config.json.
 
     `overrides` are (dotted key, text) pairs; a text is a Python literal, or else itself. `begun`
     is the config that a run goes on with: its model stands in for a checkpoint `init_from` that
-    can no longer be read.
+    can no longer be read. Without either, that is a mistake, unless it may be `absent`: `model`
+    is then the section as it is given, and has no name.
     """
-    return changed(experiment.read(path), overrides, begun)
+    return changed(experiment.read(path), overrides, begun, absent)
 
 
-def changed(given, overrides, begun=None):
+def changed(given, overrides, begun=None, absent=False):
     """The complete config of a nested dict with `overrides`, as `load` has them.
 
     `steps` among the overrides stands in for given `epochs`, and the other way round.
@@ -60,7 +61,7 @@ def changed(given, overrides, begun=None):
                 part[parent] = {}  # a view that was a name gets arguments
             part = part[parent]
         part[last] = parsed(text)
-    return complete(given, begun)
+    return complete(given, begun, absent)
 
 
 def parsed(text):
@@ -117,7 +118,7 @@ def keys_of(function):
     }
 
 
-def complete(given, begun=None):
+def complete(given, begun=None, absent=False):
     """A nested dict, as an experiment gives it, checked and with every default filled in.
 
     Raises UserError for a key that nothing reads (and names the nearest that is read), a value of
@@ -128,7 +129,7 @@ def complete(given, begun=None):
     full = filled('', outside, keys_of(scalars), also=names)
     rows = enumerate(full['expected'])
     full['expected'] = tuple(filled(f'expected[{i}]', row, keys_of(expectation)) for i, row in rows)
-    full['model'] = complete_model(section(given, 'model'), full, begun)
+    full['model'] = complete_model(section(given, 'model'), full, begun, absent)
     full['data'] = complete_data('data', section(given, 'data'), pipeline.batches)
     for name, function in SECTIONS.items():
         full[name] = filled(name, section(given, name), keys_of(function))
@@ -200,7 +201,7 @@ def section(given, name, path=None):
     return value
 
 
-def complete_model(values, scalars, begun=None):
+def complete_model(values, scalars, begun=None, absent=False):
     """The model section: its keys depend on the model's name, or on the checkpoint to begin from.
 
     Without a name every field has the value that the checkpoint `init_from` tells of.
@@ -208,7 +209,12 @@ def complete_model(values, scalars, begun=None):
     name = values.get('name')
     read = {}
     if name is None and scalars['init_from'] is not None:
-        read = model_of(scalars, begun)
+        try:
+            read = model_of(scalars, begun)
+        except UserError:
+            if absent:
+                return {**values, 'name': None}
+            raise
         name = read['name']
     if name is None:
         raise UserError(

@@ -58,7 +58,8 @@ CHECK = flags.DEFINE_bool(
 )  # fmt: skip
 DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Check the settings, say what the run would be, and train nothing. Neither '
-    'its data nor the checkpoint that it begins from need be there.',
+    'its data nor the checkpoint that it begins from need be there; what they alone tell '
+    'is unknown.',
 )  # fmt: skip
 PROFILE = flags.DEFINE_string(
     'profile', None, 'STEP:COUNT: trace so many steps from that one on, into WORKDIR/profile, for '
@@ -86,7 +87,7 @@ def run(overrides, stop):
     memory.sweep()
     caches.keep_compiled(CACHE.value, WORKDIR.value)
     begun = workdir.read_json(workdir.located(WORKDIR.value) / 'config.json')
-    settings = config.load(CONFIG.value, overrides, begun)
+    settings = config.load(CONFIG.value, overrides, begun, absent=DRY_RUN.value)
     if DRY_RUN.value:
         from vit_jax import rehearsal
 

@@ -25,6 +25,7 @@ from rich.table import Table as Grid
 
 from vit_jax import cli, experiment, published, typeset, workdir
 from vit_jax.data import vtab
+from vit_jax.errors import UserError, choices, shown
 from vit_jax.text import printable
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
@@ -181,13 +182,31 @@ def grid_of(table, found, known):
     return rows
 
 
-def empty(rows, places, row=None, column=None):
+def asked(table, rows, row=None, column=None):
+    """The cells in the rows and columns with these texts in their names, and with a recipe.
+
+    Raises UserError, with the names there are, for a text that is in none, and for no such cell.
+    """
+    labels = [', '.join(map(str, label)) for label, _ in rows]
+    for flag, text, names in ('--row', row, labels), ('--column', column, table.columns):
+        if text is not None and not any(text.lower() in name.lower() for name in names):
+            raise UserError(f'{flag} {shown(text)} is in none: {choices(text, map(repr, names))}')
+    cells = [
+        cell for cell in typeset.cells_of(rows)
+        if cell.recipe
+        and (row or '').lower() in ', '.join(map(str, cell.label)).lower()
+        and (column or '').lower() in cell.column.lower()
+    ]  # fmt: skip
+    if not cells:
+        raise UserError('no recipe is for a number there; python -m vit_jax.tables --list has all')
+    return cells
+
+
+def empty(cells, places):
     """The recipes of cells without a run, each once, behind the one that it begins from."""
     chosen = {}
-    for cell in typeset.cells_of(rows):
-        asked = row is None or row.lower() in ', '.join(map(str, cell.label)).lower()
-        asked = asked and (column is None or column.lower() in cell.column.lower())
-        if asked and cell.recipe and not cell.found:
+    for cell in cells:
+        if not cell.found:
             before = places.get(cell.recipe.begin)
             if before and not (workdir.located(before.workdir) / 'result.json').exists():
                 chosen[before.workdir] = before
@@ -216,7 +235,7 @@ def main(argv):
     table = published.table(argv[1])
     rows = grid_of(table, found, cells)
     if options.missing or options.run:
-        chosen = empty(rows, places, options.row, options.column)
+        chosen = empty(asked(table, rows, options.row, options.column), places)
         for recipe in chosen:
             words = recipe.words(options.run) + (['--dry-run'] if options.dry_run else [])
             print(shlex.join(words), flush=True)
@@ -225,8 +244,10 @@ def main(argv):
                 if status:
                     return status
         if not chosen:
-            print('Every number that a recipe is for has been measured.')
+            print('Every such number that a recipe is for has been measured.')
         return 0
+    if options.row is not None or options.column is not None:
+        raise UserError('--row and --column choose among --missing or --run; give one of these')
     typeset.shown(table, rows)
     if options.out:
         out = workdir.located(options.out)
