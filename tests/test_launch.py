@@ -146,6 +146,17 @@ def test_help_names_real_options(place):
             assert f'error: {option} ' in errors and 'unknown' not in errors, (command, option)
 
 
+def test_the_readme_s_lines_run(place):
+    text = (ROOT / 'README.md').read_text()
+    form = r'^ {4}bash launch\.sh (\w+) ((?:[^\n#]*\\\n)*[^\n#]*EXPERIMENT)'
+    found = re.findall(form, text, re.M)
+    assert {command for command, _ in found} >= {'local', 'hosts', 'slurm', 'tpu', 'gke'}
+    for command, words in found:
+        words = words.replace('EXPERIMENT', EXPERIMENT).replace('\\', '').split()
+        status, _, errors = place.launch(command, '--dry-run', *words)
+        assert status == 0, (command, words, errors)
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 4})
