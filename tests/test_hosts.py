@@ -78,6 +78,8 @@ def test_place(variables, flags, wanted, environment):
     ('', ('a:0', 4, 0), 'ports are from 1 to 65535'),
     ('', ('a..b:1', 4, 1), "'a..b:1', whose host is no name"),
     ('', ('a:1', 4, 4), '--process_id is 4; of 4 processes it is one of 0 to 3'),
+    ('OMPI_COMM_WORLD_SIZE=four', (), "OMPI_COMM_WORLD_SIZE is 'four', not a number"),
+    ('OMPI_COMM_WORLD_SIZE=4', (), "OMPI_COMM_WORLD_RANK is '', not a number"),
     (OMPI, (), "this is process 3 of 4, but 'OMPI_MCA_orte_hnp_uri' is not set"),
 ])  # fmt: skip
 def test_places_that_are_none(variables, flags, words, environment):

@@ -43,11 +43,12 @@ def place(coordinator=None, processes=None, process=None, *, timeout=300):
         return by_flags(coordinator, processes, process)
     devices = None
     if launcher:
-        count, number, local, on_machine = (os.environ.get(name) for name in LAUNCHERS[launcher])
-        processes = int(count) if processes is None else processes
-        process = int(number) if process is None else process
+        count, number, local, on_machine = LAUNCHERS[launcher]
+        processes = whole(count) if processes is None else processes
+        process = whole(number) if process is None else process
         # One process a GPU; a machine's only process has all of them.
-        devices = [int(local)] if leading_number(on_machine) != 1 else None
+        several = leading_number(os.environ.get(on_machine)) != 1
+        devices = [whole(local)] if several else None
         coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS')
     if None in (coordinator, processes, process):
         try:
@@ -70,9 +71,17 @@ def place(coordinator=None, processes=None, process=None, *, timeout=300):
 def launched_by():
     """'slurm' or 'ompi', where that has started more than one process."""
     for name, (count, *_) in LAUNCHERS.items():
-        if int(os.environ.get(count, 1)) > 1:
+        if os.environ.get(count) and whole(count) > 1:
             return name
     return None
+
+
+def whole(variable):
+    """The number in an environment variable; UserError where it has none."""
+    text = os.environ.get(variable, '')
+    if not re.fullmatch('[0-9]{1,9}', text):
+        raise UserError(f'{variable} is {text!r}, not a number, and says which process this is')
+    return int(text)
 
 
 def tpu():

@@ -36,7 +36,9 @@ ALLOW = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string(
     'coordinator', None, 'HOST:PORT of process 0, which listens there.'
 )
-PROCESSES = flags.DEFINE_integer('num_processes', None, 'Of the run.', lower_bound=1)
+PROCESSES = flags.DEFINE_integer(
+    'num_processes', None, 'Of the run.', lower_bound=1, upper_bound=100_000
+)
 PROCESS = flags.DEFINE_integer('process_id', None, 'Of this process, from 0.', lower_bound=0)
 EXPECT_PROCESSES = flags.DEFINE_integer(
     'expect_processes', None, 'Do not begin with more or fewer.'
@@ -46,11 +48,11 @@ EXPECT_DEVICES = flags.DEFINE_integer(
 )
 TIMEOUT = flags.DEFINE_integer(
     'peer_timeout', 60, 'Seconds after which a process that is not heard of, or that others wait '
-    'for, ends the run.', lower_bound=5,
+    'for, ends the run.', lower_bound=5, upper_bound=1_000_000,
 )  # fmt: skip
 START = flags.DEFINE_integer(
     'start_timeout', 600, 'Seconds that processes wait for one that starts, restores, compiles or '
-    'saves.', lower_bound=1,
+    'saves.', lower_bound=1, upper_bound=1_000_000,
 )  # fmt: skip
 CHECK = flags.DEFINE_bool(
     'check', False, 'Exit with status 1 unless every number that the experiment expects was '

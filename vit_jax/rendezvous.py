@@ -76,9 +76,10 @@ class Host:
         missing = sorted(set(range(1, self.processes)) - self.met.keys())
         if missing and not self.answer:
             self.answer = {'lost': f'{names(missing)} of {self.processes} did not start within '
-                           f'{timeout:g} s (--start_timeout){self.turned_away()}'}  # fmt: skip
+                           f'{timeout:g} s (--start_timeout); process 0 listened at {self.where}'
+                           f'{self.turned_away()}'}  # fmt: skip
         elif self.strangers:
-            print(f'all processes are there{self.turned_away()}', file=sys.stderr)
+            print(f'process 0 listened at {self.where}{self.turned_away()}', file=sys.stderr)
         for talk in self.known:
             with contextlib.suppress(OSError):
                 talk.say(**self.answer)
@@ -146,13 +147,12 @@ class Host:
             self.met = {i: other for i, other in self.met.items() if other is not talk}
 
     def turned_away(self):
-        """'; turned away 3 strangers at 10.0.0.1:8476: 2 from 10.0.0.7 (silent), ...', or ''."""
+        """'; turned away 3 strangers: 2 from 10.0.0.7 (silent), 1 from ...', or ''."""
         if not self.strangers:
             return ''
         most = [f'{n} from {peer} ({why})' for (peer, why), n in self.strangers.most_common(4)]
         more = ', ...' if len(self.strangers) > len(most) else ''
-        return f'; turned away {self.strangers.total()} strangers at {self.where}: ' + \
-            ', '.join(most) + more  # fmt: skip
+        return f'; turned away {self.strangers.total()} strangers: {", ".join(most)}{more}'
 
 
 def mistake(hello, found, other):
@@ -192,7 +192,7 @@ def ask(place, hello, timeout):
                 talk.close()
                 said = talk.said or said
                 wrong = wrong or (talk.said and now)
-                silent = silent or (isinstance(e, TimeoutError) and now)
+                silent = silent or now
             if isinstance(e, socket.gaierror) and now - begun > CERTAIN and not told:
                 told = True
                 print(f'waiting for process 0 at {place.coordinator}: {why}', file=sys.stderr)
@@ -227,10 +227,12 @@ class Meeting:
         threading.Thread(target=self.watch, args=(limit, lost), daemon=True).start()
         try:
             yield
-        except Exception as e:
-            self.tell(lost=f'process {self.place.process} could not start: {e}')
+        except RuntimeError as e:
+            why = str(e).partition('\n')[0]
+            why = f'process {self.place.process} could not start jax.distributed: {why}'
+            self.tell(lost=why)
             self.talks = {}
-            raise
+            raise Lost(why) from e
         self.over.set()
 
     def tell(self, **body):

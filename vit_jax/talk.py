@@ -73,6 +73,7 @@ class Talk:
         with contextlib.suppress(BlockingIOError, TimeoutError):
             data = self.connection.recv(LIMIT)
             if not data:
+                self.said = self.buffer[:80]
                 raise ConnectionResetError('the connection was closed')
             self.buffer += data
         *lines, self.buffer = self.buffer.split(b'\n')

@@ -6,7 +6,6 @@ vit_jax-HEX.lock there, which the kernel drops however the process ends, in what
 Where there is no /dev/shm, names are Python's own and nothing is removed.
 """
 
-import atexit
 import contextlib
 import fcntl
 import functools
@@ -15,7 +14,7 @@ import os
 import pathlib
 import re
 import secrets
-from multiprocessing import shared_memory
+from multiprocessing import shared_memory, util
 
 FOLDER = pathlib.Path('/dev/shm')
 NAME = re.compile(r'(?:sem\.)?(vit_jax-[0-9a-f]{16})[-.].*')
@@ -37,7 +36,7 @@ def claim():
         os.link(f'/proc/self/fd/{descriptor}', path, src_dir_fd=descriptor, follow_symlinks=True)
     except (OSError, AttributeError):
         return None
-    atexit.register(path.unlink, missing_ok=True)
+    util.Finalize(None, path.unlink, kwargs={'missing_ok': True}, exitpriority=-100)  # the last
     multiprocessing.current_process()._config['semprefix'] = f'/{prefix}'
     return prefix
 
