@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, models, optim, sharding, step
+from vit_jax import checkpoint, fingerprints, models, optim, sharding, step
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.errors import UserError
 
@@ -185,15 +185,15 @@ def test_a_checkpoint_of_another_model_is_named(saved, tmp_path):
 def test_the_fingerprint_changes_with_any_bit_and_any_swap(dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(0, 100, (3, 5)), dtype)
-    reference = int(checkpoint.fingerprint(x))
+    reference = int(fingerprints.fingerprint(x))
     words = np.asarray(x).view(f'uint{8 * x.dtype.itemsize}').copy()
     for i in range(words.size):
         for bit in range(8 * x.dtype.itemsize):
             changed = words.copy()
             changed.flat[i] ^= words.dtype.type(1 << bit)
-            assert int(checkpoint.fingerprint(jnp.asarray(changed.view(x.dtype)))) != reference
+            assert int(fingerprints.fingerprint(jnp.asarray(changed.view(x.dtype)))) != reference
     swapped = words[::-1].copy().view(x.dtype)
-    assert int(checkpoint.fingerprint(jnp.asarray(swapped))) != reference
+    assert int(fingerprints.fingerprint(jnp.asarray(swapped))) != reference
 
 
 @pytest.mark.parametrize('fields, scores, kept', [

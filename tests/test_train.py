@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_jax import assembly, config, models, report, train, workdir
+from vit_jax import assembly, config, history, models, report, train, workdir
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import augment
 from vit_jax.errors import UserError
@@ -189,7 +189,7 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
     assert launched.checkpoints(tmp_path / 'run')[-1] >= before
     shutil.copytree(tmp_path / 'run', tmp_path / 'tolerant')
     result = run(folder, tmp_path / 'tolerant', 'data.tolerance=0.05')  # 1 of 24 images
-    lines = report.read_lines(tmp_path / 'tolerant')
+    lines = history.read_lines(tmp_path / 'tolerant')
     skipped = [line for line in lines if 'skipped' in line]
     assert skipped and all(line['skipped'] == 1 for line in skipped)
     assert result['examples_skipped'] == len(skipped) and 'skipped' not in result['metrics']

@@ -1,7 +1,6 @@
 """Checkpoints of a run: Orbax, asynchronous, verified to the bit when they are read."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -10,83 +9,19 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vit_jax import storage
+from vit_jax import history, storage
 from vit_jax.bounds import NonNegative, Positive
 from vit_jax.errors import Lost, UserError
+from vit_jax.fingerprints import Contents, ContentsRestore, ContentsSave, coming, contents, named
 from vit_jax.optim import leaf_name
-from vit_jax.text import printable
-
-
-@jax.jit
-def fingerprint(state):
-    """A uint32 of each array's bits and their places, the same on any mesh.
-
-    Each word is weighted by its own odd number, so any single changed bit changes the sum.
-    """
-
-    def of(x):
-        bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
-        place, stride = jnp.uint32(0), 1
-        for axis in reversed(range(x.ndim)):
-            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            place = place + jnp.uint32(stride % 2**32) * index
-            stride *= x.shape[axis]
-        words = bits * (2 * place + 1)
-        if x.ndim > 1:  # columns first: a CPU adds them up eight times as fast as all at once
-            words = jax.lax.optimization_barrier(jnp.sum(words, axis=0, dtype=jnp.uint32))
-        return jnp.sum(words, dtype=jnp.uint32)
-
-    return jax.tree.map(of, state)
-
-
-def named(tree):
-    """{'params/head/bias': leaf} of a pytree."""
-    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def contents(state):
-    """{name: [shape, dtype, fingerprint]} of a state, as JSON has it."""
-    return coming(state)()
-
-
-def coming(state):
-    """A function that waits for `contents`; begun here, so that the arrays may be donated."""
-    prints = named(fingerprint(state))
-    kinds = {name: [list(x.shape), str(x.dtype)] for name, x in named(state).items()}
-
-    def wait():
-        values = jax.device_get(prints)
-        return {name: [*kind, int(values[name])] for name, kind in kinds.items()}
-
-    return wait
-
-
-class Contents(ocp.JsonCheckpointHandler):
-    """JSON that a function returns; it is called in the background, while arrays are written."""
-
-    async def _save_fn(self, x, directory):
-        await super()._save_fn(x(), directory)
-
-
-@ocp.args.register_with_handler(Contents, for_save=True)
-@dataclasses.dataclass
-class ContentsSave(ocp.args.CheckpointArgs):
-    item: Callable[[], dict]
-
-
-@ocp.args.register_with_handler(Contents, for_restore=True)
-@dataclasses.dataclass
-class ContentsRestore(ocp.args.CheckpointArgs):
-    item: None = None
+from vit_jax.text import finite, printable
 
 
 class Damaged(Exception):
@@ -115,7 +50,8 @@ class Checkpoints:
         self.every, self.keep, self.keep_every = every, keep, keep_every
         self.best, self.mode, self.read_only = best, mode, read_only
         self.path = epath.Path(workdir) / 'checkpoints'
-        self.scores = self.saving = None  # nothing was saved by this object yet
+        self.saving = None  # nothing was saved by this object yet
+        self.scores = {}
         quieten()
         with storage.explained(self.path, 'read'):
             self.manager = ocp.CheckpointManager(
@@ -131,6 +67,10 @@ class Checkpoints:
                     'contents': Contents(),
                 },
             )  # fmt: skip
+        self.known = {} if read_only else history.read_scores(self.path)  # {step: {metric: value}}
+        # Where scores are lost, what is kept may be there for one.
+        lost = best is not None and not self.known and history.has_lost(workdir)
+        self.protected = self.steps() if lost else ()
 
     def __enter__(self):
         return self
@@ -150,9 +90,10 @@ class Checkpoints:
     def save(self, step, state, scores):
         """Starts to save; the arrays may be donated as soon as this returns.
 
-        `scores` is {step: value of the metric `best`}.
+        `scores` is {step: value of the metric `best`}, as far as others than `score` know it.
         """
-        self.scores = scores
+        kept = {s: values[self.best] for s, values in self.known.items() if self.best in values}
+        self.scores = kept | scores
         self.finish()
         if step in self.steps():
             return
@@ -164,6 +105,15 @@ class Checkpoints:
             self.manager.save(step, args=args, force=True)
         self.saving = step
 
+    def score(self, step, found):
+        """Keeps what an evaluation has found, {metric: value}, in a file beside the checkpoints."""
+        self.known.setdefault(step, {}).update(finite(found))
+        steps = self.steps()
+        newest = max(steps, default=0)  # what is evaluated now may be saved later
+        self.known = {s: v for s, v in self.known.items() if s in steps or s >= newest}
+        if jax.process_index() == 0:
+            history.write_scores(self.path, self.known)
+
     def finish(self):
         """Waits for what is being written."""
         with self.explained(self.saving):
@@ -174,7 +124,7 @@ class Checkpoints:
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = to_keep(
             steps, self.scores, keep=self.keep, keep_every=self.keep_every,
-            largest=self.mode != 'min',
+            largest=self.mode != 'min', protected=self.protected,
         )  # fmt: skip
         return [step in kept for step in steps]
 
@@ -241,6 +191,7 @@ class Checkpoints:
                     raise Lost(f'{message}; it was set aside') from e
                 continue
             self.set_aside(bad)
+            self.known = {s: v for s, v in self.known.items() if s <= step}  # later: made again
             return state
         if bad:
             raise UserError(
@@ -361,15 +312,14 @@ def worth_saying(record):
     return not background and not any(words in str(record.msg) for words in usual)
 
 
-def to_keep(steps, scores, *, keep, keep_every, largest):
-    """The steps to keep: the last, the best that there is, and those of the period."""
-    kept = set(sorted(steps)[-keep:])
+def to_keep(steps, scores, *, keep, keep_every, largest, protected=()):
+    """The steps to keep: the last, the best that there is, those of the period, and any that are
+    `protected` as long as no score of theirs is known."""
+    kept = set(sorted(steps)[-keep:]) | {s for s in protected if s not in scores}
     if keep_every:
         kept |= {s for s in steps if s % keep_every == 0}
-    scored = [s for s in sorted(steps) if np.isfinite(scores.get(s, np.nan))]
-    if scored:
-        kept.add((max if largest else min)(scored, key=scores.get))
-    return kept
+    best = history.best(steps, scores, largest=largest)
+    return kept if best is None else kept | {best}
 
 
 def reason(error):

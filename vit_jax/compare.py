@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from vit_jax import report, storage, summary, workdir
+from vit_jax import history, report, storage, summary, workdir
 from vit_jax.errors import UserError
 from vit_jax.text import printable
 
@@ -32,9 +32,9 @@ def lines_of(path):
     """The lines of a run's workdir, or of a file."""
     path = workdir.located(path)
     if path.is_dir():
-        lines = report.read_lines(path)
+        lines = history.read_lines(path)
     elif path.exists():
-        lines = report.read_file(path)
+        lines = history.read_file(path)
     else:
         raise UserError(f'no run and no file {path}')
     if not lines:

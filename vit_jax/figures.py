@@ -23,6 +23,7 @@ from vit_jax import (
     assembly,
     checkpoint,
     cli,
+    history,
     model_page,
     models,
     optim,
@@ -74,7 +75,7 @@ def of_run(path, out):
         raise UserError(f'the newest checkpoint of {path} is damaged: {e}') from e
     if state is None:
         raise UserError(f'{path} has no checkpoint yet')
-    lines = report.read_lines(path)
+    lines = history.read_lines(path)
     result = workdir.read_json(path / 'result.json') or {}
     last = {k: v for line in lines for k, v in line.items() if '/' in k}
     values = [(k, report.number(v)) for k, v in (result.get('metrics') or last).items() if '/' in k]

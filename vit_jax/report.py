@@ -1,7 +1,6 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, a progress bar, throughput."""
 
 import contextlib
-import json
 import math
 import os
 import socket
@@ -15,7 +14,7 @@ from rich import progress
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from vit_jax import devices, storage
+from vit_jax import devices, history, storage
 from vit_jax.bounds import Positive
 from vit_jax.data import mixture
 from vit_jax.errors import UserError
@@ -67,7 +66,8 @@ class Report:
         known = devices.DEVICES.get(jax.devices()[0].device_kind)
         self.peak = known and known.flops  # MFU is left out elsewhere
         self.pending = None
-        self.lines = [line for line in read_lines(workdir) if line['step'] <= start]
+        lines, self.damaged = history.split(storage.read(self.path) or b'')
+        self.lines = [line for line in lines if line['step'] <= start]
         self.seconds = max((line.get('seconds', 0) for line in self.lines), default=0)
         self.began = time.time()
         self.clock = None  # (time, step, seconds waited for data) at the last line
@@ -79,6 +79,8 @@ class Report:
 
     def open(self, start):
         """Rewrites the kept lines in one atomic step, and goes on from there."""
+        history.name_damaged(self.path, self.damaged)
+        history.set_aside(self.path, self.damaged)
         text = ''.join(to_json(line) + '\n' for line in self.lines)
         self.file = storage.Growing(self.path, text.encode())
         folder = self.path.parent / 'tensorboard'
@@ -181,6 +183,15 @@ class Report:
         text = '  '.join(f'{k} {number(v)}' for k, v in metrics.items())
         self.say(f'step {step}  {name}: {text}')
 
+    def evaluated(self, step, names):
+        """Those of the names of all evaluations that have a line at a step."""
+        keys = {key for line in self.lines if line['step'] == step for key in line}
+        owners = (
+            max((n for n in names if key.startswith(f'{n}/')), key=len, default=None)
+            for key in keys
+        )  # fmt: skip
+        return set(owners)
+
     def history(self, key):
         """{step: value} of a metric, NaN where it was not finite."""
         values = {line['step']: line[key] for line in self.lines if key in line}
@@ -227,23 +238,6 @@ def costs(result):
     if kind is not None and kind.kind.startswith('TPU'):
         found['tpu_core_days'] = hours / 24 * kind.cores
     return found
-
-
-def read_lines(workdir):
-    """The lines of a run's metrics.jsonl as dicts; an unfinished last line is left out."""
-    return read_file(epath.Path(workdir) / 'metrics.jsonl')
-
-
-def read_file(path):
-    """The lines of a file as metrics.jsonl is one."""
-    data = storage.read(path)
-    lines = []
-    for line in (data or b'').splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break  # cut short by a kill: it and all after it is made again
-    return lines
 
 
 class Bar:

@@ -10,7 +10,7 @@ import re
 
 from absl import flags
 
-from vit_jax import cli, config, report, workdir
+from vit_jax import cli, config, history, report, workdir
 from vit_jax.errors import UserError
 from vit_jax.text import printable
 
@@ -61,7 +61,7 @@ def look(path, settings):
         return 'another config', None
     if result is not None:
         return 'finished', result
-    return f'step {max((x["step"] for x in report.read_lines(path)), default=0):,}', None
+    return f'step {max((x["step"] for x in history.read_lines(path)), default=0):,}', None
 
 
 def main(argv, overrides):

@@ -95,12 +95,13 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
     def evaluate():
         due = {k: e for k, e in parts.evals.items() if e.due(n, parts.steps)}
         for name, evaluation in due.items():
-            if n not in log.history(f'{name}/accuracy') and not stop:
+            if name not in log.evaluated(n, parts.evals) and not stop:
                 log.sync()
                 with saved(), log.pause():
                     metrics = evaluation(optim.averaged(state), stop, at)
                 if metrics is not None:
                     log.evaluation(n, name, metrics)
+                    checkpoints.score(n, {f'{name}/{k}': v for k, v in metrics.items()})
 
     n = begun = int(state.step)
     rows = sharding.rows(data['batch_size'], parts.mesh)

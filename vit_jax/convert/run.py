@@ -1,10 +1,15 @@
-"""The project's own checkpoints as a source of weights: a workdir, or one of its checkpoints."""
+"""The project's own checkpoints as a source of weights: a workdir, or one of its checkpoints.
 
+RUN is the newest one, RUN@12000 (or RUN/checkpoints/12000) that of a step, and RUN@best the best of
+those kept, by the metric that the run's setting checkpoint.best names.
+"""
+
+import re
 import sys
 
 from etils import epath
 
-from vit_jax import checkpoint, models, storage, workdir
+from vit_jax import checkpoint, history, models, storage, workdir
 from vit_jax.convert import fetch
 from vit_jax.convert.documents import class_names
 from vit_jax.convert.files import Array, brief
@@ -13,10 +18,29 @@ from vit_jax.convert.pieces import Piece
 from vit_jax.errors import UserError
 from vit_jax.text import printable
 
+NUMBER = re.compile('[0-9]{1,18}')
+
 
 def parts(address):
-    """(workdir, step or None) of a workdir, its folder `checkpoints` or one in there, else None."""
-    path = workdir.located(address.rstrip('/'))
+    """(workdir, step, 'best' or None) of a workdir, its folder `checkpoints` or one in there.
+
+    None for any other address. Raises UserError for a run with something else after the @.
+    """
+    address = address.rstrip('/')
+    if (found := folders(address)) is not None:
+        return found
+    before, _, name = address.rpartition('@')
+    found = folders(before) if before else None
+    if found is None or found[1] is not None:
+        return None
+    if name != 'best' and not NUMBER.fullmatch(name):
+        raise UserError(f'{address}: after the @ comes best or the number of a step')
+    return found[0], name if name == 'best' else str(int(name))
+
+
+def folders(address):
+    """(workdir, step or None) of a path, as it is."""
+    path = workdir.located(address)
     for root, step in ((path, None), (path.parent, None), (path.parent.parent, path.name)):
         inside = root / 'checkpoints'
         if path in (root, inside, inside / str(step)):
@@ -37,7 +61,7 @@ def found(address, ema):
     """The weights as `fit.Found`, of the newest sound checkpoint where none is named."""
     root, step = parts(address)
     config = workdir.read_json(root / 'config.json')
-    arrays = sound(root, step, ema)
+    arrays = sound(root, best(root, config) if step == 'best' else step, ema)
     try:
         name, size = config['model']['name'], config['data']['image_size']
         values = {k: v for k, v in config['model'].items() if k != 'name'}
@@ -56,6 +80,24 @@ def found(address, ema):
         'vit_jax', models.KINDS[type(model)], fields, entries,
         lambda m: own_pieces(m, arrays), rows, {}, size, class_names(classes), config,
     )  # fmt: skip
+
+
+def best(root, config):
+    """The step, as text, of the best checkpoint that a run has kept. Raises UserError."""
+    settings = config.get('checkpoint') or {}
+    metric, steps = settings.get('best'), steps_in(epath.Path(root) / 'checkpoints')
+    way_out = f'name a step, {root}@STEP: {", ".join(map(str, steps)) or "none is saved yet"}'
+    if metric is None:
+        raise UserError(
+            f'{root}@best: nothing says what is best, as the run has no checkpoint.best; {way_out}'
+        )
+    scores = history.scores_of(root, metric)
+    step = history.best(steps, scores, largest=settings.get('mode') != 'min')
+    if step is None:
+        raise UserError(f'{root}@best: no checkpoint of it has a {metric} yet; {way_out}')
+    words = f'{root}@best is step {step}, with {metric} {scores[step]:.4g}'
+    print(printable(words), file=sys.stderr, flush=True)
+    return str(step)
 
 
 def own_pieces(model, arrays):
@@ -82,7 +124,8 @@ def sound(root, step, ema):
     folder = epath.Path(root) / 'checkpoints'
     steps = steps_in(folder)
     if step is not None and int(step) not in steps:
-        raise UserError(f'{folder} has no checkpoint {step}, but {", ".join(map(str, steps))}')
+        there = ', '.join(map(str, steps)) or 'none yet'
+        raise UserError(f'{folder} has no checkpoint {step}, but {there}')
     if not steps:
         raise UserError(f'{root} has no checkpoint yet')
     for n in [int(step)] if step is not None else steps:
