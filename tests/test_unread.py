@@ -10,7 +10,7 @@ import launched
 import numpy as np
 import pytest
 
-from vit_jax.data import pipeline, reading, sources
+from vit_jax.data import images, pipeline, reading, sources, writing
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
 
@@ -60,6 +60,14 @@ def test_whatever_a_reader_raises_is_an_example_less(source, error):
             next(pipeline.batches(bad, 0, **options))
     (batch,) = pipeline.examples(source, **options)
     assert batch['mask'].all()
+
+
+@pytest.mark.parametrize('error', ERRORS, ids=lambda error: type(error).__name__)
+def test_what_prepare_can_not_read_counts_as_unreadable(source, error):
+    bad = sources.Source(Records(source, error), source.classes)
+    with pytest.raises(images.Unreadable):
+        writing.raw(bad, 4)
+    assert writing.raw(bad, 3) == source.records[3]
 
 
 def test_a_mistake_in_a_view_is_none_of_the_data(source):

@@ -10,6 +10,7 @@ import numpy as np
 from vit_jax.convert import fetch
 from vit_jax.data import images
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 DEFAULT_SIZE = 224  # pixels a side, for a model that fits any
 MOST_BYTES = 2**30  # of an image file
@@ -33,7 +34,7 @@ def found(paths: list[str | os.PathLike], *, skip: os.PathLike | None = None) ->
         if inside is None:
             files.append(name)
         elif not inside:
-            raise UserError(f'no images in {name} ({", ".join(SUFFIXES)})')
+            raise UserError(f'no images in {printable(name)} ({", ".join(SUFFIXES)})')
         files += inside or []
         if len(files) > MOST_FILES:
             raise UserError(f'{name} has more than {MOST_FILES:,} images; name a part of them')
@@ -53,7 +54,7 @@ def inside_folder(name, above):
             return list(walked(name, above))
     except FileNotFoundError as e:
         if e.filename == name:
-            raise UserError(f'no image {name}') from e
+            raise UserError(f'no image {printable(name)}') from e
         raise UserError(f'can not read folder {e.filename}: {e.strerror}') from e
     except (OSError, ValueError) as e:  # ValueError: a null byte
         reason = getattr(e, 'strerror', None) or e
@@ -108,7 +109,7 @@ def pixels(path: str | os.PathLike, view) -> np.ndarray:
     try:
         return view(images.read(content(path)), None)
     except images.Unreadable as e:
-        raise images.Unreadable(f'unreadable image {path}: {e}') from e
+        raise images.Unreadable(f'unreadable image {printable(path)}: {e}') from e
 
 
 def content(path):

@@ -26,7 +26,7 @@ import PIL
 from absl import flags
 
 from vit_jax import cli
-from vit_jax.data import crew, duplicates, names, records, sources, writing
+from vit_jax.data import crew, duplicates, names, reading, records, sources, writing
 from vit_jax.errors import UserError
 
 SPLIT = flags.DEFINE_list('split', ['train'], 'The splits to prepare.')
@@ -78,7 +78,7 @@ def load(name, splits, fields):
 
 def most_labels(loaded):
     """How many labels an example has at most: 1, or as long as the arrays of the sources are."""
-    shapes = {np.shape(writing.raw(source, 0)[1]) for source in loaded.values()}
+    shapes = {np.shape(reading.no_label(source)) for source in loaded.values()}
     if len(shapes) > 1:
         raise UserError(f'the splits have labels of different shapes: {sorted(shapes)}')
     return (*shapes.pop(), 1)[0]

@@ -8,7 +8,7 @@ import traceback
 import numpy as np
 from PIL import Image
 
-from vit_jax.data import duplicates, example, images, records
+from vit_jax.data import duplicates, example, images, reading, records
 from vit_jax.data.workers import end_with_parent
 from vit_jax.errors import UserError
 
@@ -33,11 +33,13 @@ def converted(data, side, quality):
 
 
 def raw(source, i):
-    """(bytes, label) of an example; UserError with its name where the file is not to be read."""
+    """(bytes, label) of an example; images.Unreadable, whatever its reader raises."""
     try:
         return source.records[i]
-    except OSError as e:
-        raise UserError(f'can not read {source.name(i)}: {e.strerror or e}') from e
+    except UserError as e:
+        raise images.Unreadable(str(e)) from e
+    except Exception as e:
+        raise images.Unreadable(reading.why(e)) from e
 
 
 def labels_of(label, source, i):
@@ -110,11 +112,11 @@ def shard(job, split, k, known, progress):
     def kept():
         for done, i in enumerate(span):
             progress(done)
-            data, label = raw(source, i)
             try:
+                data, label = raw(source, i)
                 data, image = converted(data, options['max_side'], options['quality'])
             except images.Unreadable as e:
-                unreadable.append({'name': source.name(i), 'why': str(e)})
+                unreadable.append({'name': reading.name(source, i), 'why': str(e)})
                 check(len(unreadable), job.limits[split], len(source), unreadable[-1])
                 continue
             found = known and known.find(image, options['distance'])
