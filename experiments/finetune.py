@@ -29,13 +29,12 @@ probe), --config.optim.freeze=embedding, --config.model.drop_path=0.1, --config.
 """
 
 import os
-import pathlib
 import re
 
 from ml_collections import ConfigDict
 
 from vit_jax import published
-from vit_jax.data import vtab
+from vit_jax.data import sources, vtab
 from vit_jax.errors import UserError
 
 PRESETS = {  # the share of `train` to train on, the test split, steps, warm-up, rate, view
@@ -133,10 +132,8 @@ def splits(name):
     if name in PRESETS:
         share, test, *_ = PRESETS[name]
         return {'train': f'train[:{share}%]', 'val': f'train[{share}%:]', 'test': test}
-    folder = pathlib.Path(name).expanduser()
-    if folder.is_dir() and not (folder / 'train').is_dir():
-        return {'train': 'train[:90%]', 'val': 'train[90%:]'}
-    return {'train': 'train', **({'val': 'val'} if folder.is_dir() else {'test': 'test'})}
+    train, held_out = sources.held_out(name)
+    return {'train': train, **held_out}
 
 
 def model_name(size):

@@ -1,18 +1,18 @@
 """ViT on a folder of images, PATH/class/*.jpg: --config experiments/folder.py:PATH.
 
 A start for one's own data, from scratch and small enough for a CPU; nothing published to compare
-with, so nothing is expected. With PATH/train/ and PATH/val/ these are used, else a tenth of the
-images, chosen by a hash of their names, is held out.
+with, so nothing is expected. With PATH/train/ and PATH/val/ (valid, validation, dev) or PATH/test/
+these are used, else a tenth of the images, chosen by a hash of their names, is held out. PATH may
+be any data set that data.source.name can be.
 """
-
-import pathlib
 
 from ml_collections import ConfigDict
 
+from vit_jax.data import sources
+
 
 def get_config(path):
-    divided = pathlib.Path(path, 'train').is_dir()
-    train, val = ('train', 'val') if divided else ('train[:90%]', 'train[90%:]')
+    train, held_out = sources.held_out(path)
 
     config = ConfigDict()
     config.seed = 0
@@ -25,7 +25,10 @@ def get_config(path):
         image_size=64,
         batch_size=32,
     )
-    config.evals = dict(val=dict(source=dict(name=path, split=val), view='central', every=200))
+    config.evals = {
+        name: dict(source=dict(name=path, split=split), view='central', every=200)
+        for name, split in held_out.items()
+    }
 
     config.objective = dict(label_smoothing=0.1)
     config.optim = dict(lr=1e-3, warmup=10, weight_decay=0.1, clip=1.0)

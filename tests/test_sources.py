@@ -173,7 +173,7 @@ def special(kind):
 @pytest.mark.parametrize('members, words', [
     ([('0001.png', png(1))], r'example 1 \(0001\): no label: neither .cls nor .json'),
     ([('0001.cls', b'1')], r'example 1 \(0001\): no image .* among its members .cls'),
-    ([('0001.avif', b'x'), ('0001.cls', b'1')], r'example 1 \(0001\): no image'),
+    ([('0001.heic', b'x'), ('0001.cls', b'1')], r'example 1 \(0001\): no image'),
     ([('0001.png', png(1)), ('0001.cls', b'cat')], r"\(0001\): .cls is b'cat', not a number"),
     ([('0001.png', png(1)), ('0001.cls', b'9' * 10)], r'\(0001\): label 9999999999 is not'),
     ([('0001.png', png(1)), ('0001.json', b'{"label": "x"}')], r"\(0001\): label 'x' is not"),

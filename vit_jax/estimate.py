@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_jax import assembly, devices, hlo, step
 from vit_jax import config as configs
-from vit_jax.data import mixture, sources, vtab
+from vit_jax.data import mixture, sources, splits, vtab
 from vit_jax.errors import UserError
 
 # Training split and classes of data sets that a plan may be for where they are not:
@@ -61,7 +61,7 @@ def data_set(settings, examples=None, classes=None):
     name = mixture.title(settings)
     split = settings.get('split', 'train')
     known = KNOWN.get(name.partition('/')[0].partition(':')[0], (None, None))
-    part, low, high = sources.share(split)
+    part, low, high = splits.share(split)
     if examples is None and known[0] and part in ('train', 'full'):
         examples = round(known[0] * (high - low) / 100)
     classes = classes or known[1]

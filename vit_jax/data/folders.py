@@ -1,13 +1,27 @@
-"""Folders of images: path/class/*, or path/train/class/* and path/val/class/*."""
+"""Folders of images: path/class/**, or path/train/class/** and path/val/class/**.
 
+Class folders are walked down. What is passed over is said in one line: files that are no images,
+images outside of class folders, links that lead nowhere or in circles, workdirs of runs.
+"""
+
+import bisect
+import collections
 import concurrent.futures
 import hashlib
+import itertools
 import os
+import stat
 
 import numpy as np
 from etils import epath
 
-from vit_jax.data import facts, ranges
+from vit_jax.data import facts, images, names, ranges, records, splits
+from vit_jax.errors import UserError
+from vit_jax.text import printable
+
+SUFFIXES = tuple(f'.{suffix}' for suffix in images.SUFFIXES)
+DEEPEST = 32  # folders in folders
+MOST_NAMED = 4  # suffixes of files that are passed over, classes without images
 
 
 class Files:
@@ -43,7 +57,204 @@ def size_of(path):
         return -1
 
 
+class Passed:
+    """What is passed over, by kind: how many, and the first of them."""
+
+    def __init__(self):
+        self.counts, self.first = collections.Counter(), {}
+
+    def add(self, kind, path):
+        self.counts[kind] += 1
+        self.first.setdefault(kind, path)
+
+    def tell(self, root):
+        """Says it in one line, where there is anything."""
+        others = {kind: n for kind, n in self.counts.items() if kind[0] == '.'}
+        parts = [f'{n:,} {kind} ({self.first[kind]})' for kind, n in self.counts.items()
+                 if kind not in others]  # fmt: skip
+        if others:
+            some = sorted(others, key=others.get, reverse=True)
+            kinds = ', '.join(f'{others[kind]:,} {kind[1:]}' for kind in some[:MOST_NAMED])
+            more = ', ...' if len(some) > MOST_NAMED else ''
+            first = self.first[next(iter(others))]
+            parts.insert(0, f'{sum(others.values()):,} files that are no images by their names, '
+                            f'{kinds}{more} ({first})')  # fmt: skip
+        if parts:
+            names.say(f'{root}: passed over {"; ".join(parts)}')
+
+
+def listed(folder):
+    """(names of files, names of folders, names that are neither) in a folder, sorted."""
+    files, folders, odd = [], [], []
+    try:
+        if '://' in folder:
+            for path in epath.Path(folder).iterdir():
+                (folders if path.is_dir() else files).append(path.name)
+        else:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    kind = folders if entry.is_dir() else files if entry.is_file() else odd
+                    kind.append(entry.name)
+    except OSError as e:
+        raise UserError(f'can not read folder {folder}: {e.strerror or e}') from e
+    return sorted(files), sorted(folders), sorted(odd)
+
+
+def is_run(folder):
+    """Whether a folder is the workdir of a run, one that has just begun too."""
+    inside = os.path.exists(f'{folder}/config.json') and os.path.isdir(f'{folder}/checkpoints')
+    return inside or os.path.exists(f'{folder}/.lock')
+
+
+def is_class(folder):
+    """Whether a folder in a data set is one of a class: neither a workdir nor a folder of these."""
+    if '://' in folder:
+        return True
+    if is_run(folder):
+        return False
+    with os.scandir(folder) as entries:
+        inner = [entry.path for entry in itertools.islice(entries, DEEPEST)]
+    return not inner or not all(map(is_run, inner))
+
+
+def walked(root, name, passed, above=frozenset()):
+    """Yields the images below root/name, as paths from root; each real folder is walked once."""
+    folder = f'{root}/{name}'
+    if '://' not in root:
+        try:
+            status = os.stat(folder)
+        except OSError as e:
+            raise UserError(f'can not read folder {folder}: {e.strerror}') from e
+        here = (status.st_dev, status.st_ino)
+        if here in above or len(above) >= DEEPEST:
+            return passed.add('folders that lead in circles', folder)
+        above = above | {here}
+        if is_run(folder):
+            return passed.add('workdirs of runs', folder)
+    files, folders, odd = listed(folder)
+    for file in files:
+        if file.startswith('.'):
+            continue
+        if file.lower().endswith(SUFFIXES):
+            yield f'{name}/{file}'
+        else:
+            suffix = os.path.splitext(file)[1].lower() or 'without suffix'
+            passed.add(f'.{suffix}', f'{folder}/{file}')
+    for other in odd:
+        if not other.startswith('.'):
+            dangling = stat.S_ISLNK(os.lstat(f'{folder}/{other}').st_mode)
+            kind = 'links that lead nowhere' if dangling else 'names that are no files'
+            passed.add(kind, f'{folder}/{other}')
+    for inner in folders:
+        if not inner.startswith('.'):
+            yield from walked(root, f'{name}/{inner}', passed, above)
+
+
+def divided(path):
+    """The folders of a folder that is divided, `train` among them; None of classes alone."""
+    inner = shown(listed(path)[1])
+    if 'train' in inner and shown(listed(f'{path}/train')[1]):
+        return inner
+    others = [name for name in inner if name.casefold() in splits.WORDS]
+    if len(inner) > 1 and len(others) == len(inner):
+        raise UserError(
+            f'{path} has folders {", ".join(map(printable, inner))}, no classes by their names, '
+            'and no folder train; rename the one to train on'
+        )
+    return None
+
+
+def shown(found):
+    """Names but the hidden ones."""
+    return [name for name in found if not name.startswith('.')]
+
+
+def read(path, split):
+    """(Files, names of the classes) of a split of a folder, or of a share of one.
+
+    A share is made by a hash of the files' names, class by class: a class of two images or more
+    has one at least on both sides of each bound.
+    """
+    path = path.rstrip('/')
+    if not (epath.Path(path).is_dir() if '://' in path else os.path.isdir(path)):
+        raise UserError(f'no folder {path}')
+    part, low, high = splits.share(split)
+    known = divided(path)
+    if known is None and part != 'train':
+        raise UserError(
+            f'{path} is not divided into train and {part}; name a share of it as source.split, '
+            'train[:90%] or train[90%:]'
+        )
+    if known is not None and part not in known:
+        raise splits.missing(path, part, known)
+    top, root = (f'{path}/train', f'{path}/{part}') if known else (path, path)
+    own = [name for name in shown(listed(top)[1]) if is_class(f'{top}/{name}')]
+    if len(own) < 2:
+        raise UserError(
+            f'{top} has {len(own)} class folders; a data set needs two or more, or else '
+            f'{records.MANIFEST}, *.tar or *.parquet'
+        )
+    classes, passed = names.in_order(own, top), Passed()
+    found = images_of(root, passed)
+    if part == 'train' and (empty := [name for name in own if not found[name]]):
+        raise UserError(
+            f'no images in {top}/{empty[0]} ({", ".join(SUFFIXES)}); remove the folder of a class '
+            'that has none'
+        )
+    paths, labels, lacking = [], [], set(range(len(classes)))
+    for name, label in zip(found, names.matched(list(found), classes), strict=True):
+        if label is None and found[name]:
+            raise UserError(f'{root}/{name} is a class that {top} does not have')
+        chosen = [f'{root}/{file}' for file in chosen_of(found[name], low, high)]
+        paths += chosen
+        labels += [label] * len(chosen)
+        lacking -= {label} if chosen else set()
+    if not paths:
+        raise UserError(f'no images in {root}/*/ for split {split!r} ({", ".join(SUFFIXES)})')
+    passed.tell(root)
+    if lacking:
+        some = names.listed([classes[label] for label in sorted(lacking)])
+        names.say(f'{path}: split {split} has no images of {some}')
+    return Files(root, paths, labels), tuple(classes)
+
+
+def images_of(root, passed):
+    """{class: paths from root} of the class folders in a folder."""
+    files, folders, _ = listed(root)
+    for file in shown(files):
+        if file.lower().endswith(SUFFIXES):
+            passed.add('images outside of class folders', f'{root}/{file}')
+    found = {}
+    for name in shown(folders):
+        if is_class(f'{root}/{name}'):
+            found[name] = list(walked(root, name, passed))
+        else:
+            passed.add('workdirs of runs', f'{root}/{name}')
+    return found
+
+
+def chosen_of(files, low, high):
+    """Those files of a class that are in a share from `low` to `high` percent, sorted as they are.
+
+    By the hash of each name, so that a file stays where it is as others come; but a bound has one
+    file at least on both sides. Shares that do not overlap have no file in common.
+    """
+    if (low, high) == (0, 100):
+        return files
+    order = sorted(files, key=percentile)
+    hashes = [percentile(file) for file in order]
+
+    def place(bound):
+        if bound in (0, 100):
+            return len(files) if bound else 0
+        k = bisect.bisect_left(hashes, bound)
+        return min(max(k, 1), len(files) - 1) if len(files) > 1 else k
+
+    within = set(order[place(low) : place(high)])
+    return [file for file in files if file in within]
+
+
 def percentile(name):
     """A number in [0, 100) that the file's name alone decides."""
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(os.fsencode(name)).digest()
     return int.from_bytes(digest[:8], 'big') / 2**64 * 100

@@ -26,7 +26,7 @@ from absl import flags
 from PIL import Image
 
 from vit_jax import cli
-from vit_jax.data import example, memory, records
+from vit_jax.data import example, memory, records, splits
 from vit_jax.data.workers import deaf, end_with_parent
 from vit_jax.errors import UserError
 
@@ -221,7 +221,7 @@ def named(name, split):
     if not match or not int(match[1]) or int(match[3] or 224) < 8:
         raise UserError(f'{name!r} is not of the form jft_like:EXAMPLESxCLASSES[@SIZE]')
     if split not in SPLITS:
-        raise UserError(f'{name} has no split {split!r}; it has {", ".join(SPLITS)}')
+        raise splits.missing(name, split, SPLITS)
     examples, classes, size = int(match[1]), int(match[2]), int(match[3] or 224)
     examples = examples if split == 'train' else tenth(examples)
     found = Drawn(

@@ -109,9 +109,11 @@ class Rows:
                 opened = self.opened(k)
                 if k == 0:
                     self.path, self.many = columns(opened.schema, file, image, label)
-                    self.metadata = opened.schema.metadata or {}
+                    self.names = schema_names(opened.schema, label)
                 elif columns(opened.schema, file, image, label) != (self.path, self.many):
                     raise UserError(f'{file} has columns of other types than {self.files[0]}')
+                elif schema_names(opened.schema, label) != self.names:
+                    raise UserError(f'{file} has other names of classes than {self.files[0]}')
                 rows.append(opened.rows())
                 for group in range(len(rows[-1])):
                     values, sizes = numbers(opened.column(group, (label,)), file, group)
@@ -250,11 +252,8 @@ def class_names(rows, folders, label):
 
     The folders are looked through in their order.
     """
-    with contextlib.suppress(ValueError, RecursionError):
-        info = json.loads(rows.metadata.get(b'huggingface', b'{}'))
-        found = names_in(info.get('info', {}).get('features', {}).get(label))
-        if found:
-            return found
+    if rows.names:
+        return rows.names
     for folder in folders:
         for name, parse in (('dataset_info.json', info_features), ('README.md', card_features)):
             text = shards.small_file(folder, name)
@@ -266,6 +265,14 @@ def class_names(rows, folders, label):
                 continue
             if found:
                 return found
+    return None
+
+
+def schema_names(schema, label):
+    """The class names that Hugging Face wrote into the schema of a file, or None."""
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        info = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
+        return names_in(info.get('info', {}).get('features', {}).get(label))
     return None
 
 

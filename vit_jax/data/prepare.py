@@ -27,9 +27,12 @@ from absl import flags
 
 from vit_jax import cli
 from vit_jax.data import crew, duplicates, names, reading, records, sources, writing
+from vit_jax.data.splits import KNOWN
 from vit_jax.errors import UserError
 
-SPLIT = flags.DEFINE_list('split', ['train'], 'The splits to prepare.')
+SPLIT = flags.DEFINE_list(
+    'split', None, 'The splits to prepare; by default train, and what SRC has to validate and test.'
+)
 SIDE = flags.DEFINE_integer(
     'max_side', 512, 'The most pixels of the longer side; 0: as it is.', lower_bound=0
 )
@@ -74,6 +77,12 @@ def load(name, splits, fields):
         if not len(source):
             raise UserError(f'split {split} of {name} has no examples')
     return loaded
+
+
+def usual_splits(name, data_dir=None):
+    """train, and the splits of a data set that validate or test."""
+    known = sources.splits_of(name, data_dir)
+    return ['train', *(split for split in KNOWN[1:] if split in known)]
 
 
 def most_labels(loaded):
@@ -310,7 +319,8 @@ def main(argv, changes):
 
         fields = {key: config.parsed(text) for key, text in changes}
     try:
-        manifest = prepare(argv[1], argv[2], SPLIT.value, fields, WORKERS.value)
+        chosen = SPLIT.value or usual_splits(argv[1], fields.get('data_dir'))
+        manifest = prepare(argv[1], argv[2], chosen, fields, WORKERS.value)
     except KeyboardInterrupt:
         print('stopped; the same command goes on where it was', file=sys.stderr)
         sys.exit(130)

@@ -22,7 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from vit_jax.convert import fetch
 from vit_jax.convert.files import brief
-from vit_jax.data import example
+from vit_jax.data import example, splits
 from vit_jax.errors import UserError
 
 FORMAT, VERSION = 'vit_jax records', 1
@@ -175,9 +175,7 @@ class Records:
         folder = os.path.expanduser(os.fspath(folder))
         manifest = read_manifest(folder) if manifest is None else manifest
         if split not in manifest['splits']:
-            raise UserError(
-                f'{folder} has no split {split!r}; it has {", ".join(manifest["splits"])}'
-            )
+            raise splits.missing(folder, split, manifest['splits'])
         shards = manifest['splits'][split]
         self.folder, self.split = folder, split
         self.classes, self.max_labels = tuple(manifest['classes']), manifest['max_labels']

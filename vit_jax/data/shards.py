@@ -1,17 +1,19 @@
 """Which files a data set has: folders, patterns, splits by name; on disk or at an address."""
 
+import contextlib
 import glob
+import json
 import os
 import re
 
 from vit_jax.convert import fetch
-from vit_jax.data import ranges, records
+from vit_jax.data import names, ranges, records, splits
 from vit_jax.errors import UserError
 
 MOST_CARD = 10_000_000  # bytes of a list of classes, or what else is said of a data set
 SHARDS = ('.tar', '.parquet', '.arrow')
-SPLITS = ('train', 'val', 'valid', 'validation', 'test')
-IN_NAME = re.compile(rf'(?:^|[-_.])({"|".join(SPLITS)})(?=[-_.0-9])')  # imagenet-train-0001.tar
+# as of imagenet-train-0001.tar
+IN_NAME = re.compile(rf'(?:^|[-_.])({"|".join(splits.KNOWN)})(?=[-_.0-9])')
 OF = re.compile(r'-\d+-of-(\d+)(?=[-.])')
 MOST_SHARDS = 1_000_000
 
@@ -44,21 +46,66 @@ def find_shards(address, files, folders):
     """{split: shards} of a folder, of its folders train, val, ... or of data/; {} where none."""
     base = address.rstrip('/')
     for suffix in SHARDS:
-        own = [f'{base}/{name}' for name in sorted(files) if name.endswith(suffix)]
+        own = shards_in(base, files, suffix)
         # Beside folders of images a .tar is what they were unpacked from.
         images = suffix == '.tar' and ('train' in folders or len(folders) > 1)
         if own and not images:
             return divided(own)
         parts = {}
-        for part in sorted(set(SPLITS) & folders):
-            inner = sorted(n for n in listed(f'{base}/{part}')[0] if n.endswith(suffix))
+        known = dict_splits(base, files) if suffix == '.arrow' else splits.KNOWN
+        for part in sorted(set(known) & folders):
+            inner = shards_in(f'{base}/{part}', listed(f'{base}/{part}')[0], suffix)
             if inner:
-                parts[part] = complete([f'{base}/{part}/{name}' for name in inner])
+                parts[part] = complete(inner)
         if parts:
             return parts
     if 'data' in folders and 'train' not in folders:
         return find_shards(f'{base}/data', *listed(f'{base}/data'))
     return {}
+
+
+def shards_in(folder, files, suffix):
+    """The shards of a kind among the files of a folder, sorted.
+
+    Of arrow files those that state.json of save_to_disk names; what map() and filter() of Hugging
+    Face leave beside them (cache-*.arrow) is no part of the data set.
+    """
+    found = sorted(name for name in files if name.endswith(suffix))
+    if suffix == '.arrow' and found:
+        own = state_files(folder) if 'state.json' in files else None
+        if own is None:
+            own = [name for name in found if not name.startswith('cache-')]
+        elif lost := [name for name in own if name not in files]:
+            raise UserError(f'{folder}/state.json names {lost[0]}, which is not there')
+        if rest := sorted(set(found) - set(own)):
+            names.say(f'{folder}: passed over {len(rest)} arrow files of a cache ({rest[0]})')
+        found = own
+    return [f'{folder}/{name}' for name in found]
+
+
+def state_files(folder):
+    """The files that a state.json names, in their order; None where it makes no sense."""
+    state = small_json(folder, 'state.json')
+    files = state.get('_data_files') if isinstance(state, dict) else None
+    files = [f.get('filename') for f in files if isinstance(f, dict)] if files else None
+    plain = files and all(isinstance(f, str) and '/' not in f and f for f in files)
+    return files if plain else None
+
+
+def dict_splits(folder, files):
+    """The splits that dataset_dict.json of save_to_disk names; the usual ones without it."""
+    found = small_json(folder, 'dataset_dict.json') if 'dataset_dict.json' in files else None
+    listed = found.get('splits') if isinstance(found, dict) else None
+    if isinstance(listed, list) and all(isinstance(split, str) for split in listed):
+        return listed
+    return splits.KNOWN
+
+
+def small_json(folder, name):
+    """What a JSON file holds, None where it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(small_file(folder, name) or b'null')
+    return None
 
 
 def divided(paths):
@@ -68,7 +115,7 @@ def divided(paths):
         match = IN_NAME.search(path.rpartition('/')[2])
         parts.setdefault(match[1] if match else '', []).append(path)
     if len(parts) > 1 and '' in parts:
-        raise UserError(f'{parts[""][0]} names no split ({", ".join(SPLITS)}), as others do')
+        raise UserError(f'{parts[""][0]} names no split ({", ".join(splits.KNOWN)}), as others do')
     return {part or 'train': complete(found) for part, found in parts.items()}
 
 

@@ -4,34 +4,24 @@ Folders of images, prepared records, tar shards (WebDataset), parquet files (Hug
 """
 
 import contextlib
-import difflib
-import importlib
 import os
-import sys
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from etils import epath
 
 from vit_jax.data import (
     facts,
     folders,
     jft_like,
-    names,
     parquet,
     records,
     shards,
+    splits,
     tars,
-    tfrecord,
+    tfds,
     vtab,
 )  # fmt: skip
 from vit_jax.errors import UserError
 
-BUILDERS = ('digits', 'fashion_mnist_debian')
 MOST_CLASSES = 2**20  # that go without names
-MOST_LABELS = 32  # of an image of TFDS
-SMALL = 2**28  # bytes; reading and parsing a record takes longer than decoding a small image
-SUFFIXES = tuple(f'.{suffix}' for suffix in tars.SUFFIXES)
 
 
 class Source(NamedTuple):
@@ -47,50 +37,6 @@ class Source(NamedTuple):
     def name(self, i):
         """What a person would call example i: a path, or the data set, split and index."""
         return self.records.name(i)
-
-
-class Tfds:
-    """A TFDS split in a random-access format; a `small` one stays in memory once it is read.
-
-    `label` is a feature or a function of the example; a list of labels gets `max_labels` places,
-    filled up with -1. `change` is done with the image's bytes.
-    """
-
-    def __init__(self, data, title, image, label, small, max_labels=None, change=None):
-        self.data, self.title, self.image, self.label = data, title, image, label
-        self.max_labels, self.change = max_labels, change
-        self.kept = {} if small else None
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        if self.kept is None:
-            return self.read(i)
-        if i not in self.kept:
-            self.kept[i] = self.read(i)
-        return self.kept[i]
-
-    def read(self, i):
-        example = self.data[i]
-        image = example[self.image]
-        label = self.label(example) if callable(self.label) else example[self.label]
-        if self.max_labels is not None:
-            if len(label) > self.max_labels:
-                raise UserError(f'{self.name(i)} has {len(label)} labels, above {self.max_labels}')
-            label = np.pad(np.asarray(label, np.int32), (0, self.max_labels - len(label)),
-                           constant_values=-1)  # fmt: skip
-        return self.change(image) if self.change else image, label
-
-    def traits(self):
-        info, split = self.data.dataset_info, self.data.split
-        files = info.splits[split].file_instructions
-        parts = [(os.path.basename(f.filename), f.skip, f.take, f.examples_in_shard) for f in files]
-        names = {str(part.name): part.num_bytes for part in info.splits.values()}
-        return [info.full_name, str(parts)], [str(sorted(names.items()))]
-
-    def name(self, i):
-        return f'{self.title}[{i}]'
 
 
 class Part:
@@ -154,45 +100,92 @@ def load(
 
 def found_by(name, split, data_dir, image, label):
     """`load`, whose labels are by name."""
-    if name.startswith('jft_like:'):
-        records_, classes = jft_like.named(name, split.partition('[')[0])
-        return portion(records_, classes, split)
-    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
-    if name.startswith('vtab:'):
-        return vtab_task(name, split, data_dir)
+    address, kind = os.path.expanduser(name), kind_of(name)
+    if kind == 'tfds':
+        return Source(*tfds.load(name, split, data_dir=home(data_dir), image=image, label=label))
+    if kind == 'vtab':
+        return Source(*tfds.vtab_task(name, split, home(data_dir)))
+    part, _, _ = splits.share(split)
+    if kind == 'drawn':
+        return portion(*jft_like.named(name, part), split)
+    if kind == 'pattern':
+        return sharded({'train': shards.expanded(address)}, address, split, image, label)
+    files, inner = shards.listed(address)
+    if {records.MANIFEST, records.JOURNAL} & files:
+        found = records.Records(address, part)
+        return portion(found, found.classes, split)
+    parts = shards.find_shards(address, files, inner)
+    if parts:
+        return sharded(parts, address, split, image, label)
+    with images_at(address):
+        return Source(*folders.read(address, split))
+
+
+def kind_of(name):
+    """What a name stands for: 'drawn', 'vtab', 'pattern' (of shards), 'place' or 'tfds'."""
+    for start, kind in (('jft_like:', 'drawn'), ('vtab:', 'vtab')):
+        if name.startswith(start):
+            return kind
     address = os.path.expanduser(name)
     exists = '://' not in name and os.path.exists(address)
     if not exists and ('*' in name or '{' in name) or address.endswith(shards.SHARDS) and not (
         os.path.isdir(address)
     ):
-        return sharded({'train': shards.expanded(address)}, address, split, image, label)
-    if name.startswith(('/', '.', '~')) or '://' in name or os.path.isdir(address):
-        return at(address, split, image, label)
-    return tfds(name, split, data_dir=data_dir, image=image, label=label)
+        return 'pattern'
+    place = name.startswith(('/', '.', '~')) or '://' in name or os.path.isdir(address)
+    return 'place' if place else 'tfds'
 
 
-def at(address, split, image, label):
-    """The data set in a folder, a path or an address, by what is in it."""
-    files, folders = shards.listed(address)
-    if {records.MANIFEST, records.JOURNAL} & files:
-        found = records.Records(address, split.partition('[')[0])
-        return portion(found, found.classes, split)
-    parts = shards.find_shards(address, files, folders)
-    if parts:
-        return sharded(parts, address, split, image, label)
+def home(folder):
+    return None if folder is None else os.path.expanduser(folder)
+
+
+@contextlib.contextmanager
+def images_at(address):
+    """Says of an address that epath does not know what could be there."""
     try:
-        path = epath.Path(address)
-    except KeyError:  # of an address that epath does not know
+        yield
+    except KeyError:
         raise UserError(
             f'{address} has no {records.MANIFEST}, and no *.tar or *.parquet that its server '
             'lists; name shards as ADDRESS/x-{000..146}.tar'
         ) from None
-    return folder(path, split)
+
+
+def splits_of(name: str, data_dir: str | None = None) -> tuple[str, ...]:
+    """The splits of a data set, by its files' names alone; `name` and `data_dir` as of `load`."""
+    address, kind = os.path.expanduser(name), kind_of(name)
+    if kind == 'drawn':
+        return jft_like.SPLITS
+    if kind == 'vtab':
+        return vtab.SPLITS
+    if kind == 'pattern':
+        return ('train',)
+    if kind == 'tfds':
+        return tuple(map(str, tfds.builder_of(name, home(data_dir)).info.splits))
+    files, inner = shards.listed(address)
+    if {records.MANIFEST, records.JOURNAL} & files:
+        return tuple(records.read_manifest(address)['splits'])
+    parts = shards.find_shards(address, files, inner)
+    with images_at(address):
+        return tuple(parts or folders.divided(address.rstrip('/')) or ('train',))
+
+
+def held_out(name: str) -> tuple[str, dict[str, str]]:
+    """(split to train on, {evaluation: split}) of a data set, see `splits.held_out`.
+
+    This is what recipes ask. A data set that is not here is taken to have train and test.
+    """
+    try:
+        known = splits_of(name)
+    except UserError:  # said when it is opened; a plan or a rehearsal needs no data
+        known = ('train', 'test')
+    return splits.held_out(known)
 
 
 def portion(found, classes, split):
     """A Source of records, or of a share of them by position."""
-    _, low, high = share(split)
+    _, low, high = splits.share(split)
     if (low, high) != (0, 100):
         start, stop = (round(len(found) * percent / 100) for percent in (low, high))
         found = Part(found, start, stop)
@@ -203,9 +196,9 @@ def portion(found, classes, split):
 
 def sharded(parts, address, split, image, label):
     """A split of tar, parquet or arrow files; `parts` are {split: files}."""
-    part, _, _ = share(split)
+    part, _, _ = splits.share(split)
     if part not in parts:
-        raise UserError(f'{address} has no split {part!r}; it has {", ".join(sorted(parts))}')
+        raise splits.missing(address, part, sorted(parts))
     files = parts[part]
     kinds = {os.path.splitext(file.partition('?')[0])[1] for file in files}
     if len(kinds) != 1 or not kinds <= set(shards.SHARDS):
@@ -213,181 +206,16 @@ def sharded(parts, address, split, image, label):
         raise UserError(f'{address}: files are {kinds}, not one of {", ".join(shards.SHARDS)}')
     kind, opened = (tars, tars.Tars) if kinds == {'.tar'} else (parquet, parquet.Rows)
     found = opened(files, image=image, label=label)
-    folders = [os.path.dirname(files[0])]
-    if os.path.basename(folders[0]) in (part, 'data'):
-        folders.append(os.path.dirname(folders[0]))
-    names = kind.class_names(found, folders, label)
-    if names is None:
+    places = [os.path.dirname(files[0])]
+    if os.path.basename(places[0]) in (part, 'data'):
+        places.append(os.path.dirname(places[0]))
+    classes = kind.class_names(found, places, label)
+    if classes is None:
         highest = found.labels.max(initial=-1)
         if part != 'train' and 'train' in parts:  # whose classes are those of the others
             others = opened(parts['train'], image=image, label=label)
             highest = max(highest, others.labels.max(initial=-1))
         if highest >= MOST_CLASSES:
             raise UserError(f'{address} has a label {highest}, and no list of class names')
-        names = map(str, range(highest + 1))
-    return portion(found, names, split)
-
-
-def tfds(name, split, *, data_dir=None, image='image', label='label'):
-    """A TFDS data set; those of the repository are prepared at their first use."""
-    import tensorflow_datasets as tfds_lib
-
-    if name in BUILDERS:
-        module = f'vit_jax.data.builders.{name}.{name}_dataset_builder'
-        builder = importlib.import_module(module).Builder(data_dir=data_dir)
-        if not sys.stderr.isatty():
-            tfds_lib.disable_progress_bar()
-        try:
-            builder.download_and_prepare(file_format='array_record')
-        except ModuleNotFoundError as e:
-            raise UserError(
-                f'data set {name} needs {e.name}; install it with: pip install "vit_jax[{name}]"'
-            ) from e
-    else:
-        builder = prepared(name, data_dir)
-    features = builder.info.features
-    for key in (image, label):
-        if key not in features:
-            raise UserError(
-                f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}'
-            )
-    one = getattr(features[label], 'feature', features[label])  # of a sequence of labels
-    if getattr(one, 'names', None) is None:
-        raise UserError(f'feature {label!r} of data set {name} is no class label')
-    most = None if one is features[label] else MOST_LABELS
-    tfrecords = builder.info.available_file_formats() == {tfds_lib.core.FileFormat.TFRECORD}
-    with explained(builder, name, split):
-        if tfrecords and most is None:
-            found = tfrecord.of_builder(builder, split, image=image, label=label)
-        else:
-            data = random_access(builder, split, image)
-            small = builder.info.dataset_size < SMALL
-            found = Tfds(data, f'{name}/{split}', image, label, small, most)
-    return Source(found, tuple(one.names))
-
-
-def vtab_task(name, split, data_dir=None):
-    """A split of a task of VTAB-1k."""
-    task = vtab.task(name)
-    builder = prepared(task.dataset, data_dir)
-    sizes = {part: info.num_examples for part, info in builder.info.splits.items()}
-    part = vtab.split_of(task, split, sizes)
-    with explained(builder, task.dataset, part):
-        data = random_access(builder, part, 'image')
-    if isinstance(task.label, str):
-        names = builder.info.features[task.label].names
-    else:
-        names = map(str, range(task.classes))
-    change = vtab.brightened if task.bright else None
-    small = builder.info.dataset_size < SMALL or split != 'test'
-    found = Tfds(data, f'{name}/{split}', 'image', task.label, small, change=change)
-    return Source(found, tuple(names))
-
-
-def random_access(builder, split, image):
-    """A split as a sequence of examples whose images are not decoded."""
-    import tensorflow_datasets as tfds_lib
-
-    return builder.as_data_source(split, decoders={image: tfds_lib.decode.SkipDecoding()})
-
-
-@contextlib.contextmanager
-def explained(builder, name, split):
-    """Says of a data set that can't be opened why, and the way out."""
-    try:
-        yield
-    except NotImplementedError as e:
-        raise UserError(
-            f'data set {name} is not prepared in a random-access format in {builder.data_dir}; '
-            f'prepare it with: tfds build {name} --file_format=array_record'
-        ) from e
-    except ValueError as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(
-            f'data set {name} has no split {split!r}; it has {", ".join(builder.info.splits)}'
-        ) from e
-
-
-def prepared(name, data_dir):
-    """The builder of a data set that stands prepared in data_dir, by the files alone."""
-    import tensorflow_datasets as tfds_lib
-
-    try:
-        builder = tfds_lib.builder(name, data_dir=data_dir, try_gcs=False)
-    except (tfds_lib.core.DatasetNotFoundError, ModuleNotFoundError, ValueError) as e:
-        # ValueError: a name that none of TFDS's can be, as that of a folder that is not there
-        known = [*BUILDERS, *tfds_lib.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, 3)
-        hint = f' Did you mean {" or ".join(near)}?' if near else ''
-        raise UserError(
-            f'no data set {name!r} is prepared.{hint} A folder of images, records, tar or parquet '
-            'files is given by its path or address, shards also as x-{000..146}.tar or x-*.tar.'
-        ) from e
-    if not builder.info.splits:
-        raise UserError(
-            f'data set {name} is not prepared in {builder.data_dir}; prepare it with: '
-            f'tfds build {name} --file_format=array_record'
-        )
-    return builder
-
-
-def folder(path, split):
-    """Images in path/class/*, or in path/train/class/* and path/val/class/*."""
-    if not path.is_dir():
-        raise UserError(f'no folder {path}')
-    part, low, high = share(split)
-    inner = [d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith('.')]
-    divided = 'train' in inner
-    if divided and part not in inner:
-        raise UserError(f'{path} has no sub-folder {part!r}, but {", ".join(sorted(inner))}')
-    if not divided and part != 'train':
-        raise UserError(
-            f'{path} is not divided into train and val; name a share, as train[:90%] or train[90%:]'
-        )
-    root = path / part if divided else path
-    top = path / 'train' if divided else path
-    inner = [d.name for d in top.iterdir() if d.is_dir() and not d.name.startswith('.')]
-    classes = names.in_order(inner, top)
-    if len(classes) < 2:
-        raise UserError(
-            f'{top} has {len(classes)} class folders; a data set needs two or more, or else '
-            f'{records.MANIFEST}, *.tar or *.parquet'
-        )
-    paths, labels = [], []
-    for d in sorted(root.iterdir()):
-        if not d.is_dir() or d.name.startswith('.'):
-            continue
-        if d.name not in classes:
-            raise UserError(f'{d} is a class that {top} does not have')
-        files = [
-            file for file in sorted(d.iterdir())
-            if file.name.lower().endswith(SUFFIXES) and not file.name.startswith('.')
-        ]  # fmt: skip
-        if not files:
-            raise UserError(f'no images in {d} ({", ".join(SUFFIXES)})')
-        chosen = [str(f) for f in files if low <= folders.percentile(f'{d.name}/{f.name}') < high]
-        paths += chosen
-        labels += [classes.index(d.name)] * len(chosen)
-    if not paths:
-        raise UserError(f'no images in {root}/*/ for split {split!r} ({", ".join(SUFFIXES)})')
-    return Source(folders.Files(str(root), paths, labels), tuple(classes))
-
-
-def share(split):
-    """'train[10%:90%]' to ('train', 10, 90)."""
-    name, _, rest = split.partition('[')
-    if not rest:
-        return name, 0, 100
-    bounds = rest.rstrip(']').split(':')
-    try:
-        if len(bounds) != 2 or not rest.endswith(']'):
-            raise ValueError
-        low, high = (
-            float(b.removesuffix('%')) if b else d for b, d in zip(bounds, (0, 100), strict=True)
-        )
-        if not all(b.endswith('%') for b in bounds if b) or not 0 <= low < high <= 100:
-            raise ValueError
-    except ValueError:
-        raise UserError(f'split {split!r} is not of the form train[10%:90%]') from None
-    return name, low, high
+        classes = map(str, range(highest + 1))
+    return portion(found, classes, split)

@@ -16,10 +16,9 @@ from functools import partial
 import numpy as np
 
 from vit_jax.convert.files import brief
-from vit_jax.data import ranges, shards
+from vit_jax.data import images, names, ranges, shards
 from vit_jax.errors import UserError
 
-SUFFIXES = ('jpg', 'jpeg', 'png', 'gif', 'bmp', 'webp', 'tif', 'tiff')
 KEY = re.compile(r'((?:.*/)?[^./][^./]*)\.([^/]+)', re.DOTALL)  # up to the base name's first dot
 MOST_TEXT = 2**20  # bytes of a label's member, and of a header's extensions
 BLOCK = 512  # bytes of a tar header
@@ -140,15 +139,16 @@ def scan(stream, file, size, *, image, label):
     offsets, sizes int64 [n]; keys uint8 (one behind the other), key_sizes int64 [n]; labels int32,
     label_counts int64 [n]; many: bool, whether they are lists. UserError names shard and key.
     """
-    stream, rows = Sparing(stream), Rows(file, image, label)
+    stream, rows, passed = Sparing(stream), Rows(file, image, label), []
     for member in members(stream, file, size):
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
             raise UserError(f'{file}: {brief(member.name)} is a link or sparse; not read here')
         match = KEY.fullmatch(member.name)
-        if not match:
-            continue  # as WebDataset does
+        if not match:  # as WebDataset does
+            passed.append(member.name)
+            continue
         key, kind = match[1], match[2].lower()
         text = None
         if kind in ('cls', 'json'):
@@ -157,6 +157,9 @@ def scan(stream, file, size, *, image, label):
             stream.seek(member.offset_data)
             text = stream.read(member.size)
         rows.add(key, kind, member.offset_data, member.size, text)
+    if passed:
+        what = 'members without a key or a suffix'
+        names.say(f'{file}: passed over {len(passed):,} {what} ({brief(passed[0])})')
     return rows.arrays()
 
 
@@ -184,11 +187,12 @@ class Rows:
         """Takes what was gathered as an example."""
         if self.key is None:
             return
-        kinds = [k for k in self.group if k in SUFFIXES]
+        kinds = [k for k in self.group if k in images.SUFFIXES]
         kinds = kinds if self.image == 'image' else [k for k in self.group if k == self.image]
         if len(kinds) != 1:
             found = ', '.join(f'.{brief(k)}' for k in self.group)
-            what = 'several images; choose one' if kinds else f'no image ({", ".join(SUFFIXES)})'
+            known = ', '.join(images.SUFFIXES)
+            what = 'several images; choose one' if kinds else f'no image ({known})'
             raise self.error(f'{what} among its members {found}')
         labels = self.label()
         offset, size, _ = self.group[kinds[0]]
