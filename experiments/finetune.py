@@ -117,7 +117,8 @@ ARGS = (
 def divided(arg):
     """(data set, the words after it) of an argument; the path of a folder may have commas."""
     parts = re.split(r',(?![^{]*\})', arg)  # shards x-{a,b}.tar may, too
-    paths = (n for n in range(len(parts), 1, -1) if os.path.isdir(','.join(parts[:n])))
+    names = ((n, os.path.expanduser(','.join(parts[:n]))) for n in range(len(parts), 1, -1))
+    paths = (n for n, path in names if os.path.isdir(path))
     n = next(paths, 1)
     for word in parts[n + 1 :]:
         if word not in WORDS and not re.fullmatch(r'steps=[1-9]\d{0,8}', word):
