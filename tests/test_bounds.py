@@ -1,8 +1,10 @@
 """Every setting declares its values, and no other reaches a run."""
 
+import ast
 import copy
 import inspect
 import math
+import pathlib
 import types
 import typing
 from typing import Annotated
@@ -109,6 +111,18 @@ def test_every_setting_declares_its_values_and_has_a_default_among_them():
                 bounds.check(f'{path}.{key}', default, annotation)
             seen += 1
     assert seen > 150
+
+
+def test_numbers_among_the_flags_have_their_bounds_too():
+    seen = 0
+    for file in pathlib.Path(config.__file__).parent.rglob('*.py'):
+        for call in ast.walk(ast.parse(file.read_text())):
+            name = getattr(getattr(call, 'func', None), 'attr', '')
+            if name in ('DEFINE_integer', 'DEFINE_float'):
+                given = {keyword.arg for keyword in call.keywords}
+                assert 'lower_bound' in given, f'{file}: {call.args[0].value}'
+                seen += 1
+    assert seen > 25
 
 
 @pytest.mark.parametrize(

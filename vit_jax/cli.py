@@ -6,6 +6,7 @@ goes on without a word, as its files matter; where it can't be written, status a
 """
 
 import errno
+import math
 import os
 import re
 import signal
@@ -78,9 +79,13 @@ def run(main, section=None, *, goes_on=False):
         rest, found = split_changes(argv, section) if section else (argv, [])
         changes.extend(found)
         try:
-            return flags.FLAGS([*rest[:1], *('--help' if a == '-h' else a for a in rest[1:])])
+            rest = flags.FLAGS([*rest[:1], *('--help' if a == '-h' else a for a in rest[1:])])
         except SystemExit:  # absl's status of --help and its kin is 1
             sys.exit(0)
+        for name, value in flags.FLAGS.flag_values_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):  # absl lets it pass
+                raise UserError(f'flag --{name} is {value}, not a finite number')
+        return rest
 
     streams.begin()
     if goes_on and streams.output('stdout'):

@@ -238,5 +238,8 @@ if __name__ == '__main__':
         'max_images', 16, 'Images to draw of these, at most, evenly spaced.',
         lower_bound=1, upper_bound=100,
     )  # fmt: skip
-    flags.DEFINE_integer('image_size', None, "Pixels a side, if not the checkpoint's own.")
+    flags.DEFINE_integer(
+        'image_size', None, "Pixels a side, if not the checkpoint's own.", lower_bound=1,
+        upper_bound=65_536,
+    )  # fmt: skip
     cli.run(main)

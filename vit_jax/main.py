@@ -41,11 +41,12 @@ PROCESSES = flags.DEFINE_integer(
 )
 PROCESS = flags.DEFINE_integer('process_id', None, 'Of this process, from 0.', lower_bound=0)
 EXPECT_PROCESSES = flags.DEFINE_integer(
-    'expect_processes', None, 'Do not begin with more or fewer.'
+    'expect_processes', None, 'Do not begin with more or fewer.', lower_bound=1
 )
 EXPECT_DEVICES = flags.DEFINE_integer(
-    'expect_devices', None, 'Of all processes together: do not begin with more or fewer.'
-)
+    'expect_devices', None, 'Of all processes together: do not begin with more or fewer.',
+    lower_bound=1,
+)  # fmt: skip
 TIMEOUT = flags.DEFINE_integer(
     'peer_timeout', 60, 'Seconds after which a process that is not heard of, or that others wait '
     'for, ends the run.', lower_bound=5, upper_bound=1_000_000,

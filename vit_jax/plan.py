@@ -25,15 +25,24 @@ CONFIG = flags.DEFINE_string(
     '--config.KEY=VALUE changes one of its settings.', required=True,
 )  # fmt: skip
 TOPOLOGY = flags.DEFINE_string('topology', None, 'v4:4x4x8, v5e:16x16, v5p:..., v6e:..., cpu:8.')
-CHIPS = flags.DEFINE_integer('chips', None, 'With --topology=v4: a slice of so many chips.')
-SLICES = flags.DEFINE_integer('slices', 1, 'So many slices, joined by the data centre network.')
-EFFICIENCY = flags.DEFINE_float(
-    'efficiency', 0.5, 'Share of the peaks of arithmetic and memory that a step reaches.'
+CHIPS = flags.DEFINE_integer(
+    'chips', None, 'With --topology=v4: a slice of so many chips.', lower_bound=1
 )
+SLICES = flags.DEFINE_integer(
+    'slices', 1, 'So many slices, joined by the data centre network.', lower_bound=1
+)
+EFFICIENCY = flags.DEFINE_float(
+    'efficiency', 0.5, 'Share of the peaks of arithmetic and memory that a step reaches.',
+    lower_bound=0.001, upper_bound=1,
+)  # fmt: skip
 FIT = flags.DEFINE_bool('fit', False, 'Search for settings that fit, by compiling.')
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object in place of tables.')
-EXAMPLES = flags.DEFINE_integer('examples', None, 'Of a data set that is not here: its length.')
-CLASSES = flags.DEFINE_integer('classes', None, 'Of a data set that is not here: its classes.')
+EXAMPLES = flags.DEFINE_integer(
+    'examples', None, 'Of a data set that is not here: its length.', lower_bound=1
+)
+CLASSES = flags.DEFINE_integer(
+    'classes', None, 'Of a data set that is not here: its classes.', lower_bound=1
+)
 
 
 def duration(seconds):

@@ -169,7 +169,10 @@ if __name__ == '__main__':
     )  # fmt: skip
     flags.DEFINE_integer('top', 5, 'Classes to name for each image.', lower_bound=1)
     flags.DEFINE_integer('batch_size', 32, 'Images a step.', lower_bound=1)
-    flags.DEFINE_integer('image_size', None, "Pixels a side, if not the checkpoint's own.")
+    flags.DEFINE_integer(
+        'image_size', None, "Pixels a side, if not the checkpoint's own.", lower_bound=1,
+        upper_bound=65_536,
+    )  # fmt: skip
     flags.DEFINE_string(
         'view', None, 'How an image becomes a square: central (crop, the default) or resize '
         '(squeeze). Of a run: as its first evaluation does.',

@@ -5,6 +5,8 @@ catalogue (--list), a run's workdir. Without DST it says what SRC is. What was r
 be changed: --model.epsilon=1e-6.
 """
 
+import inspect
+
 from absl import flags
 
 from vit_jax import cli, config, models
@@ -16,7 +18,9 @@ from vit_jax.text import printable
 TO = flags.DEFINE_enum('to', None, list(save.FAMILIES), 'The format to write.')
 LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')
 SIZE = flags.DEFINE_list('image_size', None, 'Pixels, or height,width: resize the positions.')
-CLASSES = flags.DEFINE_integer('num_classes', None, 'A new head of zeros; 0: no head.')
+CLASSES = flags.DEFINE_integer(
+    'num_classes', None, 'A new head of zeros; 0: no head.', lower_bound=0
+)
 KEEP = flags.DEFINE_bool('keep_pre_logits', False, 'Keep a representation layer under a new head.')
 EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
 FOLD = flags.DEFINE_bool(
@@ -67,6 +71,8 @@ def main(argv, changes):
     if len(argv) not in (2, 3) or (len(argv) == 3) != (TO.value is not None):
         raise UserError('usage: python -m vit_jax.convert SRC [DST --to FORMAT], or --list')
     fields = {key: config.parsed(text) for key, text in changes}
+    for key in fields.keys() & inspect.signature(load.read).parameters.keys():
+        raise UserError(f'--model.{key} is no field of a model; see --help for flags')
     found = load.read(
         argv[1], image_size=size(), num_classes=CLASSES.value, keep_pre_logits=KEEP.value,
         ema=None if EMA.value else False, **fields,

@@ -18,6 +18,10 @@ WHOLE = (
     'num_classes', 'width', 'depth', 'num_heads', 'mlp_dim', 'tokens_mlp_dim',
     'representation_size',
 )  # fmt: skip
+STATE_SIZE = (  # the way out, from a command too: no setting is for so rare a file
+    'say which images it was made for, vit_jax.load(PATH, source_image_size=(height, width), ...), '
+    'and save that'
+)
 
 
 class Loaded(NamedTuple):
@@ -143,7 +147,7 @@ def understand(found, fields, source_image_size):
     prefix = ' or '.join(str(before) for before, *_ in fits)
     raise UserError(
         f'array {name} has {rows} positions, {prefix} of them of the tokens {list(probe.prefix)}: '
-        f'what is left {why}; give source_image_size=(height, width), which it was made for'
+        f'what is left {why}; {STATE_SIZE}'
     )
 
 
@@ -177,6 +181,8 @@ def grid_of(count, model, size):
 
 def built(kind, values):
     """The model of a file's fields; fields without effect have their default values."""
+    if 'name' in values:
+        raise UserError('a file tells its model itself: name is no field to be given')
     if kind == 'bit':
         return models.build(kind, **values)
     for field in set(WHOLE) & values.keys():
@@ -230,7 +236,7 @@ def target_grid(found, model, grid, image_size):
     if found.rows is not None and grid is None:
         raise UserError(
             f'array {found.rows[0]} has {found.rows[1]} positions, which are no square; to resize '
-            'it, give source_image_size=(height, width), which it was made for'
+            f'it, {STATE_SIZE}'
         )
     return target
 

@@ -75,7 +75,7 @@ def save(
     loss = loss or about.loss
     if fold:
         model, params = folded(model, params, format, size)
-    check(model, format)
+    check(model, format, fold)
     expected(model, params, size)
     loss = loss_of(config) if loss is None else loss
     if loss is not None and loss not in PROBLEMS:
@@ -109,13 +109,15 @@ def table_size(model, params):
     return (side * model.stride[0], side * model.stride[1]) if side * side == count else None
 
 
-def check(model, format):
+def check(model, format, fold=False):
     """Raises UserError for a field of the model that the format can not express."""
     at_stem = {'posemb_at': ('stem',)} if hasattr(model, 'posemb_at') else {}
     for field, values in (FAMILIES[format].limits(model) | at_stem).items():
         value = getattr(model, field)
         if value not in values:
             ways = ' or '.join(map(repr, values))
+            foldable = field == 'cls_posemb' or (field, value) == ('posemb', 'sincos2d')
+            ways += '; fold=True (--fold) writes it so' if foldable and not fold else ''
             raise UserError(
                 f'format {format} can not express {field}={value!r} of this model, only {ways}'
             )

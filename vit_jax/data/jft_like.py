@@ -322,10 +322,14 @@ def finish(dst, manifest):
 def define_flags():
     """Not at import: `sources` imports this, and other commands have flags of these names."""
     flags.DEFINE_integer('examples', None, 'Examples of the split train.', lower_bound=1)
-    flags.DEFINE_integer('test_examples', None, 'Examples of the split test, else a tenth.')
+    flags.DEFINE_integer(
+        'test_examples', None, 'Examples of the split test, else a tenth.', lower_bound=1
+    )
     flags.DEFINE_integer('classes', None, f'Classes, up to {MOST_CLASSES:,}.', lower_bound=2)
     flags.DEFINE_integer('image_size', 224, 'Height and width in pixels.', lower_bound=8)
-    flags.DEFINE_integer('max_labels', 4, f'Most labels of an image, up to {MOST_LABELS}.')
+    flags.DEFINE_integer(
+        'max_labels', 4, 'Most labels of an image.', lower_bound=1, upper_bound=MOST_LABELS
+    )
     flags.DEFINE_integer('cells', 2, 'Least cells along a side, one object in each.', lower_bound=1)
     flags.DEFINE_bool('grey', False, 'Greyscale images, in which colours are but shades.')
     flags.DEFINE_integer('seed', 0, 'What example i looks like.', lower_bound=0)

@@ -25,7 +25,7 @@ import numpy as np
 import PIL
 from absl import flags
 
-from vit_jax import cli
+from vit_jax import bounds, cli
 from vit_jax.data import crew, duplicates, names, reading, records, sources, writing
 from vit_jax.data.splits import KNOWN
 from vit_jax.errors import UserError
@@ -65,9 +65,12 @@ def split_of(address):
 
 def load(name, splits, fields):
     """{split: Source}, with the same classes each."""
-    unknown = [k for k in fields if k not in inspect.signature(sources.load).parameters]
+    known = inspect.signature(sources.load).parameters
+    unknown = [k for k in fields if k not in known]
     if unknown or {'name', 'split'} & fields.keys():
         raise UserError(f'--source.{(unknown or ["name or split"])[0]} is no field to be given')
+    for key, value in fields.items():
+        bounds.check(f'--source.{key}', value, known[key].annotation)
     loaded = {split: sources.load(name=name, split=split, **fields) for split in splits}
     for split, source in loaded.items():
         if not re.fullmatch(r'\w[\w.-]*', split, re.ASCII):

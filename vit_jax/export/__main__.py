@@ -43,7 +43,10 @@ OUTPUT = flags.DEFINE_string('output', None, 'The file to write, here or on gs:/
 PLATFORMS = flags.DEFINE_list(
     'platforms', list(export.PLATFORMS), 'Where the file is to run, one or several.'
 )
-SIZE = flags.DEFINE_integer('image_size', None, "Pixels a side, if not the checkpoint's own.")
+SIZE = flags.DEFINE_integer(
+    'image_size', None, "Pixels a side, if not the checkpoint's own.", lower_bound=1,
+    upper_bound=65_536,
+)  # fmt: skip
 DTYPE = flags.DEFINE_enum(
     'dtype', None, ['float32', 'bfloat16'], "Of the computation, if not the checkpoint's own; "
     'weights and results are float32.',
