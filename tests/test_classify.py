@@ -111,8 +111,20 @@ def test_a_folder_of_some_classes_has_the_numbers_of_all(tmp_path):
     probs = np.exp(among) / np.exp(among).sum(1, keepdims=True)
     assert found['loss'] == pytest.approx(metrics.log_loss(labels, probs), rel=1e-5)
     assert set(made.predictions(params)['prediction']) == set(chosen)
+    assert 'top5' not in found  # of three classes it is 1
     other, *_ = evaluation(path, None)  # nothing is known of the model's classes
     assert other(params)['accuracy'] == pytest.approx(np.mean(table[:100].argmax(1) == labels))
+
+
+def test_calibration_is_that_of_the_probabilities_shown(tmp_path):
+    """Of a sigmoid, which for the best class is not the probability of a softmax."""
+    labels = np.sort(np.random.default_rng(2).integers(0, CLASSES, 60))  # as the folders are
+    made, params, table = evaluation(folder(tmp_path, labels, names(CLASSES)), loss='sigmoid')
+    probs = 1 / (1 + np.exp(-table[:60].max(axis=1)))
+    np.testing.assert_allclose(made.predictions(params)['confidence'], probs, rtol=1e-5)
+    hits, bins = table[:60].argmax(axis=1) == labels, (probs * step.BINS).astype(int)
+    gaps = [abs(hits[bins == b].sum() - probs[bins == b].sum()) for b in range(step.BINS)]
+    assert made(params)['ece'] == pytest.approx(np.sum(gaps) / 60, rel=1e-4)
 
 
 def test_a_subset_with_the_numbers_of_all(tmp_path):

@@ -239,6 +239,24 @@ def test_long_names_are_cut_to_their_room():
     assert summary.shorten('ant', 0.6, 7) == 'ant'
 
 
+def test_cut_names_still_differ():
+    names = [f'a long beginning that all names share, {c}' for c in 'abcd']
+    tail = summary.tail_of(names)
+    assert len({summary.shorten(name, 0.6, 7, tail=tail) for name in names}) == 4
+    assert all(summary.text_width(summary.shorten(n, 0.6, 7, tail=tail), 7) <= 0.6 for n in names)
+    assert summary.tail_of(['ant', 'bee']) == summary.tail_of(None) == 0
+
+
+@pytest.mark.parametrize('values, shown', [
+    ([63.187, 63.1871], ['63.187', '63.1871']), ([0.0, 2e-5], ['0', '2e-5']), ([5], ['5']),
+    ([12500, 17500], ['12500', '17500']), ([], []), ([-1, 0], ['-1', '0']), ([0, 1e-17, 0.5], None),
+])
+def test_ticks_are_numbers_in_full(values, shown):
+    found = summary.Plain().format_ticks(values)
+    assert shown is None or found == shown
+    assert len(set(found)) == len(values)
+
+
 def test_equal_arguments_give_equal_bytes(tmp_path, draw):
     first = write(tmp_path, **fields()).read_bytes()
     assert write(tmp_path, **fields()).read_bytes() == first

@@ -34,6 +34,13 @@ def test_escapes_are_those_of_python():
     assert text.printable('two\nlines\x1b', keep='\n') == 'two\nlines\\x1b'
 
 
+@pytest.mark.parametrize('count, shown', [
+    (35.2e9, '35.2 GFLOP'), (5.04e4, '50.4 kFLOP'), (12, '0.012 kFLOP'), (2e13, '20 TFLOP'),
+])
+def test_operations_have_a_unit(count, shown):
+    assert text.flop(count) == shown
+
+
 def test_a_cell_is_no_formula():
     assert text.cell('=1+cmd|x') == "'=1+cmd|x"
     assert [text.cell(n) for n in ('-1', '+2.5', 'a=b', 'cat')] == ['-1', '+2.5', 'a=b', 'cat']

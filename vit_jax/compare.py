@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from vit_jax import history, report, storage, summary, workdir
 from vit_jax.errors import UserError
-from vit_jax.text import printable
+from vit_jax.text import number, printable
 
 LEAST = 5  # lines in a window
 SIGMAS = 4.0  # one window in 16,000 exceeds them by chance
@@ -108,7 +108,7 @@ def text(a, b, lines, metric, found):
         said.append('\nversions\n' + '\n'.join(other) if other else '\nversions are equal')
     last = [{k: v for line in part for k, v in line.items()} for part in lines]
     names = [k for k in last[0] if k in last[1] and k not in ('step', 'seconds')]
-    rows = [('', 'A', 'B')] + [(k, *(report.number(part[k]) for part in last)) for k in names]
+    rows = [('', 'A', 'B')] + [(k, *(number(part[k]) for part in last)) for k in names]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     said.append('\nlast values')
     for row in rows:
@@ -158,6 +158,7 @@ def main(argv):
     found = parting(*curves)
     print(printable(text(a, b, lines, options.metric, found), keep='\n'))
     out = workdir.located(options.out)
+    storage.folder(out.parent)
     names = [summary.shorten(f'{k}  {name}', 3.5, 8) for k, name in (('A', a), ('B', b))]
     draw(out, names, curves, options.metric, found)
     print(f'\nPicture: {printable(out)}')

@@ -17,13 +17,13 @@ import time
 
 from absl import flags
 
-from vit_jax import assembly, cli, experiment, report, sharding, storage, workdir
+from vit_jax import assembly, cli, experiment, sharding, storage, workdir
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.data import names, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
-from vit_jax.text import printable, to_json
+from vit_jax.text import number, printable, to_json
 
 
 def evaluate(checkpoint, config, ema=None, by_class=False):
@@ -98,7 +98,7 @@ def main(argv, overrides):
     else:
         for name, metrics in results.items():
             for metric, value in metrics.items():
-                print(f'{printable(name)}/{metric}  {report.number(value)}')
+                print(f'{printable(name)}/{metric}  {number(value)}')
     for name, text in texts.items():  # last, as a full disk must not take the rest along
         storage.write(out / f'{name.replace("/", "_")}.csv', text.encode())
 

@@ -41,7 +41,7 @@ from vit_jax.convert import run
 from vit_jax.data import files, mixture, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
-from vit_jax.text import printable
+from vit_jax.text import number, printable
 
 ATTENDED = 4  # images
 MOST_CONFUSED = 200  # classes of a picture
@@ -78,13 +78,13 @@ def of_run(path, out):
     lines = history.read_lines(path)
     result = workdir.read_json(path / 'result.json') or {}
     last = {k: v for line in lines for k, v in line.items() if '/' in k}
-    values = [(k, report.number(v)) for k, v in (result.get('metrics') or last).items() if '/' in k]
+    values = [(k, number(v)) for k, v in (result.get('metrics') or last).items() if '/' in k]
     yield 'Results', f'At step {int(state.step):,}.', [('metric', 'value'), *values]
     if result.get('expected'):
         yield 'Expected', 'What the recipe was to come to.', [
             ('metric', 'expected', 'measured', '', 'source'),
             *((row['metric'], f'{row["value"]} \N{PLUS-MINUS SIGN} {row["tolerance"]}',
-               '' if row['measured'] is None else report.number(row['measured']),
+               '' if row['measured'] is None else number(row['measured']),
                report.VERDICTS[row['pass']], row['source']) for row in result['expected']),
         ]  # fmt: skip
     classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
@@ -136,6 +136,8 @@ def of_mistakes(found, classes, count, out):
     pairs, times = np.unique(label[wrong] * count + prediction[wrong], return_counts=True)
     often = np.argsort(-times, kind='stable')[:MOST_FREQUENT]
     rows = [(*divmod(int(pairs[i]), count), int(times[i])) for i in often]
+    if not rows:
+        return
     yield 'Most frequent mistakes', 'Of all images of the true class.', [
         ('true class', 'taken for', 'times', 'of'),
         *((names[i], names[j], f'{n:,}', f'{images[i]:,}') for i, j, n in rows),
@@ -192,8 +194,7 @@ def main(argv):
         raise UserError(f'{argv[1]} is no workdir of a run; give --out, a folder for the pictures')
     out = workdir.located(options.out or path)
     paths = files.found(options.images, skip=out)
-    if not storage.remote(out):
-        out.mkdir(parents=True, exist_ok=True)
+    storage.folder(out)  # a mistake is known before anything is computed
     title, looks = argv[1], None
     if runs:
         stages = [of_study(runs, out)]

@@ -13,7 +13,7 @@ from vit_jax import anatomy, losses, models, page, plates
 from vit_jax.data import crew, files, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
-from vit_jax.text import printable
+from vit_jax.text import flop, printable
 
 TOP = 5  # classes of an image
 
@@ -66,7 +66,7 @@ def of_model(found, name, out):
     """Draws what a model has learnt; yields the parts of its page."""
     size, params = size_of(found), found.params
     count = sum(x.size for x in jax.tree.leaves(params))
-    flops = found.model.flops((*size, len(found.model.mean))) / 1e9
+    flops = flop(found.model.flops((*size, len(found.model.mean))))
     fields = models.describe(found.model) | {'name': name}
     kernel = np.asarray(params['embedding']['kernel']) if 'embedding' in params else None
     if kernel is not None and kernel.shape[2] in (1, 3):
@@ -79,7 +79,7 @@ def of_model(found, name, out):
         plates.positions(out / 'positions.png', similarity)
         yield 'Position embeddings', 'Similarity of each to all others (figure 7, middle).', (
             out / 'positions.png')
-    yield 'Model', f'{count:,} parameters, {flops:.3g} GFLOP an image.', [
+    yield 'Model', f'{count:,} parameters, {flops} an image.', [
         ('field', 'value'), *((k, page.said(v)) for k, v in fields.items())]
 
 

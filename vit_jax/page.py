@@ -8,8 +8,8 @@ import base64
 import html
 import os
 
-from vit_jax import report, storage
-from vit_jax.text import printable
+from vit_jax import storage
+from vit_jax.text import number, printable
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto;
@@ -19,7 +19,8 @@ p { margin: .2rem 0 .8rem; color: #555 } img { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: .9rem }
 td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #ddd;
          overflow-wrap: anywhere; vertical-align: top }
-td + td { font-variant-numeric: tabular-nums } .bad { color: #b04a00; font-weight: 600 }
+th { white-space: nowrap } td + td { font-variant-numeric: tabular-nums }
+.bad { color: #b04a00; font-weight: 600 }
 @media print { body { max-width: none; margin: 0 } h2 { break-after: avoid }
                img, tr { break-inside: avoid } }
 """
@@ -33,7 +34,7 @@ def escaped(text):
 
 def said(value):
     """A value of a table as text."""
-    return report.number(value) if type(value) in (int, float) else str(value)
+    return number(value) if type(value) in (int, float) else str(value)
 
 
 def picture(path, words):

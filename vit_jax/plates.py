@@ -75,7 +75,8 @@ def confusion(path, counts, classes):
     ax = figure.subplots()
     drawn = ax.imshow(shares, cmap=MAP, vmin=0, vmax=1)
     if k <= NAMED:
-        words = [summary.shorten(name, 1.3, 7) for name in classes]
+        tail = summary.tail_of(classes)
+        words = [summary.shorten(name, 1.3, 7, tail=tail) for name in classes]
         ax.set_xticks(range(k), words, rotation=90, fontsize=7, parse_math=False)
         ax.set_yticks(range(k), words, fontsize=7, parse_math=False)
     if k <= WRITTEN:
@@ -142,7 +143,7 @@ def distances(path, distance):
     ax.plot(depth, distance.mean(axis=1), color=summary.WRONG, lw=1.5, label='mean of heads')
     ax.set_xlabel('layer')
     ax.set_ylabel('mean attention distance, pixels')
-    ax.set_ylim(0, 1.15 * distance.max())
+    ax.set_ylim(0, 1.15 * distance.max() or 1)
     ax.set_xticks(depth if layers <= 16 else depth[:: layers // 12])
     ax.spines[['top', 'right']].set_visible(False)
     figure.legend(loc='outside upper right', frameon=False, fontsize=8)

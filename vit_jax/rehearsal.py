@@ -6,7 +6,7 @@ from vit_jax import assembly, estimate
 from vit_jax import config as configs
 from vit_jax.data import mixture
 from vit_jax.errors import UserError
-from vit_jax.text import printable
+from vit_jax.text import flop, printable
 
 
 def of(config, path):
@@ -58,7 +58,7 @@ def model(config, parts, source):
     count = sum(count for name, count in leaves if known or 'head/' not in f'/{name}')
     return (
         f'{config.model.name}: {count:,} parameters{"" if known else " without the head"}, '
-        f'{parts.model.flops(parts.shape) / 1e9:.3g} GFLOP an image forward at {parts.shape[0]} x '
+        f'{flop(parts.model.flops(parts.shape))} an image forward at {parts.shape[0]} x '
         f'{parts.shape[1]}'
     )
 

@@ -19,7 +19,7 @@ from vit_jax.bounds import Positive
 from vit_jax.data import mixture
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
-from vit_jax.text import finite, printable, to_json
+from vit_jax.text import finite, flop, number, printable, to_json
 
 VERDICTS = {True: 'pass', False: 'FAIL', None: 'not measured'}  # of a line of `expected`
 
@@ -285,13 +285,6 @@ class Bar:
             self.bar.stop()
 
 
-def number(value):
-    """A count in full, any other number to four digits; None stands for one that is not finite."""
-    if value is None:
-        return 'not finite'
-    return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
-
-
 def heading(parts, config, start):
     """What a run is, before it starts: model, data, devices, optimizer by parameter."""
     params = sum(count for _, _, count, *_ in parts.tx.table)
@@ -300,7 +293,7 @@ def heading(parts, config, start):
     lines = [
         optimizer_table(parts.tx.table),
         f'model   {config.model.name}: {params:,} parameters, {trained:,} of them trained, '
-        f'{parts.model.flops(parts.shape) / 1e9:.3g} GFLOP an image forward',
+        f'{flop(parts.model.flops(parts.shape))} an image forward',
         f'data    {mixture.title(config.data.source)}: {len(parts.source):,} images, '
         f'{len(parts.source.classes)} classes',
         f'devices {len(devices)} x {devices[0].device_kind}, mesh '

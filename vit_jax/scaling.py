@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from vit_jax import plates, summary
 from vit_jax.data import mixture
+from vit_jax.text import flop
 
 FAMILIES = ('ViT', 'hybrid', 'ResNet', 'Mixer')
 UNITS = (('exa', 1), ('peta', 1e-3), ('tera', 1e-6), ('giga', 1e-9))  # in exaFLOP
@@ -42,9 +43,7 @@ def model_of(config, result):
     name = config['model']['name']
     if '-' in name:
         return name
-    flops = result['flops_per_image']
-    unit, scale = ('GFLOP', 1e9) if flops >= 1e9 else ('MFLOP', 1e6)
-    return f'{family_of(config["model"])}, {flops / scale:.3g} {unit}'
+    return f'{family_of(config["model"])}, {flop(result["flops_per_image"])}'
 
 
 def points(runs):

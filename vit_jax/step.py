@@ -129,10 +129,10 @@ def wishes(batch):
 def eval_step(params, batch, *, model, loss='softmax', among=None):
     """What a classifier makes of a batch: (sums over mask 1, values by example [B]).
 
-    The sums, float32: hits, hits among the best five, losses, examples; examples, hits and
-    confidence by bin of confidence [3, BINS]; hits and examples by class [2, K], where an image has
-    one label. An image without any label counts nowhere. `among` [S] are the only classes that may
-    be predicted.
+    The sums, float32: hits, losses, examples; hits among the best five, where more classes can be
+    predicted; examples, hits and confidence by bin of confidence [3, BINS]; hits and examples by
+    class [2, K], where an image has one label. An image without any label counts nowhere. `among`
+    [S] are the only classes that may be predicted.
     """
     logits, _ = model.apply({'params': params}, model.normalise(batch['image']))
     logits, labels = logits.astype(jnp.float32), batch['label']
@@ -142,12 +142,10 @@ def eval_step(params, batch, *, model, loss='softmax', among=None):
     several = labels.reshape(len(labels), -1)  # [B, L]
     mask = batch['mask'].astype(jnp.float32) * jnp.any(several >= 0, axis=1)
     hits = losses.hits(logits, labels) * mask
-    _, best = jax.lax.top_k(logits, min(5, classes))
     confidence = jnp.max(losses.probabilities(logits, loss), axis=-1)
     bins = jnp.clip((confidence * BINS).astype(int), 0, BINS - 1)
     sums = {
         'accuracy': jnp.sum(hits),
-        'top5': jnp.sum(jnp.any(several[:, :, None] == best[:, None], axis=(1, 2)) * mask),
         'loss': jnp.sum(losses.LOSSES[loss](logits, labels) * mask),
         'examples': jnp.sum(mask),
         'bins': jnp.stack(
@@ -155,6 +153,10 @@ def eval_step(params, batch, *, model, loss='softmax', among=None):
         ),
         **wishes(batch),
     }
+    if (classes if among is None else len(among)) > 5:
+        _, best = jax.lax.top_k(logits, 5)
+        among_best = jnp.any(several[:, :, None] == best[:, None], axis=(1, 2))
+        sums['top5'] = jnp.sum(among_best * mask)
     if labels.ndim == 1:
         sums['by_class'] = jnp.stack([jnp.zeros(classes).at[labels].add(x) for x in (hits, mask)])
     return sums, {'prediction': jnp.argmax(logits, axis=-1), 'confidence': confidence}

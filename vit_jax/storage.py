@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import tempfile
 import time
 
 import fsspec
@@ -74,10 +75,11 @@ def writing(path):
 
 
 def folder(path):
-    """Makes a folder for what is to be written, and those above it. Raises UserError."""
+    """Makes a folder, and those above it, in which files can be written. Raises UserError."""
     if not remote(path):
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
     return path
 
 

@@ -9,12 +9,12 @@ import math
 import re
 
 import numpy as np
-from etils import epath
 from matplotlib import ticker
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
+from vit_jax import storage
 from vit_jax.evaluators import classify
 from vit_jax.text import printable
 
@@ -107,18 +107,19 @@ def draw(
         'Most confident mistakes first. Below each image: the predicted class, its probability '
         'and, where wrong, \N{NOT EQUAL TO} the true class.',
     )
+    tail = tail_of(classes)
     for i, n in enumerate(order):
         y, x = divmod(i, COLUMNS)
         box = (MARGIN + x * (tile[0] + GAP), tops[y], *tile)
         predicted = classify.class_name(classes, predictions[n])
         true = classify.class_name(classes, labels[n]) if wrong[n] else None
-        draw_example(fig, box, images[n], predicted, confidences[n], true)
+        draw_example(fig, box, images[n], predicted, confidences[n], true, tail)
     if len(attended):
         draw_attention(fig, maps, pair, attended, attention)
 
     png = io.BytesIO()
     fig.savefig(png, format='png', dpi=DPI, facecolor='white', metadata={'Software': None})
-    epath.Path(path).write_bytes(png.getvalue())
+    storage.write(path, png.getvalue())
 
 
 def draw_curves(fig, left, keys, metric, series, last):
@@ -158,7 +159,8 @@ class Plain(ticker.Formatter):
         gaps = np.diff(np.unique(values))
         gap = float(gaps.min()) if len(gaps) else float(np.abs(values).max(initial=0)) or 1.0
         largest = max(float(np.abs(values).max(initial=0)), gap)
-        digits = max(math.ceil(math.log10(largest / gap)) + 1, 4)
+        whole = math.ceil(math.log10(largest)) if 1 < largest < 1e7 else 0
+        digits = max(math.ceil(math.log10(largest / gap)) + 1, 4, whole)
         return [
             re.sub(r'e([+-])0*', lambda e: 'e' + e[1].strip('+'), f'{x:.{digits}g}')
             for x in np.where(np.abs(values) < gap / 1000, 0.0, values)
@@ -198,17 +200,17 @@ def draw_series(ax, series, form):
         )
 
 
-def draw_example(fig, box, image, predicted, confidence, true):
-    """An image with its prediction; `true` is None where that is right."""
+def draw_example(fig, box, image, predicted, confidence, true, tail):
+    """An image with its prediction; `true` is None where that is right, `tail` that of names."""
     color, frame = (RIGHT, 0.8) if true is None else (WRONG, 2)
     show(fig, box, image, color=color, linewidth=frame)
     left, top, width, height = box
-    style = dict(size=7, color=color)
+    style = dict(size=7, color=color, tail=tail)
     share = f'{confidence:.0%}'
     room = width - text_width(share + ' ', 7)
     line = top + height + 0.13
     write(fig, left, line, predicted, room=room, **style)
-    write(fig, left + width, line, share, ha='right', **style)
+    write(fig, left + width, line, share, size=7, color=color, ha='right')
     if true is not None:
         line += CAPTION_LINE
         write(fig, left, line, f'\N{NOT EQUAL TO} {true}', room=width, **style)
@@ -285,22 +287,43 @@ def heading(fig, left, top, text, note=''):
     write(fig, left, top + 0.34, note, size=8, color=GREY)
 
 
-def write(fig, left, baseline, text, *, size, room=WIDTH - 2 * MARGIN, weight='normal', **style):
+def write(
+    fig, left, baseline, text, *, size, room=WIDTH - 2 * MARGIN, weight='normal', tail=0, **style
+):
     """A line of text, cut to `room` inches."""
-    text = shorten(text, room, size, weight)
+    text = shorten(text, room, size, weight, tail)
     fig.text(
         *page(fig, left, baseline), text, size=size, weight=weight, parse_math=False, **style
     )
 
 
-def shorten(text, room, size, weight='normal'):
-    """The text in one line, cut with an ellipsis where it is wider than `room` inches."""
+def shorten(text, room, size, weight='normal', tail=0):
+    """The text in one line, cut with an ellipsis where it is wider than `room` inches.
+
+    Its last `tail` characters stay.
+    """
     text = printable(' '.join(str(text).split()))
     if text_width(text, size, weight) <= room:
         return text
-    while text and text_width(text + '…', size, weight) > room:
-        text = text[:-1]
-    return text.rstrip() + '…'
+    tail = min(tail, len(text) - 1)
+    end = '…' + text[len(text) - tail :]
+    head = text[: len(text) - tail]
+    while head and text_width(head + end, size, weight) > room:
+        head = head[:-1]
+    return head.rstrip() + end
+
+
+def tail_of(names):
+    """Characters at the end of class names to leave when they are cut, so that they differ.
+
+    0 where the names differ in their first ten characters, or nothing is gained.
+    """
+    names = [' '.join(str(name).split()) for name in names or ()]
+    if len({name[:10] for name in names}) == len(names):
+        return 0
+    counts = {tail: len({(name[:3], name[-tail:]) for name in names}) for tail in (3, 5, 7)}
+    best = max(counts, key=counts.get)
+    return best if counts[best] > len({name[:10] for name in names}) else 0
 
 
 def text_width(text, size, weight='normal'):

@@ -12,7 +12,7 @@ from absl import flags
 
 from vit_jax import cli, config, history, report, workdir
 from vit_jax.errors import UserError
-from vit_jax.text import printable
+from vit_jax.text import number, printable
 
 
 def split(text):
@@ -89,7 +89,7 @@ def table(rows):
     names = list(dict.fromkeys(k for metrics in found for k in metrics if '/' in k))
     cells = [(*keys, 'state', *names)]
     for (combination, state, _), metrics in zip(rows, found, strict=True):
-        values = (report.number(metrics[k]) if k in metrics else '' for k in names)
+        values = (number(metrics[k]) if k in metrics else '' for k in names)
         cells.append((*(value for _, value in combination), state, *values))
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return '\n'.join(

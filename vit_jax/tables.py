@@ -23,7 +23,7 @@ from absl import flags
 from rich import box
 from rich.table import Table as Grid
 
-from vit_jax import cli, experiment, published, typeset, workdir
+from vit_jax import cli, experiment, published, storage, typeset, workdir
 from vit_jax.data import vtab
 from vit_jax.errors import UserError, choices, shown
 from vit_jax.text import printable
@@ -250,10 +250,9 @@ def main(argv):
         raise UserError('--row and --column choose among --missing or --run; give one of these')
     typeset.shown(table, rows)
     if options.out:
-        out = workdir.located(options.out)
-        out.mkdir(parents=True, exist_ok=True)
+        out = storage.folder(workdir.located(options.out))
         for suffix, form in typeset.FORMATS.items():
-            (out / f'{table.id}.{suffix}').write_text(form(table, rows))
+            storage.write(out / f'{table.id}.{suffix}', form(table, rows).encode())
         print(f'Written: {printable(out / table.id)}.{{{",".join(typeset.FORMATS)}}}')
     return 0
 

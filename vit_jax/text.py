@@ -1,7 +1,7 @@
-"""Text from outside (names of files, classes, labels): how a person reads it, how JSON has it.
+"""Values as text: numbers, and names of files, classes and labels, which come from outside.
 
-Such a name may hold anything: a newline, a terminal's escape sequences, characters that turn the
-direction of what follows, bytes that are no UTF-8. Stored values stay exact; lines do not.
+A name may hold a newline, a terminal's escape sequences, characters that turn the direction of what
+follows, bytes that are no UTF-8. Stored values stay exact; lines do not.
 """
 
 import json
@@ -13,6 +13,7 @@ import unicodedata
 # marks of direction, joiners of width zero, tags. The two joiners that spell words and emoji stay.
 ESCAPED = ('Cc', 'Cs', 'Zl', 'Zp', 'Cf')
 JOINERS = '\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}'
+UNITS = (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3))
 FORMULA = re.compile(r'[=+\-@](?![\d.]+$)')
 
 
@@ -59,3 +60,16 @@ def finite(value):
     if isinstance(value, (list, tuple)):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float | None) -> str:
+    """A count in full, any other number to four digits; None stands for one that is not finite."""
+    if value is None:
+        return 'not finite'
+    return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
+
+
+def flop(count: float) -> str:
+    """A number of operations with its unit: '35.2 GFLOP'."""
+    unit, scale = next((u, s) for u, s in UNITS if count >= s or s == UNITS[-1][1])
+    return f'{count / scale:.3g} {unit}FLOP'

@@ -136,12 +136,14 @@ def summary(total):
     """{'accuracy', 'top5', 'loss', 'ece', 'class_accuracy', 'examples'} of `eval_step`'s sums.
 
     `ece` is the expected calibration error of the probabilities; `class_accuracy` the mean accuracy
-    of the classes that occur, where an image has one label.
+    of the classes that occur, where an image has one label. `top5` is left out where at most five
+    classes can be predicted.
     """
     count = total['examples']
     if not count:
         raise UserError('evals: no example of the data set has a label')
-    results = {name: float(total[name] / count) for name in ('accuracy', 'top5', 'loss')}
+    names = [name for name in ('accuracy', 'top5', 'loss') if name in total]
+    results = {name: float(total[name] / count) for name in names}
     results['ece'] = calibration_error(total['bins'])
     if 'by_class' in total:
         hits, examples = total['by_class']

@@ -1,0 +1,111 @@
+"""Names of folders, files and classes that try to command the terminal, through every command."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import launched
+import pytest
+from PIL import Image
+
+from vit_jax import text
+
+CLASSES = (
+    '=1+1|x\n\t\x1b[2J\x1b]0;gone\x07',
+    '<script>$\\x^_{&%#',
+    'turned\u202e\u2066\x9b31m\udcff\udcfe',
+)
+FILE = '\x1b[31m\r\n\u2028\udcfd<img>{}.png'
+PLAIN = launched.ENVIRONMENT | {'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C', 'PYTHONUTF8': '0'}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A folder of images, and a run on it."""
+    path = tmp_path_factory.mktemp('data') / 'images\n\x1b[1m'
+    pixels = launched.write_images(tmp_path_factory.mktemp('plain'), {'train': 4, 'val': 2})
+    for i, file in enumerate(sorted(pixels.rglob('*.png'))):
+        name = CLASSES[('ant', 'bee', 'cat').index(file.parent.name)]
+        place = path / file.parts[-3] / name
+        place.mkdir(parents=True, exist_ok=True)
+        file.rename(place / FILE.format(i))
+    return path
+
+
+def run(module, *arguments, status=0):
+    """The standard output of a command, both of whose streams a terminal can show."""
+    done = subprocess.run(
+        [sys.executable, '-m', f'vit_jax.{module}', *map(str, arguments)], capture_output=True,
+        env=PLAIN,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr.decode(errors='replace')[-2000:]
+    for stream in (done.stdout, done.stderr):
+        check(stream.decode('ascii'))
+    return done.stdout.decode()
+
+
+def check(shown):
+    """No character of a text does anything but end a line."""
+    assert not {c for c in shown if c != '\n' and text.escaped(c)}
+
+
+def strict(line):
+    """JSON in which a number is a number."""
+    return json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is no JSON'))
+
+
+@pytest.mark.slow
+def test_no_command_hands_them_to_the_terminal(data, tmp_path):
+    workdir, images = tmp_path / 'run', data / 'val'
+    flags = ['--config.steps=2', '--config.evals.val.every=1', '--config.objective.loss=sigmoid']
+    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *flags)
+    assert sorted(json.loads((workdir / 'classes.json').read_text())) == sorted(CLASSES)
+    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *flags, '--dry_run')
+    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', status=2)
+
+    run('evaluate', f'--checkpoint={workdir}', f'--out={tmp_path}/out')
+    rows = (tmp_path / 'out' / 'val.csv').read_text(encoding='ascii').splitlines()
+    check('\n'.join(rows))
+    assert {row[0] for row in csv.reader(rows[1:])} == set(map(text.cell, CLASSES))
+    strict(run('evaluate', f'--checkpoint={workdir}', '--json'))
+
+    (images / CLASSES[0] / FILE.format('broken')).write_bytes(b'no image')
+    said = run('predict', f'--checkpoint={workdir}', images, status=2)
+    assert all(text.printable(name) in said for name in CLASSES)
+    lines = run('predict', f'--checkpoint={workdir}', '--json', images, status=2).splitlines()
+    assert len(lines) == 6
+    for line in map(strict, lines):
+        assert os.path.exists(line['image'])
+        assert {row['name'] for row in line['top']} == set(CLASSES)
+
+    config = f'--config={workdir}/config.json'
+    run('data', config, '--step=1', f'--show={tmp_path}/batch.png')
+    for line in run('data', config, '--step=1', '--json').splitlines():
+        assert {*strict(line)['labels']} <= set(CLASSES)
+    said = run('figures', workdir, f'--images={images}', f'--out={tmp_path}/page', status=2)
+    assert f'Page: {tmp_path}/page/page.html' in said
+    page = (tmp_path / 'page' / 'page.html').read_text(encoding='utf-8')
+    check(page)
+    assert '<script' not in page and page.count('<img') == page.count('base64')
+    for picture in (tmp_path / 'page').glob('*.png'):
+        Image.open(picture).verify()
+
+
+@pytest.mark.slow
+def test_no_file_that_is_written_hands_them_on(data, tmp_path):
+    workdir = tmp_path / 'runs' / 'x\n|y'
+    flags = ['--config.steps=2', '--config.evals.val.every=1']
+    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *flags)
+    for format, name in (('hf', 'a\x1bhf'), ('timm', 'timm'), ('official', 'a\nb.npz')):
+        run('convert', workdir, tmp_path / name, f'--to={format}')
+        run('convert', tmp_path / name)
+    run('export', f'--checkpoint={workdir}', f'--output={tmp_path}/a\nb.bin', '--platforms=cpu')
+    run('report', 'compare', workdir, workdir, f'--out={tmp_path}/c.png')
+    run('tables', 'vit.table5', f'--runs={tmp_path}/runs', f'--out={tmp_path}/tables')
+    for file in (tmp_path / 'tables').iterdir():
+        check(file.read_text(encoding='utf-8'))
+    run('data.prepare', data, tmp_path / 'rec\x1bords', '--split=val')
+    run('evaluate', f'--checkpoint={workdir}', '--config.evals.val.source.split=nosuch', status=2)
+    run('predict', f'--checkpoint={workdir}', tmp_path / 'no\n\x1bfile.jpg', status=2)
