@@ -102,6 +102,8 @@ def test_a_model_without_class_token_and_a_run_that_goes_on(tmp_path):
 
 @pytest.mark.parametrize('arguments, words', [
     ([], 'usage: python -m vit_jax.figures X'), (['/nowhere'], '/nowhere is no workdir'),
+    (['/nowhere.npz', '--out=/dev/null/x'], 'can not write /dev/null/x'),
+    (['/nowhere.npz', '--out=/nowhere', '--images=/nowhere.png'], 'no image /nowhere.png'),
 ])
 def test_mistakes_are_named_and_make_no_folder(arguments, words):
     done = figures(*arguments)

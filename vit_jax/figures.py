@@ -202,13 +202,14 @@ def main(argv):
         found = weights.read(argv[1], image_size=options.image_size, ema=None)
         name = named(found)
         title = f'{name}: {title}'
-        stages = [model_page.of_model(found, name, out)]
+        stages = [model_page.of_model(found, out)]
         if paths:
             drawn = model_page.chosen(paths, options.max_images)
             if len(drawn) < len(paths):
                 print(f'{len(drawn)} of {len(paths):,} images are drawn; --max_images=N draws more')
             looks = model_page.Looks(found, drawn)
             stages.append(looks.parts(out))
+        stages.append([model_page.of_fields(found, name)])
     if is_run:
         stages = [of_run(path, out), *stages, of_records(path)]
     parts = []

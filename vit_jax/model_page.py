@@ -62,12 +62,9 @@ def seeing(model):
     return see
 
 
-def of_model(found, name, out):
+def of_model(found, out):
     """Draws what a model has learnt; yields the parts of its page."""
     size, params = size_of(found), found.params
-    count = sum(x.size for x in jax.tree.leaves(params))
-    flops = flop(found.model.flops((*size, len(found.model.mean))))
-    fields = models.describe(found.model) | {'name': name}
     kernel = np.asarray(params['embedding']['kernel']) if 'embedding' in params else None
     if kernel is not None and kernel.shape[2] in (1, 3):
         plates.filters(out / 'filters.png', *anatomy.filter_components(kernel))
@@ -79,7 +76,14 @@ def of_model(found, name, out):
         plates.positions(out / 'positions.png', similarity)
         yield 'Position embeddings', 'Similarity of each to all others (figure 7, middle).', (
             out / 'positions.png')
-    yield 'Model', f'{count:,} parameters, {flops} an image.', [
+
+
+def of_fields(found, name):
+    """The part of the page that says what a model is."""
+    count = sum(x.size for x in jax.tree.leaves(found.params))
+    flops = flop(found.model.flops((*size_of(found), len(found.model.mean))))
+    fields = models.describe(found.model) | {'name': name}
+    return 'Model', f'{count:,} parameters, {flops} an image.', [
         ('field', 'value'), *((k, page.said(v)) for k, v in fields.items())]
 
 

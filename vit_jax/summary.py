@@ -206,7 +206,7 @@ def draw_example(fig, box, image, predicted, confidence, true, tail):
     show(fig, box, image, color=color, linewidth=frame)
     left, top, width, height = box
     style = dict(size=7, color=color, tail=tail)
-    share = f'{confidence:.0%}'
+    share = '<1%' if confidence < 0.01 else f'{confidence:.0%}'
     room = width - text_width(share + ' ', 7)
     line = top + height + 0.13
     write(fig, left, line, predicted, room=room, **style)

@@ -110,7 +110,7 @@ def pickled(address, name):
 def cache_folder(address):
     """Where the files of an address are kept, below `caches.root()`."""
     tail = re.sub(r'[^\w.-]+', '_', last_name(address), flags=re.ASCII).lstrip('.')[:60]
-    digest = hashlib.sha256(address.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(address)).hexdigest()[:16]
     return caches.root() / f'{tail}-{digest}'
 
 
