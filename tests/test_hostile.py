@@ -17,6 +17,7 @@ CLASSES = (
     '<script>$\\x^_{&%#',
     'turned\u202e\u2066\x9b31m\udcff\udcfe',
 )
+SHORT = ('--config.steps=2', '--config.optim.warmup=0', '--config.evals.val.every=1')
 FILE = '\x1b[31m\r\n\u2028\udcfd<img>{}.png'
 PLAIN = launched.ENVIRONMENT | {'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C', 'PYTHONUTF8': '0'}
 
@@ -59,7 +60,7 @@ def strict(line):
 @pytest.mark.slow
 def test_no_command_hands_them_to_the_terminal(data, tmp_path):
     workdir, images = tmp_path / 'run', data / 'val'
-    flags = ['--config.steps=2', '--config.evals.val.every=1', '--config.objective.loss=sigmoid']
+    flags = [*SHORT, '--config.objective.loss=sigmoid']
     run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *flags)
     assert sorted(json.loads((workdir / 'classes.json').read_text())) == sorted(CLASSES)
     run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *flags, '--dry_run')
@@ -96,8 +97,7 @@ def test_no_command_hands_them_to_the_terminal(data, tmp_path):
 @pytest.mark.slow
 def test_no_file_that_is_written_hands_them_on(data, tmp_path):
     workdir = tmp_path / 'runs' / 'x\n|y'
-    flags = ['--config.steps=2', '--config.evals.val.every=1']
-    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *flags)
+    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *SHORT)
     for format, name in (('hf', 'a\x1bhf'), ('timm', 'timm'), ('official', 'a\nb.npz')):
         run('convert', workdir, tmp_path / name, f'--to={format}')
         run('convert', tmp_path / name)

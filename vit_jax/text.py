@@ -64,7 +64,7 @@ def finite(value):
 
 def number(value: float | None) -> str:
     """A count in full, any other number to four digits; None stands for one that is not finite."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return 'not finite'
     return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
 
