@@ -19,7 +19,7 @@ CLASSES = (
 )
 SHORT = ('--config.steps=2', '--config.optim.warmup=0', '--config.evals.val.every=1')
 FILE = '\x1b[31m\r\n\u2028\udcfd<img>{}.png'
-PLAIN = launched.ENVIRONMENT | {'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C', 'PYTHONUTF8': '0'}
+PLAIN = launched.ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'}
 
 
 @pytest.fixture(scope='module')

@@ -56,6 +56,11 @@ def make(config, source=None, devices=None, classes=None):
         name: evaluation(model, mesh, source.classes, config.objective.loss, kwargs)
         for name, kwargs in config.evals.items()
     }
+    if str(config.checkpoint.best).endswith('/top5') and model.num_classes <= step.TOP:
+        raise UserError(
+            f'checkpoint.best is {config.checkpoint.best}, which is not measured of '
+            f'{model.num_classes} classes; name an accuracy'
+        )
     return Parts(source, steps, mesh, model, shape, objective, tx, abstract, evals)
 
 

@@ -36,7 +36,7 @@ def tables():
             t['id'], t['table'], t['source'], tuple(t['columns']), tuple(map(tuple, t['rows'])),
             t.get('notes', ''),
         )
-        for t in json.loads(file.read_text())
+        for t in json.loads(file.read_text(encoding='utf-8'))
     }  # fmt: skip
 
 

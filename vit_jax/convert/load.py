@@ -105,7 +105,7 @@ def resolve(path):
 def catalogue():
     """{name: {address, family, image_size, source, metric, accuracy}} of public checkpoints."""
     file = importlib.resources.files('vit_jax.convert') / 'catalogue.json'
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding='utf-8'))
 
 
 def split(address):
