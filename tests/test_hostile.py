@@ -72,12 +72,13 @@ def test_no_command_hands_them_to_the_terminal(data, tmp_path):
     assert {row[0] for row in csv.reader(rows[1:])} == set(map(text.cell, CLASSES))
     strict(run('evaluate', f'--checkpoint={workdir}', '--json'))
 
-    (images / CLASSES[0] / FILE.format('broken')).write_bytes(b'no image')
-    said = run('predict', f'--checkpoint={workdir}', images, status=2)
+    broken = tmp_path / FILE.format('broken,')
+    broken.write_bytes(b'no image')
+    said = run('predict', f'--checkpoint={workdir}', images, broken, status=2)
     assert all(text.printable(name) in said for name in CLASSES)
-    lines = run('predict', f'--checkpoint={workdir}', '--json', images, status=2).splitlines()
-    assert len(lines) == 6
-    for line in map(strict, lines):
+    said = run('predict', f'--checkpoint={workdir}', '--json', images, broken, status=2)
+    assert len(said.splitlines()) == 6
+    for line in map(strict, said.splitlines()):
         assert os.path.exists(line['image'])
         assert {row['name'] for row in line['top']} == set(CLASSES)
 
@@ -85,7 +86,8 @@ def test_no_command_hands_them_to_the_terminal(data, tmp_path):
     run('data', config, '--step=1', f'--show={tmp_path}/batch.png')
     for line in run('data', config, '--step=1', '--json').splitlines():
         assert {*strict(line)['labels']} <= set(CLASSES)
-    said = run('figures', workdir, f'--images={images}', f'--out={tmp_path}/page', status=2)
+    said = run('figures', workdir, f'--images={images}', f'--images={broken}',
+               f'--out={tmp_path}/page', status=2)
     assert f'Page: {tmp_path}/page/page.html' in said
     page = (tmp_path / 'page' / 'page.html').read_text(encoding='utf-8')
     check(page)

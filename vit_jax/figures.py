@@ -193,7 +193,7 @@ def main(argv):
     if not is_run and not options.out:
         raise UserError(f'{argv[1]} is no workdir of a run; give --out, a folder for the pictures')
     out = workdir.located(options.out or path)
-    paths = files.found(options.images, skip=out)
+    paths = files.found(listed(options.images), skip=out)
     storage.folder(out)  # a mistake is known before anything is computed
     title, looks = argv[1], None
     if runs:
@@ -224,6 +224,15 @@ def main(argv):
         raise UserError(f'{looks.failed} of {len(drawn)} images can not be read')
 
 
+def listed(texts):
+    """The names in texts of several with commas between them; a path that is there is one name."""
+    names = []
+    for text in texts:
+        whole = os.path.exists(os.path.expanduser(text))
+        names += [text] if whole else [name for name in text.split(',') if name]
+    return names
+
+
 def named(found):
     """What a run's config calls the model, else the shortest name that makes it."""
     model = (found.config or {}).get('model')
@@ -233,9 +242,10 @@ def named(found):
 
 if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'Folder for the pictures; the workdir if not given.')
-    flags.DEFINE_list(
-        'images', [], 'Images, folders of them or addresses, to see what the model makes of.'
-    )
+    flags.DEFINE_multi_string(
+        'images', [], 'Images, folders of them or addresses, to see what the model makes of them: '
+        'several with commas between them, or by giving the flag again.',
+    )  # fmt: skip
     flags.DEFINE_integer(
         'max_images', 16, 'Images to draw of these, at most, evenly spaced.',
         lower_bound=1, upper_bound=100,
