@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from vit_jax import history, report, storage, summary, workdir
+from vit_jax import history, storage, summary, workdir
 from vit_jax.errors import UserError
 from vit_jax.text import number, printable
 

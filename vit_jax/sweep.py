@@ -10,7 +10,7 @@ import re
 
 from absl import flags
 
-from vit_jax import cli, config, history, report, workdir
+from vit_jax import cli, config, history, workdir
 from vit_jax.errors import UserError
 from vit_jax.text import number, printable
 
