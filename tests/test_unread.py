@@ -8,6 +8,7 @@ import zlib
 import aiohttp
 import launched
 import numpy as np
+import processes
 import pytest
 
 from vit_jax.data import images, pipeline, reading, sources, writing
@@ -165,3 +166,17 @@ def test_a_mistake_in_a_view_ends_in_a_traceback_and_loses_nothing(tmp_path):
     assert process.wait(timeout=300) == 1
     assert 'ZeroDivisionError: a mistake' in launched.log_of(workdir).read_text()
     assert launched.checkpoints(workdir) == [launched.last_step(workdir)]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_one_process_can_not_read_ends_all_and_loses_nothing(tmp_path):
+    folder, workdir = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 8}), tmp_path
+    flags = (*FOREVER, '--config.evals.val.every=3', '--config.evals.val.batch_size=8')
+    with processes.Run(folder, workdir / 'run', 2, 1, *flags) as run:
+        run.wait_for(lambda: launched.last_step(workdir / 'run') > 7)
+        (folder / 'val' / 'bee' / '3.png').unlink()  # in a row of one of the two
+        assert run.ended() == {0: 2, 1: 2}, run.says()
+        for i in range(2):
+            assert any('bee/3.png: can not be read' in error for error in run.errors(i)), run.says()
+    saved, last = launched.checkpoints(workdir / 'run'), launched.last_step(workdir / 'run')
+    assert saved == [last] and last > 7
