@@ -271,6 +271,15 @@ def test_odd_entries_make_nothing_unreadable(kind):
             np.testing.assert_array_equal(decoded(with_exif(kind, exif)), upright)
 
 
+def test_bytes_between_the_segments_of_a_jpeg_are_skipped():
+    plain = saved('JPEG', exif=b'Exif\0\0' + pictures.tiff_of([(metadata.ORIENTATION, 3, [6])]))
+    shown, end = decoded(plain), 4 + int.from_bytes(plain[4:6]) - 2 + 2
+    assert plain[end] == 0xFF and shown.shape == (40, 24, 3)
+    for junk in (b'junk', b'\0', b'\xff', b'\xff\xff\xff', b'a\xff\0b', bytes(5000)):
+        np.testing.assert_array_equal(decoded(plain[:2] + junk + plain[2:]), shown)
+        np.testing.assert_array_equal(decoded(plain[:end] + junk + plain[end:]), shown)
+
+
 def test_texts_of_a_png_do_not_count_whatever_is_in_them():
     samples = RNG.integers(0, 256, (*SIZE, 3))
     plain = pictures.png(samples, 8, 2)
@@ -284,6 +293,12 @@ def test_texts_of_a_png_do_not_count_whatever_is_in_them():
                   pictures.chunk(b'pHYs', b'x'), pictures.chunk(b'gAMA'),
                   pictures.chunk(b'zTXt', b'Comment\0\0not deflated')):  # fmt: skip
         assert_shows(pictures.png(samples, 8, 2, extra=extra), samples, 0)
+        deep = RNG.integers(0, 2**16, (*SIZE, 3))
+        key = deep[2, 2].astype('>u2').tobytes()
+        np.testing.assert_array_equal(
+            decoded(pictures.png(deep, 16, 2, trns=key, extra=extra)),
+            decoded(pictures.png(deep, 16, 2, trns=key)),
+        )
     at = plain.index(b'IDAT') + 10
     broken = plain[:at] + bytes([plain[at] ^ 1]) + plain[at + 1 :]
     with pytest.raises(images.Unreadable):

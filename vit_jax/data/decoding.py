@@ -35,7 +35,7 @@ def decode(data: bytes) -> np.ndarray:
         picture, exif = metadata.apart(data)
         with Image.open(io.BytesIO(picture), formats=FORMATS) as file:
             turn = metadata.orientation(exif or file.info.get('exif', b''))
-            return turned(np.asarray(shown(file, data)), turn)
+            return turned(np.asarray(shown(file, picture, data)), turn)
     except Unreadable:
         raise
     except Exception as e:  # Pillow's parsers raise whatever damaged data leads them to
@@ -61,11 +61,11 @@ def turned(image, orientation):
     return np.ascontiguousarray(image)
 
 
-def shown(file, data):
-    """An opened image file as RGB, over white."""
+def shown(file, picture, data):
+    """An opened image file as RGB, over white; it was opened from the bytes `picture` of `data`."""
     opaque = None  # bool [H, W], of what a key colour or a frame smaller than its canvas leaves
     if file.format == 'PNG':
-        opaque = unlike_key(file, data)
+        opaque = unlike_key(file, picture)
     elif file.format == 'GIF':
         opaque = within_frame(file)
     elif file.format == 'TIFF':

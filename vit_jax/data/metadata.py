@@ -35,14 +35,18 @@ def apart(data: bytes) -> tuple[bytes, bytes]:
 
 
 def jpeg(data):
-    """A JPEG without APP1 to APP13, APP15 and comments; what can't be parsed stays."""
+    """A JPEG without APP1 to APP13, APP15, comments, and bytes between its segments."""
     pieces, exif, at, begin = [], b'', 2, 0
-    while at + 4 <= len(data) and data[at] == 0xFF:
+    while 0 <= at <= len(data) - 4:
         kind = data[at + 1]
+        if data[at] != 0xFF or not kind:  # no marker: as libjpeg, on to the next one
+            pieces.append(data[begin:at])
+            at = begin = data.find(b'\xff', at + 1)
+            continue
         if kind in (0xFF, 0x01):  # a fill byte; a marker without a length
             at += 1 if kind == 0xFF else 2
             continue
-        if kind == 0xDA or 0xD0 <= kind <= 0xD9 or not kind:
+        if kind == 0xDA or 0xD0 <= kind <= 0xD9:
             break
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
         if end > len(data):
@@ -53,7 +57,7 @@ def jpeg(data):
             pieces.append(data[begin:at])
             begin = end
         at = end
-    return joined(pieces, data, begin), exif
+    return joined(pieces, data, begin if begin >= 0 else len(data)), exif
 
 
 def png(data):
