@@ -7,10 +7,11 @@ images outside of class folders, links that lead nowhere or in circles, workdirs
 import bisect
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import os
-import stat
+import pathlib
 
 import numpy as np
 from etils import epath
@@ -86,17 +87,17 @@ class Passed:
 def listed(folder):
     """(names of files, names of folders, names that are neither) in a folder, sorted."""
     files, folders, odd = [], [], []
-    try:
+    with readable(folder):
         if '://' in folder:
             for path in epath.Path(folder).iterdir():
                 (folders if path.is_dir() else files).append(path.name)
         else:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    kind = folders if entry.is_dir() else files if entry.is_file() else odd
+                    kind = odd
+                    with contextlib.suppress(OSError):  # a link to itself
+                        kind = folders if entry.is_dir() else files if entry.is_file() else odd
                     kind.append(entry.name)
-    except OSError as e:
-        raise UserError(f'can not read folder {folder}: {e.strerror or e}') from e
     return sorted(files), sorted(folders), sorted(odd)
 
 
@@ -112,42 +113,57 @@ def is_class(folder):
         return True
     if is_run(folder):
         return False
-    with os.scandir(folder) as entries:
+    with readable(folder), os.scandir(folder) as entries:
         inner = [entry.path for entry in itertools.islice(entries, DEEPEST)]
     return not inner or not all(map(is_run, inner))
 
 
-def walked(root, name, passed, above=frozenset()):
-    """Yields the images below root/name, as paths from root; each real folder is walked once."""
+@contextlib.contextmanager
+def readable(folder):
+    """Turns what the disk refuses into a UserError with the folder's name."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f'can not read folder {folder}: {e.strerror or e}') from e
+
+
+def identity(folder):
+    """What tells a folder from every other, by whatever path."""
+    with readable(folder):
+        status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def walked(root, name, passed, seen, depth=1):
+    """Yields the images below root/name, as paths from root.
+
+    `seen` are identities of folders that no link leads into again.
+    """
     folder = f'{root}/{name}'
     if '://' not in root:
-        try:
-            status = os.stat(folder)
-        except OSError as e:
-            raise UserError(f'can not read folder {folder}: {e.strerror}') from e
-        here = (status.st_dev, status.st_ino)
-        if here in above or len(above) >= DEEPEST:
-            return passed.add('folders that lead in circles', folder)
-        above = above | {here}
+        if depth > DEEPEST:
+            return passed.add(f'folders more than {DEEPEST} deep', folder)
         if is_run(folder):
             return passed.add('workdirs of runs', folder)
     files, folders, odd = listed(folder)
-    for file in files:
-        if file.startswith('.'):
-            continue
+    for file in shown(files):
         if file.lower().endswith(SUFFIXES):
             yield f'{name}/{file}'
         else:
             suffix = os.path.splitext(file)[1].lower() or 'without suffix'
             passed.add(f'.{suffix}', f'{folder}/{file}')
-    for other in odd:
-        if not other.startswith('.'):
-            dangling = stat.S_ISLNK(os.lstat(f'{folder}/{other}').st_mode)
-            kind = 'links that lead nowhere' if dangling else 'names that are no files'
-            passed.add(kind, f'{folder}/{other}')
-    for inner in folders:
-        if not inner.startswith('.'):
-            yield from walked(root, f'{name}/{inner}', passed, above)
+    for other in shown(odd):
+        link = os.path.islink(f'{folder}/{other}')
+        kind = 'links that lead nowhere' if link else 'names that are no files'
+        passed.add(kind, f'{folder}/{other}')
+    for inner in shown(folders):
+        if '://' not in root:
+            here = identity(f'{folder}/{inner}')
+            if here in seen:
+                passed.add('links to folders that are read already', f'{folder}/{inner}')
+                continue
+            seen.add(here)
+        yield from walked(root, f'{name}/{inner}', passed, seen, depth + 1)
 
 
 def divided(path):
@@ -219,18 +235,25 @@ def read(path, split):
 
 
 def images_of(root, passed):
-    """{class: paths from root} of the class folders in a folder."""
-    files, folders, _ = listed(root)
+    """{class: paths from root} of the class folders in a folder; each real folder is read once."""
+    files, folders, odd = listed(root)
     for file in shown(files):
         if file.lower().endswith(SUFFIXES):
             passed.add('images outside of class folders', f'{root}/{file}')
-    found = {}
+    for name in shown(odd):
+        passed.add('links that lead nowhere', f'{root}/{name}')
+    classes = []
     for name in shown(folders):
         if is_class(f'{root}/{name}'):
-            found[name] = list(walked(root, name, passed))
+            classes.append(name)
         else:
             passed.add('workdirs of runs', f'{root}/{name}')
-    return found
+    seen = set()
+    if '://' not in root:
+        above = pathlib.Path(os.path.realpath(root))
+        seen = {identity(path) for path in (above, *above.parents)}
+        seen |= {identity(f'{root}/{name}') for name in classes}
+    return {name: list(walked(root, name, passed, seen)) for name in classes}
 
 
 def chosen_of(files, low, high):

@@ -23,7 +23,7 @@ def listed(address):
     if '://' not in address:
         try:
             with os.scandir(address) as entries:
-                found = [(entry.name, entry.is_dir()) for entry in entries]
+                found = [(entry.name, os.path.isdir(entry.path)) for entry in entries]
         except OSError:  # `folder` says so
             return set(), set()
     else:
