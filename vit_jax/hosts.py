@@ -82,7 +82,7 @@ def joined(place, facts, *, timeout, start_timeout):
             place.coordinator, place.processes, place.process, place.devices,
             cluster_detection_method='deactivate', initialization_timeout=start_timeout,
             heartbeat_timeout_seconds=10 * timeout,  # the watch is to speak first
-            shutdown_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout, coordinator_bind_address=meeting.bind,
         )  # fmt: skip
         watch.begin(distributed.global_state.client)
     try:

@@ -41,13 +41,16 @@ def meet(place, facts, timeout):
              'facts': {'processes': place.processes, **facts}}  # fmt: skip
     if place.process:
         answer, talks = ask(place, hello, timeout)
+        bind = None
     else:
-        answer, talks = Host(place, hello).gather(timeout)
+        host = Host(place, hello)
+        answer, talks = host.gather(timeout)
+        bind = place.coordinator if host.named else None
     if answer:
         for talk in talks.values():
             talk.close()
         raise Lost(answer['lost']) if 'lost' in answer else UserError(answer['mistake'])
-    return Meeting(talks, place)
+    return Meeting(talks, place, bind)
 
 
 class Host:
@@ -58,7 +61,7 @@ class Host:
         self.met, self.known = {}, []  # the newest of each number; all that belong to the job
         self.door, self.strangers = [], collections.Counter()
         self.selector = selectors.DefaultSelector()
-        servers, self.where = listen(*place.address(), place.processes + STRANGERS)
+        servers, self.where, self.named = listen(*place.address(), place.processes + STRANGERS)
         for server in servers:
             server.setblocking(False)
             self.selector.register(server, selectors.EVENT_READ)
@@ -216,10 +219,14 @@ def another(place, said):
 
 
 class Meeting:
-    """The connections of processes that have met, until jax.distributed has started in all."""
+    """The connections of processes that have met, until jax.distributed has started in all.
 
-    def __init__(self, talks, place):
-        self.talks, self.place, self.over = talks, place, threading.Event()
+    Attributes:
+        bind: HOST:PORT at which process 0 has listened; None: at all its addresses, or another one.
+    """
+
+    def __init__(self, talks, place, bind):
+        self.talks, self.place, self.bind, self.over = talks, place, bind, threading.Event()
 
     @contextlib.contextmanager
     def watched(self, limit, lost):

@@ -111,7 +111,7 @@ class Talk:
 
 
 def listen(host, port, backlog):
-    """(sockets, where they listen): at the host's addresses, or at all of this machine.
+    """(sockets, where they listen, whether that is at the host's addresses or at all there are).
 
     At all where none of the host's is this machine's, as behind a NAT, or where it is one that
     others can't mean, as Debian's 127.0.1.1. Raises UserError where the port is taken.
@@ -127,13 +127,14 @@ def listen(host, port, backlog):
             else:
                 servers.append(server)
         if servers:
-            return servers, ', '.join(f'{server.getsockname()[0]}:{port}' for server in servers)
+            where = ', '.join(f'{server.getsockname()[0]}:{port}' for server in servers)
+            return servers, where, True
         print(f'process 0 listens at port {port} of all its addresses, as {host} is none of these',
               file=sys.stderr)  # fmt: skip
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         options = dict(family=family, dualstack_ipv6=both, backlog=backlog)
-        return [socket.create_server(('', port), **options)], f'port {port}'
+        return [socket.create_server(('', port), **options)], f'port {port}', False
     except OSError as e:
         for server in servers:
             server.close()
