@@ -377,3 +377,16 @@ def test_damaged_files_are_arrays_or_unreadable():
 def test_many_damaged_files_are_arrays_or_unreadable():
     read, refused = fuzzed(40_000, 1)
     assert read > 3000 and refused > 10_000
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_at_once():
+    """Each goes over the whole image: a file of 100 kB could take minutes, one of 20 MB hours."""
+    plain = saved('JPEG', np.full((2048, 2048), 99, np.uint8), progressive=True)
+    last = plain[plain.rindex(b'\xff\xc4', 0, plain.rindex(b'\xff\xda')) : -2]
+    few, many = (plain[:-2] + last * count + b'\xff\xd9' for count in (20, 1024))
+    assert images.read(few).shape == (2048, 2048, 3)
+    for read in (images.read, images.decode):
+        with pytest.raises(images.Unreadable, match='10.. scans of 2048 x 2048 pixels'):
+            read(many)
+    movie = np.random.default_rng(0).bytes(2_000_000)  # behind the picture, as telephones have it
+    assert decoded(saved('JPEG') + movie).shape == (24, 40, 3)

@@ -33,6 +33,7 @@
 #define CUT 0x1p-10f            /* added before values are cut off: what is 255 but for rounding */
 #define MOST_KEPT (1 << 24)     /* bytes a thread keeps of each kind */
 #define MAX_PIXELS 178956970    /* Pillow's own limit to a decompression bomb */
+#define MAX_WORK 0x1p32         /* pixels times scans: half a minute; a photograph has 10 scans */
 
 #if defined(__x86_64__) && defined(__GLIBC__)
 #define FAST __attribute__((target_clones("default", "arch=x86-64-v3")))
@@ -419,6 +420,14 @@ static void on_warning(j_common_ptr jpeg, int level) {
     if (level < 0) on_error(jpeg);
 }
 
+/* How many scans a file has. Each goes over the whole image, however few bytes it has. */
+static size_t count_scans(const uint8_t *data, const uint8_t *end) {
+    size_t count = 0;
+    while ((data = memchr(data, 0xff, end - data)) && end - ++data >= 4)
+        count += data[0] == 0xda && !data[1] && data[3] && data[3] < 5 && data[2] == 6 + 2 * data[3];
+    return count;
+}
+
 static decoder *begin(const uint8_t *data, size_t size) {
     scratch *kept = get_scratch();
     decoder *d = kept ? calloc(1, sizeof *d) : NULL;
@@ -434,6 +443,9 @@ static decoder *begin(const uint8_t *data, size_t size) {
         jpeg_read_header(&d->jpeg, TRUE);
         if ((uint64_t)d->jpeg.image_height * d->jpeg.image_width > MAX_PIXELS)
             fail(d, "the image is too large");
+        if (jpeg_has_multiple_scans(&d->jpeg) && (double)d->jpeg.image_height *
+            d->jpeg.image_width * count_scans(data, data + size) > MAX_WORK)
+            fail(d, "there are too many scans");
         if (d->jpeg.jpeg_color_space != JCS_YCbCr && d->jpeg.jpeg_color_space != JCS_GRAYSCALE &&
             d->jpeg.jpeg_color_space != JCS_RGB)
             fail(d, "the colours are not RGB");

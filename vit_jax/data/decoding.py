@@ -1,6 +1,7 @@
 """Bytes of image files to arrays, as a viewer would show them, by Pillow."""
 
 import io
+import re
 
 import numpy as np
 from PIL import Image, features
@@ -17,6 +18,10 @@ FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 # TIFF tags
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, COLOUR_MAP = 258, 259, 262, 277, 284, 320
 SAMPLE_FORMAT, SUBSAMPLING = 339, 530
+
+# The start of a scan of a JPEG. Each goes over the whole image, however few bytes it has.
+SCAN = re.compile(b'\xff\xda\0(?:\x08\1|\x0a\2|\x0c\3|\x0e\4)')
+MAX_WORK = 2**32  # pixels times scans, as in _jpeg.c
 
 
 class Unreadable(UserError):
@@ -63,6 +68,7 @@ def turned(image, orientation):
 
 def shown(file, picture, data):
     """An opened image file as RGB, over white; it was opened from the bytes `picture` of `data`."""
+    check_work(file, picture)
     opaque = None  # bool [H, W], of what a key colour or a frame smaller than its canvas leaves
     if file.format == 'PNG':
         opaque = unlike_key(file, picture)
@@ -75,6 +81,13 @@ def shown(file, picture, data):
     if opaque is None:
         return image
     return Image.composite(image, Image.new('RGB', image.size, 'white'), Image.fromarray(opaque))
+
+
+def check_work(file, picture):
+    """Raises Unreadable for a small file that would take minutes to decode."""
+    scans = len(SCAN.findall(picture)) if file.format in ('JPEG', 'MPO') else 0
+    if scans * file.width * file.height > MAX_WORK:
+        raise Unreadable(f'{scans} scans of {file.width} x {file.height} pixels are too many')
 
 
 def unlike_key(file, data):
