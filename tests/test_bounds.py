@@ -142,7 +142,7 @@ def test_no_value_outside_of_what_is_declared_is_taken(path, keys, values):
 
 @pytest.mark.parametrize('path, values, words', [
     ('optim', dict(clip=-1), 'optim.clip is -1, not float above 0 or None'),
-    ('optim', dict(freeze='('), r"optim.freeze is '\(', not several, each str that is a reg"),
+    ('optim', dict(freeze='('), r"optim.freeze is '\(', not tuple of str that is a reg"),
     ('objective', dict(mixup=-0.1), 'objective.mixup is -0.1, not float of 0 or above'),
     ('objective', dict(mix_by='pair'), "objective.mix_by is 'pair', not one of batch, example"),
     ('data', dict(image_size=(8,)), r'data.image_size is \(8,\), not int in \[1, 65536\] or \(int'),

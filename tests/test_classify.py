@@ -67,6 +67,7 @@ def test_numbers_are_those_of_scikit_learn(tmp_path):
         metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(CLASSES))
     )
     assert found['class_accuracy'] == pytest.approx(metrics.balanced_accuracy_score(labels, best))
+    assert found.keys() - classify.Classify.metrics() == {'examples'}  # which is no score
     assert found['loss'] == pytest.approx(metrics.log_loss(labels, probs), rel=1e-5)
     confidence, hits, error = probs.max(1), best == labels, 0.0
     for k in range(step.BINS):  # arXiv:1706.04599 eq. 3, in words

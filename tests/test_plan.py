@@ -141,7 +141,7 @@ def test_times_of_exchanges_by_hand():
     (['--topology=cpu:8', '--config.data.batch_size=60'], '8 and its multiples'),
     (['--topology=cpu:8', '--config.mesh.fspd=2'], 'mesh.fsdp'),
     (['--topology=cpu:8', '--config=nowhere.py'], 'no experiment file nowhere.py'),
-    (['--topology=cpu:8', '--efficiency=2'], 'not above 0 and at most 1'),
+    (['--topology=cpu:8', '--efficiency=2'], '--efficiency=2: 2.0 is not a number in the range'),
 ])  # fmt: skip
 def test_mistakes_are_one_line(experiment, arguments, words, monkeypatch, capsys):
     check_mistake(['--config', experiment, *arguments], words, monkeypatch, capsys)

@@ -109,6 +109,8 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
         evaluation.gathered(params, source, Stop(), print)
         for source in (evaluation.train_source, evaluation.source)
     )
+    declared = probe.Probe.metrics(k=(3,), pixels=True, l2=1.0, shots=(1, 25))
+    assert result.keys() == {*declared, '1_shot_std', '25_shot_std', 'examples'}
     assert len(train['labels']) == 1438 and len(test['labels']) == result['examples'] == 359
     images = test['pixels'].reshape(-1, 8, 8, 3)
     _, out = jax.jit(model.apply)({'params': params}, model.normalise(images))
@@ -139,7 +141,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
 
 @pytest.mark.parametrize('changes, words', [
     (dict(kind='knn'), "unknown key evals.p.kind"), (dict(l2='x'), "evals.p.l2 is 'x', not float"),
-    (dict(shots=(0, 5)), r'evals.p.shots is \(0, 5\), not several, each int above 0'),
+    (dict(shots=(0, 5)), r'evals.p.shots is \(0, 5\), not tuple of int above 0'),
 ])
 def test_mistakes_are_named(data_dir, changes, words):
     with pytest.raises(UserError, match=words):

@@ -94,6 +94,7 @@ def test_costs_are_in_the_units_of_the_papers():
     assert costs['exaflops'] == pytest.approx(224, rel=0.01)  # B/16, table 6
     assert costs['tpu_core_days'] == 8 and costs['device_hours'] == 192
     v4 = report.costs(result | {'device_kind': 'TPU v4'})
+    assert v4.keys() == report.COSTS.keys()
     assert v4['tpu_core_days'] == 16  # two cores a device
     assert 'tpu_core_days' not in report.costs(result | {'device_kind': 'cpu'})
 

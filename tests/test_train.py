@@ -214,6 +214,7 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
     ('optim.name=adam', "optim.name is 'adam'"),
     ('optim.freeze=("nothing",)', "optim.freeze 'nothing' matches no parameter"),
     ('checkpoint.best=accuracy', "best is 'accuracy', .* there are val/accuracy, val/top5"),
+    ('model.std=(1.0,)', r'images have 3 channels, .* model.std \(1.0,\)'),
     (('checkpoint.best=val/loss', 'checkpoint.mode=max'), 'the best val/loss is its min'),
 ])
 def test_mistakes_are_named_before_anything_is_trained(folder, tmp_path, override, words):

@@ -46,6 +46,10 @@ def make(config, source=None, devices=None, classes=None):
             f'labels are out of range: data set {mixture.title(config.data.source)} has {classes} '
             f'classes, model.num_classes is {model.num_classes}'
         )
+    if not len(model.mean) == len(model.std) == 3:
+        raise UserError(
+            f'images have 3 channels, model.mean is {model.mean}, model.std {model.std}'
+        )
     check_partners(config)
     steps = steps_of(config, source)
     shape = (*pipeline.size_of(config.data.image_size), 3)

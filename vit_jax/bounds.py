@@ -128,6 +128,6 @@ def describe(annotation):
         return ('one of ' if len(of) > 1 else '') + ', '.join(map(str, of))
     if kind is tuple and of:
         inner = [describe(one) for one in of if one is not ...]
-        return f'several, each {inner[0]}' if of[-1] is ... else f'({", ".join(inner)})'
+        return f'tuple of {inner[0]}' if of[-1] is ... else f'({", ".join(inner)})'
     names = {None: 'None', types.NoneType: 'None', dict: 'a section with keys'}
     return names.get(kind) or kind.__name__

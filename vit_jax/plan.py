@@ -120,8 +120,6 @@ def performance(result, peaks):
 def main(argv, overrides):
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}; flags begin with --')
-    if not 0 < EFFICIENCY.value <= 1:
-        raise UserError(f'--efficiency is {EFFICIENCY.value}, not above 0 and at most 1')
     if TOPOLOGY.value:
         if not TOPOLOGY.value.startswith('cpu'):
             jax.config.update('jax_platforms', 'cpu')

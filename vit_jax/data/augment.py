@@ -19,7 +19,7 @@ from vit_jax.errors import UserError
 
 Method = Literal['bilinear', 'bicubic', 'area']
 Crop = Annotated[float, Range(0, 1, '(]')]
-Shift = Annotated[int, Range(0, 65_536)]
+Shift = Annotated[int, Range(0, 1024)]
 
 
 def resize(image, rng, *, size, method: Method = 'bilinear', antialias: bool = True):

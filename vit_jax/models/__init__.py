@@ -26,11 +26,12 @@ NAMES = (
 
 def parts(name):
     """(module, {field: value}) of a model's name."""
-    match = re.fullmatch(r'bit(?:-r(\d+)x(\d+))?', name)
+    text = name if isinstance(name, str) else ''
+    match = re.fullmatch(r'bit(?:-r(\d+)x(\d+))?', text)
     if match and (match[1] is None or int(match[1]) in resnet.DEPTHS and int(match[2])):
         sizes = dict(units=resnet.DEPTHS[int(match[1])], width=float(match[2])) if match[1] else {}
         return resnet.Bit, sizes
-    match = re.fullmatch(r'(?:(r\d*)\+)?(vit|mixer)(?:-(\w+))?/(\d+)', name)
+    match = re.fullmatch(r'(?:(r\d*)\+)?(vit|mixer)(?:-(\w+))?/(\d+)', text)
     root, kind, size, patch = match.groups() if match else (None,) * 4
     module, sizes = {'mixer': (mixer.Mixer, mixer.SIZES)}.get(kind, (vit.Vit, vit.SIZES))
     known = match and (size in sizes or size is None and root is None)
