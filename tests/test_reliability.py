@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import time
@@ -182,6 +183,55 @@ def test_a_full_disk_keeps_what_was_saved(folder, tmp_path):
     assert kept and kept[0] == 7
     status, output = finish(folder, tmp_path / 'kept')  # with room, it goes on from there
     assert status == 0 and f'resumed at step {kept[-1]}' in output
+
+
+REFUSALS = {  # of the next save: what makes it, and the system's words
+    'a file in its place': (
+        'until mv -T {0} {0}.$RANDOM && : > {0}; do :; done',
+        '(Not a directory|No such file or directory)',
+    ),
+    'immutable': ('chattr +i {0}', 'Operation not permitted'),
+}
+
+
+@pytest.mark.parametrize('how', [
+    'a file in its place', pytest.param('immutable', marks=pytest.mark.slow),
+])
+def test_a_refused_save_ends_the_run_at_once(how, folder, tmp_path):
+    workdir = tmp_path / 'run'
+    command, words = REFUSALS[how]
+    process = launched.start(folder, workdir, '--config.steps=6000')
+    launched.wait_for(lambda: launched.checkpoints(workdir), process, workdir)
+    try:
+        done = subprocess.run(['bash', '-c', command.format(workdir / 'checkpoints')])
+        if done.returncode:
+            pytest.skip('chattr is not allowed here')
+        status = process.wait(timeout=150)  # Orbax' own threads would wait for 300 s
+    finally:
+        process.kill()
+        process.wait()
+        subprocess.run(['chattr', '-i', workdir / 'checkpoints'], capture_output=True)
+    output = launched.log_of(workdir).read_text()
+    assert status == 2 and 'Traceback' not in output, output
+    assert 'Error' not in output and 'never awaited' not in output, output
+    assert re.search(f'^error: can not write .*{workdir}/checkpoints.*: {words}', output, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('inodes', [160, 170, 180])  # more, and the refusal comes later in a save
+def test_no_inodes_left_for_a_save(inodes, folder, tmp_path):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    train = ' '.join(
+        map(str, launched.command(folder, disk / 'run', '--config.checkpoint.keep=9999'))
+    )
+    mounted = f'mount -t tmpfs -o size=90m,nr_inodes={inodes} tmpfs {disk}'
+    done = subprocess.run(
+        ['unshare', '--map-root-user', '--mount', 'sh', '-c', f'{mounted} && {train}; echo $?'],
+        capture_output=True, text=True, env=launched.ENVIRONMENT, timeout=250,
+    )  # fmt: skip
+    assert done.stdout.endswith('\n2\n') and done.stderr.count('\n') == 1, done.stderr
+    assert 'No space left on device' in done.stderr
 
 
 def test_a_folder_that_can_not_be_written(folder, tmp_path):

@@ -23,6 +23,13 @@ from vit_jax.fingerprints import Contents, ContentsRestore, ContentsSave, coming
 from vit_jax.optim import leaf_name
 from vit_jax.text import finite, printable
 
+REFUSALS = (  # of a file system, which the libraries raise as errors of several kinds
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ESTALE,
+    errno.ENODEV, errno.ENXIO, errno.ENOMEM, errno.ELOOP, errno.ENAMETOOLONG, errno.ETIMEDOUT,
+    errno.EMLINK, errno.ENOTCONN, errno.EHOSTDOWN,
+)  # fmt: skip
+
 
 class Damaged(Exception):
     """A checkpoint whose arrays are not those that were saved."""
@@ -60,6 +67,8 @@ class Checkpoints:
                     read_only=read_only, create=not read_only,
                     cleanup_tmp_directories=not read_only,
                     save_interval_steps=0 if read_only else 1, preservation_policy=self,
+                    # Else Orbax' threads wait 300 s for a folder that is refused.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
                 # Compression would save a twelfth of the bytes and take twice as long.
                 item_handlers={
@@ -76,9 +85,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception):
-        if not self.read_only:
-            self.finish()
-        self.manager.close()
+        with self.explained(self.saving):
+            try:
+                if not self.read_only:
+                    self.manager.wait_until_finished()
+            finally:
+                self.manager.close()
 
     def steps(self):
         """Steps that there are checkpoints of, ascending."""
@@ -135,11 +147,13 @@ class Checkpoints:
         try:
             with storage.explained(path, 'write checkpoint'):
                 yield
+        except UserError:
+            raise
         except Exception as e:  # OSError, or TensorStore's ValueError with the reason in its text
-            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-                if getattr(e, 'errno', None) == number or os.strerror(number) in str(e):
+            for refused in map(os.strerror, REFUSALS):
+                if refused in f'{e} {e.__cause__}':
                     raise UserError(
-                        f'can not write checkpoint {path}: {os.strerror(number)}; '
+                        f'can not write checkpoint {path}: {refused}; '
                         'what was saved before is as it was'
                     ) from e
             raise
@@ -308,6 +322,7 @@ def worth_saying(record):
     """Drops what Orbax logs of failed background writes, which its next call raises anyway, of
     having been asked to read only, of a file that only whole checkpoints have, and of a wait."""
     background = record.filename in ('future.py', 'base_events.py', 'async_checkpointer.py')
+    background |= 'orbax' in record.pathname and bool(record.exc_info)
     usual = ('read only', 'Metadata file does not exist', 'Waiting for previous save')
     return not background and not any(words in str(record.msg) for words in usual)
 
