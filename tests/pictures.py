@@ -1,9 +1,13 @@
 """Image files written byte by byte from known samples, and what a viewer shows of them."""
 
+import io
 import struct
 import zlib
 
 import numpy as np
+from PIL import Image
+
+from vit_jax.data import images
 
 ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2),
          (1, 0, 2, 1)]  # fmt: skip
@@ -167,3 +171,27 @@ def jpeg(height, width, sampling, rng, *, adobe=None):
         b'\xff\xd8', head, segment(0xDB, b'\0' + b'\x10' * 64), segment(0xC0, frame),
         segment(0xC4, dc), segment(0xC4, ac), segment(0xDA, scans + b'\0\x3f\0'), scan, b'\xff\xd9',
     ])  # fmt: skip
+
+
+PHOTO = np.uint8(np.stack([np.add.outer(np.arange(24) * 3, np.arange(40) * k) for k in (0, 2, 4)],
+                          -1))  # fmt: skip
+
+
+def saved(kind, image=PHOTO, **options):
+    out = io.BytesIO()
+    options = dict(lossless=True) | options if kind == 'WEBP' else options
+    Image.fromarray(image).save(out, kind, **options)
+    return out.getvalue()
+
+
+def decoded(data):
+    """uint8 [H, W, 3], by both paths."""
+    image, whole = images.read(data), images.decode(data)
+    assert tuple(image.shape) == whole.shape
+    np.testing.assert_array_equal(image, whole)
+    return whole
+
+
+def assert_shows(data, expected, within=1):
+    expected = np.broadcast_to(expected, (*expected.shape[:2], 3))
+    np.testing.assert_allclose(decoded(data).astype(float), expected, atol=within)

@@ -15,8 +15,8 @@ try:
 except ImportError:
     _jpeg = None
 
+__all__ = ['FORMATS', 'SUFFIXES', 'Unreadable', 'decode', 'read', 'resized']
 CUT = 2**-10  # added before values are cut off: what is 255 but for rounding stays it
-__all__ = ['FORMATS', 'SUFFIXES', 'Unreadable', 'decode']
 METHODS = ('bilinear', 'bicubic', 'area')
 
 
