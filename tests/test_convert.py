@@ -245,8 +245,9 @@ def test_transformers_loads_what_is_saved(hf, tmp_path):
     mean, std = ((0.1, 0.2, 0.3)[: hf.images.shape[-1]], (0.4, 0.5, 0.6)[: hf.images.shape[-1]])
     model = hf.read.model.clone(mean=mean, std=std)
     vit_jax.save(
-        tmp_path / 'out', model, hf.read.params, 'hf', image_size=hf.size, classes=hf.read.classes
-    )
+        tmp_path / 'out', model, hf.read.params, 'hf', image_size=hf.size, classes=hf.read.classes,
+        view='resize',
+    )  # fmt: skip
     module, info = hf.kind.from_pretrained(tmp_path / 'out', output_loading_info=True)
     assert not any(info.values()), info
     assert_as_transformers(

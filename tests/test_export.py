@@ -262,7 +262,7 @@ def test_a_mistake_is_one_line_and_leaves_the_file_as_it_was(checkpoint, tmp_pat
         ((given, f'--output={folder}'), f'can not write {folder}: it is a folder'),
         ((given, f'--output={plain}/x'), f'can not write {plain}/x'),
     ):
-        status, said, error = command('export', *arguments)
+        status, said, error = command('export', *arguments, '--force')
         assert status == 2 and words in error and len(error.splitlines()) == 1, error
         assert not said and file.read_bytes() == b'before'
     assert sorted(p.name for p in tmp_path.iterdir()) == ['folder', 'model.jaxexport', 'plain']
@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(checkpoint, tmp_path):
     file = tmp_path / 'model.jaxexport'
     file.write_bytes(b'before')
     done = subprocess.run(
-        [sys.executable, '-c', FULL, f'--checkpoint={checkpoint}', f'--output={file}'],
+        [sys.executable, '-c', FULL, f'--checkpoint={checkpoint}', f'--output={file}', '--force'],
         capture_output=True, text=True, env=launched.ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

@@ -14,7 +14,6 @@ import collections
 import concurrent.futures
 import contextlib
 import itertools
-import os
 import pathlib
 import sys
 
@@ -26,7 +25,7 @@ from rich.table import Table
 
 from vit_jax import cli, losses, storage
 from vit_jax.convert import load as weights
-from vit_jax.convert.save import complete
+from vit_jax.convert.save import check_free, complete
 from vit_jax.data import crew, files, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -123,9 +122,9 @@ def check_output(path):
     """Raises UserError unless a file of features can be written, before anything is computed."""
     if not path.endswith('.npz') or '://' in path:
         raise UserError(f'--features={path}: name a file here that ends in .npz')
-    if os.path.exists(path) and not flags.FLAGS.force:
-        raise UserError(f'{path} is there already; --force replaces it')
-    storage.folder(pathlib.Path(path).absolute().parent)
+    path = pathlib.Path(path).absolute()
+    check_free(path, flags.FLAGS.force)
+    storage.folder(path.parent)
 
 
 def write_features(path, rows):

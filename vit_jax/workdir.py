@@ -58,7 +58,7 @@ def located(workdir):
 
 def locked(path):
     """A file descriptor that holds path/.lock; UserError where another process does."""
-    lock = os.open(path / '.lock', os.O_RDWR | os.O_CREAT)
+    lock = os.open(path / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -6,6 +6,7 @@ be changed: --model.epsilon=1e-6.
 """
 
 import inspect
+import pathlib
 
 from absl import flags
 
@@ -27,6 +28,7 @@ FOLD = flags.DEFINE_bool(
     'fold', False, 'Write positions that the format lacks in a way that it has, where no output '
     'changes: sin-cos positions as a table, say.',
 )  # fmt: skip
+FORCE = flags.DEFINE_bool('force', False, 'Replace what an earlier export wrote at DST.')
 
 
 def catalogue():
@@ -70,6 +72,11 @@ def main(argv, changes):
         return
     if len(argv) not in (2, 3) or (len(argv) == 3) != (TO.value is not None):
         raise UserError('usage: python -m vit_jax.convert SRC [DST --to FORMAT], or --list')
+    if len(argv) == 3:
+        target = pathlib.Path(argv[2]).expanduser()
+        beside = [target.with_suffix('.json')] if target.suffix == '.npz' else []
+        for path in (target, *beside):
+            save.check_free(path, FORCE.value)
     fields = {key: config.parsed(text) for key, text in changes}
     for key in fields.keys() & inspect.signature(load.read).parameters.keys():
         raise UserError(f'--model.{key} is no field of a model; see --help for flags')
@@ -84,7 +91,8 @@ def main(argv, changes):
         classes = found.classes and [classify.class_name(found.classes, i) for i in outputs]
         save.save(
             argv[2], found.model, found.params, TO.value, image_size=found.image_size or size(),
-            classes=classes, config=found.config, loss=found.loss, fold=FOLD.value,
+            classes=classes, config=found.config, loss=found.loss, view=found.view,
+            fold=FOLD.value,
         )  # fmt: skip
         print(f'Written: {printable(argv[2])} ({TO.value})')
 

@@ -203,7 +203,7 @@ def said(info):
 @contextlib.contextmanager
 def held(folder, address):
     """Holds a cached folder alone; who comes second waits, then finds the files there."""
-    lock = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT)
+    lock = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -39,9 +39,7 @@ class Loaded(NamedTuple):
     @property
     def view(self):
         """How the run that made them first evaluates, else a central crop: a view by its name."""
-        evals = (self.config or {}).get('evals')
-        first = next(iter(evals.values()), None) if isinstance(evals, dict) else None
-        return first.get('view', 'central') if isinstance(first, dict) else 'central'
+        return view_of(self.config) or 'central'
 
     @property
     def metadata(self):
@@ -70,6 +68,13 @@ def loss_of(config: dict | None) -> str | None:
     objective = (config or {}).get('objective')
     loss = objective.get('loss') if isinstance(objective, dict) else None
     return loss if loss in ('softmax', 'sigmoid') else None
+
+
+def view_of(config: dict | None) -> str | dict | None:
+    """The view of a run's first evaluation, None where the config has none."""
+    evals = (config or {}).get('evals')
+    first = next(iter(evals.values()), None) if isinstance(evals, dict) else None
+    return first.get('view', 'central') if isinstance(first, dict) else None
 
 
 def size_of(image_size, name='image_size'):

@@ -250,14 +250,13 @@ def dinov2_ratio(model):
     raise UserError(f'no mlp_ratio makes a gated MLP of {model.mlp_dim}')
 
 
-def processor_of(model, size):
-    """preprocessor_config.json."""
+def processor_of(model, settings):
+    """preprocessor_config.json, with what `views.processor` has of a view."""
+    kind = 'DeiTImageProcessor' if model.dist_token else 'ViTImageProcessor'
+    if model.layer_scale is not None or settings['do_center_crop']:
+        kind = 'BitImageProcessor'  # the others of transformers 4 do not cut
     return dict(
-        image_processor_type='BitImageProcessor' if model.layer_scale is not None
-        else 'DeiTImageProcessor' if model.dist_token else 'ViTImageProcessor',
-        do_resize=True, size=dict(height=size[0], width=size[1]), resample=2, do_rescale=True,
-        rescale_factor=1 / 255, do_normalize=True, image_mean=list(model.mean),
-        image_std=list(model.std), do_center_crop=False,
+        image_processor_type=kind, **settings, do_rescale=True, rescale_factor=1 / 255,
+        do_normalize=True, image_mean=list(model.mean), image_std=list(model.std),
+        do_convert_rgb=len(model.mean) == 3,
     )  # fmt: skip
-
-

@@ -6,6 +6,7 @@ import glob
 import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,20 +14,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from vit_jax.convert import big_vision, hf, official, timm
+from vit_jax.convert import big_vision, hf, official, timm, views
 from vit_jax.convert.documents import PROBLEMS
 from vit_jax.convert.fetch import alive
 from vit_jax.convert.files import zip_digest
-from vit_jax.convert.fit import loss_of, size_of
+from vit_jax.convert.fit import loss_of, size_of, view_of
 from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError
 from vit_jax.models import layers, mixer, resnet
 from vit_jax.models.interface import Metadata
-from vit_jax.text import to_json
+from vit_jax.text import printable, to_json
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 FOLDER_FILES = (
@@ -44,6 +46,7 @@ def save(
     classes: Sequence[str] | None = None,
     config: dict | None = None,
     loss: str | None = None,
+    view: str | dict | None = None,
     fold: bool = False,
 ) -> None:
     """Writes a checkpoint: 'official' and 'big_vision' an .npz, 'timm' and 'hf' a folder.
@@ -51,12 +54,15 @@ def save(
     Beside the weights goes what is needed to use them: input size and normalisation, `classes`
     (names by label), the `loss` that the head was trained with ('softmax' or 'sigmoid') and the
     `config` of the run that made them, in NAME.json beside an .npz and in the JSON files of a
-    folder. Where they are not given, `image_size` (int or (height, width)), `classes` and `loss`
-    are those of `model.metadata`; else the size is read from a square position table, and the loss
-    from the config. Whatever the format can not express is a UserError, which names it; with
-    `fold`, positions that are computed or absent are written as a table, and a class token that
-    has a position as one without, which changes no output. What stood at `path` is replaced in one
-    step, and stays as it was until then.
+    folder; and the `view`, by which an image comes to its size: the pipelines of timm and
+    transformers then see what this model sees, as far as they have settings for it (what they have
+    not is logged). Where they are not given, `image_size` (int or (height, width)), `classes`,
+    `loss` and `view` are those of `model.metadata`; else the size is read from a square position
+    table, loss and view (of the first evaluation) from the config, and the view is 'central'.
+    Whatever the format can not express is a UserError, which names it; with `fold`, positions that
+    are computed or absent are written as a table, and a class token that has a position as one
+    without, which changes no output. What stood at `path` is replaced in one step, and stays as it
+    was until then.
     """
     path = pathlib.Path(os.path.expanduser(path))
     if format not in FAMILIES:
@@ -78,6 +84,7 @@ def save(
     check(model, format, fold)
     expected(model, params, size)
     loss = loss_of(config) if loss is None else loss
+    view = view or view_of(config) or about.view
     if loss is not None and loss not in PROBLEMS:
         raise UserError(f'loss is {loss!r}, not one of {", ".join(PROBLEMS)}')
     family = FAMILIES[format]
@@ -88,7 +95,7 @@ def save(
         if path.suffix != '.npz':
             raise UserError(f'{path}: format {format} is one file, name it with .npz')
         prefix = 'params/' if format == 'big_vision' else ''
-        record = record_of(model, size, classes, config, loss)
+        record = record_of(model, size, classes, config, loss, view)
         write_npz(path, {prefix + n: a for n, a in arrays.items()}, record)
         return
     if path.suffix in ('.npz', '.safetensors'):
@@ -96,8 +103,10 @@ def save(
     if size is None:
         raise UserError(f'format {format} states an image size; give image_size=...')
     arrays = hf_arrays(model, arrays) if format == 'hf' else timm.unbiased(model, arrays)
-    documents = documents_of(format, model, size, classes, config, loss)
+    documents, notes = documents_of(format, model, size, classes, config, loss, view)
     write_folder(path, arrays, documents)
+    if notes:
+        logging.warning('%s: as %s prepares images: %s', path, format, '; '.join(notes))
 
 
 def table_size(model, params):
@@ -179,11 +188,11 @@ def hf_arrays(model, arrays):
     return arrays
 
 
-def record_of(model, size, classes, config, loss):
+def record_of(model, size, classes, config, loss, view):
     """What goes beside the weights, as JSON has it."""
     return dict(
         image_size=list(size) if size else None, mean=list(model.mean), std=list(model.std),
-        classes=list(classes) if classes else None, loss=loss, config=config,
+        classes=list(classes) if classes else None, loss=loss, config=config, view=view,
     )  # fmt: skip
 
 
@@ -207,6 +216,13 @@ def part_of(path):
     return path.with_name(f'.{path.name}.{os.getpid()}.part')
 
 
+def check_free(path, force):
+    """Raises UserError where anything but an empty folder is at `path`, unless `force`."""
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not force:
+        raise UserError(f'{printable(path)} is there already; --force replaces it')
+
+
 @contextlib.contextmanager
 def complete(path):
     """A file to write that takes the place of `path` when it is complete, else is removed."""
@@ -222,16 +238,20 @@ def complete(path):
         part.unlink(missing_ok=True)
 
 
-def documents_of(format, model, size, classes, config, loss):
-    """{name: value} of the JSON files of a folder."""
+def documents_of(format, model, size, classes, config, loss, view):
+    """({name: value} of the JSON files of a folder, what of the view they do not express)."""
     documents = {'config.json': FAMILIES[format].config_of(model, size, classes)}
     if loss is not None:
         documents['config.json']['problem_type'] = PROBLEMS[loss]
     if format == 'hf':
-        documents['preprocessor_config.json'] = hf.processor_of(model, size)
+        settings, notes = views.processor(view, size)
+        documents['preprocessor_config.json'] = hf.processor_of(model, settings)
+    else:
+        settings, notes = views.pretrained(view, size)
+        documents['config.json']['pretrained_cfg'] |= settings
     if config is not None:
         documents['run_config.json'] = config
-    return documents
+    return documents, notes
 
 
 def write_folder(path, arrays, documents):
@@ -250,6 +270,9 @@ def write_folder(path, arrays, documents):
         save_file(arrays, part / 'model.safetensors', metadata={'format': 'pt'})
         for name, value in documents.items():
             (part / name).write_text(to_json(value, indent=2) + '\n')
+        # safetensors makes a file for this user alone; config.json has what the umask says
+        mode = stat.S_IMODE((part / 'config.json').stat().st_mode)
+        (part / 'model.safetensors').chmod(mode)
         for file in part.iterdir():
             with file.open('rb') as stream:
                 os.fsync(stream.fileno())

@@ -256,7 +256,7 @@ def config_of(model, size, classes):
         model_args={k: v for k, v in args.items() if v is not None or model.glu},
         pretrained_cfg=dict(
             input_size=[len(model.mean), *image], mean=list(model.mean), std=list(model.std),
-            interpolation='bicubic', crop_pct=1.0, num_classes=model.num_classes or 0,
+            num_classes=model.num_classes or 0,
             first_conv='patch_embed.proj',
             classifier=['head', 'head_dist'] if model.dist_head else 'head',
         ),

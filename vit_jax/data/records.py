@@ -316,7 +316,7 @@ def cached(address, size, digest):
 @contextlib.contextmanager
 def alone(lock):
     """Holds a lock file, between threads and processes."""
-    file = os.open(lock, os.O_RDWR | os.O_CREAT)
+    file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with contextlib.suppress(OSError):  # a file system without locks: all download
             fcntl.flock(file, fcntl.LOCK_EX)

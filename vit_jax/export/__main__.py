@@ -28,7 +28,7 @@ from absl import flags
 import vit_jax
 from vit_jax import cli, export, models, storage, workdir
 from vit_jax.convert import load as weights
-from vit_jax.convert.save import complete
+from vit_jax.convert.save import check_free, complete
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.text import printable
@@ -55,6 +55,7 @@ VIEW = flags.DEFINE_enum(
     'view', None, list(export.VIEWS), 'How an image becomes a square: central (crop, the default) '
     'or resize (squeeze). Of a run: as its first evaluation does.',
 )  # fmt: skip
+FORCE = flags.DEFINE_bool('force', False, 'Replace a file that is there.')
 EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
 
 
@@ -98,6 +99,8 @@ def main(argv):
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}')
     path = target(OUTPUT.value)
+    with storage.explained(path, 'read'):
+        check_free(path, FORCE.value)
     platforms = export.check_platforms(PLATFORMS.value)
     fields = {} if DTYPE.value is None else dict(dtype=DTYPE.value)
     found = weights.read(

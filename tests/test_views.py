@@ -1,0 +1,174 @@
+"""What is exported, another library's own pipeline reads from the disk and reproduces."""
+
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+
+import jax
+import launched
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_images
+
+import vit_jax
+from vit_jax import models
+from vit_jax.convert import views
+
+SIZE, CLASSES = 48, ('ant', 'bee', 'cat', 'dog', 'eel')
+VIEWS = {
+    'central': 'central',
+    'narrow': dict(name='central', crop=0.857, method='bicubic'),
+    'whole': dict(name='central', crop=1.0),
+    'resize': 'resize',
+    'small': dict(name='small_central', smaller=56, method='bilinear', antialias=True),
+}
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    """JPEG and PNG files, colour and grey, of odd aspects, larger and smaller than the size.
+
+    They are blurred, so that half a pixel of the input counts little and another window much.
+    """
+    folder = tmp_path_factory.mktemp('photographs')
+    china, flower = load_sample_images().images
+    pieces = [china[:300, :411], flower[:427, :131], china[60:259], flower[200:230, 200:243],
+              china[:211, :57], flower[100:197, 300:413]]  # fmt: skip
+    for i, piece in enumerate(pieces):
+        for mode in ('RGB', 'L'):
+            image = Image.fromarray(np.ascontiguousarray(piece)).convert(mode)
+            image = image.filter(ImageFilter.GaussianBlur(min(image.size) / 15))
+            image.save(folder / f'{i}{mode}.png')
+            image.save(folder / f'{i}{mode}.jpg', quality=92)
+    return sorted(map(str, folder.iterdir()))
+
+
+@pytest.fixture(scope='module')
+def network(photographs):
+    """(model, parameters) that tell the photographs well apart: logits of deviation 2."""
+    model = models.build(
+        'vit-ti/8', num_classes=len(CLASSES), width=48, depth=2, num_heads=3, mlp_dim=96,
+        gelu='tanh', mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3),
+    )  # fmt: skip
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), 'f'))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.15, x.shape).astype('f'), shapes)['params']
+    images = vit_jax.preprocess(model, photographs, image_size=SIZE)
+    logits, _ = jax.jit(model.apply)({'params': params}, images)
+    by = 2 / np.std(logits - logits.mean(axis=1, keepdims=True), axis=0)
+    bias = (params['head']['bias'] - np.mean(logits, axis=0)) * by
+    params['head'] = dict(kernel=params['head']['kernel'] * by, bias=bias)
+    return model, jax.tree.map(np.asarray, params)
+
+
+def assert_reproduced(theirs, ours, view):
+    """Where the image is cut before it is resized, within what the other order makes of it."""
+    difference = np.abs(theirs - ours).max(axis=1)
+    mean, most = (0.005, 0.02) if view in ('resize', VIEWS['small']) else (0.02, 0.06)
+    assert difference.mean() < mean and difference.max() < most, difference
+
+
+def probabilities(model, params, photographs, view):
+    images = vit_jax.preprocess(model, photographs, image_size=SIZE, view=view)
+    logits, _ = jax.jit(model.apply)({'params': params}, images)
+    return np.asarray(jax.nn.softmax(logits))
+
+
+def test_the_pipeline_of_transformers(network, photographs, tmp_path):
+    pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    squeezed = probabilities(*network, photographs, 'resize')
+    for name, view in VIEWS.items():
+        vit_jax.save(
+            tmp_path / name, *network, 'hf', image_size=SIZE, classes=CLASSES, view=view
+        )
+        pipeline = transformers.pipeline('image-classification', model=str(tmp_path / name))
+        rows = pipeline(photographs, top_k=len(CLASSES))
+        theirs = [{row['label']: row['score'] for row in found} for found in rows]
+        theirs = np.array([[found[name] for name in CLASSES] for found in theirs])
+        ours = probabilities(*network, photographs, view)
+        assert_reproduced(theirs, ours, view)
+        if view != 'resize':  # or else nothing would be told apart
+            assert np.abs(ours - squeezed).max() > 0.2
+
+
+def test_the_pipeline_of_timm(network, photographs, tmp_path):
+    timm = pytest.importorskip('timm')
+    import torch
+
+    for name, view in VIEWS.items():
+        vit_jax.save(
+            tmp_path / name, *network, 'timm', image_size=SIZE, classes=CLASSES, view=view
+        )
+        module = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).eval()
+        settings = timm.data.resolve_model_data_config(module)
+        transform = timm.data.create_transform(**settings, is_training=False)
+        batch = torch.stack([transform(Image.open(p).convert('RGB')) for p in photographs])
+        with torch.no_grad():
+            theirs = torch.softmax(module(batch), -1).numpy()
+        assert_reproduced(theirs, probabilities(*network, photographs, view), view)
+
+
+def test_the_size_that_timm_resizes_to_is_the_one_that_was_meant():
+    for size in (32, 48, 96, 224, 299, 384, 518):
+        for crop in (0.5, 0.8, 0.857, 0.875, 0.9, 0.95, 0.965, 1.0):
+            settings, _ = views.pretrained(dict(name='central', crop=crop), (size, size))
+            assert math.floor(size / settings['crop_pct']) == round(size / crop), (size, crop)
+    settings, _ = views.pretrained('central', (224, 224))
+    assert settings == dict(crop_pct=0.875, crop_mode='center', interpolation='bilinear')
+
+
+@pytest.mark.parametrize('view, words', [
+    ('resize', []), ('central', ['before it is cut']),
+    (dict(name='resize', antialias=False), ['antialias']),
+    ('small_central', ['bilinear filter there, by area here']),
+    (dict(name='shift', pixels=2), ['shift has chance', 'resize stands']),
+    ('inception', ['inception has chance', 'central stands', 'before it is cut']),
+])  # fmt: skip
+def test_what_they_can_not_express_is_said(view, words):
+    settings, notes = views.processor(view, (224, 224))
+    for word in words:
+        assert word in '; '.join(notes)
+    assert bool(notes) == bool(words)
+    assert settings['do_center_crop'] == (settings['size'] != dict(height=224, width=224))
+
+
+def command(module, *arguments):
+    return subprocess.run(
+        [sys.executable, '-m', f'vit_jax.{module}', *map(str, arguments)], capture_output=True,
+        text=True, env=launched.ENVIRONMENT, umask=0o027,
+    )  # fmt: skip
+
+
+def test_nothing_is_replaced_without_being_asked(network, tmp_path):
+    """And what is written has the mode of any file."""
+    source = tmp_path / 'source'
+    model = network[0].clone(mean=(0.5,) * 3, std=(0.5,) * 3)
+    vit_jax.save(source, model, network[1], 'hf', image_size=SIZE, view='central')
+    (tmp_path / 'empty').mkdir()
+    for name, to in (('empty', 'timm'), ('a.npz', 'official')):
+        done = command('convert', source, tmp_path / name, f'--to={to}')
+        assert done.returncode == 0, done.stderr
+    written = [tmp_path / 'a.npz', tmp_path / 'a.json', *(tmp_path / 'empty').iterdir()]
+    assert len(written) == 4
+    for path in written:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+    config = json.loads((tmp_path / 'empty' / 'config.json').read_text())
+    assert config['pretrained_cfg']['crop_pct'] < 1
+    (tmp_path / 'b.json').write_text('mine')
+    for name, to in (('empty', 'hf'), ('a.npz', 'official'), ('b.npz', 'official')):
+        before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+        done = command('convert', source, tmp_path / name, f'--to={to}')
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+        assert '--force' in done.stderr and str(tmp_path) in done.stderr
+        assert before == {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    done = command('export', f'--checkpoint={source}', f'--output={tmp_path / "b.json"}')
+    assert done.returncode == 2 and '--force' in done.stderr
+    assert (tmp_path / 'b.json').read_text() == 'mine'
+    done = command('convert', source, tmp_path / 'empty', '--to=hf', '--force')
+    assert done.returncode == 0, done.stderr
+    assert 'preprocessor_config.json' in os.listdir(tmp_path / 'empty')
