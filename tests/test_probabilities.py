@@ -53,6 +53,14 @@ def test_each_format_says_how_its_head_was_trained(model, tmp_path, format, loss
     assert load.read(by_config).loss == (loss or 'softmax')
 
 
+@pytest.mark.parametrize('said', [['sigmoid'], {}, 5, 'other'])
+def test_what_stands_beside_weights_is_untrusted(model, tmp_path, said):
+    vit_jax.save(tmp_path / 'm.npz', *model, loss='sigmoid', image_size=SIZE)
+    record = json.loads((tmp_path / 'm.json').read_text())
+    (tmp_path / 'm.json').write_text(json.dumps(record | {'loss': said}))
+    assert load.read(tmp_path / 'm.npz').loss is None
+
+
 @pytest.mark.parametrize('config', [None, {}, {'objective': 5}, {'objective': {'loss': ['x']}}])
 def test_a_config_that_says_nothing_leaves_it_unknown(config):
     assert fit.loss_of(config) is None

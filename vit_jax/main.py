@@ -94,7 +94,7 @@ def run(overrides, stop):
     if DRY_RUN.value:
         from vit_jax import rehearsal
 
-        print(rehearsal.of(settings, WORKDIR.value))
+        print(printable(rehearsal.of(settings, WORKDIR.value), keep='\n'))
         return 0
     limits = dict(timeout=TIMEOUT.value, start_timeout=START.value)
     try:
@@ -120,7 +120,8 @@ def run(overrides, stop):
     first = where is None or where.process == 0
     if result is None:
         if first:
-            print(f'Stopped and saved. To go on, give the same command again (workdir {path}).')
+            again = f'give the same command again (workdir {printable(path)})'
+            print(f'Stopped and saved. To go on, {again}.')
         return 128 + (stop.signum or signal.SIGTERM)
     if first:
         report.print_result(path, result)

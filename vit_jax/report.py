@@ -330,7 +330,7 @@ def print_result(path, result):
     for row in result['expected']:
         expected = f'{row["metric"]} {row["value"]} +- {row["tolerance"]}'
         print(f'expected {printable(expected)}: {VERDICTS[row["pass"]]}')
-    print(f'{result["seconds"]:.0f} s in all. Result: {path / "result.json"}')
+    print(f'{result["seconds"]:.0f} s in all. Result: {printable(path / "result.json")}')
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ from vit_jax import assembly, optim, origin, profiling, report, sharding, step, 
 from vit_jax import config as configs
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import pipeline
+from vit_jax.text import printable
 
 
 def train(
@@ -34,7 +35,7 @@ def train(
         changes = workdir.settle_config(path, config, begun, allow_change=allow_config_change)
         result = workdir.read_json(path / 'result.json')
         if result and result['steps'] == parts.steps:
-            print(f'{path} is finished: {parts.steps} steps are done.', flush=True)
+            print(f'{printable(path)} is finished: {parts.steps} steps are done.', flush=True)
             return result
         changes += origin.settle(path, parts, facts, begun, allow_change=allow_config_change)
         at('restore')

@@ -84,7 +84,7 @@ def main(argv, changes):
         argv[1], image_size=size(), num_classes=CLASSES.value, keep_pre_logits=KEEP.value,
         ema=None if EMA.value else False, **fields,
     )  # fmt: skip
-    print(described(found))
+    print(printable(described(found), keep='\n'))
     print(load.table(found.account))
     if len(argv) == 3:
         outputs = range(found.model.num_classes or 0)  # of a run perhaps more than have names

@@ -196,7 +196,7 @@ def npz(arrays, tower, record):
         image_size=size_option(record, 'image_size', 'the .json beside it'),
         classes=class_names(record.get('classes')),
         config=option(record, 'config', 'an object', file='the .json beside it'),
-        loss=record.get('loss') if record.get('loss') in PROBLEMS else None,
+        loss=next((loss for loss in PROBLEMS if loss == record.get('loss')), None),
     )  # fmt: skip
     tidy = official.tidy(arrays) if tower is None else {}
     if official.matches(tidy):

@@ -29,6 +29,7 @@ from vit_jax import bounds, cli
 from vit_jax.data import crew, duplicates, names, reading, records, sources, writing
 from vit_jax.data.splits import KNOWN
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 SPLIT = flags.DEFINE_list(
     'split', None, 'The splits to prepare; by default train, and what SRC has to validate and test.'
@@ -334,7 +335,7 @@ def main(argv, changes):
             f'{len(manifest["splits"][split]):,} shards; {counts["removed"]:,} duplicates and '
             f'{counts["unreadable"]:,} unreadable left out'
         )
-    print(f'Data set: {argv[2]}')
+    print(f'Data set: {printable(argv[2])}')
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ from vit_jax.convert import fetch, reasons
 from vit_jax.convert.files import brief
 from vit_jax.data import records
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 THREADS = 8  # that index files; they wait for the disk or the network
 ATTEMPTS = 4  # to read from an address, a second, two and four apart
@@ -126,7 +127,8 @@ class Told:
     def __call__(self, file):
         with self.lock:
             if self.count:
-                print(f'indexing {file} and the like, {self.count} in all', file=sys.stderr)
+                said = f'indexing {file} and the like, {self.count} in all'
+                print(printable(said), file=sys.stderr)
             self.count = 0
 
 
