@@ -24,7 +24,7 @@ PLAIN = launched.ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'}
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """A folder of images, and a run on it."""
+    """A folder of images."""
     path = tmp_path_factory.mktemp('data') / 'images\n\x1b[1m'
     pixels = launched.write_images(tmp_path_factory.mktemp('plain'), {'train': 4, 'val': 2})
     for i, file in enumerate(sorted(pixels.rglob('*.png'))):
@@ -57,22 +57,30 @@ def strict(line):
     return json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is no JSON'))
 
 
-@pytest.mark.slow
-def test_no_command_hands_them_to_the_terminal(data, tmp_path):
-    workdir, images = tmp_path / 'run', data / 'val'
-    flags = [*SHORT, '--config.objective.loss=sigmoid']
-    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *flags)
-    assert sorted(json.loads((workdir / 'classes.json').read_text())) == sorted(CLASSES)
-    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *flags, '--dry_run')
-    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', status=2)
+@pytest.fixture(scope='module')
+def workdir(data, tmp_path_factory):
+    """A run on them."""
+    path = tmp_path_factory.mktemp('runs') / 'x\n|y'
+    config = (f'--config={launched.TINY}:{data}', f'--workdir={path}')
+    run('main', *config, *SHORT)
+    assert sorted(json.loads((path / 'classes.json').read_text())) == sorted(CLASSES)
+    run('main', *config, *SHORT, '--dry_run')
+    run('main', *config, status=2)  # another config: a table of what differs
+    return path
 
-    run('evaluate', f'--checkpoint={workdir}', f'--out={tmp_path}/out')
-    rows = (tmp_path / 'out' / 'val.csv').read_text(encoding='ascii').splitlines()
+
+@pytest.mark.slow
+def test_evaluation(workdir, tmp_path):
+    run('evaluate', f'--checkpoint={workdir}', f'--out={tmp_path}')
+    rows = (tmp_path / 'val.csv').read_text(encoding='ascii').splitlines()
     check('\n'.join(rows))
     assert {row[0] for row in csv.reader(rows[1:])} == set(map(text.cell, CLASSES))
     strict(run('evaluate', f'--checkpoint={workdir}', '--json'))
 
-    broken = tmp_path / FILE.format('broken,')
+
+@pytest.mark.slow
+def test_prediction(data, workdir, tmp_path):
+    images, broken = data / 'val', tmp_path / FILE.format('broken,')
     broken.write_bytes(b'no image')
     said = run('predict', f'--checkpoint={workdir}', images, broken, status=2)
     assert all(text.printable(name) in said for name in CLASSES)
@@ -81,13 +89,9 @@ def test_no_command_hands_them_to_the_terminal(data, tmp_path):
     for line in map(strict, said.splitlines()):
         assert os.path.exists(line['image'])
         assert {row['name'] for row in line['top']} == set(CLASSES)
-
-    config = f'--config={workdir}/config.json'
-    run('data', config, '--step=1', f'--show={tmp_path}/batch.png')
-    for line in run('data', config, '--step=1', '--json').splitlines():
-        assert {*strict(line)['labels']} <= set(CLASSES)
+    run('predict', f'--checkpoint={workdir}', tmp_path / 'no\n\x1bfile.jpg', status=2)
     said = run('figures', workdir, f'--images={images}', f'--images={broken}',
-               f'--out={tmp_path}/page', status=2)
+               f'--out={tmp_path}/page', status=2)  # fmt: skip
     assert f'Page: {tmp_path}/page/page.html' in said
     page = (tmp_path / 'page' / 'page.html').read_text(encoding='utf-8')
     check(page)
@@ -97,17 +101,21 @@ def test_no_command_hands_them_to_the_terminal(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_file_that_is_written_hands_them_on(data, tmp_path):
-    workdir = tmp_path / 'runs' / 'x\n|y'
-    run('main', f'--config={launched.TINY}:{data}', f'--workdir={workdir}', *SHORT)
+def test_data(data, workdir, tmp_path):
+    config = f'--config={workdir}/config.json'
+    run('data', config, '--step=1', f'--show={tmp_path}/batch.png')
+    for line in run('data', config, '--step=1', '--json').splitlines():
+        assert {*strict(line)['labels']} <= set(CLASSES)
+    run('data.prepare', data, tmp_path / 'rec\x1bords', '--split=val')
+
+
+@pytest.mark.slow
+def test_files_that_are_written(workdir, tmp_path):
     for format, name in (('hf', 'a\x1bhf'), ('timm', 'timm'), ('official', 'a\nb.npz')):
         run('convert', workdir, tmp_path / name, f'--to={format}')
         run('convert', tmp_path / name)
     run('export', f'--checkpoint={workdir}', f'--output={tmp_path}/a\nb.bin', '--platforms=cpu')
     run('report', 'compare', workdir, workdir, f'--out={tmp_path}/c.png')
-    run('tables', 'vit.table5', f'--runs={tmp_path}/runs', f'--out={tmp_path}/tables')
+    run('tables', 'vit.table5', f'--runs={workdir.parent}', f'--out={tmp_path}/tables')
     for file in (tmp_path / 'tables').iterdir():
         check(file.read_text(encoding='utf-8'))
-    run('data.prepare', data, tmp_path / 'rec\x1bords', '--split=val')
-    run('evaluate', f'--checkpoint={workdir}', '--config.evals.val.source.split=nosuch', status=2)
-    run('predict', f'--checkpoint={workdir}', tmp_path / 'no\n\x1bfile.jpg', status=2)
