@@ -17,6 +17,7 @@ process whose lines it imitates. The launchers of launch/ make a secret for each
 
 import collections
 import contextlib
+import resource
 import selectors
 import socket
 import sys
@@ -61,6 +62,11 @@ class Host:
         self.met, self.known = {}, []  # the newest of each number; all that belong to the job
         self.door, self.strangers = [], collections.Counter()
         self.selector = selectors.DefaultSelector()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = 2 * self.processes + STRANGERS + 500  # jax.distributed has as many again
+        if soft < files and hard != soft:
+            most = files if hard == resource.RLIM_INFINITY else min(files, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         servers, self.where, self.named = listen(*place.address(), place.processes + STRANGERS)
         for server in servers:
             server.setblocking(False)

@@ -87,28 +87,30 @@ def watched(feed):
     """The elements of `feed`; UserError where one of the processes behind it has died."""
     others = set(multiprocessing.active_children())
     take, workers = partial(deafly, partial(next, feed)), []  # the first one starts the workers
-    while True:
-        try:
+    # Python ends what Grain has left at its exit with a SIGTERM, which is not heard, and waits.
+    at_exit = util.Finalize(None, end, args=(workers,), exitpriority=0)
+    try:
+        while True:
             yield take()
-        except StopIteration:
-            return
-        except RuntimeError as e:
-            for k, process in enumerate(workers):
-                if process.exitcode:
-                    raise UserError(
-                        f'data worker {k + 1} of {len(workers)} (process {process.pid}) ended with '
-                        f'exit code {process.exitcode}{signal_name(process.exitcode)}; '
-                        '--config.data.workers=0 reads in threads'
-                    ) from e
-            if 'exit code' in str(e):  # before the first batch
-                raise UserError(f'a data worker could not start: {e}') from e
-            raise
-        if not workers:
-            started = set(multiprocessing.active_children()) - others
-            workers = sorted(started, key=lambda process: process.pid)
-            # Python ends what Grain has left with a SIGTERM, which is not heard, and then waits.
-            util.Finalize(None, end, args=(workers,), exitpriority=0)
-            take = partial(next, feed)
+            if not workers:
+                started = set(multiprocessing.active_children()) - others
+                workers += sorted(started, key=lambda process: process.pid)
+                take = partial(next, feed)
+    except StopIteration:
+        return
+    except RuntimeError as e:
+        for k, process in enumerate(workers):
+            if process.exitcode:
+                raise UserError(
+                    f'data worker {k + 1} of {len(workers)} (process {process.pid}) ended with '
+                    f'exit code {process.exitcode}{signal_name(process.exitcode)}; '
+                    '--config.data.workers=0 reads in threads'
+                ) from e
+        if 'exit code' in str(e):  # before the first batch
+            raise UserError(f'a data worker could not start: {e}') from e
+        raise
+    finally:
+        at_exit.cancel()
 
 
 def end(workers):
