@@ -5,8 +5,9 @@ ImageNet, ReaL's labels (arXiv:2006.07159), V2 (arXiv:1902.10811), A (arXiv:1907
 (arXiv:1905.13549); FILE:c has the 75 corrupted ones of C (arXiv:1903.12261) and their mean. Images
 are as the ViT papers' code has them, 256 by area and then 224; for others there are
 --config.data.image_size=384 and --config.evals.X.view.name=central. TFDS names the sets; each is
-prepared once. Published, for ViT-S/16 of arXiv:2205.01580 with 90 epochs: 76.5% on ImageNet, 83.1
-on ReaL, 64.2 on V2. Here: not yet run.
+prepared once; its classes are named as n01440764, so a checkpoint that names them in words (tench)
+needs --labels=by_number. Published, for ViT-S/16 of arXiv:2205.01580 with 90 epochs: 76.5% on
+ImageNet, 83.1 on ReaL, 64.2 on V2. Here: not yet run.
 """
 
 from ml_collections import ConfigDict
