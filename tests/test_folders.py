@@ -5,6 +5,7 @@ import json
 import os
 import re
 
+import fsspec
 import kinds
 import numpy as np
 import pyarrow as pa
@@ -186,3 +187,22 @@ def test_what_is_no_folder_of_classes_is_said(tmp_path):
     for name in ('file', 'pipe', 'loop', 'nothing'):
         with pytest.raises(UserError, match=f'no folder .*{name}'):
             sources.load(name=str(tmp_path / name))
+
+
+def test_a_folder_at_an_address_is_listed_by_one_request_a_folder(monkeypatch):
+    fs = fsspec.filesystem('memory')
+    for name in ('train/ant/0.png', 'train/ant/sub/1.JPG', 'train/bee/2.png', 'train/bee/x.txt',
+                 'val/ant/3.png'):  # fmt: skip
+        fs.pipe_file(f'/set/{name}', kinds.png(1))
+    try:
+        assert folders.divided('memory://set') == ['train', 'val']
+        listings = []
+        before = type(fs).ls
+        monkeypatch.setattr(type(fs), 'ls', lambda *a, **k: listings.append(a) or before(*a, **k))
+        passed = folders.Passed()
+        assert folders.images_of('memory://set/train', passed) == {
+            'ant': ['ant/0.png', 'ant/sub/1.JPG'], 'bee': ['bee/2.png']
+        }  # fmt: skip
+        assert len(listings) == 4 and dict(passed.counts) == {'..txt': 1}
+    finally:
+        fs.store.clear()

@@ -16,6 +16,7 @@ import pathlib
 import numpy as np
 from etils import epath
 
+from vit_jax.convert import fetch
 from vit_jax.data import facts, images, names, ranges, records, splits
 from vit_jax.errors import UserError
 from vit_jax.text import printable
@@ -87,18 +88,22 @@ class Passed:
 def listed(folder):
     """(names of files, names of folders, names that are neither) in a folder, sorted."""
     files, folders, odd = [], [], []
-    with readable(folder):
-        if '://' in folder:
-            for path in epath.Path(folder).iterdir():
-                (folders if path.is_dir() else files).append(path.name)
-        else:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    kind = odd
-                    with contextlib.suppress(OSError):  # a link to itself
-                        kind = folders if entry.is_dir() else files if entry.is_file() else odd
-                    kind.append(entry.name)
-    return sorted(files), sorted(folders), sorted(odd)
+    if '://' in folder:
+        with fetch.explained(folder):
+            fs, path = fetch.backend(folder)
+            for entry in fs.ls(path, detail=True):  # one request for all of them
+                name = entry['name'].rstrip('/')
+                if name != path.rstrip('/'):
+                    kind = folders if entry['type'] == 'directory' else files
+                    kind.append(name.rpartition('/')[2])
+        return sorted(files), sorted(folders), odd
+    with readable(folder), os.scandir(folder) as entries:
+        for entry in entries:
+            kind = odd
+            with contextlib.suppress(OSError):  # a link to itself
+                kind = folders if entry.is_dir() else files if entry.is_file() else odd
+            kind.append(entry.name)
+    return sorted(files), sorted(folders), odd
 
 
 def is_run(folder):
