@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
 
 from vit_jax import assembly, devices, estimate, fitting, hlo, sharding
 from vit_jax import config as configs
@@ -141,15 +142,20 @@ def test_times_of_exchanges_by_hand():
     (['--topology=cpu:8', '--config.data.batch_size=60'], '8 and its multiples'),
     (['--topology=cpu:8', '--config.mesh.fspd=2'], 'mesh.fsdp'),
     (['--topology=cpu:8', '--config=nowhere.py'], 'no experiment file nowhere.py'),
-    (['--topology=cpu:8', '--efficiency=2'], '--efficiency=2: 2.0 is not a number in the range'),
 ])  # fmt: skip
 def test_mistakes_are_one_line(experiment, arguments, words, monkeypatch, capsys):
     check_mistake(['--config', experiment, *arguments], words, monkeypatch, capsys)
 
 
-def check_mistake(arguments, words, monkeypatch, capsys):
-    from absl import flags
+@pytest.mark.parametrize('value', ['0', '2', '-1'])
+def test_an_efficiency_is_a_share(value):
+    from vit_jax import plan
 
+    with pytest.raises(flags.IllegalFlagValueError, match='not a number in the range'):
+        flags.FLAGS[plan.EFFICIENCY.name].parse(value)
+
+
+def check_mistake(arguments, words, monkeypatch, capsys):
     from vit_jax import cli, plan
 
     rest, changes = cli.split_changes(['plan', *arguments], 'config')
