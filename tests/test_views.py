@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sklearn.datasets import load_sample_images
 import vit_jax
 from vit_jax import models
 from vit_jax.convert import views
+from vit_jax.errors import UserError
 
 SIZE, CLASSES = 48, ('ant', 'bee', 'cat', 'dog', 'eel')
 VIEWS = {
@@ -172,3 +174,48 @@ def test_nothing_is_replaced_without_being_asked(network, tmp_path):
     done = command('convert', source, tmp_path / 'empty', '--to=hf', '--force')
     assert done.returncode == 0, done.stderr
     assert 'preprocessor_config.json' in os.listdir(tmp_path / 'empty')
+
+
+@pytest.mark.parametrize('pool, fields', [
+    ('cls', {}), ('cls', dict(fc_norm=True)), ('gap', {}), ('cls_gap', dict(registers=2)),
+    ('gap', dict(registers=2)),
+])  # fmt: skip
+def test_a_dinov2_goes_to_transformers_whatever_its_pooling(pool, fields, tmp_path):
+    torch = pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    model = dinov2(pool, **fields)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, 32, 32, 3)).astype('f')
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype('f'), shapes)
+    vit_jax.save(tmp_path / 'hf', model, params, 'hf', image_size=32)
+    kind = transformers.AutoModelForImageClassification
+    module, info = kind.from_pretrained(tmp_path / 'hf', output_loading_info=True)
+    assert not any(info.values()) and 'Dinov2' in type(module).__name__
+    with torch.no_grad():
+        theirs = module.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2))).logits.numpy()
+    for network, weights in ((model, params), vit_jax.load(tmp_path / 'hf')):
+        with jax.default_matmul_precision('highest'):
+            logits, _ = jax.jit(network.apply)({'params': weights}, images)
+        assert np.ptp(logits) > 0.5
+        np.testing.assert_allclose(logits, theirs, atol=1e-4)
+
+
+def dinov2(pool, **fields):
+    return models.build(
+        'vit-ti/8', num_classes=5, width=48, depth=2, num_heads=3, mlp_dim=96, gelu='exact',
+        layer_scale=0.5, **dict(cls_token=True) | fields, pool=pool, interpolation='bicubic',
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('pool, fields, words', [
+    ('map', {}, "pool='map' of this model, only 'cls' or 'gap' or 'cls_gap'; format timm can"),
+    ('gap', dict(cls_token=False), 'this model none; timm can'),
+    ('gap', dict(fc_norm=True), 'fc_norm=True of this model, only False; format timm can'),
+])  # fmt: skip
+def test_a_pooling_that_transformers_has_not_names_the_way_out(pool, fields, words, tmp_path):
+    model = dinov2(pool, **fields)
+    params = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), 'f'))['params']
+    with pytest.raises(UserError, match=re.escape(words)):
+        vit_jax.save(tmp_path / 'hf', model, params, 'hf', image_size=32)
+    vit_jax.save(tmp_path / 'timm', model, params, 'timm', image_size=32)

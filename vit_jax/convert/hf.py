@@ -5,6 +5,8 @@ preprocessor_config.json; position tables are resized by the bicubic filter, ant
 DINOv2 with registers alone.
 """
 
+import numpy as np
+
 from vit_jax.convert.documents import by_channel, option, size_option
 from vit_jax.convert.files import brief
 from vit_jax.convert.official import half, need
@@ -177,16 +179,40 @@ def block(theirs, index, model, dinov2):
 def limits(model):
     """{field: values that the format can express} for `save`."""
     dinov2 = model.layer_scale is not None
-    pools = ('cls',) if not dinov2 else ('cls_gap',) if model.num_classes else ('cls', 'cls_gap')
+    pools = ('cls',)
+    if dinov2:
+        pools = ('cls', 'gap', 'cls_gap') if model.num_classes else ('cls', 'cls_gap')
     return dict(
         resnet=(None,), pool=pools, posemb=('learn',), cls_posemb=(True,),
         registers=(model.registers if dinov2 else 0,),
         registers_posemb=(False,) if model.registers else (False, True),
-        dist_token=(False,) if dinov2 else (True, False), pre_norm=(False,), fc_norm=(False,),
+        dist_token=(False,) if dinov2 else (True, False), pre_norm=(False,),
+        fc_norm=(False, True) if dinov2 and model.pool == 'cls' else (False,),
         qk_norm=(False,), glu=(True, False) if dinov2 else (False,),
         representation_size=(None,) if dinov2 or model.num_classes
         else (None, model.representation_size),
     )  # fmt: skip
+
+
+def with_both_pools(model, params):
+    """(model, params) of a DINOv2 whose head reads the class token beside the patches' mean.
+
+    That is the one head that transformers has for it (arXiv:2304.07193 section 7.1): what a head
+    of one of the two does not read gets rows of zeros. `params` is {name: array}. Raises UserError
+    for a model without a class token, which has one there that the patches would attend to.
+    """
+    if model.layer_scale is None or model.num_classes is None:
+        return model, params
+    if 'cls' not in model.prefix:
+        raise UserError('format hf has a class token in each DINOv2, this model none; timm can')
+    if model.pool == 'cls_gap':
+        return model, params
+    kernel = params['head/kernel']  # [D, K]
+    rows = [kernel, np.zeros_like(kernel)]
+    kernel = np.concatenate(rows if model.pool == 'cls' else rows[::-1])
+    # Of one token it is the same whether the norm comes before or after the pooling.
+    model = model.clone(pool='cls_gap', cls_token=None, fc_norm=False)
+    return model, params | {'head/kernel': kernel}
 
 
 def prefix_of(model):

@@ -83,6 +83,8 @@ def save(
         model, params = folded(model, params, format, size)
     check(model, format, fold)
     expected(model, params, size)
+    if format == 'hf':
+        model, params = hf.with_both_pools(model, params)
     loss = loss_of(config) if loss is None else loss
     view = view or view_of(config) or about.view
     if loss is not None and loss not in PROBLEMS:
@@ -127,12 +129,23 @@ def check(model, format, fold=False):
             ways = ' or '.join(map(repr, values))
             foldable = field == 'cls_posemb' or (field, value) == ('posemb', 'sincos2d')
             ways += '; fold=True (--fold) writes it so' if foldable and not fold else ''
+            others = [other for other in FAMILIES if other != format and expresses(model, other)]
+            ways += f'; format {" and ".join(others)} can' if others else ''
             raise UserError(
                 f'format {format} can not express {field}={value!r} of this model, only {ways}'
             )
     lengths = {'official': 3, 'big_vision': 3}
     if len(model.mean) != lengths.get(format, len(model.mean)):
         raise UserError(f'format {format} has images of 3 channels, not {len(model.mean)}')
+
+
+def expresses(model, format):
+    """Whether no field of the model is beyond the format."""
+    if isinstance(model, mixer.Mixer):
+        return format == 'official'
+    at_stem = {'posemb_at': ('stem',)} if hasattr(model, 'posemb_at') else {}
+    limits = FAMILIES[format].limits(model) | at_stem
+    return all(getattr(model, field) in values for field, values in limits.items())
 
 
 def expected(model, params, size):
