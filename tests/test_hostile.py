@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import launched
+import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import text
+from vit_jax import page, text
+from vit_jax.data import mixture
+from vit_jax.evaluators import classify
 
 CLASSES = (
     '=1+1|x\n\t\x1b[2J\x1b]0;gone\x07',
@@ -57,6 +60,19 @@ def strict(line):
     return json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is no JSON'))
 
 
+def test_pages_cells_and_titles():
+    """What needs no run: a page, the CSV of an evaluation, the title of a data set."""
+    shown = page.document(FILE, CLASSES[0], [(CLASSES[1], FILE, [CLASSES, CLASSES])])
+    check(shown)
+    assert '<script' not in shown and '<img' not in shown
+    found = dict(label=np.arange(3), prediction=np.arange(3))
+    written = classify.by_class(found, CLASSES, 3)
+    check(written)
+    first = [row[0] for row in csv.reader(written.splitlines()[1:])]
+    assert first == [text.cell(name) for name in CLASSES] and first[0].startswith("'=")
+    check(mixture.title({'name': FILE}) + mixture.title({'mixture': dict.fromkeys(CLASSES)}))
+
+
 @pytest.fixture(scope='module')
 def workdir(data, tmp_path_factory):
     """A run on them."""
@@ -93,9 +109,9 @@ def test_prediction(data, workdir, tmp_path):
     said = run('figures', workdir, f'--images={images}', f'--images={broken}',
                f'--out={tmp_path}/page', status=2)  # fmt: skip
     assert f'Page: {tmp_path}/page/page.html' in said
-    page = (tmp_path / 'page' / 'page.html').read_text(encoding='utf-8')
-    check(page)
-    assert '<script' not in page and page.count('<img') == page.count('base64')
+    drawn = (tmp_path / 'page' / 'page.html').read_text(encoding='utf-8')
+    check(drawn)
+    assert '<script' not in drawn and drawn.count('<img') == drawn.count('base64')
     for picture in (tmp_path / 'page').glob('*.png'):
         Image.open(picture).verify()
 
