@@ -9,7 +9,7 @@ from flax import linen as nn
 from PIL import Image
 from sklearn import metrics
 
-from vit_jax import sharding, step
+from vit_jax import assembly, sharding, step
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 
@@ -126,6 +126,22 @@ def test_calibration_is_that_of_the_probabilities_shown(tmp_path):
     hits, bins = table[:60].argmax(axis=1) == labels, (probs * step.BINS).astype(int)
     gaps = [abs(hits[bins == b].sum() - probs[bins == b].sum()) for b in range(step.BINS)]
     assert made(params)['ece'] == pytest.approx(np.sum(gaps) / 60, rel=1e-4)
+
+
+def test_the_loss_is_that_of_training_unless_given(tmp_path):
+    labels = np.sort(np.random.default_rng(3).integers(0, CLASSES, 20))
+    path = folder(tmp_path, labels, names(CLASSES))
+    _, params, table = evaluation(path)
+    hot = np.eye(CLASSES)[labels]
+    probs = 1 / (1 + np.exp(-table[:20]))
+    sigmoid = -np.sum(hot * np.log(probs) + (1 - hot) * np.log1p(-probs), axis=1).mean()
+    settings = dict(type='classify', source=dict(name=str(path)), image_size=4, batch_size=16)
+    for given, value in ({}, sigmoid), ({'loss': None}, sigmoid), ({'loss': 'softmax'}, None):
+        made = assembly.evaluation(
+            Table(), sharding.make_mesh(), None, 'sigmoid', {'loss': None} | settings | given
+        )
+        found = made(params)['loss']
+        assert (found == pytest.approx(sigmoid, rel=1e-5)) == (value is not None)
 
 
 def test_a_subset_with_the_numbers_of_all(tmp_path):
