@@ -9,7 +9,7 @@ import pytest
 from test_train import StopAfter, run
 
 import vit_jax
-from vit_jax import checkpoint, history
+from vit_jax import checkpoint, history, workdir
 from vit_jax.convert import load
 from vit_jax.errors import UserError
 
@@ -140,3 +140,46 @@ def test_what_is_kept_where_scores_are_lost():
     assert checkpoint.to_keep([4, 8, 12], {8: 0.5}, **keep) == {8, 12}
     assert checkpoint.to_keep([4, 8, 12], {8: 0.5}, **keep, protected=[4, 8]) == {4, 8, 12}
     assert checkpoint.to_keep([4, 8, 12], {8: 0.5, 4: 0.1}, **keep, protected=[4, 8]) == {8, 12}
+
+
+BROKEN = {
+    'empty': b'', 'number': b'5', 'null': b'null', 'text': b'"x"', 'binary': bytes(range(128, 255)),
+    'deep': b'[' * 100_000, 'long number': b'9' * 9000, 'other': b'[{}]', 'object': b'{}',
+    'kinds': b'{"model": 5, "metrics": [1], "steps": "x", "data": null, "expected": [{}]}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['config.json', 'result.json', 'classes.json', 'facts.json'])
+def test_a_damaged_file_of_a_run_is_named_with_the_way_out(
+    name, folder, tmp_path_factory, tmp_path
+):
+    path = shutil.copytree(finished(folder, tmp_path_factory), tmp_path / 'run')
+    plain = (path / name).read_bytes()
+    if name == 'facts.json':
+        (path / 'result.json').unlink()  # it is read where there is something to train
+    readers = {
+        'train': lambda: run(folder, path, 'checkpoint.best=val/loss', 'checkpoint.keep=3'),
+        'load': lambda: load.read(str(path)),
+        'finished': lambda: workdir.finished([path]),
+    }
+    named = set()
+    for kind, data in (BROKEN | {'cut': plain[: len(plain) // 2], 'huge': None}).items():
+        (path / name).write_bytes(data or b'')
+        if data is None:
+            os.truncate(path / name, 2**40)  # no byte of it is on the disk
+        for reader in readers:
+            if reader == 'train' and kind not in ('number', 'cut'):  # which takes longer
+                continue
+            try:
+                readers[reader]()
+            except UserError as e:
+                if f'{path / name} ' in str(e):
+                    named.add((kind, reader))
+                else:
+                    assert kind in ('object', 'kinds'), (kind, reader, str(e))  # other settings
+        (path / name).write_bytes(plain)
+    kinds = {kind for kind, _ in named}
+    wanted = BROKEN.keys() - {'object', 'kinds'} | {'cut', 'huge'}
+    assert kinds >= ({'number', 'cut'} if name == 'facts.json' else wanted), named
+    for reader in readers:
+        readers[reader]()

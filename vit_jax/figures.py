@@ -76,7 +76,7 @@ def of_run(path, out):
     if state is None:
         raise UserError(f'{path} has no checkpoint yet')
     lines = history.read_lines(path)
-    result = workdir.read_json(path / 'result.json') or {}
+    result = workdir.read_result(path) or {}
     last = {k: v for line in lines for k, v in line.items() if '/' in k}
     values = [(k, number(v)) for k, v in (result.get('metrics') or last).items() if '/' in k]
     yield 'Results', f'At step {int(state.step):,}.', [('metric', 'value'), *values]
@@ -146,13 +146,14 @@ def of_mistakes(found, classes, count, out):
 
 def of_records(path):
     """The parts of a run's page that nothing is drawn for."""
-    result = workdir.read_json(path / 'result.json')
+    result = workdir.read_result(path)
     if result:
         names = ('seconds', 'images_per_s', 'examples_seen', 'device_kind', 'device_count')
-        costs = report.costs(result) | {name: result[name] for name in names}
+        costs = report.costs(result) | {name: result.get(name) for name in names}
         yield 'Costs', 'exaFLOPs: three forward passes an image (arXiv:2010.11929 table 6).', [
             ('', ''), *((k, page.said(v)) for k, v in costs.items())]
-        versions = result['versions'] | {k: result[k] for k in ('git_commit', 'finished')}
+        versions = result.get('versions', {})
+        versions |= {k: result.get(k) for k in ('git_commit', 'finished')}
         yield 'Versions', 'Of the process that ended the run.', [('', ''), *versions.items()]
     settings = workdir.flat(workdir.read_json(path / 'config.json'))
     yield 'Settings', 'All, as --config.KEY=VALUE would change them.', [

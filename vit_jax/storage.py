@@ -114,13 +114,19 @@ def check(path):
         raise
 
 
-def read(path):
-    """The bytes of a file; None where there is none."""
+def read(path, most=None):
+    """The bytes of a file; None where there is none. Raises UserError, as for more than `most`."""
     with explained(path, 'read'):
         try:
+            if most is not None and not remote(path) and path.stat().length > most:
+                raise UserError(f'{path} has more than the {most:,} bytes that such a file may')
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as e:
+            if remote(path):
+                raise
+            raise UserError(f'can not read {path}: {e.strerror or e}') from e
 
 
 def write(path, data):

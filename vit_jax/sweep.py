@@ -54,7 +54,7 @@ def folder(combination):
 def look(path, settings):
     """(state, result.json or None) of the run with these settings in the folder `path`."""
     begun = workdir.read_json(path / 'config.json')
-    result = workdir.read_json(path / 'result.json')
+    result = workdir.read_result(path)
     if begun is None:
         return 'not begun', None
     if any(meaning for *_, meaning in workdir.differences(begun, settings.to_dict())):

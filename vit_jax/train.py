@@ -33,7 +33,7 @@ def train(
         if profile:
             profiling.parsed(profile, parts.steps)
         changes = workdir.settle_config(path, config, begun, allow_change=allow_config_change)
-        result = workdir.read_json(path / 'result.json')
+        result = workdir.read_result(path)
         if result and result['steps'] == parts.steps:
             print(f'{printable(path)} is finished: {parts.steps} steps are done.', flush=True)
             return result

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 
 import jax
@@ -92,10 +93,82 @@ def write_json(path, value):
     storage.write(path, (to_json(value, indent=2) + '\n').encode())
 
 
-def read_json(path):
-    """The object in a file; None where there is none."""
-    data = storage.read(path)
-    return None if data is None else json.loads(data)
+def read_json(path, *needed):
+    """What one of a run's JSON files holds, None where there is none.
+
+    Raises UserError where it is damaged, as where it lacks one of the keys `needed`.
+    """
+    data = storage.read(path, MOST_BYTES)
+    if data is None:
+        return None
+    kinds, way_out = FILES.get(path.name, ({}, 'restore it'))
+    try:
+        value = json.loads(data)
+        if not isinstance(value, list if path.name == 'classes.json' else dict):
+            raise ValueError(f'holds {brief(value)}')
+        if isinstance(value, list) and not all(isinstance(name, str) for name in value):
+            raise ValueError('holds something other than names')
+        for key in needed:
+            if key not in value:
+                raise ValueError(f'has no {key}')
+        for key, kind in kinds.items():
+            if key in value and not kind(value[key]):
+                raise ValueError(f'has {key} {brief(value[key])}')
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{path} is damaged ({brief(e)}); {way_out}') from e
+    return value
+
+
+def read_result(path):
+    """result.json of a workdir with all that is read of it; None where the run is not over."""
+    return read_json(path / 'result.json', *RESULT)
+
+
+def brief(value):
+    return re.sub(r'\s+', ' ', str(value))[:80]
+
+
+def is_number(value):
+    return type(value) in (int, float)
+
+
+def is_whole(value):
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_dict(value):
+    return isinstance(value, dict)
+
+
+def are_metrics(value):
+    return is_dict(value) and all(v is None or is_number(v) for v in value.values())
+
+
+def are_judged(value):
+    """Whether these are rows of `judged`."""
+    keys = {'metric', 'value', 'tolerance', 'measured', 'pass'}
+    return isinstance(value, list) and all(is_dict(row) and keys <= row.keys() for row in value)
+
+
+SECTIONS = ('model', 'data', 'optim', 'objective', 'evals', 'checkpoint', 'report', 'mesh')
+RESULT = {
+    'metrics': are_metrics, 'steps': is_whole, 'examples_seen': is_whole, 'seconds': is_number,
+    'flops_per_image': is_number, 'device_kind': lambda v: isinstance(v, str),
+    'device_count': is_whole, 'expected': are_judged,
+}  # fmt: skip
+FILES = {  # name: (what its values are, the way out where it is damaged)
+    'config.json': (
+        dict.fromkeys(SECTIONS, is_dict),
+        "restore it, or remove it: then the run's next start writes that of its command",
+    ),
+    'result.json': (
+        RESULT | {'versions': is_dict, 'costs': are_metrics},
+        "remove it: the run's next start makes it anew",
+    ),
+    'classes.json': ({}, "restore it, or remove it: the run's next start writes it anew"),
+    'facts.json': ({}, "restore it, or remove it: the run's next start writes it anew"),
+}
+MOST_BYTES = 2**26  # of such a file
 
 
 def runs_below(folder):
@@ -115,9 +188,10 @@ def finished(folders):
         if not folder.exists():
             raise UserError(f'no folder {folder}')
         for path in runs_below(folder):
-            result = read_json(path / 'result.json')
+            result = read_result(path)
             if result is not None:
-                found.append((str(path), read_json(path / 'config.json'), result))
+                config = read_json(path / 'config.json', 'model', 'data', 'evals')
+                found.append((str(path), config, result))
     return found
 
 
