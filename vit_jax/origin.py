@@ -12,6 +12,7 @@ import jaxlib
 from vit_jax import workdir
 from vit_jax.data import facts
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 FILE = 'facts.json'
 ROUNDING = ('evals.', 'jaxlib', 'jax.version', 'jax.default_matmul', 'device_kind', 'xla_flags')
@@ -61,7 +62,8 @@ def settle(path, parts, now, begun, *, allow_change):
         raise UserError(
             f'data or random numbers differ from those that {path} was begun with:'
             f'{table}{classes_}\nName another workdir, or give --allow_config_change to go on with '
-            'what is there now.'
+            'what is there now.',
+            several_lines=True,
         )
     if jax.process_index() == 0:
         workdir.write_json(path / 'classes.json', classes)
@@ -71,6 +73,7 @@ def settle(path, parts, now, begun, *, allow_change):
 
 def difference(before, now):
     """How two lists of names differ, in words."""
+    before, now = ([printable(name) for name in names] for names in (before, now))
     parts = []
     for word, names, others in (('added', now, before), ('gone', before, now)):
         found = [name for name in names if name not in set(others)]
