@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vit_jax
-from vit_jax import models
+from vit_jax import config, models
 from vit_jax.errors import UserError
 
 CLASSES = 5
@@ -151,3 +151,22 @@ def test_a_dtype_is_its_name():
         assert models.build('bit-r50x1', dtype=dtype) == models.build('bit-r50x1', dtype=name)
     with pytest.raises(UserError, match="model.dtype is 'int32', not one of"):
         models.build('vit-ti/16', dtype=jnp.int32)
+
+
+def test_a_dtype_of_an_experiment_is_its_name(tmp_path):
+    (tmp_path / 'experiment.py').write_text(
+        """import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict(dict(
+        model=dict(name='vit-ti/16', dtype=jnp.bfloat16),
+        data=dict(source=dict(name='/images', split='train'), batch_size=8, image_size=32,
+                  view='resize'),
+        optim=dict(lr=1.0, momentum_dtype=jnp.bfloat16), steps=1,
+    ))
+"""
+    )
+    full = config.load(str(tmp_path / 'experiment.py'))
+    assert full.model.dtype == full.optim.momentum_dtype == 'bfloat16'

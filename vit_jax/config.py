@@ -21,6 +21,7 @@ from vit_jax.convert import load as weights
 from vit_jax.data import augment, distort, pipeline, sources
 from vit_jax.errors import UserError, choices, shown
 from vit_jax.evaluators import classify, probe
+from vit_jax.models import interface
 
 REQUIRED = inspect.Parameter.empty
 EVALUATORS = {'classify': classify.Classify, 'probe': probe.Probe}
@@ -118,12 +119,20 @@ def keys_of(function):
     }
 
 
+def dtypes_named(value):
+    """Nested dicts with 'bfloat16' in place of jnp.bfloat16, as JSON has it."""
+    if isinstance(value, dict):
+        return {key: dtypes_named(inner) for key, inner in value.items()}
+    return interface.dtype_name(value)
+
+
 def complete(given, begun=None, absent=False):
     """A nested dict, as an experiment gives it, checked and with every default filled in.
 
     Raises UserError for a key that nothing reads (and names the nearest that is read), a value of
     the wrong type or range, and a key that must be given and is not.
     """
+    given = dtypes_named(given)
     names = ('model', 'data', 'evals', *SECTIONS)
     outside = {k: v for k, v in given.items() if k not in names}
     full = filled('', outside, keys_of(scalars), also=names)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax.errors import UserError
 
@@ -22,12 +23,12 @@ def metadata():
     return dataclasses.field(default=None, compare=False, repr=False)
 
 
-def dtype_name(dtype):
-    """'bfloat16' of jnp.bfloat16, a NumPy dtype or its name; what is no dtype stays as it is."""
-    try:
-        return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    except TypeError:
-        return dtype
+def dtype_name(value):
+    """'bfloat16' of jnp.bfloat16 or a NumPy dtype; what is neither stays as it is."""
+    scalar = isinstance(value, type) and issubclass(value, np.generic)
+    if scalar or isinstance(value, (np.dtype, type(jnp.bfloat16))):
+        return jnp.dtype(value).name
+    return value
 
 
 def check_images(images, channels):
