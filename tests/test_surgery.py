@@ -227,7 +227,8 @@ def test_other_classes_get_a_head_of_zeros():
     assert not loaded.keys() & rows(read.account, 'unused').keys()
     logits, out = read.model.apply({'params': read.params}, jnp.ones((1, 64, 64, 3)))
     assert logits.shape == (1, 7) and not logits.any() and out['pre_logits'].shape == (1, 48)
-    lines = load.table(read.account).splitlines()
+    account = [row for row in read.account if row[0] != 'guessed']
+    lines = load.table(account).splitlines()
     assert [re.split(' {2,}', line) for line in lines] == [
         ['loaded', f'{len(loaded)} arrays', f'into {len(set(loaded.values()))} parameters'],
         ['resized', table, '4 x 4 -> 8 x 8, linear'],

@@ -25,7 +25,9 @@ def tidy(arrays, tower=None):
     if any(name.startswith('params/') for name in arrays):
         unused = {n: 'no parameter' for n in arrays if not n.startswith('params/')}
         inner = {n.removeprefix('params/'): a for n, a in arrays.items() if n not in unused}
-    if tower is None and 'embedding/kernel' not in inner and 'img/embedding/kernel' in inner:
+    stems = ('embedding/kernel', 'stem/kernel')  # of a ViT, of an MLP-Mixer
+    whole, image = (any(prefix + n in inner for n in stems) for prefix in ('', 'img/'))
+    if tower is None and image and not whole:
         tower = 'img'
     if tower is not None:
         chosen = {n: a for n, a in inner.items() if n.startswith(f'{tower}/')}

@@ -32,7 +32,7 @@ from vit_jax.text import printable
 
 FILES = ('.npz', '.safetensors', '.json')  # an address that ends in none of these is a folder
 PICKLED = ('.bin', '.pt', '.pth', '.pkl')
-COMPANIONS = ('config.json', 'preprocessor_config.json')
+COMPANIONS = ('config.json', 'preprocessor_config.json', 'processor_config.json')
 TOKENIZERS = ('vocab.json', 'special_tokens_map.json', 'added_tokens.json')
 REMOTE = ('gs', 'gcs', 'hf', 'http', 'https')  # those of the extra `remote`
 # What tells one version of a file from the next, by the backends' own names.

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
 from vit_jax.convert import files, official, pieces, surgery
+from vit_jax.convert.documents import Notes
 from vit_jax.errors import UserError
 from vit_jax.models import layers
 from vit_jax.models.interface import Metadata
@@ -35,11 +36,25 @@ class Loaded(NamedTuple):
     classes: tuple | None  # names by label
     config: dict | None  # of the run that made them
     loss: str | None = None  # the head was trained with: 'softmax' or 'sigmoid'; None: unknown
+    input_size: tuple | None = None  # (height, width) that its documents make of an image
+    stated_view: dict | None = None  # how, at that size
 
     @property
     def view(self):
-        """How the run that made them first evaluates, else a central crop: a view by its name."""
-        return view_of(self.config) or 'central'
+        """How an image becomes input, as `pipeline.make_view` takes it.
+
+        As the run that made the weights first evaluates, else as the documents beside them state,
+        else a central crop. A stated size before the crop is that of the stated input size, and
+        grows with it.
+        """
+        of_run = view_of(self.config)
+        if of_run or self.stated_view is None:
+            return of_run or 'central'
+        view, size = dict(self.stated_view), self.image_size
+        if 'smaller' in view and size is not None and size != self.input_size:
+            by = max(n / m for n, m in zip(size, self.input_size, strict=True))
+            view['smaller'] = max(round(view['smaller'] * by), *size)
+        return view
 
     @property
     def metadata(self):
@@ -61,6 +76,9 @@ class Found(NamedTuple):
     classes: tuple | None
     config: dict | None
     loss: str | None = None  # where the file itself tells; else as the config says
+    notes: Notes = Notes()  # what the documents leave open
+    input_size: tuple | None = None
+    view: dict | None = None
 
 
 def loss_of(config: dict | None) -> str | None:
@@ -119,12 +137,19 @@ def fitted(found, path, *, fields, image_size, num_classes, keep_pre_logits, sou
         more = (model.num_classes or 0) > len(classes)  # a run's head may have outputs to spare
         classes = classes if more and found.family == 'vit_jax' else None
     loss = None if 'head' in fresh else found.loss or loss_of(found.config)
-    return Loaded(model, params, account, found.family, size, classes, found.config, loss)
+    account += found.notes.rows(model, fields)
+    return Loaded(
+        model, params, account, found.family, size, classes, found.config, loss,
+        found.input_size, found.view,
+    )  # fmt: skip
 
 
 def understand(found, fields, source_image_size):
     """(the model that the file tells of, the grid (h, w) that its parameters fit, None: any)."""
     values = {**found.fields, **fields}
+    for field, why in found.notes.unsettled.items():
+        if field not in fields:
+            raise UserError(f'{why}; give {field}=..., as {found.fields[field]!r}')
     if values.get('num_heads', 1) is None:
         raise UserError(
             f'nothing tells how many heads the attention of width {values["width"]} has; give '
@@ -146,9 +171,11 @@ def understand(found, fields, source_image_size):
         if before not in [b for b, *_ in fits]:
             fits.append((before, model, grid))
     known = [(model, grid) for _, model, grid in fits if grid is not None]
-    if len(known) == 1 or (len(fits) == 1 and source_image_size is None):
+    if len(known) == 1 or (len(fits) == 1 and size is None):
         return known[0] if known else (fits[0][1], None)
     why = 'could be several' if known else 'is no grid'
+    if size is not None and not known:
+        why += f' of images of {size[0]} x {size[1]}'
     prefix = ' or '.join(str(before) for before, *_ in fits)
     raise UserError(
         f'array {name} has {rows} positions, {prefix} of them of the tokens {list(probe.prefix)}: '

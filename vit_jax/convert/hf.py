@@ -7,15 +7,18 @@ DINOv2 with registers alone.
 
 import numpy as np
 
-from vit_jax.convert.documents import by_channel, option, size_option
+from vit_jax.convert import hf_config
+from vit_jax.convert.documents import option, size_option
 from vit_jax.convert.files import brief
+from vit_jax.convert.hf_config import TYPES
 from vit_jax.convert.official import half, need
 from vit_jax.convert.pieces import Piece, count, linear, norm, renamed
-from vit_jax.convert.timm import IMAGENET, heads_of, ratio
+from vit_jax.convert.timm import ratio
+from vit_jax.convert.timm_config import IMAGENET
+from vit_jax.convert.timm_model import heads_of
 from vit_jax.errors import UserError
 
 UNUSED = ((r'embeddings\.mask_token|decoder\..*', 'for masked pre-training'),)
-TYPES = ('vit', 'deit', 'dinov2', 'dinov2_with_registers', 'vit_mae', 'vit_msn')
 GELUS = {
     'gelu': 'exact', 'gelu_python': 'exact', 'gelu_pytorch_tanh': 'tanh', 'gelu_new': 'tanh',
     'gelu_fast': 'tanh', 'quick_gelu': 'quick',
@@ -24,7 +27,6 @@ ACTS = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'quick': 'quick_gelu'}
 PATCHES = 'embeddings.patch_embeddings.projection.weight'
 TABLE = 'embeddings.position_embeddings'
 INTERPOLATION = {'dinov2_with_registers': 'bicubic_antialias'}
-DEFAULT_EPSILON = {'vit': 1e-12, 'deit': 1e-12, 'vit_mae': 1e-12}
 
 
 def matches(names):
@@ -40,15 +42,16 @@ def tidy(arrays):
 
 def model_type(arrays, config):
     """One of TYPES, of config.json or of the arrays' names."""
-    kind = option(config, 'model_type', 'a text')
-    if kind is None:
-        if 'encoder.layer.0.mlp.fc2.weight' in arrays or 'encoder.layer.0.norm1.weight' in arrays:
-            registers = 'embeddings.register_tokens' in arrays
-            return 'dinov2_with_registers' if registers else 'dinov2'
-        return 'deit' if 'embeddings.distillation_token' in arrays else 'vit'
+    told = 'deit' if 'embeddings.distillation_token' in arrays else 'vit'
+    if 'encoder.layer.0.mlp.fc2.weight' in arrays or 'encoder.layer.0.norm1.weight' in arrays:
+        registers = 'embeddings.register_tokens' in arrays
+        told = 'dinov2_with_registers' if registers else 'dinov2'
+    kind = option(config, 'model_type', 'a text', told)
     if kind not in TYPES:
         some = ', '.join(TYPES)
         raise UserError(f'config.json: model_type {brief(repr(kind))} is none of {some}')
+    if told != (kind if kind not in ('vit_mae', 'vit_msn') else 'vit'):
+        raise UserError(f'config.json: model_type is {kind!r}, but the arrays are those of {told}')
     return kind
 
 
@@ -61,13 +64,18 @@ def hidden(arrays, kind):
     return need(arrays, 'encoder.layer.0.mlp.fc1.weight', 2)[0], False
 
 
-def normalisation(kind, channels):
-    """Mean and deviation where no preprocessor_config.json has them."""
+def channels(arrays):
+    """Channels of the images."""
+    return need(arrays, PATCHES, 4)[1]
+
+
+def guess(kind, channels):
+    """{mean, std} where no preprocessor_config.json has them."""
     return IMAGENET if kind != 'vit' and channels == 3 else half(channels)
 
 
-def describe(arrays, config, processor):
-    """(kind, {field: value}) of the model, from names, shapes and the folder's two JSON files."""
+def describe(arrays, config):
+    """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
     kind = model_type(arrays, config)
     width, channels, *patch = need(arrays, PATCHES, 4)
     depth = count(arrays, r'encoder\.layer\.(\d+)\.')
@@ -77,18 +85,16 @@ def describe(arrays, config, processor):
         raise UserError(f'config.json: hidden_act {brief(repr(act))} is none of {", ".join(GELUS)}')
     head = next((n for n in ('classifier', 'cls_classifier') if f'{n}.weight' in arrays), None)
     shape = need(arrays, f'{head}.weight', 2) if head else (None, width)
+    heads = hf_config.HEADS if config else heads_of(width, depth)
     fields = dict(
         num_classes=shape[0], patch_size=tuple(patch), width=width, depth=depth,
-        num_heads=option(config, 'num_attention_heads', 'a whole number above 0')
-        or heads_of(width, depth, ''),
+        num_heads=option(config, 'num_attention_heads', 'a whole number above 0', heads),
         mlp_dim=mlp_dim, glu=glu, gelu=GELUS[act],
-        epsilon=option(
-            config, 'layer_norm_eps', 'a number above 0', DEFAULT_EPSILON.get(kind, 1e-6)
-        ),
+        epsilon=option(config, 'layer_norm_eps', 'a number above 0', hf_config.EPSILON[kind]),
         pool='cls_gap' if shape[1] == 2 * width else 'cls', cls_token=True,
         dist_token='embeddings.distillation_token' in arrays,
         dist_head='distillation_classifier.weight' in arrays,
-        interpolation=INTERPOLATION.get(kind, 'bicubic'), **normalisation(kind, channels),
+        interpolation=INTERPOLATION.get(kind, 'bicubic'),
     )  # fmt: skip
     if kind.startswith('dinov2'):
         fields['layer_scale'] = float(option(config, 'layerscale_value', 'a number', 1.0))
@@ -99,13 +105,14 @@ def describe(arrays, config, processor):
         pooler = option(config, 'pooler_act', 'a text', 'tanh')
         if pooler != 'tanh':
             raise UserError(f'config.json: pooler_act {brief(repr(pooler))} is not tanh')
-    for field, sign in (('mean', 'a number'), ('std', 'a number above 0')):
-        values = by_channel(
-            processor, f'image_{field}', sign, channels, 'preprocessor_config.json'
-        )
-        if values is not None:
-            fields[field] = values
-    return 'vit', fields
+    hf_config.check(config, arrays, kind, fields, channels)
+    hf_config.check_table(config, fields, table_rows(arrays)[1])
+    guessed = {}
+    if not config:
+        guessed = dict(
+            num_heads='there is no config.json', epsilon='of the norms; there is no config.json',
+        ) | ({} if glu else {'gelu': 'there is no config.json'})  # fmt: skip
+    return kind, fields, guessed
 
 
 def table_rows(arrays):

@@ -12,16 +12,8 @@ from typing import Any
 import flax.linen as nn
 from absl import logging
 
-from vit_jax.convert import big_vision, fetch, files, hf, official, run, timm
-from vit_jax.convert.documents import (
-    PROBLEMS,
-    class_names,
-    loss_said,
-    option,
-    read_json,
-    size_option,
-)
-from vit_jax.convert.fit import Found, fitted, size_of
+from vit_jax.convert import families, fetch, files, run, shards
+from vit_jax.convert.fit import fitted, size_of
 from vit_jax.errors import UserError
 from vit_jax.text import printable
 
@@ -86,7 +78,21 @@ def read(
     if ema:
         raise UserError(f'{path} is no checkpoint of a run, so it has no moving average (ema)')
     with understood(local, tower) as found:
-        return fitted(found, str(path), **surgery_of)
+        loaded = fitted(found, str(path), **surgery_of)
+    warn(path, found, loaded.account)
+    return loaded
+
+
+def warn(path, found, account):
+    """One line on keys that nobody here knows, and on guesses at what a bare file does not tell."""
+    guesses = [name for what, name, _ in account if what == 'guessed']
+    parts = []
+    if found.notes.unknown:
+        parts.append(f'not known here and ignored: {", ".join(found.notes.unknown)}')
+    if guesses and found.family in ('timm', 'hf'):
+        parts.append(f'nothing states {", ".join(guesses)}, which are guesses')
+    if parts:
+        logging.warning('%s: %s', printable(path), '; '.join(map(printable, parts)))
 
 
 def resolve(path):
@@ -139,6 +145,7 @@ class understood:
             manager = files.opened(path)
             part = manager.__enter__()
             self.opened.append(manager)
+            shards.check_index(path, part)
             if arrays.keys() & part.keys():
                 raise UserError(f'{path}: array {min(arrays.keys() & part.keys())} is there twice')
             arrays |= part
@@ -146,106 +153,19 @@ class understood:
 
     def find(self):
         """The family, by the names of the arrays."""
-        paths, folder = weight_files(self.local)
+        paths, folder, left = shards.weight_files(self.local)
         try:
             arrays = self.arrays_of(paths)
             if str(paths[0]).endswith('.npz'):
-                return npz(arrays, self.tower, read_sidecar(paths[0]))
-            config = read_json(folder / 'config.json')
-            record = read_json(folder / 'run_config.json') or None
-            if timm.matches(arrays):
-                return timm_folder(arrays, config, record)
-            if hf.matches(arrays):
-                processor = read_json(folder / 'preprocessor_config.json')
-                return hf_folder(arrays, config, processor, record)
+                return families.in_npz(arrays, self.tower, paths[0])
+            found = families.in_folder(arrays, folder)
         except UserError as e:
             raise UserError(e if str(self.local) in str(e) else f'{self.local}: {e}') from e
-        some = ', '.join(list(arrays)[:3])
-        raise UserError(f'{self.local}: no known family of ViTs has arrays named {some}, ...')
-
-
-def weight_files(local):
-    """(the files with arrays, the folder with the JSON files beside them)."""
-    if not local.is_dir():
-        if local.suffix not in ('.npz', '.safetensors'):
-            pickled = local.suffix in ('.bin', '.pt', '.pth', '.pkl', '.ckpt')
-            why = 'pickled weights are refused' if pickled else 'no known kind of file'
-            raise UserError(f'{local}: {why}; give an .npz, a .safetensors or a folder with one')
-        return [local], local.parent
-    found = sorted(local.glob('*.safetensors'))
-    whole = [p for p in found if p.name in ('model.safetensors', 'open_clip_model.safetensors')]
-    shards = [p for p in found if re.fullmatch(r'model-\d+-of-\d+\.safetensors', p.name)]
-    chosen = whole[:1] or shards or found
-    if not chosen:
-        raise UserError(f'{local} has no .safetensors file; pickled weights are refused')
-    if len(chosen) > 1 and not shards:
-        names = ', '.join(p.name for p in chosen)
-        raise UserError(f'{local} has several files of weights, name one: {names}')
-    return chosen, local
-
-
-def read_sidecar(path):
-    """NAME.json beside NAME.npz where it was written with it, else {}."""
-    record = read_json(path.with_suffix('.json')) if path.with_suffix('.json').exists() else {}
-    return record if record.get('arrays') == files.zip_digest(path) else {}
-
-
-def npz(arrays, tower, record):
-    """An official or a big_vision file, with what `save` wrote beside it."""
-    extra = dict(
-        image_size=size_option(record, 'image_size', 'the .json beside it'),
-        classes=class_names(record.get('classes')),
-        config=option(record, 'config', 'an object', file='the .json beside it'),
-        loss=next((loss for loss in PROBLEMS if loss == record.get('loss')), None),
-    )  # fmt: skip
-    tidy = official.tidy(arrays) if tower is None else {}
-    if official.matches(tidy):
-        kind, fields = official.describe(tidy)
-        return Found(
-            'official', kind, fields, tidy, official.pieces, official.table_rows(tidy), {}, **extra
-        )
-    tidy, unused = big_vision.tidy(arrays, tower)
-    if not big_vision.matches(tidy):
-        raise UserError(f'no known family of ViTs has arrays named {", ".join(list(tidy)[:3])}')
-    kind, fields = big_vision.describe(tidy)
-    stacked = big_vision.is_stacked(tidy)
-    return Found(
-        'big_vision', kind, fields, tidy, lambda m: big_vision.pieces(m, stacked),
-        big_vision.table_rows(tidy), unused, **extra,
-    )  # fmt: skip
-
-
-def timm_folder(arrays, config, record):
-    """A timm file with its config.json."""
-    if config.get('model_type') is not None and 'architecture' not in config:
-        raise UserError('config.json is one of transformers, the arrays are those of timm')
-    kind, fields = timm.describe(arrays, config)
-    return Found(
-        'timm', kind, fields, arrays, timm.pieces, timm.table_rows(arrays),
-        {}, timm.image_size(config),
-        class_names(config.get('label_names')), record, loss_said(config),
-    )  # fmt: skip
-
-
-def hf_folder(arrays, config, processor, record):
-    """A folder of transformers."""
-    tidy = hf.tidy(arrays)
-    kind, fields = hf.describe(tidy, config, processor)
-    labels = option(config, 'id2label', 'an object')
-    found = None
-    if labels and fields['num_classes']:
-        found = [labels.get(str(i)) for i in range(fields['num_classes'])]
-        if all(name == f'LABEL_{i}' for i, name in enumerate(found)):
-            found = None
-    return Found(
-        'hf', kind, fields, tidy, hf.pieces, hf.table_rows(tidy), explained(tidy, hf.UNUSED),
-        hf.image_size(config), class_names(found), record, loss_said(config),
-    )  # fmt: skip
-
-
-def explained(arrays, patterns):
-    """{name: why} of the arrays that a family leaves out."""
-    return {n: why for n in arrays for pattern, why in patterns if re.fullmatch(pattern, n)}
+        if found is None:
+            some = ', '.join(list(arrays)[:3])
+            raise UserError(f'{self.local}: no known family of ViTs has arrays named {some}, ...')
+        notes = found.notes
+        return found._replace(notes=notes._replace(ignored=(*notes.ignored, *left.items())))
 
 
 def table(account):

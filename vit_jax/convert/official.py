@@ -60,7 +60,12 @@ def tidy(arrays):
 
 def matches(names):
     """Whether these are the arrays of such a file."""
-    return any(name in names for name in (TABLE, 'MixerBlock_0/LayerNorm_0/scale'))
+    return TABLE in names or is_mixer(names)
+
+
+def is_mixer(names):
+    """Whether these are the arrays of an MLP-Mixer."""
+    return 'MixerBlock_0/LayerNorm_0/scale' in names
 
 
 def classes(arrays, kernel='head/kernel'):
@@ -85,7 +90,7 @@ def need(arrays, name, ndim):
 
 def describe(arrays):
     """(kind, {field: value}) of the model, from names and shapes."""
-    if 'MixerBlock_0/LayerNorm_0/scale' in arrays:
+    if is_mixer(arrays):
         return 'mixer', describe_mixer(arrays)
     block = 'Transformer/encoderblock_0'
     *patch, _, width = need(arrays, 'embedding/kernel', 4)

@@ -18,13 +18,20 @@ from vit_jax.data.images import resized
 from vit_jax.errors import UserError
 
 Method = Literal['bilinear', 'bicubic', 'area']
+Rounding = Literal['tensorflow', 'torchvision', 'transformers']
 Crop = Annotated[float, Range(0, 1, '(]')]
 Shift = Annotated[int, Range(0, 1024)]
 
 
-def resize(image, rng, *, size, method: Method = 'bilinear', antialias: bool = True):
-    """The whole image, squeezed to the size."""
-    return resized(image, (0, 0, *image.shape[:2]), size, method, antialias)
+def resize(
+    image, rng, *, size, crop: Crop = 1.0, method: Method = 'bilinear', antialias: bool = True
+):
+    """The image squeezed to size / crop, of which a central window of the size is taken."""
+    h, w = image.shape[:2]
+    whole = tuple(round(n / crop) for n in size)
+    out = resized(image, (0, 0, h, w), whole, method, antialias)
+    y, x = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
+    return out[y : y + size[0], x : x + size[1]]
 
 
 def central(
@@ -38,19 +45,31 @@ def central(
 
 
 def small_central(
-    image, rng, *, size, smaller: Pixels = 256, method: Method = 'area', antialias: bool = False
+    image,
+    rng,
+    *,
+    size,
+    smaller: Pixels = 256,
+    method: Method = 'area',
+    antialias: bool = False,
+    rounding: Rounding = 'tensorflow',
 ):
     """The smaller side resized to `smaller`, then a central window of the size.
 
-    The evaluation of ImageNet in the code of the ViT papers: 256 by area, then 224.
+    The evaluation of ImageNet in the code of the ViT papers: 256 by area, then 224. `rounding` is
+    whose whole pixels the other side and the window's place are: TensorFlow's rounds the side,
+    torchvision and transformers cut it off; half a pixel of the place is cut off, but torchvision
+    rounds it to even.
     """
     h, w = image.shape[:2]
-    scale = smaller / min(h, w)
     # the smaller side to the pixel, whatever the rounding of the product
-    whole = tuple(smaller if side == min(h, w) else round(side * scale) for side in (h, w))
+    larger = smaller * max(h, w) / min(h, w)
+    larger = round(larger) if rounding == 'tensorflow' else int(larger)
+    whole = (smaller, larger) if h < w else (larger, smaller)
     if whole[0] < size[0] or whole[1] < size[1]:
         raise UserError(f'smaller is {smaller}, less than the image size {size[0]} x {size[1]}')
-    y, x = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
+    half = round if rounding == 'torchvision' else int
+    y, x = half((whole[0] - size[0]) / 2), half((whole[1] - size[1]) / 2)
     out = resized(image, (0, 0, h, w), whole, method, antialias)
     return out[y : y + size[0], x : x + size[1]]
 

@@ -35,7 +35,7 @@ class Vit(nn.Module):
     """Images [B, H, W, C], normalised floats, to (output, named intermediates).
 
     The output is logits [B, K], or pre_logits [B, D] where `num_classes` is None; with
-    `pool='none'` both keep the patches: [B, N, K] and [B, N, D]. The intermediates:
+    `pool='none'` both keep all T tokens: [B, T, K] and [B, T, D]. The intermediates:
 
     tokens      [B, N, D]  embedded patches with their positions
     encoded     [B, N, D]  patches after the last norm (without one where `fc_norm`)
@@ -179,7 +179,7 @@ class Vit(nn.Module):
             adds += self.depth * t * (2 * t - 1) * d
         if self.pool == 'map':
             adds += n * (2 * d * d + 2 * d) + 2 * d * d + 2 * d * self.mlp_dim
-        rows, features = (n if self.pool == 'none' else 1), d * (1 + (self.pool == 'cls_gap'))
+        rows, features = (t if self.pool == 'none' else 1), d * (1 + (self.pool == 'cls_gap'))
         if self.representation_size is not None:
             adds += rows * features * self.representation_size
             features = self.representation_size
@@ -260,7 +260,7 @@ class Vit(nn.Module):
         if 'cls' in self.prefix:
             out['cls'] = first[:, 0]
         dist = first[:, list(self.prefix).index('dist')] if self.dist_head else None
-        x = layers.by_example(self.pooled(out))
+        x = layers.by_example(self.pooled(out, first))
         x = out['pre_logits'] = self.represented(last_norm(x) if self.fc_norm else x)
         if self.num_classes is None:
             return x, out
@@ -318,8 +318,8 @@ class Vit(nn.Module):
             found |= {'tokens_by_block': tokens, 'normed_by_block': tokens}
         return y, {name: found[name] for name in capture}
 
-    def pooled(self, out):
-        """The tokens in one: [B, D], [B, 2 D] with cls_gap, or [B, N, D] without pooling."""
+    def pooled(self, out, first):
+        """Tokens in one: [B, D], [B, 2 D] with cls_gap; or all of them, [B, T, D]."""
         if self.pool == 'cls':
             return out['cls']
         if self.pool == 'gap':
@@ -330,7 +330,7 @@ class Vit(nn.Module):
             return layers.MapHead(
                 self.num_heads, self.mlp_dim, self.gelu, self.epsilon, self.dtype, name='map_head'
             )(out['encoded'])
-        return out['encoded']
+        return jnp.concatenate([first, out['encoded']], axis=1) if self.prefix else out['encoded']
 
     def represented(self, x):
         """What the head reads: x, or the representation layer over it."""

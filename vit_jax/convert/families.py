@@ -1,0 +1,126 @@
+"""Opened files as `Found`: arrays and documents, understood as their family means them."""
+
+import re
+
+from vit_jax.convert import (
+    big_vision,
+    files,
+    hf,
+    hf_config,
+    hf_processor,
+    official,
+    timm,
+    timm_config,
+    timm_model,
+)
+from vit_jax.convert.documents import (
+    PROBLEMS,
+    Notes,
+    class_names,
+    loss_said,
+    option,
+    read_json,
+    size_option,
+)
+from vit_jax.convert.fit import Found
+from vit_jax.errors import UserError
+
+
+def in_folder(arrays, folder):
+    """`Found` of arrays of .safetensors files with the documents in a folder, None of no family."""
+    config = read_json(folder / 'config.json')
+    record = read_json(folder / 'run_config.json') or None
+    if timm.matches(arrays):
+        return timm_folder(arrays, config, record)
+    if hf.matches(arrays):
+        names = 'processor_config.json', 'preprocessor_config.json'
+        documents = (read_json(folder / name) for name in names)
+        return hf_folder(arrays, config, hf_processor.section(*documents), record)
+    return None
+
+
+def read_sidecar(path):
+    """NAME.json beside NAME.npz where it was written with it, else {}."""
+    record = read_json(path.with_suffix('.json')) if path.with_suffix('.json').exists() else {}
+    return record if record.get('arrays') == files.zip_digest(path) else {}
+
+
+def in_npz(arrays, tower, path):
+    """`Found` of an official or a big_vision file, with what `save` wrote beside it."""
+    record = read_sidecar(path)
+    extra = dict(
+        image_size=size_option(record, 'image_size', 'the .json beside it'),
+        classes=class_names(record.get('classes')),
+        config=option(record, 'config', 'an object', file='the .json beside it'),
+        loss=next((loss for loss in PROBLEMS if loss == record.get('loss')), None),
+        notes=npz_notes(record),
+    )  # fmt: skip
+    tidy = official.tidy(arrays) if tower is None else {}
+    if official.matches(tidy):
+        kind, fields = official.describe(tidy)
+        return Found(
+            'official', kind, fields, tidy, official.pieces, official.table_rows(tidy), {}, **extra
+        )
+    tidy, unused = big_vision.tidy(arrays, tower)
+    if official.is_mixer(tidy):
+        return Found(
+            'big_vision', 'mixer', official.describe_mixer(tidy), tidy, official.pieces, None,
+            unused, **extra,
+        )  # fmt: skip
+    if not big_vision.matches(tidy):
+        raise UserError(f'no known family of ViTs has arrays named {", ".join(list(tidy)[:3])}')
+    kind, fields = big_vision.describe(tidy)
+    stacked = big_vision.is_stacked(tidy)
+    return Found(
+        'big_vision', kind, fields, tidy, lambda m: big_vision.pieces(m, stacked),
+        big_vision.table_rows(tidy), unused, **extra,
+    )  # fmt: skip
+
+
+def npz_notes(record):
+    """What no .npz states, unless `save` wrote it: guesses by the code that writes such files."""
+    if record:
+        return Notes()
+    why = 'as the code has it that writes such files; nothing in it tells'
+    return Notes(dict.fromkeys(('mean', 'std', 'gelu', 'epsilon'), why))
+
+
+def timm_folder(arrays, config, record):
+    """A timm file with its config.json."""
+    if config.get('model_type') is not None and 'architecture' not in config:
+        raise UserError('config.json is one of transformers, the arrays are those of timm')
+    kind, fields, notes = timm_model.describe(arrays, config)
+    size, view = timm_model.image_size(config), None
+    if timm_config.has_settings(config):
+        view, ignored = timm_config.view(config, size or (224, 224))
+        notes = notes._replace(ignored=notes.ignored + ignored)
+    return Found(
+        'timm', kind, fields, arrays, timm.pieces, timm.table_rows(arrays), {}, size,
+        timm_config.label_names(config, fields['num_classes']), record,
+        loss_said(config), notes, size, view,
+    )  # fmt: skip
+
+
+def hf_folder(arrays, config, processor, record):
+    """A folder of transformers; `processor` is (its settings, the name of their file)."""
+    tidy = hf.tidy(arrays)
+    kind, fields, guessed = hf.describe(tidy, config)
+    channels = hf.channels(tidy)
+    if processor[1] is None:
+        images = hf_processor.Preprocessing(hf.guess(kind, channels))
+        why = 'of the images; there is no preprocessor_config.json'
+        guessed = guessed | {'mean': why, 'std': why}
+    else:
+        images = hf_processor.read(*processor, kind, channels)
+    unknown = (*hf_config.unknown_keys(config), *images.unknown)
+    return Found(
+        'hf', 'vit', fields | images.normalisation, tidy, hf.pieces, hf.table_rows(tidy),
+        explained(tidy, hf.UNUSED), hf.image_size(config),
+        hf_config.class_names(config, fields['num_classes']), record,
+        loss_said(config), Notes(guessed, {}, images.ignored, unknown), images.size, images.view,
+    )  # fmt: skip
+
+
+def explained(arrays, patterns):
+    """{name: why} of the arrays that a family leaves out."""
+    return {n: why for n in arrays for pattern, why in patterns if re.fullmatch(pattern, n)}

@@ -1,0 +1,182 @@
+"""preprocessor_config.json of transformers: how images become what a model takes.
+
+Also the `image_processor` within processor_config.json, which transformers reads first, and files
+of feature extractors, as processors were named before. What a file leaves out is its class's
+default in transformers 5.24.
+"""
+
+import math
+from typing import NamedTuple
+
+from vit_jax.convert.documents import KINDS, by_channel, option
+from vit_jax.convert.files import brief
+from vit_jax.errors import UserError
+
+HALF = [0.5, 0.5, 0.5]
+CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+NEAREST, LANCZOS, BILINEAR, BICUBIC = range(4)  # Pillow's numbers, which the files have
+SQUARE = dict(
+    size={'height': 224, 'width': 224}, crop_size=None, do_center_crop=False, resample=BICUBIC,
+    image_mean=HALF, image_std=HALF, default_to_square=True,
+)  # fmt: skip
+CROPPED = SQUARE | dict(
+    size={'shortest_edge': 224}, crop_size={'height': 224, 'width': 224}, do_center_crop=True,
+    image_mean=CLIP[0], image_std=CLIP[1], default_to_square=False,
+)  # fmt: skip
+DEFAULTS = {
+    'ViT': SQUARE | dict(resample=BILINEAR),
+    'DeiT': SQUARE | dict(
+        size={'height': 256, 'width': 256}, crop_size={'height': 224, 'width': 224},
+        do_center_crop=True,
+    ),
+    'Bit': CROPPED,
+    'CLIP': CROPPED,
+    'Siglip': SQUARE | dict(default_to_square=False),
+    'Beit': SQUARE,
+}  # fmt: skip
+OF_MODEL = {'deit': 'DeiT', 'dinov2': 'Bit', 'dinov2_with_registers': 'Bit'}  # others: ViT
+SWITCHES = ('do_resize', 'do_rescale', 'do_normalize')  # true where they are left out
+READ = {
+    'image_processor_type', 'feature_extractor_type', 'size', 'crop_size', 'do_center_crop',
+    'default_to_square', 'resample', 'rescale_factor', 'image_mean', 'image_std', *SWITCHES,
+}  # fmt: skip
+# How arrays are handed over and back, names of other classes, and label maps, which come with no
+# image here; images are RGB here in any case.
+IRRELEVANT = {
+    'processor_class', '_valid_processor_keys', '_processor_class', 'data_format', 'device',
+    'input_data_format', 'return_tensors', 'disable_grouping', 'do_convert_rgb', 'auto_map',
+    'do_reduce_labels', 'reduce_labels', 'image_seq_length', 'transformers_version', 'backend',
+    'pad_size',
+}  # fmt: skip
+# Steps that change numbers and are none here.
+REFUSED = ('do_flip_channel_order', 'do_grayscale', 'rescale_offset', 'offset', 'do_pad')
+
+
+class Preprocessing(NamedTuple):
+    """What a processor makes of an image."""
+
+    normalisation: dict  # {mean, std} of images in [0, 1]
+    size: tuple | None = None  # (height, width), None: that of the image, or unknown
+    view: dict | None = None  # to that size
+    ignored: tuple = ()  # (key, why)
+    unknown: tuple = ()  # keys
+
+
+def section(processor_config, preprocessor_config):
+    """(the settings, the name of the file that has them), ({}, None) of neither."""
+    inner = option(
+        processor_config, 'image_processor', 'an object', file='processor_config.json'
+    )
+    if inner:
+        return inner, 'processor_config.json'
+    return preprocessor_config, 'preprocessor_config.json' if preprocessor_config else None
+
+
+def class_of(config, model_type, file):
+    """A key of DEFAULTS: by the type that the file names, else that of the model."""
+    kind = option(config, 'image_processor_type', 'a text', file=file)
+    kind = kind or option(config, 'feature_extractor_type', 'a text', file=file)
+    if kind is None:
+        return OF_MODEL.get(model_type, 'ViT')
+    short = kind.removesuffix('Fast').removesuffix('Pil')
+    short = short.removesuffix('ImageProcessor').removesuffix('FeatureExtractor')
+    if short not in DEFAULTS:
+        some = ', '.join(f'{name}ImageProcessor' for name in DEFAULTS)
+        raise UserError(
+            f'{file}: image_processor_type {brief(repr(kind))} is none that is known here, which '
+            f'are {some}; remove the file and give mean=(...) and std=(...), or name one of them'
+        )
+    return short
+
+
+def read(config, file, model_type, channels):
+    """`Preprocessing` that the settings of `file` tell of."""
+    for key in REFUSED:
+        if config.get(key):
+            raise UserError(
+                f'{file}: {key} is {brief(repr(config[key]))}, and no image is made so here'
+            )
+    values = DEFAULTS[class_of(config, model_type, file)] | dict.fromkeys(SWITCHES, True)
+    values = values | {k: v for k, v in config.items() if v is not None}
+    for key in (*SWITCHES, 'do_center_crop', 'default_to_square'):
+        option(values, key, 'true or false', file=file)
+    size, view, ignored = geometry(values, file)
+    unknown = (f'{file}: {brief(k)}' for k in config if k not in READ | IRRELEVANT | {*REFUSED})
+    return Preprocessing(
+        normalisation(values, channels, file), size, view, tuple(ignored), tuple(unknown)
+    )
+
+
+def normalisation(values, channels, file):
+    """{mean, std} of images in [0, 1] that do what rescaling and normalising a 0..255 image does.
+
+    (x f - m) / s of x in 0..255 is (y - m / 255 f) / (s / 255 f) of y = x / 255.
+    """
+    factor = option(values, 'rescale_factor', 'a number above 0', 1 / 255, file=file)
+    scale = 255 * factor if values['do_rescale'] else 255.0
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if values['do_normalize']:
+        for key in ('image_mean', 'image_std'):  # a default is of three channels, all the same
+            if values[key] is HALF:
+                values[key] = 0.5
+        mean = by_channel(values, 'image_mean', 'a number', channels, file)
+        std = by_channel(values, 'image_std', 'a number above 0', channels, file)
+    if math.isclose(scale, 1, rel_tol=1e-9):  # 1 / 255 in any number of digits
+        return dict(mean=mean, std=std)
+    return dict(mean=tuple(m / scale for m in mean), std=tuple(s / scale for s in std))
+
+
+def size_dict(values, key, square, file):
+    """{'height', 'width'}, {'shortest_edge'} or another pair of edges that transformers has."""
+    value = values[key]
+    if isinstance(value, int):
+        value = {'height': value, 'width': value} if square else {'shortest_edge': value}
+    if isinstance(value, list) and len(value) == 2:
+        value = {'height': value[0], 'width': value[1]}
+    value = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
+    if not value or not all(map(KINDS['a number of pixels'], value.values())):
+        raise UserError(
+            f'{file}: {key} is {brief(repr(values[key]))}, not pixels or an object as '
+            '{"height": 224, "width": 224}'
+        )
+    return value
+
+
+def geometry(values, file):
+    """((height, width) or None, view or None, [(key, why)] of what no view expresses)."""
+    ignored, methods = [], {BILINEAR: 'bilinear', BICUBIC: 'bicubic'}
+    method = methods.get(option(values, 'resample', 'a whole number', file=file))
+    if method is None:
+        method = 'bicubic'
+        ignored.append(('resample', 'views here have bilinear and bicubic filters: bicubic'))
+    how = dict(method=method, antialias=True)
+    crop = None
+    if values['do_center_crop']:
+        crop = values['crop_size'] if values['crop_size'] is not None else values['size']
+        crop = size_dict({'crop_size': crop}, 'crop_size', True, file)
+        crop = (crop['height'], crop['width']) if crop.keys() == {'height', 'width'} else None
+    if not values['do_resize']:
+        ignored.append(('do_resize', 'false: images are made to fit the model here'))
+        return crop, dict(name='resize', **how), ignored
+    size = size_dict(values, 'size', values['default_to_square'], file)
+    if size.keys() == {'height', 'width'}:
+        whole = size['height'], size['width']
+        target, name = crop or whole, 'resize'
+        shares = {t / w for t, w in zip(target, whole, strict=True)}
+        if len(shares) == 1 and max(shares) <= 1:
+            part = {} if shares == {1.0} else {'crop': max(shares)}
+            return target, dict(name='resize', **part, **how), ignored
+        ignored.append(('crop_size', 'no view has such a part of the squeezed image: the whole'))
+    elif size.keys() == {'shortest_edge'}:
+        edge = size['shortest_edge']
+        target, name = crop or (edge, edge), 'central'
+        if crop is None:
+            ignored.append(('size', "the image's aspect stays there; here its central square"))
+        if max(target) <= edge:
+            how['rounding'] = 'transformers'
+            return target, dict(name='small_central', smaller=edge, **how), ignored
+        ignored.append(('crop_size', 'more than the image there, with black around it'))
+    else:
+        target, name = crop, 'central'
+        ignored.append(('size', f'no view here has {brief(", ".join(size))}'))
+    return target, dict(name=name, **how), ignored

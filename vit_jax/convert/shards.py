@@ -1,0 +1,91 @@
+"""Which files of a folder hold a model's weights: one, or the shards that an index tells of."""
+
+import re
+
+from vit_jax.convert.documents import option, read_json
+from vit_jax.convert.files import brief
+from vit_jax.errors import UserError
+
+WHOLE = ('model.safetensors', 'open_clip_model.safetensors')
+INDEX = 'model.safetensors.index.json'
+SHARD = r'model-(\d+)-of-(\d+)\.safetensors'
+KINDS = ('.npz', '.safetensors')
+
+
+def weight_files(local):
+    """(the files with arrays, the folder with the JSON files beside them, {file: why left out}).
+
+    As in transformers, a whole file comes before an index, and an index before names of files.
+    """
+    if not local.is_dir():
+        if local.suffix not in KINDS:
+            pickled = local.suffix in ('.bin', '.pt', '.pth', '.pkl', '.ckpt')
+            why = 'pickled weights are refused' if pickled else 'no known kind of file'
+            raise UserError(f'{local}: {why}; give an .npz, a .safetensors or a folder with one')
+        return [local], local.parent, {}
+    found = sorted(local.glob('*.safetensors'))
+    names = {path.name for path in found}
+    whole = [p for p in found if p.name in WHOLE]
+    whole.sort(key=lambda p: WHOLE.index(p.name))
+    shards = [p for p in found if re.fullmatch(SHARD, p.name)]
+    if whole:
+        chosen, why = whole[:1], f'{whole[0].name} is the whole model'
+    elif (local / INDEX).exists():
+        chosen = [local / name for name in sorted(set(weight_map(local).values()))]
+        why = f'{INDEX} does not name it'
+        for path in chosen:
+            if path.name not in names:
+                raise UserError(f'{local}: {INDEX} names {path.name}, which is not there')
+    elif shards:
+        complete(local, shards)
+        chosen, why = shards, 'no shard by its name'
+    else:
+        chosen, why = found, ''
+        if len(chosen) > 1:
+            some = ', '.join(p.name for p in chosen)
+            raise UserError(f'{local} has several files of weights, name one: {some}')
+    if not chosen:
+        raise UserError(f'{local} has no .safetensors file; pickled weights are refused')
+    return chosen, local, {n: why for n in sorted(names - {p.name for p in chosen})}
+
+
+def weight_map(folder):
+    """{array: file} of the index in a folder; files are names, of no other folder."""
+    mapping = option(read_json(folder / INDEX), 'weight_map', 'an object', file=INDEX)
+    if not mapping:
+        raise UserError(f'{folder / INDEX} has no weight_map, which tells where arrays are')
+    for array, name in mapping.items():
+        if not isinstance(name, str) or not re.fullmatch(r'[^/\\]+\.safetensors', name):
+            raise UserError(
+                f'{folder / INDEX}: weight_map has {brief(repr(name))} for {brief(array)}, '
+                'which is no name of a .safetensors file beside it'
+            )
+    return mapping
+
+
+def complete(folder, shards):
+    """UserError unless files without an index are all the shards of one model."""
+    counts = {re.fullmatch(SHARD, p.name)[2] for p in shards}
+    numbers = sorted(int(re.fullmatch(SHARD, p.name)[1]) for p in shards)
+    if len(counts) > 1 or numbers != list(range(1, int(min(counts)) + 1)):
+        some = ', '.join(p.name for p in shards)
+        raise UserError(
+            f'{folder} has shards that are not 1 to n of n ({some}), and no {INDEX} that tells '
+            'which are meant'
+        )
+
+
+def check_index(path, part):
+    """UserError where the arrays of a shard are not those that the index has in it."""
+    if not (path.parent / INDEX).exists() or path.name in WHOLE:
+        return
+    mapping = weight_map(path.parent)
+    if path.name not in mapping.values():
+        return  # named by itself
+    for name, file in mapping.items():
+        if file == path.name and name not in part:
+            raise UserError(f'{path}: {INDEX} has array {brief(name)} in it, which it has not')
+    for name in part:
+        if mapping.get(name) != path.name:
+            where = f'in {mapping[name]}' if name in mapping else 'nowhere'
+            raise UserError(f'{path} has array {name}, which {INDEX} has {where}')

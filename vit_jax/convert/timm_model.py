@@ -1,0 +1,208 @@
+"""The model that the arrays of timm's VisionTransformer and its config.json tell of.
+
+What neither states is a guess, and stands as one in the account.
+"""
+
+from vit_jax.convert import timm_config
+from vit_jax.convert.documents import Notes, agree, size_option
+from vit_jax.convert.files import brief
+from vit_jax.convert.official import half, need
+from vit_jax.convert.pieces import count
+from vit_jax.convert.timm import GELUS, POOLS
+from vit_jax.convert.timm_config import IMAGENET
+from vit_jax.errors import UserError
+from vit_jax.models import vit
+
+CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+
+
+def heads_of(width, depth):
+    """A guess at the number of heads, which fused weights do not tell; None where there is none."""
+    for size in vit.SIZES.values():
+        if (size['width'], size['depth']) == (width, depth):
+            return size['num_heads']
+    return width // 64 if width % 64 == 0 else None
+
+
+def gelu_of(args, glu):
+    """The kind of GELU by the arguments; a gated MLP has SiLU and no GELU: the default value."""
+    known = {'silu': 'exact'} if glu else GELUS
+    kind = args.get('act_layer', 'silu' if glu else None) or 'gelu'
+    if kind not in known:
+        some = ', '.join(known)
+        raise UserError(f'config.json: act_layer {brief(repr(kind))} is none of {some}')
+    return known[kind]
+
+
+def family(arrays, channels):
+    """{mean, std} that the arrays suggest where no config.json states them."""
+    if channels != 3:
+        return half(channels)
+    if 'norm_pre.weight' in arrays:
+        return CLIP
+    deit3 = 'blocks.0.ls1.gamma' in arrays and 'reg_token' not in arrays
+    return IMAGENET if 'dist_token' in arrays or deit3 else half(3)
+
+
+def told(arrays, width, depth, channels, patch):
+    """{argument: value} of timm's class, of those that names and shapes of the arrays tell."""
+    block = 'blocks.0.'
+    return dict(
+        embed_dim=width, depth=depth, in_chans=channels, patch_size=tuple(patch),
+        qkv_bias=block + 'attn.qkv.bias' in arrays, proj_bias=block + 'attn.proj.bias' in arrays,
+        qk_norm=block + 'attn.q_norm.weight' in arrays, pre_norm='norm_pre.weight' in arrays,
+        class_token='cls_token' in arrays, distilled='dist_token' in arrays,
+        reg_tokens=need(arrays, 'reg_token', 3)[1] if 'reg_token' in arrays else 0,
+        pos_embed='learn' if 'pos_embed' in arrays else 'none',
+        num_classes=need(arrays, 'head.weight', 2)[0] if 'head.weight' in arrays else 0,
+        init_values='a layer scale' if block + 'ls1.gamma' in arrays else 'no layer scale',
+    )  # fmt: skip
+
+
+def checked(args, known, hidden, glu):
+    """Raises UserError where an argument is not what the arrays tell (`known`)."""
+    stated = dict(args)
+    if 'init_values' in args:
+        stated['init_values'] = 'a layer scale' if args['init_values'] else 'no layer scale'
+    if 'patch_size' in args:
+        stated['patch_size'] = size_option(args, 'patch_size')
+    if 'pos_embed' in args:
+        stated['pos_embed'] = args['pos_embed'] or 'none'
+    agree(stated, known)
+    ratio = args.get('mlp_ratio')
+    if ratio is not None and int(known['embed_dim'] * ratio) != hidden:
+        raise UserError(
+            f'config.json: mlp_ratio is {ratio}, which makes an MLP of '
+            f'{int(known["embed_dim"] * ratio)}, but the arrays have {hidden}'
+        )
+    if 'mlp_layer' in args and glu != (args['mlp_layer'] is not None):
+        kinds = {True: 'a gated MLP', False: 'a plain MLP'}
+        raise UserError(
+            f'config.json is of a model with {kinds[not glu]}, but the arrays have {kinds[glu]}'
+        )
+
+
+def settled(arrays, known):
+    """UserError where arrays without an architecture are those of other models of timm, too."""
+    maps, other = 'attn_pool.latent' in arrays, None
+    if maps and known['pre_norm']:
+        other = 'vit_pe_core_*, whose rotary positions leave no array'
+    elif maps and known['reg_tokens']:
+        other = 'test_vit3, which pools its registers with the patches'
+    elif known['init_values'] == 'no layer scale' and not (
+        known['qkv_bias'] or known['class_token']
+    ):
+        other = 'vit_base_patch16_rpn_224, which has its norms behind attention and MLP'
+    if other:
+        raise UserError(
+            f'a plain ViT has these arrays, and so has {other}: put a config.json beside them, '
+            'with timm\'s name as {"architecture": "vit_base_patch16_224"}'
+        )
+
+
+def fits(pool, args, arrays):
+    """Whether a model with timm's pooling `pool` would have the arrays."""
+    fc_norm = args.get('fc_norm')
+    fc_norm = pool in ('avg', 'avgmax', 'max') if fc_norm is None else fc_norm
+    return (
+        (pool == 'map') == ('attn_pool.latent' in arrays)
+        and fc_norm == ('fc_norm.weight' in arrays)
+        and (pool != 'token' or 'cls_token' in arrays)
+    )
+
+
+def pooling(args, config, arrays):
+    """(timm's pooling, {'pool': why it is a guess}, {'pool': why it must be given})."""
+    given = (config.get('model_args') or {}).get('global_pool')
+    stated = timm_config.setting(config, 'global_pool', 'a text')
+    pool = args.get('global_pool', stated)
+    for value in (pool, stated):
+        if value is not None and value not in POOLS:
+            some = ', '.join(map(repr, POOLS))
+            raise UserError(f'config.json: global_pool {brief(repr(value))} is none of {some}')
+    if pool is None:
+        maps, cls = 'attn_pool.latent' in arrays, 'cls_token' in arrays
+        pool = 'map' if maps else 'token' if cls and 'fc_norm.weight' not in arrays else 'avg'
+        why = 'the arrays of a model with a class token are the same with another pooling'
+        return pool, {} if maps or not cls else {'pool': why}, {}
+    if given is None and stated not in (None, pool) and fits(stated, args, arrays):
+        if fits(pool, args, arrays):
+            why = (
+                f'config.json: global_pool is {brief(repr(stated))}, but timm builds the '
+                f'architecture with {pool!r}, and the arrays fit both'
+            )
+            return stated, {}, {'pool': why}
+        pool = stated
+    if not fits(pool, args, arrays):
+        raise UserError(
+            f'config.json: global_pool is {pool!r} with fc_norm {args.get("fc_norm")}, to which '
+            'the arrays (norm, fc_norm, attn_pool, cls_token) do not fit'
+        )
+    return pool, {}, {}
+
+
+def describe(arrays, config):
+    """(kind, {field: value}, Notes) of the model, from names, shapes and what config.json has."""
+    if any(name.startswith('patch_embed.backbone.') for name in arrays):
+        raise UserError(timm_config.refusal('embed_layer', 'HybridEmbed', 'this'))
+    args = timm_config.arguments(config)
+    width, channels, *patch = need(arrays, 'patch_embed.proj.weight', 4)
+    depth = count(arrays, r'blocks\.(\d+)\.')
+    hidden = need(arrays, 'blocks.0.mlp.fc1.weight', 2)[0]
+    mlp_dim = need(arrays, 'blocks.0.mlp.fc2.weight', 2)[1]
+    glu = hidden == 2 * mlp_dim
+    known = told(arrays, width, depth, channels, patch)
+    if known['num_classes'] == 0 and timm_config.stated_classes(config) is None:
+        args.pop('num_classes', None)  # a head that is left out
+    checked(args, known, hidden, glu)
+    if timm_config.architecture(config) is None:
+        settled(arrays, known)
+    agree({'num_features': config.get('num_features')}, {'num_features': width})
+    pool, guessed, unsettled = pooling(args, config, arrays)
+    prefix = known['class_token'] + known['distilled'] + known['reg_tokens']
+    if args.get('pool_include_prefix') and pool in ('avg', 'map') and prefix:
+        raise UserError('config.json: pool_include_prefix: pooling here is that of patches alone')
+    fields = dict(
+        num_classes=known['num_classes'] or None, patch_size=tuple(patch), width=width, depth=depth,
+        mlp_dim=mlp_dim, num_heads=args.get('num_heads'), pool=POOLS[pool],
+        cls_token=known['class_token'], dist_token=known['distilled'],
+        dist_head='head_dist.weight' in arrays, registers=known['reg_tokens'],
+        posemb=known['pos_embed'], interpolation='bicubic_antialias', pre_norm=known['pre_norm'],
+        fc_norm='fc_norm.weight' in arrays,
+        layer_scale=float(args.get('init_values') or 1e-5)
+        if known['init_values'] == 'a layer scale' else None,
+        qk_norm=known['qk_norm'], gelu=gelu_of(args, glu), glu=glu,
+        epsilon=args.get('epsilon', 1e-5 if known['pre_norm'] else 1e-6),
+    )  # fmt: skip
+    if 'pre_logits.fc.weight' in arrays:
+        fields['representation_size'] = need(arrays, 'pre_logits.fc.weight', 2)[0]
+    if 'no_embed_class' in args:
+        fields |= dict.fromkeys(('cls_posemb', 'registers_posemb'), not args['no_embed_class'])
+    if fields['num_heads'] is None:
+        fields['num_heads'] = heads_of(width, depth)
+        guessed = guessed | {'num_heads': 'fused weights do not tell it'}
+    if 'epsilon' not in args:
+        guessed = guessed | {'epsilon': 'of the norms; arrays do not tell it'}
+    if 'act_layer' not in args and not glu:
+        guessed = guessed | {'gelu': 'arrays do not tell its kind'}
+    return 'vit', *normalised(fields, config, channels, arrays, guessed, unsettled)
+
+
+def normalised(fields, config, channels, arrays, guessed, unsettled):
+    """(fields, Notes) with mean and deviation of the images."""
+    default, why = family(arrays, channels), 'of the images; nothing states it'
+    if timm_config.has_settings(config) and channels == 3:
+        default, why = IMAGENET, "of the images; config.json leaves it out: timm's default"
+    stated = timm_config.normalisation(config, channels)
+    guessed = guessed | {key: why for key in default.keys() - stated.keys()}
+    notes = Notes(guessed, unsettled, (), timm_config.unknown_keys(config))
+    return fields | default | stated, notes
+
+
+def image_size(config):
+    """(height, width) that the checkpoint was made for, None where the config does not tell."""
+    size = size_option(config.get('model_args') or {}, 'img_size')
+    if size is None:
+        stated = timm_config.input_size(config)
+        size = stated and stated[1:]
+    return size
