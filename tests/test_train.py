@@ -208,7 +208,7 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
     ('data.source.name=/nowhere', 'no folder /nowhere'),
     (('data.repeats=4', 'objective.cutmix=1.0', 'accumulate=2', 'data.batch_size=16'),
      'mix_shift is 1 with data.repeats 4: .* mixed with themselves; set it to 2'),
-    ('data.source.split=test', "has no sub-folder 'test', but train, val"),
+    ('data.source.split=test', "has no split 'test'; it has train, val"),
     ('mesh.fsdp=3', 'fsdp=3 tensor=1 does not cover 8 devices'),
     ('objective.loss=hinge', "objective.loss is 'hinge'"),
     ('evals.val.loss=hinge', "loss is 'hinge'"),
