@@ -25,7 +25,7 @@ def write(folder, name, model, images, metrics, init_from=None, flops=10e6, data
     costs = dict(exaflops=3 * flops * 64_000 / 1e18, device_hours=0.5)
     result = dict(
         metrics=metrics, flops_per_image=flops, seconds=1800.0, costs=costs, steps=1000,
-        device_count=1, device_kind='cpu', examples_seen=64_000,
+        device_count=1, device_kind='cpu', examples_seen=64_000, expected=[],
     )  # fmt: skip
     for part, value in (('config', config), ('result', result)):
         (path / f'{part}.json').write_text(json.dumps(value))
