@@ -205,7 +205,8 @@ def record_of(model, size, classes, config, loss, view):
     """What goes beside the weights, as JSON has it."""
     return dict(
         image_size=list(size) if size else None, mean=list(model.mean), std=list(model.std),
-        classes=list(classes) if classes else None, loss=loss, config=config, view=view,
+        classes=list(classes) if classes else None, loss=loss, config=config,
+        view=dict(name=view) if isinstance(view, str) else dict(view),
     )  # fmt: skip
 
 
