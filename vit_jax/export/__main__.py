@@ -21,6 +21,7 @@ ones), so keep the checkpoint.
 
 import os
 import pathlib
+import sys
 
 import jax
 from absl import flags
@@ -95,6 +96,18 @@ def metadata(found, size, view, platforms):
     )  # fmt: skip
 
 
+def nearest(view, run):
+    """The view; of one that the documents of another library state, the nearest that there is."""
+    try:
+        export.view_arguments(view)
+    except UserError as e:
+        if run is not None:
+            raise
+        view = 'resize' if view['name'] == 'resize' else 'central'
+        print(f'{e}; {view} is taken', file=sys.stderr)
+    return view
+
+
 def main(argv):
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}')
@@ -107,7 +120,7 @@ def main(argv):
         CHECKPOINT.value, image_size=SIZE.value, ema=None if EMA.value else False, **fields
     )
     size = found.image_size or (SIZE.value or DEFAULT_SIZE,) * 2
-    view = VIEW.value or found.view
+    view = VIEW.value or nearest(found.view, found.config)
     exported = export.exported(
         found.model, found.params, size, view=view, loss=found.loss, platforms=platforms
     )
