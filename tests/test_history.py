@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import launched
 import pytest
@@ -183,3 +185,19 @@ def test_a_damaged_file_of_a_run_is_named_with_the_way_out(
     assert kinds >= ({'number', 'cut'} if name == 'facts.json' else wanted), named
     for reader in readers:
         readers[reader]()
+
+
+def test_metrics_are_printed_although_their_files_can_not_be_written(
+    folder, tmp_path_factory, tmp_path
+):
+    path = finished(folder, tmp_path_factory)
+    (tmp_path / 'out' / 'val.csv').mkdir(parents=True)
+    command = [sys.executable, '-m', 'vit_jax.evaluate', f'--checkpoint={path}@12']
+    done = subprocess.run(
+        [*command, f'--out={tmp_path}/out'], capture_output=True, text=True,
+        env=launched.ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 2 and 'val/accuracy  ' in done.stdout
+    assert done.stderr.startswith(f'error: can not write {tmp_path}/out/val.csv: ')
+    assert done.stderr.count('\n') == 1
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['val.csv']
