@@ -18,6 +18,7 @@ from sklearn.datasets import load_sample_images
 
 import vit_jax
 from vit_jax import devices, export, models
+from vit_jax.convert import load
 from vit_jax.data import augment, pipeline
 from vit_jax.errors import UserError
 from vit_jax.models import attention
@@ -156,12 +157,14 @@ def test_images_of_any_size_are_seen_as_predict_sees_them(checkpoint, photograph
     """To 1e-5 on most; a pixel that is rounded the other way moves a probability by some 1e-4."""
     file, model = tmp_path / 'model.jaxexport', vit_jax.load(checkpoint)
     about = exported(checkpoint, file, '--platforms=cpu,cpu')
-    assert about['view'] == 'central' and about['platforms'] == ['cpu']
+    view = load.read(checkpoint).view
+    assert about['view'] == view and view['name'] == 'small_central'  # as transformers has it
+    assert about['platforms'] == ['cpu']
     batches = dict(
         wide=photographs, tall=photographs[:3, :, :150], tiny=photographs[:1, 100:131, 60:100]
     )
     found = alone(file, tmp_path, **batches)
-    wanted = {name: by_view(*model, images) for name, images in batches.items()}
+    wanted = {name: by_view(*model, images, view) for name, images in batches.items()}
     np.testing.assert_allclose(
         wanted['wide'], predicted(checkpoint, tmp_path, photographs), atol=1e-5, rtol=0
     )
@@ -171,20 +174,28 @@ def test_images_of_any_size_are_seen_as_predict_sees_them(checkpoint, photograph
     assert np.abs(other - wanted['wide']).max(axis=1).min() > 4e-3
 
 
-@pytest.mark.parametrize('antialias', [True, False])
-def test_a_view_within_the_file_is_the_view_to_a_grey_level(antialias):
+@pytest.mark.parametrize('how', [
+    dict(method='bilinear', antialias=True), dict(method='bilinear', antialias=False),
+    dict(method='bicubic', antialias=True),
+], ids=lambda how: '-'.join(map(str, how.values())))  # fmt: skip
+def test_a_view_within_the_file_is_the_view_to_a_grey_level(how):
     china, flower = load_sample_images().images
     wrong = values = 0
-    for size, crop in itertools.product(((224, 224), (48, 48), (32, 80)), (0.875, None)):
-        view = dict(name='resize', antialias=antialias)
-        if crop is not None:
-            view |= dict(name='central', crop=crop)
-        made = pipeline.make_view(view, size)
-        squared = functools.partial(export.squared, size=size, crop=crop, antialias=antialias)
-        for image in (china, flower[:300, :412], china[:413, :59], flower[:31, :40]):
+    for size, view in itertools.product(((48, 48), (32, 80)), (
+        dict(name='resize'), dict(name='resize', crop=0.875, rounding='torchvision'),
+        dict(name='central'), dict(name='small_central', rounding='tensorflow'),
+        dict(name='small_central', rounding='transformers'),
+        dict(name='small_central', rounding='torchvision'),
+    )):  # fmt: skip
+        if view['name'] == 'small_central':
+            view = view | dict(smaller=round(max(size) / 0.9))
+        made = pipeline.make_view(view | how, size)
+        name, arguments = export.checked_view(view | how, size)
+        squared = functools.partial(export.squared, size=size, name=name, **arguments)
+        for image in (china[:301], china[:413, :59], flower[:31, :40]):
             image = np.ascontiguousarray(image)
             apart = np.abs(made(image, None) - np.int32(jax.jit(squared)(image[None])[0]))
-            assert apart.max() <= 1, (size, crop, image.shape)
+            assert apart.max() <= 1, (size, view, image.shape)
             wrong, values = wrong + (apart > 0).sum(), values + apart.size
     assert wrong < 1e-3 * values  # what lies between two levels, but for rounding
 
@@ -298,7 +309,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(checkpoint, tmp_path):
 def test_what_can_not_be_exported_is_refused():
     model, params = small()
     for view in ('inception', dict(name='small_central'), dict(name='central', method='area')):
-        with pytest.raises(UserError, match='can not be exported; central and resize can'):
+        with pytest.raises(UserError, match='can not be exported; central, resize, small_cent'):
             export.exported(model, params, (SIZE, SIZE), view=view)
     huge = {'kernel': jax.ShapeDtypeStruct((2**29,), jnp.float32)}
     with pytest.raises(UserError, match='the weights are 2.1 GB'):

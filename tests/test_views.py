@@ -18,6 +18,8 @@ from sklearn.datasets import load_sample_images
 import vit_jax
 from vit_jax import models
 from vit_jax.convert import load, views
+from vit_jax.data import files as named
+from vit_jax.data import pipeline
 from vit_jax.errors import UserError
 
 SIZE, CLASSES = 48, ('ant', 'bee', 'cat', 'dog', 'eel')
@@ -124,10 +126,109 @@ def test_the_size_that_timm_resizes_to_is_the_one_that_was_meant():
     assert settings == dict(crop_pct=0.875, crop_mode='center', interpolation='bilinear')
 
 
+EXACT = [  # views that both libraries have to the pixel, with their own rounding
+    dict(name='resize'), dict(name='resize', method='bicubic'), dict(name='resize', crop=0.875),
+    dict(name='resize', crop=0.8, method='bicubic'),
+    dict(name='small_central', smaller=55, method='bilinear', antialias=True),
+    dict(name='small_central', smaller=48, method='bicubic', antialias=True),
+    dict(name='small_central', smaller=77, method='bicubic', antialias=True),
+]
+
+
+def by_transformers(folder, config):
+    """path -> the input [H, W, 3] that transformers makes of a file, in grey levels."""
+    transformers = pytest.importorskip('transformers')
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+
+    def seen(path):
+        values = processor(Image.open(path).convert('RGB'), return_tensors='np')['pixel_values'][0]
+        mean, std = np.array(processor.image_mean), np.array(processor.image_std)
+        return (values.transpose(1, 2, 0) * std + mean) * 255
+
+    return seen
+
+
+def by_timm(folder, config):
+    """Likewise what timm's settings mean: torchvision's Resize and CenterCrop, by Pillow."""
+    settings = config['pretrained_cfg']
+    size = settings['input_size'][1:]
+    filter = getattr(Image.Resampling, settings['interpolation'].upper())
+    whole = [math.floor(n / settings['crop_pct']) for n in size]
+
+    def seen(path):
+        image = Image.open(path).convert('RGB')
+        w, h = image.size
+        if settings['crop_mode'] == 'squash':
+            h, w = whole
+        else:
+            h, w = (int(whole[0] * max(n / m, 1)) for n, m in ((h, w), (w, h)))
+        out = np.asarray(image.resize((w, h), filter))
+        y, x = round((h - size[0]) / 2), round((w - size[1]) / 2)
+        return out[y : y + size[0], x : x + size[1]].astype(float)
+
+    return seen
+
+
+@pytest.mark.parametrize('format, rounding, theirs', [
+    ('hf', 'transformers', by_transformers), ('timm', 'torchvision', by_timm),
+], ids=['hf', 'timm'])  # fmt: skip
+def test_what_they_have_too_is_the_same_to_the_pixel(
+    format, rounding, theirs, network, tmp_path, capfd
+):
+    """On sharp images: any other place or filter differs by tens of grey levels."""
+    china, flower = (Image.fromarray(image) for image in load_sample_images().images)
+    pictures = {
+        'large.jpg': china, 'tall.png': flower.resize((301, 555)),
+        'small.png': china.resize((60, 81)),
+        'wide.png': flower.resize((533, 211)), 'grey.jpg': china.convert('L').resize((385, 256)),
+    }  # fmt: skip
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name, quality=90)
+    for i, view in enumerate(EXACT):
+        folder, view = tmp_path / str(i), view | dict(rounding=rounding)
+        vit_jax.save(folder, *network, format, image_size=SIZE, view=view)
+        seen = theirs(folder, json.loads((folder / 'config.json').read_text()))
+        back = load.read(folder).view
+        for name in pictures:
+            path = tmp_path / name
+            ours = pixels(path, view)
+            # They round between the two axes; JPEGs that shrink are decoded smaller here.
+            apart = np.abs(ours - seen(path))
+            assert apart.mean() < 1 and apart.max() < 12, (view, name)
+            assert np.array_equal(ours, pixels(path, back)), (view, back)
+    assert 'prepares images' not in capfd.readouterr().err
+
+
+def pixels(path, view):
+    return named.pixels(path, pipeline.make_view(view, SIZE)).astype(float)
+
+
+@pytest.mark.parametrize('format', ['official', 'hf', 'timm'])
+def test_a_view_comes_back(format, network, tmp_path):
+    model = network[0].clone(mean=(0.5,) * 3, std=(0.5,) * 3)
+    path = tmp_path / ('a.npz' if format == 'official' else 'a')
+    view = dict(name='small_central', smaller=60, method='bicubic', antialias=True)
+    view['rounding'] = 'torchvision' if format == 'timm' else 'transformers'
+    vit_jax.save(path, model, network[1], format, image_size=SIZE, view=view)
+    assert load.read(path).view == view
+    assert load.read(path, image_size=96).view == view | dict(smaller=120)
+    run = dict(evals=dict(test=dict(view='resize')))  # that of a run comes first
+    vit_jax.save(path, model, network[1], format, image_size=SIZE, config=run)
+    assert load.read(path).view == 'resize'
+
+
+def test_a_view_that_a_file_states_is_checked():
+    for view in ('nosuch', 5, [], {}, None, dict(name=['resize']), dict(name='resize', crop=7.0),
+                 dict(name='resize', nosuch=1), dict(name='resize', size=(1, 1))):  # fmt: skip
+        assert views.checked(view) is None, view
+    for view in ('resize', dict(name='central', crop=0.5)):
+        assert views.checked(view) is view
+
+
 @pytest.mark.parametrize('view, words', [
-    ('resize', []), ('central', ['before it is cut']),
+    ('resize', []), (dict(name='resize', crop=0.875), []), ('central', ['before it is cut']),
     (dict(name='resize', antialias=False), ['antialias']),
-    ('small_central', ['bilinear filter there, by area here']),
+    ('small_central', ['bilinear filter there, by area here', 'half pixels']),
     (dict(name='shift', pixels=2), ['shift has chance', 'resize stands']),
     ('inception', ['inception has chance', 'central stands', 'before it is cut']),
 ])  # fmt: skip

@@ -1,6 +1,5 @@
 """Opened files as `Found`: arrays and documents, understood as their family means them."""
 
-import inspect
 import re
 
 from vit_jax.convert import (
@@ -13,6 +12,7 @@ from vit_jax.convert import (
     timm,
     timm_config,
     timm_model,
+    views,
 )
 from vit_jax.convert.documents import (
     PROBLEMS,
@@ -23,9 +23,7 @@ from vit_jax.convert.documents import (
     read_json,
     size_option,
 )
-from vit_jax.convert.files import brief
 from vit_jax.convert.fit import Found
-from vit_jax.data import augment
 from vit_jax.errors import UserError
 
 
@@ -53,7 +51,7 @@ def in_npz(arrays, tower, path):
     record = read_sidecar(path)
     size = size_option(record, 'image_size', 'the .json beside it')
     extra = dict(
-        image_size=size, input_size=size, view=view_beside(record) if size else None,
+        image_size=size, input_size=size, view=views.checked(record.get('view')),
         classes=class_names(record.get('classes')),
         config=option(record, 'config', 'an object', file='the .json beside it'),
         loss=next((loss for loss in PROBLEMS if loss == record.get('loss')), None),
@@ -79,17 +77,6 @@ def in_npz(arrays, tower, path):
         'big_vision', kind, fields, tidy, lambda m: big_vision.pieces(m, stacked),
         big_vision.table_rows(tidy), unused, **extra,
     )  # fmt: skip
-
-
-def view_beside(record):
-    """How an image becomes input, as `save` wrote it beside an .npz; None where it did not."""
-    view = option(record, 'view', 'an object', file='the .json beside it')
-    if view is None:
-        return None
-    known = augment.VIEWS.get(view.get('name'))
-    if known is None or not view.keys() <= {'name', *inspect.signature(known).parameters}:
-        raise UserError(f'the .json beside it: view is {brief(repr(view))}, which is none')
-    return view
 
 
 def npz_notes(record):

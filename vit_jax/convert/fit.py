@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
-from vit_jax.convert import files, official, pieces, surgery
+from vit_jax.convert import files, official, pieces, surgery, views
 from vit_jax.convert.documents import Notes
 from vit_jax.errors import UserError
 from vit_jax.models import layers
@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
     config: dict | None  # of the run that made them
     loss: str | None = None  # the head was trained with: 'softmax' or 'sigmoid'; None: unknown
     input_size: tuple | None = None  # (height, width) that its documents make of an image
-    stated_view: dict | None = None  # how, at that size
+    stated_view: str | dict | None = None  # how, at that size
 
     @property
     def view(self):
@@ -48,10 +48,10 @@ class Loaded(NamedTuple):
         grows with it.
         """
         of_run = view_of(self.config)
-        if of_run or self.stated_view is None:
-            return of_run or 'central'
+        if of_run or isinstance(self.stated_view, str | None):
+            return of_run or self.stated_view or 'central'
         view, size = dict(self.stated_view), self.image_size
-        if 'smaller' in view and size is not None and size != self.input_size:
+        if 'smaller' in view and size and self.input_size and size != self.input_size:
             by = max(n / m for n, m in zip(size, self.input_size, strict=True))
             view['smaller'] = max(round(view['smaller'] * by), *size)
         return view
@@ -78,7 +78,7 @@ class Found(NamedTuple):
     loss: str | None = None  # where the file itself tells; else as the config says
     notes: Notes = Notes()  # what the documents leave open
     input_size: tuple | None = None
-    view: dict | None = None
+    view: str | dict | None = None
 
 
 def loss_of(config: dict | None) -> str | None:
@@ -92,7 +92,7 @@ def view_of(config: dict | None) -> str | dict | None:
     """The view of a run's first evaluation, None where the config has none."""
     evals = (config or {}).get('evals')
     first = next(iter(evals.values()), None) if isinstance(evals, dict) else None
-    return first.get('view', 'central') if isinstance(first, dict) else None
+    return views.checked(first.get('view', 'central')) if isinstance(first, dict) else None
 
 
 def size_of(image_size, name='image_size'):

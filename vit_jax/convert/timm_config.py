@@ -212,7 +212,8 @@ def view(config, size):
     mode = setting(config, 'crop_mode', 'a text', 'center')
     method = setting(config, 'interpolation', 'a text', 'bicubic')
     ignored = []
-    if method not in ('bilinear', 'bicubic'):
+    method = {'box': 'area'}.get(method, method)
+    if method not in ('bilinear', 'bicubic', 'area'):
         ignored.append(('interpolation', f'no view here has {brief(repr(method))}, but bicubic'))
         method = 'bicubic'
     how = dict(method=method, antialias=True)
@@ -223,7 +224,8 @@ def view(config, size):
         ignored.append((what, f'no view here has {brief(repr(value))}, but the whole image'))
         return dict(name='resize', **how), tuple(ignored)
     if mode == 'squash':
-        return dict(name='resize', crop=size[0] / whole[0], **how), tuple(ignored)
+        part = dict(crop=size[0] / whole[0], rounding='torchvision')
+        return dict(name='resize', **part, **how), tuple(ignored)
     if size[0] != size[1]:
         return dict(name='central', crop=crop, **how), tuple(ignored)
     how['rounding'] = 'torchvision'

@@ -1,16 +1,31 @@
 """How an image becomes input, in the words of transformers' image processors and of timm.
 
-Both resize the whole image before they cut out of it, with antialias; ours cut first. What no
-setting of theirs expresses is returned as words for whoever exports.
+Both resize the whole image before they cut out of it, with antialias, as the views resize and
+small_central do; central cuts first. What no setting of theirs expresses is returned as words for
+whoever exports. hf_processor.py and timm_config.py read these settings back.
 """
 
 import math
+from typing import Any
 
+from vit_jax import bounds
 from vit_jax.data.augment import VIEWS
 
 RESAMPLE = {'bilinear': 2, 'bicubic': 3}  # Pillow's numbers; of tensors transformers has no box
 INTERPOLATION = {'bilinear': 'bilinear', 'bicubic': 'bicubic', 'area': 'box'}
 ORDER = 'the image is resized there before it is cut, which moves edges by less than a pixel'
+PIXELS = 'half pixels beside the window are rounded another way there (see rounding of {})'
+
+
+def checked(view: Any) -> str | dict | None:
+    """A view that a file states, as it came; None unless it is one of data/augment.py."""
+    given = dict(name=view) if isinstance(view, str) else view
+    if not isinstance(given, dict) or str(given.get('name')) not in VIEWS:
+        return None
+    known = VIEWS[given['name']].__annotations__
+    values = {k: v for k, v in given.items() if k != 'name'}
+    sound = all(k in known and bounds.allows(known[k], v) for k, v in values.items())
+    return view if sound else None
 
 
 def arguments(view):
@@ -33,6 +48,14 @@ def arguments(view):
     return values, notes
 
 
+def note_rounding(values, whole, size, alike):
+    """Notes on half pixels: what is beside a window of `size` in `whole` pixels, None: anything."""
+    even = whole is not None and not any((n - m) % 2 for n, m in zip(whole, size, strict=True))
+    if even or values.get('rounding', alike[0]) in alike:
+        return []
+    return [PIXELS.format(values['name'])]
+
+
 def processor(view, size):
     """({key: value} of preprocessor_config.json, notes) for images of `size` (height, width)."""
     values, notes = arguments(view)
@@ -48,8 +71,9 @@ def processor(view, size):
         if whole != list(size):
             cut = dict(height=whole[0], width=whole[1])
             settings |= dict(size=cut, do_center_crop=True, crop_size=crop_size)
-            notes.append(ORDER)
+            notes += note_rounding(values, whole, size, ('transformers', 'tensorflow'))
         return settings, notes
+    notes += note_rounding(values, None, size, ('transformers',))
     edge = values.get('smaller')
     if values['name'] == 'central':
         edge = round(max(size) / values['crop'])
@@ -68,12 +92,15 @@ def pretrained(view, size):
         whole = values['smaller']
         if size[0] != size[1]:
             notes.append('resized by the aspect of the input there, by the shorter side here')
+        notes += note_rounding(values, None, size, ('torchvision',))
     else:
-        whole = round(size[0] / values.get('crop', 1))
-        if values['name'] == 'central' or whole != size[0]:
-            notes.append(ORDER)
+        whole = round(size[0] / values['crop'])
+    if values['name'] == 'central':
+        notes.append(ORDER)
     if values['name'] == 'resize':
         settings['crop_mode'] = 'squash'
+        pixels = [round(n / values['crop']) for n in size]
+        notes += note_rounding(values, pixels, size, ('torchvision',))
     return settings | dict(crop_pct=share(size[0], whole)), notes
 
 

@@ -20,18 +20,27 @@ from vit_jax.errors import UserError
 Method = Literal['bilinear', 'bicubic', 'area']
 Rounding = Literal['tensorflow', 'torchvision', 'transformers']
 Crop = Annotated[float, Range(0, 1, '(]')]
+Part = Annotated[float, Range(0.1, 1)]  # of a side: the whole is made first, and takes memory
 Shift = Annotated[int, Range(0, 1024)]
 
 
 def resize(
-    image, rng, *, size, crop: Crop = 1.0, method: Method = 'bilinear', antialias: bool = True
+    image,
+    rng,
+    *,
+    size,
+    crop: Part = 1.0,
+    method: Method = 'bilinear',
+    antialias: bool = True,
+    rounding: Rounding = 'tensorflow',
 ):
-    """The image squeezed to size / crop, of which a central window of the size is taken."""
-    h, w = image.shape[:2]
+    """The image squeezed to size / crop, of which a central window of the size is taken.
+
+    `rounding` is that of `small_central`.
+    """
     whole = tuple(round(n / crop) for n in size)
-    out = resized(image, (0, 0, h, w), whole, method, antialias)
-    y, x = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
-    return out[y : y + size[0], x : x + size[1]]
+    out = resized(image, (0, 0, *image.shape[:2]), whole, method, antialias)
+    return middle(out, size, rounding)
 
 
 def central(
@@ -68,10 +77,15 @@ def small_central(
     whole = (smaller, larger) if h < w else (larger, smaller)
     if whole[0] < size[0] or whole[1] < size[1]:
         raise UserError(f'smaller is {smaller}, less than the image size {size[0]} x {size[1]}')
-    half = round if rounding == 'torchvision' else int
-    y, x = half((whole[0] - size[0]) / 2), half((whole[1] - size[1]) / 2)
     out = resized(image, (0, 0, h, w), whole, method, antialias)
-    return out[y : y + size[0], x : x + size[1]]
+    return middle(out, size, rounding)
+
+
+def middle(image, size, rounding):
+    """The central window of a size, where `rounding` places it."""
+    half = round if rounding == 'torchvision' else int
+    y, x = half((image.shape[0] - size[0]) / 2), half((image.shape[1] - size[1]) / 2)
+    return image[y : y + size[0], x : x + size[1]]
 
 
 def window(h, w, size, crop):

@@ -9,6 +9,7 @@ any zip reader finds: `metadata.json`.
 Shapes: B batch, H W image, C channels, K classes, D width.
 """
 
+import inspect
 import io
 import zipfile
 
@@ -16,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import losses
+from vit_jax.data import augment
 from vit_jax.errors import UserError
 from vit_jax.text import to_json
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-VIEWS = ('central', 'resize')
+VIEWS = ('central', 'resize', 'small_central')
 LIMIT = 2**31 - 2**24  # bytes of weights: the format addresses two gigabytes
 CUT = 2**-10  # as in data/images.py
 
@@ -42,14 +44,14 @@ def exported(model, params, size, *, view='central', loss=None, platforms=PLATFO
         raise UserError(
             f'the weights are {weight / 1e9:.1f} GB, and an exported file holds {LIMIT / 1e9:.1f}'
         )
-    arguments = view_arguments(view)
+    name, arguments = checked_view(view, size)
     if hasattr(model, 'attention'):
         model = model.clone(attention='xla')
     if hasattr(model, 'unroll'):
         model = model.clone(unroll=model.unroll or 1)
 
     def classify(images):
-        images = squared(images, size, **arguments)
+        images = squared(images, size, name, **arguments)
         output, _ = model.apply({'params': params}, model.normalise(images))
         if model.num_classes is None:
             return output.astype(jnp.float32)
@@ -80,34 +82,57 @@ def serialised(exported, metadata):
     return file.getvalue()
 
 
-def view_arguments(view):
-    """The arguments of `squared` for a view; UserError where it has none."""
+def checked_view(view, size):
+    """(name, {argument: value}) of a view, defaults too; UserError where it can't be exported."""
     given = dict(name=view) if isinstance(view, str) else dict(view)
-    if given.get('name') not in VIEWS or given.get('method', 'bilinear') != 'bilinear':
-        said = ', '.join(f'{k}={v!r}' for k, v in given.items())
+    name = given.pop('name', None)
+    values = {}
+    if name in VIEWS:
+        parameters = inspect.signature(augment.VIEWS[name]).parameters
+        values = {k: p.default for k, p in parameters.items() if p.kind == p.KEYWORD_ONLY} | given
+        values.pop('size')
+    ways = (('bilinear', True), ('bilinear', False), ('bicubic', True))
+    if (values.get('method'), values.get('antialias')) not in ways:
+        said = ', '.join(f'{k}={v!r}' for k, v in {'name': name, **(values or given)}.items())
         raise UserError(
-            f'the view {said} can not be exported; {" and ".join(VIEWS)} can, bilinear '
-            '(--view=central)'
+            f'the view {said} can not be exported; {", ".join(VIEWS)} can, bilinear or, '
+            'antialiased, bicubic (--view=central)'
         )
-    crop = given.get('crop', 0.875) if given['name'] == 'central' else None
-    return dict(crop=crop, antialias=given.get('antialias', True))
+    if values.get('smaller', max(size)) < max(size):
+        raise UserError(f'smaller is {values["smaller"]}, less than the image size {size}')
+    return name, values
 
 
-def squared(images, size, *, crop, antialias):
-    """uint8 [B, H, W, C] -> uint8 [B, *size, C], as the views central and, without a crop, resize.
+def squared(images, size, name, *, crop=1.0, smaller=None, method, antialias, rounding=None):
+    """uint8 [B, H, W, C] -> uint8 [B, *size, C], as the view `name` makes it.
 
     H and W may be symbolic. All but the products is known, and computed, when this is compiled.
     """
     b, h, w, c = images.shape
-    rows, columns = jnp.asarray(h, jnp.int32), jnp.asarray(w, jnp.int32)
-    height, width = (rows, columns) if crop is None else window(rows, columns, size, crop)
-    down = weights(h, (rows - height) // 2, height, size[0], antialias)
-    across = weights(w, (columns - width) // 2, width, size[1], antialias)
+    sides = jnp.asarray(h, jnp.int32), jnp.asarray(w, jnp.int32)
+    windows = window(*sides, size, crop) if name == 'central' else sides
+    whole = size  # pixels to which the window is resized; the middle of these is taken
+    if name == 'resize':
+        whole = tuple(round(side / crop) for side in size)
+    elif name == 'small_central':
+        whole = tuple(quotient(smaller * side, jnp.minimum(*sides), rounding) for side in sides)
+    down, across = (
+        weights(side, length, n, pixels, method, antialias, rounding)
+        for side, length, n, pixels in zip((h, w), windows, whole, size, strict=True)
+    )
     out = images.astype(jnp.float32).reshape(b, h, w * c)  # [B, H, W C]
     exact = jax.lax.Precision.HIGHEST  # a TPU would else round what it multiplies to bfloat16
     out = jnp.einsum('ih,bhk->bik', down, out, precision=exact)
     out = jnp.einsum('jw,biwc->bijc', across, out.reshape(b, size[0], w, c), precision=exact)
     return jnp.clip(out + (0.5 if antialias else CUT), 0, 255).astype(jnp.uint8)
+
+
+def quotient(number, by, rounding):
+    """A whole number over another: to the nearest, a half to the even one, or rounded down."""
+    down, rest = number // by, number % by
+    if rounding != 'tensorflow':
+        return down
+    return down + ((2 * rest > by) | ((2 * rest == by) & (down % 2 == 1)))
 
 
 def window(h, w, size, crop):
@@ -125,18 +150,28 @@ def window(h, w, size, crop):
         )
 
 
-def weights(side, start, length, size, antialias):
-    """float32 [size, side]: images.weights, bilinear, of pixels start ... start + length, else 0.
+def weights(side, length, whole, size, method, antialias, rounding):
+    """float32 [size, side]: images.weights of the middle of what a row's middle is resized to.
 
-    Distances are exact: whole numbers over a common denominator.
+    Of `side` pixels the middle `length` are resized to `whole`, and the middle `size` of these are
+    taken. Distances are exact: whole numbers over a common denominator.
     """
-    i = jnp.arange(size, dtype=jnp.int32)[:, None]
-    j = jnp.arange(side, dtype=jnp.int32) - start
+    beside = jnp.asarray(whole - size, jnp.int32)
+    corner = quotient(beside, 2, 'tensorflow') if rounding == 'torchvision' else beside // 2
+    i = corner + jnp.arange(size, dtype=jnp.int32)[:, None]
+    j = jnp.arange(side, dtype=jnp.int32) - (side - length) // 2
     if antialias:
-        distance, reach = (2 * j + 1) * size - (2 * i + 1) * length, jnp.maximum(length, size)
+        distance, reach = (2 * j + 1) * whole - (2 * i + 1) * length, jnp.maximum(length, whole)
     else:  # pixels outside are those of the border
-        place = jnp.clip((2 * i + 1) * length - size, 0, 2 * size * (length - 1))
-        distance, reach = 2 * size * j - place, size
-    near = jnp.maximum(1 - jnp.abs(distance).astype(jnp.float32) / (2 * reach), 0)
+        place = jnp.clip((2 * i + 1) * length - whole, 0, 2 * whole * (length - 1))
+        distance, reach = 2 * whole * j - place, whole
+    x = jnp.abs(distance).astype(jnp.float32) / (2 * reach)
+    near = cubic(x) if method == 'bicubic' else jnp.maximum(1 - x, 0)
     near = jnp.where((j >= 0) & (j < length), near, 0)
     return near / jnp.sum(near, axis=1, keepdims=True)
+
+
+def cubic(x):
+    """images.keys: Keys' cubic kernel (a = -0.5) at distances x."""
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))

@@ -21,7 +21,6 @@ ones), so keep the checkpoint.
 
 import os
 import pathlib
-import sys
 
 import jax
 from absl import flags
@@ -53,8 +52,8 @@ DTYPE = flags.DEFINE_enum(
     'weights and results are float32.',
 )  # fmt: skip
 VIEW = flags.DEFINE_enum(
-    'view', None, list(export.VIEWS), 'How an image becomes a square: central (crop, the default) '
-    'or resize (squeeze). Of a run: as its first evaluation does.',
+    'view', None, ['central', 'resize'], 'How an image becomes a square: central (crop, the '
+    'default) or resize (squeeze). Of a run: as its first evaluation does.',
 )  # fmt: skip
 FORCE = flags.DEFINE_bool('force', False, 'Replace a file that is there.')
 EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
@@ -96,18 +95,6 @@ def metadata(found, size, view, platforms):
     )  # fmt: skip
 
 
-def nearest(view, run):
-    """The view; of one that the documents of another library state, the nearest that there is."""
-    try:
-        export.view_arguments(view)
-    except UserError as e:
-        if run is not None:
-            raise
-        view = 'resize' if view['name'] == 'resize' else 'central'
-        print(f'{e}; {view} is taken', file=sys.stderr)
-    return view
-
-
 def main(argv):
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}')
@@ -120,7 +107,7 @@ def main(argv):
         CHECKPOINT.value, image_size=SIZE.value, ema=None if EMA.value else False, **fields
     )
     size = found.image_size or (SIZE.value or DEFAULT_SIZE,) * 2
-    view = VIEW.value or nearest(found.view, found.config)
+    view = VIEW.value or found.view
     exported = export.exported(
         found.model, found.params, size, view=view, loss=found.loss, platforms=platforms
     )
