@@ -199,7 +199,7 @@ def test_shapes_of_intermediates(pool, posemb):
     )
     logits, out = model.apply({'params': params}, images, capture=('attention',))
     tokens = 6 + 2 + (pool == 'cls')  # 2 x 3 patches, registers, class token
-    assert logits.shape == ((2, 6, 5) if pool == 'none' else (2, 5))
+    assert logits.shape == ((2, tokens, 5) if pool == 'none' else (2, 5))
     assert out['tokens'].shape == out['encoded'].shape == (2, 6, 24)
     assert out['attention'].shape == (3, 2, 3, tokens, tokens)
     np.testing.assert_allclose(out['attention'].sum(-1), 1, atol=1e-5)

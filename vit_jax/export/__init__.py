@@ -30,7 +30,7 @@ CUT = 2**-10  # as in data/images.py
 def exported(model, params, size, *, view='central', loss=None, platforms=PLATFORMS):
     """jax.export.Exported: uint8 [B, H, W, C] of any B, H, W -> float32 [B, K], probabilities.
 
-    Of a model without a head [B, D], its pre_logits; with pool='none' both are those of patches,
+    Of a model without a head [B, D], its pre_logits; with pool='none' both are those of all tokens,
     [B, N, K] and [B, N, D]. `loss` is that with which the head was trained: it says whether
     probabilities are of a softmax or a sigmoid. `view` is a name or dict(name=..., its arguments)
     of data/augment.py, one of VIEWS, which brings the images to `size` (height, width). Attention
