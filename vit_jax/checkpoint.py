@@ -27,7 +27,6 @@ REFUSALS = (  # of a file system, which the libraries raise as errors of several
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ESTALE,
     errno.ENODEV, errno.ENXIO, errno.ENOMEM, errno.ELOOP, errno.ENAMETOOLONG, errno.ETIMEDOUT,
-    errno.EMLINK, errno.ENOTCONN, errno.EHOSTDOWN,
 )  # fmt: skip
 
 
@@ -328,8 +327,7 @@ def worth_saying(record):
 
 
 def to_keep(steps, scores, *, keep, keep_every, largest, protected=()):
-    """The steps to keep: the last, the best that there is, those of the period, and any that are
-    `protected` as long as no score of theirs is known."""
+    """The steps to keep: the last, the best, those of the period, `protected` without a score."""
     kept = set(sorted(steps)[-keep:]) | {s for s in protected if s not in scores}
     if keep_every:
         kept |= {s for s in steps if s % keep_every == 0}
