@@ -320,20 +320,3 @@ def test_a_pooling_that_transformers_has_not_names_the_way_out(pool, fields, wor
     with pytest.raises(UserError, match=re.escape(words)):
         vit_jax.save(tmp_path / 'hf', model, params, 'hf', image_size=32)
     vit_jax.save(tmp_path / 'timm', model, params, 'timm', image_size=32)
-
-
-def test_a_view_comes_back_from_every_format(tmp_path):
-    small = dict(
-        name='small_central', smaller=40, method='bicubic', antialias=True,
-        rounding='transformers',
-    )  # fmt: skip
-    model = models.build('vit-ti/8', num_classes=5, width=32, depth=1, num_heads=2, mlp_dim=32)
-    params = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), 'f'))['params']
-    narrow = small | dict(rounding='torchvision')  # as timm has it
-    for format, view in (('official', small), ('hf', small), ('timm', narrow), ('hf', 'resize'),
-                         ('timm', 'resize'), ('official', 'resize')):  # fmt: skip
-        path = tmp_path / (f'{len(view)}.npz' if format == 'official' else f'{format}{len(view)}')
-        vit_jax.save(path, model, params, format, image_size=32, view=view)
-        back = load.read(path, values=False).view
-        wanted, _ = views.arguments(view)
-        assert views.arguments(back)[0] == wanted, (format, view)

@@ -224,7 +224,7 @@ def view(config, size):
         ignored.append((what, f'no view here has {brief(repr(value))}, but the whole image'))
         return dict(name='resize', **how), tuple(ignored)
     if mode == 'squash':
-        part = dict(crop=size[0] / whole[0], rounding='torchvision')
+        part = dict(crop=size[0] / whole[0], rounding='torchvision') if crop < 1 else {}
         return dict(name='resize', **part, **how), tuple(ignored)
     if size[0] != size[1]:
         return dict(name='central', crop=crop, **how), tuple(ignored)
