@@ -114,6 +114,20 @@ def test_a_worker_that_dies_is_named_within_ten_seconds(tmp_path, number):
         assert number.name in line
 
 
+def test_an_error_is_the_last_line(tmp_path):
+    """Batches that nobody has taken leave no warning of their shared memory behind it."""
+    folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 1})
+    next((folder / 'train').glob('*/*.png')).write_bytes(b'no image')
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], text=True, capture_output=True, timeout=60,
+        cwd=pathlib.Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith('error: '), done.stderr
+    assert 'unreadable image' in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+
 def test_workers_end_with_a_killed_parent(tmp_path):
     with Run(tmp_path) as run:
         assert run.left()
@@ -207,9 +221,12 @@ if __name__ == '__main__':
 """
 
 
-def test_ctrl_c_within_a_destructor_is_not_lost(tmp_path):
+@pytest.mark.parametrize('before', ['', 'from vit_jax import checkpoint'])
+def test_ctrl_c_within_a_destructor_is_not_lost(before, tmp_path):
     script = tmp_path / 'script.py'
-    script.write_text(IN_A_DESTRUCTOR)
+    quieten = '    checkpoint.quieten()\n' * 2 if before else ''
+    text = IN_A_DESTRUCTOR.replace('    Array()\n', f'{quieten}    Array()\n')
+    script.write_text(f'{before}\n{text}')
     done = subprocess.run(
         [sys.executable, str(script)], text=True, capture_output=True, timeout=30,
         cwd=pathlib.Path(__file__).parent.parent, env=os.environ | {'PYTHONPATH': '.'},

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import sys
 import traceback
+import warnings
 from typing import Literal
 
 import jax
@@ -56,8 +58,7 @@ class Checkpoints:
         self.every, self.keep, self.keep_every = every, keep, keep_every
         self.best, self.mode, self.read_only = best, mode, read_only
         self.path = epath.Path(workdir) / 'checkpoints'
-        self.saving = None  # nothing was saved by this object yet
-        self.scores = {}
+        self.saving, self.scores = None, {}  # the step that was saved last, by this object
         quieten()
         with storage.explained(self.path, 'read'):
             self.manager = ocp.CheckpointManager(
@@ -149,12 +150,12 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as e:  # OSError, or TensorStore's ValueError with the reason in its text
+            gone = os.strerror(errno.ENOENT)  # of which TensorStore and Orbax have other words
+            text = re.sub('NOT_FOUND|missing .zarray', gone, f'{e} {e.__cause__}')
             for refused in map(os.strerror, REFUSALS):
-                if refused in f'{e} {e.__cause__}':
-                    raise UserError(
-                        f'can not write checkpoint {path}: {refused}; '
-                        'what was saved before is as it was'
-                    ) from e
+                if refused in text:
+                    why = f'{refused}; what was saved before is as it was'
+                    raise UserError(f'can not write checkpoint {path}: {why}') from e
             raise
 
     def restore(self, step, abstract):
@@ -179,9 +180,8 @@ class Checkpoints:
             ).state
         except Exception as e:
             raise unreadable(self.path / str(step), 'its arrays', e) from e
-        found = contents(state)
-        for name in wanted:
-            if found[name] != kept[name]:
+        for name, found in contents(state).items():
+            if found != kept[name]:
                 raise Damaged(f'the bits of {name} are not those that were saved')
         return state
 
@@ -289,11 +289,9 @@ def weights(path, *, average):
             )
     except Exception as e:
         raise unreadable(path, 'its arrays', e) from e
-    found = named(state)
-    values = {name: found[name] for name in wanted}
-    prints = contents(values)
-    for name in wanted:
-        if prints[name] != kept[name]:
+    values = {name: value for name, value in named(state).items() if name in wanted}
+    for name, found in contents(values).items():
+        if found != kept[name]:
             raise Damaged(f'the bits of {name} are not those that were saved')
     return {name.removeprefix('params/'): values[place] for name, place in places.items()}
 
@@ -314,7 +312,9 @@ def quieten():
     """Keeps from the user what Orbax says beside the errors that it raises."""
     for logger in ('asyncio', 'absl'):
         logging.getLogger(logger).addFilter(worth_saying)
-    sys.unraisablehook = unraisable
+    warnings.filterwarnings('ignore', "coroutine 'async_serialize", RuntimeWarning)
+    if getattr(sys.unraisablehook, 'func', None) is not unraisable:
+        sys.unraisablehook = functools.partial(unraisable, otherwise=sys.unraisablehook)
 
 
 def worth_saying(record):
@@ -342,9 +342,9 @@ def reason(error):
     return re.sub(r'\s+', ' ', str(error))[:300] or repr(error)
 
 
-def unraisable(args, otherwise=sys.unraisablehook):
+def unraisable(args, otherwise):
     """Drops what the other reads and writes of a failed checkpoint raise after the first."""
     files = [frame.filename for frame in traceback.extract_tb(args.exc_traceback)]
-    orbax = any('orbax' in file for file in files)
-    if not orbax and str(args.exc_value) != 'Event loop is closed':
+    orbax = any('orbax' in f for f in files) or str(args.exc_value) == 'Event loop is closed'
+    if not orbax or issubclass(args.exc_type, KeyboardInterrupt):
         otherwise(args)

@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import secrets
-from multiprocessing import shared_memory, util
+from multiprocessing import resource_tracker, shared_memory, util
 
 FOLDER = pathlib.Path('/dev/shm')
 NAME = re.compile(r'(?:sem\.)?(vit_jax-[0-9a-f]{16})[-.].*')
@@ -36,9 +36,26 @@ def claim():
         os.link(f'/proc/self/fd/{descriptor}', path, src_dir_fd=descriptor, follow_symlinks=True)
     except (OSError, AttributeError):
         return None
-    util.Finalize(None, path.unlink, kwargs={'missing_ok': True}, exitpriority=-100)  # the last
+    util.Finalize(None, release, args=(prefix,), exitpriority=-100)  # the last: workers have ended
     multiprocessing.current_process()._config['semprefix'] = f'/{prefix}'
     return prefix
+
+
+def release(prefix):
+    """Removes the blocks of this process's prefix, which no worker uses any more, and its lock.
+
+    Grain leaves those of batches that nobody has taken; Python's resource tracker, which knows of
+    them, would warn of each after all that the command has said.
+    """
+    with contextlib.suppress(OSError):
+        for name in os.listdir(FOLDER):
+            if name.startswith(f'{prefix}-'):
+                with contextlib.suppress(FileNotFoundError):  # a thread of Grain's was faster
+                    os.unlink(FOLDER / name)
+                    # A worker that was killed may not have registered it.
+                    resource_tracker.register(f'/{name}', 'shared_memory')
+                    resource_tracker.unregister(f'/{name}', 'shared_memory')
+        os.unlink(FOLDER / f'{prefix}.lock')
 
 
 def adopt(prefix):
