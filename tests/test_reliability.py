@@ -217,6 +217,25 @@ def test_a_refused_save_ends_the_run_at_once(how, folder, tmp_path):
     assert re.search(f'^error: can not write .*{workdir}/checkpoints.*: {words}', output, re.M)
 
 
+@pytest.mark.parametrize('what', ['', 'metrics.jsonl'])
+def test_a_run_whose_files_are_removed_says_so(what, folder, tmp_path):
+    workdir = tmp_path / 'run'
+    process = launched.start(folder, workdir, '--config.steps=6000')
+    try:
+        launched.wait_for(lambda: launched.last_step(workdir) > 9, process, workdir)
+        subprocess.run(['rm', '-rf', workdir / what])
+        status = process.wait(timeout=150)
+    finally:
+        process.kill()
+        process.wait()
+    output = launched.log_of(workdir).read_text()
+    assert status == 2 and 'Traceback' not in output, output
+    last = output.splitlines()[-1]
+    assert f'error: {workdir}/metrics.jsonl was removed' in last or not what and (
+        f'error: can not write checkpoint {workdir}' in last  # where it was being written
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('inodes', [160, 170, 180])  # more, and the refusal comes later in a save
 def test_no_inodes_left_for_a_save(inodes, folder, tmp_path):

@@ -185,8 +185,17 @@ class Growing:
             self.next = now + max(PERIOD, 20 * (now - began))
 
     def sync(self):
-        """Returns when every byte is written. Raises UserError."""
+        """Returns when every byte is written. Raises UserError, as where the file was removed."""
         if self.file:
+            try:  # a file in its place has a link more than one that was removed
+                lost = os.fstat(self.file.fileno()).st_nlink < os.stat(self.path).st_nlink
+            except (FileNotFoundError, NotADirectoryError):
+                lost = True
+            if lost:
+                raise UserError(
+                    f'{self.path} was removed or replaced while the run wrote it; the same command '
+                    'goes on from the newest checkpoint that is left'
+                )
             return
         if self.running:
             concurrent.futures.wait([self.running])
