@@ -1,6 +1,7 @@
 """Images of any kind as model input, names of classes, and what a notebook is shown."""
 
 import inspect
+import json
 import pathlib
 import re
 import subprocess
@@ -211,3 +212,52 @@ def test_features_of_a_folder(checkpoint, photographs, tmp_path):
     done = run('--top=1')
     assert done.returncode == 2 and str(out) in done.stderr and '--force' in done.stderr
     assert out.read_bytes() == before
+
+
+def test_images_have_the_size_that_the_processor_makes_everywhere(photographs, tmp_path):
+    """As of DINOv2: positions for images of one size, a processor that makes another, odd one."""
+    model = models.build(
+        'vit-ti/14', num_classes=len(CLASSES), width=32, depth=1, num_heads=2, mlp_dim=128,
+        gelu='exact', layer_scale=1.0,
+    )  # fmt: skip
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 70, 70, 3), 'f'))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+    folder, out = tmp_path / 'dinov2', tmp_path / 'one.export'
+    vit_jax.save(folder, model, params['params'], 'hf', image_size=70, classes=CLASSES)
+    settings = dict(
+        image_processor_type='BitImageProcessor', size=dict(shortest_edge=64), crop_size=45
+    )
+    (folder / 'preprocessor_config.json').write_text(json.dumps(settings))
+    path = photographs['colour.png']
+
+    model, params = vit_jax.load(folder)
+    images = vit_jax.preprocess(model, path)
+    assert images.shape == (1, 42, 42, 3) and model.metadata.image_size == (42, 42)
+    np.testing.assert_array_equal(vit_jax.preprocess(folder, path), images)
+    logits, _ = jax.jit(model.apply)({'params': params}, images)
+    wanted = jax.nn.softmax(logits)[0]
+    for size in (84, (56, 84)):  # the side before the crop grows, whatever is handed over
+        larger, _ = vit_jax.load(folder, image_size=size)
+        images = vit_jax.preprocess(larger, path)
+        for source in (folder, model):
+            again = vit_jax.preprocess(source, path, image_size=size)
+            np.testing.assert_array_equal(again, images)
+
+    def run(module, *arguments):
+        done = subprocess.run(
+            [sys.executable, '-m', f'vit_jax.{module}', f'--checkpoint={folder}', *arguments],
+            capture_output=True, text=True, env=launched.ENVIRONMENT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    rows = json.loads(run('predict', '--json', path))['top']
+    found = [row['probability'] for row in sorted(rows, key=lambda row: row['index'])]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    run('export', f'--output={out}', '--platforms=cpu')
+    exported = jax.export.deserialize(bytearray(out.read_bytes()))
+    pixels = np.asarray(Image.open(path))[None]
+    np.testing.assert_allclose(exported.call(pixels)[0], wanted, atol=0.02)
+    table = load.read(folder, values=False)  # what is converted or trained on is the file's own
+    assert table.image_size == (70, 70) and 'ignored' in {row[0] for row in table.account}

@@ -200,7 +200,7 @@ def main(argv):
     if runs:
         stages = [of_study(runs, out)]
     else:
-        found = weights.read(argv[1], image_size=options.image_size, ema=None)
+        found = weights.read(argv[1], image_size=options.image_size, as_input=True)
         name = named(found)
         title = f'{name}: {title}'
         stages = [model_page.of_model(found, out)]

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vit_jax.convert import load as weights
+from vit_jax.convert import views
 from vit_jax.convert.fit import size_of
 from vit_jax.data import decoding, files, pipeline
 from vit_jax.errors import UserError
@@ -38,20 +39,21 @@ def preprocess(
             [H, W, 3] or [H, W, 4] (with alpha) of uint8, uint16 (0 to 65535) or floats from 0 to 1.
             An array [B, H, W, C] is several. Transparency is laid over white, EXIF orientation
             applied, CMYK and grey become RGB.
-        image_size: pixels a side, or (height, width), if not the checkpoint's own.
+        image_size: pixels a side, or (height, width), if not those that `vit_jax.load` takes, which
+            predict and every other command take, too.
         view: how an image comes to that size, as data/augment.py has it ('central', 'resize',
             dict(name='central', crop=0.9)), if not as the checkpoint says.
 
     Raises UserError for what is none of these, or can't be read, and names it.
     """
-    model, about = described(source)
+    model, about = described(source, image_size)
     if len(model.mean) != 3:
         raise UserError(f'this model is for images of {len(model.mean)} channels, not of 3')
     size = size_of(image_size) or about.image_size
     if size is None and about is UNKNOWN:
         raise UserError("nothing tells the size of this model's images; give image_size=...")
     size = size or (files.DEFAULT_SIZE,) * 2
-    made = pipeline.make_view(view or about.view, size)
+    made = pipeline.make_view(view or views.grown(about.view, about.image_size, size), size)
     pixels = [
         files.pixels(image, made) if isinstance(image, str) else made(pixels_of(image), None)
         for image in each(images)
@@ -68,7 +70,7 @@ def class_names(source: Any) -> tuple[str, ...] | None:
     return about.classes if about.classes and len(about.classes) == model.num_classes else None
 
 
-def described(source):
+def described(source, image_size=None):
     """(model, Metadata) of a model, a pair with its parameters, or anything that `load` takes."""
     if isinstance(source, tuple) and source and hasattr(source[0], 'normalise'):
         source = source[0]
@@ -76,7 +78,7 @@ def described(source):
         return source, source.metadata or UNKNOWN
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f'{type(source).__name__} is neither a model nor a checkpoint to load')
-    found = weights.read(source, values=False)
+    found = weights.read(source, image_size=image_size, values=False, as_input=True)
     return found.model, found.metadata
 
 

@@ -89,12 +89,12 @@ def main(argv):
         check_output(options.features)
     paths = files.found(argv[1:])
     ema = None if options.ema else False
-    found = weights.read(options.checkpoint, image_size=options.image_size, ema=ema)
+    found = weights.read(
+        options.checkpoint, image_size=options.image_size, ema=ema, as_input=True
+    )
     if found.model.num_classes is None and not options.features:
         raise UserError(f'{options.checkpoint} has no head, so it knows no classes')
-    if options.image_size is None and found.input_size not in (None, found.image_size):
-        found = weights.read(options.checkpoint, image_size=found.input_size, ema=ema)
-    size = found.image_size or found.input_size or (files.DEFAULT_SIZE,) * 2
+    size = found.image_size or (files.DEFAULT_SIZE,) * 2
     view = pipeline.make_view(found.view if options.view is None else options.view, size)
     batch_size = min(options.batch_size, len(paths))
     images = read_ahead(paths, view, 2 * batch_size)

@@ -114,13 +114,23 @@ def hf_folder(arrays, config, processor, record):
         guessed = guessed | {'mean': why, 'std': why}
     else:
         images = hf_processor.read(*processor, kind, channels)
+    size, cut = in_patches(images.size, fields['patch_size'])
     unknown = (*hf_config.unknown_keys(config), *images.unknown)
     return Found(
         'hf', 'vit', fields | images.normalisation, tidy, hf.pieces, hf.table_rows(tidy),
         explained(tidy, hf.UNUSED), hf.image_size(config),
         hf_config.class_names(config, fields['num_classes']), record,
-        loss_said(config), Notes(guessed, {}, images.ignored, unknown), images.size, images.view,
+        loss_said(config), Notes(guessed, {}, (*images.ignored, *cut), unknown), size, images.view,
     )  # fmt: skip
+
+
+def in_patches(size, patch):
+    """(the size in whole patches, what is left over cut off; [(key, why)] where anything is)."""
+    whole = size and tuple(n // p * p or n for n, p in zip(size, patch, strict=True))
+    if whole == size:
+        return size, []
+    sides, cut = (' x '.join(map(str, pair)) for pair in (size, whole))
+    return whole, [('size', f'images of {sides} are no whole number of patches: {cut} here')]
 
 
 def explained(arrays, patterns):

@@ -50,11 +50,7 @@ class Loaded(NamedTuple):
         of_run = view_of(self.config)
         if of_run or isinstance(self.stated_view, str | None):
             return of_run or self.stated_view or 'central'
-        view, size = dict(self.stated_view), self.image_size
-        if 'smaller' in view and size and self.input_size and size != self.input_size:
-            by = max(n / m for n, m in zip(size, self.input_size, strict=True))
-            view['smaller'] = max(round(view['smaller'] * by), *size)
-        return view
+        return views.grown(self.stated_view, self.input_size, self.image_size)
 
     @property
     def metadata(self):

@@ -39,16 +39,18 @@ def load(
     folder or .safetensors; a run's workdir or one of its checkpoints. Of a run the moving average
     of the parameters is taken where one was kept; `ema=False` takes the parameters themselves,
     `ema=True` refuses a checkpoint without an average. `image_size` (int or (height, width))
-    resizes the position table by the rule of the source. `num_classes` gives a new zero head (0:
-    none) and drops a representation layer (arXiv:2010.11929 section 3.2) unless
-    `keep_pre_logits`. `fields` override what was read of the model, as `num_heads`, `epsilon` or
-    `dtype`; `source_image_size` is the size that a table was made for, where it is not square.
+    resizes the position table by the rule of the source; if not given, images are of the size that
+    a preprocessor_config.json states, as for every command, else of that of the position table
+    (224 and 518 for DINOv2 of transformers). `num_classes` gives a new zero head (0: none) and
+    drops a representation layer (arXiv:2010.11929 section 3.2) unless `keep_pre_logits`. `fields`
+    override what was read of the model, as `num_heads`, `epsilon` or `dtype`; `source_image_size`
+    is the size that a table was made for, where it is not square.
     Parameters are float32.
     Raises UserError for whatever is broken, unknown or left unexplained.
     """
     found = read(
         path, image_size=image_size, num_classes=num_classes, keep_pre_logits=keep_pre_logits,
-        ema=ema, **fields,
+        ema=ema, as_input=True, **fields,
     )  # fmt: skip
     logging.info('%s: %s\n%s', path, found.source, table(found.account))
     return found.model.clone(metadata=found.metadata), found.params
@@ -63,9 +65,14 @@ def read(
     ema=None,
     values=True,
     source_image_size=None,
+    as_input=False,
     **fields,
 ):
-    """`Loaded`, with arguments as those of `load`; without `values` no parameters are read."""
+    """`Loaded`, with arguments as those of `load`; without `values` no parameters are read.
+
+    Where no `image_size` is given, positions are as the file has them or, `as_input`, for images
+    of the size that the documents beside the weights make.
+    """
     address, tower = split(resolve(str(path)))
     surgery_of = dict(
         image_size=size_of(image_size), num_classes=num_classes, values=values,
@@ -78,6 +85,8 @@ def read(
     if ema:
         raise UserError(f'{path} is no checkpoint of a run, so it has no moving average (ema)')
     with understood(local, tower) as found:
+        if as_input and image_size is None:
+            surgery_of['image_size'] = found.input_size
         loaded = fitted(found, str(path), **surgery_of)
     warn(path, found, loaded.account)
     return loaded

@@ -28,6 +28,14 @@ def checked(view: Any) -> str | dict | None:
     return view if sound else None
 
 
+def grown(view: str | dict, old: tuple | None, new: tuple | None) -> str | dict:
+    """A view for images of the size `new`: the side before the crop grows with it from `old`."""
+    if isinstance(view, str) or 'smaller' not in view or not old or not new or old == new:
+        return view
+    by = max(n / m for n, m in zip(new, old, strict=True))
+    return dict(view) | {'smaller': max(round(view['smaller'] * by), *new)}
+
+
 def arguments(view):
     """{name, crop or smaller, method, antialias} of a view by its name or a dict; its notes.
 

@@ -104,8 +104,9 @@ def main(argv):
     platforms = export.check_platforms(PLATFORMS.value)
     fields = {} if DTYPE.value is None else dict(dtype=DTYPE.value)
     found = weights.read(
-        CHECKPOINT.value, image_size=SIZE.value, ema=None if EMA.value else False, **fields
-    )
+        CHECKPOINT.value, image_size=SIZE.value, ema=None if EMA.value else False, as_input=True,
+        **fields,
+    )  # fmt: skip
     size = found.image_size or (SIZE.value or DEFAULT_SIZE,) * 2
     view = VIEW.value or found.view
     exported = export.exported(
