@@ -481,3 +481,10 @@ def test_documents_with_strange_values_are_refused_or_read(tmp_path, monkeypatch
                     assert str(e).isprintable() and len(str(e)) < 700
                 monkeypatch.undo()
     assert seen > 1000
+
+
+def test_a_norm_that_timm_does_not_use_is_refused(tmp_path):
+    arrays, _ = timm_parts('timm_vit_avg_fcnorm')
+    arrays['dist_token'] = arrays['cls_token']
+    with pytest.raises(UserError, match='fc_norm'):
+        load.read(written(tmp_path / 'a', arrays))

@@ -151,3 +151,17 @@ def test_an_import_changes_neither_signals_nor_streams(tmp_path):
         (tmp_path / 'other' / name).write_text(textwrap.dedent(text))
     environment = os.environ | {'PYTHONPATH': f'{tmp_path}:{PACKAGE.parent}'}
     subprocess.run([sys.executable, '-m', 'other', 'vit_jax.main'], env=environment, check=True)
+
+
+def test_a_warning_is_one_line(tmp_path):
+    """Whatever a library has made of logging before, as Orbax does when it is imported."""
+    (tmp_path / 'script.py').write_text(textwrap.dedent("""
+        import logging as standard
+        from absl import logging
+        from vit_jax import cli
+
+        standard.basicConfig()
+        cli.run(lambda argv: logging.warning('of note'))
+    """))
+    status, errors = shell(f'{sys.executable} script.py', tmp_path)
+    assert status == 0 and errors.count('of note') == 1, errors

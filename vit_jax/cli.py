@@ -87,6 +87,7 @@ def run(main, section=None, *, goes_on=False):
                 raise UserError(f'flag --{name} is {value}, not a finite number')
         return rest
 
+    logging.use_absl_handler()  # alone: it takes handlers of the stderr away that it finds
     streams.begin()
     if goes_on and streams.output('stdout'):
         streams.output('stdout').tell = without_output

@@ -83,7 +83,7 @@ def npz_notes(record):
     """What no .npz states, unless `save` wrote it: guesses by the code that writes such files."""
     if record:
         return Notes()
-    why = 'as the code has it that writes such files; nothing in it tells'
+    why = 'the value in the code that writes such files, which do not state it'
     return Notes(dict.fromkeys(('mean', 'std', 'gelu', 'epsilon'), why))
 
 

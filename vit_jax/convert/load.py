@@ -99,7 +99,7 @@ def warn(path, found, account):
     if found.notes.unknown:
         parts.append(f'not known here and ignored: {", ".join(found.notes.unknown)}')
     if guesses and found.family in ('timm', 'hf'):
-        parts.append(f'nothing states {", ".join(guesses)}, which are guesses')
+        parts.append(f'guessed, as nothing states them: {", ".join(guesses)}')
     if parts:
         logging.warning('%s: %s', printable(path), '; '.join(map(printable, parts)))
 

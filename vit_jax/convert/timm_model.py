@@ -155,6 +155,8 @@ def describe(arrays, config):
     if known['num_classes'] == 0 and timm_config.stated_classes(config) is None:
         args.pop('num_classes', None)  # a head that is left out
     checked(args, known, hidden, glu)
+    if known['distilled'] and 'fc_norm.weight' in arrays:
+        raise UserError('fc_norm: the distilled model of timm has that norm and does not use it')
     if timm_config.architecture(config) is None:
         settled(arrays, known)
     agree({'num_features': config.get('num_features')}, {'num_features': width})
@@ -194,7 +196,7 @@ def normalised(fields, config, channels, arrays, guessed, unsettled):
     if timm_config.has_settings(config) and channels == 3:
         default, why = IMAGENET, "of the images; config.json leaves it out: timm's default"
     stated = timm_config.normalisation(config, channels)
-    guessed = guessed | {key: why for key in default.keys() - stated.keys()}
+    guessed = guessed | {key: why for key in default if key not in stated}
     notes = Notes(guessed, unsettled, (), timm_config.unknown_keys(config))
     return fields | default | stated, notes
 
