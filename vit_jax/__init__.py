@@ -11,6 +11,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from vit_jax import streams
+
 if TYPE_CHECKING:
     from vit_jax import models
     from vit_jax.convert.load import load
@@ -26,6 +28,9 @@ PLACES = {
     'UserError': 'vit_jax.errors', 'class_names': 'vit_jax.inputs', 'load': 'vit_jax.convert.load',
     'preprocess': 'vit_jax.inputs', 'save': 'vit_jax.convert.save',
 }  # fmt: skip
+
+if streams.is_command():  # before anything else is imported, which takes seconds
+    streams.begin()
 
 
 def __getattr__(name: str) -> object:
