@@ -84,8 +84,10 @@ def assert_same_bits(a, b):
 
 
 def different(model, other):
-    """Names of the fields in which two models differ."""
-    fields = [f.name for f in dataclasses.fields(model) if f.name not in ('parent', 'name')]
+    """Names of the fields in which two models differ, of those that their equality depends on."""
+    fields = [
+        f.name for f in dataclasses.fields(model) if f.compare and f.name not in ('parent', 'name')
+    ]
     return {f for f in fields if getattr(model, f) != getattr(other, f)}
 
 
