@@ -85,10 +85,13 @@ def test_the_command_says_what_differs_and_draws_it(tmp_path):
 
 def test_mistakes_are_one_line(tmp_path):
     written(tmp_path / 'a', {1: 2.0}, 0.1, 'x')
+    written(tmp_path / 'b', {2: 2.0}, 0.1, 'x')
     for args, words in (
         (['compare', tmp_path / 'a'], 'usage: '), (['x', 'a', 'b'], 'usage: '),
         (['compare', tmp_path / 'a', tmp_path / 'no'], f'no run and no file {tmp_path}/no'),
-        (['compare', tmp_path / 'a', tmp_path / 'a', '--metric', 'f1'], 'no step in common'),
+        (['compare', tmp_path / 'a', tmp_path / 'a', '--metric', 'f1'],
+         "/a has no --metric 'f1'; there are loss"),
+        (['compare', tmp_path / 'a', tmp_path / 'b'], 'no step in common'),
     ):
         failed = command(*args)
         assert failed.returncode == 2 and words in failed.stderr, failed.stderr

@@ -153,9 +153,13 @@ def test_the_command_line_says_it_in_one_line(flags, words, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_help_names_the_flags():
+@pytest.mark.parametrize('command, words', [
+    ('main --help', ('--config', '--workdir', '--[no]allow_config_change', 'Exit status')),
+    ('report -h', ('compare A B', '--metric', '--out')),
+])
+def test_help_names_the_flags(command, words):
     run = subprocess.run(
-        [sys.executable, '-m', 'vit_jax.main', '--help'], capture_output=True, text=True
+        [sys.executable, '-m', *f'vit_jax.{command}'.split()], capture_output=True, text=True
     )
-    for words in ('--config', '--workdir', '--[no]allow_config_change', 'Exit status'):
-        assert words in run.stdout
+    assert run.returncode == 0 and not run.stderr
+    assert all(word in run.stdout for word in words)

@@ -201,3 +201,20 @@ def test_metrics_are_printed_although_their_files_can_not_be_written(
     assert done.stderr.startswith(f'error: can not write {tmp_path}/out/val.csv: ')
     assert done.stderr.count('\n') == 1
     assert [p.name for p in (tmp_path / 'out').iterdir()] == ['val.csv']
+
+
+def test_an_evaluation_that_fails_loses_none_of_those_before_it(folder, tmp_path_factory, tmp_path):
+    path = finished(folder, tmp_path_factory)
+    other = launched.write_images(tmp_path / 'other', {'train': 1, 'val': 1})
+    (other / 'val' / 'ant' / '0.png').write_bytes(b'no image')
+    command = [sys.executable, '-m', 'vit_jax.evaluate', f'--checkpoint={path}@12', '--json']
+    late = dict(name=other, split='val')
+    done = subprocess.run(
+        [*command, f'--out={tmp_path}/out', '--config.evals.z.type=classify',
+         *(f'--config.evals.z.source.{key}={value}' for key, value in late.items())],
+        capture_output=True, text=True, env=launched.ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert list(json.loads(done.stdout)) == ['checkpoint', 'val']
+    assert 'ant/0.png' in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['val.csv']

@@ -83,6 +83,8 @@ def run(main, section=None, *, goes_on=False):
         except SystemExit:  # absl's status of --help and its kin is 1
             sys.exit(0)
         for name, value in flags.FLAGS.flag_values_dict().items():
+            if value in ('', [''], []) and flags.FLAGS[name].present:  # an unset shell variable
+                raise UserError(f'flag --{name} is empty; give it a value, or leave it out')
             if isinstance(value, float) and not math.isfinite(value):  # absl lets it pass
                 raise UserError(f'flag --{name} is {value}, not a finite number')
         return rest

@@ -13,7 +13,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from vit_jax import history, storage, summary, workdir
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, choices, shown
 from vit_jax.text import number, printable
 
 LEAST = 5  # lines in a window
@@ -45,6 +45,16 @@ def lines_of(path):
 def curve(lines, metric):
     """{step: value} of a metric."""
     return {line['step']: line[metric] for line in lines if line.get(metric) is not None}
+
+
+def check_metric(metric, path, lines):
+    """Raises UserError, with the names there are, unless the lines have numbers of the metric."""
+    names = {
+        name for line in lines for name, value in line.items()
+        if name != 'step' and type(value) in (int, float)
+    }  # fmt: skip
+    if metric not in names:
+        raise UserError(f'{path} has no --metric {shown(metric)}; {choices(metric, sorted(names))}')
 
 
 def parting(a, b):
@@ -153,12 +163,15 @@ def main(argv):
         raise UserError('usage: python -m vit_jax.report compare A B [--metric NAME] [--out FILE]')
     a, b = argv[2:]
     options = flags.FLAGS
+    out = storage.file(workdir.located(options.out))
+    if out.suffix.lower() != '.png':
+        raise UserError(f'--out={options.out}: name a file that ends in .png')
     lines = [lines_of(a), lines_of(b)]
+    for path, part in ((a, lines[0]), (b, lines[1])):
+        check_metric(options.metric, path, part)
     curves = [curve(part, options.metric) for part in lines]
     found = parting(*curves)
     print(printable(text(a, b, lines, options.metric, found), keep='\n'))
-    out = workdir.located(options.out)
-    storage.folder(out.parent)
     names = [summary.shorten(f'{k}  {name}', 3.5, 8) for k, name in (('A', a), ('B', b))]
     draw(out, names, curves, options.metric, found)
     print(f'\nPicture: {printable(out)}')

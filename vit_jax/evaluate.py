@@ -27,14 +27,14 @@ from vit_jax.text import number, printable, to_json
 
 
 def evaluate(checkpoint, config, ema=None, by_class=False):
-    """{name: {metric: value}} of the evaluations of a complete config, and {name: CSV text}.
+    """Yields (name, {metric: value}, CSV text) of each evaluation of a complete config.
 
-    The second, as --out has it, is empty unless `by_class`.
+    The text is what --out has, None unless `by_class` and of a classifier.
     """
     if not config.evals:
         raise UserError('the config has no evals')
     mesh = sharding.make_mesh(**config.mesh)
-    results, texts, loaded = {}, {}, {}
+    loaded = {}
     for name, kwargs in config.evals.items():
         size = pipeline.size_of(kwargs.image_size)
         if size not in loaded:
@@ -45,13 +45,14 @@ def evaluate(checkpoint, config, ema=None, by_class=False):
         began = time.perf_counter()
         metrics = evaluation(found.params)
         seconds = time.perf_counter() - began
-        results[name] = metrics | {'images_per_s': round(metrics['examples'] / seconds, 1)}
+        metrics |= {'images_per_s': round(metrics['examples'] / seconds, 1)}
+        text = None
         if by_class and kwargs.type == 'classify':
             classes = found.classes or evaluation.source.classes
-            texts[name] = classify.by_class(
+            text = classify.by_class(
                 evaluation.predictions(found.params), classes, found.model.num_classes
             )
-    return results | classify.means(results), texts
+        yield name, metrics, text
 
 
 def read(checkpoint, image_size, model, ema):
@@ -90,17 +91,27 @@ def main(argv, overrides):
     if options.labels:
         compare(config, options.labels)
     out = options.out and storage.folder(workdir.located(options.out))  # else known at once
-    results, texts = evaluate(
-        options.checkpoint, config, None if options.ema else False, by_class=bool(out)
-    )
-    if options.json:
+    results, texts, ema = {}, {}, None if options.ema else False
+    try:
+        for name, metrics, text in evaluate(options.checkpoint, config, ema, bool(out)):
+            results[name] = metrics
+            if text is not None:
+                texts[name] = text
+        results |= classify.means(results)
+    finally:  # an evaluation that fails takes nothing of those before it along
+        tell(results, options)
+        for name, text in texts.items():  # last, as the disk may be full
+            storage.write(out / f'{name.replace("/", "_")}.csv', text.encode())
+
+
+def tell(results, options):
+    """Prints {name: {metric: value}}, if there is any."""
+    if options.json and results:
         print(to_json({'checkpoint': options.checkpoint, **results}))
-    else:
-        for name, metrics in results.items():
-            for metric, value in metrics.items():
-                print(f'{printable(name)}/{metric}  {number(value)}')
-    for name, text in texts.items():  # last, as a full disk must not take the rest along
-        storage.write(out / f'{name.replace("/", "_")}.csv', text.encode())
+        return
+    for name, metrics in results.items():
+        for metric, value in metrics.items():
+            print(f'{printable(name)}/{metric}  {number(value)}')
 
 
 if __name__ == '__main__':

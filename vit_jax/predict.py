@@ -126,7 +126,7 @@ def check_output(path):
         raise UserError(f'--features={path}: name a file here that ends in .npz')
     path = pathlib.Path(path).absolute()
     check_free(path, flags.FLAGS.force)
-    storage.folder(path.parent)
+    storage.file(path)
 
 
 def write_features(path, rows):

@@ -1,4 +1,9 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, a progress bar, throughput."""
+"""What a run says while it runs: metrics.jsonl, TensorBoard, a progress bar, throughput.
+
+    python -m vit_jax.report compare A B
+
+says where two runs part, and draws it; see vit_jax/compare.py.
+"""
 
 import contextlib
 import math
@@ -334,7 +339,10 @@ def print_result(path, result):
 
 
 if __name__ == '__main__':
+    from absl import flags
+
     from vit_jax import cli, compare
 
     compare.define_flags()
+    flags.adopt_module_key_flags(compare)  # --help lists these, under the text of this module
     cli.run(compare.main)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 import tempfile
 import time
 
@@ -74,10 +75,30 @@ def writing(path):
         raise UserError(f'can not write {path}: {e.strerror or e}') from e
 
 
-def folder(path):
-    """Makes a folder, and those above it, in which files can be written. Raises UserError."""
+def check_file(path):
+    """Raises UserError where a folder or a device has the place of a file to be written."""
     if not remote(path):
-        with writing(path):
+        with writing(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode):
+                what = 'a folder; name a file' if stat.S_ISDIR(mode) else 'no regular file'
+                raise UserError(f'can not write {path}: it is {what}')
+
+
+def file(path):
+    """The path, once its folder is made and a file can be written there. Raises UserError."""
+    check_file(path)
+    folder(path.parent, path)
+    return path
+
+
+def folder(path, named=None):
+    """Makes a folder, and those above it, in which files can be written.
+
+    Raises UserError, of what is `named` if not of the folder.
+    """
+    if not remote(path):
+        with writing(named or path):
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
     return path
@@ -131,6 +152,7 @@ def read(path, most=None):
 
 def write(path, data):
     """Writes bytes to a file, which is complete or as it was. Raises UserError."""
+    check_file(path)
     with writing(path):
         if remote(path):
             path.write_bytes(data)

@@ -50,8 +50,13 @@ def held(workdir):
 
 
 def located(workdir):
-    """The absolute path of a workdir as a user wrote it; an address (gs://...) stays."""
+    """The absolute path of a workdir as a user wrote it; an address (gs://...) stays.
+
+    Raises UserError for an address of another kind.
+    """
     if storage.remote(workdir):
+        if not re.match('gs://[^/]', str(workdir)):
+            raise UserError(f'{workdir}: name a path of this machine, or gs://BUCKET/PATH')
         storage.set_up()
         return epath.Path(workdir)
     return epath.Path(os.path.abspath(os.path.expanduser(workdir)))

@@ -231,10 +231,15 @@ def part_of(path):
 
 
 def check_free(path, force):
-    """Raises UserError where anything but an empty folder is at `path`, unless `force`."""
+    """Raises UserError where anything but an empty folder is at `path`, unless `force`.
+
+    A device or a pipe is never replaced.
+    """
     empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not empty and not force:
         raise UserError(f'{printable(path)} is there already; --force replaces it')
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f'can not write {printable(path)}: it is no regular file')
 
 
 @contextlib.contextmanager

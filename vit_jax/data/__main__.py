@@ -7,19 +7,21 @@ changed, as --config.data.view=central.
 """
 
 import functools
+import io
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from etils import epath
 
-from vit_jax import cli, losses, models, objectives
+from vit_jax import assembly, cli, losses, models, objectives, storage
 from vit_jax import config as configs
 from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
 from vit_jax.text import printable, to_json
 
+KINDS = ('png', 'pdf', 'svg')
 CONFIG = flags.DEFINE_string('config', None, 'Experiment file or config.json.', required=True)
 STEP = flags.DEFINE_integer('step', 0, 'Which batch; 0 is the first.', lower_bound=0)
 SHOW = flags.DEFINE_string('show', None, 'Where to draw it: a .png, .pdf or .svg.')
@@ -63,8 +65,19 @@ def rows(batch, weights, source, count):
         )
 
 
-def draw(path, images, found, title):
-    """A grid of images [N, H, W, 3] with ids and labels above."""
+def picture(name):
+    """(path, format) of the picture to write, in a folder that is there. Raises UserError."""
+    path = pathlib.Path(name).expanduser().absolute()
+    kind = path.suffix[1:].lower()
+    if storage.remote(name) or kind not in KINDS:
+        raise UserError(f'--show={name}: name a {", ".join(KINDS)} file of this machine')
+    if not path.parent.is_dir():
+        raise UserError(f'--show={name}: there is no such folder')
+    return storage.file(path), kind
+
+
+def draw(path, kind, images, found, title):
+    """A grid of images [N, H, W, 3] with ids and labels above, as a file of this kind."""
     try:
         from matplotlib.figure import Figure
 
@@ -85,19 +98,20 @@ def draw(path, images, found, title):
             words = [str(found[k]['id']), *(shorten(word, 1.8, 7) for word in words)]
             axis.set_title('\n'.join(words), fontsize=7, parse_math=False)
     figure.suptitle(title, fontsize=9, parse_math=False)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as e:
-        raise UserError(f'--show={path}: {e}') from e
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=120)
+    storage.write(path, file.getvalue())
 
 
 def main(argv, changes):
     if len(argv) > 1:
         raise UserError(f'{argv[1]} is no flag')
-    if SHOW.value and not epath.Path(SHOW.value).expanduser().parent.is_dir():
-        raise UserError(f'--show={SHOW.value}: there is no such folder')
+    to = SHOW.value and picture(SHOW.value)
     config = configs.load(CONFIG.value, changes)
     source = mixture.load(**config.data.source)
+    steps = assembly.steps_of(config, source)
+    if STEP.value >= steps:
+        raise UserError(f'--step is {STEP.value}; there are 0 to {steps - 1:,}')
     batch, images, weights = trained_on(config, source, STEP.value)
     found = list(rows(batch, weights, source, COUNT.value))
     for row in found:
@@ -109,7 +123,7 @@ def main(argv, changes):
             print(f'{row["id"]:>10}  {printable(row["name"])}  {labels}{used}')
     if SHOW.value:
         title = f'{mixture.title(config.data.source)}, step {STEP.value}'
-        draw(epath.Path(SHOW.value).expanduser(), images, found, title)
+        draw(*to, images, found, title)
 
 
 if __name__ == '__main__':

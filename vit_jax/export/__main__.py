@@ -63,14 +63,7 @@ def target(name):
     """The path of the file to write, in a folder that is there; UserError where it can't be."""
     if storage.remote(name):
         return workdir.located(name)
-    path = pathlib.Path(os.path.abspath(os.path.expanduser(name)))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'can not write {path}: {e.strerror}') from e
-    if path.is_dir():
-        raise UserError(f'can not write {path}: it is a folder; name a file')
-    return path
+    return storage.file(pathlib.Path(os.path.abspath(os.path.expanduser(name))))
 
 
 def write(path, data):
