@@ -214,6 +214,7 @@ def test_features_of_a_folder(checkpoint, photographs, tmp_path):
     assert out.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_images_have_the_size_that_the_processor_makes_everywhere(photographs, tmp_path):
     """As of DINOv2: positions for images of one size, a processor that makes another, odd one."""
     model = models.build(
