@@ -62,7 +62,7 @@ def settle(path, parts, now, begun, *, allow_change):
         raise UserError(
             f'data or random numbers differ from those that {path} was begun with:'
             f'{table}{classes_}\nName another workdir, or give --allow_config_change to go on with '
-            'what is there now.',
+            'what is there now, as after a damaged image was mended or removed.',
             several_lines=True,
         )
     if jax.process_index() == 0:

@@ -84,7 +84,7 @@ def usable(feed, source, tolerance):
                 if len(bad) > tolerance * len(source):
                     raise UserError(
                         f'{name(source, int(i))}: {error} ({len(bad)} of {len(source)} examples '
-                        f'so far; tolerance is {tolerance:g})'
+                        f'so far; tolerance is {tolerance:g}; a larger one leaves these out)'
                     )
                 logging.warning('skipped %s', printable(f'{name(source, int(i))}: {error}'))
         yield batch
