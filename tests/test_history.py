@@ -165,9 +165,14 @@ def test_a_damaged_file_of_a_run_is_named_with_the_way_out(
         'finished': lambda: workdir.finished([path]),
     }
     named = set()
-    for kind, data in (BROKEN | {'cut': plain[: len(plain) // 2], 'huge': None}).items():
-        (path / name).write_bytes(data or b'')
-        if data is None:
+    others = {'cut': plain[: len(plain) // 2], 'huge': None, 'pipe': None}
+    for kind, data in (BROKEN | others).items():
+        (path / name).unlink()
+        if kind == 'pipe':
+            os.mkfifo(path / name)  # reading it would never end
+        else:
+            (path / name).write_bytes(data or b'')
+        if kind == 'huge':
             os.truncate(path / name, 2**40)  # no byte of it is on the disk
         for reader in readers:
             if reader == 'train' and kind not in ('number', 'cut'):  # which takes longer
@@ -179,9 +184,10 @@ def test_a_damaged_file_of_a_run_is_named_with_the_way_out(
                     named.add((kind, reader))
                 else:
                     assert kind in ('object', 'kinds'), (kind, reader, str(e))  # other settings
+        (path / name).unlink()
         (path / name).write_bytes(plain)
     kinds = {kind for kind, _ in named}
-    wanted = BROKEN.keys() - {'object', 'kinds'} | {'cut', 'huge'}
+    wanted = BROKEN.keys() - {'object', 'kinds'} | others.keys()
     assert kinds >= ({'number', 'cut'} if name == 'facts.json' else wanted), named
     for reader in readers:
         readers[reader]()

@@ -139,8 +139,12 @@ def read(path, most=None):
     """The bytes of a file; None where there is none. Raises UserError, as for more than `most`."""
     with explained(path, 'read'):
         try:
-            if most is not None and not remote(path) and path.stat().length > most:
-                raise UserError(f'{path} has more than the {most:,} bytes that such a file may')
+            if not remote(path):
+                status = os.stat(path)
+                if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                    raise UserError(f'{path} is a device or a pipe, not a file')
+                if most is not None and status.st_size > most:
+                    raise UserError(f'{path} has more than the {most:,} bytes that such a file may')
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
