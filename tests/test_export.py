@@ -175,8 +175,9 @@ def test_images_of_any_size_are_seen_as_predict_sees_them(checkpoint, photograph
 
 
 @pytest.mark.parametrize('how', [
-    dict(method='bilinear', antialias=True), dict(method='bilinear', antialias=False),
-    dict(method='bicubic', antialias=True),
+    dict(method='bilinear', antialias=True),
+    pytest.param(dict(method='bilinear', antialias=False), marks=pytest.mark.slow),
+    pytest.param(dict(method='bicubic', antialias=True), marks=pytest.mark.slow),
 ], ids=lambda how: '-'.join(map(str, how.values())))  # fmt: skip
 def test_a_view_within_the_file_is_the_view_to_a_grey_level(how):
     china, flower = load_sample_images().images

@@ -90,6 +90,7 @@ def run(folder, path, stop=None, steps=60, **options):
         return train.train(settings, path, Stop() if stop is None else stop, **options)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_data_it_was_begun_with_or_says_what_differs(tmp_path, capsys):
     data, path = tmp_path / 'data', tmp_path / 'run'
     launched.write_images(data, {'train': 4, 'val': 3})

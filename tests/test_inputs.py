@@ -183,6 +183,7 @@ def test_a_notebook_is_shown_what_there_is():
     assert pathlib.Path(vit_jax.__file__).name == '__init__.py'
 
 
+@pytest.mark.slow
 def test_features_of_a_folder(checkpoint, photographs, tmp_path):
     folder, out = tmp_path / 'mine', tmp_path / 'features.npz'
     (folder / 'deep' / 'er').mkdir(parents=True)

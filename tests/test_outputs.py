@@ -38,6 +38,7 @@ def test_an_address_of_another_kind_is_named(address):
         workdir.located(address)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('command, words', [
     ('report compare . . --out pipe.png', '/pipe.png: it is no regular file'),
     ('report compare . . --out x.pdf', '--out=x.pdf: name a file that ends in .png'),

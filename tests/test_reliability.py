@@ -217,6 +217,7 @@ def test_a_refused_save_ends_the_run_at_once(how, folder, tmp_path):
     assert re.search(f'^error: can not write .*{workdir}/checkpoints.*: {words}', output, re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', ['', 'metrics.jsonl'])
 def test_a_run_whose_files_are_removed_says_so(what, folder, tmp_path):
     workdir = tmp_path / 'run'

@@ -76,6 +76,7 @@ def test_a_command_goes_on_without_its_output(where, script, tmp_path):
             assert lines == []
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_saves_without_its_output(tmp_path):
     folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 5})
     results = []

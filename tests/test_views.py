@@ -247,6 +247,7 @@ def command(module, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_nothing_is_replaced_without_being_asked(network, tmp_path):
     """And what is written has the mode of any file."""
     source = tmp_path / 'source'

@@ -135,6 +135,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         assert run.ended(10)[0] == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_what_a_killed_group_leaves_is_removed_at_the_next_start(tmp_path):
     """And nothing else: neither of a run that goes on, nor of another program."""
     other = shared_memory.SharedMemory(create=True, size=10)

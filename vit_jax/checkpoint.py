@@ -84,13 +84,15 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        with self.explained(self.saving):
-            try:
+    def __exit__(self, kind, *exception):
+        try:
+            with self.explained(self.saving), contextlib.closing(self.manager):
                 if not self.read_only:
                     self.manager.wait_until_finished()
-            finally:
-                self.manager.close()
+        except Exception as e:
+            if not kind:
+                raise
+            print(printable(e), file=sys.stderr, flush=True)  # beside what ended the block
 
     def steps(self):
         """Steps that there are checkpoints of, ascending."""
@@ -151,7 +153,7 @@ class Checkpoints:
             raise
         except Exception as e:  # OSError, or TensorStore's ValueError with the reason in its text
             gone = os.strerror(errno.ENOENT)  # of which TensorStore and Orbax have other words
-            text = re.sub('NOT_FOUND|missing .zarray', gone, f'{e} {e.__cause__}')
+            text = re.sub('NOT_FOUND|missing .zarray|No ArrayMetadata', gone, f'{e} {e.__cause__}')
             for refused in map(os.strerror, REFUSALS):
                 if refused in text:
                     why = f'{refused}; what was saved before is as it was'
