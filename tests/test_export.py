@@ -378,7 +378,7 @@ def test_a_run_is_exported_with_its_view_and_the_parameters_that_are_asked_for(t
     images = np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob('val/*/*.png'))])
     images = images[:, 1:9]  # of the model's own size, where resizing rounds no pixel
     for flags, ema in ((), True), (('--noema',), False):
-        about = exported(run, file, '--platforms=cpu', *flags)
+        about = exported(run, file, '--platforms=cpu', '--force', *flags)
         assert about['classes'] == ['ant', 'bee', 'cat'] and about['view'] == 'resize'
         found = alone(file, tmp_path, images=images)['images']
         wanted = by_view(*vit_jax.load(run, ema=ema), images, 'resize', 8)

@@ -390,11 +390,11 @@ def test_an_unreadable_image_ends_all_and_loses_nothing(tmp_path):
 @pytest.mark.slow
 def test_a_process_that_waits_for_its_data_is_named(tmp_path):
     folder = launched.write_images(tmp_path / 'images', {'train': 30, 'val': 2})
-    stuck = folder / 'train' / 'bee' / '7.png'
-    stuck.unlink()
-    os.mkfifo(stuck)  # no one will ever write to it
-    flags = ('--config.steps=11', '--config.checkpoint.every=0', '--peer_timeout=10')
+    os.mkfifo(tmp_path / 'pipe')  # no one will ever write to it
+    flags = ('--config.steps=6000', '--config.checkpoint.every=0', '--peer_timeout=10')
     with Run(folder, tmp_path / 'run', 2, 1, *flags) as run:
+        run.wait_for(lambda: launched.last_step(tmp_path / 'run') >= 3)
+        os.replace(tmp_path / 'pipe', folder / 'train' / 'bee' / '7.png')
         assert run.ended() == {0: 4, 1: 4}, run.says()
         for i in range(2):
             (error,) = run.errors(i)
