@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -25,8 +26,9 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests inherit it
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # started by nohup
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# The TPU's compiler ignores SIGHUP where nothing handles it, nohup does, too: processes of tests
+# would inherit that. A handler they don't inherit.
+signal.signal(signal.SIGHUP, lambda signum, frame: sys.exit(128 + signum))
 
 import launching  # noqa: E402 - it imports JAX, which reads the environment
 import pytest  # noqa: E402
