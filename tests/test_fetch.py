@@ -509,6 +509,16 @@ def test_backend_that_is_not_installed(address, module, monkeypatch):
     assert 'pip install "vit_jax[remote]"' in refused(address)
 
 
+@pytest.mark.parametrize(
+    'address', ['gs://', 'gs:///a.npz', 'gcs://', 'hf://', 'https://', 'http:///a.npz']
+)
+def test_address_without_a_bucket_asks_nobody(address, monkeypatch):
+    monkeypatch.setattr(fsspec.core, 'url_to_fs', None)  # which waits, and asks again
+    for call in (fetch.local, fetch.backend):
+        with pytest.raises(UserError, match=f'^{address} has no (bucket|host|repository)$'):
+            call(address)
+
+
 def test_protocol_that_nobody_knows():
     assert 'foo' in refused('foo://b/a.npz')
 

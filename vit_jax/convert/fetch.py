@@ -132,7 +132,10 @@ def quieten():
 def backend(address):
     """(file system, path) of an address; UserError where fsspec or one of its backends lacks."""
     quieten()
-    protocol = address.partition('://')[0]
+    protocol, _, place = address.partition('://')
+    if protocol in REMOTE and place[:1] in ('', '/'):  # a backend would ask for it again and again
+        kind = {'http': 'host', 'https': 'host', 'hf': 'repository'}.get(protocol, 'bucket')
+        raise UserError(f'{address} has no {kind}')
     options = {}
     try:
         if protocol in ('http', 'https'):
