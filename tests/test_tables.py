@@ -179,6 +179,22 @@ def test_the_command_line(tmp_path):
         assert words.replace('\\', '') in failed.stderr
 
 
+def test_runs_are_sought_in_folders_of_runs(tmp_path, monkeypatch):
+    for name in ('b/2', 'b/10', 'a', '.hidden/run'):
+        (tmp_path / name).mkdir(parents=True)
+        workdir.write_json(tmp_path / name / 'config.json', {})
+    (tmp_path / 'b' / 'more').symlink_to(tmp_path / 'b')  # a circle ends where the system says
+    folder = workdir.located(tmp_path)
+    assert [str(p.relative_to(folder)) for p in workdir.runs_below(folder)][:3] == [
+        'a', 'b/10', 'b/2',
+    ]  # fmt: skip
+    for i in range(20):
+        (tmp_path / 'c' / str(i)).mkdir(parents=True)
+    monkeypatch.setattr(workdir, 'MOST_FOLDERS', 20)
+    with pytest.raises(UserError, match=f'{tmp_path} has more than 20 folders that are no runs'):
+        list(workdir.runs_below(folder))
+
+
 @pytest.mark.slow
 def test_check_is_the_exit_status(tmp_path):
     """A finished run: 0 without the flag, 1 with it where a number is missed, 0 where it is met."""

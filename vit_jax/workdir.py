@@ -174,16 +174,28 @@ FILES = {  # name: (what its values are, the way out where it is damaged)
     'facts.json': ({}, "restore it, or remove it: the run's next start writes it anew"),
 }
 MOST_BYTES = 2**26  # of such a file
+MOST_FOLDERS = 10_000  # that are looked into for runs
 
 
 def runs_below(folder):
-    """The workdirs at and below a folder, on a disk or on gs://, by name."""
-    if (folder / 'config.json').exists():
-        yield folder
-        return
-    for inner in sorted(folder.iterdir()):
-        if inner.is_dir():
-            yield from runs_below(inner)
+    """The workdirs at and below a folder, on a disk or on gs://, by name.
+
+    Hidden folders are left out. Raises UserError where most of what is there is no run.
+    """
+    waiting, others = [folder], 0
+    while waiting:
+        path = waiting.pop()
+        if (path / 'config.json').exists():
+            yield path
+            continue
+        others += 1
+        if others > MOST_FOLDERS:
+            raise UserError(
+                f'{folder} has more than {MOST_FOLDERS:,} folders that are no runs; name a folder '
+                'nearer to the runs'
+            )
+        inner = (p for p in path.iterdir() if not p.name.startswith('.') and p.is_dir())
+        waiting += sorted(inner, reverse=True)
 
 
 def finished(folders):
