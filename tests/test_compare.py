@@ -58,10 +58,10 @@ def written(path, curve, rate, commit):
     workdir.write_json(path / 'result.json', result)
 
 
-def command(*args):
+def command(*args, module='report'):
     return subprocess.run(
-        [sys.executable, '-m', 'vit_jax.report', *map(str, args)], capture_output=True, text=True,
-        check=False,
+        [sys.executable, '-m', f'vit_jax.{module}', *map(str, args)], capture_output=True,
+        text=True, check=False,
     )  # fmt: skip
 
 
@@ -81,11 +81,21 @@ def test_the_command_says_what_differs_and_draws_it(tmp_path):
     curve = tmp_path / 'a' / 'metrics.jsonl'  # a stored reference curve
     same = command('compare', tmp_path / 'a', curve, '--out', tmp_path / 'y.png')
     assert 'equal to the last bit' in same.stdout and 'settings' not in same.stdout
+    # What is there is kept; the module of the command is the command, too.
+    before = (tmp_path / 'x.png').read_bytes()
+    arguments = (tmp_path / 'a', curve, '--out', tmp_path / 'x.png')
+    kept = command('compare', *arguments)
+    assert kept.returncode == 2 and '/x.png is there already; --force' in kept.stderr
+    assert (tmp_path / 'x.png').read_bytes() == before
+    new = command(*arguments, '--force', module='compare')
+    assert new.returncode == 0 and new.stdout.splitlines()[:-1] == same.stdout.splitlines()[:-1]
+    assert (tmp_path / 'x.png').read_bytes() != before
 
 
 def test_mistakes_are_one_line(tmp_path):
     written(tmp_path / 'a', {1: 2.0}, 0.1, 'x')
     written(tmp_path / 'b', {2: 2.0}, 0.1, 'x')
+    assert 'usage: ' in command(module='compare').stderr
     for args, words in (
         (['compare', tmp_path / 'a'], 'usage: '), (['x', 'a', 'b'], 'usage: '),
         (['compare', tmp_path / 'a', tmp_path / 'no'], f'no run and no file {tmp_path}/no'),

@@ -82,6 +82,9 @@ def test_complete_reads_back_what_it_wrote():
     ('data.batch_size=8.5', 'data.batch_size is 8.5, not int'),
     ('data.view.flip=3', 'data.view.flip is 3, not bool'),
     ('data.batch_size=0', 'data.batch_size is 0, not int above 0'),
+    (f'data.batch_size={10**30}', f'is {10**30}, not int above 0, of at most 64 bits$'),
+    (f'checkpoint.keep={-10**30}', 'not int above 0, of at most 64 bits$'),
+    (f'steps={10**30}', r'not int in \[1, 2147483647\] or None$'),
     ('data.image_size=(8, -8)', r'image_size is \(8, -8\), not int in \[1, 65536\] or \(int in'),
     ('checkpoint.mode=most', "checkpoint.mode is 'most', not one of max, min"),
     ('checkpoint.keep=0', 'checkpoint.keep is 0, not int above 0'),
@@ -91,6 +94,8 @@ def test_complete_reads_back_what_it_wrote():
     ('model.name=vit-q/16', "no model 'vit-q/16'"),
     ('data.view=blur', "no view 'blur'; there are affine, central"),
     ('data.view.name=blur', "no view 'blur'; there are affine, central"),
+    ('data.view={"pixels": 1}', 'config data.view has no name; there are affine, central'),
+    ('data.augment=[{"layers": 2}]', r'config data.augment\[0\] has no name; there are autoaug'),
 ])
 def test_mistakes_are_named(override, words):
     with pytest.raises(UserError, match=words):
@@ -156,6 +161,7 @@ def test_the_command_line_says_it_in_one_line(flags, words, tmp_path):
 @pytest.mark.parametrize('command, words', [
     ('main --help', ('--config', '--workdir', '--[no]allow_config_change', 'Exit status')),
     ('report -h', ('compare A B', '--metric', '--out')),
+    ('compare --help', ('compare A B', '--metric', '--out', '--[no]force')),
 ])
 def test_help_names_the_flags(command, words):
     run = subprocess.run(

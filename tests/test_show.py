@@ -76,6 +76,10 @@ def test_the_command_names_each_example_and_draws_it(tmp_path):
         assert row['name'] == source.name(row['id']) and row['used']
         assert row['labels'] == {pathlib.Path(row['name']).parent.name: 1.0}
     assert Image.open(picture).size[0] > 800
+    kept = subprocess.run(
+        [*command, f'--show={picture}'], text=True, capture_output=True, env=launched.ENVIRONMENT
+    )
+    assert kept.returncode == 2 and f'{picture} is there already; --force' in kept.stderr
     wrong = subprocess.run(
         [*command, '--show=/nowhere/x.png'], text=True, capture_output=True,
         env=launched.ENVIRONMENT,

@@ -81,7 +81,10 @@ Prefetch = Annotated[int, Range(1, 65_536)]
 def check(name, value, annotation):
     """Raises UserError, which names the setting, unless the annotation allows the value."""
     if not allows(annotation, value):
-        raise UserError(f'{name} is {shown(value)}, not {describe(annotation)}')
+        wanted = describe(annotation)
+        if type(value) is int and not -(2**63) <= value < 2**63 and ' in ' not in wanted:
+            wanted += ', of at most 64 bits'
+        raise UserError(f'{name} is {shown(value)}, not {wanted}')
 
 
 def check_fields(section, values):

@@ -1,5 +1,7 @@
 """Two runs side by side: python -m vit_jax.report compare A B [--metric loss] [--out FILE.png].
 
+`python -m vit_jax.compare A B` is the same command.
+
 A and B are workdirs, or files of lines as metrics.jsonl has them: a stored reference curve. Says at
 which step they first differ at all, and from which on by more than noise; how settings and versions
 differ; what each has come to; and draws both curves with their difference.
@@ -12,7 +14,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from vit_jax import history, storage, summary, workdir
+from vit_jax import cli, history, storage, summary, workdir
 from vit_jax.errors import UserError, choices, shown
 from vit_jax.text import number, printable
 
@@ -166,6 +168,8 @@ def main(argv):
     out = storage.file(workdir.located(options.out))
     if out.suffix.lower() != '.png':
         raise UserError(f'--out={options.out}: name a file that ends in .png')
+    with storage.explained(out, 'read'):
+        storage.check_free(out, options.force)
     lines = [lines_of(a), lines_of(b)]
     for path, part in ((a, lines[0]), (b, lines[1])):
         check_metric(options.metric, path, part)
@@ -180,4 +184,10 @@ def main(argv):
 
 def define_flags():
     flags.DEFINE_string('metric', 'loss', 'What to compare: loss, accuracy, test/accuracy ...')
-    flags.DEFINE_string('out', 'compare.png', 'The picture.')
+    flags.DEFINE_string('out', 'compare.png', 'The picture, a .png.')
+    flags.DEFINE_bool('force', False, 'Replace a picture that is there.')
+
+
+if __name__ == '__main__':
+    define_flags()
+    cli.run(lambda argv: main([argv[0], 'compare', *argv[1:]]))

@@ -297,7 +297,9 @@ def complete_call(path, call, functions, check):
         check(call)
         return call
     values = dict(call)
-    name = check(values.pop('name', None))
+    if 'name' not in values:
+        raise UserError(f'config {path} has no name; {choices("", sorted(functions))}')
+    name = check(values.pop('name'))
     known = keys_of(functions[name])
     known.pop('size', None)
     return {'name': name, **filled(path, values, known, also=('name',))}

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from vit_jax import cli, losses, storage
 from vit_jax.convert import load as weights
-from vit_jax.convert.save import check_free, complete
+from vit_jax.convert.save import complete
 from vit_jax.data import crew, files, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -125,7 +125,7 @@ def check_output(path):
     if not path.endswith('.npz') or '://' in path:
         raise UserError(f'--features={path}: name a file here that ends in .npz')
     path = pathlib.Path(path).absolute()
-    check_free(path, flags.FLAGS.force)
+    storage.check_free(path, flags.FLAGS.force)
     storage.file(path)
 
 

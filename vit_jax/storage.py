@@ -19,6 +19,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from vit_jax.convert.reasons import chain, foreign, reason, silent, status
 from vit_jax.errors import UserError
+from vit_jax.text import printable
 
 SILENCE = 30  # seconds without a byte, after which a request is made anew
 RETRIES = 5  # of a request, after 1, 2, 4, 8, 16 s: gcsfs' own number, for TensorStore too
@@ -83,6 +84,18 @@ def check_file(path):
             if not stat.S_ISREG(mode):
                 what = 'a folder; name a file' if stat.S_ISDIR(mode) else 'no regular file'
                 raise UserError(f'can not write {path}: it is {what}')
+
+
+def check_free(path, force):
+    """Raises UserError where anything but an empty folder is at `path`, unless `force`.
+
+    A device or a pipe is never replaced.
+    """
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not force:
+        raise UserError(f'{printable(path)} is there already; --force replaces it')
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f'can not write {printable(path)}: it is no regular file')
 
 
 def file(path):

@@ -10,7 +10,7 @@ import pathlib
 
 from absl import flags
 
-from vit_jax import cli, config, models
+from vit_jax import cli, config, models, storage
 from vit_jax.convert import load, save
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -76,7 +76,7 @@ def main(argv, changes):
         target = pathlib.Path(argv[2]).expanduser()
         beside = [target.with_suffix('.json')] if target.suffix == '.npz' else []
         for path in (target, *beside):
-            save.check_free(path, FORCE.value)
+            storage.check_free(path, FORCE.value)
     fields = {key: config.parsed(text) for key, text in changes}
     for key in fields.keys() & inspect.signature(load.read).parameters.keys():
         raise UserError(f'--model.{key} is no field of a model; see --help for flags')

@@ -28,7 +28,7 @@ from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError
 from vit_jax.models import layers, mixer, resnet
 from vit_jax.models.interface import Metadata
-from vit_jax.text import printable, to_json
+from vit_jax.text import to_json
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 FOLDER_FILES = (
@@ -228,18 +228,6 @@ def part_of(path):
         if pid.isdigit() and not alive(int(pid)):
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     return path.with_name(f'.{path.name}.{os.getpid()}.part')
-
-
-def check_free(path, force):
-    """Raises UserError where anything but an empty folder is at `path`, unless `force`.
-
-    A device or a pipe is never replaced.
-    """
-    empty = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not empty and not force:
-        raise UserError(f'{printable(path)} is there already; --force replaces it')
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f'can not write {printable(path)}: it is no regular file')
 
 
 @contextlib.contextmanager

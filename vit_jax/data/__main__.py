@@ -25,6 +25,7 @@ KINDS = ('png', 'pdf', 'svg')
 CONFIG = flags.DEFINE_string('config', None, 'Experiment file or config.json.', required=True)
 STEP = flags.DEFINE_integer('step', 0, 'Which batch; 0 is the first.', lower_bound=0)
 SHOW = flags.DEFINE_string('show', None, 'Where to draw it: a .png, .pdf or .svg.')
+FORCE = flags.DEFINE_bool('force', False, 'Replace a file of --show that is there.')
 COUNT = flags.DEFINE_integer('count', 64, 'Examples to show, from the first on.', lower_bound=1)
 JSON = flags.DEFINE_bool('json', False, 'Print JSON lines in place of text.')
 
@@ -73,6 +74,7 @@ def picture(name):
         raise UserError(f'--show={name}: name a {", ".join(KINDS)} file of this machine')
     if not path.parent.is_dir():
         raise UserError(f'--show={name}: there is no such folder')
+    storage.check_free(path, FORCE.value)
     return storage.file(path), kind
 
 

@@ -28,7 +28,7 @@ from absl import flags
 import vit_jax
 from vit_jax import cli, export, models, storage, workdir
 from vit_jax.convert import load as weights
-from vit_jax.convert.save import check_free, complete
+from vit_jax.convert.save import complete
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.text import printable
@@ -93,7 +93,7 @@ def main(argv):
         raise UserError(f'unexpected argument {argv[1]!r}')
     path = target(OUTPUT.value)
     with storage.explained(path, 'read'):
-        check_free(path, FORCE.value)
+        storage.check_free(path, FORCE.value)
     platforms = export.check_platforms(PLATFORMS.value)
     fields = {} if DTYPE.value is None else dict(dtype=DTYPE.value)
     found = weights.read(
