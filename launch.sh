@@ -7,7 +7,8 @@ cd "$(dirname "$0")"
 usage() {
     cat <<'EOS'
 usage: bash launch.sh COMMAND
-  quickstart           make .venv, install, train a ViT on real handwritten digits, show the result
+  quickstart [FLAGS]   make .venv, install, train a ViT on real handwritten digits, show the result;
+                       FLAGS are those of vit_jax.main
   test [PYTEST ARGS]   make .venv if need be, install the test extra, check style, run the tests;
                        with -m slow the longer ones
   setup EXTRAS         make .venv with the versions of constraints.txt: tpu,remote say
@@ -105,6 +106,7 @@ parse() { # "VALUED OPTIONS" "SWITCHES" ARGUMENTS: sets variables of these names
     while [ $# -gt 0 ]; do
         arg=$1 option=${1%%=*} option=${option#--}
         shift
+        [ "$arg" != -h ] || [ "$experiment" ] || arg=--help option=help
         if [ "$arg" = -- ]; then
             flags+=("$@")
             break
@@ -220,6 +222,12 @@ passed_on='' stopped='' child='' worker_python=''
 combination='^[A-Za-z_][A-Za-z0-9_.]*='
 poll=${VIT_JAX_POLL:-10} # seconds between looks at what runs elsewhere
 
+case $command,${1:-} in
+quickstart,--help | quickstart,-h | test,--help | test,-h | setup,--help | setup,-h)
+    usage
+    exit
+    ;;
+esac
 case $command in
 quickstart)
     setup digits,figures

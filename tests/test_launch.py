@@ -146,6 +146,14 @@ def test_help_names_real_options(place):
             assert f'error: {option} ' in errors and 'unknown' not in errors, (command, option)
 
 
+def test_help_starts_nothing(place):
+    _, usage, _ = place.launch('help')
+    for command in ('quickstart', 'test', 'setup'):
+        for flag in ('--help', '-h'):
+            assert place.launch(command, flag) == (0, usage, '')
+    assert place.launch('hosts', '-h') == place.launch('hosts', '--help')
+
+
 def test_the_readme_s_lines_run(place):
     text = (ROOT / 'README.md').read_text()
     form = r'^ {4}bash launch\.sh (\w+) ((?:[^\n#]*\\\n)*[^\n#]*EXPERIMENT)'
