@@ -75,7 +75,12 @@ def test_numbers_are_those_of_scikit_learn(tmp_path):
         if inside.any():
             error += inside.mean() * abs(hits[inside].mean() - confidence[inside].mean())
     assert found['ece'] == pytest.approx(error, rel=1e-4)
-    predicted = made.predictions(params)
+    seen = []
+    assert made(params, advance=seen.append) == found
+    assert len(seen) == 13 and sum(seen) == 200  # of each batch, padding not counted
+    seen.clear()
+    predicted = made.predictions(params, seen.append)
+    assert len(seen) == 13 and sum(seen) == 200
     np.testing.assert_array_equal(
         classify.confusion(predicted['label'], predicted['prediction'], CLASSES),
         metrics.confusion_matrix(labels, best),

@@ -8,7 +8,7 @@ import sys
 import launched
 import pytest
 
-from vit_jax import storage, workdir
+from vit_jax import evaluate, storage, workdir
 from vit_jax.errors import UserError
 
 CHECKPOINT = pathlib.Path(__file__).parent / 'data' / 'timm_vit_token'
@@ -36,6 +36,13 @@ def test_a_file_takes_the_place_of_a_file_alone(tmp_path):
 def test_an_address_of_another_kind_is_named(address):
     with pytest.raises(UserError, match=f'{address}: name a path of this machine, or gs://BUCKET'):
         workdir.located(address)
+
+
+def test_each_evaluation_has_a_file_of_its_own(tmp_path):
+    texts = {name: f'class,{name}' for name in ('c/x', 'c_x', 'c', 'c/x/y')}
+    evaluate.write(workdir.located(tmp_path), texts)
+    written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob('*.csv')}
+    assert written == {pathlib.Path(f'{name}.csv'): text for name, text in texts.items()}
 
 
 @pytest.mark.slow

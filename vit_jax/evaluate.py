@@ -20,7 +20,7 @@ from absl import flags
 from vit_jax import assembly, cli, experiment, sharding, storage, workdir
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
-from vit_jax.data import names, pipeline
+from vit_jax.data import crew, names, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.text import number, printable, to_json
@@ -42,16 +42,18 @@ def evaluate(checkpoint, config, ema=None, by_class=False):
         found = loaded[size]
         loss = found.loss or config.objective.loss
         evaluation = assembly.evaluation(found.model, mesh, found.classes, loss, kwargs)
+        images = len(evaluation.source) + len(getattr(evaluation, 'train_source', ()))
         began = time.perf_counter()
-        metrics = evaluation(found.params)
+        with crew.Bar(printable(name), images, brief=True) as bar:
+            metrics = evaluation(found.params, advance=bar.add)
         seconds = time.perf_counter() - began
         metrics |= {'images_per_s': round(metrics['examples'] / seconds, 1)}
         text = None
         if by_class and kwargs.type == 'classify':
             classes = found.classes or evaluation.source.classes
-            text = classify.by_class(
-                evaluation.predictions(found.params), classes, found.model.num_classes
-            )
+            with crew.Bar(f'{printable(name)} by class', images, brief=True) as bar:
+                predicted = evaluation.predictions(found.params, bar.add)
+            text = classify.by_class(predicted, classes, found.model.num_classes)
         yield name, metrics, text
 
 
@@ -100,8 +102,13 @@ def main(argv, overrides):
         results |= classify.means(results)
     finally:  # an evaluation that fails takes nothing of those before it along
         tell(results, options)
-        for name, text in texts.items():  # last, as the disk may be full
-            storage.write(out / f'{name.replace("/", "_")}.csv', text.encode())
+        write(out, texts)  # last, as the disk may be full
+
+
+def write(out, texts):
+    """Writes {name: text} as out/NAME.csv; a slash in a name makes a folder."""
+    for name, text in texts.items():
+        storage.write(storage.file(out / f'{name}.csv'), text.encode())
 
 
 def tell(results, options):

@@ -38,7 +38,7 @@ from vit_jax import (
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
-from vit_jax.data import files, mixture, pipeline
+from vit_jax.data import crew, files, mixture, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.text import number, printable
@@ -100,7 +100,8 @@ def of_run(path, out):
 def of_predictions(config, parts, name, evaluation, state, lines, out):
     """The parts of the page that a run's first evaluation tells."""
     params = optim.averaged(state)
-    found = evaluation.predictions(params)
+    with crew.Bar(printable(name), len(evaluation.source), brief=True) as bar:
+        found = evaluation.predictions(params, bar.add)
     found['label'] = classify.one_label(found['label'], found['prediction'])
     images = Images(
         evaluation.source, found['id'], config.evals[name].view, config.evals[name].image_size

@@ -66,11 +66,16 @@ def answer(pipe, process, task):
 
 
 class Bar:
-    """A progress bar on a terminal, a plain line every ten seconds elsewhere; on stderr."""
+    """A progress bar on a terminal, a plain line every ten seconds elsewhere; on stderr.
 
-    def __init__(self, title, total, done=0):
-        self.title, self.total, self.done = title, total, done
-        self.under_way, self.began, self.said = {}, (time.time(), done), 0.0
+    The first line comes at once and the last one at the end, or, where it is `brief`, none before
+    ten seconds have passed.
+    """
+
+    def __init__(self, title, total, done=0, brief=False):
+        self.title, self.total, self.done, self.brief = title, total, done, brief
+        self.under_way, self.began = {}, (time.time(), done)
+        self.said = time.time() if brief else 0.0
         self.bar = None
         if sys.stderr.isatty():
             import rich.console
@@ -102,7 +107,7 @@ class Bar:
         rate = (done - self.began[1]) / max(now - self.began[0], 1e-3)
         if self.bar:
             self.bar.update(self.task, completed=done, text=f'{rate:,.0f} images/s')
-        elif now - self.said >= 10 or self.done == self.total:
+        elif now - self.said >= 10 or self.done == self.total and not self.brief:
             self.said = now
             print(f'{self.title} {done:,}/{self.total:,}  {rate:,.0f} images/s', file=sys.stderr)
 

@@ -106,10 +106,12 @@ class Classify:
     def due(self, n, steps):
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
-    def __call__(self, params, stop=None, at=lambda phase: None):
+    def __call__(
+        self, params, stop=None, at=lambda phase: None, advance=lambda images: None
+    ):  # fmt: skip
         """Means by name, see `summary`; None where `stop` became true before the end.
 
-        `at` is told of each batch, as hosts.joined wants it.
+        `at` is told of each batch, as hosts.joined wants it, `advance` of the images in it.
         """
         stop = Stop() if stop is None else stop
         total = {}
@@ -120,15 +122,20 @@ class Classify:
             if stop:
                 return None
             total = {k: total.get(k, 0) + np.asarray(v, np.float64) for k, v in sums.items()}
+            advance(int(np.sum(batch['mask'] > 0)))
         return summary(total)
 
-    def predictions(self, params):
-        """One process's view of each example: {'id', 'label', 'prediction', 'confidence': [N]}."""
+    def predictions(self, params, advance=lambda images: None):
+        """One process's view of each example: {'id', 'label', 'prediction', 'confidence': [N]}.
+
+        `advance` is told of the images in each batch.
+        """
         parts = []
         for batch in self.feed():
             _, by_example = self.step(params, sharding.put(batch, self.mesh))
             by_example = jax.device_get(by_example) | {k: batch[k] for k in ('id', 'label')}
             parts.append({k: v[batch['mask'] > 0] for k, v in by_example.items()})
+            advance(len(parts[-1]['id']))
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 

@@ -220,7 +220,7 @@ class Probe:
     def due(self, n, steps):
         return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
-    def gathered(self, params, source, stop, at):
+    def gathered(self, params, source, stop, at, advance=lambda images: None):
         """`features` of all images, `labels` [N] and perhaps `pixels` [N, H * W * 3]; None where
         `stop` became true."""
         parts = []
@@ -233,6 +233,7 @@ class Probe:
                 return None
             kept = np.asarray(mask) > 0
             parts.append({name: np.asarray(v)[kept] for name, v in values.items()})
+            advance(int(np.sum(kept)))
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if self.pixels:
             whole['pixels'] = whole['pixels'].reshape(len(whole['pixels']), -1).astype(np.float32)
@@ -254,14 +255,18 @@ class Probe:
             results[f'{shots}_shot_std'] = float(np.std(scores))
         return results
 
-    def __call__(self, params, stop=None, at=lambda phase: None):
+    def __call__(
+        self, params, stop=None, at=lambda phase: None, advance=lambda images: None
+    ):  # fmt: skip
         """Accuracies by name, see above, and `examples`; None where `stop` became true.
 
-        `at` is told of each batch, as hosts.joined wants it.
+        `at` is told of each batch, as hosts.joined wants it, `advance` of the images in it.
         """
         stop = Stop() if stop is None else stop
-        train = self.gathered(params, self.train_source, stop, at)
-        test = self.gathered(params, self.source, stop, at) if train is not None else None
+        train = self.gathered(params, self.train_source, stop, at, advance)
+        if train is None:
+            return None
+        test = self.gathered(params, self.source, stop, at, advance)
         if test is None:
             return None
         at('compile, of a classifier')
