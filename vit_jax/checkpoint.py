@@ -89,6 +89,9 @@ class Checkpoints:
             with self.explained(self.saving), contextlib.closing(self.manager):
                 if not self.read_only:
                     self.manager.wait_until_finished()
+            if kind and not self.read_only:
+                with contextlib.suppress(OSError):  # it is not empty
+                    os.rmdir(self.path)
         except Exception as e:
             if not kind:
                 raise
