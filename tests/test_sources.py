@@ -48,6 +48,16 @@ def cache(tmp_path_factory, monkeypatch):
     MemoryFileSystem.store.clear()
 
 
+def test_a_workdir_does_not_hide_the_data_set_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sources.kind_of('cifar10') == 'tfds'
+    (tmp_path / 'cifar10' / 'checkpoints').mkdir(parents=True)  # --workdir cifar10
+    (tmp_path / 'cifar10' / '.lock').touch()
+    assert sources.kind_of('cifar10') == 'tfds'
+    (tmp_path / 'cifar10' / 'train').mkdir()  # images, and a run beside them
+    assert sources.kind_of('cifar10') == 'place'
+
+
 def png(i):
     """An image of one colour that tells i."""
     out = io.BytesIO()

@@ -132,8 +132,19 @@ def kind_of(name):
         os.path.isdir(address)
     ):
         return 'pattern'
-    place = name.startswith(('/', '.', '~')) or '://' in name or os.path.isdir(address)
+    place = name.startswith(('/', '.', '~')) or '://' in name or (
+        os.path.isdir(address) and not is_workdir(address)
+    )
     return 'place' if place else 'tfds'
+
+
+def is_workdir(folder):
+    """Whether a folder holds a run and nothing else, as `--workdir cifar10` makes it."""
+    if not os.path.exists(os.path.join(folder, '.lock')):
+        return False
+    with os.scandir(folder) as entries:
+        inner = {entry.name for entry in entries if entry.is_dir()}
+    return inner <= {'checkpoints', 'tensorboard', 'compiled', 'profile', 'logs'}
 
 
 def home(folder):
