@@ -139,6 +139,9 @@ def test_images_of_another_size_name_the_way_out(kind, fields):
 def test_images_that_are_no_normalised_floats_are_refused():
     model, params, images = small('vit')
     assert_refused(model, params, np.zeros((1, 16, 24, 3), 'uint8'), 'uint8', 'model.normalise')
+    for wrong, kind in ((['a.jpg'], 'list'), (None, 'NoneType')):
+        with pytest.raises(UserError, match=f'of type {kind}, .* vit_jax.preprocess'):
+            model.apply({'params': params}, wrong)
     assert_refused(model, params, images[0], '[16, 24, 3]', '[B, H, W, 3]')
     assert_refused(model, params, images.transpose(0, 3, 1, 2), '[2, 3, 16, 24]', '[B, H, W, 3]')
 

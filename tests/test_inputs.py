@@ -1,6 +1,7 @@
 """Images of any kind as model input, names of classes, and what a notebook is shown."""
 
 import inspect
+import io
 import json
 import pathlib
 import re
@@ -16,7 +17,7 @@ from PIL import Image
 import vit_jax
 from vit_jax import models
 from vit_jax.convert import load
-from vit_jax.data import files, pipeline
+from vit_jax.data import augment, files, pipeline
 from vit_jax.errors import UserError
 
 SIZE, CLASSES = 32, ('ant', 'bee', 'cat', 'dog', 'eel')
@@ -118,7 +119,8 @@ def test_what_is_no_image_is_refused_in_one_line(checkpoint, tmp_path):
         (colour[:0], '[0, 7, 3]'), (np.zeros((9, 7, 5), np.uint8), '[9, 7, 5]'), ([], 'no image'),
         ([[1, 2], [3, 4]], 'list is no image'), (None, 'NoneType is no image'), (3, 'int is no'),
         (tmp_path / 'text.png', 'text.png'), (tmp_path / 'none.png', 'none.png'),
-        ({'a': 1}, 'no image'),
+        ({'a.png': 1}, 'dict is no image; give the path'), (b'...', 'bytes is no image'),
+        (io.BytesIO(b'...'), 'BytesIO is no image; give the path of a file, a PIL image'),
     ]  # fmt: skip
     for image, words in cases:
         with pytest.raises(UserError, match=re.escape(words)) as e:
@@ -142,6 +144,15 @@ def test_size_and_view_can_be_chosen(checkpoint, photographs):
     assert np.abs(whole - part).max() > 0.1
     with pytest.raises(UserError, match="'nowhere'"):
         vit_jax.preprocess(model, path, view='nowhere')
+    image, refused = np.zeros((9, 7, 3), np.uint8), set()
+    for name in augment.VIEWS:  # those that draw are refused, the others need no generator
+        try:
+            augment.VIEWS[name](image, None, size=(4, 4))
+        except AttributeError:
+            refused.add(name)
+            with pytest.raises(UserError, match=f'view {name} draws at random; give one of cent'):
+                vit_jax.preprocess(model, path, view=dict(name=name))
+    assert refused == augment.VIEWS.keys() - set(augment.FIXED) >= {'inception', 'shift'}
 
 
 def test_a_loaded_model_carries_what_its_checkpoint_says(checkpoint, tmp_path):
@@ -157,6 +168,27 @@ def test_a_loaded_model_carries_what_its_checkpoint_says(checkpoint, tmp_path):
     vit_jax.save(tmp_path / 'again', model, params, 'hf')
     assert vit_jax.class_names(tmp_path / 'again') == CLASSES
     assert load.read(tmp_path / 'again', values=False).image_size == (SIZE, SIZE)
+
+
+def test_arguments_of_load_and_save_that_are_none_are_named(checkpoint, tmp_path):
+    model, params = vit_jax.load(checkpoint)
+    for path, fields, words in (
+        (None, {}, 'the checkpoint is None, not a path'), ('', {}, "the checkpoint is '', not a"),
+        (checkpoint, dict(img_size=32), "no argument 'img_size'; the nearest is 'image_size'"),
+        (checkpoint, dict(numclasses=3), "'numclasses'; the nearest is 'num_classes'"),
+        (checkpoint, dict(widht=3), "no field 'widht'; the nearest is 'width'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            vit_jax.load(path, **fields)
+    for arguments, words in (
+        ((model, params, tmp_path / 'x'), 'a path, a model and its parameters, in this'),
+        ((tmp_path / 'x', params, model), 'a path, a model and its parameters, in this'),
+        ((tmp_path / 'x', model, {'params': params}), "returns them: variables\\['params'\\]"),
+        ((tmp_path / 'x', model, None), 'give the parameters as load returns them'),
+    ):
+        with pytest.raises(UserError, match=words):
+            vit_jax.save(*arguments, format='timm')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_notebook_is_shown_what_there_is():
@@ -180,6 +212,8 @@ def test_a_notebook_is_shown_what_there_is():
     for kind in models.KINDS:
         assert 'normalised floats' in kind.__doc__ and 'pre_logits' in kind.__doc__
         assert kind.__call__.__doc__ and kind.normalise.__doc__
+        shown = str(inspect.signature(kind))  # which help() prints
+        assert 'Annotated[int, above 0]' in shown and 'Range(' not in shown
     assert pathlib.Path(vit_jax.__file__).name == '__init__.py'
 
 

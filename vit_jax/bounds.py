@@ -25,6 +25,9 @@ class Range(NamedTuple):
     high: float = math.inf
     ends: str = '[]'
 
+    def __repr__(self):  # as help() shows it within an annotation
+        return str(self).strip() or 'finite'
+
     def has(self, number):
         above = number > self.low if self.ends[0] == '(' else number >= self.low
         return above and (number < self.high if self.ends[1] == ')' else number <= self.high)

@@ -4,7 +4,7 @@ Shapes: B batch, H W image, C channels.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from vit_jax.models.interface import Metadata
 from vit_jax.text import printable
 
 UNKNOWN = Metadata()
+KINDS = 'give the path of a file, a PIL image (PIL.Image.open(...)) or an array'
 RANGES = 'give uint8 (0 to 255), uint16 (0 to 65535) or floats from 0 to 1'
 
 
@@ -53,7 +54,7 @@ def preprocess(
     if size is None and about is UNKNOWN:
         raise UserError("nothing tells the size of this model's images; give image_size=...")
     size = size or (files.DEFAULT_SIZE,) * 2
-    made = pipeline.make_view(view or views.grown(about.view, about.image_size, size), size)
+    made = pipeline.fixed_view(view or views.grown(about.view, about.image_size, size), size)
     pixels = [
         files.pixels(image, made) if isinstance(image, str) else made(pixels_of(image), None)
         for image in each(images)
@@ -88,10 +89,12 @@ def each(images):
         return files.found([images])
     if isinstance(images, Image.Image):
         return [images]
+    if isinstance(images, (bytes, bytearray, Mapping)) or hasattr(images, 'read'):
+        raise UserError(f'{type(images).__name__} is no image; {KINDS}')
     if hasattr(images, '__array__'):
         return list(images) if np.ndim(images) == 4 else [images]
     if not isinstance(images, Sequence) and not hasattr(images, '__iter__'):
-        raise UserError(f'{type(images).__name__} is no image; give a file, a PIL image, an array')
+        raise UserError(f'{type(images).__name__} is no image; {KINDS}')
     several = []
     for image in images:
         several += files.found([image]) if isinstance(image, (str, os.PathLike)) else [image]
@@ -106,9 +109,7 @@ def pixels_of(image):
         turned = ImageOps.exif_transpose(image)
         return np.asarray(decoding.to_rgb(decoding.eight_bits(turned, b'')))
     if not hasattr(image, '__array__'):
-        raise UserError(
-            f'{printable(type(image).__name__)} is no image; give a file, a PIL image, an array'
-        )
+        raise UserError(f'{printable(type(image).__name__)} is no image; {KINDS}')
     values = np.asarray(image)
     shape = list(values.shape)
     if values.ndim == 2:

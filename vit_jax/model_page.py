@@ -104,7 +104,7 @@ class Looks:
     def __init__(self, found, paths):
         self.found, self.paths, self.failed = found, [], 0
         self.images, self.logits, self.distances, self.rollouts, self.heads = [], [], [], [], []
-        see, view = seeing(found.model), pipeline.make_view(found.view, size_of(found))
+        see, view = seeing(found.model), pipeline.fixed_view(found.view, size_of(found))
         with crew.Bar('images', len(paths)) as bar:
             for path in paths:
                 try:

@@ -95,7 +95,7 @@ def main(argv):
     if found.model.num_classes is None and not options.features:
         raise UserError(f'{options.checkpoint} has no head, so it knows no classes')
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
-    view = pipeline.make_view(found.view if options.view is None else options.view, size)
+    view = pipeline.fixed_view(found.view if options.view is None else options.view, size)
     batch_size = min(options.batch_size, len(paths))
     images = read_ahead(paths, view, 2 * batch_size)
     results = predicted(

@@ -14,8 +14,10 @@ from absl import logging
 
 from vit_jax.convert import families, fetch, files, run, shards
 from vit_jax.convert.fit import fitted, size_of
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, shown
 from vit_jax.text import printable
+
+ARGUMENTS = ('image_size', 'num_classes', 'keep_pre_logits', 'ema', 'source_image_size')
 
 
 def load(
@@ -27,7 +29,7 @@ def load(
     ema: bool | None = None,
     **fields: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """(model, parameters) of a checkpoint, of which nothing needs to be said but where it is.
+    """Loads a checkpoint as (model, parameters); its path is all that has to be given.
 
         model, params = vit_jax.load(path)
         logits, out = model.apply({'params': params}, vit_jax.preprocess(model, files))
@@ -48,6 +50,10 @@ def load(
     Parameters are float32.
     Raises UserError for whatever is broken, unknown or left unexplained.
     """
+    for field in fields:
+        near = difflib.get_close_matches(field, ARGUMENTS, 1, cutoff=0.8)
+        if near and field not in ARGUMENTS:
+            raise UserError(f'load has no argument {field!r}; the nearest is {near[0]!r}')
     found = read(
         path, image_size=image_size, num_classes=num_classes, keep_pre_logits=keep_pre_logits,
         ema=ema, as_input=True, **fields,
@@ -73,6 +79,8 @@ def read(
     Where no `image_size` is given, positions are as the file has them or, `as_input`, for images
     of the size that the documents beside the weights make.
     """
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise UserError(f'the checkpoint is {shown(path)}, not a path, an address or a name')
     address, tower = split(resolve(str(path)))
     surgery_of = dict(
         image_size=size_of(image_size), num_classes=num_classes, values=values,

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -64,6 +64,10 @@ def save(
     without, which changes no output. What stood at `path` is replaced in one step, and stays as it
     was until then.
     """
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(model, nn.Module):
+        raise UserError('save takes a path, a model and its parameters, in this order')
+    if not isinstance(params, Mapping) or params.keys() == {'params'}:
+        raise UserError("give the parameters as load returns them: variables['params']")
     path = pathlib.Path(os.path.expanduser(path))
     if format not in FAMILIES:
         raise UserError(f'format {format!r} is none of {", ".join(FAMILIES)}')

@@ -45,7 +45,9 @@ def weight_files(local):
             some = ', '.join(p.name for p in chosen)
             raise UserError(f'{local} has several files of weights, name one: {some}')
     if not chosen:
-        raise UserError(f'{local} has no .safetensors file; pickled weights are refused')
+        raise UserError(
+            f'{local} is no run and has no .safetensors file; pickled weights are refused'
+        )
     return chosen, local, {n: why for n in sorted(names - {p.name for p in chosen})}
 
 

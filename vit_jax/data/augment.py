@@ -203,3 +203,4 @@ VIEWS = {
     f.__name__: f
     for f in (resize, central, small_central, random_crop, inception, shift, affine)
 }
+FIXED = ('central', 'resize', 'small_central')  # see an image the same way each time

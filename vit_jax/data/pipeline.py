@@ -16,7 +16,7 @@ from grain.experimental import index_shuffle
 
 from vit_jax.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.data import distort
-from vit_jax.data.augment import VIEWS
+from vit_jax.data.augment import FIXED, VIEWS
 from vit_jax.data.reading import example, no_label, size_of, unbroken, usable
 from vit_jax.data.workers import prefetched
 from vit_jax.errors import UserError, check_choice
@@ -47,6 +47,14 @@ def make_view(view, image_size, augmentations=()):
         name = check_augmentation(step.pop('name', None))
         steps.append(partial(distort.AUGMENTATIONS[name], **step))
     return steps[0] if len(steps) == 1 else partial(one_after_another, steps=steps)
+
+
+def fixed_view(view, image_size):
+    """`make_view` for images that are seen once; UserError for a view that draws at random."""
+    name = view if isinstance(view, str) else dict(view).get('name')
+    if check_view(name) not in FIXED:
+        raise UserError(f'the view {name} draws at random; give one of {", ".join(FIXED)}')
+    return make_view(view, image_size)
 
 
 def one_after_another(image, rng, *, steps):

@@ -33,6 +33,11 @@ def dtype_name(value):
 
 def check_images(images, channels):
     """Raises UserError unless images are floats [B, H, W, channels]."""
+    if not hasattr(images, 'shape'):
+        raise UserError(
+            f'images are of type {type(images).__name__}, not an array [B, H, W, {channels}]; '
+            'vit_jax.preprocess(model, images) makes one of files, PIL images and arrays'
+        )
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[-1] != channels:
         raise UserError(f'images are {list(shape)}, not [B, H, W, {channels}]')
