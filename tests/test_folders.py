@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vit_jax.data import facts, folders, images, pipeline, sources
+from vit_jax.data import facts, folders, images, pipeline, reading, sources
 from vit_jax.errors import UserError
 
 ODD = (b'caf\xe9', b'\xff\xfe', b'new\nline', b'\x1b[31m', 'Öl'.encode(), b'a b', b'x' * 100)
@@ -187,6 +187,20 @@ def test_what_is_no_folder_of_classes_is_said(tmp_path):
     for name in ('file', 'pipe', 'loop', 'nothing'):
         with pytest.raises(UserError, match=f'no folder .*{name}'):
             sources.load(name=str(tmp_path / name))
+
+
+def test_a_file_that_becomes_none_in_mid_run_is_an_unreadable_example(tmp_path):
+    for i, name in enumerate(('a/0.png', 'a/1.png', 'b/2.png', 'b/3.png')):
+        put(tmp_path / 'train' / name, kinds.png(i))
+    source = sources.load(name=str(tmp_path), split='train')
+    wrong = {0: os.mkfifo, 1: os.mkdir, 2: lambda p: p.symlink_to('/dev/zero'),
+             3: lambda p: (p.touch(), os.truncate(p, 2**33))}  # fmt: skip
+    for i, make in wrong.items():
+        path = tmp_path / 'train' / source.name(i).removeprefix(f'{tmp_path}/train/')
+        path.unlink()
+        make(path)  # reading it would not end, but for the folder
+        found = reading.example(i, None, source=source, view=None, image_size=8)
+        assert found['mask'] == 0 and found['error'], i
 
 
 def test_a_folder_at_an_address_is_listed_by_one_request_a_folder(monkeypatch):

@@ -559,7 +559,20 @@ def test_arrow_files_of_save_to_disk(tmp_path):
     (tmp_path / 'dataset_dict.json').write_text('{"splits": ["train"]}')
     source = sources.load(name=str(tmp_path))
     assert contents(source) == [(i, i % 5) for i in range(10)] and source.classes[1] == 'bee'
-    path.write_bytes(path.read_bytes()[:-700])
+    sound = path.read_bytes()  # what follows would end the process, as the file is mapped
+    with path.open('r+b') as file:
+        file.write(b'\x7f' * len(sound))
+    with pytest.raises(UserError, match='not where they were: the file has changed'):
+        source.records[9]
+    batch = pa.ipc.open_stream(sound).read_next_batch()
+    ends = batch.column('image').field('bytes').buffers()[1].to_pybytes()[4:16]
+    assert ends in sound
+    path.write_bytes(sound.replace(ends, b'\x7f' * len(ends)))
+    with pytest.raises(UserError, match='can not read .*data-00000-of-00001.arrow'):
+        sources.load(name=str(tmp_path))
+    path.write_bytes(sound[:-700])
+    with pytest.raises(UserError, match='data-00000-of-00001.arrow .* is shorter'):
+        source.records[9]
     with pytest.raises(UserError, match='can not read .*data-00000-of-00001.arrow'):
         contents(sources.load(name=str(tmp_path)))
 

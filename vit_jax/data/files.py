@@ -115,18 +115,22 @@ def pixels(path: str | os.PathLike, view) -> np.ndarray:
 def content(path):
     """The bytes of a file at a path or an address; images.Unreadable where they can't be had."""
     try:
-        if '://' in path:
-            return downloaded(path)
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise images.Unreadable('it is not a file')
-        if status.st_size > MOST_BYTES:
-            raise images.Unreadable(f'{status.st_size:,} bytes are more than {MOST_BYTES:,}')
-        return pathlib.Path(path).read_bytes()
+        return downloaded(path) if '://' in path else local_bytes(path)
     except images.Unreadable:
         raise
     except (OSError, UserError) as e:
         raise images.Unreadable(getattr(e, 'strerror', None) or str(e)) from e
+
+
+def local_bytes(path):
+    """The bytes of a file of a disk. Raises OSError; images.Unreadable of a pipe, a device, or more
+    than MOST_BYTES: reading these may never end."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise images.Unreadable('it is not a file')
+    if status.st_size > MOST_BYTES:
+        raise images.Unreadable(f'{status.st_size:,} bytes are more than {MOST_BYTES:,}')
+    return pathlib.Path(path).read_bytes()
 
 
 def downloaded(address):

@@ -18,6 +18,7 @@ from etils import epath
 
 from vit_jax.convert import fetch
 from vit_jax.data import facts, images, names, ranges, records, splits
+from vit_jax.data.files import local_bytes
 from vit_jax.errors import UserError
 from vit_jax.text import printable
 
@@ -36,7 +37,9 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, i):
-        return epath.Path(self.paths[i]).read_bytes(), self.labels[i]
+        path = self.paths[i]  # it may have become a pipe
+        data = epath.Path(path).read_bytes() if '://' in path else local_bytes(path)
+        return data, self.labels[i]
 
     def traits(self):
         names = [path.removeprefix(self.root) for path in self.paths]

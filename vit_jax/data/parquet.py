@@ -68,14 +68,23 @@ class Arrow:
         pa = library()
         if '://' in file:
             raise UserError(f'{file}: arrow files are read from a local disk only')
+        self.handle = open(file, 'rb', buffering=0)  # closed with this object
+        self.size = self.length()
         with pa.memory_map(file) as source:
             with pa.ipc.open_stream(source) as stream:
                 self.schema, self.batches = stream.schema, list(stream)
+        for batch in self.batches:
+            batch.validate(full=True)  # pyarrow would follow whatever offsets there are
+
+    def length(self):
+        return os.fstat(self.handle.fileno()).st_size
 
     def rows(self):
         return [batch.num_rows for batch in self.batches]
 
     def column(self, group, path):
+        if self.length() < self.size:  # the kernel ends a process that reads what is gone
+            raise UserError(f'{self.handle.name} was {self.size:,} bytes long and is shorter')
         return inner(self.batches[group].column(path[0]), path[1:])
 
 
@@ -87,6 +96,22 @@ def inner(values, path):
     for name in path:
         values = pa.compute.struct_field(values, name)
     return values
+
+
+def bytes_at(values, row):
+    """The bytes in a row of a binary array, None where it is null.
+
+    Raises UserError where they lie outside of the array, as in a mapped file that was written over.
+    """
+    if values.slice(row, 1).null_count:
+        return None
+    kind = np.int64 if library().types.is_large_binary(values.type) else np.int32
+    _, ends, data = values.buffers()
+    place = (values.offset + row) * np.dtype(kind).itemsize
+    start, stop = np.frombuffer(ends, kind, 2, place).tolist()
+    if not 0 <= start <= stop <= (data.size if data else 0):
+        raise UserError('its bytes are not where they were: the file has changed')
+    return data[start:stop].to_pybytes() if data else b''
 
 
 def opened(file):
@@ -168,16 +193,19 @@ class Rows:
 
     def __getitem__(self, i):
         k, group, row = self.locate(i)
-        value = self.images(k, group)[row]
-        if not value.is_valid:
+        data = bytes_at(self.images(k, group), row)
+        if data is None:
             raise UserError(f'{self.name(i)} has no image: column {self.image!r} holds no bytes')
-        data = value.as_py()
         if self.label_ends is None:
             return data, int(self.labels[i])
         return data, tars.padded(self.labels, self.label_ends, i, self.max_labels)
 
     def images(self, k, group):
         """The images of a row group of file k, of those used last or decoded now, once."""
+        number = group - int(self.first[k])
+        if self.files[k].endswith('.arrow'):
+            with ranges.reading(self.files[k]):
+                return self.opened(k).column(number, self.path)
         with self.lock:
             if group in self.groups:
                 self.groups.move_to_end(group)
@@ -187,7 +215,6 @@ class Rows:
             with self.lock:
                 if group in self.groups:
                     return self.groups[group]
-            number = group - int(self.first[k])
             with ranges.reading(f'row group {number} of {self.files[k]}'):
                 images = self.opened(k).column(number, self.path)
             with self.lock:
