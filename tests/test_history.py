@@ -11,7 +11,7 @@ import pytest
 from test_train import StopAfter, run
 
 import vit_jax
-from vit_jax import checkpoint, history, workdir
+from vit_jax import checkpoint, history, report, workdir
 from vit_jax.convert import load
 from vit_jax.errors import UserError
 
@@ -50,6 +50,12 @@ def test_a_damaged_line_costs_no_other(kind, tmp_path, capsys):
         assert [line['step'] for line in found] == [i for i in range(1, 9) if i != place + 1]
         words = f'{tmp_path}/metrics.jsonl: 1 damaged lines are left out: {place + 1}\n'
         assert capsys.readouterr().err == words
+
+
+def test_a_line_of_a_run_that_diverged_is_sound(tmp_path, capsys):
+    rows = [{'step': 1, 'loss': 1e19}, {'step': 2, 'loss': 3.4e38, 'grad_norm': -1e-45}]
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    assert history.read_lines(tmp_path) == rows and not capsys.readouterr().err
 
 
 def evaluation_of(path, step):
@@ -135,6 +141,31 @@ def test_an_evaluation_without_an_accuracy_is_made_once(folder, tmp_path):
     os.remove(tmp_path / 'run' / 'result.json')  # as a kill right before the end leaves it
     run(folder, tmp_path / 'run', *options)
     assert launched.timeless(tmp_path / 'run') == before
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize('owner, name', [
+    (report.Report, 'evaluation'), (checkpoint.Checkpoints, 'score')
+])
+def test_a_kill_beside_an_evaluation_costs_no_score(owner, name, folder, tmp_path, monkeypatch):
+    run(folder, tmp_path / 'whole', *FIRST)
+
+    before = getattr(owner, name)
+
+    def killed(*args, **kwargs):
+        before(*args, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(owner, name, killed)
+        run(folder, tmp_path / 'run', *FIRST)
+    run(folder, tmp_path / 'run', *FIRST)
+    assert launched.timeless(tmp_path / 'run') == launched.timeless(tmp_path / 'whole')
+    kept = [history.read_scores(tmp_path / which / 'checkpoints') for which in ('run', 'whole')]
+    assert kept[0] == kept[1]
 
 
 def test_what_is_kept_where_scores_are_lost():

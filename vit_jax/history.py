@@ -56,7 +56,7 @@ def parsed(row):
 
 
 def is_number(value):
-    return type(value) in (int, float) and abs(value) < 2.0**63 or value in (math.inf, -math.inf)
+    return type(value) is float or type(value) is int and abs(value) < 2**63
 
 
 def name_damaged(path, damaged):

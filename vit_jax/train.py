@@ -101,8 +101,9 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
                 with saved(), log.pause():
                     metrics = evaluation(optim.averaged(state), stop, at)
                 if metrics is not None:
-                    log.evaluation(n, name, metrics)
+                    # After a kill in between, the line is missing and the evaluation made again.
                     checkpoints.score(n, {f'{name}/{k}': v for k, v in metrics.items()})
+                    log.evaluation(n, name, metrics)
 
     n = begun = int(state.step)
     rows = sharding.rows(data['batch_size'], parts.mesh)
