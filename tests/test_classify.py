@@ -9,9 +9,9 @@ from flax import linen as nn
 from PIL import Image
 from sklearn import metrics
 
-from vit_jax import assembly, sharding, step
+from vit_jax import assembly, models, objectives, sharding, step
 from vit_jax.errors import UserError
-from vit_jax.evaluators import classify
+from vit_jax.evaluators import classify, probe
 
 CLASSES = 7
 
@@ -200,6 +200,26 @@ def test_an_image_with_several_labels_is_right_with_each_and_counts_nowhere_with
     assert found['top5'] == pytest.approx(np.mean([bool({*first[i]} & {*labels[i]})
                                                    for i in counted]))  # fmt: skip
     assert 'class_accuracy' not in found
+
+
+def test_an_output_of_each_token_is_no_classifier_of_images(tmp_path):
+    path = folder(tmp_path, [0, 1, 1], names(2))
+    model = models.build('vit-mu/2', num_classes=2, pool='none')
+    for make in (lambda: objectives.supervised(model), lambda: classify.Classify(
+        model, sharding.make_mesh(), source=dict(name=str(path)), image_size=4, batch_size=8,
+    )):  # fmt: skip
+        with pytest.raises(UserError, match="model.pool is 'none'.*pool='cls'"):
+            make()
+
+
+def test_a_probe_of_several_labels_is_a_mistake(tmp_path):
+    path = folder(tmp_path / 'images', [0, 0, 0], names(1))
+    source = dict(name=str(write_records(path, [[0, 1], [1], []], max_labels=2)))
+    with pytest.raises(UserError, match='several labels an image'):
+        probe.Probe(
+            None, sharding.make_mesh(), source=source, train_source=source, image_size=4,
+            batch_size=8, k=(1,),
+        )  # fmt: skip
 
 
 def test_no_label_at_all_is_a_mistake(tmp_path):

@@ -41,6 +41,7 @@ from vit_jax.convert import run
 from vit_jax.data import crew, files, mixture, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
+from vit_jax.models import interface
 from vit_jax.text import number, printable
 
 ATTENDED = 4  # images
@@ -206,6 +207,7 @@ def main(argv):
         title = f'{name}: {title}'
         stages = [model_page.of_model(found, out)]
         if paths:
+            interface.check_output(found.model)
             drawn = model_page.chosen(paths, options.max_images)
             if len(drawn) < len(paths):
                 print(f'{len(drawn)} of {len(paths):,} images are drawn; --max_images=N draws more')

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vit_jax import losses, mixing
 from vit_jax.bounds import NonNegative, Positive, Rate
+from vit_jax.models import interface
 
 MIX = 0x6D6978  # folded into the key for mixing; dropout has the key as it comes
 
@@ -39,6 +40,8 @@ def supervised(
     `mix_shift` before; where gradients are accumulated, partners and draws are of a micro-batch.
     Accuracy is then of mixed images: it counts the class of greatest weight in the mixed label.
     """
+
+    interface.check_output(model)
 
     def objective(params, batch, key):
         images, labels = seen(

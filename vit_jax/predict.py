@@ -29,6 +29,7 @@ from vit_jax.convert.save import complete
 from vit_jax.data import crew, files, pipeline
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
+from vit_jax.models import interface
 from vit_jax.text import printable, to_json
 
 
@@ -94,6 +95,7 @@ def main(argv):
     )
     if found.model.num_classes is None and not options.features:
         raise UserError(f'{options.checkpoint} has no head, so it knows no classes')
+    interface.check_output(found.model)
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
     view = pipeline.fixed_view(found.view if options.view is None else options.view, size)
     batch_size = min(options.batch_size, len(paths))

@@ -14,6 +14,7 @@ from vit_jax import sharding, step
 from vit_jax.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.data import mixture, names, pipeline
 from vit_jax.errors import UserError
+from vit_jax.models import interface
 from vit_jax.stop import Stop
 from vit_jax.text import cell
 
@@ -71,6 +72,7 @@ class Classify:
         self.mesh, self.every = mesh, every
         own, title = mixture.load(**source), f'data set {mixture.title(source)}'
         sharding.check_batch(batch_size, mesh)
+        interface.check_output(model)
         outputs = model.num_classes or 0
         classes = classes or tuple(map(str, range(outputs)))
         self.source = names.relabelled(own, classes, title) if outputs else own

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding, step
 from vit_jax.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
-from vit_jax.data import mixture, names, pipeline
+from vit_jax.data import mixture, names, pipeline, reading
 from vit_jax.errors import UserError
 from vit_jax.stop import Stop
 
@@ -189,6 +189,9 @@ class Probe:
                 f'evals: source has {len(self.source.classes)} classes, train_source '
                 f'{len(self.train_source.classes)}'
             )
+        for name, one in ('source', self.source), ('train_source', self.train_source):
+            if reading.no_label(one).ndim:
+                raise UserError(f'evals: {name} has several labels an image, a probe needs one')
         if max(k, default=0) > len(self.train_source):
             raise UserError(f'evals: k is {tuple(k)}, of {len(self.train_source)} training images')
         sharding.check_batch(batch_size, mesh)

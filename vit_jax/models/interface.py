@@ -48,6 +48,15 @@ def check_images(images, channels):
         )
 
 
+def check_output(model):
+    """Raises UserError for a model whose output is one of each token, not of the image."""
+    if getattr(model, 'pool', None) == 'none':
+        raise UserError(
+            "model.pool is 'none': the output is of each token, and none of the image; choose "
+            "another, as vit_jax.load(path, pool='cls') or in a config model.pool"
+        )
+
+
 def captures(capture, known):
     """The names in `capture`, one or several, as a tuple; UserError for one that is not known."""
     names = (capture,) if isinstance(capture, str) else tuple(capture)
