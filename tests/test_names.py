@@ -98,6 +98,8 @@ def test_folders_of_numbers_are_classes_of_these_numbers(tmp_path, capsys):
     ('0 1 2', '0 10 2 1', [0, 3, 2]),
     ('0 1', '1 2', 'not those: 0'),
     ('0 1', '0 1 2', None),
+    ('+1 -9 -10', '-10 -9 1', [2, 1, 0]),
+    ('b a', '0 1 2', None),
 ])  # fmt: skip
 def test_places(own, classes, wanted):
     def places():
@@ -110,6 +112,28 @@ def test_places(own, classes, wanted):
     else:
         found = places()
         assert (found if found is None else found.tolist()) == wanted
+
+
+def test_folders_of_numbers_with_signs_are_in_their_order(tmp_path):
+    rows = [(kinds.png(i), i % 4) for i in range(8)]
+    folder = kinds.write('folder', tmp_path / 'all', rows, ['-9', '+1', '0', '-10'])
+    assert sources.load(name=str(folder)).classes == ('-10', '-9', '0', '+1')
+
+
+def test_a_mark_of_utf_8_is_no_part_of_the_first_name(tmp_path):
+    rows = [(kinds.png(i), i % 2) for i in range(4)]
+    path = kinds.write('tar', tmp_path / 'a', rows, ('ant', 'bee'))
+    file = path / 'train' / 'classes.json'
+    for name, text in ('classes.json', '["ant", "bee"]'), ('classes.txt', 'ant\r\nbee\r\n'):
+        file.unlink()
+        file = file.with_name(name)
+        file.write_text(text, encoding='utf-8-sig')
+        assert sources.load(name=str(path)).classes == ('ant', 'bee')
+
+
+def test_fewer_names_than_classes_without_any_are_said(capsys):
+    assert names.places(['b', 'a'], ['0', '1', '2'], 'data set one', 'those') is None
+    assert 'compared by number, though it has 2 classes of 3' in capsys.readouterr().err
 
 
 def test_names_are_the_same_however_a_file_system_composes_them(capsys):

@@ -22,8 +22,8 @@ def say(line):
 
 
 def are_numbers(names):
-    """Whether all names are whole numbers, as folders of ImageNet V2 have them."""
-    return all(re.fullmatch(r'\d{1,18}', name, re.ASCII) for name in names)
+    """Whether all names are whole numbers, as folders of ImageNet V2 have them; signs may be."""
+    return all(re.fullmatch(r'[+-]?\d{1,18}', name, re.ASCII) for name in names)
 
 
 def in_order(names, title):
@@ -107,7 +107,9 @@ def places(names, classes, title, whose="the model's"):
         tell(names, classes, found, title, whose)
         return np.array(found, np.int32)
     if tell_nothing(classes) and (not numbers or len(names) == len(classes)):
-        say(f'{whose} classes have no names: labels of {title} are compared by number')
+        few = len(names) < len(classes)
+        doubt = f', though it has {len(names)} classes of {len(classes)}' if few else ''
+        say(f'{whose} classes have no names: labels of {title} are compared by number{doubt}')
         return None
     way_out = 'source.labels=by_number takes labels by their numbers'
     if twice:

@@ -91,7 +91,7 @@ def class_names(found, folders, label):
             if text is None:
                 continue
             try:
-                words = text.decode()
+                words = text.decode('utf-8-sig')  # editors of Windows mark UTF-8
                 words = words.splitlines() if name == 'classes.txt' else json.loads(words)
             except (ValueError, RecursionError):
                 words = None
