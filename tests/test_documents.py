@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import vit_jax
 from vit_jax.convert import families, files, load, timm_config
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
@@ -488,3 +489,43 @@ def test_a_norm_that_timm_does_not_use_is_refused(tmp_path):
     arrays['dist_token'] = arrays['cls_token']
     with pytest.raises(UserError, match='fc_norm'):
         load.read(written(tmp_path / 'a', arrays))
+
+
+def test_the_defaults_of_a_processor_are_those_of_its_class(tmp_path):
+    """BeitImageProcessor cuts 224 of what it resizes, where it is told to cut."""
+    settings = dict(
+        image_processor_type='BeitImageProcessor', do_center_crop=True,
+        size=dict(height=256, width=256),
+    )  # fmt: skip
+    folder = written(tmp_path / 'a', hf_arrays(), config=HF, preprocessor_config=settings)
+    read = load.read(folder, values=False)
+    assert read.input_size == (224, 224) and read.view['crop'] == pytest.approx(224 / 256)
+
+
+def test_what_has_no_effect_and_what_is_resized_unasked_is_said(tmp_path, caplog):
+    settings = dict(size=48, resample=1)
+    folder = written(tmp_path / 'a', hf_arrays(), config=HF, preprocessor_config=settings)
+    model, _ = vit_jax.load(folder)
+    assert model.metadata.image_size == (48, 48)
+    said = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+    assert any('resample: views here have bilinear and bicubic filters' in line for line in said)
+    kept = [line for line in said if 'resized, 4 x 4 -> 6 x 6' in line]
+    assert len(kept) == 1 and 'image_size=(32, 32) keeps the table' in kept[0]
+    caplog.clear()
+    vit_jax.load(folder, image_size=48)
+    assert not [r for r in caplog.records if r.levelname == 'WARNING' and '4 x 4' in r.getMessage()]
+
+
+def test_tokens_of_a_distilled_model_of_timm_without_a_head_are_named(tmp_path):
+    arrays, config = timm_parts()
+    arrays |= {'dist_token': arrays['cls_token'] + 1}
+    table = arrays['pos_embed']
+    arrays['pos_embed'] = np.concatenate([table[:, :1], table], axis=1)
+    arrays = {n: v for n, v in arrays.items() if not n.startswith('head')}
+    config['architecture'] = 'deit_tiny_distilled_patch16_224'
+    config['model_args'] |= dict(num_classes=0)
+    config['num_classes'] = 0
+    for key in ('class_token', 'no_embed_class', 'reg_tokens', 'pos_embed', 'pre_norm', 'fc_norm'):
+        config['model_args'].pop(key, None)
+    read = load.read(written(tmp_path / 'a', arrays, config=config), values=False)
+    assert 'dist_token' in rows(read.account, 'ignored')

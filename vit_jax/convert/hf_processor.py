@@ -32,7 +32,7 @@ DEFAULTS = {
     'Bit': CROPPED,
     'CLIP': CROPPED,
     'Siglip': SQUARE | dict(default_to_square=False),
-    'Beit': SQUARE,
+    'Beit': SQUARE | dict(crop_size={'height': 224, 'width': 224}),
 }  # fmt: skip
 OF_MODEL = {'deit': 'DeiT', 'dinov2': 'Bit', 'dinov2_with_registers': 'Bit'}  # others: ViT
 SWITCHES = ('do_resize', 'do_rescale', 'do_normalize')  # true where they are left out

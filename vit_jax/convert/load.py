@@ -59,6 +59,9 @@ def load(
         ema=ema, as_input=True, **fields,
     )  # fmt: skip
     logging.info('%s: %s\n%s', path, found.source, table(found.account))
+    if image_size is None:
+        for _, name, why in (row for row in found.account if row[0] == 'resized'):
+            logging.warning('%s: %s is resized, %s', printable(path), printable(name), why)
     return found.model.clone(metadata=found.metadata), found.params
 
 
@@ -96,14 +99,27 @@ def read(
         if as_input and image_size is None:
             surgery_of['image_size'] = found.input_size
         loaded = fitted(found, str(path), **surgery_of)
+        if as_input and image_size is None:
+            loaded = loaded._replace(account=[explained(row, found) for row in loaded.account])
     warn(path, found, loaded.account)
     return loaded
 
 
+def explained(row, found):
+    """A row of the account; of positions that nobody asked to resize, with the reason."""
+    what, name, detail = row
+    if what != 'resized':
+        return row
+    why = '{} x {} images by the settings beside it'.format(*found.input_size)
+    size = found.image_size
+    keep = '; image_size=({}, {}) keeps the table'.format(*size) if size else ''
+    return what, name, f'{detail}, for {why}{keep}'
+
+
 def warn(path, found, account):
-    """One line on keys that nobody here knows, and on guesses at what a bare file does not tell."""
+    """One line on what has no effect here, keys that nobody here knows, and guesses."""
     guesses = [name for what, name, _ in account if what == 'guessed']
-    parts = []
+    parts = [f'{name}: {why}' for name, why in found.notes.ignored]
     if found.notes.unknown:
         parts.append(f'not known here and ignored: {", ".join(found.notes.unknown)}')
     if guesses and found.family in ('timm', 'hf'):

@@ -187,7 +187,11 @@ def describe(arrays, config):
         guessed = guessed | {'epsilon': 'of the norms; arrays do not tell it'}
     if 'act_layer' not in args and not glu:
         guessed = guessed | {'gelu': 'arrays do not tell its kind'}
-    return 'vit', *normalised(fields, config, channels, arrays, guessed, unsettled)
+    fields, notes = normalised(fields, config, channels, arrays, guessed, unsettled)
+    if known['distilled'] and not known['num_classes']:
+        why = "without a head timm gives the mean of both tokens, here it is the class token's"
+        notes = notes._replace(ignored=(('dist_token', why),))
+    return 'vit', fields, notes
 
 
 def normalised(fields, config, channels, arrays, guessed, unsettled):
