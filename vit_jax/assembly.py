@@ -11,6 +11,8 @@ from vit_jax.convert import load as weights
 from vit_jax.data import mixture, names, pipeline, sources
 from vit_jax.errors import UserError
 
+MOST_STEPS = 2**31 - 1  # as bounds.Steps
+
 
 class Parts(NamedTuple):
     """What a config names, made; nothing of it depends on a workdir."""
@@ -89,7 +91,14 @@ def kept_classes(config, path, begun):
 
 def steps_of(config, source):
     """The length of a run."""
-    return config.steps or max(1, round(config.epochs * len(source) / config.data.batch_size))
+    if config.steps:
+        return config.steps
+    steps = max(1.0, config.epochs * len(source) / config.data.batch_size)
+    if steps > MOST_STEPS:
+        raise UserError(
+            f'epochs is {config.epochs:g}, which makes {steps:g} steps, above {MOST_STEPS:,}'
+        )
+    return round(steps)
 
 
 def check_partners(config):

@@ -111,9 +111,7 @@ def allows(annotation, value):
     if kind is int:
         return type(value) is int and -(2**63) <= value < 2**63
     if kind is float:
-        return (type(value) is int or isinstance(value, float)) and (
-            abs(value) <= sys.float_info.max
-        )
+        return allows(int, value) or isinstance(value, float) and abs(value) <= sys.float_info.max
     if kind is tuple:
         if not isinstance(value, (tuple, list)):
             return False
