@@ -169,10 +169,18 @@ def test_the_command_line(tmp_path):
                   cwd=root)  # fmt: skip
     assert run.returncode == 0 and 'vit_jax.main' in run.stdout.splitlines()[-1]
     assert 'posemb.py:rel' in run.stdout
+    options = '--nodes=2 --gpus-per-node=4 --time 9:00'
+    run = command('vit_jax.tables', 'vit.table8', '--run', 'slurm', '--dry_run', '--row', 'Rel',
+                  '--launch', options, cwd=root)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert f'bash launch.sh slurm {options} experiments/' in run.stdout
+    assert '#SBATCH --nodes=2' in run.stdout
     for args, words in (
+        (['vit.table5', '--missing', '--launch', '--nodes=2'], 'for --run, which is not given'),
+        (['vit.table5', '--run', 'local', '--launch', "'"], "--launch=': No closing quotation"),
         (['vit.table55'], "no table 'vit.table55'; the nearest of 40 are vit.table5"),
         (['vit.table5', '--runs', '/nowhere'], 'no folder /nowhere'),
-        (['vit.table5', '--run', 'moon'], '<local\\|hosts\\|slurm\\|tpu\\|gke>'),
+        (['vit.table5', '--run', 'moon'], '<local\\|hosts\\|slurm>'),
     ):
         failed = command('vit_jax.tables', *args, cwd=root)
         assert failed.returncode == 2 and 'Traceback' not in failed.stderr

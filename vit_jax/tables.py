@@ -6,7 +6,8 @@ stays empty. Without a name, and with --list, the tables that there are.
 
     python -m vit_jax.tables vit.table5 --runs runs --out tables    # .md, .csv, .tex and .html too
     python -m vit_jax.tables vit.table5 --missing                   # the commands of empty places
-    python -m vit_jax.tables vit.table5 --run slurm --row CIFAR-10  # starts them by launch.sh
+    python -m vit_jax.tables vit.table5 --row CIFAR-10 --run slurm \\
+        --launch '--nodes=2 --gpus-per-node=8'                      # starts them by launch.sh
 
 A run begins from a run where its recipe says so; that one comes first. Each has a workdir of its
 own, runs/EXPERIMENT/ARGUMENT.
@@ -29,7 +30,7 @@ from vit_jax.errors import UserError, choices, shown
 from vit_jax.text import printable
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
-LAUNCHERS = ('local', 'hosts', 'slurm', 'tpu', 'gke')
+LAUNCHERS = ('local', 'hosts', 'slurm')  # whose runs are in folders here
 SECOND = {  # rows of table 9 and their columns of table 2
     'ViT-H/14 (JFT)': 'Ours-JFT (ViT-H/14)', 'ViT-L/16 (JFT)': 'Ours-JFT (ViT-L/16)',
     'ViT-L/16 (I21k)': 'Ours-I21k (ViT-L/16)',
@@ -52,12 +53,12 @@ class Recipe(NamedTuple):
         name = re.sub(r'[^\w.,=+-]+', '_', self.arg)
         return f'runs/{pathlib.PurePath(self.file).stem}/{name}'
 
-    def words(self, launcher=None):
-        """The command, of vit_jax.main or of launch.sh, as words."""
+    def words(self, launcher=None, options=()):
+        """The command, of vit_jax.main or of launch.sh with its `options`, as words."""
         if launcher is None:
             start = ['python', '-m', 'vit_jax.main', '--config']
         else:
-            start = ['bash', 'launch.sh', launcher]
+            start = ['bash', 'launch.sh', launcher, *options]
         return [*start, self.config, '--workdir', self.workdir]
 
 
@@ -224,6 +225,14 @@ def listed(cells, found):
     typeset.printed(grid, 160)
 
 
+def words_of(text):
+    """The words of a text, as a shell reads them."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f'--launch={text}: {e}') from e
+
+
 def main(argv):
     options = flags.FLAGS
     cells, places = recipes()
@@ -234,10 +243,13 @@ def main(argv):
         return 0
     table = published.table(argv[1])
     rows = grid_of(table, found, cells)
+    launch = words_of(options.launch)
+    if launch and not options.run:
+        raise UserError('--launch has options of launch.sh for --run, which is not given')
     if options.missing or options.run:
         chosen = empty(asked(table, rows, options.row, options.column), places)
         for recipe in chosen:
-            words = recipe.words(options.run) + (['--dry-run'] if options.dry_run else [])
+            words = recipe.words(options.run, launch) + (['--dry-run'] if options.dry_run else [])
             print(shlex.join(words), flush=True)
             if options.run:
                 status = subprocess.run(words, cwd=EXPERIMENTS.parent, check=False).returncode
@@ -258,11 +270,14 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    flags.DEFINE_multi_string('runs', [], 'Folders with finished runs; more may follow.')
+    flags.DEFINE_multi_string('runs', [], 'Folders with finished runs; more may follow NAME.')
     flags.DEFINE_string('out', None, 'Folder for the table as Markdown, CSV, LaTeX and HTML.')
     flags.DEFINE_bool('list', False, 'All tables, with how many of their numbers were measured.')
     flags.DEFINE_bool('missing', False, 'The commands of the numbers that no run is for.')
     flags.DEFINE_enum('run', None, LAUNCHERS, 'Start them by launch.sh, one after another.')
+    flags.DEFINE_string(
+        'launch', '', "With --run: options of launch.sh, as '--nodes=2 --gpus-per-node=8'."
+    )
     flags.DEFINE_bool('dry_run', False, 'With --run: only print what launch.sh would do.')
     flags.DEFINE_string('row', None, 'Only rows with this text in their label.')
     flags.DEFINE_string('column', None, 'Only columns with this text in their name.')
