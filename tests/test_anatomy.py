@@ -128,6 +128,7 @@ def test_a_checkpoint_is_drawn(tmp_path):
     assert all((out / name).read_bytes() == before[name] for name in names)
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_says_what_it_sees(tmp_path):
     Image.fromarray(RNG.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / 'a & b.png')
     checkpoint = DATA / 'official_mixer.npz'

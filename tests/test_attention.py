@@ -125,6 +125,7 @@ def test_what_can_not_be_says_why(kind, target, changes, words):
 
 
 @pytest.mark.parametrize('size, tokens', [(16, 5), (24, 10)])  # the second with no class token
+@pytest.mark.slow
 def test_cudnn_is_given_an_even_number_of_tokens_and_told_how_many_count(monkeypatch, size, tokens):
     """JAX's own attention in place of cuDNN's, which is not here: what is asked of it."""
     by_jax, asked = jax.nn.dot_product_attention, []

@@ -92,6 +92,7 @@ def test_the_command_says_what_differs_and_draws_it(tmp_path):
     assert (tmp_path / 'x.png').read_bytes() != before
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path):
     written(tmp_path / 'a', {1: 2.0}, 0.1, 'x')
     written(tmp_path / 'b', {2: 2.0}, 0.1, 'x')

@@ -227,6 +227,7 @@ def test_its_window_is_that_of_the_view_to_the_pixel(size):
             assert tuple(np.asarray(call(np.zeros((h, w), np.uint8)))) == wanted, (h, w)
 
 
+@pytest.mark.slow
 def test_without_a_head_it_gives_features(checkpoint, photographs, tmp_path):
     headless, file = tmp_path / 'headless', tmp_path / 'model.jaxexport'
     model, params = vit_jax.load(checkpoint, num_classes=0)
@@ -260,6 +261,7 @@ def test_the_size_and_dtype_can_be_others(checkpoint, photographs, tmp_path):
     assert np.abs(found - rounded).max() < 0.05
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_leaves_the_file_as_it_was(checkpoint, tmp_path):
     file, folder, plain = tmp_path / 'model.jaxexport', tmp_path / 'folder', tmp_path / 'plain'
     file.write_bytes(b'before')

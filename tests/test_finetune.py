@@ -219,6 +219,7 @@ def test_predict_says_what_the_model_says_with_names(folder, pretrained, tmp_pat
         assert status == 2 and words in error and len(error.splitlines()) == 1, error
 
 
+@pytest.mark.slow
 def test_convert_prints_the_catalogue_and_what_a_checkpoint_is(pretrained, tmp_path):
     status, out, _ = command('convert', '--list')
     assert status == 0 and len(out.splitlines()) == len(load.catalogue()) + 1 > 200

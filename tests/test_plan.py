@@ -182,6 +182,7 @@ def test_a_data_set_that_is_not_here(experiment):
     assert (len(drawn), len(drawn.classes), note) == (5000, 70, None)
 
 
+@pytest.mark.slow
 def test_the_command_on_simulated_devices(experiment):
     status, out, err = run('--config', experiment, '--topology=cpu:4', '--json')
     assert status == 0, err
@@ -190,6 +191,7 @@ def test_the_command_on_simulated_devices(experiment):
     assert any('imagenet2012' in note for note in plan['notes'])
 
 
+@pytest.mark.slow
 def test_what_fit_finds_makes_it_fit(experiment, whole):
     small = devices.DEVICES['TPU v4']._replace(usable=0.75 * whole['memory']['needed'])
     first = {**whole, 'memory': {**whole['memory'], 'available': small.usable, 'fits': False}}
@@ -255,6 +257,7 @@ def test_the_tpu_compiler_says_what_does_not_fit():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_status_1_where_it_does_not_fit():
     status, out, err = run('--config=experiments/pretrain.py:h/14', '--topology=v5e', '--chips=4')
     assert (status, err) == (1, '')

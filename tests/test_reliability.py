@@ -133,6 +133,7 @@ def test_signals_save_and_say_how_to_resume(phase, folder, whole, tmp_path):
     assert_as_undisturbed(workdir, whole)
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_workdir(folder, whole, tmp_path):
     workdir = tmp_path / 'run'
     first = start(folder, workdir)
@@ -146,6 +147,7 @@ def test_two_runs_in_one_workdir(folder, whole, tmp_path):
     assert_as_undisturbed(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number(folder, tmp_path):
     workdir = tmp_path / 'run'
     flags = ('--config.optim.lr=1e30', '--config.optim.clip=1e30', '--config.checkpoint.every=1')

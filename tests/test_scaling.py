@@ -89,6 +89,7 @@ def figures(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_folder_of_runs_is_drawn(study, tmp_path):
     out = tmp_path / 'out'
     drawn = figures(study, '--out', out)
@@ -109,6 +110,7 @@ def test_a_folder_of_runs_is_drawn(study, tmp_path):
     assert figures(study).returncode == 2  # a folder of runs is left as it is
 
 
+@pytest.mark.slow
 def test_runs_that_begin_from_no_other_have_no_such_pictures(study, tmp_path):
     for path in study.iterdir():
         if path.name.count(',') == 2 and not path.name.endswith('none'):

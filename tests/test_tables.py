@@ -156,6 +156,7 @@ def command(*args, cwd):
     )
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     root = tables.EXPERIMENTS.parent
     finished(tmp_path / 'runs', 'pretrain', 'b/16', {})

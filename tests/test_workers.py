@@ -87,6 +87,7 @@ def alive(pid):
     return status.rpartition(')')[2].split()[0] != 'Z'
 
 
+@pytest.mark.slow
 def test_many_cores_have_a_worker_for_every_four_and_the_same_batches(tmp_path, monkeypatch):
     folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 1})
     fields = dict(view='inception', image_size=8, batch_size=4)
