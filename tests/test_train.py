@@ -203,7 +203,9 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
 @pytest.mark.parametrize('override, words', [
     ('data.batch_size=9', 'batch size 9 is not divisible by the 8 devices'),
     ('evals.val.batch_size=3', 'batch size 3 is not divisible by the 8 devices'),
-    ('data.image_size=9', 'image size 9 x 9 is not divisible by the patch size 4 x 4'),
+    ('data.image_size=9', 'config data.image_size: image size 9 x 9 is not divisible by the patch'),
+    ('evals.val.image_size=9', 'config evals.val.image_size: image size 9 x 9 is not divisible by'),
+    ('evals.val.image_size=24', 'val.image_size is 24, data.image_size 8, .* that size alone'),
     ('model.num_classes=2', 'labels are out of range: .* has 3 classes, model.num_classes is 2'),
     ('data.source.name=/nowhere', 'no folder /nowhere'),
     (('data.repeats=4', 'objective.cutmix=1.0', 'accumulate=2', 'data.batch_size=16'),

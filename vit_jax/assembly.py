@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from vit_jax import config as configs
 from vit_jax import models, objectives, optim, sharding, step, workdir
@@ -55,9 +56,11 @@ def make(config, source=None, devices=None, classes=None):
     check_partners(config)
     steps = steps_of(config, source)
     shape = (*pipeline.size_of(config.data.image_size), 3)
+    check_patches('data', model, shape)
     objective = objectives.supervised(model, **config.objective)
     tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
     abstract = step.abstract_state(model, tx, shape, mesh)
+    check_evaluations(config, model, shape, abstract.params)
     evals = {
         name: evaluation(model, mesh, source.classes, config.objective.loss, kwargs)
         for name, kwargs in config.evals.items()
@@ -68,6 +71,35 @@ def make(config, source=None, devices=None, classes=None):
             f'{model.num_classes} classes; name an accuracy'
         )
     return Parts(source, steps, mesh, model, shape, objective, tx, abstract, evals)
+
+
+def check_patches(section, model, shape):
+    """Raises UserError, with the key, where the model has no patches for images [H, W, C]."""
+    try:
+        model.grid(shape)
+    except UserError as e:
+        raise UserError(f'config {section}.image_size: {e}') from e
+
+
+def check_evaluations(config, model, shape, params):
+    """Raises UserError where an evaluation has images [H, W, C] of a size that params do not fit.
+
+    Those of the training's `shape` they do; position tables are of one size.
+    """
+    for name, settings in config.evals.items():
+        size = (*pipeline.size_of(settings.image_size), shape[-1])
+        if size == shape:
+            continue
+        check_patches(f'evals.{name}', model, size)
+        images = jax.ShapeDtypeStruct((1, *size), jnp.float32)
+        try:
+            jax.eval_shape(model.apply, {'params': params}, images)
+        except UserError as e:
+            raise UserError(
+                f'config evals.{name}.image_size is {settings.image_size}, data.image_size '
+                f'{config.data.image_size}, and the model has positions for that size alone; '
+                'python -m vit_jax.evaluate takes another one'
+            ) from e
 
 
 def evaluation(model, mesh, classes, loss, settings):
