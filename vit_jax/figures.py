@@ -248,7 +248,7 @@ if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'Folder for the pictures; the workdir if not given.')
     flags.DEFINE_multi_string(
         'images', [], 'Images, folders of them or addresses, to see what the model makes of them: '
-        'several with commas between them, or by giving the flag again.',
+        'several with commas between them, or by giving the flag again',
     )  # fmt: skip
     flags.DEFINE_integer(
         'max_images', 16, 'Images to draw of these, at most, evenly spaced.',

@@ -37,18 +37,19 @@ COORDINATOR = flags.DEFINE_string(
     'coordinator', None, 'HOST:PORT of process 0, which listens there.'
 )
 PROCESSES = flags.DEFINE_integer(
-    'num_processes', None, 'Of the run.', lower_bound=1, upper_bound=100_000
+    'num_processes', None, 'Processes of the run.', lower_bound=1, upper_bound=100_000
 )
-PROCESS = flags.DEFINE_integer('process_id', None, 'Of this process, from 0.', lower_bound=0)
+PROCESS = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.', lower_bound=0)
 EXPECT_PROCESSES = flags.DEFINE_integer(
-    'expect_processes', None, 'Do not begin with more or fewer.', lower_bound=1
+    'expect_processes', None, 'Processes that the run must have, no more and no fewer.',
+    lower_bound=1,
 )
 EXPECT_DEVICES = flags.DEFINE_integer(
-    'expect_devices', None, 'Of all processes together: do not begin with more or fewer.',
+    'expect_devices', None, 'Devices that all processes together must have, no more and no fewer.',
     lower_bound=1,
 )  # fmt: skip
 TIMEOUT = flags.DEFINE_integer(
-    'peer_timeout', 60, 'Seconds after which a process that is not heard of, or that others wait '
+    'peer_timeout', 60, 'Seconds after which a process that does not report, or that others wait '
     'for, ends the run.', lower_bound=5, upper_bound=1_000_000,
 )  # fmt: skip
 START = flags.DEFINE_integer(

@@ -270,7 +270,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    flags.DEFINE_multi_string('runs', [], 'Folders with finished runs; more may follow NAME.')
+    flags.DEFINE_multi_string('runs', [], 'Folders with finished runs; more may follow NAME')
     flags.DEFINE_string('out', None, 'Folder for the table as Markdown, CSV, LaTeX and HTML.')
     flags.DEFINE_bool('list', False, 'All tables, with how many of their numbers were measured.')
     flags.DEFINE_bool('missing', False, 'The commands of the numbers that no run is for.')

@@ -44,7 +44,8 @@ WORKERS = flags.DEFINE_integer('workers', os.cpu_count(), 'Processes.', lower_bo
 EXAMPLES = flags.DEFINE_integer('shard_examples', 8192, 'Examples a shard.', lower_bound=1)
 SHARDS = flags.DEFINE_integer('shards', None, 'Shards a split, in place of that.', lower_bound=1)
 AGAINST = flags.DEFINE_multi_string(
-    'against', [], 'A test set, SRC[:SPLIT] (split test, else), whose duplicates are left out.'
+    'against', [], 'A test set, SRC or SRC:SPLIT (split test if not given), whose duplicates are '
+    'left out'
 )
 DISTANCE = flags.DEFINE_integer(
     'distance', duplicates.DISTANCE, 'Of 255 bits, those in which near duplicates may differ; -1: '
