@@ -1,5 +1,6 @@
 """What a run knows of its past, and what damage to it costs: no other line, no best checkpoint."""
 
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from test_train import StopAfter, run
 
 import vit_jax
-from vit_jax import checkpoint, history, report, workdir
+from vit_jax import checkpoint, history, report, tables, workdir
 from vit_jax.convert import load
 from vit_jax.errors import UserError
 
@@ -222,6 +223,24 @@ def test_a_damaged_file_of_a_run_is_named_with_the_way_out(
     assert kinds >= ({'number', 'cut'} if name == 'facts.json' else wanted), named
     for reader in readers:
         readers[reader]()
+
+
+def test_a_damaged_row_of_what_was_expected_is_named(tmp_path):
+    sound = {
+        'metric': 'val/accuracy', 'value': 0.5, 'tolerance': 0.1, 'measured': None, 'pass': None,
+        'cell': ['vit.table9', ['ViT-B/16', 3], 'Mean'], 'scale': 0.01,
+    }  # fmt: skip
+    others = [{}, [], 'x', True, 10**400, None, ['a', ['b'], 'c', 'd'], ['a', [[]], 'c']]
+    refused = set()
+    for key, other in itertools.product(sound, others):
+        row = {**sound, key: other}
+        if workdir.are_judged([row]):
+            tables.measured([('run', {}, {'expected': [row]})])
+            report.print_result(tmp_path, {'metrics': {}, 'expected': [row], 'seconds': 1.0})
+        else:
+            refused.add(key)
+    assert refused == sound.keys()
+    assert not workdir.are_judged([{k: v for k, v in sound.items() if k != 'scale'}])
 
 
 def test_metrics_are_printed_although_their_files_can_not_be_written(

@@ -248,8 +248,9 @@ def model_of(scalars, begun):
             path, num_classes=new_head, keep_pre_logits=scalars['keep_pre_logits'], values=False
         )
     except UserError:
-        if begun is not None and begun.get('init_from') == path:
-            return begun['model']
+        kept = (begun or {}).get('model', {})
+        if 'name' in kept and begun.get('init_from') == path:
+            return kept
         raise
     return models.describe(found.model)
 

@@ -15,7 +15,7 @@ from etils import epath
 
 from vit_jax import storage
 from vit_jax.errors import UserError
-from vit_jax.text import to_json
+from vit_jax.text import printable, to_json
 
 # Differences here leave it the same run: its batches, its model and its optimizer.
 HARMLESS = (
@@ -68,7 +68,7 @@ def locked(path):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid = os.read(lock, 20).decode() or 'unknown'
+        pid = printable(os.read(lock, 20).decode(errors='replace')) or 'unknown'
         os.close(lock)
         raise UserError(
             f'workdir {path} is in use by another run (process {pid}); '
@@ -134,7 +134,7 @@ def brief(value):
 
 
 def is_number(value):
-    return type(value) in (int, float)
+    return type(value) is float or type(value) is int and abs(value) < 2**63
 
 
 def is_whole(value):
@@ -150,9 +150,23 @@ def are_metrics(value):
 
 
 def are_judged(value):
-    """Whether these are rows of `judged`."""
-    keys = {'metric', 'value', 'tolerance', 'measured', 'pass'}
-    return isinstance(value, list) and all(is_dict(row) and keys <= row.keys() for row in value)
+    return isinstance(value, list) and all(map(is_judged, value))
+
+
+def is_judged(row):
+    """Whether this is a row of `judged`."""
+    if not is_dict(row) or not row.keys() >= {'metric', 'value', 'tolerance', 'measured', 'pass'}:
+        return False
+    numbers = [row['value'], row['tolerance'], *(x for x in [row['measured']] if x is not None)]
+    cell = row.get('cell')  # of a published table, see config.expectation
+    if cell is not None:
+        numbers.append(row.get('scale'))
+        if not (isinstance(cell, list) and [type(x) for x in cell] == [str, list, str]):
+            return False
+        if not all(isinstance(x, str) or is_number(x) for x in cell[1]):
+            return False
+    known = isinstance(row['metric'], str) and row['pass'] in (True, False, None)
+    return known and all(map(is_number, numbers)) and row.get('scale', 1) != 0
 
 
 SECTIONS = ('model', 'data', 'optim', 'objective', 'evals', 'checkpoint', 'report', 'mesh')
