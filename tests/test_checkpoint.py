@@ -1,10 +1,14 @@
 """Checkpoints: what is restored is what was saved, or it is refused and named."""
 
+import asyncio
 import collections
 import concurrent.futures
 import functools
 import shutil
+import sys
 import threading
+import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -236,3 +240,24 @@ def test_donated_arrays_are_saved_as_they_were(tmp_path):
         target = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         restored = checkpoints.restore(1, {'x': target})
     np.testing.assert_array_equal(restored['x'], np.arange(1_000_000.0, dtype=np.float32))
+
+
+def test_what_a_failed_save_leaves_behind_is_not_said(monkeypatch):
+    async def never_awaited():
+        pass
+
+    with warnings.catch_warnings(record=True) as said:
+        monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+        checkpoint.quieten()
+        never_awaited()
+    assert not said
+    told, loop = [], object.__new__(asyncio.SelectorEventLoop)  # it got no file descriptor
+    try:
+        loop.__del__()
+    except AttributeError as e:
+        which = dict(exc_type=type(e), exc_value=e, exc_traceback=e.__traceback__)
+        for owner in (asyncio.BaseEventLoop.__del__, never_awaited):
+            unraisable = types.SimpleNamespace(**which, object=owner)
+            checkpoint.unraisable(unraisable, told.append)
+            assert len(told) == (owner is never_awaited)
+    assert told

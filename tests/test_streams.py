@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -89,6 +90,25 @@ def test_a_run_trains_and_saves_without_its_output(tmp_path):
         launched.assert_same_bits(*(launched.state(tmp_path / f'{n}', 12) for n in (0, i)))
         assert launched.timeless(tmp_path / f'{i}') == launched.timeless(tmp_path / '0')
     assert results == [12] * 3
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_terminal_and_says_so(tmp_path):
+    folder, run = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 5}), tmp_path / 'r'
+    terminal, end = os.openpty()  # of no session, so that no SIGHUP comes
+    with (tmp_path / 'said').open('w') as said:
+        process = subprocess.Popen(
+            launched.command(folder, run), stdin=end, stdout=end, stderr=said,
+            env=launched.ENVIRONMENT,
+        )  # fmt: skip
+    os.close(end)
+    while launched.last_step(run) < 3:  # with a progress bar
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    assert process.wait(timeout=120) == 0 and launched.checkpoints(run)[-1] == 60
+    said = (tmp_path / 'said').read_text()
+    assert said == 'standard output: Input/output error; going on without it\n'
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 import pty
 import re
 import shutil
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_jax import assembly, config, history, models, report, train, workdir
+from vit_jax import assembly, config, history, models, profiling, report, train, workdir
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import augment
 from vit_jax.errors import UserError
@@ -325,3 +326,21 @@ finally:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'run' / 'result.json').exists()
+
+
+def test_a_trace_that_can_not_be_written_loses_no_step(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, 'strange_libtpu', lambda platforms: None)
+    monkeypatch.setattr(profiling.jax.profiler, 'start_trace', start_trace)
+    monkeypatch.setattr(profiling.jax.profiler, 'stop_trace', lambda: None)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'profile').write_text('')
+    with pytest.raises(UserError, match=f'can not write {tmp_path}/run/profile: '):
+        run(folder, tmp_path / 'run', profile='2:2')
+    assert launched.checkpoints(tmp_path / 'run') == [3]
+    assert run(folder, tmp_path / 'run')['steps'] == 12
+    steps = [line['step'] for line in launched.metrics(tmp_path / 'run') if 'loss' in line]
+    assert steps == list(range(1, 13))
+
+
+def start_trace(path, **options):
+    (pathlib.Path(path) / 'trace').write_text('')

@@ -1,5 +1,6 @@
 """Checkpoints of a run: Orbax, asynchronous, verified to the bit when they are read."""
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -317,7 +318,7 @@ def quieten():
     """Keeps from the user what Orbax says beside the errors that it raises."""
     for logger in ('asyncio', 'absl'):
         logging.getLogger(logger).addFilter(worth_saying)
-    warnings.filterwarnings('ignore', "coroutine 'async_serialize", RuntimeWarning)
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
     if getattr(sys.unraisablehook, 'func', None) is not unraisable:
         sys.unraisablehook = functools.partial(unraisable, otherwise=sys.unraisablehook)
 
@@ -351,5 +352,6 @@ def unraisable(args, otherwise):
     """Drops what the other reads and writes of a failed checkpoint raise after the first."""
     files = [frame.filename for frame in traceback.extract_tb(args.exc_traceback)]
     orbax = any('orbax' in f for f in files) or str(args.exc_value) == 'Event loop is closed'
+    orbax |= args.object is asyncio.BaseEventLoop.__del__  # of a loop that got no file descriptor
     if not orbax or issubclass(args.exc_type, KeyboardInterrupt):
         otherwise(args)

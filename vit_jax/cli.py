@@ -126,9 +126,8 @@ def mistake(error):
 
 def without_output(error):
     """Says that output is lost, once, where all that it says is in files, too."""
-    print(
-        f'standard output: {error.strerror}; going on without it', file=sys.stderr, flush=True
-    )
+    # A progress bar has replaced sys.stderr, and would print this to standard output.
+    streams.write_error(f'standard output: {error.strerror}; going on without it\n')
 
 
 def finished(status, goes_on):

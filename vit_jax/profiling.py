@@ -9,6 +9,7 @@ import tempfile
 import jax
 from etils import epath
 
+from vit_jax import storage
 from vit_jax.errors import UserError
 
 
@@ -69,16 +70,20 @@ class Profile:
             yield
 
     def end(self, n, metrics):
-        """Writes the trace when step n is the last of it, and has been done by the device."""
+        """Writes the trace when step n is the last of it, and has been done by the device.
+
+        Raises UserError.
+        """
         if not self.trace or n < self.last:
             return
         jax.block_until_ready(metrics)
-        jax.profiler.stop_trace()
-        for source in sorted(pathlib.Path(self.trace.name).rglob('*')):
-            if source.is_file():
-                target = self.path / source.relative_to(self.trace.name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(source.read_bytes())
+        with storage.writing(self.path):
+            jax.profiler.stop_trace()
+            for source in sorted(pathlib.Path(self.trace.name).rglob('*')):
+                if source.is_file():
+                    target = self.path / source.relative_to(self.trace.name)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(source.read_bytes())
         self.close()
         self.say(
             f'steps {self.first} to {self.last} are traced in {self.path}: tensorboard --logdir '

@@ -83,7 +83,7 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
 
     @contextlib.contextmanager
     def saved():
-        """Saves what was trained where data, an evaluation or a view of the user's ends the run."""
+        """Saves what was trained where data, a view, an evaluation or a trace ends the run."""
         try:
             yield
         except (StopIteration, report.NotFinite):
@@ -123,8 +123,9 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
             with tracer.step(n + 1):
                 state, metrics = advance(state, sharding.put(stop.within(batch), parts.mesh))
             n += 1
-            tracer.end(n, metrics)
             log.write(n, metrics)
+            with saved():
+                tracer.end(n, metrics)
             if checkpoints.due(n):
                 save()
             evaluate()
