@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax import models
+from vit_jax import inputs, models
 from vit_jax.convert import load
-from vit_jax.data import augment, files, pipeline
+from vit_jax.data import augment, decoding, files, pipeline
 from vit_jax.errors import UserError
 
 SIZE, CLASSES = 32, ('ant', 'bee', 'cat', 'dog', 'eel')
@@ -133,6 +133,57 @@ def test_what_is_no_image_is_refused_in_one_line(checkpoint, tmp_path):
     with pytest.raises(UserError, match='give image_size='):
         vit_jax.preprocess(built, colour)
     assert vit_jax.preprocess(built, colour, image_size=(32, 48)).shape == (1, 32, 48, 3)
+
+
+def test_an_opened_file_is_what_its_file_shows():
+    """Also where Pillow takes it otherwise: palettes of 8 bits, key colours, XMP, odd EXIF."""
+    seen = 0
+    for file in sorted((pathlib.Path(__file__).with_name('data') / 'images').iterdir()):
+        try:
+            picture = Image.open(file)
+        except (OSError, ValueError):  # those that Pillow alone does not open
+            continue
+        with picture:
+            wanted = decoding.decode(file.read_bytes())
+            np.testing.assert_array_equal(inputs.pixels_of(picture), wanted, err_msg=file.name)
+            seen += 1
+    assert seen >= 9
+
+
+def test_pictures_made_of_arrays_have_the_range_of_these():
+    values = np.arange(16, dtype=np.int32).reshape(4, 4)
+    picture = Image.fromarray(values * 4096)
+    np.testing.assert_array_equal(inputs.pixels_of(picture)[..., 0], values * 16)
+    for wrong in (values, values * 16, values * 70_000, values - 1):
+        with pytest.raises(UserError, match='has values from'):
+            inputs.pixels_of(Image.fromarray(wrong))
+
+
+@pytest.mark.parametrize('view, words', [
+    (3, 'view is 3'), ('zoom', "no view 'zoom'"), (dict(name='resize', crop='x'), 'view.crop is'),
+    (dict(name='resize', size=3), "no argument of the view resize 'size'"),
+    (dict(name='central', crop=0), 'view.crop is 0'), (dict(crop=0.5), 'no view None'),
+])  # fmt: skip
+def test_a_view_that_is_none_is_named(view, words, checkpoint, tmp_path):
+    model, params = vit_jax.load(checkpoint)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(UserError, match=words):
+        vit_jax.preprocess(model, pixels, view=view)
+    with pytest.raises(UserError, match=words):
+        vit_jax.save(tmp_path / 'a', model, params, 'timm', view=view)
+
+
+def test_what_save_and_apply_can_not_take_is_named(checkpoint, tmp_path):
+    model, params = vit_jax.load(checkpoint)
+    names = 'x' * model.num_classes
+    for wrong, words in (
+        (dict(classes=names), 'classes is'), (dict(classes=range(len(names))), 'classes is'),
+        (dict(config=3), 'config is 3'), (dict(image_size=70_000), 'image_size is 70000'),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            vit_jax.save(tmp_path / 'a', model, params, 'timm', **wrong)
+    with pytest.raises(UserError, match='capture is None'):
+        model.apply({'params': params}, np.zeros((1, SIZE, SIZE, 3), 'f'), capture=None)
 
 
 def test_size_and_view_can_be_chosen(checkpoint, photographs):

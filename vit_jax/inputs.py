@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vit_jax.convert import load as weights
 from vit_jax.convert import views
 from vit_jax.convert.fit import size_of
-from vit_jax.data import decoding, files, pipeline
+from vit_jax.data import decoding, files, metadata, pipeline
 from vit_jax.errors import UserError
 from vit_jax.models.interface import Metadata
 from vit_jax.text import printable
@@ -54,7 +54,9 @@ def preprocess(
     if size is None and about is UNKNOWN:
         raise UserError("nothing tells the size of this model's images; give image_size=...")
     size = size or (files.DEFAULT_SIZE,) * 2
-    made = pipeline.fixed_view(view or views.grown(about.view, about.image_size, size), size)
+    made = pipeline.fixed_view(
+        views.given(view) or views.grown(about.view, about.image_size, size), size
+    )
     pixels = [
         files.pixels(image, made) if isinstance(image, str) else made(pixels_of(image), None)
         for image in each(images)
@@ -106,8 +108,7 @@ def each(images):
 def pixels_of(image):
     """uint8 [H, W, 3] of a PIL image or an array; UserError for anything else."""
     if isinstance(image, Image.Image):
-        turned = ImageOps.exif_transpose(image)
-        return np.asarray(decoding.to_rgb(decoding.eight_bits(turned, b'')))
+        return of_picture(image)
     if not hasattr(image, '__array__'):
         raise UserError(f'{printable(type(image).__name__)} is no image; {KINDS}')
     values = np.asarray(image)
@@ -122,6 +123,31 @@ def pixels_of(image):
     if values.shape[-1] == 1:
         return np.repeat(values, 3, axis=-1)
     return np.asarray(decoding.to_rgb(Image.fromarray(values)))
+
+
+def of_picture(image):
+    """uint8 [H, W, 3] of a PIL image: of one whose file is opened and not yet decoded, its file's.
+
+    Pillow keeps not all that decides how a file looks (`decoding`), and its parser of EXIF fails.
+    """
+    if not all(image.size):
+        raise UserError(f'an image is {image.width} x {image.height} pixels')
+    file = getattr(image, 'fp', None)
+    if file and getattr(image, 'tile', None) and image.tell() == 0:
+        if image.format in (*decoding.FORMATS, 'MPO'):
+            at = file.tell()
+            file.seek(0)
+            data = file.read()
+            file.seek(at)
+            return decoding.decode(data)
+    if image.mode.startswith('I') and image.format is None:  # made of an array, as may be
+        values = np.asarray(image)
+        whole = 0 <= values.min() and values.max() < 2**16
+        values = eight_bits(values.astype(np.uint16) if whole else values)
+        pixels = np.repeat(values[..., None], 3, axis=-1)
+    else:
+        pixels = np.asarray(decoding.to_rgb(decoding.eight_bits(image, b'')))
+    return decoding.turned(pixels, metadata.orientation(image.info.get('exif', b'')))
 
 
 def eight_bits(values):

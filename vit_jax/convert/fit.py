@@ -19,6 +19,7 @@ WHOLE = (
     'num_classes', 'width', 'depth', 'num_heads', 'mlp_dim', 'tokens_mlp_dim',
     'representation_size',
 )  # fmt: skip
+MOST_PIXELS = 65_536  # a side, as bounds.Pixels
 STATE_SIZE = (  # the way out, from a command too: no setting is for so rare a file
     'say which images it was made for, vit_jax.load(PATH, source_image_size=(height, width), ...), '
     'and save that'
@@ -96,7 +97,7 @@ def size_of(image_size, name='image_size'):
     if image_size is None:
         return None
     pair = image_size if isinstance(image_size, (list, tuple)) else (image_size,) * 2
-    if len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
+    if len(pair) != 2 or not all(type(n) is int and 0 < n <= MOST_PIXELS for n in pair):
         value = files.brief(repr(image_size))
         raise UserError(f'{name} is {value}, not a number of pixels or (height, width)')
     return tuple(pair)
@@ -219,6 +220,8 @@ def built(kind, values):
         if not none and not (type(n) is int and n > 0):
             raise UserError(f'{field} is {files.brief(repr(n))}, not a whole number above 0')
     patch = size_of(values['patch_size'], 'patch_size')
+    if patch is None:
+        raise UserError('patch_size is None, not a number of pixels or (height, width)')
     model = models.build(f'{kind}/{patch[0]}', **values)
     if kind == 'mixer':
         return model

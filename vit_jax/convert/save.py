@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vit_jax.convert import big_vision, hf, official, timm, views
-from vit_jax.convert.documents import PROBLEMS
+from vit_jax.convert.documents import PROBLEMS, class_names
 from vit_jax.convert.fetch import alive
 from vit_jax.convert.files import zip_digest
 from vit_jax.convert.fit import loss_of, size_of, view_of
 from vit_jax.convert.pieces import extract
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, shown
 from vit_jax.models import layers, mixer, resnet
 from vit_jax.models.interface import Metadata
 from vit_jax.text import to_json
@@ -68,6 +68,10 @@ def save(
         raise UserError('save takes a path, a model and its parameters, in this order')
     if not isinstance(params, Mapping) or params.keys() == {'params'}:
         raise UserError("give the parameters as load returns them: variables['params']")
+    if '\0' in str(path):
+        raise UserError(f'{path}: no file has such a name')
+    if config is not None and not isinstance(config, dict):
+        raise UserError(f'config is {shown(config)}, not the dict of a config.json')
     path = pathlib.Path(os.path.expanduser(path))
     if format not in FAMILIES:
         raise UserError(f'format {format!r} is none of {", ".join(FAMILIES)}')
@@ -90,9 +94,11 @@ def save(
     if format == 'hf':
         model, params = hf.with_both_pools(model, params)
     loss = loss_of(config) if loss is None else loss
-    view = view or view_of(config) or about.view
+    view = views.given(view) or view_of(config) or about.view
     if loss is not None and loss not in PROBLEMS:
         raise UserError(f'loss is {loss!r}, not one of {", ".join(PROBLEMS)}')
+    if classes is not None and len(classes) and class_names(classes) is None:
+        raise UserError(f'classes is {shown(classes)}, not a list of names')
     family = FAMILIES[format]
     arrays = extract(family.pieces(model), params)
     if classes is not None and len(classes) != model.num_classes:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vit_jax import bounds
 from vit_jax.data.augment import VIEWS
+from vit_jax.errors import UserError, check_choice, shown
 
 RESAMPLE = {'bilinear': 2, 'bicubic': 3}  # Pillow's numbers; of tensors transformers has no box
 INTERPOLATION = {'bilinear': 'bilinear', 'bicubic': 'bicubic', 'area': 'box'}
@@ -26,6 +27,22 @@ def checked(view: Any) -> str | dict | None:
     values = {k: v for k, v in given.items() if k != 'name'}
     sound = all(k in known and bounds.allows(known[k], v) for k, v in values.items())
     return view if sound else None
+
+
+def given(view: Any) -> str | dict | None:
+    """A view that a caller chooses, as it came; UserError, which names what is wrong with it."""
+    if view is None:
+        return None
+    values = dict(name=view) if isinstance(view, str) else view
+    if not isinstance(values, dict):
+        raise UserError(f'view is {shown(view)}, not a name or dict(name=..., arguments)')
+    check_choice('view', values.get('name'), sorted(VIEWS))
+    known = VIEWS[values['name']].__annotations__
+    for key, value in values.items():
+        if key != 'name':
+            check_choice(f'argument of the view {values["name"]}', key, sorted(known))
+            bounds.check(f'view.{key}', value, known[key])
+    return view
 
 
 def grown(view: str | dict, old: tuple | None, new: tuple | None) -> str | dict:

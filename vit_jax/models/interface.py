@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,14 @@ def check_output(model):
 
 def captures(capture, known):
     """The names in `capture`, one or several, as a tuple; UserError for one that is not known."""
-    names = (capture,) if isinstance(capture, str) else tuple(capture)
+    names = (capture,) if isinstance(capture, str) else capture
+    if not isinstance(names, (tuple, list)):
+        raise UserError(f'capture is {shown(capture)}, not a name or several')
     for name in names:
         if name not in known:
             there = f'there are {", ".join(known)}' if known else 'this model captures nothing'
             raise UserError(f'no capture {name!r}; {there}')
-    return names
+    return tuple(names)
 
 
 def check_size(images, grid, params, before=0):
