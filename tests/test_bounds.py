@@ -12,7 +12,7 @@ from typing import Annotated
 import launched
 import pytest
 
-from vit_jax import bounds, config, errors, experiment, models
+from vit_jax import assembly, bounds, config, errors, experiment, models
 from vit_jax.data import augment, distort, pipeline, sources
 from vit_jax.errors import UserError
 
@@ -166,3 +166,11 @@ def test_randaugment_of_no_layers_is_one():
 
 
 TINY = experiment.read(f'{launched.TINY}:/images')
+
+
+@pytest.mark.parametrize('epochs', [1e9, 1e308])
+def test_epochs_that_make_too_many_steps_are_named(epochs):
+    values = types.SimpleNamespace(batch_size=8)
+    settings = types.SimpleNamespace(steps=None, epochs=epochs, data=values)
+    with pytest.raises(UserError, match='epochs is 1e.*above 2,147,483,647'):
+        assembly.steps_of(settings, range(1000))
