@@ -8,7 +8,7 @@ import sys
 import launched
 import pytest
 
-from vit_jax import config, workdir
+from vit_jax import assembly, config, workdir
 from vit_jax.errors import UserError
 
 EXPERIMENTS = sorted((launched.TINY.parents[1] / 'experiments').glob('*.py'))
@@ -127,6 +127,17 @@ def test_differences_that_change_the_result_are_told_apart():
     ]
     table = workdir.table(changes).splitlines()
     assert table[2].split() == ['optim.lr', '0.003', '1', 'changes', 'the', 'result']
+
+
+def test_the_settings_in_the_readme_are_accepted():
+    text = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
+    block = text[text.index('\ndata = dict(') : text.index('```', text.index('\ndata = dict('))]
+    given = {}
+    exec(block.replace(', ...', ', image_size=224, batch_size=48'), given)
+    sections = {name: given[name] for name in ('data', 'objective')}
+    full = config.complete({'steps': 1, 'model': {'name': 'vit-ti/16'}} | sections)
+    assembly.check_partners(full)
+    assert full.data.repeats == 3 and full.data.source.mixture.a.weight == 3.0
 
 
 @pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
