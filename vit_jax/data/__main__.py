@@ -74,8 +74,9 @@ def picture(name):
         raise UserError(f'--show={name}: name a {", ".join(KINDS)} file of this machine')
     if not path.parent.is_dir():
         raise UserError(f'--show={name}: there is no such folder')
+    storage.file(path)
     storage.check_free(path, FORCE.value)
-    return storage.file(path), kind
+    return path, kind
 
 
 def draw(path, kind, images, found, title):
