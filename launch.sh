@@ -65,7 +65,7 @@ name_of() { # OPTION VALUE REGEX: the value is empty or like that
     [[ -z $2 || $2 =~ ^$3$ ]] || fail "--$1 is $(LC_ALL=C printf %q "$2"), which no ${1//-/ } is"
 }
 
-secret() { # what the processes of a job know each other by, see vit_jax/talk.py
+secret() { # what the processes of a job know each other by, see vit_jax/distributed/talk.py
     head -c 16 /dev/urandom | od -An -v -tx1 | tr -d ' \n'
 }
 

@@ -32,7 +32,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from vit_jax import models, optim, sharding, step
-from vit_jax.checkpoint import Checkpoints
+from vit_jax.run.checkpoint import Checkpoints
 
 MODELS = flags.DEFINE_list('models', 'vit-b/16,vit-l/16', 'Models by name.')
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Saves and reads of each state.')

@@ -87,7 +87,7 @@ def photographs(count):
 
 def make(folder):
     """Writes the images as a prepared folder, where it is not there yet."""
-    from vit_jax.data import example, records
+    from vit_jax.data.readers import example, records
 
     if (folder / records.MANIFEST).exists():
         return
@@ -169,7 +169,7 @@ def measure_tf(folder, cores):
     os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
     import tensorflow as tf
 
-    from vit_jax.data import example
+    from vit_jax.data.readers import example
 
     path = str(folder / 'train.tfrecord')
     if not os.path.exists(path):

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import models, objectives, optim, sharding, step
+from vit_jax import models, optim, sharding, step
+from vit_jax.objectives import supervised
 
 
 def arrays(size, batch, classes):
@@ -101,7 +102,7 @@ def jax_steps(model, flops, size, batch, classes, train):
     abstract = replicated(model, tx, shape, mesh)
     state = step.fresh(jax.random.key(0), model=model, tx=tx, image_shape=shape)
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
-    advance = step.compiled(objectives.supervised(model), tx, abstract, mesh)
+    advance = step.compiled(supervised.supervised(model), tx, abstract, mesh)
     data = sharding.put(arrays(size, batch, classes), mesh)
 
     def run(n):

@@ -133,8 +133,10 @@ def measure():
     import jax
     import numpy as np
 
-    from vit_jax import assembly, devices, estimate, sharding, step
+    from vit_jax import assembly, sharding, step
     from vit_jax import config as configs
+    from vit_jax.distributed import devices
+    from vit_jax.plan import estimate
 
     found = jax.devices()
     peaks = devices.peaks(found)

@@ -30,7 +30,7 @@ MEASURE = flags.DEFINE_list('measure', None, 'For processes that the benchmark s
 
 def write(folder, examples, shards):
     """A folder with a manifest and no shard."""
-    from vit_jax.data import records
+    from vit_jax.data.readers import records
 
     folder.mkdir()
     each = np.diff(np.linspace(0, examples, shards + 1).astype(int)).tolist()
@@ -49,7 +49,8 @@ def measure(folder, step):
     """[seconds to the manifest, seconds to the first batch, peak bytes, ids of it]."""
     from PIL import Image
 
-    from vit_jax.data import pipeline, records, sources
+    from vit_jax.data import pipeline, sources
+    from vit_jax.data.readers import records
 
     out = io.BytesIO()
     Image.new('RGB', (64, 64), 'grey').save(out, 'JPEG')

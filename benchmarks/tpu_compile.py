@@ -28,7 +28,10 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import peers
-from vit_jax import devices, hlo, models, objectives, optim, sharding, step
+from vit_jax import models, optim, sharding, step
+from vit_jax.distributed import devices
+from vit_jax.objectives import supervised
+from vit_jax.plan import hlo
 
 MODEL = flags.DEFINE_list('model', 'vit-b/16', 'Models by name.')
 TOPOLOGY = flags.DEFINE_list('topology', 'v4:2x2x1', 'v4:2x2x1, v5e:2x2, v6e:2x2, ...')
@@ -64,7 +67,7 @@ def lowered(model, peer, mesh):
         'mask': jax.ShapeDtypeStruct((size,), jnp.float32),
     }
     if not INFERENCE.value:
-        advance = step.compiled(objectives.supervised(model), tx, abstract, mesh)
+        advance = step.compiled(supervised.supervised(model), tx, abstract, mesh)
         return advance.lower(abstract, batch)
     placed = jax.NamedSharding(mesh, sharding.BATCH)
     images = jax.ShapeDtypeStruct((size, *shape), jnp.uint8, sharding=placed)

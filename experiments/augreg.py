@@ -20,9 +20,9 @@ import re
 
 from ml_collections import ConfigDict
 
-from vit_jax import published
 from vit_jax.data import distort
 from vit_jax.errors import UserError, choices
+from vit_jax.tables import published
 
 MODELS = ('ti/16', 's/32', 's/16', 'b/32', 'b/16', 'l/16', 'r+ti/16', 'r26+s/32', 'r50+l/32')
 DATA = {  # TFDS, training, validation, epochs

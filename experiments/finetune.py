@@ -33,9 +33,10 @@ import re
 
 from ml_collections import ConfigDict
 
-from vit_jax import published
-from vit_jax.data import sources, vtab
+from vit_jax.data import sources
+from vit_jax.data.readers import vtab
 from vit_jax.errors import UserError
+from vit_jax.tables import published
 
 PRESETS = {  # the share of `train` to train on, the test split, steps, warm-up, rate, view
     'cifar10': (98, 'test', 10_000, 500, 0.003, 'random_crop'),

@@ -13,8 +13,8 @@ data or length. JFT is not public: --config.data.source.name=PATH puts other dat
 
 from ml_collections import ConfigDict
 
-from vit_jax import published
 from vit_jax.errors import check_choice
+from vit_jax.tables import published
 
 JFT_300M = 'jft_like:303000000x18291'  # arXiv:2010.11929 section 4.1
 KINDS = {'none': ('none', 'No Pos. Emb.'), '1d': ('learn', '1-D Pos. Emb.'),

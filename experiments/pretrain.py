@@ -27,8 +27,8 @@ import re
 
 from ml_collections import ConfigDict
 
-from vit_jax import published
 from vit_jax.errors import UserError
+from vit_jax.tables import published
 
 JFT_300M = 'jft_like:303000000x18291'  # arXiv:2010.11929 section 4.1
 JFT_3B = 'jft_like:3000000000x29593'  # arXiv:2106.04560 section 3

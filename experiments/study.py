@@ -31,8 +31,8 @@ knows 33% of them, and 23% where the images were grey; from random weights 87%.
 
 from ml_collections import ConfigDict
 
-from vit_jax import published
 from vit_jax.errors import check_choice
+from vit_jax.tables import published
 
 MODELS = {
     'vit-s': dict(

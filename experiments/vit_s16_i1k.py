@@ -17,9 +17,9 @@ changes one thing, as the table's other rows do; published for 90, 150 and 300 e
 
 from ml_collections import ConfigDict
 
-from vit_jax import published
 from vit_jax.data import distort
 from vit_jax.errors import check_choice
+from vit_jax.tables import published
 
 ROWS = {
     '': 'Our improvements', 'plain': 'no RandAug+MixUp', 'learn': 'Posemb: sincos2d -> learned',

@@ -16,6 +16,7 @@ import pictures
 from PIL import Image
 
 from vit_jax.data import images
+from vit_jax.data.readers import formats
 
 ROOM = 3 << 30  # bytes of address space; the largest picture that is not refused takes 2 GiB
 LONGEST = 60.0  # seconds
@@ -53,7 +54,7 @@ def seeds():
     compressions = ('tiff_lzw', 'jpeg', 'packbits', 'tiff_adobe_deflate')
     found += [saved('TIFF', compression=name) for name in compressions]
     found += [saved('TIFF', '1', compression=name) for name in ('group3', 'group4')]
-    if 'avif' in images.SUFFIXES:
+    if 'avif' in formats.SUFFIXES:
         found += [saved('AVIF', exif=exif), saved('AVIF', 'RGBA'), saved('AVIF', frames=True)]
     for depth, colour in itertools.product((1, 2, 4, 8, 16), (0, 2, 3)):
         if depth >= 8 and colour != 3 or colour == 0 or colour == 3 and depth <= 8:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vit_jax.data import example, records
+from vit_jax.data.readers import example, records
 
 KINDS = ('folder', 'tar', 'parquet', 'records', 'arrow')
 

@@ -17,9 +17,9 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
 import vit_jax
-from vit_jax import anatomy
 from vit_jax.convert import load as weights
 from vit_jax.data import files, pipeline
+from vit_jax.figures import anatomy
 
 DATA = pathlib.Path(__file__).with_name('data')
 RNG = np.random.default_rng(0)

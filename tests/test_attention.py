@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import devices, hlo, models, sharding
+from vit_jax import models, sharding
+from vit_jax.distributed import devices
 from vit_jax.errors import UserError
 from vit_jax.models import attention
+from vit_jax.plan import hlo
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,

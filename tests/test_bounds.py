@@ -12,9 +12,10 @@ from typing import Annotated
 import launched
 import pytest
 
-from vit_jax import assembly, bounds, config, errors, experiment, models
+from vit_jax import assembly, config, errors, models
 from vit_jax.data import augment, distort, pipeline, sources
 from vit_jax.errors import UserError
+from vit_jax.io import bounds, experiment
 
 MODELS = ('vit-ti/4', 'mixer-s/4', 'bit-r50x1')
 WRONG = None, True, 1, 0.5, 1j, 'text', b'1', (), [[]], ('text', 1, ()), {}, {'a': 1}, {1}, ...

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, fingerprints, models, optim, sharding, step
-from vit_jax.checkpoint import Checkpoints
+from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
+from vit_jax.run import checkpoint, fingerprints
+from vit_jax.run.checkpoint import Checkpoints
 
 IMAGE = (8, 8, 3)
 MODEL = models.build(

@@ -9,9 +9,10 @@ from flax import linen as nn
 from PIL import Image
 from sklearn import metrics
 
-from vit_jax import assembly, models, objectives, sharding, step
+from vit_jax import assembly, models, sharding, step
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify, probe
+from vit_jax.objectives import supervised
 
 CLASSES = 7
 
@@ -168,7 +169,7 @@ def write_records(path, labels, max_labels=1):
     """Records of the images in `path`, in the order of their numbers."""
     import json
 
-    from vit_jax.data import example, records
+    from vit_jax.data.readers import example, records
 
     out = path / 'records'
     out.mkdir()
@@ -205,7 +206,7 @@ def test_an_image_with_several_labels_is_right_with_each_and_counts_nowhere_with
 def test_an_output_of_each_token_is_no_classifier_of_images(tmp_path):
     path = folder(tmp_path, [0, 1, 1], names(2))
     model = models.build('vit-mu/2', num_classes=2, pool='none')
-    for make in (lambda: objectives.supervised(model), lambda: classify.Classify(
+    for make in (lambda: supervised.supervised(model), lambda: classify.Classify(
         model, sharding.make_mesh(), source=dict(name=str(path)), image_size=4, batch_size=8,
     )):  # fmt: skip
         with pytest.raises(UserError, match="model.pool is 'none'.*pool='cls'"):

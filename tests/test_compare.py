@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import compare, workdir
+from vit_jax import compare
+from vit_jax.run import workdir
 
 
 def curves(part_at, size, count=400, noise=0.02, seed=0):
@@ -58,9 +59,9 @@ def written(path, curve, rate, commit):
     workdir.write_json(path / 'result.json', result)
 
 
-def command(*args, module='report'):
+def command(*args):
     return subprocess.run(
-        [sys.executable, '-m', f'vit_jax.{module}', *map(str, args)], capture_output=True,
+        [sys.executable, '-m', 'vit_jax.compare', *map(str, args)], capture_output=True,
         text=True, check=False,
     )  # fmt: skip
 
@@ -69,7 +70,7 @@ def test_the_command_says_what_differs_and_draws_it(tmp_path):
     a, b = curves(2000, 0.5)
     written(tmp_path / 'a', a, 0.001, 'one')
     written(tmp_path / 'b', b, 0.003, 'two')
-    done = command('compare', tmp_path / 'a', tmp_path / 'b', '--out', tmp_path / 'x.png')
+    done = command(tmp_path / 'a', tmp_path / 'b', '--out', tmp_path / 'x.png')
     assert done.returncode == 0, done.stderr
     words = done.stdout
     assert 'loss at 400 common steps' in words and 'differ first at step 10' in words
@@ -79,15 +80,15 @@ def test_the_command_says_what_differs_and_draws_it(tmp_path):
     pixels = np.array(Image.open(tmp_path / 'x.png').convert('RGB'))
     assert pixels.shape == (750, 1200, 3) and (pixels != 255).any(-1).mean() > 0.01
     curve = tmp_path / 'a' / 'metrics.jsonl'  # a stored reference curve
-    same = command('compare', tmp_path / 'a', curve, '--out', tmp_path / 'y.png')
+    same = command(tmp_path / 'a', curve, '--out', tmp_path / 'y.png')
     assert 'equal to the last bit' in same.stdout and 'settings' not in same.stdout
-    # What is there is kept; the module of the command is the command, too.
+    # What is there is kept.
     before = (tmp_path / 'x.png').read_bytes()
     arguments = (tmp_path / 'a', curve, '--out', tmp_path / 'x.png')
-    kept = command('compare', *arguments)
+    kept = command(*arguments)
     assert kept.returncode == 2 and '/x.png is there already; --force' in kept.stderr
     assert (tmp_path / 'x.png').read_bytes() == before
-    new = command(*arguments, '--force', module='compare')
+    new = command(*arguments, '--force')
     assert new.returncode == 0 and new.stdout.splitlines()[:-1] == same.stdout.splitlines()[:-1]
     assert (tmp_path / 'x.png').read_bytes() != before
 
@@ -96,13 +97,13 @@ def test_the_command_says_what_differs_and_draws_it(tmp_path):
 def test_mistakes_are_one_line(tmp_path):
     written(tmp_path / 'a', {1: 2.0}, 0.1, 'x')
     written(tmp_path / 'b', {2: 2.0}, 0.1, 'x')
-    assert 'usage: ' in command(module='compare').stderr
+    assert 'usage: ' in command().stderr
     for args, words in (
-        (['compare', tmp_path / 'a'], 'usage: '), (['x', 'a', 'b'], 'usage: '),
-        (['compare', tmp_path / 'a', tmp_path / 'no'], f'no run and no file {tmp_path}/no'),
-        (['compare', tmp_path / 'a', tmp_path / 'a', '--metric', 'f1'],
+        ([tmp_path / 'a'], 'usage: '), (['compare', 'a', 'b'], 'usage: '),
+        ([tmp_path / 'a', tmp_path / 'no'], f'no run and no file {tmp_path}/no'),
+        ([tmp_path / 'a', tmp_path / 'a', '--metric', 'f1'],
          "/a has no --metric 'f1'; there are loss"),
-        (['compare', tmp_path / 'a', tmp_path / 'b'], 'no step in common'),
+        ([tmp_path / 'a', tmp_path / 'b'], 'no step in common'),
     ):
         failed = command(*args)
         assert failed.returncode == 2 and words in failed.stderr, failed.stderr

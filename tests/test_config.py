@@ -8,8 +8,9 @@ import sys
 import launched
 import pytest
 
-from vit_jax import assembly, config, workdir
+from vit_jax import assembly, config
 from vit_jax.errors import UserError
+from vit_jax.run import workdir
 
 EXPERIMENTS = sorted((launched.TINY.parents[1] / 'experiments').glob('*.py'))
 CHECKPOINT = pathlib.Path(__file__).with_name('data') / 'official_vit_prelogits.npz'
@@ -171,7 +172,6 @@ def test_the_command_line_says_it_in_one_line(flags, words, tmp_path):
 
 @pytest.mark.parametrize('command, words', [
     ('main --help', ('--config', '--workdir', '--[no]allow_config_change', 'Exit status')),
-    ('report -h', ('compare A B', '--metric', '--out')),
     ('compare --help', ('compare A B', '--metric', '--out', '--[no]force')),
 ])
 def test_help_names_the_flags(command, words):

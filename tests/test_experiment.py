@@ -7,8 +7,9 @@ import sys
 import launched
 import pytest
 
-from vit_jax import config, experiment
+from vit_jax import config
 from vit_jax.errors import UserError
+from vit_jax.io import experiment
 
 EXPERIMENTS = launched.TINY.parents[1] / 'experiments'
 

@@ -17,9 +17,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import vit_jax
-from vit_jax import devices, export, models
+from vit_jax import export, models
 from vit_jax.convert import load
 from vit_jax.data import augment, pipeline
+from vit_jax.distributed import devices
 from vit_jax.errors import UserError
 from vit_jax.models import attention
 

@@ -9,10 +9,12 @@ import kinds
 import launched
 import pytest
 
-from vit_jax import config, train, workdir
-from vit_jax.data import facts, mixture, sources
+from vit_jax import config, train
+from vit_jax.data import mixture, sources
+from vit_jax.data.readers import facts
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.stop import Stop
+from vit_jax.run import workdir
 
 NAMES = ('ant', 'bee', 'cat')
 

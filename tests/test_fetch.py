@@ -21,8 +21,8 @@ import pytest
 import trustme
 from fsspec.implementations.memory import MemoryFileSystem
 
-from vit_jax.convert import fetch
 from vit_jax.errors import UserError
+from vit_jax.io import fetch
 
 BODY = bytes(range(256)) * 4000  # about a megabyte
 CHILD = 'import sys\nfrom vit_jax.convert import fetch\nprint(fetch.local(sys.argv[1]))'

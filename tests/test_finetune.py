@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax import config, models, train, workdir
+from vit_jax import config, models, train
 from vit_jax.convert import load
 from vit_jax.data import augment
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.stop import Stop
+from vit_jax.run import workdir
 
 FINETUNE = launched.TINY.parents[1] / 'experiments' / 'finetune.py'
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vit_jax.data import facts, folders, images, pipeline, reading, sources
+from vit_jax.data import pipeline, reading, sources
+from vit_jax.data.readers import facts, folders, formats
 from vit_jax.errors import UserError
 
 ODD = (b'caf\xe9', b'\xff\xfe', b'new\nline', b'\x1b[31m', 'Öl'.encode(), b'a b', b'x' * 100)
@@ -29,16 +30,16 @@ def put(path, data=None):
 
 
 def test_images_in_sub_folders_and_of_every_suffix_are_there_and_the_rest_is_said(tmp_path, capsys):
-    for k, suffix in enumerate((*images.SUFFIXES, *(s.upper() for s in images.SUFFIXES))):
+    for k, suffix in enumerate((*formats.SUFFIXES, *(s.upper() for s in formats.SUFFIXES))):
         out = io.BytesIO()
-        Image.fromarray(np.full((4, 4, 3), k, np.uint8)).save(out, images.SUFFIXES[suffix.lower()])
+        Image.fromarray(np.full((4, 4, 3), k, np.uint8)).save(out, formats.SUFFIXES[suffix.lower()])
         put(tmp_path / 'ant' / ('sub/deep' * (k % 2)) / f'{k}.{suffix}', out.getvalue())
         put(tmp_path / 'bee' / f'{k}.png')
     for name in ('ant/notes.txt', 'ant/sub/a.json', 'bee/b.json', 'bee/README', '.DS_Store'):
         put(tmp_path / name)
     put(tmp_path / 'stray.png')
     source = sources.load(name=str(tmp_path))
-    assert len(source) == 4 * len(images.SUFFIXES)
+    assert len(source) == 4 * len(formats.SUFFIXES)
     assert all(b['mask'].all() for b in pipeline.examples(
         source, view='resize', image_size=4, batch_size=len(source)))  # fmt: skip
     said = capsys.readouterr().err

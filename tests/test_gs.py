@@ -12,8 +12,8 @@ import pytest
 import storage as stores
 from etils import epath
 
-from vit_jax import storage
 from vit_jax.errors import UserError
+from vit_jax.io import storage
 
 STEPS = 60
 FLAGS = (f'--config.steps={STEPS}', '--config.checkpoint.every=8')

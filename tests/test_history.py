@@ -12,9 +12,10 @@ import pytest
 from test_train import StopAfter, run
 
 import vit_jax
-from vit_jax import checkpoint, history, report, tables, workdir
 from vit_jax.convert import load
 from vit_jax.errors import UserError
+from vit_jax.run import checkpoint, history, report, workdir
+from vit_jax.tables import __main__ as tables
 
 # Nothing is learnt, so all evaluations are equal, and the first of them is the best.
 FIRST = ('checkpoint.best=val/loss', 'optim.lr=1e-30', 'checkpoint.keep=1')

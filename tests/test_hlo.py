@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import devices, hlo, hlo_text, models, objectives, optim, sharding, step
+from vit_jax import models, optim, sharding, step
+from vit_jax.distributed import devices
+from vit_jax.objectives import supervised
+from vit_jax.plan import hlo, hlo_text
 
 IMAGE = (32, 32, 3)
 FIELDS = dict(patch_size=8, width=32, depth=6, num_heads=4, mlp_dim=64, unroll=1)
@@ -21,7 +24,7 @@ def compiled(model, chips=1, mesh=None, batch=BATCH, accumulate=1, topology='cpu
     tx = optim.make(step.abstract_params(model, IMAGE), steps=10)
     abstract = step.abstract_state(model, tx, IMAGE, mesh)
     advance = step.compiled(
-        objectives.supervised(model), tx, abstract, mesh, accumulate=accumulate
+        supervised.supervised(model), tx, abstract, mesh, accumulate=accumulate
     )
     arrays = {
         'image': jax.ShapeDtypeStruct((batch, *IMAGE), jnp.uint8),

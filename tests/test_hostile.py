@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import page, text
 from vit_jax.data import mixture
 from vit_jax.evaluators import classify
+from vit_jax.figures import page
+from vit_jax.io import text
 
 CLASSES = (
     '=1+1|x\n\t\x1b[2J\x1b]0;gone\x07',
@@ -131,7 +132,7 @@ def test_files_that_are_written(workdir, tmp_path):
         run('convert', workdir, tmp_path / name, f'--to={format}')
         run('convert', tmp_path / name)
     run('export', f'--checkpoint={workdir}', f'--output={tmp_path}/a\nb.bin', '--platforms=cpu')
-    run('report', 'compare', workdir, workdir, f'--out={tmp_path}/c.png')
+    run('compare', workdir, workdir, f'--out={tmp_path}/c.png')
     run('tables', 'vit.table5', f'--runs={workdir.parent}', f'--out={tmp_path}/tables')
     for file in (tmp_path / 'tables').iterdir():
         check(file.read_text(encoding='utf-8'))

@@ -12,7 +12,8 @@ import processes
 import pytest
 from processes import Run
 
-from vit_jax import clusters, hosts, sharding
+from vit_jax import sharding
+from vit_jax.distributed import clusters, hosts
 from vit_jax.errors import UserError
 
 STEPS = ('--config.steps=20', '--config.checkpoint.every=10')
@@ -244,9 +245,11 @@ def test_one_that_dies_or_stalls_ends_all(signum, who, count, folder, tmp_path):
 
 
 PHASES = {
-    'start': 'vit_jax.hosts:meet', 'restore': 'vit_jax.checkpoint:Checkpoints.restore',
-    'save': 'vit_jax.checkpoint:Checkpoints.save', 'compile, of the step': 'vit_jax.sharding:put',
-}  # fmt: skip
+    'start': 'vit_jax.distributed.hosts:meet',
+    'restore': 'vit_jax.run.checkpoint:Checkpoints.restore',
+    'save': 'vit_jax.run.checkpoint:Checkpoints.save',
+    'compile, of the step': 'vit_jax.sharding:put',
+}
 
 
 @pytest.fixture(scope='module')
@@ -284,7 +287,8 @@ def test_a_barrier_where_one_stalls(phase, folder, begun, tmp_path):
 ])
 def test_one_lost_between_the_meeting_and_the_start_is_named(signum, who, count, folder, tmp_path):
     flags = ('--peer_timeout=10', '--start_timeout=600')
-    with Run(folder, tmp_path, count, 1, *flags, stop_in=(who, 'vit_jax.hosts:Watch')) as run:
+    stop_in = who, 'vit_jax.distributed.hosts:Watch'
+    with Run(folder, tmp_path, count, 1, *flags, stop_in=stop_in) as run:
         run.wait_for(lambda: run.stopped(who))
         if signum == 'KILL':
             run.processes[who].kill()

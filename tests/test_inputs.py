@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax import inputs, models
-from vit_jax.convert import load
+from vit_jax import models
+from vit_jax.convert import inputs, load
 from vit_jax.data import augment, decoding, files, pipeline
 from vit_jax.errors import UserError
 

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import devices, hlo_text, losses, sharding
+from vit_jax import sharding
+from vit_jax.distributed import devices
+from vit_jax.objectives import losses
+from vit_jax.plan import hlo_text
 
 CLASSES = 21_841  # of ImageNet-21k
 

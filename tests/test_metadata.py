@@ -11,6 +11,7 @@ from pictures import PHOTO, assert_shows, decoded, saved
 from PIL import Image
 
 from vit_jax.data import images, metadata
+from vit_jax.data.readers import formats
 
 RNG = np.random.default_rng(0)
 SIZE = 9, 13
@@ -148,7 +149,7 @@ def test_transparency_that_is_damaged_or_in_the_wrong_place_does_not_count():
     assert_shows(plain[:33] + key + plain[33:], np.full_like(samples, 255), 0)
 
 
-@pytest.mark.skipif('avif' not in images.SUFFIXES, reason='this Pillow was built without AVIF')
+@pytest.mark.skipif('avif' not in formats.SUFFIXES, reason='this Pillow was built without AVIF')
 def test_avif_turns_by_its_own_boxes():
     for k, expected in enumerate(turns(decoded(saved('AVIF', quality=100))), 1):
         exif = pictures.tiff_of([(metadata.ORIENTATION, 3, [k]), (282, 5, [1, 0])])

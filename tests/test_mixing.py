@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 from test_step import IMAGE, MODEL, assert_trees_close, batch
 
-from vit_jax import losses, mixing, objectives, sharding, step
+from vit_jax import sharding, step
+from vit_jax.objectives import losses, mixing, supervised
 
 MIX = jax.jit(mixing.mix, static_argnames=('mixup', 'cutmix', 'by', 'shift'))
 
@@ -142,7 +143,7 @@ PARAMS = np.random.default_rng(5).normal(size=(np.prod(IMAGE), 4)).astype(np.flo
 
 
 def objective(model=None, **fields):
-    return objectives.supervised(model or Linear(), **fields)
+    return supervised.supervised(model or Linear(), **fields)
 
 
 def test_eight_devices_mix_as_one_in_micro_batches():
@@ -175,7 +176,7 @@ def test_the_objective_is_that_of_the_mixed_batch():
     value, metrics = jax.jit(objective(**fields))(PARAMS, examples, key)
     images, weights = MIX(
         Linear().normalise(examples['image']), jax.nn.one_hot(examples['label'], 4),
-        jax.random.fold_in(key, objectives.MIX), cutmix=1.0, by='example', shift=2,
+        jax.random.fold_in(key, supervised.MIX), cutmix=1.0, by='example', shift=2,
         mask=examples['mask'],
     )  # fmt: skip
     logits, _ = Linear().apply({'params': PARAMS}, images, train=True, rngs={'dropout': key})
@@ -235,4 +236,4 @@ def test_without_mixing_the_key_is_the_dropouts():
     images = Linear().normalise(examples['image'])
     logits, _ = Linear().apply({'params': PARAMS}, images, train=True, rngs={'dropout': key})
     by_example = losses.softmax_xent(logits, examples['label'])
-    assert_trees_close(value, objectives.masked_mean(by_example, examples['mask']), rtol=1e-5)
+    assert_trees_close(value, supervised.masked_mean(by_example, examples['mask']), rtol=1e-5)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import models, objectives, optim, sharding, step
+from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
 from vit_jax.models import layers
+from vit_jax.objectives import supervised
 
 SMALL = dict(width=24, depth=3, num_heads=3, mlp_dim=32, patch_size=4)
 
@@ -373,7 +374,7 @@ def test_every_kind_of_model_trains_on_a_mesh(fields):
         tx = optim.make(step.abstract_params(model, shape), 3, lr=1e-3, layer_decay=0.9)
         abstract = step.abstract_state(model, tx, shape, mesh)
         state = step.init(model, tx, shape, 0, abstract)
-        advance = step.compiled(objectives.supervised(model), tx, abstract, mesh)
+        advance = step.compiled(supervised.supervised(model), tx, abstract, mesh)
         rng = np.random.default_rng(0)
         batch = dict(
             image=rng.integers(0, 256, (8, *shape), np.uint8), mask=np.ones(8, np.float32),

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from test_classify import Table
 
-from vit_jax import assembly, config, evaluate, sharding, train, workdir
-from vit_jax.data import mixture, names, sources
+from vit_jax import assembly, config, evaluate, sharding, train
+from vit_jax.data import mixture, sources
+from vit_jax.data.readers import names
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify, probe
-from vit_jax.stop import Stop
+from vit_jax.run import workdir
 
 WORDS = ('red', 'green', 'blue', 'n01', '7', 'a b', 'Öl')
 

@@ -8,8 +8,10 @@ import sys
 import launched
 import pytest
 
-from vit_jax import evaluate, storage, workdir
+from vit_jax import evaluate
 from vit_jax.errors import UserError
+from vit_jax.io import storage
+from vit_jax.run import workdir
 
 CHECKPOINT = pathlib.Path(__file__).parent / 'data' / 'timm_vit_token'
 
@@ -47,8 +49,8 @@ def test_each_evaluation_has_a_file_of_its_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('command, words', [
-    ('report compare . . --out pipe.png', '/pipe.png: it is no regular file'),
-    ('report compare . . --out x.pdf', '--out=x.pdf: name a file that ends in .png'),
+    ('compare . . --out pipe.png', '/pipe.png: it is no regular file'),
+    ('compare . . --out x.pdf', '--out=x.pdf: name a file that ends in .png'),
     ('data --config DIGITS --show x', '--show=x: name a png, pdf, svg file of this machine'),
     ('data --config DIGITS --show pipe.png', '/pipe.png: it is no regular file'),
     ('data --config DIGITS --step 999999', '--step is 999999; there are 0 to '),

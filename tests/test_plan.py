@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from vit_jax import assembly, devices, estimate, fitting, hlo, sharding
+from vit_jax import assembly, sharding
 from vit_jax import config as configs
+from vit_jax.distributed import devices
 from vit_jax.errors import UserError
+from vit_jax.plan import estimate, fitting, hlo
 
 HERE = pathlib.Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -149,14 +151,15 @@ def test_mistakes_are_one_line(experiment, arguments, words, monkeypatch, capsys
 
 @pytest.mark.parametrize('value', ['0', '2', '-1'])
 def test_an_efficiency_is_a_share(value):
-    from vit_jax import plan
+    from vit_jax.plan import __main__ as plan
 
     with pytest.raises(flags.IllegalFlagValueError, match='not a number in the range'):
         flags.FLAGS[plan.EFFICIENCY.name].parse(value)
 
 
 def check_mistake(arguments, words, monkeypatch, capsys):
-    from vit_jax import cli, plan
+    from vit_jax import cli
+    from vit_jax.plan import __main__ as plan
 
     rest, changes = cli.split_changes(['plan', *arguments], 'config')
     flags.FLAGS.unparse_flags()

@@ -20,7 +20,9 @@ from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 from tensorflow_datasets.proto import tf_example_pb2
 
-from vit_jax.data import duplicates, example, images, records, sources, writing
+from vit_jax.data import images, sources
+from vit_jax.data.prepare import duplicates, writing
+from vit_jax.data.readers import example, records
 from vit_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parents[1]

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax import export, losses, model_page, models, predict
+from vit_jax import export, models, predict
 from vit_jax.convert import fit, load
 from vit_jax.data import files, pipeline
+from vit_jax.figures import model_page
+from vit_jax.objectives import losses
 
 SIZE, CLASSES = 16, 7
 FORMATS = {'official': 'm.npz', 'big_vision': 'm.npz', 'timm': 'm', 'hf': 'm'}

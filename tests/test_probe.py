@@ -11,9 +11,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from vit_jax import config, models, sharding
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators import probe
-from vit_jax.stop import Stop
 
 
 @pytest.fixture(scope='module')

@@ -15,9 +15,10 @@ import optax
 import pytest
 
 import vit_jax
-from vit_jax import models, objectives, optim, sharding, step
+from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
 from vit_jax.models import quantized
+from vit_jax.objectives import supervised
 
 # Largest value, mantissa bits, smallest exponent of normal numbers: int8 has one step throughout.
 TYPES = {
@@ -175,7 +176,7 @@ def gradients(model, params, mesh=None, parts=1):
     mesh = sharding.make_mesh(jax.devices()[:1]) if mesh is None else sharding.make_mesh(**mesh)
     tx = optim.make(params, 10)
     places = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, tx, IMAGE, mesh).params)
-    grad = jax.value_and_grad(objectives.supervised(model), has_aux=True)
+    grad = jax.value_and_grad(supervised.supervised(model), has_aux=True)
 
     def run(params, batch):
         return step.accumulated(grad, params, batch, jax.random.key(0), parts)[1]

@@ -4,10 +4,13 @@ import jax
 import pytest
 import recipes
 
-from vit_jax import config, estimate, published, rehearsal, tables
+from vit_jax import config
 from vit_jax.convert.load import catalogue
 from vit_jax.data import distort
-from vit_jax.stop import Stop
+from vit_jax.distributed.stop import Stop
+from vit_jax.plan import estimate, rehearsal
+from vit_jax.tables import __main__ as tables
+from vit_jax.tables import published
 from vit_jax.train import train
 
 

@@ -11,10 +11,10 @@ import time
 import pytest
 from processes import free_port
 
-from vit_jax import rendezvous, talk
-from vit_jax.clusters import Place
+from vit_jax.distributed import rendezvous, talk
+from vit_jax.distributed.clusters import Place
+from vit_jax.distributed.rendezvous import meet
 from vit_jax.errors import Lost, UserError
-from vit_jax.rendezvous import meet
 
 SECRETS = pytest.mark.parametrize('secret', [None, 'of this job'])
 

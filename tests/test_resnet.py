@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import vit_jax
-from vit_jax import config, experiment, models
+from vit_jax import config, models
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
+from vit_jax.io import experiment
 from vit_jax.models import resnet
-from vit_jax.stop import Stop
 from vit_jax.train import train
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import scaling, workdir
+from vit_jax.figures import scaling
+from vit_jax.run import workdir
 
 TASKS = ('digits', 'fashion')
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import hlo, models, objectives, optim, sharding, step
+from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
+from vit_jax.objectives import supervised
+from vit_jax.plan import hlo
 
 IMAGE, BATCH, DEPTH, WIDTH, TOKENS = (32, 32, 3), 16, 3, 64, 17
 FIELDS = dict(num_classes=16, depth=DEPTH, width=WIDTH, num_heads=4, mlp_dim=256)
@@ -19,7 +21,7 @@ def program(devices=8, accumulate=1, name='vit-ti/8', mesh=None, **fields):
     tx = optim.make(step.abstract_params(model, IMAGE), 100, clip=1.0, ema=0.9)
     abstract = step.abstract_state(model, tx, IMAGE, mesh)
     advance = step.compiled(
-        objectives.supervised(model), tx, abstract, mesh, accumulate=accumulate
+        supervised.supervised(model), tx, abstract, mesh, accumulate=accumulate
     )
     kinds = dict(image=jnp.uint8, label=jnp.int32, mask=jnp.float32, id=jnp.int32)
     batch = {

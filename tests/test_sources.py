@@ -26,17 +26,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from vit_jax.data import (
-    example,
-    images,
-    jft_like,
-    parquet,
-    pipeline,
-    records,
-    sources,
-    tars,
-    tfrecord,
-)
+from vit_jax.data import images, jft_like, pipeline, sources
+from vit_jax.data.readers import example, parquet, records, tars, tfrecord
 from vit_jax.errors import UserError
 
 

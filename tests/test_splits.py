@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vit_jax import config
-from vit_jax.data import mixture, sources, splits
+from vit_jax.data import mixture, sources
+from vit_jax.data.readers import splits
 from vit_jax.errors import UserError
 
 NAMES = ('ant', 'bee')

@@ -12,9 +12,9 @@ import launched
 import numpy as np
 import pytest
 
-from vit_jax import caches, profiling, report
 from vit_jax.errors import UserError
-from vit_jax.profiling import parsed
+from vit_jax.run import compilation, profiling, report
+from vit_jax.run.profiling import parsed
 
 LONGER = ('--config.steps=8', '--allow_config_change')
 
@@ -56,21 +56,21 @@ def test_what_one_run_compiled_the_next_one_takes(folder, tmp_path):
 
 def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
     settings = {}
-    monkeypatch.setattr(caches.jax.config, 'update', settings.__setitem__)
+    monkeypatch.setattr(compilation.jax.config, 'update', settings.__setitem__)
     monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'home'))
     key = 'jax_compilation_cache_dir'
 
     def kept(wish, workdir='runs/a'):
         settings.clear()
-        caches.keep_compiled(wish, workdir)
+        compilation.keep(wish, workdir)
         return settings
 
     assert kept(None) == {}  # of this test's own environment
     monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
     assert kept('off') == {'jax_enable_compilation_cache': False}
-    assert kept(None)[key] == str(tmp_path / 'home/compiled' / caches.cpu())
-    assert kept(None)['jax_compilation_cache_max_size'] == caches.LIMIT
-    assert kept(str(tmp_path / 'b'))[key] == str(tmp_path / 'b' / caches.cpu())
+    assert kept(None)[key] == str(tmp_path / 'home/compiled' / compilation.cpu())
+    assert kept(None)['jax_compilation_cache_max_size'] == compilation.LIMIT
+    assert kept(str(tmp_path / 'b'))[key] == str(tmp_path / 'b' / compilation.cpu())
     assert kept(None, 'gs://bucket/run') == {key: 'gs://bucket/run/compiled'}
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'--compilation_cache=.*file/x can not be used: .*or off'):

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax import losses, models, objectives, optim, sharding, step
+from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
+from vit_jax.objectives import losses, supervised
 
 IMAGE = (8, 8, 3)
 MODEL = models.build(
@@ -39,7 +40,7 @@ def run(steps=5, *, model=MODEL, devices=1, mesh=None, accumulate=1, keep=None, 
     if keep is not None:
         keep.append(jax.device_get(state))
     advance = step.compiled(
-        objectives.supervised(model), tx, abstract, mesh, accumulate=accumulate
+        supervised.supervised(model), tx, abstract, mesh, accumulate=accumulate
     )
     seen = []
     for i in range(steps):
@@ -79,7 +80,7 @@ def test_masked_examples_count_for_nothing():
     params['head']['kernel'] += 0.1 * jax.random.normal(jax.random.key(1), (16, 4))
     whole = batch()
     part = {k: v[whole['mask'] == 1] for k, v in whole.items()}
-    objective = objectives.supervised(MODEL)
+    objective = supervised.supervised(MODEL)
     assert 0 < len(part['mask']) < len(whole['mask'])
     a, b = (objective(params, x, jax.random.key(0))[1] for x in (whole, part))
     assert_trees_close(a, b, rtol=1e-5)
@@ -128,7 +129,7 @@ def test_training_learns():
     tx = optim.make(step.abstract_params(MODEL, IMAGE), steps=100, lr=1e-2)
     abstract = step.abstract_state(MODEL, tx, IMAGE, mesh)
     state = step.init(MODEL, tx, IMAGE, 0, abstract)
-    advance = step.compiled(objectives.supervised(MODEL), tx, abstract, mesh)
+    advance = step.compiled(supervised.supervised(MODEL), tx, abstract, mesh)
     for _ in range(100):
         state, metrics = advance(state, sharding.put(fixed, mesh))
     assert float(metrics['accuracy']) == 1 and float(metrics['loss']) < 0.1

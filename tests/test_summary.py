@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from vit_jax import model_page, summary
 from vit_jax.evaluators import classify
+from vit_jax.figures import model_page, summary
 
 pytestmark = pytest.mark.filterwarnings('error')
 

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import recipes
 
-from vit_jax import config, published, rehearsal, report, tables, typeset, workdir
-from vit_jax.data import vtab
+from vit_jax import config
+from vit_jax.data.readers import vtab
 from vit_jax.errors import UserError
+from vit_jax.plan import rehearsal
+from vit_jax.run import report, workdir
+from vit_jax.tables import __main__ as tables
+from vit_jax.tables import published, typeset
 
 
 @pytest.fixture(scope='module')

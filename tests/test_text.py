@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from vit_jax import text
+from vit_jax.io import text
 
 HOSTILE = 'a\n\t\x1b[2J\x9b31m\r\x00\x7f\u202eb\u2066\u200f\u061c\u2028\u2029\ufeff\udcff\x85\ud800'
 

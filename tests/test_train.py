@@ -19,12 +19,13 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_jax import assembly, config, history, models, profiling, report, train, workdir
-from vit_jax.checkpoint import Checkpoints
+from vit_jax import assembly, config, models, train
 from vit_jax.data import augment
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators.classify import Classify
-from vit_jax.stop import Stop
+from vit_jax.run import history, profiling, report, workdir
+from vit_jax.run.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope='module')

@@ -11,9 +11,10 @@ import numpy as np
 import processes
 import pytest
 
-from vit_jax.data import images, pipeline, reading, sources, writing
+from vit_jax.data import images, pipeline, reading, sources
+from vit_jax.data.prepare import writing
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.stop import Stop
 
 ERRORS = [
     OSError(errno.EIO, 'Input/output error'), FileNotFoundError(errno.ENOENT, 'No such file', 'x'),

@@ -7,9 +7,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vit_jax import published
-from vit_jax.data import sources, vtab
+from vit_jax.data import sources
+from vit_jax.data.readers import vtab
 from vit_jax.errors import UserError
+from vit_jax.tables import published
 
 
 def test_the_tasks_are_those_of_the_published_table():

@@ -11,23 +11,26 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from vit_jax import streams
+from vit_jax.io import streams
 
 if TYPE_CHECKING:
     from vit_jax import models
+    from vit_jax.convert.inputs import class_names, preprocess
     from vit_jax.convert.load import load
     from vit_jax.convert.save import save
     from vit_jax.errors import UserError
-    from vit_jax.inputs import class_names, preprocess
 
 __version__ = '0.1.0'
 __all__ = ['UserError', 'class_names', 'load', 'models', 'preprocess', 'save']
 
 # Imported when they are asked for: the step needs none of them.
 PLACES = {
-    'UserError': 'vit_jax.errors', 'class_names': 'vit_jax.inputs', 'load': 'vit_jax.convert.load',
-    'preprocess': 'vit_jax.inputs', 'save': 'vit_jax.convert.save',
-}  # fmt: skip
+    'UserError': 'vit_jax.errors',
+    'class_names': 'vit_jax.convert.inputs',
+    'load': 'vit_jax.convert.load',
+    'preprocess': 'vit_jax.convert.inputs',
+    'save': 'vit_jax.convert.save',
+}
 
 if streams.is_command():  # before anything else is imported, which takes seconds
     streams.begin()

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import config as configs
-from vit_jax import models, objectives, optim, sharding, step, workdir
+from vit_jax import models, optim, sharding, step
 from vit_jax.convert import load as weights
-from vit_jax.data import mixture, names, pipeline, sources
+from vit_jax.data import mixture, pipeline, sources
+from vit_jax.data.readers import names
 from vit_jax.errors import UserError
+from vit_jax.objectives import supervised
+from vit_jax.run import workdir
 
 MOST_STEPS = 2**31 - 1  # as bounds.Steps
 
@@ -57,7 +60,7 @@ def make(config, source=None, devices=None, classes=None):
     steps = steps_of(config, source)
     shape = (*pipeline.size_of(config.data.image_size), 3)
     check_patches('data', model, shape)
-    objective = objectives.supervised(model, **config.objective)
+    objective = supervised.supervised(model, **config.objective)
     tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
     abstract = step.abstract_state(model, tx, shape, mesh)
     check_evaluations(config, model, shape, abstract.params)

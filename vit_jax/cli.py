@@ -15,9 +15,9 @@ import threading
 
 from absl import app, flags, logging
 
-from vit_jax import streams
 from vit_jax.errors import UserError, refusal
-from vit_jax.text import printable
+from vit_jax.io import streams
+from vit_jax.io.text import printable
 
 
 def split_changes(argv, section):

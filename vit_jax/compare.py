@@ -1,4 +1,4 @@
-"""Two runs side by side: python -m vit_jax.report compare A B [--metric loss] [--out FILE.png].
+"""Two runs side by side: python -m vit_jax.compare A B [--metric loss] [--out FILE.png].
 
 `python -m vit_jax.compare A B` is the same command.
 
@@ -14,9 +14,12 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from vit_jax import cli, history, storage, summary, workdir
+from vit_jax import cli
 from vit_jax.errors import UserError, choices, shown
-from vit_jax.text import number, printable
+from vit_jax.figures import summary
+from vit_jax.io import storage
+from vit_jax.io.text import number, printable
+from vit_jax.run import history, workdir
 
 LEAST = 5  # lines in a window
 SIGMAS = 4.0  # one window in 16,000 exceeds them by chance
@@ -161,9 +164,9 @@ def draw(path, names, curves, metric, found):
 
 
 def main(argv):
-    if len(argv) != 4 or argv[1] != 'compare':
-        raise UserError('usage: python -m vit_jax.report compare A B [--metric NAME] [--out FILE]')
-    a, b = argv[2:]
+    if len(argv) != 3:
+        raise UserError('usage: python -m vit_jax.compare A B [--metric NAME] [--out FILE]')
+    a, b = argv[1:]
     options = flags.FLAGS
     out = storage.file(workdir.located(options.out))
     if out.suffix.lower() != '.png':
@@ -182,12 +185,8 @@ def main(argv):
     return 0
 
 
-def define_flags():
+if __name__ == '__main__':
     flags.DEFINE_string('metric', 'loss', 'What to compare: loss, accuracy, test/accuracy ...')
     flags.DEFINE_string('out', 'compare.png', 'The picture, a .png.')
     flags.DEFINE_bool('force', False, 'Replace a picture that is there.')
-
-
-if __name__ == '__main__':
-    define_flags()
-    cli.run(lambda argv: main([argv[0], 'compare', *argv[1:]]))
+    cli.run(main)

@@ -14,19 +14,22 @@ from typing import Literal
 from absl import logging
 from ml_collections import ConfigDict
 
-from vit_jax import bounds, experiment, models, objectives, optim, report, sharding
-from vit_jax.bounds import Finite, NonNegative, Positive, Seed, Steps
-from vit_jax.checkpoint import Checkpoints
+from vit_jax import models, optim, sharding
 from vit_jax.convert import load as weights
 from vit_jax.data import augment, distort, pipeline, sources
 from vit_jax.errors import UserError, choices, shown
 from vit_jax.evaluators import classify, probe
+from vit_jax.io import bounds, experiment
+from vit_jax.io.bounds import Finite, NonNegative, Positive, Seed, Steps
 from vit_jax.models import interface
+from vit_jax.objectives import supervised
+from vit_jax.run import report
+from vit_jax.run.checkpoint import Checkpoints
 
 REQUIRED = inspect.Parameter.empty
 EVALUATORS = {'classify': classify.Classify, 'probe': probe.Probe}
 SECTIONS = {  # those of which every key is an argument of one function
-    'objective': objectives.supervised,
+    'objective': supervised.supervised,
     'optim': optim.make,
     'mesh': sharding.make_mesh,
     'checkpoint': Checkpoints,
@@ -171,7 +174,7 @@ def metrics(evals):
 
 def better(config):
     """Likewise of all that a run of a complete config measures: its costs and training, too."""
-    return metrics(config.evals) | objectives.METRICS | report.COSTS
+    return metrics(config.evals) | supervised.METRICS | report.COSTS
 
 
 def mode_of(full):

@@ -17,13 +17,17 @@ import time
 
 from absl import flags
 
-from vit_jax import assembly, cli, experiment, sharding, storage, workdir
+from vit_jax import assembly, cli, sharding
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
-from vit_jax.data import crew, names, pipeline
+from vit_jax.data import pipeline
+from vit_jax.data.prepare import crew
+from vit_jax.data.readers import names
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
-from vit_jax.text import number, printable, to_json
+from vit_jax.io import experiment, storage
+from vit_jax.io.text import number, printable, to_json
+from vit_jax.run import workdir
 
 
 def evaluate(checkpoint, config, ema=None, by_class=False):

@@ -17,9 +17,9 @@ import sys
 from absl import flags
 
 from vit_jax import cli
-from vit_jax import stop as stopping
+from vit_jax.distributed import stop as stopping
 from vit_jax.errors import Lost, UserError
-from vit_jax.text import printable
+from vit_jax.io.text import printable
 
 CONFIG = flags.DEFINE_string(
     'config', None, 'Experiment file, with an argument after a colon where it takes one. '
@@ -85,15 +85,17 @@ def main(argv, overrides):
 def run(overrides, stop):
     """Trains and reports; the exit status."""
     # A signal is heard while these load.
-    from vit_jax import caches, clusters, config, hosts, report, train, workdir
+    from vit_jax import config, train
     from vit_jax.data import memory
+    from vit_jax.distributed import clusters, hosts
+    from vit_jax.run import compilation, report, workdir
 
     memory.sweep()
-    caches.keep_compiled(CACHE.value, WORKDIR.value)
+    compilation.keep(CACHE.value, WORKDIR.value)
     begun = workdir.read_json(workdir.located(WORKDIR.value) / 'config.json')
     settings = config.load(CONFIG.value, overrides, begun, absent=DRY_RUN.value)
     if DRY_RUN.value:
-        from vit_jax import rehearsal
+        from vit_jax.plan import rehearsal
 
         print(printable(rehearsal.of(settings, WORKDIR.value), keep='\n'))
         return 0

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.bounds import Float, NonNegative, Pattern, Positive, Range, Rate
 from vit_jax.errors import UserError
+from vit_jax.io.bounds import Float, NonNegative, Pattern, Positive, Range, Rate
 
 Schedule = Literal['cosine', 'linear', 'rsqrt', 'constant']
 FIRST = (  # before block 1

@@ -23,14 +23,17 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from vit_jax import cli, losses, storage
+from vit_jax import cli
 from vit_jax.convert import load as weights
 from vit_jax.convert.save import complete
-from vit_jax.data import crew, files, pipeline
+from vit_jax.data import files, pipeline
+from vit_jax.data.prepare import crew
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
+from vit_jax.io import storage
+from vit_jax.io.text import printable, to_json
 from vit_jax.models import interface
-from vit_jax.text import printable, to_json
+from vit_jax.objectives import losses
 
 
 def read_ahead(paths, view, count):

@@ -9,8 +9,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.bounds import Positive
 from vit_jax.errors import UserError
+from vit_jax.io.bounds import Positive
 from vit_jax.optim import leaf_name
 
 P = PartitionSpec

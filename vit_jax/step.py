@@ -10,7 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax import losses, optim, sharding
+from vit_jax import optim, sharding
+from vit_jax.objectives import losses
 
 BINS = 15  # of confidence, as arXiv:1706.04599 section 5 has them
 TOP = 5  # classes of the metric top5

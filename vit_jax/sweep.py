@@ -10,9 +10,10 @@ import re
 
 from absl import flags
 
-from vit_jax import cli, config, history, workdir
+from vit_jax import cli, config
 from vit_jax.errors import UserError
-from vit_jax.text import number, printable
+from vit_jax.io.text import number, printable
+from vit_jax.run import history, workdir
 
 
 def split(text):

@@ -5,11 +5,12 @@ import itertools
 
 import jax
 
-from vit_jax import assembly, optim, origin, profiling, report, sharding, step, workdir
+from vit_jax import assembly, optim, sharding, step
 from vit_jax import config as configs
-from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import pipeline
-from vit_jax.text import printable
+from vit_jax.io.text import printable
+from vit_jax.run import origin, profiling, report, workdir
+from vit_jax.run.checkpoint import Checkpoints
 
 
 def train(

@@ -10,11 +10,12 @@ import pathlib
 
 from absl import flags
 
-from vit_jax import cli, config, models, storage
+from vit_jax import cli, config, models
 from vit_jax.convert import load, save
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
-from vit_jax.text import printable
+from vit_jax.io import storage
+from vit_jax.io.text import printable
 
 TO = flags.DEFINE_enum('to', None, list(save.FAMILIES), 'The format to write.')
 LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')

@@ -1,12 +1,9 @@
 """What JSON files beside weights say: untrusted too, so each value is checked when it is read."""
 
-import json
-import os
-import stat
 from typing import NamedTuple
 
-from vit_jax.convert.files import MOST_HEADER, brief
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 
 KINDS = {  # of values in JSON files, by what a message calls them
     'anything': lambda v: True,
@@ -41,26 +38,6 @@ class Notes(NamedTuple):
         ]  # fmt: skip
         rows += [('ignored', key, why) for key, why in self.ignored]
         return rows + [('ignored', key, 'a key that is not known here') for key in self.unknown]
-
-
-def read_json(path):
-    """The object in a file, {} where there is none."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_HEADER:
-            raise UserError(f'{path} is no file of less than {MOST_HEADER:,} bytes')
-        value = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        return {}
-    except OSError as e:
-        raise UserError(f'can not read {path}: {e.strerror or e}') from e
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as e:
-        raise UserError(f'{path} is no JSON file ({brief(e)})') from e
-    if not isinstance(value, dict):
-        raise UserError(f'{path} is no JSON object')
-    return value
 
 
 def option(config, key, kind, default=None, file='config.json'):

@@ -20,11 +20,11 @@ from vit_jax.convert.documents import (
     class_names,
     loss_said,
     option,
-    read_json,
     size_option,
 )
 from vit_jax.convert.fit import Found
 from vit_jax.errors import UserError
+from vit_jax.io.storage import read_json
 
 
 def in_folder(arrays, folder):

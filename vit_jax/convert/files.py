@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 
 MOST_EXPANSION = 4  # of a compressed .npz; random weights shrink by a tenth at most
 MOST_HEADER = 10_000_000  # bytes of what says what a file holds; parsed, it takes 20 times that
@@ -90,16 +91,6 @@ def opened(path):
         raise UserError(f'{path}: {e}') from e
     except OSError as e:
         raise UserError(f'can not read {path}: {e.strerror or e}') from e
-
-
-def brief(value):
-    """What a file says, made fit for one line of a message."""
-    try:
-        text = ' '.join(str(value).split())
-    except ValueError:  # Python writes no integers of thousands of digits
-        text = 'a huge number'
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 200 else f'{text[:200]}...'
 
 
 def plain(name):

@@ -9,9 +9,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
-from vit_jax.convert import files, official, pieces, surgery, views
+from vit_jax.convert import official, pieces, surgery, views
 from vit_jax.convert.documents import Notes
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 from vit_jax.models import layers
 from vit_jax.models.interface import Metadata
 
@@ -98,7 +99,7 @@ def size_of(image_size, name='image_size'):
         return None
     pair = image_size if isinstance(image_size, (list, tuple)) else (image_size,) * 2
     if len(pair) != 2 or not all(type(n) is int and 0 < n <= MOST_PIXELS for n in pair):
-        value = files.brief(repr(image_size))
+        value = brief(repr(image_size))
         raise UserError(f'{name} is {value}, not a number of pixels or (height, width)')
     return tuple(pair)
 
@@ -218,7 +219,7 @@ def built(kind, values):
         n = values[field]
         none = n is None and field in ('num_classes', 'representation_size')
         if not none and not (type(n) is int and n > 0):
-            raise UserError(f'{field} is {files.brief(repr(n))}, not a whole number above 0')
+            raise UserError(f'{field} is {brief(repr(n))}, not a whole number above 0')
     patch = size_of(values['patch_size'], 'patch_size')
     if patch is None:
         raise UserError('patch_size is None, not a number of pixels or (height, width)')
@@ -317,7 +318,7 @@ def filled(model, found, used, fresh, grid, target):
         images = jax.ShapeDtypeStruct((1, *image, channels), jnp.float32)
         shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
     except Exception as e:  # what flax says of sizes that no model can have
-        raise UserError(f'no model of {describe(model)} can be built ({files.brief(e)})') from e
+        raise UserError(f'no model of {describe(model)} can be built ({brief(e)})') from e
     shapes = {name: x.shape for name, x in flatten_dict(shapes, sep='/').items()}
     if found.rows is not None:
         shapes['posemb'] = (1, found.rows[1], model.width)

@@ -9,7 +9,6 @@ import numpy as np
 
 from vit_jax.convert import hf_config
 from vit_jax.convert.documents import option, size_option
-from vit_jax.convert.files import brief
 from vit_jax.convert.hf_config import TYPES
 from vit_jax.convert.official import half, need
 from vit_jax.convert.pieces import Piece, count, linear, norm, renamed
@@ -17,6 +16,7 @@ from vit_jax.convert.timm import ratio
 from vit_jax.convert.timm_config import IMAGENET
 from vit_jax.convert.timm_model import heads_of
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 
 UNUSED = ((r'embeddings\.mask_token|decoder\..*', 'for masked pre-training'),)
 GELUS = {

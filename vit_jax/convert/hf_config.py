@@ -4,8 +4,8 @@ A key that is left out has the default of its configuration class in transformer
 """
 
 from vit_jax.convert.documents import KINDS, agree, option, size_option
-from vit_jax.convert.files import brief
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 
 TYPES = ('vit', 'deit', 'dinov2', 'dinov2_with_registers', 'vit_mae', 'vit_msn')
 EPSILON = {  # the default layer_norm_eps

@@ -9,8 +9,8 @@ import math
 from typing import NamedTuple
 
 from vit_jax.convert.documents import KINDS, by_channel, option
-from vit_jax.convert.files import brief
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 
 HALF = [0.5, 0.5, 0.5]
 CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])

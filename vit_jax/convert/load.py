@@ -12,10 +12,11 @@ from typing import Any
 import flax.linen as nn
 from absl import logging
 
-from vit_jax.convert import families, fetch, files, run, shards
+from vit_jax.convert import families, files, run, shards
 from vit_jax.convert.fit import fitted, size_of
 from vit_jax.errors import UserError, shown
-from vit_jax.text import printable
+from vit_jax.io import fetch
+from vit_jax.io.text import printable
 
 ARGUMENTS = ('image_size', 'num_classes', 'keep_pre_logits', 'ema', 'source_image_size')
 

@@ -9,14 +9,15 @@ import sys
 
 from etils import epath
 
-from vit_jax import checkpoint, history, models, storage, workdir
-from vit_jax.convert import fetch
+from vit_jax import models
 from vit_jax.convert.documents import class_names
 from vit_jax.convert.files import Array, brief
 from vit_jax.convert.fit import Found
 from vit_jax.convert.pieces import Piece
 from vit_jax.errors import UserError
-from vit_jax.text import printable
+from vit_jax.io import fetch, storage
+from vit_jax.io.text import printable
+from vit_jax.run import checkpoint, history, workdir
 
 NUMBER = re.compile('[0-9]{1,18}')
 

@@ -21,14 +21,14 @@ from safetensors.numpy import save_file
 
 from vit_jax.convert import big_vision, hf, official, timm, views
 from vit_jax.convert.documents import PROBLEMS, class_names
-from vit_jax.convert.fetch import alive
 from vit_jax.convert.files import zip_digest
 from vit_jax.convert.fit import loss_of, size_of, view_of
 from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError, shown
+from vit_jax.io.fetch import alive
+from vit_jax.io.text import to_json
 from vit_jax.models import layers, mixer, resnet
 from vit_jax.models.interface import Metadata
-from vit_jax.text import to_json
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 FOLDER_FILES = (

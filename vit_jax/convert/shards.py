@@ -2,9 +2,10 @@
 
 import re
 
-from vit_jax.convert.documents import option, read_json
-from vit_jax.convert.files import brief
+from vit_jax.convert.documents import option
 from vit_jax.errors import UserError
+from vit_jax.io.storage import read_json
+from vit_jax.io.text import brief
 
 WHOLE = ('model.safetensors', 'open_clip_model.safetensors')
 INDEX = 'model.safetensors.index.json'

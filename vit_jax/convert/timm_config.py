@@ -10,8 +10,8 @@ import json
 import math
 
 from vit_jax.convert.documents import KINDS, by_channel, labels, option
-from vit_jax.convert.files import brief
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 
 MOST_PIXELS = 16_384  # a side of what a window is taken of
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

@@ -5,12 +5,12 @@ What neither states is a guess, and stands as one in the account.
 
 from vit_jax.convert import timm_config
 from vit_jax.convert.documents import Notes, agree, size_option
-from vit_jax.convert.files import brief
 from vit_jax.convert.official import half, need
 from vit_jax.convert.pieces import count
 from vit_jax.convert.timm import GELUS, POOLS
 from vit_jax.convert.timm_config import IMAGENET
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 from vit_jax.models import vit
 
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))

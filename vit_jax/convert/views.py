@@ -8,9 +8,9 @@ whoever exports. hf_processor.py and timm_config.py read these settings back.
 import math
 from typing import Any
 
-from vit_jax import bounds
 from vit_jax.data.augment import VIEWS
 from vit_jax.errors import UserError, check_choice, shown
+from vit_jax.io import bounds
 
 RESAMPLE = {'bilinear': 2, 'bicubic': 3}  # Pillow's numbers; of tensors transformers has no box
 INTERPOLATION = {'bilinear': 'bilinear', 'bicubic': 'bicubic', 'area': 'box'}

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vit_jax import assembly, cli, losses, models, objectives, storage
+from vit_jax import assembly, cli, models
 from vit_jax import config as configs
 from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
-from vit_jax.text import printable, to_json
+from vit_jax.io import storage
+from vit_jax.io.text import printable, to_json
+from vit_jax.objectives import losses, supervised
 
 KINDS = ('png', 'pdf', 'svg')
 CONFIG = flags.DEFINE_string('config', None, 'Experiment file or config.json.', required=True)
@@ -37,7 +39,7 @@ def trained_on(config, source, step):
     classes = config.model.num_classes or len(source.classes)
     model = models.build(**{**config.model, 'num_classes': classes})
     options = {k: v for k, v in config.objective.items() if k != 'label_smoothing'}
-    see = jax.jit(functools.partial(objectives.seen, model=model, **options))
+    see = jax.jit(functools.partial(supervised.seen, model=model, **options))
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     images = np.zeros(batch['image'].shape, np.float32)
     weights = np.zeros((len(images), classes), np.float32)
@@ -84,7 +86,7 @@ def draw(path, kind, images, found, title):
     try:
         from matplotlib.figure import Figure
 
-        from vit_jax.summary import shorten
+        from vit_jax.figures.summary import shorten
     except ModuleNotFoundError as e:
         raise UserError('--show needs matplotlib: pip install "vit_jax[figures]"') from e
     columns = min(8, len(found))

@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 import numpy as np
 from PIL import Image
 
-from vit_jax.bounds import Interval, NonNegative, Pixels, Positive, Range, Share
 from vit_jax.data.images import resized
 from vit_jax.errors import UserError
+from vit_jax.io.bounds import Interval, NonNegative, Pixels, Positive, Range, Share
 
 Method = Literal['bilinear', 'bicubic', 'area']
 Rounding = Literal['tensorflow', 'torchvision', 'transformers']

@@ -4,16 +4,12 @@ import io
 import re
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image
 
 from vit_jax.data import metadata
+from vit_jax.data.readers.formats import SUFFIXES
 from vit_jax.errors import UserError
 
-SUFFIXES = {  # of file names, and Pillow's name of the format; contents decide, names do not
-    'jpg': 'JPEG', 'jpeg': 'JPEG', 'jpe': 'JPEG', 'jfif': 'JPEG', 'png': 'PNG', 'gif': 'GIF',
-    'bmp': 'BMP', 'webp': 'WEBP', 'tif': 'TIFF', 'tiff': 'TIFF', 'ppm': 'PPM', 'pgm': 'PPM',
-    'pbm': 'PPM', 'pnm': 'PPM', **({'avif': 'AVIF'} if features.check('avif') else {}),
-}  # fmt: skip
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 # TIFF tags
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, COLOUR_MAP = 258, 259, 262, 277, 284, 320

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from vit_jax.bounds import Interval, NonNegative, Positive, Range, Share
 from vit_jax.data import operations as ops
 from vit_jax.errors import UserError
+from vit_jax.io.bounds import Interval, NonNegative, Positive, Range, Share
 
 Layers = Annotated[int, Range(0, 1000)]
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet's pixels in [0, 1]

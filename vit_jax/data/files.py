@@ -7,16 +7,17 @@ import tempfile
 
 import numpy as np
 
-from vit_jax.convert import fetch
 from vit_jax.data import images
+from vit_jax.data.readers import formats
 from vit_jax.errors import UserError
-from vit_jax.text import printable
+from vit_jax.io import fetch, storage
+from vit_jax.io.text import printable
 
 DEFAULT_SIZE = 224  # pixels a side, for a model that fits any
 MOST_BYTES = 2**30  # of an image file
 MOST_FILES = 2**20  # in folders
 DEEPEST = 32  # folders in folders
-SUFFIXES = tuple(f'.{suffix}' for suffix in images.SUFFIXES)
+SUFFIXES = tuple(f'.{suffix}' for suffix in formats.SUFFIXES)
 
 
 def found(paths: list[str | os.PathLike], *, skip: os.PathLike | None = None) -> list[str]:
@@ -115,22 +116,11 @@ def pixels(path: str | os.PathLike, view) -> np.ndarray:
 def content(path):
     """The bytes of a file at a path or an address; images.Unreadable where they can't be had."""
     try:
-        return downloaded(path) if '://' in path else local_bytes(path)
+        return downloaded(path) if '://' in path else storage.local_bytes(path, MOST_BYTES)
     except images.Unreadable:
         raise
     except (OSError, UserError) as e:
         raise images.Unreadable(getattr(e, 'strerror', None) or str(e)) from e
-
-
-def local_bytes(path):
-    """The bytes of a file of a disk. Raises OSError; images.Unreadable of a pipe, a device, or more
-    than MOST_BYTES: reading these may never end."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise images.Unreadable('it is not a file')
-    if status.st_size > MOST_BYTES:
-        raise images.Unreadable(f'{status.st_size:,} bytes are more than {MOST_BYTES:,}')
-    return pathlib.Path(path).read_bytes()
 
 
 def downloaded(address):

@@ -7,7 +7,7 @@ and for all other files, Pillow decodes the whole.
 import numpy as np
 
 from vit_jax.data import metadata
-from vit_jax.data.decoding import FORMATS, SUFFIXES, Unreadable, decode
+from vit_jax.data.decoding import FORMATS, Unreadable, decode
 from vit_jax.errors import UserError
 
 try:
@@ -15,7 +15,7 @@ try:
 except ImportError:
     _jpeg = None
 
-__all__ = ['FORMATS', 'SUFFIXES', 'Unreadable', 'decode', 'read', 'resized']
+__all__ = ['FORMATS', 'Unreadable', 'decode', 'read', 'resized']
 CUT = 2**-10  # added before values are cut off: what is 255 but for rounding stays it
 METHODS = ('bilinear', 'bicubic', 'area')
 

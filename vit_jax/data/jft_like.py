@@ -26,7 +26,8 @@ from absl import flags
 from PIL import Image
 
 from vit_jax import cli
-from vit_jax.data import example, memory, records, splits
+from vit_jax.data import memory
+from vit_jax.data.readers import example, records, splits
 from vit_jax.data.workers import deaf, end_with_parent
 from vit_jax.errors import UserError
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data import facts, names, sources
+from vit_jax.data import sources
+from vit_jax.data.readers import facts, names
 from vit_jax.errors import UserError
-from vit_jax.text import printable
+from vit_jax.io.text import printable
 
 
 class Part(NamedTuple):

@@ -14,12 +14,12 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from vit_jax.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.data import distort
 from vit_jax.data.augment import FIXED, VIEWS
 from vit_jax.data.reading import example, no_label, size_of, unbroken, usable
 from vit_jax.data.workers import prefetched
 from vit_jax.errors import UserError, check_choice
+from vit_jax.io.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 
 
 def check_view(name):

@@ -5,10 +5,10 @@ import errno
 import numpy as np
 from absl import logging
 
-from vit_jax.convert import reasons
 from vit_jax.data import images
 from vit_jax.errors import UserError, refusal
-from vit_jax.text import printable
+from vit_jax.io import reasons
+from vit_jax.io.text import printable
 
 
 def size_of(image_size):

@@ -7,18 +7,8 @@ import contextlib
 import os
 from typing import Any, Literal, NamedTuple
 
-from vit_jax.data import (
-    facts,
-    folders,
-    jft_like,
-    parquet,
-    records,
-    shards,
-    splits,
-    tars,
-    tfds,
-    vtab,
-)  # fmt: skip
+from vit_jax.data import jft_like
+from vit_jax.data.readers import facts, folders, parquet, records, shards, splits, tars, tfds, vtab
 from vit_jax.errors import UserError
 
 MOST_CLASSES = 2**20  # that go without names

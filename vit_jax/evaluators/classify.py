@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding, step
-from vit_jax.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
-from vit_jax.data import mixture, names, pipeline
+from vit_jax.data import mixture, pipeline
+from vit_jax.data.readers import names
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
+from vit_jax.io.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
+from vit_jax.io.text import cell
 from vit_jax.models import interface
-from vit_jax.stop import Stop
-from vit_jax.text import cell
 
 MOST_CONFUSED = 2000  # classes: 4 million numbers
 

@@ -14,10 +14,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding, step
-from vit_jax.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
-from vit_jax.data import mixture, names, pipeline, reading
+from vit_jax.data import mixture, pipeline, reading
+from vit_jax.data.readers import names
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.stop import Stop
+from vit_jax.io.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
 
 
 def nearest(train, labels, test, *, k, classes, temperature=None, chunk=1024):

@@ -16,10 +16,10 @@ import zipfile
 import jax
 import jax.numpy as jnp
 
-from vit_jax import losses
 from vit_jax.data import augment
 from vit_jax.errors import UserError
-from vit_jax.text import to_json
+from vit_jax.io.text import to_json
+from vit_jax.objectives import losses
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 VIEWS = ('central', 'resize', 'small_central')

@@ -26,12 +26,14 @@ import jax
 from absl import flags
 
 import vit_jax
-from vit_jax import cli, export, models, storage, workdir
+from vit_jax import cli, export, models
 from vit_jax.convert import load as weights
 from vit_jax.convert.save import complete
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
-from vit_jax.text import printable
+from vit_jax.io import storage
+from vit_jax.io.text import printable
+from vit_jax.run import workdir
 
 DEFAULT_SIZE = 224  # of a model that fits any
 

@@ -4,8 +4,8 @@ import dataclasses
 import difflib
 import re
 
-from vit_jax import bounds
 from vit_jax.errors import UserError, shown
+from vit_jax.io import bounds
 from vit_jax.models import interface, mixer, resnet, vit
 
 # Units by stage and the patch in features, by the published name: arXiv:2010.11929 section 3.1

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax import bounds
-from vit_jax.bounds import Finite, Float, Positive, Rate
+from vit_jax.io import bounds
+from vit_jax.io.bounds import Finite, Float, Positive, Rate
 from vit_jax.models import interface, layers, quantized
 
 # arXiv:2105.01601 table 1

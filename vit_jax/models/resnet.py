@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax import bounds
-from vit_jax.bounds import Finite, Float, Positive
 from vit_jax.errors import UserError
+from vit_jax.io import bounds
+from vit_jax.io.bounds import Finite, Float, Positive
 from vit_jax.models import interface, layers
 
 GROUPS = 32

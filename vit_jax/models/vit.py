@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax import bounds
-from vit_jax.bounds import Finite, Float, NonNegative, Positive, Rate
 from vit_jax.errors import UserError
+from vit_jax.io import bounds
+from vit_jax.io.bounds import Finite, Float, NonNegative, Positive, Rate
 from vit_jax.models import interface, layers, quantized, resnet
 
 # arXiv:2010.11929 table 1 (b, l, h); arXiv:2106.10270 table 2 (ti, s); arXiv:2106.04560 table 2

@@ -1,0 +1,170 @@
+"""Images of any kind as what a model takes, and the names of its classes: for notebooks.
+
+Shapes: B batch, H W image, C channels.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from vit_jax.convert import load as weights
+from vit_jax.convert import views
+from vit_jax.convert.fit import size_of
+from vit_jax.data import decoding, files, metadata, pipeline
+from vit_jax.errors import UserError
+from vit_jax.io.text import printable
+from vit_jax.models.interface import Metadata
+
+UNKNOWN = Metadata()
+KINDS = 'give the path of a file, a PIL image (PIL.Image.open(...)) or an array'
+RANGES = 'give uint8 (0 to 255), uint16 (0 to 65535) or floats from 0 to 1'
+
+
+def preprocess(
+    source: Any, images: Any, *, image_size: int | Sequence[int] | None = None, view: Any = None
+) -> jax.Array:
+    """Images as a model takes them, as `python -m vit_jax.predict` feeds it: float32 [B, H, W, 3].
+
+        model, params = vit_jax.load(path)
+        logits, out = model.apply({'params': params}, vit_jax.preprocess(model, ['a.jpg', 'b.png']))
+
+    Args:
+        source: a model that `vit_jax.load` returned, the pair with its parameters, or whatever
+            `load` takes: a path, an address, a name of the catalogue.
+        images: one image or several. An image is a file (its path or address; a folder stands for
+            the images in it and below, sorted), a PIL image, or an array [H, W], [H, W, 1],
+            [H, W, 3] or [H, W, 4] (with alpha) of uint8, uint16 (0 to 65535) or floats from 0 to 1.
+            An array [B, H, W, C] is several. Transparency is laid over white, EXIF orientation
+            applied, CMYK and grey become RGB.
+        image_size: pixels a side, or (height, width), if not those that `vit_jax.load` takes, which
+            predict and every other command take, too.
+        view: how an image comes to that size, as data/augment.py has it ('central', 'resize',
+            dict(name='central', crop=0.9)), if not as the checkpoint says.
+
+    Raises UserError for what is none of these, or can't be read, and names it.
+    """
+    model, about = described(source, image_size)
+    if len(model.mean) != 3:
+        raise UserError(f'this model is for images of {len(model.mean)} channels, not of 3')
+    size = size_of(image_size) or about.image_size
+    if size is None and about is UNKNOWN:
+        raise UserError("nothing tells the size of this model's images; give image_size=...")
+    size = size or (files.DEFAULT_SIZE,) * 2
+    made = pipeline.fixed_view(
+        views.given(view) or views.grown(about.view, about.image_size, size), size
+    )
+    pixels = [
+        files.pixels(image, made) if isinstance(image, str) else made(pixels_of(image), None)
+        for image in each(images)
+    ]
+    return model.normalise(np.stack(pixels))
+
+
+def class_names(source: Any) -> tuple[str, ...] | None:
+    """The names of the classes by label, None where the checkpoint does not say.
+
+    `source` as in `preprocess`: a model from `vit_jax.load`, or what `load` takes.
+    """
+    model, about = described(source)
+    return about.classes if about.classes and len(about.classes) == model.num_classes else None
+
+
+def described(source, image_size=None):
+    """(model, Metadata) of a model, a pair with its parameters, or anything that `load` takes."""
+    if isinstance(source, tuple) and source and hasattr(source[0], 'normalise'):
+        source = source[0]
+    if hasattr(source, 'normalise'):
+        return source, source.metadata or UNKNOWN
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f'{type(source).__name__} is neither a model nor a checkpoint to load')
+    found = weights.read(source, image_size=image_size, values=False, as_input=True)
+    return found.model, found.metadata
+
+
+def each(images):
+    """A list of one image or several: paths as text, in place of a folder those in it."""
+    if isinstance(images, (str, os.PathLike)):
+        return files.found([images])
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, (bytes, bytearray, Mapping)) or hasattr(images, 'read'):
+        raise UserError(f'{type(images).__name__} is no image; {KINDS}')
+    if hasattr(images, '__array__'):
+        return list(images) if np.ndim(images) == 4 else [images]
+    if not isinstance(images, Sequence) and not hasattr(images, '__iter__'):
+        raise UserError(f'{type(images).__name__} is no image; {KINDS}')
+    several = []
+    for image in images:
+        several += files.found([image]) if isinstance(image, (str, os.PathLike)) else [image]
+    if not several:
+        raise UserError('no image is given')
+    return several
+
+
+def pixels_of(image):
+    """uint8 [H, W, 3] of a PIL image or an array; UserError for anything else."""
+    if isinstance(image, Image.Image):
+        return of_picture(image)
+    if not hasattr(image, '__array__'):
+        raise UserError(f'{printable(type(image).__name__)} is no image; {KINDS}')
+    values = np.asarray(image)
+    shape = list(values.shape)
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.ndim != 3 or values.shape[-1] not in (1, 3, 4) or not values.size:
+        first = values.ndim == 3 and values.shape[0] in (1, 3, 4)
+        why = '; channels come last: image.transpose(1, 2, 0)' if first else ''
+        raise UserError(f'an image is {shape}, not [H, W, 3], [H, W, 4] or [H, W]{why}')
+    values = eight_bits(values)
+    if values.shape[-1] == 1:
+        return np.repeat(values, 3, axis=-1)
+    return np.asarray(decoding.to_rgb(Image.fromarray(values)))
+
+
+def of_picture(image):
+    """uint8 [H, W, 3] of a PIL image: of one whose file is opened and not yet decoded, its file's.
+
+    Pillow keeps not all that decides how a file looks (`decoding`), and its parser of EXIF fails.
+    """
+    if not all(image.size):
+        raise UserError(f'an image is {image.width} x {image.height} pixels')
+    file = getattr(image, 'fp', None)
+    if file and getattr(image, 'tile', None) and image.tell() == 0:
+        if image.format in (*decoding.FORMATS, 'MPO'):
+            at = file.tell()
+            file.seek(0)
+            data = file.read()
+            file.seek(at)
+            return decoding.decode(data)
+    if image.mode.startswith('I') and image.format is None:  # made of an array, as may be
+        values = np.asarray(image)
+        whole = 0 <= values.min() and values.max() < 2**16
+        values = eight_bits(values.astype(np.uint16) if whole else values)
+        pixels = np.repeat(values[..., None], 3, axis=-1)
+    else:
+        pixels = np.asarray(decoding.to_rgb(decoding.eight_bits(image, b'')))
+    return decoding.turned(pixels, metadata.orientation(image.info.get('exif', b'')))
+
+
+def eight_bits(values):
+    """Pixels as uint8, by their dtype and range; UserError where these do not tell what they are.
+
+    Floats are rounded to the nearest of 256 levels; of 16 bits the upper 8 are taken, as of files.
+    """
+    if values.dtype == np.uint8:
+        return values
+    low, high = float(values.min()), float(values.max())
+    where = f'an image of dtype {values.dtype} has values from {low:g} to {high:g}'
+    if values.dtype == np.uint16:
+        if 0 < high < 256:
+            raise UserError(f'{where}, as 8 bits have them; {RANGES}')
+        return (values >> 8).astype(np.uint8)
+    if not jax.numpy.issubdtype(values.dtype, np.floating):
+        raise UserError(f'{where}; {RANGES}')
+    if not (0 <= low and high <= 1):  # not a number is neither
+        raise UserError(f'{where}; {RANGES}. What is normalised already goes to model.apply')
+    return np.round(values.astype(np.float32) * 255).astype(np.uint8)

@@ -1,0 +1,183 @@
+"""Names of classes: by them the labels of a data set become those of a model or of a mixture."""
+
+import functools
+import re
+import sys
+import unicodedata
+
+import numpy as np
+
+from vit_jax.data.readers import facts
+from vit_jax.errors import UserError
+from vit_jax.io.text import printable
+
+BY = ('by_name', 'by_number')
+MOST_LISTED = 8  # names in a message
+
+
+@functools.cache
+def say(line):
+    """Prints a line to stderr, the same line once a process."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def are_numbers(names):
+    """Whether all names are whole numbers, as folders of ImageNet V2 have them; signs may be."""
+    return all(re.fullmatch(r'[+-]?\d{1,18}', name, re.ASCII) for name in names)
+
+
+def in_order(names, title):
+    """Names of class folders sorted: whole numbers as such, said where text has another order."""
+    if not are_numbers(names):
+        return sorted(names)
+    found, text = sorted(names, key=lambda name: (int(name), name)), sorted(names)
+    if found != text:
+        k = next(k for k, (a, b) in enumerate(zip(found, text, strict=True)) if a != b)
+        say(
+            f'{title}: class folders are numbers and sorted as such: label {k} is {found[k]} '
+            f'(torchvision sorts text: {text[k]})'
+        )
+    return found
+
+
+def tell_nothing(names):
+    """Whether names are 0, 1, 2, ... in order, as of a data set that has none of its own."""
+    return tuple(names) == tuple(map(str, range(len(names))))
+
+
+def spelled(name):
+    """A name without what spelling varies in: case, Unicode's composition, spaces, leading zeros.
+
+    File systems compose letters as they like (APFS and HFS+, Unicode's NFD).
+    """
+    name = ' '.join(unicodedata.normalize('NFC', name).casefold().split())
+    return str(int(name)) if are_numbers([name]) else name
+
+
+def matched(names, known):
+    """For each of `names` its index in `known`, or None; both without duplicates.
+
+    The same name, or else the only one that is spelled alike among those that are left.
+    """
+    index = {name: i for i, name in enumerate(known)}
+    found = [index.get(name) for name in names]
+    taken = set(found)
+    alike = {}
+    for i, name in enumerate(known):
+        if i not in taken:
+            alike.setdefault(spelled(name), []).append(i)
+    wanting = {}
+    for k, name in enumerate(names):
+        if found[k] is None:
+            wanting.setdefault(spelled(name), []).append(k)
+    for form, places in wanting.items():
+        if len(places) == len(alike.get(form, ())) == 1:
+            found[places[0]] = alike[form][0]
+    return found
+
+
+def doubled(names):
+    """The first name that is there twice, or None."""
+    once = set()
+    return next((name for name in names if name in once or once.add(name)), None)
+
+
+def listed(names):
+    """Names for a message, the first few of many."""
+    more = f' and {len(names) - MOST_LISTED} more' if len(names) > MOST_LISTED else ''
+    return ', '.join(names[:MOST_LISTED]) + more
+
+
+def places(names, classes, title, whose="the model's"):
+    """Labels of a data set with class `names` as those of `classes`: int32 [len(names)] or None.
+
+    None: they are the same, or one of both has no names (0, 1, 2, ...), and numbers are all there
+    is. Some of the classes are enough. UserError where there are others, or a name is there twice.
+    """
+    if tuple(names) == tuple(classes):
+        return None
+    if tell_nothing(names) and (tell_nothing(classes) or not are_numbers(classes)):
+        if not tell_nothing(classes):
+            say(f'{title} has no names of classes: its labels are compared by number')
+        return None
+    numbers = are_numbers(names)
+    twice = doubled(names) or doubled(classes)
+    found = [None] if twice else matched(names, classes)
+    if None not in found:
+        tell(names, classes, found, title, whose)
+        return np.array(found, np.int32)
+    if tell_nothing(classes) and (not numbers or len(names) == len(classes)):
+        few = len(names) < len(classes)
+        doubt = f', though it has {len(names)} classes of {len(classes)}' if few else ''
+        say(f'{whose} classes have no names: labels of {title} are compared by number{doubt}')
+        return None
+    way_out = 'source.labels=by_number takes labels by their numbers'
+    if twice:
+        raise UserError(
+            f'classes of {title} are not numbered as {whose}, and names do not tell which is '
+            f'which: {twice!r} is there twice; {way_out}'
+        )
+    other = [name for name, i in zip(names, found, strict=True) if i is None]
+    left = [name for i, name in enumerate(classes) if i not in set(found)]
+    alone = f'; of {whose}, it lacks {listed(left)}' if left else ''
+    raise UserError(
+        f'{title} has classes that are not {whose}: {listed(other)}{alone}. Labels are compared by '
+        f'name; {way_out}'
+    )
+
+
+def tell(names, classes, found, title, whose):
+    """Says in one line in what names and numbers differ."""
+    kinds = []
+    if len(names) < len(classes):
+        kinds.append(f'{len(names)} of them')
+    if found != sorted(found):
+        k = next(k for k, i in enumerate(found) if k != i)
+        kinds.append(f'in another order, label {k} ({names[k]}) being {found[k]}')
+    other = [(a, classes[i]) for a, i in zip(names, found, strict=True) if a != classes[i]]
+    if other:
+        kinds.append(f'spelled otherwise, {other[0][0]!r} for {other[0][1]!r}')
+    say(f'{title} has {whose} {len(classes)} classes, {", ".join(kinds)}: mapped by name')
+
+
+def relabelled(source, classes, title, whose="the model's"):
+    """A Source with the labels of `classes`, and their names where these have any."""
+    kind, by = type(source), source.labels
+    labels = None if by == 'by_number' else places(source.classes, classes, title, whose)
+    if labels is not None:
+        return kind(Mapped(source.records, labels), tuple(classes), by)
+    if tell_nothing(classes) or len(source.classes) > len(classes):
+        return source
+    return kind(source.records, tuple(classes), by)
+
+
+class Mapped:
+    """Records whose label k stands for `labels[k]`, int32 [K]."""
+
+    def __init__(self, records, labels):
+        self.records, self.labels = records, labels
+        self.max_labels = getattr(records, 'max_labels', None)
+        self.parts = getattr(records, 'parts', None)  # of a mixture, for the pipeline's order
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        data, label = self.records[i]
+        return data, translated(np.asarray(label, np.int32), self.labels)
+
+    def traits(self):
+        order, contents = facts.traits(self.records)
+        return [self.labels, *order], contents
+
+    def name(self, i):
+        return self.records.name(i)
+
+
+def translated(label, labels):
+    """Labels by a table, None for the same; what is out of range stays so."""
+    if labels is None:
+        return label
+    inside = (label >= 0) & (label < len(labels))
+    outside = np.where(label < 0, label, np.iinfo(np.int32).max)
+    return np.where(inside, labels[np.where(inside, label, 0)], outside).astype(np.int32)

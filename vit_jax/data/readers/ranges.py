@@ -1,0 +1,222 @@
+"""Examples that are ranges of bytes in files, local or at an address, and indices of them."""
+
+import collections
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import threading
+import time
+import zipfile
+from functools import partial
+
+import numpy as np
+
+from vit_jax.data.readers import records
+from vit_jax.errors import UserError
+from vit_jax.io import fetch, reasons
+from vit_jax.io.text import brief, printable
+
+THREADS = 8  # that index files; they wait for the disk or the network
+ATTEMPTS = 4  # to read from an address, a second, two and four apart
+SLACK = 2**20  # bytes by which an index may be larger than its file
+
+
+class Ranges:
+    """Ranges of bytes of many files (paths or addresses); picklable, threads may share it.
+
+    File k has examples ends[k - 1] to ends[k]; example i is `sizes[i]` bytes from `offsets[i]`. Of
+    an address only these bytes are fetched.
+    """
+
+    def __init__(self, files, counts, offsets, sizes):
+        self.files, self.ends = files, np.cumsum(np.asarray(counts, np.int64))
+        self.offsets, self.sizes = offsets, sizes
+        self.close()
+
+    def close(self):
+        """Closes all files; the next example opens one again."""
+        self.readers, self.lock = collections.OrderedDict(), threading.Lock()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ('readers', 'lock')}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.close()
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def locate(self, i):
+        """(number of the file, position in it) of example i; IndexError where there is none."""
+        i = int(i)
+        if not 0 <= i < len(self):
+            raise IndexError(f'no example {i} among {len(self)}')
+        k = int(np.searchsorted(self.ends, i, side='right'))
+        return k, i - (int(self.ends[k - 1]) if k else 0)
+
+    def name(self, i):
+        k, position = self.locate(i)
+        return f'{self.files[k]}[{position}]'
+
+    def read(self, i):
+        """The bytes of example i; UserError, with its name, where they can't be read."""
+        k, _ = self.locate(i)
+        start, size = int(self.offsets[i]), int(self.sizes[i])
+        for attempt in range(ATTEMPTS):
+            try:
+                data = self.reader(k)(start, size)
+                break
+            except Exception as e:
+                if isinstance(e, UserError) or not reasons.foreign(e):
+                    raise
+                if attempt + 1 == ATTEMPTS or not reasons.silent(e):
+                    raise UserError(f'can not read {self.name(i)}: {reasons.reason(e)}') from e
+                time.sleep(2**attempt)
+        if len(data) != size:
+            raise UserError(
+                f'{self.name(i)}: {len(data):,} bytes came of {size:,} at {start:,}: the file has '
+                'changed, or its server gives no parts of files'
+            )
+        return data
+
+    def reader(self, k):
+        """A function (start, size) -> bytes of file k; of many, those used last stay open."""
+        with self.lock:
+            if k not in self.readers:
+                self.readers[k] = reader(self.files[k])
+                while len(self.readers) > records.most_open():
+                    self.readers.popitem(last=False)  # closed with the last thread that reads
+            self.readers.move_to_end(k)
+            return self.readers[k]
+
+
+def reader(file):
+    """A function (start, size) -> bytes of a file, at a path or an address."""
+    if '://' in file:
+        fs, path = fetch.backend(file)
+        return lambda start, size: fs.cat_file(path, start=start, end=start + size) if size else b''
+    handle = open(file, 'rb', buffering=0)  # held by the function, and closed with it
+    return lambda start, size: os.pread(handle.fileno(), size, start)
+
+
+def index(files, scan, settings, *, beside):
+    """The dict of arrays that scan(stream, file, size) gives of each file, in their order.
+
+    What was found before is taken from the files' sidecars, if they have the same `settings` and
+    the files are as they were. `beside`: sidecars stand beside the files where possible.
+    """
+    work = partial(indexed, scan=scan, settings=settings, beside=beside, told=Told(len(files)))
+    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    try:
+        return list(pool.map(work, files))
+    finally:
+        pool.shutdown(cancel_futures=True)  # not those to come, where one has failed
+
+
+class Told:
+    """Says once that files are read through, which takes a while the first time."""
+
+    def __init__(self, count):
+        self.count, self.lock = count, threading.Lock()
+
+    def __call__(self, file):
+        with self.lock:
+            if self.count:
+                said = f'indexing {file} and the like, {self.count} in all'
+                print(printable(said), file=sys.stderr)
+            self.count = 0
+
+
+def indexed(file, *, scan, settings, beside, told):
+    """The index of one file: its sidecar's, or made anew and stored."""
+    with reading(file):
+        known = identity(file)
+        stamp = json.dumps({**known, **settings}, sort_keys=True)
+        places = sidecars(file, beside)
+        if len(known) > 1:  # a server that gives sizes alone can't say that a file has changed
+            for place in places:
+                found = load(place, stamp, known['size'])
+                if found is not None:
+                    return found
+        told(file)
+        size = known.get('size')
+        if size is None:
+            raise UserError(f'{file}: the server does not say how long it is')
+        with opened(file) as stream:
+            found = scan(stream, file, size)
+    for place in places if len(known) > 1 else ():
+        with contextlib.suppress(OSError):  # of a disk that is full or not to be written to
+            store(place, stamp, found)
+            break
+    return found
+
+
+@contextlib.contextmanager
+def reading(file):
+    """Turns what the disk or a server refuses into a UserError with the file's name."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, UserError) or not reasons.foreign(e):
+            raise
+        reason = getattr(e, 'strerror', None) or reasons.reason(e)
+        raise UserError(f'can not read {file}: {brief(reason)}') from e
+
+
+def identity(file):
+    """What tells a file from a changed one: its size and time, or what its server says."""
+    if '://' in file:
+        fs, path = fetch.backend(file)
+        return fetch.said(fs.info(path))
+    stat = os.stat(file)
+    return {'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
+
+
+def opened(file):
+    """A binary stream of a file, for reading here and there."""
+    if '://' in file:
+        fs, path = fetch.backend(file)
+        return fs.open(path, 'rb')
+    return open(file, 'rb', buffering=4096)  # a header, a label and the next header
+
+
+def sidecars(file, beside):
+    """The paths at which the index of a file may stand."""
+    if '://' in file:
+        return [fetch.cache_folder(file) / 'index.npz']
+    cached = fetch.cache_folder(os.path.abspath(file)) / 'index.npz'
+    return [pathlib.Path(f'{file}.index.npz'), cached] if beside else [cached]
+
+
+def store(place, stamp, arrays):
+    """Writes an index, which is complete or not there; OSError where the disk refuses."""
+    if place.name == 'index.npz':
+        place.parent.mkdir(parents=True, exist_ok=True)
+    part = fetch.part(place.parent, place.name, os.getpid())
+    try:
+        with part.open('wb') as out:
+            np.savez(out, stamp=np.frombuffer(stamp.encode(), np.uint8), **arrays)
+        os.replace(part, place)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(place, stamp, size):
+    """The arrays of a sidecar, None where it is of another file, of another format or damaged."""
+    try:
+        with zipfile.ZipFile(place) as file:
+            if sum(entry.file_size for entry in file.infolist()) > size + SLACK:
+                return None  # an index is smaller than its file; this one would take memory
+        with np.load(place, allow_pickle=False) as file:
+            if file['stamp'].tobytes() != stamp.encode():
+                return None
+            arrays = {key: file[key] for key in file.files if key != 'stamp'}
+        within = (arrays['offsets'] >= 0) & (arrays['sizes'] >= 0)
+        within &= arrays['offsets'] <= size - arrays['sizes']
+        return arrays if within.all() else None
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile):
+        return None

@@ -1,0 +1,179 @@
+"""Which files a data set has: folders, patterns, splits by name; on disk or at an address."""
+
+import contextlib
+import glob
+import json
+import os
+import re
+
+from vit_jax.data.readers import names, ranges, records, splits
+from vit_jax.errors import UserError
+from vit_jax.io import fetch
+
+MOST_CARD = 10_000_000  # bytes of a list of classes, or what else is said of a data set
+SHARDS = ('.tar', '.parquet', '.arrow')
+# as of imagenet-train-0001.tar
+IN_NAME = re.compile(rf'(?:^|[-_.])({"|".join(splits.KNOWN)})(?=[-_.0-9])')
+OF = re.compile(r'-\d+-of-(\d+)(?=[-.])')
+MOST_SHARDS = 1_000_000
+
+
+def listed(address):
+    """(names of the files, names of the folders) in a folder; both empty where there is none."""
+    if '://' not in address:
+        try:
+            with os.scandir(address) as entries:
+                found = [(entry.name, os.path.isdir(entry.path)) for entry in entries]
+        except OSError:  # `folder` says so
+            return set(), set()
+    else:
+        with fetch.explained(address):
+            fs, path = fetch.backend(address)
+            found = []
+            if fs.exists(f'{path.rstrip("/")}/{records.MANIFEST}'):  # a server may list nothing
+                return {records.MANIFEST}, set()
+            try:
+                for entry in fs.ls(path, detail=True):
+                    name = entry['name'].rstrip('/').rpartition('/')[2]
+                    found.append((name, entry['type'] == 'directory' or entry['name'][-1:] == '/'))
+            except FileNotFoundError:
+                return set(), set()
+    found = [(name, is_dir) for name, is_dir in found if not name.startswith('.')]
+    return {n for n, is_dir in found if not is_dir}, {n for n, is_dir in found if is_dir}
+
+
+def find_shards(address, files, folders):
+    """{split: shards} of a folder, of its folders train, val, ... or of data/; {} where none."""
+    base = address.rstrip('/')
+    for suffix in SHARDS:
+        own = shards_in(base, files, suffix)
+        # Beside folders of images a .tar is what they were unpacked from.
+        images = suffix == '.tar' and ('train' in folders or len(folders) > 1)
+        if own and not images:
+            return divided(own)
+        parts = {}
+        known = dict_splits(base, files) if suffix == '.arrow' else splits.KNOWN
+        for part in sorted(set(known) & folders):
+            inner = shards_in(f'{base}/{part}', listed(f'{base}/{part}')[0], suffix)
+            if inner:
+                parts[part] = complete(inner)
+        if parts:
+            return parts
+    if 'data' in folders and 'train' not in folders:
+        return find_shards(f'{base}/data', *listed(f'{base}/data'))
+    return {}
+
+
+def shards_in(folder, files, suffix):
+    """The shards of a kind among the files of a folder, sorted.
+
+    Of arrow files those that state.json of save_to_disk names; what map() and filter() of Hugging
+    Face leave beside them (cache-*.arrow) is no part of the data set.
+    """
+    found = sorted(name for name in files if name.endswith(suffix))
+    if suffix == '.arrow' and found:
+        own = state_files(folder) if 'state.json' in files else None
+        if own is None:
+            own = [name for name in found if not name.startswith('cache-')]
+        elif lost := [name for name in own if name not in files]:
+            raise UserError(f'{folder}/state.json names {lost[0]}, which is not there')
+        if rest := sorted(set(found) - set(own)):
+            names.say(f'{folder}: passed over {len(rest)} arrow files of a cache ({rest[0]})')
+        found = own
+    return [f'{folder}/{name}' for name in found]
+
+
+def state_files(folder):
+    """The files that a state.json names, in their order; None where it makes no sense."""
+    state = small_json(folder, 'state.json')
+    files = state.get('_data_files') if isinstance(state, dict) else None
+    files = [f.get('filename') for f in files if isinstance(f, dict)] if files else None
+    plain = files and all(isinstance(f, str) and '/' not in f and f for f in files)
+    return files if plain else None
+
+
+def dict_splits(folder, files):
+    """The splits that dataset_dict.json of save_to_disk names; the usual ones without it."""
+    found = small_json(folder, 'dataset_dict.json') if 'dataset_dict.json' in files else None
+    listed = found.get('splits') if isinstance(found, dict) else None
+    if isinstance(listed, list) and all(isinstance(split, str) for split in listed):
+        return listed
+    return splits.KNOWN
+
+
+def small_json(folder, name):
+    """What a JSON file holds, None where it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(small_file(folder, name) or b'null')
+    return None
+
+
+def divided(paths):
+    """{split: shards} by the splits in their names, all of 'train' where none has one."""
+    parts = {}
+    for path in paths:
+        match = IN_NAME.search(path.rpartition('/')[2])
+        parts.setdefault(match[1] if match else '', []).append(path)
+    if len(parts) > 1 and '' in parts:
+        raise UserError(f'{parts[""][0]} names no split ({", ".join(splits.KNOWN)}), as others do')
+    return {part or 'train': complete(found) for part, found in parts.items()}
+
+
+def complete(paths):
+    """The shards as they came; UserError where their names say that there are more."""
+    counts = {int(m[1]) for p in paths if (m := OF.search(p.rpartition('/')[2]))}
+    if len(counts) == 1 and len(paths) < min(counts):
+        raise UserError(f'of {min(counts)} shards there are {len(paths)}, as {paths[0]}')
+    return paths
+
+
+def expanded(pattern):
+    """The files of a pattern: {000..146} and {a,b} counted out, the rest found, if with a *."""
+    found = ['']
+    for fixed, _, inner in re.findall(r'([^{]*)(\{([^{}]*)\})?', pattern):
+        words = [''] if not inner else spelled(inner, pattern)
+        if len(found) * len(words) > MOST_SHARDS:
+            raise UserError(f'{pattern} stands for more than {MOST_SHARDS:,} files')
+        found = [f'{start}{fixed}{word}' for start in found for word in words]
+    if '*' in pattern:
+        found = [file for one in found for file in globbed(one)]
+    if not found:
+        raise UserError(f'no file is as {pattern}')
+    return found
+
+
+def spelled(inner, pattern):
+    """The words of a pair of braces: 08..11 to 08, 09, 10, 11, and a,b to a, b."""
+    bounds = re.fullmatch(r'(\d{1,9})\.\.(\d{1,9})', inner)
+    if not bounds:
+        return inner.split(',')
+    low, high = int(bounds[1]), int(bounds[2])
+    if not low <= high < low + MOST_SHARDS:
+        raise UserError(f'{{{inner}}} of {pattern} does not count up to {MOST_SHARDS:,} files')
+    return [str(number).zfill(len(bounds[1])) for number in range(low, high + 1)]
+
+
+def globbed(pattern):
+    """The files that are as a pattern with a *, in the order of their names."""
+    if '://' not in pattern:
+        return sorted(glob.glob(pattern))
+    with fetch.explained(pattern):
+        fs, path = fetch.backend(pattern)
+        start = pattern.removesuffix(path)
+        return [f'{start}{found}' for found in sorted(fs.glob(path))]
+
+
+def small_file(folder, name):
+    """The bytes of a file in a folder (a path or an address), None where there is none."""
+    where = f'{folder.rstrip("/")}/{name}'
+    with ranges.reading(where):
+        try:
+            if '://' in where:
+                fs, path = fetch.backend(where)
+                return fs.cat_file(path, end=MOST_CARD)
+            if os.path.getsize(where) > MOST_CARD:
+                return None
+            with open(where, 'rb') as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None

@@ -1,0 +1,166 @@
+"""Records as ranges of bytes of files, and TFDS's TFRecords at any index without TensorFlow.
+
+A TFRecord is uint64 length, masked CRC-32C of the length, data, masked CRC-32C of the data
+(tensorflow/core/lib/io/record_writer.h). Where its records begin is found by one pass over the
+lengths, and kept in the cache. A record is a tf.train.Example.
+"""
+
+import array
+import struct
+
+import numpy as np
+
+from vit_jax.data.readers import example, ranges
+from vit_jax.errors import UserError
+from vit_jax.io.text import brief
+
+try:  # a part of the extra `remote`; without it only the lengths are checked
+    from google_crc32c import value as crc32c
+except ImportError:
+    crc32c = None
+
+HEADER, FOOTER = 12, 4  # bytes around the data
+MASK = 0xA282EAD8
+
+
+def crc_table():
+    """uint32 [256]: the CRC-32C of one byte (polynomial 0x1EDC6F41, reflected)."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, table >> 1 ^ np.uint32(0x82F63B78), table >> 1)
+    return table
+
+
+TABLE = crc_table()
+
+
+def crc_of_rows(rows):
+    """The CRC-32C of each row of bytes: uint8 [n, b] to uint32 [n]."""
+    crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
+    for column in rows.T:
+        crc = TABLE[(crc ^ column) & 0xFF] ^ crc >> 8
+    return ~crc
+
+
+def masked(crc):
+    """A CRC as it is stored, so that the CRC of data that holds CRCs is sound: uint32 [n]."""
+    with np.errstate(over='ignore'):
+        return (crc >> np.uint32(15) | crc << np.uint32(17)) + np.uint32(MASK)
+
+
+def scan(stream, file, size):
+    """{offsets, sizes: int64 [n]} of the data of a file's records; UserError with the position."""
+    offsets, headers, at = array.array('q'), bytearray(), 0
+    while at < size:
+        stream.seek(at)
+        header = stream.read(HEADER)
+        if len(header) < HEADER:
+            break
+        headers += header
+        offsets.append(at + HEADER)
+        at += HEADER + struct.unpack_from('<Q', header)[0] + FOOTER
+    rows = np.frombuffer(bytes(headers), np.uint8).reshape(-1, HEADER)
+    stored = np.ascontiguousarray(rows[:, 8:]).view('<u4')[:, 0]
+    wrong = np.flatnonzero(masked(crc_of_rows(rows[:, :8])) != stored)
+    if len(wrong):
+        k = int(wrong[0])
+        raise UserError(
+            f'{file} is damaged: no length of record {k} at byte {offsets[k] - HEADER:,} '
+            '(its CRC differs)'
+        )
+    if at != size:
+        k = max(0, len(offsets) - (at > size))
+        raise UserError(f'{file} breaks off at byte {size:,}, within record {k}')
+    sizes = np.ascontiguousarray(rows[:, :8]).view('<u8')[:, 0].astype(np.int64)
+    return {'offsets': np.array(offsets, np.int64), 'sizes': sizes}
+
+
+class TfRecords(ranges.Ranges):
+    """(image bytes, label) of some of the records of files: of each `take` behind the first `skip`.
+
+    `counts` are the records that each file should have.
+    """
+
+    def __init__(self, files, counts, skips, takes, *, image='image', label='label'):
+        found = ranges.index(files, scan, {'format': 'tfrecord 1'}, beside=False)
+        for file, one, count in zip(files, found, counts, strict=True):
+            if len(one['offsets']) != count:
+                raise UserError(
+                    f'{file} has {len(one["offsets"]):,} records, {count:,} by dataset_info.json'
+                )
+        self.skips = np.array(skips, np.int64)
+        parts = [slice(skip, skip + take) for skip, take in zip(skips, takes, strict=True)]
+        offsets, sizes = (
+            np.concatenate([one[key][part] for one, part in zip(found, parts, strict=True)])
+            for key in ('offsets', 'sizes')
+        )
+        self.image, self.key = image.encode(), label.encode()
+        super().__init__(files, takes, offsets, sizes + FOOTER)
+
+    def locate(self, i):
+        k, position = super().locate(i)
+        return k, position + int(self.skips[k])
+
+    def traits(self):
+        names = [file.rpartition('/')[2] for file in self.files]
+        return [*names, self.ends, self.skips], [self.sizes]
+
+    def read(self, i):
+        """The data of record i; its CRC is checked where google-crc32c is installed."""
+        data = super().read(i)
+        data, stored = data[:-FOOTER], int.from_bytes(data[-FOOTER:], 'little')
+        if crc32c is not None and masked(np.uint32(crc32c(data))) != stored:
+            raise UserError(f'record {self.name(i)} is damaged (its CRC differs)')
+        return data
+
+    def __getitem__(self, i):
+        try:
+            return image_and_label(self.read(i), self.image, self.key)
+        except ValueError as e:
+            if isinstance(e, UserError):
+                raise
+            raise UserError(f'record {self.name(i)} is damaged: {brief(e)}') from e
+
+
+def image_and_label(record, image, label):
+    """(bytes of the image, label) of a tf.train.Example; ValueError where it is none."""
+    found = {}
+    for number, kind, start, stop in example.fields(record, 0, len(record)):
+        if number == 1 and kind == example.BYTES:
+            for inner, inner_kind, begin, end in example.fields(record, start, stop):
+                if inner == 1 and inner_kind == example.BYTES:
+                    key, span = example.entry(record, begin, end)
+                    found[key] = span
+    for key in (image, label):
+        if key not in found:
+            raise ValueError(f'it has no feature {key.decode()}')
+    labels = example.integers(record, *found[label])
+    if len(labels) != 1:
+        raise ValueError(f'it has {len(labels)} labels, not one')
+    return example.one_bytes(record, *found[image], 'image'), labels[0]
+
+
+def of_builder(builder, split, *, image='image', label='label'):
+    """A split ('train', 'train[:90%]', 'train+test') of a builder of TFDS, prepared as TFRecord.
+
+    Reads features that TFDS stores as they are: an Image of uint8 and a ClassLabel.
+    """
+    import tensorflow_datasets as tfds
+
+    feature = builder.info.features[image]
+    if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
+        raise UserError(
+            f'feature {image!r} of data set {builder.info.full_name} is {feature!r}; of data sets '
+            'prepared as TFRecord only images of uint8 are read here; prepare it with: '
+            f'tfds build {builder.info.name} --file_format=array_record'
+        )
+    chosen = builder.info.splits[split].file_instructions
+    files = [str(one.filename) for one in chosen]
+    return TfRecords(
+        files,
+        [one.examples_in_shard for one in chosen],
+        [one.skip for one in chosen],
+        [one.take for one in chosen],
+        image=image,
+        label=label,
+    )

@@ -1,0 +1,250 @@
+"""Pictures of a run or a checkpoint: python -m vit_jax.figures X [--images FILE,...] [--out DIR].
+
+X is anything that vit_jax.load takes, or a folder of runs. Into DIR, the workdir of a run if not
+given, go PNGs, and page.html with all of them, the settings, costs and versions in one file that
+needs no other.
+
+Of a run, from its newest checkpoint: summary.png (loss and accuracy, worst mistakes, where the
+class token looks), curves.png and confusion.png. Of any model what arXiv:2010.11929 has in figures
+6, 7 and 14: filters.png, positions.png and, over the images, distance.png, rollout.png and
+heads.png, with what the model says of them. Of a folder with runs that begin from others in it:
+images.png and compute.png, accuracy against the size and compute of their pre-training (figures 3
+to 5).
+"""
+
+import itertools
+import os
+from functools import partial
+
+import numpy as np
+from absl import flags
+
+from vit_jax import assembly, cli, models, optim
+from vit_jax import config as configs
+from vit_jax.convert import load as weights
+from vit_jax.convert import run
+from vit_jax.data import files, mixture, pipeline
+from vit_jax.data.prepare import crew
+from vit_jax.errors import UserError
+from vit_jax.evaluators import classify
+from vit_jax.figures import model_page, page, plates, scaling, summary
+from vit_jax.io import storage
+from vit_jax.io.text import number, printable
+from vit_jax.models import interface
+from vit_jax.run import checkpoint, history, report, workdir
+
+ATTENDED = 4  # images
+MOST_CONFUSED = 200  # classes of a picture
+MOST_FREQUENT = 20  # pairs of classes
+
+
+class Images:
+    """Examples of a data set as the model sees them, each read when it is asked for."""
+
+    def __init__(self, source, ids, view, image_size):
+        self.ids = ids
+        self.read = partial(
+            pipeline.example, source=source, view=pipeline.make_view(view, image_size),
+            image_size=image_size,
+        )  # fmt: skip
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return self.read(int(self.ids[i]), np.random.default_rng(0))['image']
+
+
+def of_run(path, out):
+    """Draws a run from its newest checkpoint; yields parts of its page (see `page`)."""
+    config = configs.complete(workdir.read_json(path / 'config.json'))
+    parts = assembly.make(config, classes=assembly.kept_classes(config, path, begun=True))
+    try:
+        state = checkpoint.newest(path, parts.abstract)
+    except checkpoint.Damaged as e:
+        raise UserError(f'the newest checkpoint of {path} is damaged: {e}') from e
+    if state is None:
+        raise UserError(f'{path} has no checkpoint yet')
+    lines = history.read_lines(path)
+    result = workdir.read_result(path) or {}
+    last = {k: v for line in lines for k, v in line.items() if '/' in k}
+    values = [(k, number(v)) for k, v in (result.get('metrics') or last).items() if '/' in k]
+    yield 'Results', f'At step {int(state.step):,}.', [('metric', 'value'), *values]
+    if result.get('expected'):
+        yield 'Expected', 'What the recipe was to come to.', [
+            ('metric', 'expected', 'measured', '', 'source'),
+            *((row['metric'], f'{row["value"]} \N{PLUS-MINUS SIGN} {row["tolerance"]}',
+               '' if row['measured'] is None else number(row['measured']),
+               report.VERDICTS[row['pass']], row['source']) for row in result['expected']),
+        ]  # fmt: skip
+    classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
+    if classifying:
+        yield from of_predictions(
+            config, parts, *next(iter(classifying.items())), state, lines, out
+        )
+    if plates.curves(out / 'curves.png', lines):
+        yield 'Curves', 'All that was recorded, over the steps; evaluations are marked.', (
+            out / 'curves.png')
+
+
+def of_predictions(config, parts, name, evaluation, state, lines, out):
+    """The parts of the page that a run's first evaluation tells."""
+    params = optim.averaged(state)
+    with crew.Bar(printable(name), len(evaluation.source), brief=True) as bar:
+        found = evaluation.predictions(params, bar.add)
+    found['label'] = classify.one_label(found['label'], found['prediction'])
+    images = Images(
+        evaluation.source, found['id'], config.evals[name].view, config.evals[name].image_size
+    )
+    order = summary.mistakes_first(found['label'], found['prediction'], found['confidence'])
+    attended = np.stack([images[i] for i in order[:ATTENDED]])
+    summary.draw(
+        out / 'summary.png',
+        evaluation=name, title=f'{config.model.name} on {mixture.title(config.data.source)}, '
+        f'step {int(state.step):,}',
+        lines=lines, images=images, labels=found['label'],
+        predictions=found['prediction'], confidences=found['confidence'],
+        classes=evaluation.source.classes, attended=attended,
+        attention=model_page.attention_over(parts.model, params, attended),
+    )  # fmt: skip
+    yield 'Summary', f'The evaluation {name}.', out / 'summary.png'
+    yield from of_mistakes(found, evaluation.source.classes, parts.model.num_classes, out)
+
+
+def of_mistakes(found, classes, count, out):
+    """The confusion of a model's `count` classes: a picture where they are few, and a table."""
+    label, prediction = found['label'], found['prediction']
+    names = [classify.class_name(classes, i) for i in range(count)]
+    if count <= MOST_CONFUSED:
+        plates.confusion(
+            out / 'confusion.png', classify.confusion(label, prediction, count), names
+        )
+        yield 'Confusion', 'By row what each class was taken for, in percent.', (
+            out / 'confusion.png')
+    known = label >= 0
+    images = np.bincount(label[known], minlength=count)
+    wrong = known & (label != prediction)
+    pairs, times = np.unique(label[wrong] * count + prediction[wrong], return_counts=True)
+    often = np.argsort(-times, kind='stable')[:MOST_FREQUENT]
+    rows = [(*divmod(int(pairs[i]), count), int(times[i])) for i in often]
+    if not rows:
+        return
+    yield 'Most frequent mistakes', 'Of all images of the true class.', [
+        ('true class', 'taken for', 'times', 'of'),
+        *((names[i], names[j], f'{n:,}', f'{images[i]:,}') for i, j, n in rows),
+    ]  # fmt: skip
+
+
+def of_records(path):
+    """The parts of a run's page that nothing is drawn for."""
+    result = workdir.read_result(path)
+    if result:
+        names = ('seconds', 'images_per_s', 'examples_seen', 'device_kind', 'device_count')
+        costs = report.costs(result) | {name: result.get(name) for name in names}
+        yield 'Costs', 'exaFLOPs: three forward passes an image (arXiv:2010.11929 table 6).', [
+            ('', ''), *((k, page.said(v)) for k, v in costs.items())]
+        versions = result.get('versions', {})
+        versions |= {k: result.get(k) for k in ('git_commit', 'finished')}
+        yield 'Versions', 'Of the process that ended the run.', [('', ''), *versions.items()]
+    settings = workdir.flat(workdir.read_json(path / 'config.json'))
+    yield 'Settings', 'All, as --config.KEY=VALUE would change them.', [
+        ('key', 'value'), *((k, page.said(v)) for k, v in settings.items())]
+
+
+def of_study(runs, out):
+    """Draws how the runs of a folder transfer; yields parts of its page."""
+    found = scaling.points(runs)
+    if scaling.draw_images(out / 'images.png', found):
+        yield 'Transfer and the size of the pre-training', (
+            'Models that were pre-trained on several numbers of images (arXiv:2010.11929 figures '
+            '3 and 4).'), out / 'images.png'
+    if found:
+        scaling.draw_compute(out / 'compute.png', found)
+        yield 'Transfer and the compute of the pre-training', (
+            'Of the runs on most images; all their forward and backward passes (figure 5).'), (
+            out / 'compute.png')
+    hours = sum(report.costs(result)['device_hours'] for _, _, result in runs)
+    rows = [('run', 'model', 'data', 'accuracy', 'seconds')]
+    for path, config, result in runs:
+        value = scaling.accuracy(config, result)
+        rows.append((
+            path, scaling.model_of(config, result), mixture.title(config['data']['source']),
+            '' if value is None else page.said(value), page.said(result['seconds']),
+        ))  # fmt: skip
+    yield 'Runs', f'{len(runs):,}; {hours:,.3g} device-hours in all.', rows
+
+
+def main(argv):
+    if len(argv) != 2:
+        raise UserError('usage: python -m vit_jax.figures X [--images FILE,...] [--out DIR]')
+    options = flags.FLAGS
+    path, step = run.parts(argv[1]) if run.is_run(argv[1]) else (None, None)
+    is_run = path is not None and step is None  # not one of its checkpoints
+    is_folder = path is None and os.path.isdir(argv[1])
+    runs = workdir.finished([argv[1]]) if is_folder else []
+    if not is_run and not options.out:
+        raise UserError(f'{argv[1]} is no workdir of a run; give --out, a folder for the pictures')
+    out = workdir.located(options.out or path)
+    paths = files.found(listed(options.images), skip=out)
+    storage.folder(out)  # a mistake is known before anything is computed
+    title, looks = argv[1], None
+    if runs:
+        stages = [of_study(runs, out)]
+    else:
+        found = weights.read(argv[1], image_size=options.image_size, as_input=True)
+        name = named(found)
+        title = f'{name}: {title}'
+        stages = [model_page.of_model(found, out)]
+        if paths:
+            interface.check_output(found.model)
+            drawn = model_page.chosen(paths, options.max_images)
+            if len(drawn) < len(paths):
+                print(f'{len(drawn)} of {len(paths):,} images are drawn; --max_images=N draws more')
+            looks = model_page.Looks(found, drawn)
+            stages.append(looks.parts(out))
+        stages.append([model_page.of_fields(found, name)])
+    if is_run:
+        stages = [of_run(path, out), *stages, of_records(path)]
+    parts = []
+    for part in itertools.chain(*stages):
+        parts.append(part)
+        if isinstance(part[-1], os.PathLike):
+            print(f'Picture: {printable(part[-1])}', flush=True)
+    text = page.document(title, 'Drawn by python -m vit_jax.figures.', parts)
+    storage.write(out / 'page.html', text.encode())
+    print(f'Page: {printable(out / "page.html")}')
+    if looks and looks.failed:
+        raise UserError(f'{looks.failed} of {len(drawn)} images can not be read')
+
+
+def listed(texts):
+    """The names in texts of several with commas between them; a path that is there is one name."""
+    names = []
+    for text in texts:
+        whole = os.path.exists(os.path.expanduser(text))
+        names += [text] if whole else [name for name in text.split(',') if name]
+    return names
+
+
+def named(found):
+    """What a run's config calls the model, else the shortest name that makes it."""
+    model = (found.config or {}).get('model')
+    name = model.get('name') if isinstance(model, dict) else None
+    return name if isinstance(name, str) else models.describe(found.model)['name']
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('out', None, 'Folder for the pictures; the workdir if not given.')
+    flags.DEFINE_multi_string(
+        'images', [], 'Images, folders of them or addresses, to see what the model makes of them: '
+        'several with commas between them, or by giving the flag again',
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        'max_images', 16, 'Images to draw of these, at most, evenly spaced.',
+        lower_bound=1, upper_bound=100,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        'image_size', None, "Pixels a side, if not the checkpoint's own.", lower_bound=1,
+        upper_bound=65_536,
+    )  # fmt: skip
+    cli.run(main)

@@ -1,0 +1,187 @@
+"""How well runs transfer, against the size and the compute of what they began from.
+
+The figures 3 to 5 of arXiv:2010.11929, of any folder of runs: some that begin from others of the
+same folder, some from random weights for comparison, and few shots that the others ended with.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from vit_jax.data import mixture
+from vit_jax.figures import plates, summary
+from vit_jax.io.text import flop
+
+FAMILIES = ('ViT', 'hybrid', 'ResNet', 'Mixer')
+UNITS = (('exa', 1), ('peta', 1e-3), ('tera', 1e-6), ('giga', 1e-9))  # in exaFLOP
+
+
+class Point(NamedTuple):
+    """A measurement of a model that was pre-trained, or not."""
+
+    task: str  # 'digits, fine-tuned'
+    model: str  # 'ViT, 7.5 MFLOP'
+    family: str  # one of FAMILIES
+    images: int  # of the pre-training's data set; 0: from random weights
+    exaflops: float  # of the pre-training
+    value: float
+
+
+def family_of(model):
+    """The family of a config's section `model`."""
+    if model['name'].startswith('bit'):
+        return 'ResNet'
+    if model['name'].startswith('mixer'):
+        return 'Mixer'
+    return 'ViT' if model.get('resnet') is None else 'hybrid'
+
+
+def model_of(config, result):
+    """What a picture calls a model: its published name, else its family and compute."""
+    name = config['model']['name']
+    if '-' in name:
+        return name
+    return f'{family_of(config["model"])}, {flop(result["flops_per_image"])}'
+
+
+def points(runs):
+    """[Point] of finished runs [(workdir, config, result)], as workdir.finished gives them."""
+    sizes, before, begun = {}, {}, {}
+    for path, config, _ in runs:
+        begin = (config.get('init_from') or '').rstrip('/')
+        found = [run for run in runs if begin and f'/{run[0]}'.endswith(f'/{begin}')]
+        if found:
+            before[path] = found[0]
+            begun[same(found[0][1])] = found[0]
+    tasks = {mixture.title(config['data']['source']) for path, config, _ in runs if path in before}
+    points = []
+
+    def add(task, upstream, value, images=None, exaflops=None):
+        _, config, result = upstream
+        images = images_of(config, sizes) if images is None else images
+        exaflops = result['costs']['exaflops'] if exaflops is None else exaflops
+        family = family_of(config['model'])
+        points.append(Point(task, model_of(config, result), family, images, exaflops, value))
+
+    for path, config, result in runs:
+        task, value = mixture.title(config['data']['source']), accuracy(config, result)
+        if path in before:
+            if value is not None:
+                add(f'{task}, fine-tuned', before[path], value)
+        elif task in tasks and same(config) in begun and not config.get('init_from'):
+            if value is not None:  # named as the pre-trained one, whose head may be larger
+                add(f'{task}, fine-tuned', begun[same(config)], value, 0, 0.0)
+        else:
+            for name, few in result['metrics'].items():
+                data, _, shots = name.rpartition('/')
+                if shots.endswith('_shot'):
+                    count = shots.removesuffix('_shot')
+                    add(f'{data}, {count} shots of each class', (path, config, result), few)
+    return points
+
+
+def same(config):
+    """What two runs of one model have in common, whatever their classes."""
+    return str(sorted((k, v) for k, v in config['model'].items() if k != 'num_classes'))
+
+
+def accuracy(config, result):
+    """Of the run's first evaluation as a classifier; None without one."""
+    names = (name for name, given in config['evals'].items() if given['type'] == 'classify')
+    values = (result['metrics'].get(f'{name}/accuracy') for name in names)
+    return next((value for value in values if value is not None), None)
+
+
+def images_of(config, known):
+    """How many images a run was trained on."""
+    source = config['data']['source']
+    key = str(source)
+    if key not in known:
+        known[key] = len(mixture.load(**source))
+    return known[key]
+
+
+def draw_images(path, found):
+    """Accuracy over the images of the pre-training, a line for each model, a panel a task.
+
+    Drawn are models that were pre-trained on several numbers of images; False if none was.
+    """
+    trained = {}
+    for p in found:
+        trained.setdefault(p.model, set()).add(p.images)
+    chosen = [p for p in found if len(trained[p.model] - {0}) > 1]
+    sizes = sorted({p.images for p in chosen})
+    places = {size: i for i, size in enumerate(sizes)}  # evenly spaced, as 0 has no logarithm
+    if not chosen:
+        return False
+
+    def panel(ax, of_task):
+        for model in dict.fromkeys(p.model for p in of_task):
+            line = curve((places[p.images], p.value) for p in of_task if p.model == model)
+            family = next(p.family for p in of_task if p.model == model)
+            ax.plot(*line, lw=1.3, ms=5, label=model, **style(family))
+        ax.set_xticks(range(len(sizes)), [f'{s:,}' if s else 'none' for s in sizes])
+        ax.set_xlim(-0.2, len(sizes) - 0.8)
+
+    panels(path, chosen, panel, 'images of the pre-training')
+    return True
+
+
+def draw_compute(path, found):
+    """Accuracy over the compute of the pre-training on most images, a point for each model."""
+    most = max(p.images for p in found)
+    chosen = [p for p in found if p.images == most]
+    low, high = (f(p.exaflops for p in chosen) for f in (min, max))
+    unit, scale = next((u, s) for u, s in UNITS if high >= s or u == UNITS[-1][0])
+    ticks = [float(f'{t:.2g}') for t in np.geomspace(low / scale, high / scale, 4)]
+
+    def panel(ax, of_task):
+        for family in FAMILIES:
+            line = curve((p.exaflops / scale, p.value) for p in of_task if p.family == family)
+            if line[0]:
+                ax.plot(*line, ls=':', lw=0.8, ms=5, label=family, **style(family))
+        ax.set_xscale('log')
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+        ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
+        ax.set_xlim(low / scale / 1.1, 1.1 * high / scale)
+
+    panels(path, chosen, panel, f'compute of the pre-training on {most:,} images, {unit}FLOP')
+
+
+def curve(points):
+    """(xs, ys) of points (x, y), with the mean where several, as of several seeds, have an x."""
+    at = {}
+    for x, y in points:
+        at.setdefault(x, []).append(y)
+    return sorted(at), [float(np.mean(at[x])) for x in sorted(at)]
+
+
+def style(family):
+    """Colour and marker of a family, told apart by the colour-blind and in print."""
+    i = FAMILIES.index(family)
+    return dict(color=summary.LINES[i], marker=summary.MARKERS[i])
+
+
+def panels(path, found, panel, xlabel):
+    """Writes a PNG with a panel for each task, drawn by `panel(axes, points)`."""
+    tasks = list(dict.fromkeys(p.task for p in found))
+    columns = min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(4.4 * columns, 0.5 + 2.9 * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(tasks) :]:
+        ax.set_axis_off()
+    for ax, task in zip(axes, tasks, strict=False):
+        panel(ax, [p for p in found if p.task == task])
+        ax.set_title(task, fontsize=9, loc='left', parse_math=False)
+        ax.grid(color='#E5E5E5', lw=0.6)
+        ax.tick_params(labelsize=8)
+        ax.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+        ax.spines[['top', 'right']].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside upper center', ncols=4, frameon=False, fontsize=8)
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel('accuracy', fontsize=9)
+    plates.save(path, figure)

@@ -1,0 +1,78 @@
+"""What a run would be, by its config: neither data nor checkpoint nor devices are needed."""
+
+import jax
+
+from vit_jax import assembly
+from vit_jax import config as configs
+from vit_jax.data import mixture
+from vit_jax.errors import UserError
+from vit_jax.io.text import flop, printable
+from vit_jax.plan import estimate
+
+
+def of(config, path):
+    """Text: model, data, length and cost of a run in the folder `path`; UserError for mistakes.
+
+    Data that is not here is taken to be as large as it is known to be, and what neither it nor the
+    checkpoint tells is said to be unknown. The mesh is left out, as the devices of the run may be
+    elsewhere; batch size and mesh are what `plan` checks.
+    """
+    title = printable(mixture.title(config.data.source))
+    try:
+        source, note = estimate.data_set(config.data.source)
+        data = f'{note or title}: {len(source):,} images, {len(source.classes):,} classes'
+    except UserError as e:
+        source, data = None, f'{title}: unknown ({str(e).partition("; state its size")[0]})'
+    parts = None if config.model.get('name') is None else made(config, source)
+    lines = [
+        f'workdir  {path}',
+        f'model    {model(config, parts, source)}',
+        f'data     {data}',
+        f'length   {length(config, parts, source)}',
+        f'begins   from {config.init_from or "random parameters"}',
+        f'evals    {", ".join(config.evals) or "none"}',
+    ]
+    for row in config.expected:
+        cell = row.get('cell')
+        where = f', {cell[0]}: {", ".join(map(str, cell[1]))}; {cell[2]}' if cell else ''
+        lines.append(f'expected {row["metric"]} {row["value"]} +- {row["tolerance"]}{where}')
+    return '\n'.join(lines)
+
+
+def made(config, source):
+    """The run's parts but its evaluations, on one device; of unknown data for any length."""
+    plain = configs.ConfigDict(estimate.without_evals(config).to_dict())
+    plain.mesh = configs.ConfigDict(dict(data=1, fsdp=1, tensor=1))
+    if source is None:
+        plain.steps = plain.steps or 2**31 - 1
+        classes = plain.model.num_classes or 1
+        source = estimate.stated(plain.data.batch_size, classes)
+    return assembly.make(plain, source, jax.devices()[:1])
+
+
+def model(config, parts, source):
+    """Its name and size; without the head where nothing tells its classes."""
+    if parts is None:
+        return f'unknown, as {printable(config.init_from)} can not be read'
+    known = source is not None or config.model.num_classes
+    leaves = [(name, count) for name, _, count, *_ in parts.tx.table]
+    count = sum(count for name, count in leaves if known or 'head/' not in f'/{name}')
+    return (
+        f'{config.model.name}: {count:,} parameters{"" if known else " without the head"}, '
+        f'{flop(parts.model.flops(parts.shape))} an image forward at {parts.shape[0]} x '
+        f'{parts.shape[1]}'
+    )
+
+
+def length(config, parts, source):
+    """Steps, epochs and compute, as far as data and model are known."""
+    if source is None:
+        steps = f'{config.steps:,} steps' if config.steps else f'{config.epochs:g} epochs'
+        return f'{steps} of {config.data.batch_size:,} images a step'
+    steps = assembly.steps_of(config, source)
+    images = steps * config.data.batch_size
+    epochs = images / len(source)
+    text = f'{steps:,} steps of {config.data.batch_size:,} images, {epochs:.3g} epochs'
+    if parts is None:
+        return text
+    return f'{text}, {3 * parts.model.flops(parts.shape) * images / 1e18:.3g} exaFLOPs'

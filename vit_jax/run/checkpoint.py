@@ -1,0 +1,365 @@
+"""Checkpoints of a run: Orbax, asynchronous, verified to the bit when they are read."""
+
+import asyncio
+import contextlib
+import errno
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import traceback
+import warnings
+from typing import Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from vit_jax.errors import Lost, UserError
+from vit_jax.io import storage
+from vit_jax.io.bounds import NonNegative, Positive
+from vit_jax.io.text import finite, printable
+from vit_jax.optim import leaf_name
+from vit_jax.run import history
+from vit_jax.run.fingerprints import (
+    Contents,
+    ContentsRestore,
+    ContentsSave,
+    coming,
+    contents,
+    named,
+)
+
+REFUSALS = (  # of a file system, which the libraries raise as errors of several kinds
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ESTALE,
+    errno.ENODEV, errno.ENXIO, errno.ENOMEM, errno.ELOOP, errno.ENAMETOOLONG, errno.ETIMEDOUT,
+)  # fmt: skip
+
+
+class Damaged(Exception):
+    """A checkpoint whose arrays are not those that were saved."""
+
+
+class Checkpoints:
+    """The folder `checkpoints` of a run.
+
+    Saves every `every` steps (0: at the end alone), in the background. Keeps the last `keep`,
+    every `keep_every`-th step where given, and the best by the metric `best` ('test/accuracy'),
+    the largest unless `mode` is 'min'; config.py sets it as the metric declares.
+    """
+
+    def __init__(
+        self,
+        workdir,
+        read_only=False,
+        *,
+        every: NonNegative[int] = 1000,
+        keep: Positive[int] = 2,
+        keep_every: Positive[int] | None = None,
+        best: str | None = None,
+        mode: Literal['max', 'min'] | None = None,
+    ):
+        self.every, self.keep, self.keep_every = every, keep, keep_every
+        self.best, self.mode, self.read_only = best, mode, read_only
+        self.path = epath.Path(workdir) / 'checkpoints'
+        self.saving, self.scores = None, {}  # the step that was saved last, by this object
+        quieten()
+        with storage.explained(self.path, 'read'):
+            self.manager = ocp.CheckpointManager(
+                self.path,
+                options=ocp.CheckpointManagerOptions(
+                    read_only=read_only, create=not read_only,
+                    cleanup_tmp_directories=not read_only,
+                    save_interval_steps=0 if read_only else 1, preservation_policy=self,
+                    # Else Orbax' threads wait 300 s for a folder that is refused.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                ),
+                # Compression would save a twelfth of the bytes and take twice as long.
+                item_handlers={
+                    'state': ocp.PyTreeCheckpointHandler(use_compression=False),
+                    'contents': Contents(),
+                },
+            )  # fmt: skip
+        self.known = {} if read_only else history.read_scores(self.path)  # {step: {metric: value}}
+        # Where scores are lost, what is kept may be there for one.
+        lost = best is not None and not self.known and history.has_lost(workdir)
+        self.protected = self.steps() if lost else ()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        try:
+            with self.explained(self.saving), contextlib.closing(self.manager):
+                if not self.read_only:
+                    self.manager.wait_until_finished()
+            if kind and not self.read_only:
+                with contextlib.suppress(OSError):  # it is not empty
+                    os.rmdir(self.path)
+        except Exception as e:
+            if not kind:
+                raise
+            print(printable(e), file=sys.stderr, flush=True)  # beside what ended the block
+
+    def steps(self):
+        """Steps that there are checkpoints of, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def due(self, step):
+        return self.every > 0 and step % self.every == 0
+
+    def save(self, step, state, scores):
+        """Starts to save; the arrays may be donated as soon as this returns.
+
+        `scores` is {step: value of the metric `best`}, as far as others than `score` know it.
+        """
+        kept = {s: values[self.best] for s, values in self.known.items() if self.best in values}
+        self.scores = kept | scores
+        self.finish()
+        if step in self.steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), contents=ContentsSave(coming(state))
+        )
+        with self.explained(step):
+            check_space(self.path, state)
+            self.manager.save(step, args=args, force=True)
+        self.saving = step
+
+    def score(self, step, found):
+        """Keeps what an evaluation has found, {metric: value}, in a file beside the checkpoints."""
+        self.known.setdefault(step, {}).update(finite(found))
+        steps = self.steps()
+        newest = max(steps, default=0)  # what is evaluated now may be saved later
+        self.known = {s: v for s, v in self.known.items() if s in steps or s >= newest}
+        if jax.process_index() == 0:
+            history.write_scores(self.path, self.known)
+
+    def finish(self):
+        """Waits for what is being written."""
+        with self.explained(self.saving):
+            self.manager.wait_until_finished()
+
+    def should_preserve(self, checkpoints, *, context):
+        """For Orbax, as a save begins; when that is whole, it deletes the others, in its thread."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = to_keep(
+            steps, self.scores, keep=self.keep, keep_every=self.keep_every,
+            largest=self.mode != 'min', protected=self.protected,
+        )  # fmt: skip
+        return [step in kept for step in steps]
+
+    @contextlib.contextmanager
+    def explained(self, step):
+        """Turns what the file system refuses into one line for the user."""
+        path = self.path if step is None else self.path / str(step)
+        try:
+            with storage.explained(path, 'write checkpoint'):
+                yield
+        except UserError:
+            raise
+        except Exception as e:  # OSError, or TensorStore's ValueError with the reason in its text
+            gone = os.strerror(errno.ENOENT)  # of which TensorStore and Orbax have other words
+            text = re.sub('NOT_FOUND|missing .zarray|No ArrayMetadata', gone, f'{e} {e.__cause__}')
+            for refused in map(os.strerror, REFUSALS):
+                if refused in text:
+                    why = f'{refused}; what was saved before is as it was'
+                    raise UserError(f'can not write checkpoint {path}: {why}') from e
+            raise
+
+    def restore(self, step, abstract):
+        """The state saved at `step`, on the devices that `abstract` says; else raises Damaged."""
+        try:
+            kept = self.manager.restore(
+                step, args=ocp.args.Composite(contents=ContentsRestore())
+            ).contents
+        except Exception as e:  # whatever a broken file makes the libraries raise
+            raise unreadable(self.path / str(step), 'its list of arrays', e) from e
+        wanted = {n: [list(x.shape), str(x.dtype)] for n, x in named(abstract).items()}
+        for name in sorted(wanted.keys() | kept.keys()):
+            if kept.get(name, [])[:2] != wanted.get(name, []):
+                raise UserError(
+                    f'checkpoint {self.path / str(step)} does not fit the config: {name} is '
+                    f'{kept.get(name, ["absent"])[:2]} there and {wanted.get(name, "absent")} here'
+                )
+        places = ocp.checkpoint_utils.construct_restore_args(abstract)
+        try:
+            state = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, places))
+            ).state
+        except Exception as e:
+            raise unreadable(self.path / str(step), 'its arrays', e) from e
+        for name, found in contents(state).items():
+            if found != kept[name]:
+                raise Damaged(f'the bits of {name} are not those that were saved')
+        return state
+
+    def resume(self, abstract):
+        """The newest sound state, or None in a new run; damaged ones are named and moved aside.
+
+        One of several processes can not go on to an older one by itself, as the others may have
+        read their parts well: it raises Lost, and the next start finds the older one.
+        """
+        bad, steps = [], self.steps()
+        for step in reversed(steps):
+            try:
+                state = self.restore(step, abstract)
+            except Damaged as e:
+                message = f'checkpoint {self.path / str(step)} is damaged: {e}'
+                print(printable(message), file=sys.stderr, flush=True)
+                bad.append(step)
+                if jax.process_count() > 1 and step > steps[0]:
+                    self.set_aside(bad)
+                    raise Lost(f'{message}; it was set aside') from e
+                continue
+            self.set_aside(bad)
+            self.known = {s: v for s, v in self.known.items() if s <= step}  # later: made again
+            return state
+        if bad:
+            raise UserError(
+                f'none of the {len(bad)} checkpoints in {self.path} is sound; '
+                'name another workdir to start anew'
+            )
+        return None
+
+    def set_aside(self, steps):
+        """Renames damaged checkpoints, so that their steps can be saved again."""
+        for step in steps:
+            aside = self.path / f'damaged-{step}'
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                aside.rmtree(missing_ok=True)  # of the same step, damaged once before
+                (self.path / str(step)).rename(aside)
+        if steps:
+            self.manager.reload()
+
+
+def unreadable(path, what, error):
+    """Damaged; UserError where a server gave no answer, so that nothing is known of the arrays."""
+    if storage.remote(path) and storage.away(error):
+        return UserError(f'can not read checkpoint {path}: {storage.why(error)}')
+    return Damaged(f'{what} can not be read ({reason(error)})')
+
+
+def newest(workdir, abstract):
+    """The newest state in `workdir`; None where there is none yet.
+
+    The run may go on, and delete what is being read; then there is a newer one, which is read
+    instead. Raises UserError, Damaged.
+    """
+    tried, error = None, Damaged('its run deletes faster than this can read')
+    for _ in range(10):
+        try:
+            checkpoints = Checkpoints(workdir, read_only=True)
+        except FileNotFoundError:  # Orbax listed what is gone
+            continue
+        with checkpoints:
+            steps = checkpoints.steps()
+            if not steps:
+                return None
+            if steps[-1] == tried:
+                break
+            tried = steps[-1]
+            try:
+                return checkpoints.restore(tried, abstract)
+            except Damaged as e:
+                error = e
+    raise error
+
+
+def weights(path, *, average):
+    """{name: numpy array} of the parameters in a checkpoint's folder `path` (checkpoints/STEP).
+
+    `average` None: their moving average where one was kept; True: that, or UserError; False: never.
+    Neither optimizer nor config is needed. Raises Damaged.
+    """
+    path = epath.Path(path)
+    quieten()
+    try:
+        kept = json.loads((path / 'contents' / 'metadata').read_text())
+    except Exception as e:  # whatever a broken file or a server makes the libraries raise
+        raise unreadable(path, 'its list of arrays', e) from e
+    places = {name: name for name in kept if name.startswith('params/')}
+    for name in kept if average is not False else ():
+        match = re.fullmatch(r'opt_state/(?:.*/)?average/(.*)', name)
+        if match:
+            places[f'params/{match[1]}'] = name
+    if average and all(name == place for name, place in places.items()):
+        raise UserError(f'{path} has no moving average of its parameters (ema)')
+    wanted = set(places.values())
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path / 'state').item_metadata.tree
+            item = jax.tree_util.tree_map_with_path(
+                lambda p, _: 0 if leaf_name(p) in wanted else ocp.PLACEHOLDER, tree
+            )
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            state = checkpointer.restore(
+                path / 'state', args=ocp.args.PyTreeRestore(item=item, restore_args=plain)
+            )
+    except Exception as e:
+        raise unreadable(path, 'its arrays', e) from e
+    values = {name: value for name, value in named(state).items() if name in wanted}
+    for name, found in contents(values).items():
+        if found != kept[name]:
+            raise Damaged(f'the bits of {name} are not those that were saved')
+    return {name.removeprefix('params/'): values[place] for name, place in places.items()}
+
+
+def check_space(path, state):
+    """Raises OSError where a local disk has no room for what this process will write.
+
+    Orbax would find out in the background, and print a traceback for each array.
+    """
+    if '://' in str(path):
+        return
+    shards = [s for x in jax.tree.leaves(state) for s in x.addressable_shards if not s.replica_id]
+    if shutil.disk_usage(path).free < sum(s.data.nbytes for s in shards) * 1.05 + 2**18:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def quieten():
+    """Keeps from the user what Orbax says beside the errors that it raises."""
+    for logger in ('asyncio', 'absl'):
+        logging.getLogger(logger).addFilter(worth_saying)
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+    if getattr(sys.unraisablehook, 'func', None) is not unraisable:
+        sys.unraisablehook = functools.partial(unraisable, otherwise=sys.unraisablehook)
+
+
+def worth_saying(record):
+    """Drops what Orbax logs of failed background writes, which its next call raises anyway, of
+    having been asked to read only, of a file that only whole checkpoints have, and of a wait."""
+    background = record.filename in ('future.py', 'base_events.py', 'async_checkpointer.py')
+    background |= 'orbax' in record.pathname and bool(record.exc_info)
+    usual = ('read only', 'Metadata file does not exist', 'Waiting for previous save')
+    return not background and not any(words in str(record.msg) for words in usual)
+
+
+def to_keep(steps, scores, *, keep, keep_every, largest, protected=()):
+    """The steps to keep: the last, the best, those of the period, `protected` without a score."""
+    kept = set(sorted(steps)[-keep:]) | {s for s in protected if s not in scores}
+    if keep_every:
+        kept |= {s for s in steps if s % keep_every == 0}
+    best = history.best(steps, scores, largest=largest)
+    return kept if best is None else kept | {best}
+
+
+def reason(error):
+    """What began a chain of exceptions, in one line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return re.sub(r'\s+', ' ', str(error))[:300] or repr(error)
+
+
+def unraisable(args, otherwise):
+    """Drops what the other reads and writes of a failed checkpoint raise after the first."""
+    files = [frame.filename for frame in traceback.extract_tb(args.exc_traceback)]
+    orbax = any('orbax' in f for f in files) or str(args.exc_value) == 'Event loop is closed'
+    orbax |= args.object is asyncio.BaseEventLoop.__del__  # of a loop that got no file descriptor
+    if not orbax or issubclass(args.exc_type, KeyboardInterrupt):
+        otherwise(args)

@@ -1,0 +1,118 @@
+"""A run's numbers on disk: the lines of metrics.jsonl, and the scores of its checkpoints.
+
+Both outlive damage: a line or file that is none is named on stderr and left out, and each tells
+what the other has lost of the best checkpoint.
+"""
+
+import json
+import math
+import sys
+
+from etils import epath
+
+from vit_jax.io import storage
+from vit_jax.io.text import printable, to_json
+
+SCORES = 'scores.json'  # in the folder `checkpoints`: {step: {'test/accuracy': value}}
+
+
+def read_lines(workdir):
+    """The lines of a run's metrics.jsonl as dicts, see `read_file`."""
+    return read_file(epath.Path(workdir) / 'metrics.jsonl')
+
+
+def read_file(path):
+    """The lines of a file as metrics.jsonl is one, damaged ones named and left out."""
+    lines, damaged = split(storage.read(path) or b'')
+    name_damaged(path, damaged)
+    return lines
+
+
+def split(data):
+    """(lines as dicts, {number: bytes} of damaged ones), of a file's bytes.
+
+    What comes after the last newline, cut short by a kill, is a line where it is whole.
+    """
+    lines, damaged = [], {}
+    rows = data.split(b'\n')
+    for number, row in enumerate(rows, 1):
+        line = parsed(row)
+        if line is not None:
+            lines.append(line)
+        elif row.strip() and number < len(rows):
+            damaged[number] = row
+    return lines, damaged
+
+
+def parsed(row):
+    """The line of metrics in some bytes, None where there is none."""
+    try:
+        line = json.loads(row)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get('step')) is not int or line['step'] < 0:
+        return None
+    return line if all(v is None or is_number(v) for v in line.values()) else None
+
+
+def is_number(value):
+    return type(value) is float or type(value) is int and abs(value) < 2**63
+
+
+def name_damaged(path, damaged):
+    """Says on stderr which lines of a file are not read."""
+    if damaged:
+        numbers = ', '.join(map(str, list(damaged)[:10])) + (', ...' if len(damaged) > 10 else '')
+        words = f'{path}: {len(damaged)} damaged lines are left out: {numbers}'
+        print(printable(words), file=sys.stderr, flush=True)
+
+
+def set_aside(path, damaged):
+    """Keeps damaged lines in a file of their own, before `path` is written anew."""
+    if damaged:
+        aside = path.with_name(path.name + '.damaged')
+        rows = b''.join(row + b'\n' for row in damaged.values())
+        storage.write(aside, (storage.read(aside) or b'') + rows)
+
+
+def has_lost(workdir):
+    """Whether lines of a run's metrics.jsonl are, or once were, damaged."""
+    path = epath.Path(workdir) / 'metrics.jsonl'
+    return path.with_name(path.name + '.damaged').exists() or bool(
+        split(storage.read(path) or b'')[1]
+    )
+
+
+def read_scores(checkpoints):
+    """{step: {metric: value}} kept in a folder of checkpoints; {} where the file is damaged."""
+    path = checkpoints / SCORES
+    data = storage.read(path)
+    if data is None:
+        return {}
+    try:
+        found = {int(step): dict(values) for step, values in json.loads(data).items()}
+        if all(v is None or is_number(v) for values in found.values() for v in values.values()):
+            return found
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    print(printable(f'{path} is damaged and left out'), file=sys.stderr, flush=True)
+    return {}
+
+
+def write_scores(checkpoints, scores):
+    storage.write(checkpoints / SCORES, (to_json(scores) + '\n').encode())
+
+
+def scores_of(workdir, metric):
+    """{step: value} of an evaluation's metric, from all that a run has left behind."""
+    found = {line['step']: line[metric] for line in read_lines(workdir) if metric in line}
+    for step, values in read_scores(epath.Path(workdir) / 'checkpoints').items():
+        if metric in values:
+            found[step] = values[metric]
+    return {step: value for step, value in found.items() if value is not None}
+
+
+def best(steps, scores, *, largest):
+    """The step with the best score, the first of equals; None where none of them has one."""
+    scored = [s for s in sorted(steps) if math.isfinite(scores.get(s, math.nan))]
+    return (max if largest else min)(scored, key=scores.get) if scored else None

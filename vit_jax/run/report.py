@@ -1,0 +1,335 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard, a progress bar, throughput."""
+
+import contextlib
+import math
+import os
+import socket
+import statistics
+import sys
+import time
+
+import jax
+from etils import epath
+from rich import progress
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from vit_jax.data import mixture
+from vit_jax.distributed import devices
+from vit_jax.distributed.stop import Stop
+from vit_jax.errors import UserError
+from vit_jax.io import storage
+from vit_jax.io.bounds import Positive
+from vit_jax.io.text import finite, flop, number, printable, to_json
+from vit_jax.run import history
+
+VERDICTS = {True: 'pass', False: 'FAIL', None: 'not measured'}  # of a line of `expected`
+
+
+class NotFinite(Exception):
+    """A loss, gradient or parameter that is no number; `step` counts from 1."""
+
+    def __init__(self, step, metrics):
+        self.step = step
+        super().__init__(
+            f'step {step}: not finite: loss {metrics["loss"]:g}, gradient norm '
+            f'{metrics["grad_norm"]:g}, parameter norm {metrics["param_norm"]:g}, learning rate '
+            f'{metrics["lr"]:g}'
+        )
+
+    def with_examples(self, ids):
+        """The same, with the ids of the examples of that step."""
+        self.args = (f'{self}; example ids of the batch: {" ".join(map(str, ids))}',)
+        return self
+
+
+class Report:
+    """Writes a line of metrics every `every` steps, and all evaluations.
+
+    Metrics are read one step late, so that the device never waits for the host. Opened at step
+    `start`, it drops the lines of later steps, which the run is about to write again. Of several
+    processes the first writes, and all hear of each other's wish to stop.
+    """
+
+    def __init__(
+        self,
+        workdir,
+        steps,
+        batch_size,
+        start,
+        flops_per_image,
+        stop=None,
+        *,
+        every: Positive[int] = 50,
+    ):
+        self.path = epath.Path(workdir) / 'metrics.jsonl'
+        self.steps, self.batch_size, self.every = steps, batch_size, every
+        self.flops_per_image, self.stop = flops_per_image, Stop() if stop is None else stop
+        known = devices.DEVICES.get(jax.devices()[0].device_kind)
+        self.peak = known and known.flops  # MFU is left out elsewhere
+        self.pending = None
+        lines, self.damaged = history.split(storage.read(self.path) or b'')
+        self.lines = [line for line in lines if line['step'] <= start]
+        self.seconds = max((line.get('seconds', 0) for line in self.lines), default=0)
+        self.began = time.time()
+        self.clock = None  # (time, step, seconds waited for data) at the last line
+        self.waited = 0.0
+        self.writes = jax.process_index() == 0
+        self.bar = Bar(steps, start, shown=self.writes)
+        if self.writes:
+            self.open(start)
+
+    def open(self, start):
+        """Rewrites the kept lines in one atomic step, and goes on from there."""
+        history.name_damaged(self.path, self.damaged)
+        history.set_aside(self.path, self.damaged)
+        text = ''.join(to_json(line) + '\n' for line in self.lines)
+        self.file = storage.Growing(self.path, text.encode())
+        folder = self.path.parent / 'tensorboard'
+        storage.folder(folder)
+        name = f'events.out.tfevents.{self.began:010.0f}.{socket.gethostname()}.{os.getpid()}'
+        self.events = RecordWriter(storage.Growing(folder / name))
+        self.event(file_version='brain.Event:2')
+        if start:  # TensorBoard then hides what an earlier process logged from this step on
+            log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self.event(step=start + 1, session_log=log)
+
+    def event(self, **fields):
+        event = event_pb2.Event(wall_time=time.time(), **fields)
+        self.events.write(event.SerializeToString())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+        if self.writes:
+            try:
+                self.file.close()
+                self.events.close()
+            except UserError:
+                if exception[0] is None:
+                    raise  # else what came first is told
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time of the block as waiting for data."""
+        before = time.time()
+        yield
+        self.waited += time.time() - before
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Leaves the time of the block out of images/s."""
+        before = time.time()
+        yield
+        if self.clock:
+            then, step, waited = self.clock
+            self.clock = then + time.time() - before, step, waited
+
+    def write(self, step, metrics):
+        """Takes the metrics of a step, on the device; reads those of the step before."""
+        previous, self.pending = self.pending, (step, metrics)
+        if previous:
+            self.read(*previous)
+
+    def sync(self):
+        """Reads what is pending, and returns when all is in the file; raises NotFinite."""
+        previous, self.pending = self.pending, None
+        if previous:
+            self.read(*previous)
+        if self.writes:
+            self.file.sync()
+
+    def read(self, step, metrics):
+        metrics = {k: float(v) for k, v in self.stop.hear(jax.device_get(metrics)).items()}
+        if not all(math.isfinite(metrics[k]) for k in ('loss', 'grad_norm', 'param_norm')):
+            raise NotFinite(step, metrics)
+        if skipped := int(metrics.pop('skipped', 0)):
+            self.append(step, {'skipped': skipped})  # of this step: the same after a resume
+        speed = self.speed(step)
+        if step % self.every == 0 or step == self.steps:
+            self.append(step, metrics | speed)
+            self.clock = time.time(), step, self.waited
+        elif self.clock is None:
+            self.clock = time.time(), step, self.waited  # compilation lies behind
+        self.bar.show(step, metrics, speed.get('images_per_s'))
+
+    def speed(self, step):
+        """Since the last line: images/s, the share of it spent waiting for data, MFU."""
+        now = time.time()
+        result = {'seconds': round(self.seconds + now - self.began, 3)}
+        if self.clock and step > self.clock[1] and now > self.clock[0]:
+            then, last, waited = self.clock
+            rate = (step - last) * self.batch_size / (now - then)
+            result |= {'images_per_s': rate, 'data_wait': (self.waited - waited) / (now - then)}
+            if self.peak:
+                flops = 3 * self.flops_per_image * rate  # backward costs twice the forward
+                result['mfu'] = flops / (self.peak * jax.device_count())
+        return result
+
+    def append(self, step, metrics):
+        line = finite({'step': step, **metrics})
+        self.lines.append(line)
+        if self.writes:
+            self.file.write((to_json(line) + '\n').encode())
+            values = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
+            self.event(step=step, summary=summary_pb2.Summary(value=values))
+
+    def evaluation(self, step, name, metrics):
+        """Writes the result of an evaluation."""
+        seconds = {'seconds': round(self.seconds + time.time() - self.began, 3)}
+        self.append(step, {f'{name}/{k}': v for k, v in metrics.items()} | seconds)
+        if self.writes:
+            self.file.sync()
+        text = '  '.join(f'{k} {number(v)}' for k, v in metrics.items())
+        self.say(f'step {step}  {name}: {text}')
+
+    def evaluated(self, step, names):
+        """Those of the names of all evaluations that have a line at a step."""
+        keys = {key for line in self.lines if line['step'] == step for key in line}
+        owners = (
+            max((n for n in names if key.startswith(f'{n}/')), key=len, default=None)
+            for key in keys
+        )  # fmt: skip
+        return set(owners)
+
+    def history(self, key):
+        """{step: value} of a metric, NaN where it was not finite."""
+        values = {line['step']: line[key] for line in self.lines if key in line}
+        return {step: math.nan if value is None else value for step, value in values.items()}
+
+    def say(self, text):
+        self.bar.say(text)
+
+    def result(self):
+        """What result.json says of the run as a whole."""
+        metrics = {}
+        for line in self.lines:
+            metrics |= {k: v for k, v in line.items() if k not in ('step', 'seconds', 'skipped')}
+        rates = list(self.history('images_per_s').values())
+        return {
+            'metrics': metrics,
+            'steps': self.steps,
+            'examples_seen': self.steps * self.batch_size,
+            'examples_skipped': sum(line.get('skipped', 0) for line in self.lines),
+            'seconds': round(self.seconds + time.time() - self.began, 1),
+            'images_per_s': round(statistics.median(rates), 1) if rates else None,
+            'flops_per_image': self.flops_per_image,
+            'device_kind': jax.devices()[0].device_kind,
+            'device_count': jax.device_count(),
+        }
+
+
+COSTS = dict.fromkeys(('exaflops', 'device_hours', 'tpu_core_days'), 'min')  # which is better
+
+
+def costs(result):
+    """{name: value} of what result.json tells a run to have cost, in the units of the papers.
+
+    exaflops (arXiv:2010.11929 table 6: three forward passes for each image seen, 1e18),
+    device_hours (devices as JAX counts them, evaluations included) and, on TPUs,
+    tpu_core_days (table 2).
+    """
+    hours = result['seconds'] * result['device_count'] / 3600
+    found = {
+        'exaflops': 3 * result['flops_per_image'] * result['examples_seen'] / 1e18,
+        'device_hours': hours,
+    }
+    kind = devices.DEVICES.get(result['device_kind'])
+    if kind is not None and kind.kind.startswith('TPU'):
+        found['tpu_core_days'] = hours / 24 * kind.cores
+    return found
+
+
+class Bar:
+    """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, steps, start, shown):
+        self.steps, self.start, self.shown = steps, start, shown
+        self.began = self.said = None
+        self.bar = None
+        if shown and sys.stdout.isatty():
+            self.bar = progress.Progress(
+                progress.TextColumn('step'),
+                progress.MofNCompleteColumn(),
+                progress.BarColumn(bar_width=24),
+                progress.TextColumn('{task.fields[text]}'),
+                progress.TimeRemainingColumn(compact=True),
+                progress.TextColumn('left'),
+            )
+            self.task = self.bar.add_task('', total=steps, completed=start, text='compiling')
+            self.bar.start()
+
+    def show(self, step, metrics, images_per_s):
+        text = '  '.join(f'{k} {metrics[k]:.3f}' for k in ('loss', 'accuracy') if k in metrics)
+        text += f'  {images_per_s:,.0f} images/s' if images_per_s else ''
+        now = time.time()
+        if self.bar:
+            self.bar.update(self.task, completed=step, text=text)
+        elif self.shown and (self.said is None or step == self.steps or now - self.said >= 10):
+            self.said = now
+            line = f'step {step}/{self.steps}  {text}'
+            if self.began:
+                left = (now - self.began[0]) / (step - self.began[1]) * (self.steps - step)
+                line += f'  {left:,.0f} s left'
+            print(line, flush=True)
+        self.began = self.began or (now, step)
+
+    def say(self, text):
+        if self.bar:
+            self.bar.console.print(printable(text, '\n'), highlight=False, markup=False)
+        elif self.shown:
+            print(printable(text, '\n'), flush=True)
+
+    def close(self):
+        if self.bar:
+            self.bar.stop()
+
+
+def heading(parts, config, start):
+    """What a run is, before it starts: model, data, devices, optimizer by parameter."""
+    params = sum(count for _, _, count, *_ in parts.tx.table)
+    trained = sum(count for _, _, count, *_, frozen in parts.tx.table if not frozen)
+    devices = jax.devices()
+    lines = [
+        optimizer_table(parts.tx.table),
+        f'model   {config.model.name}: {params:,} parameters, {trained:,} of them trained, '
+        f'{flop(parts.model.flops(parts.shape))} an image forward',
+        f'data    {mixture.title(config.data.source)}: {len(parts.source):,} images, '
+        f'{len(parts.source.classes)} classes',
+        f'devices {len(devices)} x {devices[0].device_kind}, mesh '
+        + ' '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items()),
+        f'steps   {parts.steps:,} of {config.data.batch_size} images, '
+        f'{parts.steps * config.data.batch_size / len(parts.source):.1f} epochs',
+    ]
+    if start:
+        lines.append(f'resumed at step {start:,}')
+    return '\n'.join(lines)
+
+
+def optimizer_table(rows):
+    """Text: for each parameter its shape, count, rate multiplier, weight decay, frozen or not."""
+    cells = [('parameter', 'shape', 'count', 'rate x', 'decay', '')]
+    for name, shape, count, rate, decay, frozen in rows:
+        state = 'frozen' if frozen else ''
+        cells.append((name, 'x'.join(map(str, shape)), f'{count:,}', rate, f'{decay:g}', state))
+    widths = [max(len(row[i]) for row in cells) for i in range(6)]
+    return '\n'.join(
+        '  '.join(
+            cell.ljust(w) if i < 2 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def print_result(path, result):
+    """The last words of a run."""
+    for key, value in result['metrics'].items():
+        if '/' in key:
+            print(f'{printable(key)}  {number(value)}')
+    for row in result['expected']:
+        expected = f'{row["metric"]} {row["value"]} +- {row["tolerance"]}'
+        print(f'expected {printable(expected)}: {VERDICTS[row["pass"]]}')
+    print(f'{result["seconds"]:.0f} s in all. Result: {printable(path / "result.json")}')
