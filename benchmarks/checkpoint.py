@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks import peers
 from vit_jax import models, optim, sharding, step
 from vit_jax.run.checkpoint import Checkpoints
 
@@ -45,8 +46,9 @@ RATES = ('write', 'read')
 def abstract_state(name, devices, **mesh):
     """Shapes and shardings of a model's state, on some of the devices."""
     model = models.build(name, num_classes=1000)
-    tx = optim.make(step.abstract_params(model, IMAGE), 1000, weight_decay=0.1)
-    return step.abstract_state(model, tx, IMAGE, sharding.make_mesh(devices, **mesh))
+    objective = peers.classifier(model, IMAGE)
+    tx = optim.make(step.abstract_params(objective), 1000, weight_decay=0.1)
+    return step.abstract_state(objective, tx, sharding.make_mesh(devices, **mesh))
 
 
 def noise(abstract):

@@ -110,7 +110,7 @@ def describe(folder):
     """What the files are, as one JSON line."""
     from PIL import Image
 
-    files = [data for data, _ in source_of(folder).records]
+    files = [record['image'] for record in source_of(folder).records]
     images = [Image.open(io.BytesIO(data)) for data in files]
     w, h = np.mean([image.size for image in images], axis=0)
     return dict(
@@ -155,13 +155,15 @@ def rate(batches, images):
 
 
 def measure_ours(folder, cores, **fields):
-    from vit_jax.data import pipeline, sources
+    from vit_jax.data import pipeline, sources, tasks
 
     source = source_of(folder)
     source = sources.Source(Repeated(source.records), source.classes)
     if fields.get('threads') == 1:
         fields['workers'] = cores
-    feed = pipeline.batches(source, SEED, image_size=SIZE, batch_size=BATCH.value, **fields)
+    view = {key: fields.pop(key) for key in ('view', 'augment') if key in fields}
+    task = tasks.classify(source, image_size=SIZE, **view)
+    feed = pipeline.batches(source, task, SEED, batch_size=BATCH.value, **fields)
     return rate(feed, BATCH.value)
 
 
@@ -207,7 +209,7 @@ def measure_decoder(folder, cores, which):
 
     from vit_jax.data import augment, images
 
-    files = [data for data, _ in source_of(folder).records]
+    files = [record['image'] for record in source_of(folder).records]
     rng = np.random.default_rng(SEED)
     boxes = [augment.random_box(images.read(data).shape[:2], rng) for data in files]
 
@@ -229,10 +231,13 @@ def measure_decoder(folder, cores, which):
 
 
 def measure_config(config):
+    from vit_jax import assembly
+    from vit_jax import config as configs
     from vit_jax.data import mixture, pipeline
 
-    data = {k: v for k, v in config.data.items() if k != 'source'}
-    feed = pipeline.batches(mixture.load(**config.data.source), config.seed, **data)
+    source = mixture.load(**config.data.source)
+    data = configs.settings_of(config.data, pipeline.batches)
+    feed = pipeline.batches(source, assembly.task_of(config, source), config.seed, **data)
     return rate(feed, config.data.batch_size)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import models, optim, sharding, step
-from vit_jax.objectives import supervised
+from vit_jax.objectives import Examples, supervised
 
 
 def arrays(size, batch, classes):
@@ -69,9 +69,15 @@ class PlainVit(nn.Module):
         return nn.Dense(like.num_classes, dtype=like.dtype, name='head')(x), {}
 
 
-def replicated(model, tx, shape, mesh):
+def classifier(model, shape):
+    """Supervised classification of images [H, W, C]."""
+    spec = {'image': jax.ShapeDtypeStruct(shape, jnp.uint8)}
+    return supervised.supervised(model, Examples(spec))
+
+
+def replicated(objective, tx, mesh):
     """The state of any linen classifier, as shapes; each device has all of it."""
-    fresh = functools.partial(step.fresh, model=model, tx=tx, image_shape=shape)
+    fresh = functools.partial(step.fresh, objective=objective, tx=tx)
     everywhere = jax.sharding.NamedSharding(mesh, sharding.P())
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
@@ -94,21 +100,22 @@ def jax_steps(model, flops, size, batch, classes, train):
             jax.block_until_ready(logits)
 
         return run, flops * batch
+    objective = classifier(model, shape)
     tx = optim.make(
-        step.abstract_params(model, shape), 10_000, warmup=1000, weight_decay=0.1, clip=1.0,
+        step.abstract_params(objective), 10_000, warmup=1000, weight_decay=0.1, clip=1.0,
         momentum_dtype='bfloat16',
     )  # fmt: skip
     mesh = sharding.make_mesh(jax.devices()[:1])
-    abstract = replicated(model, tx, shape, mesh)
-    state = step.fresh(jax.random.key(0), model=model, tx=tx, image_shape=shape)
+    abstract = replicated(objective, tx, mesh)
+    state = step.fresh(jax.random.key(0), objective=objective, tx=tx)
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
-    advance = step.compiled(supervised.supervised(model), tx, abstract, mesh)
+    advance = step.compiled(objective, tx, abstract, mesh)
     data = sharding.put(arrays(size, batch, classes), mesh)
 
     def run(n):
         nonlocal state
         for _ in range(n):
-            state, metrics = advance(state, data)
+            state, metrics = advance(state, data, {})
         jax.block_until_ready((state, metrics))
 
     return run, 3 * flops * batch

@@ -151,17 +151,17 @@ def measure():
         source, _ = estimate.data_set(config.data.source, examples=10**6, classes=1000)
         plan = estimate.plan(config, source, found, 'here', efficiency=1.0, peaks=peaks)
         parts = assembly.make(config, source, found)
-        state = step.init(parts.model, parts.tx, parts.shape, 0, parts.abstract)
+        state = step.init(parts.objective, parts.tx, 0, parts.abstract)
         advance = step.compiled(parts.objective, parts.tx, parts.abstract, parts.mesh)
         arrays = {
             key: np.ones(x.shape, x.dtype)
-            for key, x in estimate.batch_of(config, source, parts.shape).items()
+            for key, x in estimate.batch_of(config, parts).items()
         }
         data = sharding.put(arrays, parts.mesh)
         seconds = []
         for _ in range(STEPS.value + 2):
             begin = time.perf_counter()
-            state, metrics = advance(state, data)
+            state, metrics = advance(state, data, {})
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - begin)
         measured = statistics.median(seconds[2:])

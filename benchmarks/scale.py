@@ -49,7 +49,7 @@ def measure(folder, step):
     """[seconds to the manifest, seconds to the first batch, peak bytes, ids of it]."""
     from PIL import Image
 
-    from vit_jax.data import pipeline, sources
+    from vit_jax.data import pipeline, sources, tasks
     from vit_jax.data.readers import records
 
     out = io.BytesIO()
@@ -63,10 +63,11 @@ def measure(folder, step):
     begin = time.perf_counter()
     data = Records(folder)
     opened = time.perf_counter() - begin
+    source = sources.Source(data, data.classes)
+    task = tasks.classify(source, view='resize', image_size=32)
     feed = pipeline.batches(
-        sources.Source(data, data.classes), 0, step, view='resize', image_size=32,
-        batch_size=BATCH.value, threads=1, prefetch=1,
-    )  # fmt: skip
+        source, task, 0, step, batch_size=BATCH.value, threads=1, prefetch=1
+    )
     batch = next(feed)
     done = time.perf_counter() - begin
     peak = re.search(r'VmHWM:\s+(\d+)', pathlib.Path('/proc/self/status').read_text())

@@ -30,7 +30,6 @@ from absl import app, flags
 from benchmarks import peers
 from vit_jax import models, optim, sharding, step
 from vit_jax.distributed import devices
-from vit_jax.objectives import supervised
 from vit_jax.plan import hlo
 
 MODEL = flags.DEFINE_list('model', 'vit-b/16', 'Models by name.')
@@ -55,20 +54,21 @@ def value(text):
 def lowered(model, peer, mesh):
     """The step, or the forward pass, of the images of all chips, for the compiler."""
     shape, size = (IMAGE.value, IMAGE.value, 3), BATCH.value * mesh.size
+    objective = peers.classifier(model, shape)
     tx = optim.make(
-        step.abstract_params(model, shape), 10_000, lr=1e-3, warmup=1000, weight_decay=0.1,
+        step.abstract_params(objective), 10_000, lr=1e-3, warmup=1000, weight_decay=0.1,
         clip=1.0, momentum_dtype='bfloat16',
     )  # fmt: skip
     state_of = peers.replicated if peer else step.abstract_state
-    abstract = state_of(model, tx, shape, mesh)
+    abstract = state_of(objective, tx, mesh)
     batch = {
         'image': jax.ShapeDtypeStruct((size, *shape), jnp.uint8),
         'label': jax.ShapeDtypeStruct((size,), jnp.int32),
         'mask': jax.ShapeDtypeStruct((size,), jnp.float32),
     }
     if not INFERENCE.value:
-        advance = step.compiled(supervised.supervised(model), tx, abstract, mesh)
-        return advance.lower(abstract, batch)
+        advance = step.compiled(objective, tx, abstract, mesh)
+        return advance.lower(abstract, batch, {})
     placed = jax.NamedSharding(mesh, sharding.BATCH)
     images = jax.ShapeDtypeStruct((size, *shape), jnp.uint8, sharding=placed)
     forward = sharding.on(mesh, lambda params, images: model.apply({'params': params}, images)[0])

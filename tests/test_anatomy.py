@@ -18,7 +18,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 import vit_jax
 from vit_jax.convert import load as weights
-from vit_jax.data import files, pipeline
+from vit_jax.data import files, tasks
 from vit_jax.figures import anatomy
 
 DATA = pathlib.Path(__file__).with_name('data')
@@ -140,7 +140,7 @@ def test_a_model_without_attention_says_what_it_sees(tmp_path):
     said = re.findall(r'<td>a &amp; b.png</td><td>class (\d+)</td><td>([\d.]+)%', page)
     found = weights.read(checkpoint)
     model, params = found.model, found.params
-    pixels = files.pixels(tmp_path / 'a & b.png', pipeline.make_view('central', found.image_size))
+    pixels = files.pixels(tmp_path / 'a & b.png', tasks.make_view('central', found.image_size))
     logits, _ = model.apply({'params': params}, model.normalise(pixels[None]))
     shares = scipy.special.softmax(np.float64(logits[0]))
     assert [int(i) for i, _ in said] == list(np.argsort(-shares)[:5])

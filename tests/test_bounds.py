@@ -13,9 +13,11 @@ import launched
 import pytest
 
 from vit_jax import assembly, config, errors, models
-from vit_jax.data import augment, distort, pipeline, sources
+from vit_jax.data import augment, distort, pipeline, sources, tasks
 from vit_jax.errors import UserError
+from vit_jax.evaluators import classify, probe
 from vit_jax.io import bounds, experiment
+from vit_jax.objectives import supervised
 
 MODELS = ('vit-ti/4', 'mixer-s/4', 'bit-r50x1')
 WRONG = None, True, 1, 0.5, 1j, 'text', b'1', (), [[]], ('text', 1, ()), {}, {'a': 1}, {1}, ...
@@ -30,7 +32,8 @@ def sections():
     yield 'expected.0', config.keys_of(config.expectation), dict(
         metric='val/loss', value=1, tolerance=1, source='x'
     )
-    yield 'data', config.keys_of(pipeline.batches), {}
+    yield 'data', config.keys_of(pipeline.batches) | config.keys_of(tasks.classify), {}
+    yield 'objective', config.keys_of(supervised.supervised), {}
     yield 'data.source', config.keys_of(sources.load), {}
     parts = config.keys_of(sources.load) | {'weight': (config.Positive[float], 1.0)}
     yield 'data.source.mixture.part', parts, {}
@@ -41,7 +44,7 @@ def sections():
             keys = config.keys_of(function)
             keys.pop('size', None)
             yield place, keys, {'name': name}
-    for name, function in config.EVALUATORS.items():
+    for name, function in (('classify', classify.Classify), ('probe', probe.Probe)):
         yield f'evals.{name}', config.keys_of(function), dict(
             type=name, source=dict(name='/x'), train_source=dict(name='/x')
         ) if name == 'probe' else dict(type=name, source=dict(name='/x'))

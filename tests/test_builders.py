@@ -94,7 +94,7 @@ where = dict(name='dots', data_dir={str(tmp_path)!r}, image='photo')
 source = sources.load(**where, label='kind', split='validation[20%:]')
 assert len(source) == 8 and source.classes == ('dark', 'light')
 for i in range(8):
-    data, label = source.records[i]
+    data, label = source.records[i]['image'], source.records[i]['label']
     assert (images.decode(data) == 255 * label).all()
 assert source.name(3) == 'dots/validation[20%:][3]'
 for options, words in ((dict(label='label'), "no feature 'label', but kind, photo"),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
@@ -29,8 +30,9 @@ MODEL = models.build(
 @functools.cache
 def parts(devices=8, **mesh):
     mesh = sharding.make_mesh(jax.devices()[:devices], **mesh)
-    tx = optim.make(step.abstract_params(MODEL, IMAGE), 10, momentum_dtype='bfloat16', ema=0.9)
-    return tx, step.abstract_state(MODEL, tx, IMAGE, mesh)
+    params = step.abstract_params(classifier(MODEL, IMAGE))
+    tx = optim.make(params, 10, momentum_dtype='bfloat16', ema=0.9)
+    return tx, step.abstract_state(classifier(MODEL, IMAGE), tx, mesh)
 
 
 def state_at(n, **mesh):
@@ -179,8 +181,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(saved, tmp_
 def test_a_checkpoint_of_another_model_is_named(saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / 'run')
     other = MODEL.clone(width=8)
-    tx = optim.make(step.abstract_params(other, IMAGE), 10, momentum_dtype='bfloat16', ema=0.9)
-    abstract = step.abstract_state(other, tx, IMAGE, sharding.make_mesh())
+    params = step.abstract_params(classifier(other, IMAGE))
+    tx = optim.make(params, 10, momentum_dtype='bfloat16', ema=0.9)
+    abstract = step.abstract_state(classifier(other, IMAGE), tx, sharding.make_mesh())
     with Checkpoints(workdir) as checkpoints, pytest.raises(UserError, match='does not fit') as e:
         checkpoints.resume(abstract)
     assert '16' in str(e.value) and '8' in str(e.value)

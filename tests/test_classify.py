@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from learners import classifier, subject
 from PIL import Image
 from sklearn import metrics
 
-from vit_jax import assembly, models, sharding, step
+from vit_jax import assembly, models
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify, probe
-from vit_jax.objectives import supervised
 
 CLASSES = 7
 
@@ -28,7 +28,8 @@ class Table(nn.Module):
     @nn.compact
     def __call__(self, images, train=False):
         table = self.param('table', nn.initializers.normal(3.0), (256, self.num_classes))
-        return table[images[:, 0, 0, 0]], {}
+        logits = table[images[:, 0, 0, 0].astype(int)]
+        return logits, {'logits': logits}
 
 
 def folder(path, labels, names):
@@ -44,7 +45,7 @@ def evaluation(path, classes=None, **kwargs):
     model = Table()
     table = model.init(jax.random.key(0), np.zeros((1, 4, 4, 3), int))['params']['table']
     made = classify.Classify(
-        model, sharding.make_mesh(), classes, source=dict(name=str(path)), image_size=4,
+        subject(model, (4, 4, 3), classes), source=dict(name=str(path)), image_size=4,
         batch_size=16, **kwargs,
     )  # fmt: skip
     return made, {'table': table}, np.asarray(table, np.float64)
@@ -68,11 +69,11 @@ def test_numbers_are_those_of_scikit_learn(tmp_path):
         metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(CLASSES))
     )
     assert found['class_accuracy'] == pytest.approx(metrics.balanced_accuracy_score(labels, best))
-    assert found.keys() - classify.Classify.metrics() == {'examples'}  # which is no score
+    assert found.keys() - classify.METRICS.keys() == {'examples'}  # which is no score
     assert found['loss'] == pytest.approx(metrics.log_loss(labels, probs), rel=1e-5)
     confidence, hits, error = probs.max(1), best == labels, 0.0
-    for k in range(step.BINS):  # arXiv:1706.04599 eq. 3, in words
-        inside = (confidence >= k / step.BINS) & (confidence < (k + 1) / step.BINS)
+    for k in range(classify.BINS):  # arXiv:1706.04599 eq. 3, in words
+        inside = (confidence >= k / classify.BINS) & (confidence < (k + 1) / classify.BINS)
         if inside.any():
             error += inside.mean() * abs(hits[inside].mean() - confidence[inside].mean())
     assert found['ece'] == pytest.approx(error, rel=1e-4)
@@ -129,8 +130,8 @@ def test_calibration_is_that_of_the_probabilities_shown(tmp_path):
     made, params, table = evaluation(folder(tmp_path, labels, names(CLASSES)), loss='sigmoid')
     probs = 1 / (1 + np.exp(-table[:60].max(axis=1)))
     np.testing.assert_allclose(made.predictions(params)['confidence'], probs, rtol=1e-5)
-    hits, bins = table[:60].argmax(axis=1) == labels, (probs * step.BINS).astype(int)
-    gaps = [abs(hits[bins == b].sum() - probs[bins == b].sum()) for b in range(step.BINS)]
+    hits, bins = table[:60].argmax(axis=1) == labels, (probs * classify.BINS).astype(int)
+    gaps = [abs(hits[bins == b].sum() - probs[bins == b].sum()) for b in range(classify.BINS)]
     assert made(params)['ece'] == pytest.approx(np.sum(gaps) / 60, rel=1e-4)
 
 
@@ -144,7 +145,7 @@ def test_the_loss_is_that_of_training_unless_given(tmp_path):
     settings = dict(type='classify', source=dict(name=str(path)), image_size=4, batch_size=16)
     for given, value in ({}, sigmoid), ({'loss': None}, sigmoid), ({'loss': 'softmax'}, None):
         made = assembly.evaluation(
-            Table(), sharding.make_mesh(), None, 'sigmoid', {'loss': None} | settings | given
+            subject(Table(), (4, 4, 3), loss='sigmoid'), {'loss': None} | settings | given
         )
         found = made(params)['loss']
         assert (found == pytest.approx(sigmoid, rel=1e-5)) == (value is not None)
@@ -206,8 +207,8 @@ def test_an_image_with_several_labels_is_right_with_each_and_counts_nowhere_with
 def test_an_output_of_each_token_is_no_classifier_of_images(tmp_path):
     path = folder(tmp_path, [0, 1, 1], names(2))
     model = models.build('vit-mu/2', num_classes=2, pool='none')
-    for make in (lambda: supervised.supervised(model), lambda: classify.Classify(
-        model, sharding.make_mesh(), source=dict(name=str(path)), image_size=4, batch_size=8,
+    for make in (lambda: classifier(model, (4, 4, 3)), lambda: classify.Classify(
+        subject(model, (4, 4, 3)), source=dict(name=str(path)), image_size=4, batch_size=8,
     )):  # fmt: skip
         with pytest.raises(UserError, match="model.pool is 'none'.*pool='cls'"):
             make()
@@ -218,7 +219,7 @@ def test_a_probe_of_several_labels_is_a_mistake(tmp_path):
     source = dict(name=str(write_records(path, [[0, 1], [1], []], max_labels=2)))
     with pytest.raises(UserError, match='several labels an image'):
         probe.Probe(
-            None, sharding.make_mesh(), source=source, train_source=source, image_size=4,
+            subject(None, (4, 4, 3)), source=source, train_source=source, image_size=4,
             batch_size=8, k=(1,),
         )  # fmt: skip
 

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import launched
+import numpy as np
 import pytest
 
-from vit_jax import assembly, config
+from vit_jax import config, models
 from vit_jax.errors import UserError
+from vit_jax.objectives import Examples, supervised
 from vit_jax.run import workdir
 
 EXPERIMENTS = sorted((launched.TINY.parents[1] / 'experiments').glob('*.py'))
@@ -137,7 +139,9 @@ def test_the_settings_in_the_readme_are_accepted():
     exec(block.replace(', ...', ', image_size=224, batch_size=48'), given)
     sections = {name: given[name] for name in ('data', 'objective')}
     full = config.complete({'steps': 1, 'model': {'name': 'vit-ti/16'}} | sections)
-    assembly.check_partners(full)
+    options = config.settings_of(full.objective, supervised.supervised)
+    copies = Examples({'image': np.zeros((224, 224, 3))}, copies=full.data.repeats)
+    supervised.supervised(models.build('vit-ti/16'), copies, **options)
     assert full.data.repeats == 3 and full.data.source.mixture.a.weight == 3.0
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import feeds
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,7 +33,7 @@ def take(feed, n):
 
 def train(source, **fields):
     fields = dict(view=VIEW, image_size=8, batch_size=8, seed=3) | fields
-    return pipeline.batches(source, **fields)
+    return feeds.batches(source, **fields)
 
 
 def assert_same(a, b):
@@ -43,7 +44,7 @@ def assert_same(a, b):
 
 def test_labels_follow_the_folders(source):
     assert source.classes == ('ant', 'bee', 'cat')
-    for batch in pipeline.examples(source, view='resize', image_size=8, batch_size=10):
+    for batch in feeds.examples(source, view='resize', image_size=8, batch_size=10):
         for i, label, mask in zip(batch['id'], batch['label'], batch['mask'], strict=True):
             if mask:
                 assert f'/{source.classes[label]}/' in source.name(int(i))
@@ -52,14 +53,14 @@ def test_labels_follow_the_folders(source):
 @pytest.mark.parametrize('processes', [1, 2, 4])
 @pytest.mark.parametrize('batch_size', [4, 8, 64])
 def test_one_pass_has_each_example_once(source, processes, batch_size):
-    feeds = [
-        list(pipeline.examples(
-            source, rows, view='central', image_size=8, batch_size=batch_size
+    parts = [
+        list(feeds.examples(
+            source, rows=rows, view='central', image_size=8, batch_size=batch_size
         ))
         for rows in np.split(np.arange(batch_size), processes)
     ]  # fmt: skip
-    assert len({len(f) for f in feeds}) == 1
-    seen = [i for f in feeds for b in f for i, m in zip(b['id'], b['mask'], strict=True) if m]
+    assert len({len(f) for f in parts}) == 1
+    seen = [i for f in parts for b in f for i, m in zip(b['id'], b['mask'], strict=True) if m]
     assert sorted(seen) == list(range(27))
 
 
@@ -155,8 +156,8 @@ def test_labels_out_of_range_are_named(source, label):
     with pytest.raises(UserError, match=words):
         take(train(source), 4)
     with pytest.raises(UserError, match=words):
-        list(pipeline.examples(source, view='resize', image_size=8, batch_size=4))
-    last = list(pipeline.examples(
+        list(feeds.examples(source, view='resize', image_size=8, batch_size=4))
+    last = list(feeds.examples(
         source, view='resize', image_size=8, batch_size=27, tolerance=1 / 27
     ))[0]  # fmt: skip
     assert last['mask'].tolist() == [i != 5 for i in range(27)] and last['label'][5] == 0

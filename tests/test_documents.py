@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import vit_jax
 from vit_jax.convert import families, files, load, timm_config
-from vit_jax.data import pipeline
+from vit_jax.data import tasks
 from vit_jax.errors import UserError
 
 DATA = pathlib.Path(__file__).with_name('data')
@@ -302,7 +302,7 @@ def test_images_come_to_a_model_as_the_processor_of_transformers_makes_them(name
     smooth = Image.fromarray(pixels).resize((620, 460), Image.Resampling.BICUBIC)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     theirs = processor(smooth, return_tensors='np')['pixel_values'][0].transpose(1, 2, 0)
-    view = pipeline.make_view(read.view, size)(np.asarray(smooth), None)
+    view = tasks.make_view(read.view, size)(np.asarray(smooth), None)
     ours = np.asarray(read.model.normalise(view[None]))[0]
     assert ours.shape == theirs.shape
     levels = np.abs(ours - theirs) * np.asarray(read.model.std) * 255
@@ -319,7 +319,7 @@ def test_what_no_view_expresses_is_named(settings, key, tmp_path):
     folder = written(tmp_path / 'a', hf_arrays(), config=HF, preprocessor_config=settings)
     read = load.read(folder)
     assert set(rows(read.account, 'ignored')) == {key}
-    assert pipeline.make_view(read.view, (32, 32))(np.zeros((50, 60, 3), np.uint8), None).any() == 0
+    assert tasks.make_view(read.view, (32, 32))(np.zeros((50, 60, 3), np.uint8), None).any() == 0
 
 
 def test_a_view_grows_with_the_image_size(tmp_path):
@@ -477,7 +477,7 @@ def test_documents_with_strange_values_are_refused_or_read(tmp_path, monkeypatch
                 try:
                     found = families.in_folder(arrays, folder)
                     assert all(map(math.isfinite, found.fields['mean'] + found.fields['std']))
-                    pipeline.make_view(found.view or 'central', (32, 32))
+                    tasks.make_view(found.view or 'central', (32, 32))
                 except UserError as e:
                     assert str(e).isprintable() and len(str(e)) < 700
                 monkeypatch.undo()

@@ -19,7 +19,7 @@ from sklearn.datasets import load_sample_images
 import vit_jax
 from vit_jax import export, models
 from vit_jax.convert import load
-from vit_jax.data import augment, pipeline
+from vit_jax.data import augment, tasks
 from vit_jax.distributed import devices
 from vit_jax.errors import UserError
 from vit_jax.models import attention
@@ -131,7 +131,7 @@ def photographs():
 
 def by_view(model, params, images, view='central', size=SIZE):
     """[B, K] of images [B, H, W, 3], by the parts of the package."""
-    made = pipeline.make_view(view, size)
+    made = tasks.make_view(view, size)
     seen = np.stack([made(image, None) for image in images])
     logits, _ = jax.jit(model.apply)({'params': params}, model.normalise(seen))
     return np.asarray(jax.nn.softmax(logits.astype(np.float32)))
@@ -191,7 +191,7 @@ def test_a_view_within_the_file_is_the_view_to_a_grey_level(how):
     )):  # fmt: skip
         if view['name'] == 'small_central':
             view = view | dict(smaller=round(max(size) / 0.9))
-        made = pipeline.make_view(view | how, size)
+        made = tasks.make_view(view | how, size)
         name, arguments = export.checked_view(view | how, size)
         squared = functools.partial(export.squared, size=size, name=name, **arguments)
         for image in (china[:301], china[:413, :59], flower[:31, :40]):
@@ -238,7 +238,7 @@ def test_without_a_head_it_gives_features(checkpoint, photographs, tmp_path):
     assert status == 0 and 'no head' in said and 'pre_logits float32[b, 32]' in said, error
     about = json.loads(zipfile.ZipFile(file).read('metadata.json'))
     assert about['output'] == 'pre_logits' and about['classes'] is None
-    view = pipeline.make_view('resize', SIZE)
+    view = tasks.make_view('resize', SIZE)
     seen = np.stack([view(image, None) for image in photographs[:2]])
     _, out = model.apply({'params': params}, model.normalise(seen))
     found = alone(file, tmp_path, seen=seen)['seen']
@@ -251,7 +251,7 @@ def test_the_size_and_dtype_can_be_others(checkpoint, photographs, tmp_path):
     flags = ('--view=resize', '--image_size=32', '--dtype=bfloat16', '--platforms=cpu')
     about = exported(checkpoint, file, *flags)
     assert about['image_size'] == [32, 32] and about['dtype'] == 'bfloat16'
-    view = pipeline.make_view('resize', 32)
+    view = tasks.make_view('resize', 32)
     seen = np.stack([view(image, None) for image in photographs[:3]])
     found = alone(file, tmp_path, seen=seen)['seen']
     rounded, exact = (

@@ -25,7 +25,7 @@ from vit_jax.errors import UserError
 from vit_jax.io import fetch
 
 BODY = bytes(range(256)) * 4000  # about a megabyte
-CHILD = 'import sys\nfrom vit_jax.convert import fetch\nprint(fetch.local(sys.argv[1]))'
+CHILD = 'import sys\nfrom vit_jax.io import fetch\nprint(fetch.local(sys.argv[1]))'
 
 
 @dataclasses.dataclass

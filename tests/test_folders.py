@@ -5,6 +5,7 @@ import json
 import os
 import re
 
+import feeds
 import fsspec
 import kinds
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vit_jax.data import pipeline, reading, sources
+from vit_jax.data import reading, sources, tasks
 from vit_jax.data.readers import facts, folders, formats
 from vit_jax.errors import UserError
 
@@ -40,7 +41,7 @@ def test_images_in_sub_folders_and_of_every_suffix_are_there_and_the_rest_is_sai
     put(tmp_path / 'stray.png')
     source = sources.load(name=str(tmp_path))
     assert len(source) == 4 * len(formats.SUFFIXES)
-    assert all(b['mask'].all() for b in pipeline.examples(
+    assert all(b['mask'].all() for b in feeds.examples(
         source, view='resize', image_size=4, batch_size=len(source)))  # fmt: skip
     said = capsys.readouterr().err
     assert re.search(r'passed over 4 files that are no images by their names, 2 \.json, ', said)
@@ -114,7 +115,7 @@ def test_any_tree_is_read_to_the_last_image_or_refused_in_words(tmp_path, capsys
                 for path, label in zip(source.records.paths, source.records.labels, strict=True):
                     found[source.classes[label]].append(os.path.realpath(path))
                 assert {k: sorted(v) for k, v in found.items()} == wanted
-                for batch in pipeline.examples(
+                for batch in feeds.examples(
                     source, view='resize', image_size=4, batch_size=16, tolerance=0.999
                 ):
                     assert batch['mask'].sum() > 0
@@ -200,7 +201,8 @@ def test_a_file_that_becomes_none_in_mid_run_is_an_unreadable_example(tmp_path):
         path = tmp_path / 'train' / source.name(i).removeprefix(f'{tmp_path}/train/')
         path.unlink()
         make(path)  # reading it would not end, but for the folder
-        found = reading.example(i, None, source=source, view=None, image_size=8)
+        task = tasks.classify(source, view='resize', image_size=8)
+        found = reading.example(i, None, source=source, task=task)
         assert found['mask'] == 0 and found['error'], i
 
 

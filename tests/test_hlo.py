@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.distributed import devices
-from vit_jax.objectives import supervised
 from vit_jax.plan import hlo, hlo_text
 
 IMAGE = (32, 32, 3)
@@ -21,17 +21,17 @@ BATCH = 16
 def compiled(model, chips=1, mesh=None, batch=BATCH, accumulate=1, topology='cpu:8'):
     """The train step of a model on some chips, compiled, and its abstract state."""
     mesh = sharding.make_mesh(devices.topology(topology)[0][:chips], **(mesh or {}))
-    tx = optim.make(step.abstract_params(model, IMAGE), steps=10)
-    abstract = step.abstract_state(model, tx, IMAGE, mesh)
+    tx = optim.make(step.abstract_params(classifier(model, IMAGE)), steps=10)
+    abstract = step.abstract_state(classifier(model, IMAGE), tx, mesh)
     advance = step.compiled(
-        supervised.supervised(model), tx, abstract, mesh, accumulate=accumulate
+        classifier(model, IMAGE), tx, abstract, mesh, accumulate=accumulate
     )
     arrays = {
         'image': jax.ShapeDtypeStruct((batch, *IMAGE), jnp.uint8),
         'label': jax.ShapeDtypeStruct((batch,), jnp.int32),
         'mask': jax.ShapeDtypeStruct((batch,), jnp.float32),
     }
-    return advance.lower(abstract, arrays).compile(), abstract
+    return advance.lower(abstract, arrays, {}).compile(), abstract
 
 
 def program(*args, **kwargs):
@@ -128,8 +128,8 @@ def forward(model, image, batch):
     """The text of a forward pass on one chip of v5e, compiled."""
     pytest.importorskip('libtpu')
     mesh = sharding.make_mesh(devices.topology('v5e:2x2')[0][:1])
-    tx = optim.make(step.abstract_params(model, image), steps=10)
-    params = step.abstract_state(model, tx, image, mesh).params
+    tx = optim.make(step.abstract_params(classifier(model, image)), steps=10)
+    params = step.abstract_state(classifier(model, image), tx, mesh).params
     split = jax.NamedSharding(mesh, sharding.BATCH)
     images = jax.ShapeDtypeStruct((batch, *image), jnp.uint8, sharding=split)
     run = sharding.on(mesh, lambda params, images: model.apply({'params': params}, images)[0])

@@ -17,7 +17,7 @@ from PIL import Image
 import vit_jax
 from vit_jax import models
 from vit_jax.convert import inputs, load
-from vit_jax.data import augment, decoding, files, pipeline
+from vit_jax.data import augment, decoding, files, tasks
 from vit_jax.errors import UserError
 
 SIZE, CLASSES = 32, ('ant', 'bee', 'cat', 'dog', 'eel')
@@ -62,7 +62,7 @@ def photographs(tmp_path_factory):
 
 def fed(found, path):
     """What predict feeds: the pixels of a file in the view of the checkpoint, normalised."""
-    view = pipeline.make_view(found.view, found.image_size)
+    view = tasks.make_view(found.view, found.image_size)
     return np.asarray(found.model.normalise(files.pixels(path, view)[None]))
 
 

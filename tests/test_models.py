@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
 from vit_jax.models import layers
-from vit_jax.objectives import supervised
 
 SMALL = dict(width=24, depth=3, num_heads=3, mlp_dim=32, patch_size=4)
 
@@ -371,10 +371,10 @@ def test_every_kind_of_model_trains_on_a_mesh(fields):
         devices = jax.devices() if mesh else jax.devices()[:1]
         mesh = sharding.make_mesh(devices, **(mesh or {}))
         shape = (16, 16, 3)
-        tx = optim.make(step.abstract_params(model, shape), 3, lr=1e-3, layer_decay=0.9)
-        abstract = step.abstract_state(model, tx, shape, mesh)
-        state = step.init(model, tx, shape, 0, abstract)
-        advance = step.compiled(supervised.supervised(model), tx, abstract, mesh)
+        tx = optim.make(step.abstract_params(classifier(model, shape)), 3, lr=1e-3, layer_decay=0.9)
+        abstract = step.abstract_state(classifier(model, shape), tx, mesh)
+        state = step.init(classifier(model, shape), tx, 0, abstract)
+        advance = step.compiled(classifier(model, shape), tx, abstract, mesh)
         rng = np.random.default_rng(0)
         batch = dict(
             image=rng.integers(0, 256, (8, *shape), np.uint8), mask=np.ones(8, np.float32),
@@ -382,7 +382,7 @@ def test_every_kind_of_model_trains_on_a_mesh(fields):
         )
         found = []
         for _ in range(2):
-            state, metrics = advance(state, sharding.put(batch, mesh))
+            state, metrics = advance(state, sharding.put(batch, mesh), {})
             found.append(float(metrics['loss']))
         losses[str(mesh.shape)] = found
     eight, one = losses.values()

@@ -8,9 +8,10 @@ import kinds
 import launched
 import numpy as np
 import pytest
+from learners import subject
 from test_classify import Table
 
-from vit_jax import assembly, config, evaluate, sharding, train
+from vit_jax import assembly, config, evaluate, train
 from vit_jax.data import mixture, sources
 from vit_jax.data.readers import names
 from vit_jax.distributed.stop import Stop
@@ -31,7 +32,7 @@ def accuracies(path, classes, *, outputs=None, **source):
     model = Table(num_classes=outputs or len(classes))
     params = model.init(jax.random.key(0), np.zeros((1, 4, 4, 3), int))['params']
     made = classify.Classify(
-        model, sharding.make_mesh(), classes, source=dict(name=str(path), **source), image_size=4,
+        subject(model, (4, 4, 3), classes), source=dict(name=str(path), **source), image_size=4,
         batch_size=8,
     )  # fmt: skip
     return made(params)['accuracy'], np.asarray(params['table'])
@@ -161,18 +162,18 @@ def test_parts_of_a_mixture_are_put_together_by_name(tmp_path):
 
     source = mixed('a', 'b')
     assert source.classes == ('ant', 'bee', 'cat')
-    labels = [int(source.records[i][1]) for i in range(12)]
+    labels = [int(source.records[i]['label']) for i in range(12)]
     assert labels == [0, 1, 2, 0, 1, 2, 2, 0, 1, 2, 0, 1]
     with pytest.raises(UserError, match='bare of the mixture has no names.*labels=by_number'):
         mixed('a', 'bare')
     source = mixed('a', 'bare', bare='by_number')
     assert source.classes == ('ant', 'bee', 'cat')
-    assert [int(source.records[i][1]) for i in range(6, 12)] == [0, 1, 2, 0, 1, 2]
+    assert [int(source.records[i]['label']) for i in range(6, 12)] == [0, 1, 2, 0, 1, 2]
     with pytest.raises(UserError, match="twice of the mixture has a class 'ant' twice"):
         mixed('a', 'twice')
     # As one data set it is mapped to a model's classes, and keeps its parts' weights.
     mapped = names.relabelled(mixed('a', 'b'), ('cat', 'bee', 'ant'), 'it')
-    assert [int(mapped.records[i][1]) for i in (0, 1, 2, 6)] == [2, 1, 0, 0]
+    assert [int(mapped.records[i]['label']) for i in (0, 1, 2, 6)] == [2, 1, 0, 0]
     assert [part.weight for part in mapped.records.parts] == [1.0, 1.0]
 
 
@@ -184,13 +185,13 @@ def test_a_probe_compares_names(tmp_path):
 
     def made(**source):
         return probe.Probe(
-            None, sharding.make_mesh(), source=dict(name=str(test), **source),
+            subject(None, (4, 4, 3)), source=dict(name=str(test), **source),
             train_source=dict(name=str(train_)), image_size=4, batch_size=8, k=(1,),
         )  # fmt: skip
 
-    assert [made().source.records[i][1] for i in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [made().source.records[i]['label'] for i in range(6)] == [0, 1, 2, 0, 1, 2]
     by_number = made(labels='by_number').source.records
-    assert [by_number[i][1] for i in range(3)] == [1, 2, 0]
+    assert [by_number[i]['label'] for i in range(3)] == [1, 2, 0]
     kinds.write('parquet', tmp_path / 'c', rows, ('ant', 'bee', 'dog'))
     test = tmp_path / 'c'
     with pytest.raises(UserError, match="not train_source's: dog"):

@@ -6,6 +6,7 @@ import tracemalloc
 from fractions import Fraction
 from types import SimpleNamespace
 
+import feeds
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,8 @@ class Drawn:
         colour = (int(i) * 37 % 256, int(i) // 7 % 256, int(i) // 1791 % 256)
         out = io.BytesIO()
         Image.new('RGB', (4, 4), colour).save(out, 'BMP')
-        return out.getvalue(), i % self.classes if self.labels is None else self.labels[i]
+        label = i % self.classes if self.labels is None else self.labels[i]
+        return {'image': out.getvalue(), 'label': label}
 
     def name(self, i):
         return f'{self.prefix}-{i}'
@@ -45,7 +47,7 @@ def drawn(length, classes=('a', 'b', 'c'), **fields):
 
 def feed(source, seed=3, **fields):
     fields = dict(view=VIEW, image_size=6, batch_size=16, threads=1, prefetch=1) | fields
-    return pipeline.batches(source, seed, **fields)
+    return feeds.batches(source, seed, **fields)
 
 
 def take(iterator, n):
@@ -131,7 +133,7 @@ def test_a_mixture_takes_from_each_by_its_weight_and_maps_classes_by_name(mixed)
         for i, label in zip(batch['id'], batch['label'], strict=True):
             part, k = source.name(int(i)).split('-')
             own = mixed.parts[part]
-            assert source.classes[label] == own.classes[own.records[int(k)][1]]
+            assert source.classes[label] == own.classes[own.records[int(k)]['label']]
 
 
 @settings(max_examples=60, deadline=None)

@@ -108,7 +108,7 @@ def test_each_example_is_read_with_its_labels(tmp_path, max_labels, monkeypatch)
     data = pickle.loads(pickle.dumps(data))
     assert len(data) == 24
     for i in np.random.default_rng(0).permutation(24):
-        image, label = data[i]
+        image, label = data[i].values()
         assert image == b'image %d' % i
         if max_labels == 1:
             assert type(label) is int and label == i % 5
@@ -139,7 +139,7 @@ def test_a_shard_that_is_not_the_manifests_is_named(tmp_path):
     file.write_bytes(whole.replace(b'image 10', b'image 11'))
     with pytest.raises(UserError, match=rf'record 2 of .*{shard["file"]} is damaged'):
         records.Records(path)[10]
-    assert records.Records(path)[9][0] == b'image 9'
+    assert records.Records(path)[9]['image'] == b'image 9'
     file.unlink()
     with pytest.raises(UserError, match=rf'{shard["file"]}: No such file'):
         records.Records(path)[10]
@@ -198,9 +198,9 @@ def test_an_address_is_fetched_once_and_checked(tmp_path, monkeypatch):
     fs, local = fsspec.filesystem('memory'), write_set(tmp_path / 'set')
     fs.put(str(local), '/records/set', recursive=True)
     data = records.Records('memory://records/set')
-    assert data[9] == (b'image 9', 4)
+    assert data[9] == {'image': b'image 9', 'label': 4}
     fs.rm('/records/set/train-00001-of-00003.array_record')
-    assert pickle.loads(pickle.dumps(data))[10] == (b'image 10', 0)
+    assert pickle.loads(pickle.dumps(data))[10] == {'image': b'image 10', 'label': 0}
     wrong = bytearray((local / 'train-00002-of-00003.array_record').read_bytes())
     wrong[-9] ^= 1
     fs.pipe('/records/set/train-00002-of-00003.array_record', bytes(wrong))
@@ -273,7 +273,7 @@ def test_labels_and_bytes_are_those_of_the_source(src, whole):
     assert data.classes == source.classes and len(data) == len(source) == 20
     assert len(data.files) == 7
     for i in range(20):
-        (before, label), (after, same) = source.records[i], data[i]
+        (before, label), (after, same) = source.records[i].values(), data[i].values()
         assert same == label and data.name(i).endswith(f'({source.name(i)})')
         assert Image.open(io.BytesIO(after)).format == 'JPEG'
         assert images.decode(after).shape == (30, 60, 3)

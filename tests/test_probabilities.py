@@ -11,7 +11,7 @@ from PIL import Image
 import vit_jax
 from vit_jax import export, models, predict
 from vit_jax.convert import fit, load
-from vit_jax.data import files, pipeline
+from vit_jax.data import files, tasks
 from vit_jax.figures import model_page
 from vit_jax.objectives import losses
 
@@ -72,7 +72,7 @@ def test_a_config_that_says_nothing_leaves_it_unknown(config):
 def test_predict_figures_and_exported_files_agree(model, tmp_path, paths, loss):
     vit_jax.save(tmp_path / 'hf', *model, format='hf', loss=loss, image_size=SIZE)
     found = load.read(tmp_path / 'hf')
-    view = pipeline.make_view(found.view, (SIZE, SIZE))
+    view = tasks.make_view(found.view, (SIZE, SIZE))
     images = np.stack([files.pixels(path, view) for path in paths])
     logits, _ = found.model.apply({'params': found.params}, found.model.normalise(images))
     logits = np.asarray(logits, np.float64)

@@ -5,12 +5,13 @@ import signal
 import jax
 import numpy as np
 import pytest
+from learners import subject
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from vit_jax import config, models, sharding
+from vit_jax import config, models
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators import probe
@@ -88,13 +89,13 @@ def probe_of(tmp_path, **changes):
     """A Probe of a small model on the digits, and what it works with."""
     source = dict(name='digits', split='test', data_dir=str(tmp_path))
     given = dict(
-        type='probe', source=source, train_source={**source, 'split': 'train'}, image_size=8,
+        source=source, train_source={**source, 'split': 'train'}, image_size=8,
         batch_size=64, k=(3,), pixels=True, **changes,
     )  # fmt: skip
-    full = config.complete_data('evals.p', given, probe.Probe)
+    full = config.complete_data('evals.p', given, config.keys_of(probe.Probe))
     model = models.build('vit-ti/2', width=16, depth=1, num_heads=2, mlp_dim=32)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
-    return probe.Probe(model, sharding.make_mesh(), **full), model, params
+    return probe.Probe(subject(model, (8, 8, 3)), **full), model, params
 
 
 @pytest.fixture(scope='module')
@@ -109,7 +110,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
         evaluation.gathered(params, source, Stop(), print)
         for source in (evaluation.train_source, evaluation.source)
     )
-    declared = probe.Probe.metrics(k=(3,), pixels=True, l2=1.0, shots=(1, 25))
+    declared = probe.metrics(k=(3,), pixels=True, l2=1.0, shots=(1, 25))
     assert result.keys() == {*declared, '1_shot_std', '25_shot_std', 'examples'}
     assert len(train['labels']) == 1438 and len(test['labels']) == result['examples'] == 359
     images = test['pixels'].reshape(-1, 8, 8, 3)
@@ -153,5 +154,5 @@ def test_more_neighbours_than_images_is_a_mistake(data_dir):
         source = dict(name='digits', split='test', data_dir=str(data_dir))
         full = config.complete_data('evals.p', dict(
             source=source, train_source={**source, 'split': 'train'}, image_size=8,
-            batch_size=64, k=(10, 5000)), probe.Probe)  # fmt: skip
-        probe.Probe(models.build('vit-ti/2'), sharding.make_mesh(), **full)
+            batch_size=64, k=(10, 5000)), config.keys_of(probe.Probe))  # fmt: skip
+        probe.Probe(subject(models.build('vit-ti/2'), (8, 8, 3)), **full)

@@ -13,12 +13,12 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from learners import classifier
 
 import vit_jax
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
 from vit_jax.models import quantized
-from vit_jax.objectives import supervised
 
 # Largest value, mantissa bits, smallest exponent of normal numbers: int8 has one step throughout.
 TYPES = {
@@ -175,11 +175,17 @@ def gradients(model, params, mesh=None, parts=1):
     )  # fmt: skip
     mesh = sharding.make_mesh(jax.devices()[:1]) if mesh is None else sharding.make_mesh(**mesh)
     tx = optim.make(params, 10)
-    places = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, tx, IMAGE, mesh).params)
-    grad = jax.value_and_grad(supervised.supervised(model), has_aux=True)
+    abstract = step.abstract_state(classifier(model, IMAGE), tx, mesh)
+    places = sharding.places(abstract.params)
+    objective = classifier(model, IMAGE)
+
+    def loss(params, batch, key):
+        return objective.loss(params, {}, {}, batch, key, 0)
+
+    grad = jax.value_and_grad(loss, has_aux=True)
 
     def run(params, batch):
-        return step.accumulated(grad, params, batch, jax.random.key(0), parts)[1]
+        return step.accumulated(grad, params, batch, jax.random.key(0), parts)[2]
 
     found = jax.jit(sharding.on(mesh, run), in_shardings=(places, None))(
         params, sharding.put(batch, mesh)

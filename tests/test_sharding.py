@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
-from vit_jax.objectives import supervised
 from vit_jax.plan import hlo
 
 IMAGE, BATCH, DEPTH, WIDTH, TOKENS = (32, 32, 3), 16, 3, 64, 17
@@ -18,17 +18,17 @@ def program(devices=8, accumulate=1, name='vit-ti/8', mesh=None, **fields):
     """(what a step does on each device, the state's shapes) of a small model on a mesh."""
     mesh = sharding.make_mesh(jax.devices()[:devices], **(mesh or {}))
     model = models.build(name, **{k: v for k, v in (FIELDS | fields).items() if v is not None})
-    tx = optim.make(step.abstract_params(model, IMAGE), 100, clip=1.0, ema=0.9)
-    abstract = step.abstract_state(model, tx, IMAGE, mesh)
+    tx = optim.make(step.abstract_params(classifier(model, IMAGE)), 100, clip=1.0, ema=0.9)
+    abstract = step.abstract_state(classifier(model, IMAGE), tx, mesh)
     advance = step.compiled(
-        supervised.supervised(model), tx, abstract, mesh, accumulate=accumulate
+        classifier(model, IMAGE), tx, abstract, mesh, accumulate=accumulate
     )
     kinds = dict(image=jnp.uint8, label=jnp.int32, mask=jnp.float32, id=jnp.int32)
     batch = {
         k: jax.ShapeDtypeStruct((BATCH, *(IMAGE if k == 'image' else ())), kind)
         for k, kind in kinds.items()
     }
-    return hlo.read(advance.lower(abstract, batch).compile().as_text()), abstract
+    return hlo.read(advance.lower(abstract, batch, {}).compile().as_text()), abstract
 
 
 def sizes(abstract):
@@ -157,9 +157,9 @@ def test_state_of_fsdp_is_divided_by_its_degree():
     held = {}
     for fsdp in (1, 2, 8):
         model = models.build('vit-ti/8', **FIELDS)
-        tx = optim.make(step.abstract_params(model, IMAGE), 100)
+        tx = optim.make(step.abstract_params(classifier(model, IMAGE)), 100)
         mesh = sharding.make_mesh(fsdp=fsdp)
-        state = step.abstract_state(model, tx, IMAGE, mesh)
+        state = step.abstract_state(classifier(model, IMAGE), tx, mesh)
         held[fsdp] = sum(
             np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
             for x in jax.tree.leaves(state)

@@ -17,13 +17,14 @@ from vit_jax.data import mixture, pipeline
 SCRIPT = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from vit_jax import assembly, losses, sharding, step
+from vit_jax import assembly, sharding, step
+from vit_jax.objectives import losses
 from vit_jax import config as configs
 from vit_jax.data import __main__ as show, pipeline
 
 config = configs.load(sys.argv[1], [o.split('=', 1) for o in sys.argv[2:]])
 parts = assembly.make(config)
-state = step.init(parts.model, parts.tx, parts.shape, config.seed, parts.abstract)
+state = step.init(parts.objective, parts.tx, config.seed, parts.abstract)
 state = state.replace(step=state.step + 5)
 rng = np.random.default_rng(0)  # the head is zeros: then the loss would say nothing of the images
 params = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), state.params)
@@ -36,7 +37,7 @@ plain, _ = parts.model.apply({'params': params}, parts.model.normalise(batch['im
 unmixed = float(jnp.mean(losses.softmax_xent(plain, jnp.asarray(batch['label']))))
 advance = step.compiled(parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
                         accumulate=config.accumulate)
-_, metrics = advance(state, sharding.put(batch, parts.mesh))
+_, metrics = advance(state, sharding.put(batch, parts.mesh), {})
 print(float(metrics['loss']), shown, unmixed)
 """
 MIXED = ('objective.mixup=0.8', 'objective.cutmix=1.0', 'objective.mix_by=example',

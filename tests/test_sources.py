@@ -16,6 +16,7 @@ import sys
 import tarfile
 import threading
 
+import feeds
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from vit_jax.data import images, jft_like, pipeline, sources
+from vit_jax.data import images, jft_like, sources
 from vit_jax.data.readers import example, parquet, records, tars, tfrecord
 from vit_jax.errors import UserError
 
@@ -66,7 +67,7 @@ def shown(data):
 def contents(source):
     """[(i of the image, label)] of a source; a list of labels for many."""
     found = [source.records[i] for i in range(len(source))]
-    return [(shown(data), np.asarray(label).tolist()) for data, label in found]
+    return [(shown(one['image']), np.asarray(one['label']).tolist()) for one in found]
 
 
 def tar_of(members, format=tarfile.GNU_FORMAT):
@@ -118,7 +119,7 @@ def test_a_pattern_a_glob_and_a_folder_are_the_same_shards(tmp_path):
     assert contents(sources.load(name=f'{tmp_path}/x-001.tar'))[0] == (10, 0)
     again = pickle.loads(pickle.dumps(source))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: shown(again.records[i][0]), list(range(30)) * 5))
+        found = list(pool.map(lambda i: shown(again.records[i]['image']), list(range(30)) * 5))
     assert found == list(range(30)) * 5
 
 
@@ -151,7 +152,7 @@ def test_labels_in_json_are_one_or_many(tmp_path):
     write('many.tar', [[3, 1], [], [2], 5], key='tags')
     source = sources.load(name=f'{tmp_path}/many.tar', label='tags')
     assert [label for _, label in contents(source)] == [[3, 1], [-1, -1], [2, -1], [5, -1]]
-    assert source.records[0][1].dtype == np.int32 and len(source.classes) == 6
+    assert source.records[0]['label'].dtype == np.int32 and len(source.classes) == 6
     with pytest.raises(UserError, match="many.tar: example 0 .0.: .json has no field 'label', but"):
         sources.load(name=f'{tmp_path}/many.tar')
 
@@ -214,7 +215,7 @@ def test_a_tar_that_is_cut_or_damaged_anywhere_is_named(tmp_path):
     path.write_bytes(whole[: end - 1500])  # afterwards
     with pytest.raises(UserError, match=r'a.tar\[3\] \(0003\): .* bytes came of'):
         source.records[3]
-    assert shown(source.records[1][0]) == 1
+    assert shown(source.records[1]['image']) == 1
 
 
 @pytest.mark.parametrize('kind', [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
@@ -294,7 +295,7 @@ def test_a_label_that_is_no_class_is_named_by_shard_and_key(tmp_path):
     (tmp_path / 'classes.txt').write_text('ant\nbee\ncat\ndog\n')
     source = sources.load(name=f'{tmp_path}/a.tar')
     with pytest.raises(UserError, match=r'a.tar\[4\] \(0004\).* out of range'):
-        list(pipeline.examples(source, view='resize', image_size=8, batch_size=4))
+        list(feeds.examples(source, view='resize', image_size=8, batch_size=4))
 
 
 def test_a_huge_label_makes_no_list_of_names(tmp_path):
@@ -427,7 +428,7 @@ def test_tars_at_an_address(where, server, monkeypatch):
     assert len(scans) == 2
     again = pickle.loads(pickle.dumps(source))
     server.sent.clear()
-    data, _ = again.records[7]
+    data = again.records[7]['image']
     assert shown(data) == 7 and sum(server.sent.values()) in (0, len(data))  # its range alone
     changed = tar_of([m for i in range(5) for m in pair(i + 20)])
     put(where, {'x-1.tar': changed}, server)
@@ -490,7 +491,7 @@ def test_parquet_files_as_hugging_face_names_them(tmp_path):
     again = pickle.loads(pickle.dumps(source))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         order = np.random.default_rng(0).permutation(np.arange(13).repeat(8))
-        found = list(pool.map(lambda i: shown(again.records[i][0]), order))
+        found = list(pool.map(lambda i: shown(again.records[i]['image']), order))
     assert found == order.tolist()
     (data / 'train-00001-of-00002.parquet').unlink()
     with pytest.raises(UserError, match='of 2 shards there are 1, as .*train-00000-of-00002'):
@@ -524,7 +525,7 @@ def test_lists_of_labels_in_parquet(tmp_path):
     source = sources.load(name=str(tmp_path))
     found = [label for _, label in contents(source)]
     assert found == [[4, 1], [-1, -1], [0, -1]] * 4 and len(source.classes) == 5
-    assert source.records[0][1].dtype == np.int32
+    assert source.records[0]['label'].dtype == np.int32
 
 
 def test_row_groups_are_decoded_once_and_few_are_kept(tmp_path, monkeypatch):
@@ -532,7 +533,8 @@ def test_row_groups_are_decoded_once_and_few_are_kept(tmp_path, monkeypatch):
     source = sources.load(name=str(tmp_path))
     decoded = counted(monkeypatch, parquet.Parquet, 'column')
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda i: shown(source.records[i][0]), range(40))) == list(range(40))
+        found = pool.map(lambda i: shown(source.records[i]['image']), range(40))
+        assert list(found) == list(range(40))
     assert sorted(group for _, group, _ in decoded) == list(range(8))
     source.records.kept_bytes = 2 * source.records.images(0, 0).nbytes
     source.records.close()
@@ -596,7 +598,7 @@ def test_what_is_wrong_in_parquet_files_is_named(tmp_path, monkeypatch):
     at = whole.index(png(5)) - 100  # in the second group of rows, its header of a page
     path.write_bytes(whole[:at] + bytes(90) + whole[at + 90 :])
     source = load()
-    assert shown(source.records[3][0]) == 3
+    assert shown(source.records[3]['image']) == 3
     with pytest.raises(UserError, match='row group 1 of .*a.parquet'):
         contents(source)
     write_parquet(path, range(8), [0, 1, 2, 3, 4, None, 1, 2])
@@ -716,7 +718,7 @@ def test_tfrecord_files_that_are_cut_or_damaged_are_named(tmp_path):
     bad[size + 30] ^= 1
     paths[0].write_bytes(bad)
     source = sources.load(**where)
-    shown(source.records[0][0])
+    shown(source.records[0]['image'])
     with pytest.raises(UserError, match=r'record .*\[1\] is damaged \(its CRC differs\)'):
         source.records[1]
 
@@ -744,13 +746,14 @@ def test_drawn_examples_are_sparse_and_long_tailed_over_30000_classes():
     for low, high in ((0, 1), (1, 10), (10, 100), (100, 1000), (1000, 30_000)):
         share = (1 / np.arange(low + 1, high + 1)).sum() / harmonic
         assert abs(((flat >= low) & (flat < high)).mean() - share) < 0.03
-    data, label = drawn[2_999_999_999]
+    data, label = drawn[2_999_999_999].values()
     assert images.decode(data).shape == (32, 32, 3)
     assert label.dtype == np.int32 and label.shape == (4,) and label[0] >= 0
-    assert drawn[5][0] == pickle.loads(pickle.dumps(drawn))[5][0] != drawn[6][0]
+    image = drawn[5]['image']
+    assert image == pickle.loads(pickle.dumps(drawn))[5]['image'] != drawn[6]['image']
     test = sources.load(name='jft_like:1000x50@32', split='test')
     train = sources.load(name='jft_like:1000x50@32')
-    assert len(test) == 100 and test.records[0][0] != train.records[0][0]
+    assert len(test) == 100 and test.records[0]['image'] != train.records[0]['image']
     with pytest.raises(IndexError):
         test.records[100]
 
@@ -770,7 +773,7 @@ def test_a_drawn_object_fills_its_cell(cells, low, high):
 def test_grey_images_have_the_labels_and_shades_of_the_coloured():
     coloured, grey = (jft_like.Drawn(20, 100, image_size=64, grey=grey) for grey in (False, True))
     for i in range(20):
-        (data, labels), (shades, same) = coloured[i], grey[i]
+        (data, labels), (shades, same) = coloured[i].values(), grey[i].values()
         shades = images.decode(shades).astype(np.float32)
         assert np.ptp(shades, axis=2).max() == 0 and shades.shape == (64, 64, 3)
         luma = images.decode(data) @ np.float32([0.299, 0.587, 0.114])  # ITU-R BT.601
@@ -784,7 +787,7 @@ def test_drawn_classes_can_be_learned():
         drawn = jft_like.Drawn(count, 1000, split=split, image_size=64)
         x, y = [], np.zeros((count, 20))
         for i in range(count):
-            data, labels = drawn[i]
+            data, labels = drawn[i].values()
             bins = (images.decode(data) >> 6) @ np.array([16, 4, 1])
             x.append(np.sqrt(np.bincount(bins.ravel(), minlength=64) / bins.size))
             y[i, [k for k in labels if 0 <= k < 20]] = 1
@@ -813,7 +816,7 @@ def test_a_drawn_folder_is_the_same_for_any_number_of_workers(tmp_path):
     drawn = jft_like.Drawn(25, 50, image_size=32, max_labels=3)
     assert len(source) == 25 and source.classes == jft_like.class_names(50)
     for i in range(25):
-        (data, labels), (own, own_labels) = source.records[i], drawn[i]
+        (data, labels), (own, own_labels) = source.records[i].values(), drawn[i].values()
         assert data == own and labels.tolist() == own_labels.tolist()
     assert 'train/24' in source.name(24)
     (tmp_path / 'b' / records.MANIFEST).unlink()  # as if it had been stopped

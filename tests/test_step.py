@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
-from vit_jax.objectives import losses, supervised
+from vit_jax.objectives import losses
 
 IMAGE = (8, 8, 3)
 MODEL = models.build(
@@ -34,17 +35,18 @@ def random_params():
 def run(steps=5, *, model=MODEL, devices=1, mesh=None, accumulate=1, keep=None, **fields):
     """Losses and final state of a few steps on random batches."""
     mesh = sharding.make_mesh(**(mesh or {}), devices=jax.devices()[:devices])
-    tx = optim.make(step.abstract_params(model, IMAGE), **{'steps': 20, 'lr': 1e-2, **fields})
-    abstract = step.abstract_state(model, tx, IMAGE, mesh)
-    state = step.init(model, tx, IMAGE, 0, abstract)
+    objective = classifier(model, IMAGE)
+    tx = optim.make(step.abstract_params(objective), **{'steps': 20, 'lr': 1e-2, **fields})
+    abstract = step.abstract_state(classifier(model, IMAGE), tx, mesh)
+    state = step.init(classifier(model, IMAGE), tx, 0, abstract)
     if keep is not None:
         keep.append(jax.device_get(state))
     advance = step.compiled(
-        supervised.supervised(model), tx, abstract, mesh, accumulate=accumulate
+        classifier(model, IMAGE), tx, abstract, mesh, accumulate=accumulate
     )
     seen = []
     for i in range(steps):
-        state, metrics = advance(state, sharding.put(batch(seed=i), mesh))
+        state, metrics = advance(state, sharding.put(batch(seed=i), mesh), {})
         seen.append(jax.device_get(metrics))
     return seen, jax.device_get(state)
 
@@ -80,9 +82,9 @@ def test_masked_examples_count_for_nothing():
     params['head']['kernel'] += 0.1 * jax.random.normal(jax.random.key(1), (16, 4))
     whole = batch()
     part = {k: v[whole['mask'] == 1] for k, v in whole.items()}
-    objective = supervised.supervised(MODEL)
+    objective = classifier(MODEL, IMAGE)
     assert 0 < len(part['mask']) < len(whole['mask'])
-    a, b = (objective(params, x, jax.random.key(0))[1] for x in (whole, part))
+    a, b = (objective.loss(params, {}, {}, x, jax.random.key(0), 0)[1][0] for x in (whole, part))
     assert_trees_close(a, b, rtol=1e-5)
 
 
@@ -126,12 +128,12 @@ def test_optimizer_equals_optax(fields, peer):
 def test_training_learns():
     fixed = batch()
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    tx = optim.make(step.abstract_params(MODEL, IMAGE), steps=100, lr=1e-2)
-    abstract = step.abstract_state(MODEL, tx, IMAGE, mesh)
-    state = step.init(MODEL, tx, IMAGE, 0, abstract)
-    advance = step.compiled(supervised.supervised(MODEL), tx, abstract, mesh)
+    tx = optim.make(step.abstract_params(classifier(MODEL, IMAGE)), steps=100, lr=1e-2)
+    abstract = step.abstract_state(classifier(MODEL, IMAGE), tx, mesh)
+    state = step.init(classifier(MODEL, IMAGE), tx, 0, abstract)
+    advance = step.compiled(classifier(MODEL, IMAGE), tx, abstract, mesh)
     for _ in range(100):
-        state, metrics = advance(state, sharding.put(fixed, mesh))
+        state, metrics = advance(state, sharding.put(fixed, mesh), {})
     assert float(metrics['accuracy']) == 1 and float(metrics['loss']) < 0.1
 
 
@@ -153,11 +155,11 @@ def test_eight_devices_give_the_losses_of_one(name, steps, meshes):
 
 def test_sharded_state_takes_less_memory_a_device():
     model = models.build('vit-ti/16', num_classes=8, patch_size=4)
-    tx = optim.make(step.abstract_params(model, IMAGE), steps=1)
+    tx = optim.make(step.abstract_params(classifier(model, IMAGE)), steps=1)
     sizes = {}
     for fsdp in (1, 8):
         mesh = sharding.make_mesh(fsdp=fsdp)
-        state = step.abstract_state(model, tx, IMAGE, mesh)
+        state = step.abstract_state(classifier(model, IMAGE), tx, mesh)
         sizes[fsdp] = sum(
             np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
             for x in jax.tree.leaves(state)

@@ -163,7 +163,8 @@ def test_an_import_changes_neither_signals_nor_streams(tmp_path):
         import signal, sys
         streams = sys.stdout, sys.stderr
         import vit_jax
-        from vit_jax import cli, streams as ours
+        from vit_jax import cli
+        from vit_jax.io import streams as ours
         assert (sys.stdout, sys.stderr) == streams
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

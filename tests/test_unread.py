@@ -6,12 +6,13 @@ import struct
 import zlib
 
 import aiohttp
+import feeds
 import launched
 import numpy as np
 import processes
 import pytest
 
-from vit_jax.data import images, pipeline, reading, sources
+from vit_jax.data import images, reading, sources, tasks
 from vit_jax.data.prepare import writing
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
@@ -56,11 +57,11 @@ def test_whatever_a_reader_raises_is_an_example_less(source, error):
     options = dict(view='resize', image_size=8, batch_size=9, threads=1)
     for nameless, called in ((False, r'shard\[4\]'), (True, 'example 4')):
         bad = sources.Source(Records(source, error, nameless), source.classes)
-        (batch,) = pipeline.examples(bad, tolerance=1 / 9, **options)
+        (batch,) = feeds.examples(bad, tolerance=1 / 9, **options)
         np.testing.assert_array_equal(batch['mask'], np.arange(9) != 4)
         with pytest.raises(UserError, match=f'^{called}: can not be read: .*1 of 9 examples'):
-            next(pipeline.batches(bad, 0, **options))
-    (batch,) = pipeline.examples(source, **options)
+            next(feeds.batches(bad, 0, **options))
+    (batch,) = feeds.examples(source, **options)
     assert batch['mask'].all()
 
 
@@ -69,22 +70,24 @@ def test_what_prepare_can_not_read_counts_as_unreadable(source, error):
     bad = sources.Source(Records(source, error), source.classes)
     with pytest.raises(images.Unreadable):
         writing.raw(bad, 4)
-    assert writing.raw(bad, 3) == source.records[3]
+    assert writing.raw(bad, 3) == tuple(source.records[3].values())
 
 
 def test_a_mistake_in_a_view_is_none_of_the_data(source):
-    def view(image, rng):
+    def read(record, rng):
         raise ZeroDivisionError('a mistake')
 
+    task = tasks.classify(source, view='resize', image_size=8)._replace(read=read)
+
     with pytest.raises(ZeroDivisionError):
-        reading.example(0, None, source=source, view=view, image_size=8)
+        reading.example(0, None, source=source, task=task)
 
 
 def test_other_processes_get_every_batch_of_an_evaluation(source):
     stop = Stop()
     stop.shared = True
     bad = sources.Source(Records(source, OSError('gone')), source.classes)
-    feed = pipeline.examples(bad, view='resize', image_size=8, batch_size=2, threads=1, stop=stop)
+    feed = feeds.examples(bad, view='resize', image_size=8, batch_size=2, threads=1, stop=stop)
     batches = [(stop.within(batch), stop.trouble) for batch in feed]
     assert [trouble is not None for _, trouble in batches] == [False, False, True, True, True]
     assert isinstance(stop.trouble, UserError) and 'shard[4]' in str(stop.trouble)

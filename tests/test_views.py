@@ -19,7 +19,7 @@ import vit_jax
 from vit_jax import models
 from vit_jax.convert import load, views
 from vit_jax.data import files as named
-from vit_jax.data import pipeline
+from vit_jax.data import tasks
 from vit_jax.errors import UserError
 
 SIZE, CLASSES = 48, ('ant', 'bee', 'cat', 'dog', 'eel')
@@ -200,7 +200,7 @@ def test_what_they_have_too_is_the_same_to_the_pixel(
 
 
 def pixels(path, view):
-    return named.pixels(path, pipeline.make_view(view, SIZE)).astype(float)
+    return named.pixels(path, tasks.make_view(view, SIZE)).astype(float)
 
 
 @pytest.mark.parametrize('format', ['official', 'hf', 'timm'])

@@ -125,13 +125,13 @@ def test_a_task_reads_its_images_and_makes_its_labels(tmp_path):
     test = sources.load(name='vtab:clevr_count', split='test', data_dir=str(tmp_path))
     seen = []
     for i in range(len(test)):
-        data, label = test.records[i]
+        data, label = (test.records[i][key] for key in ('image', 'label'))
         value = np.array(Image.open(io.BytesIO(data)))[0, 0, 0]
         assert label == value % 8
         seen.append(int(value))
     assert sorted(seen) == list(range(20))
     near = sources.load(name='vtab:clevr_distance', split='test', data_dir=str(tmp_path))
-    assert {near.records[i][1] for i in range(20)} == {1}
+    assert {near.records[i]['label'] for i in range(20)} == {1}
 
 
 def test_images_of_zero_and_one_are_made_bright(tmp_path):
@@ -145,7 +145,7 @@ def test_images_of_zero_and_one_are_made_bright(tmp_path):
     prepared(tmp_path, 'dsprites', '2.0.0', features, {'train': examples})
     found = sources.load(name='vtab:dsprites_location', split='test', data_dir=str(tmp_path))
     assert len(found) == 5 and len(found.classes) == 16
-    data, _ = found.records[0]
+    data = found.records[0]['image']
     assert (np.array(Image.open(io.BytesIO(data))) == 255).all()
 
 
@@ -163,7 +163,7 @@ def test_an_image_of_tfds_may_have_several_labels(tmp_path):
     )
     assert found.records.max_labels == 32 and len(found.classes) == 1000
     for i in range(4):
-        data, label = found.records[i]
+        data, label = (found.records[i][key] for key in ('image', 'label'))
         place = np.array(Image.open(io.BytesIO(data)))[0, 0, 0]
         assert label.shape == (32,) and list(label[label >= 0]) == labels[place]
 

@@ -11,6 +11,7 @@ import sys
 import time
 from multiprocessing import shared_memory
 
+import feeds
 import launched
 import numpy as np
 import pytest
@@ -20,13 +21,12 @@ from vit_jax.data import memory, pipeline, sources
 SCRIPT = """
 import multiprocessing, sys, time
 from vit_jax import cli
-from vit_jax.data import pipeline, sources
+from vit_jax.data import pipeline, sources, tasks
 
 def main(argv):
-    feed = pipeline.batches(
-        sources.load(name=argv[1]), 0, view='resize', image_size=64, batch_size=4, workers=2,
-        threads=1,
-    )
+    source = sources.load(name=argv[1])
+    task = tasks.classify(source, view='resize', image_size=64)
+    feed = pipeline.batches(source, task, 0, batch_size=4, workers=2, threads=1)
     next(feed)
     print(*[p.pid for p in multiprocessing.active_children()], flush=True)
     for _ in feed:
@@ -95,7 +95,7 @@ def test_many_cores_have_a_worker_for_every_four_and_the_same_batches(tmp_path, 
     batches = []
     for cores, workers in ((4, 0), (11, 2)):
         monkeypatch.setattr(pipeline, 'cores', lambda cores=cores: cores)
-        feed = pipeline.batches(source, 0, **fields)
+        feed = feeds.batches(source, 0, **fields)
         batches.append([next(feed) for _ in range(5)])
         assert len(set(multiprocessing.active_children()) - before) == workers
         feed.close()
@@ -223,7 +223,7 @@ if __name__ == '__main__':
 """
 
 
-@pytest.mark.parametrize('before', ['', 'from vit_jax import checkpoint'])
+@pytest.mark.parametrize('before', ['', 'from vit_jax.run import checkpoint'])
 def test_ctrl_c_within_a_destructor_is_not_lost(before, tmp_path):
     script = tmp_path / 'script.py'
     quieten = '    checkpoint.quieten()\n' * 2 if before else ''

@@ -1,18 +1,16 @@
 """From a config to the parts of a run: data set, model, objective, optimizer, first state."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from vit_jax import config as configs
-from vit_jax import models, optim, sharding, step
+from vit_jax import evaluators, models, optim, sharding, step
 from vit_jax.convert import load as weights
-from vit_jax.data import mixture, pipeline, sources
+from vit_jax.data import mixture, sources, tasks
 from vit_jax.data.readers import names
-from vit_jax.errors import UserError
-from vit_jax.objectives import supervised
+from vit_jax.errors import UserError, choices
+from vit_jax.objectives import Examples, Objective
 from vit_jax.run import workdir
 
 MOST_STEPS = 2**31 - 1  # as bounds.Steps
@@ -22,11 +20,12 @@ class Parts(NamedTuple):
     """What a config names, made; nothing of it depends on a workdir."""
 
     source: sources.Source
+    task: tasks.Task
     steps: int
     mesh: jax.sharding.Mesh
-    model: Any
-    shape: tuple[int, int, int]  # of an image: H, W, C
-    objective: Callable
+    model: Any  # None where the objective has a network of its own
+    spec: dict[str, jax.ShapeDtypeStruct]  # of one example
+    objective: Objective
     tx: optim.Optimizer
     abstract: step.State
     evals: dict[str, Any]
@@ -45,72 +44,84 @@ def make(config, source=None, devices=None, classes=None):
         classes = tuple(classes or map(str, range(config.model.num_classes)))
         title = f'data set {mixture.title(config.data.source)}'
         source = names.relabelled(source, classes, title, "the kept head's")
-    classes = len(source.classes)
-    model = models.build(**{**config.model, 'num_classes': config.model.num_classes or classes})
-    if model.num_classes < classes:
-        raise UserError(
-            f'labels are out of range: data set {mixture.title(config.data.source)} has {classes} '
-            f'classes, model.num_classes is {model.num_classes}'
-        )
-    if not len(model.mean) == len(model.std) == 3:
-        raise UserError(
-            f'images have 3 channels, model.mean is {model.mean}, model.std {model.std}'
-        )
-    check_partners(config)
+    task = task_of(config, source)
+    spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in task.blank.items()}
+    model = model_of(config, task)
+    objective = objective_of(config, model, task, spec)
     steps = steps_of(config, source)
-    shape = (*pipeline.size_of(config.data.image_size), 3)
-    check_patches('data', model, shape)
-    objective = supervised.supervised(model, **config.objective)
-    tx = optim.make(step.abstract_params(model, shape), steps, **config.optim)
-    abstract = step.abstract_state(model, tx, shape, mesh)
-    check_evaluations(config, model, shape, abstract.params)
-    evals = {
-        name: evaluation(model, mesh, source.classes, config.objective.loss, kwargs)
-        for name, kwargs in config.evals.items()
-    }
-    if str(config.checkpoint.best).endswith('/top5') and model.num_classes <= step.TOP:
+    tx = optim.make(step.abstract_params(objective), steps, **config.optim)
+    abstract = step.abstract_state(objective, tx, mesh)
+    check_evaluations(config, objective, spec, abstract.params)
+    subject = evaluators.subject(objective, abstract.params, spec, mesh, task.names)
+    evals = {name: evaluation(subject, settings) for name, settings in config.evals.items()}
+    check_best(config.checkpoint.best, evals)
+    return Parts(source, task, steps, mesh, model, spec, objective, tx, abstract, evals)
+
+
+def task_of(config, source):
+    """The task of a config's section `data`, of a data set."""
+    function = configs.named('data.task', config.data.task).function
+    return function(source, **configs.settings_of(config.data, function))
+
+
+def model_of(config, task):
+    """The model, with an output for each class of the data unless the config says how many."""
+    if config.model.name is None:
+        return None
+    classes = config.model.num_classes or len(task.names.get('classes', ())) or None
+    return models.build(**{**config.model, 'num_classes': classes})
+
+
+def objective_of(config, model, task, spec):
+    """The objective of a config."""
+    copies = -(-config.data.repeats // config.accumulate)  # in succession, of a micro-batch
+    examples = Examples(spec, task.names, copies)
+    function = configs.named('objective.name', config.objective.name).function
+    objective = function(model, examples, **configs.settings_of(config.objective, function))
+    if config.accumulate > 1 and objective.indivisible:
         raise UserError(
-            f'checkpoint.best is {config.checkpoint.best}, which is not measured of '
-            f'{model.num_classes} classes; name an accuracy'
+            f'accumulate is {config.accumulate}, but objective {config.objective.name} takes whole '
+            f'batches: {objective.indivisible}; set it to 1'
         )
-    return Parts(source, steps, mesh, model, shape, objective, tx, abstract, evals)
+    return objective
 
 
-def check_patches(section, model, shape):
-    """Raises UserError, with the key, where the model has no patches for images [H, W, C]."""
-    try:
-        model.grid(shape)
-    except UserError as e:
-        raise UserError(f'config {section}.image_size: {e}') from e
+def check_evaluations(config, objective, spec, params):
+    """Raises UserError where an evaluation has images of a size that the parameters do not fit.
 
-
-def check_evaluations(config, model, shape, params):
-    """Raises UserError where an evaluation has images [H, W, C] of a size that params do not fit.
-
-    Those of the training's `shape` they do; position tables are of one size.
+    Those of the training's size they do; position tables are of one size.
     """
     for name, settings in config.evals.items():
-        size = (*pipeline.size_of(settings.image_size), shape[-1])
-        if size == shape:
+        if 'image' not in spec or 'image_size' not in settings:
             continue
-        check_patches(f'evals.{name}', model, size)
-        images = jax.ShapeDtypeStruct((1, *size), jnp.float32)
+        image = spec['image']
+        size = (*tasks.size_of(settings.image_size), image.shape[-1])
+        if size == image.shape:
+            continue
+        images = jax.ShapeDtypeStruct((1, *size), image.dtype)
         try:
-            jax.eval_shape(model.apply, {'params': params}, images)
+            jax.eval_shape(objective.predict, params, {'image': images})
         except UserError as e:
             raise UserError(
                 f'config evals.{name}.image_size is {settings.image_size}, data.image_size '
-                f'{config.data.image_size}, and the model has positions for that size alone; '
-                'python -m vit_jax.evaluate takes another one'
+                f'{config.data.image_size}: {e} (python -m vit_jax.evaluate resizes positions)'
             ) from e
 
 
-def evaluation(model, mesh, classes, loss, settings):
-    """An evaluation by its section of a config; `loss` is that of training, its own default."""
-    settings = dict(settings)
-    if settings.get('loss', loss) is None:
-        settings['loss'] = loss
-    return configs.EVALUATORS[settings['type']](model, mesh, classes, **settings)
+def evaluation(subject, settings):
+    """An evaluation of a Subject, by its section of a config."""
+    function = configs.named('evals.type', settings['type']).function
+    return function(subject, **configs.settings_of(settings, function))
+
+
+def check_best(best, evals):
+    """Raises UserError where an evaluation knows that it does not measure checkpoint.best."""
+    name, _, metric = str(best).rpartition('/')
+    measured = getattr(evals.get(name), 'metrics', None)
+    if measured is not None and metric not in measured:
+        raise UserError(
+            f'checkpoint.best is {best}, which is not measured here; {choices(metric, measured)}'
+        )
 
 
 def kept_classes(config, path, begun):
@@ -120,7 +131,7 @@ def kept_classes(config, path, begun):
     """
     if not config.keep_head or config.init_from is None:
         return None
-    known = workdir.read_json(path / 'classes.json') if begun else None
+    known = workdir.read_names(path / 'classes.json') if begun else None
     return known or weights.read(config.init_from, values=False, ema=None).classes
 
 
@@ -136,28 +147,23 @@ def steps_of(config, source):
     return round(steps)
 
 
-def check_partners(config):
-    """Raises UserError where mixup would mix an image with another view of itself."""
-    copies = -(-config.data.repeats // config.accumulate)  # in a row, of a micro-batch
-    mixes = config.objective.mixup or config.objective.cutmix
-    if mixes and config.objective.mix_shift < copies:
-        raise UserError(
-            f'objective.mix_shift is {config.objective.mix_shift} with data.repeats '
-            f'{config.data.repeats}: images would be mixed with themselves; set it to {copies}'
-        )
-
-
 def first_state(config, parts):
     """(the state at step 0, the account of what was loaded): random, or from `init_from`."""
     if config.init_from is None:
-        fresh = (parts.model, parts.tx, parts.shape, config.seed, parts.abstract)
+        fresh = (parts.objective, parts.tx, config.seed, parts.abstract)
         return step.init(*fresh), None
+    if parts.model is None:
+        raise UserError(
+            f'init_from is {config.init_from}, but objective {config.objective.name} has a network '
+            'of its own, whose parameters no checkpoint of a model has'
+        )
     kept = ('name', 'num_classes', 'representation_size')
     fields = {k: v for k, v in models.describe(parts.model).items() if k not in kept}
     found = weights.read(
-        config.init_from, image_size=parts.shape[:2], ema=None,
+        config.init_from, ema=None, image_size=parts.spec['image'].shape[:2],
         num_classes=None if config.keep_head else parts.model.num_classes,
         keep_pre_logits=config.keep_pre_logits, **fields,
     )  # fmt: skip
     optim.check_same(found.params, parts.abstract.params, config.init_from)
-    return step.begin(found.params, parts.tx, parts.abstract), weights.table(found.account)
+    state = step.begin(found.params, parts.objective, parts.tx, parts.abstract)
+    return state, weights.table(found.account)

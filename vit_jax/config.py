@@ -9,27 +9,28 @@ import difflib
 import inspect
 import re
 import warnings
-from typing import Literal
 
 from absl import logging
 from ml_collections import ConfigDict
 
 from vit_jax import models, optim, sharding
 from vit_jax.convert import load as weights
-from vit_jax.data import augment, distort, pipeline, sources
+from vit_jax.data import augment, distort, pipeline, sources, tasks
 from vit_jax.errors import UserError, choices, shown
-from vit_jax.evaluators import classify, probe
 from vit_jax.io import bounds, experiment
 from vit_jax.io.bounds import Finite, NonNegative, Positive, Seed, Steps
 from vit_jax.models import interface
-from vit_jax.objectives import supervised
 from vit_jax.run import report
 from vit_jax.run.checkpoint import Checkpoints
 
 REQUIRED = inspect.Parameter.empty
-EVALUATORS = {'classify': classify.Classify, 'probe': probe.Probe}
+INHERITED = ('image_size', 'batch_size')  # by evaluations, from the section data
+ROOMS = {  # of the functions that a config names, by the key, and what such a function is given
+    'objective.name': ('vit_jax.objectives', ('model', 'examples')),
+    'data.task': ('vit_jax.data.tasks', ('source',)),
+    'evals.type': ('vit_jax.evaluators', ('subject',)),
+}
 SECTIONS = {  # those of which every key is an argument of one function
-    'objective': supervised.supervised,
     'optim': optim.make,
     'mesh': sharding.make_mesh,
     'checkpoint': Checkpoints,
@@ -114,10 +115,10 @@ def expectation(
 
 
 def keys_of(function):
-    """{name: (annotation, default)} of a function's keyword-only arguments."""
+    """{name: (annotation, default)} of a function's keyword-only arguments; object: any value."""
     return {
-        name: (p.annotation, p.default)
-        for name, p in inspect.signature(function).parameters.items()
+        name: (object if p.annotation is p.empty else p.annotation, p.default)
+        for name, p in inspect.signature(function, eval_str=True).parameters.items()
         if p.kind == p.KEYWORD_ONLY
     }
 
@@ -136,13 +137,23 @@ def complete(given, begun=None, absent=False):
     the wrong type or range, and a key that must be given and is not.
     """
     given = dtypes_named(given)
-    names = ('model', 'data', 'evals', *SECTIONS)
+    names = ('model', 'data', 'objective', 'evals', *SECTIONS)
     outside = {k: v for k, v in given.items() if k not in names}
     full = filled('', outside, keys_of(scalars), also=names)
     rows = enumerate(full['expected'])
     full['expected'] = tuple(filled(f'expected[{i}]', row, keys_of(expectation)) for i, row in rows)
-    full['model'] = complete_model(section(given, 'model'), full, begun, absent)
-    full['data'] = complete_data('data', section(given, 'data'), pipeline.batches)
+    values = section(given, 'objective')
+    method = named('objective.name', values.get('name', 'supervised'))
+    model = next(iter(inspect.signature(method.function).parameters.values()))
+    needed = model.default is REQUIRED  # else the method may have a network of its own
+    full['model'] = complete_model(section(given, 'model'), full, begun, absent, needed)
+    keys = {'name': (str, 'supervised')} | keys_of(method.function)
+    full['objective'] = filled('objective', values, keys)
+    values = section(given, 'data')
+    task = named('data.task', values.get('task', 'classify'))
+    keys = keys_of(pipeline.batches) | keys_of(task.function)
+    keys |= {'source': (dict, REQUIRED), 'task': (str, 'classify')}
+    full['data'] = complete_data('data', values, keys)
     for name, function in SECTIONS.items():
         full[name] = filled(name, section(given, name), keys_of(function))
     full['evals'] = {}
@@ -150,10 +161,11 @@ def complete(given, begun=None, absent=False):
         path = f'evals.{name}'
         check_name(path, name)
         values = section(given['evals'], name, path)
-        kind = values.get('type', 'classify')
-        bounds.check(f'config {path}.type', kind, Literal[tuple(EVALUATORS)])
-        inherited = {k: full['data'][k] for k in ('image_size', 'batch_size')}
-        full['evals'][name] = complete_data(path, inherited | values, EVALUATORS[kind])
+        evaluator = named('evals.type', values.get('type', 'classify'), f'{path}.type')
+        keys = {'type': (str, 'classify'), 'every': (NonNegative[int], 0)}
+        keys |= keys_of(evaluator.function)
+        inherited = {k: v for k, v in full['data'].items() if k in INHERITED and k in keys}
+        full['evals'][name] = complete_data(path, inherited | values, keys)
     if (full['steps'] is None) == (full['epochs'] is None):
         which = 'neither steps nor epochs' if full['steps'] is None else (
             f'both steps ({full["steps"]}) and epochs ({full["epochs"]}); leave one out'
@@ -163,18 +175,40 @@ def complete(given, begun=None, absent=False):
     return ConfigDict(full)
 
 
+def named(kind, name, key=None):
+    """The Component that a config names, of a kind in ROOMS. Raises UserError."""
+    room, given = ROOMS[kind]
+    found = experiment.component(room, name, key or kind)
+    signature = inspect.signature(found.function)
+    try:
+        signature.bind_partial(*given)
+    except TypeError:
+        raise UserError(
+            f'config {key or kind} is {shown(name)}, whose arguments are {signature}; they begin '
+            f'with {", ".join(given)}, and settings follow after a *'
+        ) from None
+    return found
+
+
+def settings_of(section, function):
+    """Those settings of a section that are keyword arguments of a function."""
+    return {key: section[key] for key in keys_of(function) if key in section}
+
+
 def metrics(evals):
     """{'val/accuracy': 'max', 'val/loss': 'min'} of a complete section: which is better of each."""
     return {
         f'{name}/{metric}': which
         for name, settings in evals.items()
-        for metric, which in EVALUATORS[settings['type']].metrics(**settings).items()
+        for metric, which in named('evals.type', settings['type']).metrics(settings).items()
     }
 
 
 def better(config):
     """Likewise of all that a run of a complete config measures: its costs and training, too."""
-    return metrics(config.evals) | supervised.METRICS | report.COSTS
+    method = named('objective.name', config.objective.name)
+    trained = method.metrics(settings_of(config.objective, method.function))
+    return metrics(config.evals) | trained | report.COSTS
 
 
 def mode_of(full):
@@ -213,7 +247,7 @@ def section(given, name, path=None):
     return value
 
 
-def complete_model(values, scalars, begun=None, absent=False):
+def complete_model(values, scalars, begun=None, absent=False, needed=True):
     """The model section: its keys depend on the model's name, or on the checkpoint to begin from.
 
     Without a name every field has the value that the checkpoint `init_from` tells of.
@@ -228,11 +262,13 @@ def complete_model(values, scalars, begun=None, absent=False):
                 return {**values, 'name': None}
             raise
         name = read['name']
-    if name is None:
+    if name is None and needed:
         raise UserError(
             "config has neither model.name (as 'vit-b/16') nor init_from, a checkpoint that tells "
             'what the model is (--config.init_from=PATH)'
         )
+    if name is None:
+        return filled('model', values, {'name': (str | None, None)})
     if not isinstance(name, str):
         raise UserError(f"config model.name is {shown(name)}, not a name as 'vit-b/16'")
     keys = models.fields(name)
@@ -258,18 +294,18 @@ def model_of(scalars, begun):
     return models.describe(found.model)
 
 
-def complete_data(path, values, function):
-    """A section that has a source, a view and, in training, augmentations after it."""
-    keys = keys_of(function)
-    sets = {'source', *(k for k in keys if k.endswith('_source'))}  # data sets, each a section
-    full = filled(path, values, keys | {name: (dict, REQUIRED) for name in sets})
+def complete_data(path, values, keys):
+    """A section that may have data sets, a view and augmentations after it, by its `keys`."""
+    sets = [k for k in keys if k == 'source' or k.endswith('_source')]
+    full = filled(path, values, keys)
     for name in sets:
         full[name] = complete_source(f'{path}.{name}', section(full, name))
-    full['view'] = complete_call(f'{path}.view', full['view'], augment.VIEWS, pipeline.check_view)
+    if 'view' in keys:
+        full['view'] = complete_call(f'{path}.view', full['view'], augment.VIEWS, tasks.check_view)
     if 'augment' in keys:
         full['augment'] = tuple(
             complete_call(
-                f'{path}.augment[{i}]', call, distort.AUGMENTATIONS, pipeline.check_augmentation
+                f'{path}.augment[{i}]', call, distort.AUGMENTATIONS, tasks.check_augmentation
             )
             for i, call in enumerate(full['augment'])
         )

@@ -15,18 +15,21 @@ images, its accuracy and how often it was taken for each of all classes.
 
 import time
 
+import jax
+import numpy as np
 from absl import flags
 
-from vit_jax import assembly, cli, sharding
+from vit_jax import assembly, cli, evaluators, sharding
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
-from vit_jax.data import pipeline
+from vit_jax.data import tasks
 from vit_jax.data.prepare import crew
 from vit_jax.data.readers import names
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import experiment, storage
 from vit_jax.io.text import number, printable, to_json
+from vit_jax.objectives import Examples, supervised
 from vit_jax.run import workdir
 
 
@@ -40,13 +43,13 @@ def evaluate(checkpoint, config, ema=None, by_class=False):
     mesh = sharding.make_mesh(**config.mesh)
     loaded = {}
     for name, kwargs in config.evals.items():
-        size = pipeline.size_of(kwargs.image_size)
+        size = tasks.size_of(kwargs.image_size)
         if size not in loaded:
             loaded = {size: read(checkpoint, size, config.model, ema)}
         found = loaded[size]
-        loss = found.loss or config.objective.loss
-        evaluation = assembly.evaluation(found.model, mesh, found.classes, loss, kwargs)
-        images = len(evaluation.source) + len(getattr(evaluation, 'train_source', ()))
+        loss = found.loss or config.objective.get('loss') or 'softmax'
+        evaluation = assembly.evaluation(subject_of(found, size, mesh, loss), kwargs)
+        images = sum(map(len, evaluation.sources.values()))
         began = time.perf_counter()
         with crew.Bar(printable(name), images, brief=True) as bar:
             metrics = evaluation(found.params, advance=bar.add)
@@ -59,6 +62,13 @@ def evaluate(checkpoint, config, ema=None, by_class=False):
                 predicted = evaluation.predictions(found.params, bar.add)
             text = classify.by_class(predicted, classes, found.model.num_classes)
         yield name, metrics, text
+
+
+def subject_of(found, image_size, mesh, loss):
+    """A loaded classifier as evaluators take it."""
+    spec = {'image': jax.ShapeDtypeStruct((*image_size, 3), np.uint8)}
+    objective = supervised.supervised(found.model, Examples(spec), loss=loss)
+    return evaluators.subject(objective, found.params, spec, mesh, {'classes': found.classes})
 
 
 def read(checkpoint, image_size, model, ema):

@@ -26,7 +26,7 @@ from rich.table import Table
 from vit_jax import cli
 from vit_jax.convert import load as weights
 from vit_jax.convert.save import complete
-from vit_jax.data import files, pipeline
+from vit_jax.data import files, tasks
 from vit_jax.data.prepare import crew
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -100,7 +100,7 @@ def main(argv):
         raise UserError(f'{options.checkpoint} has no head, so it knows no classes')
     interface.check_output(found.model)
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
-    view = pipeline.fixed_view(found.view if options.view is None else options.view, size)
+    view = tasks.fixed_view(found.view if options.view is None else options.view, size)
     batch_size = min(options.batch_size, len(paths))
     images = read_ahead(paths, view, 2 * batch_size)
     results = predicted(

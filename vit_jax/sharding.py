@@ -89,9 +89,12 @@ def check_batch(batch_size, mesh, accumulate=1):
         )
 
 
-def spec(name, shape, mesh):
-    """The PartitionSpec of a parameter by its name; ValueError where no rule matches."""
-    for pattern, rule in RULES:
+def spec(name, shape, mesh, rules=()):
+    """The PartitionSpec of a parameter by its name; `rules` come before RULES.
+
+    Raises ValueError where no rule matches, UserError where a dimension does not divide.
+    """
+    for pattern, rule in (*rules, *RULES):
         if re.search(f'(^|/)({pattern})$', name):
             for size, axis in zip(shape, rule, strict=False):
                 if axis and size % mesh.shape[axis]:
@@ -101,29 +104,55 @@ def spec(name, shape, mesh):
                         f'{axis}={mesh.shape[axis]}, but by {", ".join(fitting)}'
                     )
             return rule
-    raise ValueError(f'no sharding rule for {name} {shape}')
+    raise ValueError(f'no sharding rule for {name} {shape}; an objective has its own in `rules`')
 
 
-def shardings(state, mesh):
-    """NamedShardings for a State of shapes.
-
-    Optimizer state takes the rule of the parameter that it mirrors; what mirrors none (counts,
-    Adafactor's factors) is replicated.
-    """
-    shapes = {
-        leaf_name(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
-    }
-    specs = {name: spec(name, shape, mesh) for name, shape in shapes.items()}
+def by_name(tree, mesh, rules=()):
+    """NamedShardings of arrays by their names; scalars are replicated."""
 
     def place(path, leaf):
+        shape = np.shape(leaf)
+        rule = spec(leaf_name(path), tuple(shape), mesh, rules) if shape else P()
+        return NamedSharding(mesh, rule)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def shardings(state, mesh, rules=()):
+    """NamedShardings for a State of shapes.
+
+    Optimizer state has the rule of the parameter that it mirrors; what mirrors none (counts,
+    Adafactor's factors) is replicated. What the objective keeps goes by name as parameters do.
+    """
+    params, extra = (by_name(tree, mesh, rules) for tree in (state.params, state.extra))
+    leaves = jax.tree_util.tree_leaves_with_path
+    known = {
+        leaf_name(path): (leaf.shape, place)
+        for (path, leaf), place in zip(leaves(state.params), jax.tree.leaves(params), strict=True)
+    }
+
+    def mirrored(path, leaf):
         name = leaf_name(path)
-        for param, rule in specs.items():
-            if name.endswith('/' + param) and leaf.shape == shapes[param]:
-                return NamedSharding(mesh, rule)
+        for param, (shape, place) in known.items():
+            if name.endswith(f'/{param}') and leaf.shape == shape:
+                return place
         return NamedSharding(mesh, P())
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    opt_state = jax.tree_util.tree_map_with_path(mirrored, state.opt_state)
+    step = NamedSharding(mesh, P())
+    return state.replace(step=step, params=params, opt_state=opt_state, extra=extra)
+
+
+def placed(shapes, where):
+    """Shapes with their shardings."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
+    )
+
+
+def places(tree):
+    """The shardings of a tree of arrays or shapes."""
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 @functools.cache

@@ -11,10 +11,6 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import optim, sharding
-from vit_jax.objectives import losses
-
-BINS = 15  # of confidence, as arXiv:1706.04599 section 5 has them
-TOP = 5  # classes of the metric top5
 
 
 @flax.struct.dataclass
@@ -24,78 +20,82 @@ class State:
     step: jax.Array  # int32 scalar: updates made
     params: Any
     opt_state: Any
+    extra: Any = flax.struct.field(default_factory=dict)  # what the objective keeps
 
 
-def abstract_params(model, image_shape):
-    """Shapes and dtypes of the parameters for images of [H, W, C]."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)['params']
+def abstract_params(objective):
+    """Shapes and dtypes of the parameters."""
+    return jax.eval_shape(objective.init, jax.random.key(0))
 
 
-def fresh(key, *, model, tx, image_shape):
-    """A state at step 0, with random parameters."""
-    params = model.init(key, jnp.zeros((1, *image_shape)))['params']
-    return State(jnp.int32(0), params, tx.init(tx.trainable(params)))
+def state_at_0(params, *, objective, tx):
+    """A state at step 0 with these parameters."""
+    return State(jnp.int32(0), params, tx.init(tx.trainable(params)), objective.extra(params))
 
 
-def abstract_state(model, tx, image_shape, mesh):
+def fresh(key, *, objective, tx):
+    """A state at step 0 with random parameters."""
+    return state_at_0(objective.init(key), objective=objective, tx=tx)
+
+
+def abstract_state(objective, tx, mesh):
     """The state's shapes, dtypes and shardings; takes no memory."""
-    shapes = jax.eval_shape(
-        partial(fresh, model=model, tx=tx, image_shape=image_shape), jax.random.key(0)
-    )
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        sharding.shardings(shapes, mesh),
-    )
+    shapes = jax.eval_shape(partial(fresh, objective=objective, tx=tx), jax.random.key(0))
+    return sharding.placed(shapes, sharding.shardings(shapes, mesh, objective.rules))
 
 
-def init(model, tx, image_shape, seed, abstract):
+def init(objective, tx, seed, abstract):
     """A state at step 0, each shard made on the device that holds it."""
-    places = jax.tree.map(lambda x: x.sharding, abstract)
-    make = jax.jit(
-        partial(fresh, model=model, tx=tx, image_shape=image_shape), out_shardings=places
-    )
+    begin = partial(fresh, objective=objective, tx=tx)
+    make = jax.jit(begin, out_shardings=sharding.places(abstract))
     return make(jax.random.key(seed))
 
 
-def begin(params, tx, abstract):
+def begin(params, objective, tx, abstract):
     """A state at step 0 with parameters that were loaded, numpy or JAX arrays, on their devices."""
+    where = sharding.places(abstract)
+    make = jax.jit(partial(state_at_0, objective=objective, tx=tx), out_shardings=where)
+    return make(on_devices(params, where.params))
 
-    def state(params):
-        return State(jnp.int32(0), params, tx.init(tx.trainable(params)))
 
-    def place(x, where):
-        if where.is_fully_addressable:
-            return jax.device_put(x, where)
-        x = np.asarray(x)  # each process has all of it, and gives what its own devices hold
-        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+def on_devices(tree, where):
+    """Arrays of which each process has all, global and sharded as `where` says."""
 
-    places = jax.tree.map(lambda x: x.sharding, abstract)
-    params = jax.tree.map(place, params, places.params)
-    return jax.jit(state, out_shardings=places)(params)
+    def place(x, sharding):
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree, where)
+
+
+def frozen(objective, mesh):
+    """The objective's frozen arrays, on their devices."""
+    where = sharding.by_name(objective.frozen, mesh, objective.rules)
+    return on_devices(objective.frozen, where)
 
 
 def accumulated(grad_fn, trainable, batch, key, parts):
-    """Metrics and gradients of the whole batch from `parts` micro-batches, one at a time."""
+    """(metrics, aux, gradients) of the whole batch from `parts` micro-batches, one at a time."""
     # Examples i, i + parts, ... of each device: no example leaves its device.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     total = jnp.maximum(jnp.sum(batch['mask'].astype(jnp.float32)), 1)
 
     def body(sums, xs):
         i, micro = xs
-        (_, metrics), grads = grad_fn(trainable, micro, jax.random.fold_in(key, i))
+        (_, found), grads = grad_fn(trainable, micro, jax.random.fold_in(key, i))
         weight = jnp.sum(micro['mask'].astype(jnp.float32)) / total
-        return jax.tree.map(lambda s, x: s + weight * x, sums, (metrics, grads)), None
+        return jax.tree.map(lambda s, x: s + weight * x, sums, (*found, grads)), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(grad_fn, trainable, first, key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+    (_, found), grads = jax.eval_shape(grad_fn, trainable, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (*found, grads))
     return jax.lax.scan(body, zeros, (jnp.arange(parts), split))[0]
 
 
-def train_step(state, batch, *, objective, tx, seed=0, accumulate=1):
-    """One update: (state, batch) -> (state, metrics).
+def train_step(state, batch, frozen, *, objective, tx, seed=0, accumulate=1):
+    """One update: (state, batch, frozen) -> (state, metrics).
 
     Metrics are float32 scalars: the objective's, lr, grad_norm (before clipping), param_norm (after
     the update) and skipped (examples with mask 0). If loss and norms are finite, the new state is.
@@ -104,73 +104,43 @@ def train_step(state, batch, *, objective, tx, seed=0, accumulate=1):
     trainable = tx.trainable(state.params)
 
     def loss_fn(trainable, batch, key):
-        return objective(optim.merge(trainable, state.params), batch, key)
+        params = optim.merge(trainable, state.params)
+        return objective.loss(params, state.extra, frozen, batch, key, state.step)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
-        (_, metrics), grads = grad_fn(trainable, batch, key)
+        (_, (metrics, aux)), grads = grad_fn(trainable, batch, key)
     else:
-        metrics, grads = accumulated(grad_fn, trainable, batch, key, accumulate)
+        metrics, aux, grads = accumulated(grad_fn, trainable, batch, key, accumulate)
     updates, opt_state = tx.update(grads, state.opt_state, trainable)
     params = optim.merge(optax.apply_updates(trainable, updates), state.params)
+    extra = objective.update(state.extra, params, aux, state.step)
     metrics |= {
         'lr': tx.schedule(state.step),
         'grad_norm': optax.tree.norm(grads),
         'param_norm': optax.tree.norm(params),
         'skipped': jnp.sum(batch['mask'] == 0).astype(jnp.float32),
-        **wishes(batch),
+        **stop_votes(batch),
     }
-    return State(state.step + 1, params, opt_state), metrics
+    return State(state.step + 1, params, opt_state, extra), metrics
 
 
-def wishes(batch):
-    """{'stop': how many rows of the batch have it} where processes have put that in, see Stop."""
+def stop_votes(batch):
+    """{'stop': rows of the batch that ask to stop} where processes put that in, see Stop."""
     return {'stop': jnp.sum(batch['stop'])} if 'stop' in batch else {}
-
-
-def eval_step(params, batch, *, model, loss='softmax', among=None):
-    """What a classifier makes of a batch: (sums over mask 1, values by example [B]).
-
-    The sums, float32: hits, losses, examples; hits among the best five, where more classes can be
-    predicted; examples, hits and confidence by bin of confidence [3, BINS]; hits and examples by
-    class [2, K], where an image has one label. An image without any label counts nowhere. `among`
-    [S] are the only classes that may be predicted.
-    """
-    logits, _ = model.apply({'params': params}, model.normalise(batch['image']))
-    logits, labels = logits.astype(jnp.float32), batch['label']
-    classes = logits.shape[-1]
-    if among is not None:
-        logits = jnp.where(jnp.zeros(classes, bool).at[among].set(True), logits, -1e9)
-    several = labels.reshape(len(labels), -1)  # [B, L]
-    mask = batch['mask'].astype(jnp.float32) * jnp.any(several >= 0, axis=1)
-    hits = losses.hits(logits, labels) * mask
-    confidence = jnp.max(losses.probabilities(logits, loss), axis=-1)
-    bins = jnp.clip((confidence * BINS).astype(int), 0, BINS - 1)
-    sums = {
-        'accuracy': jnp.sum(hits),
-        'loss': jnp.sum(losses.LOSSES[loss](logits, labels) * mask),
-        'examples': jnp.sum(mask),
-        'bins': jnp.stack(
-            [jnp.zeros(BINS).at[bins].add(x) for x in (mask, hits, confidence * mask)]
-        ),
-        **wishes(batch),
-    }
-    if (classes if among is None else len(among)) > TOP:  # else all are among the best
-        _, best = jax.lax.top_k(logits, TOP)
-        among_best = jnp.any(several[:, :, None] == best[:, None], axis=(1, 2))
-        sums['top5'] = jnp.sum(among_best * mask)
-    if labels.ndim == 1:
-        sums['by_class'] = jnp.stack([jnp.zeros(classes).at[labels].add(x) for x in (hits, mask)])
-    return sums, {'prediction': jnp.argmax(logits, axis=-1), 'confidence': confidence}
 
 
 def compiled(objective, tx, abstract, mesh, *, seed=0, accumulate=1):
     """`train_step` as one jitted function: state donated, shardings from the mesh."""
-    places = jax.tree.map(lambda x: x.sharding, abstract)
+    places = sharding.places(abstract)
     advance = partial(train_step, objective=objective, tx=tx, seed=seed, accumulate=accumulate)
     return jax.jit(
         sharding.on(mesh, advance),
         donate_argnums=0,
-        in_shardings=(places, NamedSharding(mesh, sharding.BATCH)),
+        in_shardings=(
+            places,
+            NamedSharding(mesh, sharding.BATCH),
+            sharding.by_name(objective.frozen, mesh, objective.rules),
+        ),
         out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
     )

@@ -5,7 +5,7 @@ import itertools
 
 import jax
 
-from vit_jax import assembly, optim, sharding, step
+from vit_jax import assembly, evaluators, optim, sharding, step
 from vit_jax import config as configs
 from vit_jax.data import pipeline
 from vit_jax.io.text import printable
@@ -29,7 +29,7 @@ def train(
     with Checkpoints(path, **config.checkpoint) as checkpoints:
         begun = bool(checkpoints.steps())
         parts = assembly.make(config, classes=assembly.kept_classes(config, path, begun))
-        facts = origin.of(parts.source, parts.evals)
+        facts = origin.of(parts)
         agree({key: value for key, value in facts.items() if key != 'xla_flags'})
         if profile:
             profiling.parsed(profile, parts.steps)
@@ -44,9 +44,8 @@ def train(
         if state is None:
             state, account = assembly.first_state(config, parts)
         start = int(state.step)
-        flops = parts.model.flops(parts.shape)
         batch_size = config.data.batch_size
-        options = (path, parts.steps, batch_size, start, flops, stop)
+        options = (path, parts.steps, batch_size, start, parts.objective.flops, stop)
         with report.Report(*options, **config.report) as log:
             log.say(report.heading(parts, config, start))
             if account:
@@ -71,7 +70,8 @@ def train(
 
 def loop(config, parts, state, stop, at, checkpoints, log, tracer):
     """From the state to the last step, or to the next one after `stop` became true."""
-    data = {k: v for k, v in config.data.items() if k != 'source'}
+    data = configs.settings_of(config.data, pipeline.batches)
+    frozen = step.frozen(parts.objective, parts.mesh)
     advance = step.compiled(
         parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
         accumulate=config.accumulate,
@@ -95,9 +95,9 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
             raise
 
     def evaluate():
-        due = {k: e for k, e in parts.evals.items() if e.due(n, parts.steps)}
-        for name, evaluation in due.items():
-            if name not in log.evaluated(n, parts.evals) and not stop:
+        for name, evaluation in parts.evals.items():
+            due = evaluators.is_due(config.evals[name].every, n, parts.steps)
+            if due and name not in log.evaluated(n, parts.evals) and not stop:
                 log.sync()
                 with saved(), log.pause():
                     metrics = evaluation(optim.averaged(state), stop, at)
@@ -108,7 +108,7 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
 
     n = begun = int(state.step)
     rows = sharding.rows(data['batch_size'], parts.mesh)
-    feed = pipeline.batches(parts.source, config.seed, n, rows, **data)
+    feed = pipeline.batches(parts.source, parts.task, config.seed, n, rows, **data)
     if stop.shared:
         feed = pipeline.foreseen(itertools.islice(feed, parts.steps - n), stop)
     try:
@@ -122,7 +122,8 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
                 raise stop.trouble from None
             at(f'step {n + 1}' if n > begun else 'compile, of the step')
             with tracer.step(n + 1):
-                state, metrics = advance(state, sharding.put(stop.within(batch), parts.mesh))
+                batch = sharding.put(stop.within(batch), parts.mesh)
+                state, metrics = advance(state, batch, frozen)
             n += 1
             log.write(n, metrics)
             with saved():

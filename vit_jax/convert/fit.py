@@ -43,7 +43,7 @@ class Loaded(NamedTuple):
 
     @property
     def view(self):
-        """How an image becomes input, as `pipeline.make_view` takes it.
+        """How an image becomes input, as `tasks.make_view` takes it.
 
         As the run that made the weights first evaluates, else as the documents beside them state,
         else a central crop. A stated size before the crop is that of the stated input size, and

@@ -14,7 +14,7 @@ from PIL import Image
 from vit_jax.convert import load as weights
 from vit_jax.convert import views
 from vit_jax.convert.fit import size_of
-from vit_jax.data import decoding, files, metadata, pipeline
+from vit_jax.data import decoding, files, metadata, tasks
 from vit_jax.errors import UserError
 from vit_jax.io.text import printable
 from vit_jax.models.interface import Metadata
@@ -54,7 +54,7 @@ def preprocess(
     if size is None and about is UNKNOWN:
         raise UserError("nothing tells the size of this model's images; give image_size=...")
     size = size or (files.DEFAULT_SIZE,) * 2
-    made = pipeline.fixed_view(
+    made = tasks.fixed_view(
         views.given(view) or views.grown(about.view, about.image_size, size), size
     )
     pixels = [

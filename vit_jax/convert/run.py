@@ -73,7 +73,7 @@ def found(address, ema):
         size = (size, size) if isinstance(size, int) else tuple(size)
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{root / "config.json"} is not the config of a run ({brief(e)})') from e
-    classes = workdir.read_json(root / 'classes.json')
+    classes = workdir.read_names(root / 'classes.json')
     fields = {k: v for k, v in models.describe(model).items() if k != 'name'}
     entries = {name: in_memory(value) for name, value in arrays.items()}
     rows = ('posemb', arrays['posemb'].shape[1]) if 'posemb' in arrays else None

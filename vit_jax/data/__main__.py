@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vit_jax import assembly, cli, models
+from vit_jax import assembly, cli
 from vit_jax import config as configs
 from vit_jax.data import mixture, pipeline
 from vit_jax.errors import UserError
@@ -34,12 +34,18 @@ JSON = flags.DEFINE_bool('json', False, 'Print JSON lines in place of text.')
 
 def trained_on(config, source, step):
     """(batch of a step, images float32 [B, H, W, 3] in 0 to 255, label weights [B, K])."""
-    data = {k: v for k, v in config.data.items() if k != 'source'}
-    batch = next(pipeline.batches(source, config.seed, step, **data))
-    classes = config.model.num_classes or len(source.classes)
-    model = models.build(**{**config.model, 'num_classes': classes})
-    options = {k: v for k, v in config.objective.items() if k != 'label_smoothing'}
-    see = jax.jit(functools.partial(supervised.seen, model=model, **options))
+    if (config.data.task, config.objective.name) != ('classify', 'supervised'):
+        raise UserError(
+            f'a batch of task {config.data.task} and objective {config.objective.name} has no '
+            'picture here; classify and supervised have'
+        )
+    data = configs.settings_of(config.data, pipeline.batches)
+    task = assembly.task_of(config, source)
+    batch = next(pipeline.batches(source, task, config.seed, step, **data))
+    model = assembly.model_of(config, task)
+    classes = model.num_classes
+    options = configs.settings_of(config.objective, supervised.model_inputs)
+    see = jax.jit(functools.partial(supervised.model_inputs, model=model, **options))
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     images = np.zeros(batch['image'].shape, np.float32)
     weights = np.zeros((len(images), classes), np.float32)

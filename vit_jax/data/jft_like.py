@@ -27,7 +27,7 @@ from PIL import Image
 
 from vit_jax import cli
 from vit_jax.data import memory
-from vit_jax.data.readers import example, records, splits
+from vit_jax.data.readers import example, names, records, splits
 from vit_jax.data.workers import deaf, end_with_parent
 from vit_jax.errors import UserError
 
@@ -192,11 +192,7 @@ class Drawn:
 
     def __getitem__(self, i):
         data, labels = self.read(i)
-        if self.max_labels == 1:
-            return data, labels[0]
-        padded = np.full(self.max_labels, -1, np.int32)
-        padded[: len(labels)] = labels
-        return data, padded
+        return {'image': data, 'label': names.padded(labels, self.max_labels)}
 
     def traits(self):
         settings = (self.examples, self.classes, self.split, self.image_size, self.seed,

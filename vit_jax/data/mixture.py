@@ -46,13 +46,9 @@ class Records:
 
     def __getitem__(self, i):
         part, k = self.find(i)
-        data, label = part.records[k]
-        label = names.translated(np.asarray(label, np.int32), part.labels)
-        if self.max_labels == 1:
-            return data, label
-        padded = np.full(self.max_labels, -1, np.int32)
-        padded[: label.size] = label.ravel()
-        return data, padded
+        record = part.records[k]
+        label = names.translated(np.asarray(record['label'], np.int32), part.labels)
+        return record | {'label': names.padded(label.ravel(), self.max_labels)}
 
     def name(self, i):
         part, k = self.find(i)

@@ -1,8 +1,7 @@
 """Batches as a function of (seed, step), on any number of processes.
 
-A batch is {image: uint8 [B, H, W, 3], label: int32 [B] or [B, L], mask: float32 [B],
-id: int64 [B]}; mask 0 marks padding and examples that could not be used. Labels of an example with
-several are padded with -1.
+A batch has the task's arrays, each with a leading axis [B], `mask` float32 [B], 0 for padding and
+for examples that can't be used, and `id` int64 [B].
 """
 
 import collections
@@ -14,53 +13,10 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from vit_jax.data import distort
-from vit_jax.data.augment import FIXED, VIEWS
-from vit_jax.data.reading import example, no_label, size_of, unbroken, usable
+from vit_jax.data.reading import example, unbroken, usable
 from vit_jax.data.workers import prefetched
-from vit_jax.errors import UserError, check_choice
-from vit_jax.io.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
-
-
-def check_view(name):
-    """The name of a function of `augment`, as it came; UserError where there is none."""
-    return check_name('view', name, VIEWS)
-
-
-def check_augmentation(name):
-    """The name of a function of `distort`, as it came; UserError where there is none."""
-    return check_name('augmentation', name, distort.AUGMENTATIONS)
-
-
-def check_name(kind, name, known):
-    check_choice(kind, name, sorted(known))
-    return name
-
-
-def make_view(view, image_size, augmentations=()):
-    """A view by name, or dict(name=..., its arguments), at a size, and what is done after it."""
-    view = dict(name=view) if isinstance(view, str) else dict(view)
-    name = check_view(view.pop('name', None))
-    steps = [partial(VIEWS[name], size=size_of(image_size), **view)]
-    for step in augmentations:
-        step = dict(name=step) if isinstance(step, str) else dict(step)
-        name = check_augmentation(step.pop('name', None))
-        steps.append(partial(distort.AUGMENTATIONS[name], **step))
-    return steps[0] if len(steps) == 1 else partial(one_after_another, steps=steps)
-
-
-def fixed_view(view, image_size):
-    """`make_view` for images that are seen once; UserError for a view that draws at random."""
-    name = view if isinstance(view, str) else dict(view).get('name')
-    if check_view(name) not in FIXED:
-        raise UserError(f'the view {name} draws at random; give one of {", ".join(FIXED)}')
-    return make_view(view, image_size)
-
-
-def one_after_another(image, rng, *, steps):
-    for step in steps:
-        image = step(image, rng)
-    return image
+from vit_jax.errors import UserError
+from vit_jax.io.bounds import Positive, Prefetch, Rate, Threads, Workers
 
 
 def ids(source, *, batch_size, seed, step, repeats=1):
@@ -118,14 +74,12 @@ def scaled_down(n, share):
 
 def batches(
     source,
+    task,
     seed,
     start=0,
     rows=None,
     *,
-    view: str | dict,
-    image_size: Size,
     batch_size: Positive[int],
-    augment: tuple[str | dict, ...] = (),
     repeats: Positive[int] = 1,
     threads: Threads | None = None,
     workers: Workers | None = None,
@@ -135,22 +89,20 @@ def batches(
     """Training batches from step `start` on, without end; of each, those of the global batch's
     `rows` (None: all) that this process needs.
 
-    Order and augmentation are those of the global batch, so a row does not depend on the number of
-    processes, nor on where the run began. `augment` lists what is
-    done to an image after the view, by name or as dict(name=..., arguments). More examples that
-    can't be used than `tolerance` (a share of the data set) raise UserError with the name of the
-    last. `threads` (None: one a core) read in each of `workers` processes, or here where that is 0.
-    None is 0 on up to four cores, and a process for every four of more, at most sixteen: threads
-    of one process wait for each other's Python from 4,000 images/s on.
+    Order and draws are those of the global batch, so a row does not depend on the number of
+    processes, nor on where the run began. More examples that can't be used than `tolerance` (a
+    share of the data set) raise UserError with the name of the last. `threads` (None: one a core)
+    read in each of `workers` processes, or here where that is 0. None is 0 on up to four cores, and
+    a process for every four of more, at most sixteen: threads of one process wait for each other's
+    Python from 4,000 images/s on.
     """
     if seed < 0:
         raise UserError(f'seed is {seed}; it must not be negative')
     if batch_size % repeats:
         raise UserError(f'data.repeats is {repeats}, no divisor of batch_size {batch_size}')
     make = partial(
-        training_batch, source=source, seed=seed, view=make_view(view, image_size, augment),
-        image_size=image_size, batch_size=batch_size, repeats=repeats,
-        rows=np.arange(batch_size) if rows is None else rows,
+        training_batch, source=source, task=task, seed=seed, batch_size=batch_size,
+        repeats=repeats, rows=np.arange(batch_size) if rows is None else rows,
     )  # fmt: skip
     data = grain.MapDataset.range(start, sys.maxsize).map(make)
     if workers is None:
@@ -158,7 +110,7 @@ def batches(
     return usable(stream(data, threads, workers, prefetch), source, tolerance)
 
 
-def training_batch(step, *, source, seed, view, image_size, batch_size, repeats, rows):
+def training_batch(step, *, source, task, seed, batch_size, repeats, rows):
     """Rows of the global batch of a step; a whole batch at once costs Python least."""
     places = step * batch_size + rows
     found = order(source, places // repeats, seed).tolist()
@@ -167,7 +119,7 @@ def training_batch(step, *, source, seed, view, image_size, batch_size, repeats,
 
     def load(k):
         bits.state = fresh_state(seed, places[k])
-        return example(found[k], rng, source=source, view=view, image_size=image_size)
+        return example(found[k], rng, source=source, task=task)
 
     return gathered(load, len(places))
 
@@ -200,10 +152,9 @@ def gathered(load, size):
 
 def examples(
     source,
+    task,
     rows=None,
     *,
-    view,
-    image_size,
     batch_size,
     threads=None,
     workers=0,
@@ -217,35 +168,29 @@ def examples(
     that is shared with other processes, all batches come also after an error, which it is told.
     """
     rows = np.arange(batch_size) if rows is None else rows
-    make = partial(
-        evaluation_batch, source=source, view=make_view(view, image_size), image_size=image_size,
-        batch_size=batch_size, rows=rows,
-    )  # fmt: skip
+    make = partial(evaluation_batch, source=source, task=task, batch_size=batch_size, rows=rows)
     count = -(-len(source) // batch_size)
     data = grain.MapDataset.range(count).map(make)
     feed = usable(stream(data, threads, workers, prefetch), source, tolerance)
     if stop is None or not stop.shared:
         return feed
-    return unbroken(feed, blank(source, len(rows), image_size), count, stop)
+    return unbroken(feed, blank(task, len(rows)), count, stop)
 
 
-def blank(source, size, image_size):
+def blank(task, size):
     """A batch of so many examples that do not count."""
-    image, label = np.zeros((size, *size_of(image_size), 3), np.uint8), no_label(source)
-    return {
-        'image': image, 'label': np.broadcast_to(label, (size, *label.shape)).copy(),
-        'mask': np.zeros(size, np.float32), 'id': np.full(size, -1, np.int64),
-    }  # fmt: skip
+    one = task.blank | {'mask': np.float32(0), 'id': np.int64(-1)}
+    return {name: np.stack([x] * size) for name, x in one.items()}
 
 
-def evaluation_batch(step, *, source, view, image_size, batch_size, rows):
+def evaluation_batch(step, *, source, task, batch_size, rows):
     """Rows of a global batch of examples in their order; past the end, mask is 0."""
     rng = np.random.default_rng(0)
 
     def load(k):
         i = step * batch_size + int(rows[k])
         past = i >= len(source)
-        found = example(0 if past else i, rng, source=source, view=view, image_size=image_size)
+        found = example(0 if past else i, rng, source=source, task=task)
         return found | {'mask': np.float32(0), 'id': np.int64(-1)} if past else found
 
     return gathered(load, len(rows))

@@ -17,7 +17,7 @@ MOST_CLASSES = 2**20  # that go without names
 class Source(NamedTuple):
     """A data set that can be read at any index; picklable, opened anew in worker processes."""
 
-    records: Any  # len(records), records[i] -> (bytes, label)
+    records: Any  # len(records), records[i] -> {'image': bytes, 'label': int or int32 [L], ...}
     classes: tuple[str, ...]
     labels: str = 'by_name'  # how they are compared with a model's, see `names`
 

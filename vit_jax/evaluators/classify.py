@@ -10,21 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax import sharding, step
-from vit_jax.data import mixture, pipeline
+from vit_jax import sharding
+from vit_jax.data import mixture, pipeline, tasks
 from vit_jax.data.readers import names
-from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.io.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
+from vit_jax.evaluators import totals
+from vit_jax.io.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.io.text import cell
 from vit_jax.models import interface
+from vit_jax.objectives import losses
+from vit_jax.step import stop_votes
 
+BINS = 15  # of confidence, as arXiv:1706.04599 section 5 has them
+TOP = 5  # classes of the metric top5
 MOST_CONFUSED = 2000  # classes: 4 million numbers
 
 
 def present(source):
     """The labels that occur in a data set, sorted."""
-    return np.unique(np.concatenate([np.ravel(source.records[i][1]) for i in range(len(source))]))
+    labels = (source.records[i]['label'] for i in range(len(source)))
+    return np.unique(np.concatenate([np.ravel(label) for label in labels]))
 
 
 def calibration_error(bins):
@@ -36,46 +41,76 @@ def calibration_error(bins):
     return float(np.sum(np.abs(hits - confidence)) / np.sum(examples))
 
 
-METRICS = {  # of `summary`, and which is better
-    'accuracy': 'max', 'top5': 'max', 'loss': 'min', 'ece': 'min', 'class_accuracy': 'max',
-}  # fmt: skip
+METRICS = {'accuracy': 'max', 'top5': 'max', 'loss': 'min', 'ece': 'min', 'class_accuracy': 'max'}
+
+
+def eval_step(params, batch, *, predict, loss='softmax', among=None):
+    """What a classifier makes of a batch: (sums over mask 1, values by example [B]).
+
+    The sums, float32: hits, losses, examples; hits among the best five, where more classes can be
+    predicted; examples, hits and confidence by bin of confidence [3, BINS]; hits and examples by
+    class [2, K], where an image has one label. An image without any label counts nowhere. `among`
+    [S] are the only classes that may be predicted.
+    """
+    logits, labels = predict(params, batch)['logits'].astype(jnp.float32), batch['label']
+    classes = logits.shape[-1]
+    if among is not None:
+        logits = jnp.where(jnp.zeros(classes, bool).at[among].set(True), logits, -1e9)
+    several = labels.reshape(len(labels), -1)  # [B, L]
+    mask = batch['mask'].astype(jnp.float32) * jnp.any(several >= 0, axis=1)
+    hits = losses.hits(logits, labels) * mask
+    confidence = jnp.max(losses.probabilities(logits, loss), axis=-1)
+    bins = jnp.clip((confidence * BINS).astype(int), 0, BINS - 1)
+    sums = {
+        'accuracy': jnp.sum(hits),
+        'loss': jnp.sum(losses.LOSSES[loss](logits, labels) * mask),
+        'examples': jnp.sum(mask),
+        'bins': jnp.stack(
+            [jnp.zeros(BINS).at[bins].add(x) for x in (mask, hits, confidence * mask)]
+        ),
+        **stop_votes(batch),
+    }
+    if (classes if among is None else len(among)) > TOP:  # else all are among the best
+        _, best = jax.lax.top_k(logits, TOP)
+        among_best = jnp.any(several[:, :, None] == best[:, None], axis=(1, 2))
+        sums['top5'] = jnp.sum(among_best * mask)
+    if labels.ndim == 1:
+        sums['by_class'] = jnp.stack([jnp.zeros(classes).at[labels].add(x) for x in (hits, mask)])
+    return sums, {'prediction': jnp.argmax(logits, axis=-1), 'confidence': confidence}
 
 
 class Classify:
-    """An evaluation of a classifier, due every `every` steps (0: at the end alone).
+    """An evaluation of a classifier.
 
-    `classes` are the names of the model's, None where it has none; labels of the data become those
-    of the model by name (`names.relabelled`). With `subset` only those classes are predicted that
-    occur in the data, as of ImageNet-A and -R, whose 200 have numbers among all 1,000; a data set
-    whose class names are some of the model's is always so. `loss` is that of training if not given
-    ('softmax' where nothing tells), and says what a probability is: of a softmax or a sigmoid.
+    Labels of the data become those of the subject's classes by name (`names.relabelled`). With
+    `subset` only those classes are predicted that occur in the data, as of ImageNet-A and -R, whose
+    200 have numbers among all 1,000; a data set whose class names are some of the model's is always
+    so. `loss` is that of training if not given ('softmax' where nothing tells), and says what a
+    probability is: of a softmax or a sigmoid.
     """
 
     def __init__(
         self,
-        model,
-        mesh,
-        classes=None,
+        subject,
         *,
-        type: Literal['classify'] = 'classify',
         source: dict,
         image_size: Size,
         batch_size: Positive[int],
         view: str | dict = 'resize',
         loss: Literal['softmax', 'sigmoid'] | None = None,
         subset: bool = False,
-        every: NonNegative[int] = 0,
         threads: Threads | None = None,
         workers: Workers = 0,
         prefetch: Prefetch = 8,
         tolerance: Rate = 0.0,
     ):
-        self.mesh, self.every = mesh, every
+        self.mesh = mesh = subject.mesh
         own, title = mixture.load(**source), f'data set {mixture.title(source)}'
         sharding.check_batch(batch_size, mesh)
-        interface.check_output(model)
-        outputs = model.num_classes or 0
-        classes = classes or tuple(map(str, range(outputs)))
+        outputs = subject.outputs['logits'].shape[-1] if 'logits' in subject.outputs else 0
+        if len(getattr(subject.outputs.get('logits'), 'shape', (1, outputs))) != 2:
+            raise UserError(interface.EACH_TOKEN)
+        classes = subject.names.get('classes') or tuple(map(str, range(outputs)))
         self.source = names.relabelled(own, classes, title) if outputs else own
         if len(self.source.classes) > outputs:
             raise UserError(
@@ -87,27 +122,24 @@ class Classify:
             among = np.sort(self.source.records.labels)
         elif subset:
             among = present(self.source)
+        self.sources = {'source': self.source}
+        task = tasks.classify(self.source, view=view, image_size=image_size)
         self.feed = partial(
-            pipeline.examples, self.source, sharding.rows(batch_size, mesh), view=view,
-            image_size=image_size, batch_size=batch_size, threads=threads, workers=workers,
-            prefetch=prefetch, tolerance=tolerance,
+            pipeline.examples, self.source, task, sharding.rows(batch_size, mesh),
+            batch_size=batch_size, threads=threads, workers=workers, prefetch=prefetch,
+            tolerance=tolerance,
         )  # fmt: skip
         among = None if among is None else jnp.asarray(among[among >= 0])
+        few = (outputs if among is None else len(among)) <= TOP  # then all are among the best
+        self.metrics = {k: v for k, v in METRICS.items() if k != 'top5' or not few}
+        loss = loss or subject.settings.get('loss') or 'softmax'
         self.step = jax.jit(
             sharding.on(
                 mesh,
-                partial(step.eval_step, model=model, loss=loss or 'softmax', among=among),
+                partial(eval_step, predict=subject.predict, loss=loss, among=among),
             ),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
-
-    @staticmethod
-    def metrics(**settings):
-        """{metric: 'max' or 'min'}: what such an evaluation measures, and which is better."""
-        return METRICS
-
-    def due(self, n, steps):
-        return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
     def __call__(
         self, params, stop=None, at=lambda phase: None, advance=lambda images: None
@@ -116,17 +148,11 @@ class Classify:
 
         `at` is told of each batch, as hosts.joined wants it, `advance` of the images in it.
         """
-        stop = Stop() if stop is None else stop
-        total = {}
-        for i, batch in enumerate(self.feed(stop=stop)):
-            at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
-            sums, _ = self.step(params, sharding.put(stop.within(batch), self.mesh))
-            sums = stop.hear(sums)
-            if stop:
-                return None
-            total = {k: total.get(k, 0) + np.asarray(v, np.float64) for k, v in sums.items()}
-            advance(int(np.sum(batch['mask'] > 0)))
-        return summary(total)
+        def sums(params, batch):
+            return self.step(params, batch)[0]
+
+        total = totals(sums, self.feed, params, self.mesh, stop, at, advance)
+        return None if total is None else summary(total)
 
     def predictions(self, params, advance=lambda images: None):
         """One process's view of each example: {'id', 'label', 'prediction', 'confidence': [N]}.
@@ -140,6 +166,9 @@ class Classify:
             parts.append({k: v[batch['mask'] > 0] for k, v in by_example.items()})
             advance(len(parts[-1]['id']))
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+classify = Classify  # by its name in a config
 
 
 def summary(total):

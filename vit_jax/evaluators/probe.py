@@ -5,7 +5,6 @@ classifiers, which L-BFGS or a closed form finds on the device.
 """
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,13 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax import sharding, step
-from vit_jax.data import mixture, pipeline, reading
+from vit_jax import sharding
+from vit_jax.data import mixture, pipeline, tasks
 from vit_jax.data.readers import names
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
+from vit_jax.step import stop_votes
 
 
 def nearest(train, labels, test, *, k, classes, temperature=None, chunk=1024):
@@ -129,17 +129,24 @@ def score(linear, x, labels):
     return float(np.mean(np.argmax(x @ weights + bias, axis=1) == labels))
 
 
-def features(model, params, images):
-    """Of uint8 images [B, H, W, 3], in float32: 'token', the class token [B, D], or the mean of the
-    patches without one; 'both' [B, 2 D], class token and mean, or the mean alone; 'pre_logits',
-    or the token once more where the model pools nothing."""
-    _, out = model.apply({'params': params}, model.normalise(images))
+def features(out):
+    """Of a model's outputs, in float32: 'token', the class token [B, D], or the mean of the patches
+    without one; 'both' [B, 2 D], class token and mean, or the mean alone; 'pre_logits', or the
+    token once more where the model pools nothing."""
     mean = out['encoded'].mean(axis=1)
     token = out.get('cls', mean)
     both = jnp.concatenate([token, mean], axis=1) if 'cls' in out else mean
     pre_logits = out['pre_logits'] if out['pre_logits'].ndim == 2 else token
     found = dict(token=token, both=both, pre_logits=pre_logits)
     return {name: x.astype(jnp.float32) for name, x in found.items()}
+
+
+def metrics(*, k, pixels, l2, shots, **settings):
+    """{metric: 'max'}: the accuracies that such an evaluation measures."""
+    kinds = ('', '_cosine', '_pixels') if pixels else ('', '_cosine')
+    names = [] if l2 is None else ['accuracy']
+    names += [f'{n}_nn{kind}' for n in k for kind in kinds] + [f'{n}_shot' for n in shots]
+    return dict.fromkeys(names, 'max')
 
 
 class Probe:
@@ -156,11 +163,8 @@ class Probe:
 
     def __init__(
         self,
-        model,
-        mesh,
-        classes=None,
+        subject,
         *,
-        type: Literal['probe'] = 'probe',
         source: dict,
         train_source: dict,
         image_size: Size,
@@ -173,13 +177,13 @@ class Probe:
         shots: tuple[Positive[int], ...] = (),
         seeds: Positive[int] = 3,
         shot_l2: NonNegative[float] = 1024.0,
-        every: NonNegative[int] = 0,
         threads: Threads | None = None,
         workers: Workers = 0,
         prefetch: Prefetch = 8,
         tolerance: Rate = 0.0,
     ):
-        self.mesh, self.every, self.k, self.pixels, self.l2 = mesh, every, k, pixels, l2
+        self.mesh = mesh = subject.mesh
+        self.k, self.pixels, self.l2 = k, pixels, l2
         self.temperature, self.shots, self.seeds, self.shot_l2 = temperature, shots, seeds, shot_l2
         own, self.train_source = mixture.load(**source), mixture.load(**train_source)
         self.source = names.relabelled(
@@ -191,44 +195,34 @@ class Probe:
                 f'{len(self.train_source.classes)}'
             )
         for name, one in ('source', self.source), ('train_source', self.train_source):
-            if reading.no_label(one).ndim:
+            if (getattr(one.records, 'max_labels', None) or 1) > 1:
                 raise UserError(f'evals: {name} has several labels an image, a probe needs one')
         if max(k, default=0) > len(self.train_source):
             raise UserError(f'evals: k is {tuple(k)}, of {len(self.train_source)} training images')
         sharding.check_batch(batch_size, mesh)
+        self.sources = {'source': self.source, 'train_source': self.train_source}
+        self.task = partial(tasks.classify, view=view, image_size=image_size)
         self.feed = partial(
-            pipeline.examples, rows=sharding.rows(batch_size, mesh), view=view,
-            image_size=image_size, batch_size=batch_size, threads=threads, workers=workers,
-            prefetch=prefetch, tolerance=tolerance,
+            pipeline.examples, rows=sharding.rows(batch_size, mesh), batch_size=batch_size,
+            threads=threads, workers=workers, prefetch=prefetch, tolerance=tolerance,
         )  # fmt: skip
         replicated = NamedSharding(mesh, PartitionSpec())
         self.step = jax.jit(
             lambda params, batch: (
                 dict(
-                    **features(model, params, batch['image']), labels=batch['label'],
+                    **features(subject.predict(params, batch)), labels=batch['label'],
                     **({'pixels': batch['image']} if pixels else {}),
                 ),
-                batch['mask'], step.wishes(batch),
+                batch['mask'], stop_votes(batch),
             ),
             out_shardings=replicated,
         )  # fmt: skip
-
-    @staticmethod
-    def metrics(*, k, pixels, l2, shots, **settings):
-        """{metric: 'max'}: the accuracies that such an evaluation measures."""
-        kinds = ('', '_cosine', '_pixels') if pixels else ('', '_cosine')
-        names = [] if l2 is None else ['accuracy']
-        names += [f'{n}_nn{kind}' for n in k for kind in kinds] + [f'{n}_shot' for n in shots]
-        return dict.fromkeys(names, 'max')
-
-    def due(self, n, steps):
-        return n == steps or (n > 0 and self.every > 0 and n % self.every == 0)
 
     def gathered(self, params, source, stop, at, advance=lambda images: None):
         """`features` of all images, `labels` [N] and perhaps `pixels` [N, H * W * 3]; None where
         `stop` became true."""
         parts = []
-        for i, batch in enumerate(self.feed(source, stop=stop)):
+        for i, batch in enumerate(self.feed(source, self.task(source), stop=stop)):
             at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
             batch = sharding.put(stop.within(batch), self.mesh)
             values, mask, wishes = self.step(params, batch)
@@ -289,3 +283,6 @@ class Probe:
                 )
                 results[f'{k}_nn{name}'] = float(np.mean(predicted == wanted))
         return results | self.few_shot(train, test) | {'examples': len(wanted)}
+
+
+probe = Probe  # by its name in a config

@@ -23,7 +23,7 @@ from vit_jax import assembly, cli, models, optim
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
-from vit_jax.data import files, mixture, pipeline
+from vit_jax.data import files, mixture, pipeline, tasks
 from vit_jax.data.prepare import crew
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -43,10 +43,8 @@ class Images:
 
     def __init__(self, source, ids, view, image_size):
         self.ids = ids
-        self.read = partial(
-            pipeline.example, source=source, view=pipeline.make_view(view, image_size),
-            image_size=image_size,
-        )  # fmt: skip
+        task = tasks.classify(source, view=view, image_size=image_size)
+        self.read = partial(pipeline.example, source=source, task=task)
 
     def __len__(self):
         return len(self.ids)
@@ -78,7 +76,7 @@ def of_run(path, out):
                report.VERDICTS[row['pass']], row['source']) for row in result['expected']),
         ]  # fmt: skip
     classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
-    if classifying:
+    if classifying and parts.model is not None:
         yield from of_predictions(
             config, parts, *next(iter(classifying.items())), state, lines, out
         )
@@ -190,6 +188,10 @@ def main(argv):
     title, looks = argv[1], None
     if runs:
         stages = [of_study(runs, out)]
+    elif is_run and not has_model(path):  # its method has a network of its own
+        if paths:
+            raise UserError(f'--images: {argv[1]} is the run of no model that is known here')
+        stages = []
     else:
         found = weights.read(argv[1], image_size=options.image_size, as_input=True)
         name = named(found)
@@ -215,6 +217,12 @@ def main(argv):
     print(f'Page: {printable(out / "page.html")}')
     if looks and looks.failed:
         raise UserError(f'{looks.failed} of {len(drawn)} images can not be read')
+
+
+def has_model(path):
+    """Whether a run's config names a model."""
+    config = workdir.read_json(path / 'config.json', 'model') or {'model': {'name': None}}
+    return config['model'].get('name') is not None
 
 
 def listed(texts):

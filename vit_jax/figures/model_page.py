@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from vit_jax import models
-from vit_jax.data import files, pipeline
+from vit_jax.data import files, tasks
 from vit_jax.data.prepare import crew
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -107,7 +107,7 @@ class Looks:
     def __init__(self, found, paths):
         self.found, self.paths, self.failed = found, [], 0
         self.images, self.logits, self.distances, self.rollouts, self.heads = [], [], [], [], []
-        see, view = seeing(found.model), pipeline.fixed_view(found.view, size_of(found))
+        see, view = seeing(found.model), tasks.fixed_view(found.view, size_of(found))
         with crew.Bar('images', len(paths)) as bar:
             for path in paths:
                 try:

@@ -41,6 +41,8 @@ def family_of(model):
 def model_of(config, result):
     """What a picture calls a model: its published name, else its family and compute."""
     name = config['model']['name']
+    if name is None:  # a method that has a network of its own
+        return config['objective']['name'].rpartition(':')[2]
     if '-' in name:
         return name
     return f'{family_of(config["model"])}, {flop(result["flops_per_image"])}'

@@ -4,17 +4,22 @@ The file is Python of the user's own. Whatever it raises is a UserError: one lin
 line and the exception, and below it the frames of the user's files alone.
 """
 
+import functools
+import importlib
 import importlib.util
 import inspect
 import pathlib
+import pkgutil
 import re
 import sysconfig
 import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from vit_jax.errors import UserError, shown
+from vit_jax.errors import UserError, choices, shown
 from vit_jax.io import storage
 
 LIBRARIES = (
@@ -80,6 +85,73 @@ def module(file):
     found = importlib.util.module_from_spec(spec)
     called(file, lambda: spec.loader.exec_module(found))
     return found
+
+
+class Component(NamedTuple):
+    """A function that a config names, and the module that it stands in."""
+
+    function: Callable
+    module: Any
+
+    def metrics(self, settings):
+        """{metric: 'max' or 'min'} as its module declares: METRICS, or metrics(**settings)."""
+        declared = getattr(self.module, 'METRICS', None)
+        if declared is None:
+            declared = getattr(self.module, 'metrics', lambda **settings: {})(**settings)
+        return dict(declared)
+
+
+def component(room, name, key):
+    """The Component of a name: one of the package's, 'MODULE:FUNCTION' or 'FILE.py:FUNCTION'.
+
+    `room` is where the package has such functions: a folder, in which each file has one of its own
+    name, or a module. UserError, with the config's `key`, where there is none.
+    """
+    if not isinstance(name, str):
+        raise UserError(f'config {key} is {shown(name)}, not a name')
+    place, colon, attribute = name.rpartition(':')
+    if not colon:
+        known = of_package(room)
+        if name not in known:
+            raise UserError(
+                f'config {key} is {shown(name)}; {choices(name, sorted(known))}, and your own as '
+                'FILE.py:FUNCTION'
+            )
+        return known[name]
+    try:
+        found = user_module(place) if place.endswith('.py') else called(
+            place, lambda: importlib.import_module(place)
+        )
+    except UserError as e:
+        raise UserError(f'config {key} is {shown(name)}: {e}', several_lines=True) from e
+    if not callable(getattr(found, attribute, None)):
+        raise UserError(f'config {key} is {shown(name)}, but {place} has no function {attribute}')
+    return Component(getattr(found, attribute), found)
+
+
+@functools.cache
+def of_package(room):
+    """{name: Component} of a room of the package."""
+    package = importlib.import_module(room)
+    if not hasattr(package, '__path__'):
+        return {
+            name: Component(f, package) for name, f in vars(package).items()
+            if inspect.isfunction(f) and next(iter(inspect.signature(f).parameters), '') == 'source'
+        }  # fmt: skip
+    names = [found.name for found in pkgutil.iter_modules(package.__path__)]
+    modules = {name: importlib.import_module(f'{room}.{name}') for name in names}
+    return {
+        name: Component(getattr(module, name), module)
+        for name, module in modules.items() if hasattr(module, name)
+    }  # fmt: skip
+
+
+@functools.cache
+def user_module(file):
+    """The module of a file of the user's, run once in this process."""
+    if not pathlib.Path(file).is_file():
+        raise UserError(f'no file {file}')
+    return module(file)
 
 
 def check_argument(file, function, arg):

@@ -48,13 +48,16 @@ def check_images(images, channels):
         )
 
 
+EACH_TOKEN = (
+    "model.pool is 'none': the output is of each token, and none of the image; choose another, as "
+    "vit_jax.load(path, pool='cls') or in a config model.pool"
+)
+
+
 def check_output(model):
     """Raises UserError for a model whose output is one of each token, not of the image."""
     if getattr(model, 'pool', None) == 'none':
-        raise UserError(
-            "model.pool is 'none': the output is of each token, and none of the image; choose "
-            "another, as vit_jax.load(path, pool='cls') or in a config model.pool"
-        )
+        raise UserError(EACH_TOKEN)
 
 
 def captures(capture, known):

@@ -1,0 +1,54 @@
+"""Training methods, one file each: a function of keyword arguments that returns an `Objective`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Examples(NamedTuple):
+    """What a method may know of the examples that it learns from.
+
+    Attributes:
+      spec: {name: ShapeDtypeStruct} of one example, without `mask` and `id`.
+      names: what numbers in it stand for: {'classes': ('cat', 'dog')}.
+      copies: how often an example comes in succession within a micro-batch (data.repeats).
+    """
+
+    spec: dict = {}
+    names: dict = {}
+    copies: int = 1
+
+
+class Objective(NamedTuple):
+    """What a run learns, and what the method keeps beside the parameters.
+
+    `key` is a JAX key, `batch` {name: global array}: the task's arrays, `mask` float32 [B] (0 marks
+    padding and unreadable examples) and `id`. Functions are pure and are traced by jit.
+
+    Attributes:
+      init: key -> params.
+      loss: (params, extra, frozen, batch, key, step) -> (loss, (metrics, aux)). Loss and metrics
+        are float32 scalars, means over examples with mask 1; `loss` is one of the metrics. `aux`
+        is what `update` needs, {} if nothing. `step` counts updates, from 0.
+      predict: (params, batch) -> {name: array}, what evaluators read. Dropout is off.
+      extra: params -> the tree that the method keeps beside the parameters: a moving average, a
+        centre. It is saved with the state.
+      update: (extra, params, aux, step) -> extra, after each update, with the new parameters.
+      frozen: arrays that are read and never change, such as a teacher's. They are not saved; a run
+        that goes on compares them with those that it began with.
+      rules: rows as in sharding.RULES, for names of parameters that no row there has.
+      indivisible: why gradients of micro-batches do not add up to those of the batch; '' if they
+        do. Then `aux` is averaged over micro-batches, weighted by their examples with mask 1.
+      flops: of a forward pass over one example; None if unknown.
+      settings: what evaluators use where their own settings leave it open: {'loss': 'softmax'}.
+    """
+
+    init: Callable
+    loss: Callable
+    predict: Callable
+    extra: Callable = lambda params: {}
+    update: Callable = lambda extra, params, aux, step: extra
+    frozen: Any = {}
+    rules: tuple = ()
+    indivisible: str = ''
+    flops: float | None = None
+    settings: dict = {}

@@ -1,7 +1,7 @@
-"""What a step minimises: each function here makes (params, batch, key) -> (loss, metrics).
+"""Classification with labels.
 
 A batch is {image: uint8 [B, H, W, C], label: int [B], int [B, L] padded with -1 or float [B, K],
-mask: [B]}; loss and metrics are means over the examples with mask 1.
+mask: [B]}.
 """
 
 from typing import Literal
@@ -9,11 +9,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Rate
 from vit_jax.models import interface
-from vit_jax.objectives import losses, mixing
+from vit_jax.objectives import Objective, losses, mixing
 
 MIX = 0x6D6978  # folded into the key for mixing; dropout has the key as it comes
+METRICS = {'loss': 'min', 'accuracy': 'max'}  # which is better
 
 
 def masked_mean(values, mask):
@@ -21,11 +23,9 @@ def masked_mean(values, mask):
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-METRICS = {'loss': 'min', 'accuracy': 'max'}  # of `supervised`, and which is better
-
-
 def supervised(
     model,
+    examples,
     *,
     loss: Literal['softmax', 'sigmoid'] = 'softmax',
     label_smoothing: Rate = 0.0,
@@ -34,17 +34,25 @@ def supervised(
     mix_by: Literal['batch', 'example'] = 'batch',
     mix_shift: Positive[int] = 1,
 ):
-    """Classification with a softmax or a sigmoid (multi-label) cross-entropy.
+    """Softmax or sigmoid (multi-label) cross-entropy.
 
     `mixup` and `cutmix` are alphas of `mixing.mix`, for the batch or by 'example', with the example
     `mix_shift` before; where gradients are accumulated, partners and draws are of a micro-batch.
     Accuracy is then of mixed images: it counts the class of greatest weight in the mixed label.
     """
+    check_model(model, examples)
+    if (mixup or cutmix) and mix_shift < examples.copies:
+        raise UserError(
+            f'objective.mix_shift is {mix_shift} with {examples.copies} copies of an image in '
+            'succession (data.repeats): images would be mixed with themselves; set it to '
+            f'{examples.copies}'
+        )
 
-    interface.check_output(model)
+    def init(key):
+        return model.init(key, jnp.zeros((1, *examples.spec['image'].shape)))['params']
 
-    def objective(params, batch, key):
-        images, labels = seen(
+    def value(params, extra, frozen, batch, key, step):
+        images, labels = model_inputs(
             batch, key, model=model, loss=loss, mixup=mixup, cutmix=cutmix, mix_by=mix_by,
             mix_shift=mix_shift,
         )  # fmt: skip
@@ -52,14 +60,38 @@ def supervised(
         by_example = losses.LOSSES[loss](logits, labels, label_smoothing=label_smoothing)
         hit = losses.hits(logits, losses.heaviest(labels) if mixup or cutmix else labels)
         mask = batch['mask'].astype(jnp.float32)
-        value = masked_mean(by_example, mask)
-        return value, {'loss': value, 'accuracy': masked_mean(hit, mask)}
+        mean = masked_mean(by_example, mask)
+        return mean, ({'loss': mean, 'accuracy': masked_mean(hit, mask)}, {})
 
-    return objective
+    def predict(params, batch):
+        return model.apply({'params': params}, model.normalise(batch['image']))[1]
+
+    flops = model.flops(examples.spec['image'].shape)
+    return Objective(init, value, predict, flops=flops, settings={'loss': loss})
 
 
-def seen(batch, key, *, model, loss, mixup, cutmix, mix_by, mix_shift):
-    """What the model trains on: (normalised images [B, H, W, C], labels), mixed where asked for."""
+def check_model(model, examples):
+    """Raises UserError unless the model takes the images and has an output for each class."""
+    interface.check_output(model)
+    try:
+        model.flops(examples.spec['image'].shape)
+    except UserError as e:  # of images without patches
+        raise UserError(f'config data.image_size: {e}') from e
+    classes = examples.names.get('classes', ())
+    if (model.num_classes or 0) < len(classes):
+        raise UserError(
+            f'labels are out of range: the data set has {len(classes)} classes, model.num_classes '
+            f'is {model.num_classes}'
+        )
+    channels = examples.spec['image'].shape[-1]
+    if not len(model.mean) == len(model.std) == channels:
+        raise UserError(
+            f'images have {channels} channels, model.mean is {model.mean}, model.std {model.std}'
+        )
+
+
+def model_inputs(batch, key, *, model, loss, mixup, cutmix, mix_by, mix_shift):
+    """(normalised images [B, H, W, C], labels) that a step trains on, mixed where asked for."""
     images, labels = model.normalise(batch['image']), batch['label']
     if not mixup and not cutmix:
         return images, labels

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import assembly, step
+from vit_jax import assembly, sharding, step
 from vit_jax import config as configs
 from vit_jax.data import mixture, sources
 from vit_jax.data.readers import splits, vtab
 from vit_jax.distributed import devices
 from vit_jax.errors import UserError
 from vit_jax.plan import hlo
+from vit_jax.run import report
 
 # Training split and classes of data sets that a plan may be for where they are not:
 # arXiv:2010.11929 section 4.1 (ImageNet, JFT-300M), arXiv:2106.04560 section 3.1 (JFT-3B; its
@@ -92,26 +93,26 @@ def without_evals(config):
     return plain
 
 
-def batch_of(config, source, shape):
+def batch_of(config, parts):
     """Shapes of a global batch as the loop puts it on the devices."""
     size = config.data.batch_size
-    most = getattr(source.records, 'max_labels', None) or 1
-    labels = (size,) if most == 1 else (size, most)
-    arrays = {
-        'image': ((size, *shape), jnp.uint8), 'label': (labels, jnp.int32),
-        'mask': ((size,), jnp.float32), 'id': ((size,), jnp.int32),
-    }  # fmt: skip
-    return {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
+    arrays = {name: (x.shape, x.dtype) for name, x in parts.spec.items()}
+    arrays |= {'mask': ((), jnp.float32), 'id': ((), jnp.int32)}
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in arrays.items()
+    }
 
 
-def compiled(config, parts, source):
+def compiled(config, parts):
     """The train step of a run as it is compiled for the devices of its mesh."""
     advance = step.compiled(
         parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
         accumulate=config.accumulate,
     )  # fmt: skip
+    where = sharding.by_name(parts.objective.frozen, parts.mesh, parts.objective.rules)
+    frozen = sharding.placed(jax.eval_shape(lambda: parts.objective.frozen), where)
     return compile_or_refuse(
-        advance.lower(parts.abstract, batch_of(config, source, parts.shape))
+        advance.lower(parts.abstract, batch_of(config, parts), frozen)
     )
 
 
@@ -145,22 +146,24 @@ def plan(config, source, found, title, *, efficiency, peaks=None):
     peaks = peaks or devices.peaks(found)
     parts = assembly.make(without_evals(config), source, found)
     batch = config.data.batch_size
+    image = parts.spec.get('image')
     result = {
-        'config': {'model': config.model.name, 'image_size': list(parts.shape[:2]),
+        'config': {'model': report.title(config),
+                   'image_size': None if image is None else list(image.shape[:2]),
                    'batch_size': batch, 'accumulate': config.accumulate,
-                   'dtype': config.model.dtype, 'remat': config.model.get('remat'),
+                   'dtype': config.model.get('dtype'), 'remat': config.model.get('remat'),
                    'optimizer': config.optim.name},
         'topology': title, 'devices': len(found), 'kind': found[0].device_kind,
         'mesh': dict(parts.mesh.shape), 'peaks': peaks._asdict(),
         'parameters': sum(count for _, _, count, *_ in parts.tx.table),
-        'forward_flops': parts.model.flops(parts.shape),
+        'forward_flops': parts.objective.flops,
         'steps': parts.steps, 'images': parts.steps * batch, 'notes': [],
         'memory': {'parameters': bytes_a_device(parts.abstract.params),
                    'state': bytes_a_device(parts.abstract), 'available': peaks.usable},
     }  # fmt: skip
     memory = result['memory']
     try:
-        executable = compiled(config, parts, source)
+        executable = compiled(config, parts)
     except Refused as e:
         memory |= {'available': e.available, 'needed': max(e.needed, memory['state']),
                    'activations': e.needed, 'fits': False}  # fmt: skip
@@ -174,7 +177,8 @@ def plan(config, source, found, title, *, efficiency, peaks=None):
     )
     memory['fits'] = memory['needed'] <= memory['available']
     program = hlo.read(executable.as_text())
-    expected = 3 * parts.model.flops(parts.shape) * batch / len(found)
+    forward = parts.objective.flops
+    expected = program.flops if forward is None else 3 * forward * batch / len(found)
     result |= work(program, len(found), batch, expected)
     result['notes'] += remarks(program, expected)
     result |= times(program, list(parts.mesh.devices.flat), peaks, efficiency)

@@ -13,7 +13,7 @@ REMAT = {'none': 0.0, 'dots_with_no_batch_dims_saveable': 0.12, 'full': 1 / 3}
 def seconds_more(config, plan, policy, fsdp, accumulate):
     """What settings cost in a step, about: gathers of weights, work done again, gradients kept."""
     peaks, count = plan['peaks'], plan['parameters']
-    flops = 3 * plan['forward_flops'] * config.data.batch_size / plan['devices']
+    flops = 3 * (plan['forward_flops'] or 0) * config.data.batch_size / plan['devices']
     links = 1 if fsdp < 4 else 2
     gathers = accumulate * 3 * 2 * count * (fsdp - 1) / fsdp / (links * peaks['link'])
     again = REMAT.get(policy, 0) * flops / peaks['flops']

@@ -8,6 +8,7 @@ from vit_jax.data import mixture
 from vit_jax.errors import UserError
 from vit_jax.io.text import flop, printable
 from vit_jax.plan import estimate
+from vit_jax.run import report
 
 
 def of(config, path):
@@ -23,7 +24,7 @@ def of(config, path):
         data = f'{note or title}: {len(source):,} images, {len(source.classes):,} classes'
     except UserError as e:
         source, data = None, f'{title}: unknown ({str(e).partition("; state its size")[0]})'
-    parts = None if config.model.get('name') is None else made(config, source)
+    parts = None if unknown(config) else made(config, source)
     lines = [
         f'workdir  {path}',
         f'model    {model(config, parts, source)}',
@@ -37,6 +38,11 @@ def of(config, path):
         where = f', {cell[0]}: {", ".join(map(str, cell[1]))}; {cell[2]}' if cell else ''
         lines.append(f'expected {row["metric"]} {row["value"]} +- {row["tolerance"]}{where}')
     return '\n'.join(lines)
+
+
+def unknown(config):
+    """Whether the model is that of a checkpoint that can not be read."""
+    return config.model.get('name') is None and config.init_from is not None
 
 
 def made(config, source):
@@ -57,11 +63,12 @@ def model(config, parts, source):
     known = source is not None or config.model.num_classes
     leaves = [(name, count) for name, _, count, *_ in parts.tx.table]
     count = sum(count for name, count in leaves if known or 'head/' not in f'/{name}')
-    return (
-        f'{config.model.name}: {count:,} parameters{"" if known else " without the head"}, '
-        f'{flop(parts.model.flops(parts.shape))} an image forward at {parts.shape[0]} x '
-        f'{parts.shape[1]}'
-    )
+    name = report.title(config)
+    text = f'{name}: {count:,} parameters{"" if known else " without the head"}'
+    if parts.objective.flops is None:
+        return text
+    height, width = parts.spec['image'].shape[:2]
+    return f'{text}, {flop(parts.objective.flops)} an image forward at {height} x {width}'
 
 
 def length(config, parts, source):
@@ -73,6 +80,6 @@ def length(config, parts, source):
     images = steps * config.data.batch_size
     epochs = images / len(source)
     text = f'{steps:,} steps of {config.data.batch_size:,} images, {epochs:.3g} epochs'
-    if parts is None:
+    if parts is None or parts.objective.flops is None:
         return text
-    return f'{text}, {3 * parts.model.flops(parts.shape) * images / 1e18:.3g} exaFLOPs'
+    return f'{text}, {3 * parts.objective.flops * images / 1e18:.3g} exaFLOPs'

@@ -1,7 +1,8 @@
 """What a run was begun with beside its config: its data and JAX's settings, kept in facts.json.
 
 A run that goes on is the same run only with the same examples in the same order, the same names of
-classes and the same random numbers. Other versions, devices and flags of XLA round otherwise.
+what is numbered and the same random numbers. Other versions, devices and flags of XLA round
+otherwise.
 """
 
 import os
@@ -12,18 +13,23 @@ import jaxlib
 from vit_jax.data.readers import facts
 from vit_jax.errors import UserError
 from vit_jax.io.text import printable
+from vit_jax.optim import leaf_name
 from vit_jax.run import workdir
 
 FILE = 'facts.json'
 ROUNDING = ('evals.', 'jaxlib', 'jax.version', 'jax.default_matmul', 'device_kind', 'xla_flags')
 UNHEARD = ('--xla_force_host_platform_device_count', '--xla_dump', '--xla_gpu_enable_latency')
-MOST_NAMED = 10  # classes
+MOST_NAMED = 10
 
 
-def of(source, evaluations):
-    """{name: value}: `data.facts.of_run`, and what else decides the bits of a run."""
+def of(parts):
+    """{name: value}: what `data.facts.of_run` tells of the data, and what else decides the bits."""
     flags = os.environ.get('XLA_FLAGS', '').split()
-    return facts.of_run(source, evaluations) | {
+    frozen = jax.tree_util.tree_leaves_with_path(parts.objective.frozen)
+    found = {} if not frozen else {
+        'frozen': facts.digest([x for path, leaf in frozen for x in (leaf_name(path), leaf)])
+    }
+    return facts.of_run(parts.source, parts.evals) | found | {
         'jax.default_prng_impl': str(jax.config.jax_default_prng_impl),
         'jax.threefry_partitionable': bool(jax.config.jax_threefry_partitionable),
         'jax.enable_x64': bool(jax.config.jax_enable_x64),
@@ -36,37 +42,37 @@ def of(source, evaluations):
 
 
 def settle(path, parts, now, begun, *, allow_change):
-    """Writes facts.json, with what `of` says `now`, and classes.json; returns what has changed.
+    """Writes facts.json, with what `of` says `now`, and the task's names; returns what has changed.
 
-    Raises UserError, with a table, where something is trained already (`begun`) and data or random
-    numbers are others, unless `allow_change`; and always where the number of outputs would be.
+    Raises UserError, with a table, where something is trained already (`begun`) and data, names or
+    random numbers are others, unless `allow_change`.
     """
-    classes = list(parts.source.classes)
     before = workdir.read_json(path / FILE) if begun else None
-    known = workdir.read_json(path / 'classes.json') if begun else None
     changes = [] if before is None else [
         (key, before.get(key), now.get(key), not key.startswith(ROUNDING))
         for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
         and not (key.startswith('evals.') and (key in before) != (key in now))
     ]
-    told = difference(known, classes) if known is not None and known != classes else ''
-    if told and len(known) != len(classes) and parts.model.num_classes == len(classes):
-        raise UserError(
-            f'the classes differ from those that {path} was begun with: {told}. Its head has '
-            f'{len(known)} outputs; name another workdir, and --config.init_from={path} to begin '
-            'from what is trained'
-        )
+    told = {}
+    for kind, names in parts.task.names.items() if begun else ():
+        known = workdir.read_names(path / f'{kind}.json')
+        if known is not None and known != list(names):
+            told[kind] = difference(known, list(names))
     if (told or any(meaning for *_, meaning in changes)) and not allow_change:
-        classes_ = f'\nclasses: {told}' if told else ''
-        table = f'\n{workdir.table(changes)}' if changes else ''
+        table = [workdir.table(changes)] if changes else []
         raise UserError(
-            f'data or random numbers differ from those that {path} was begun with:'
-            f'{table}{classes_}\nName another workdir, or give --allow_config_change to go on with '
-            'what is there now, as after a damaged image was mended or removed.',
+            '\n'.join([
+                f'data or random numbers differ from those that {path} was begun with:',
+                *table, *(f'{kind}: {text}' for kind, text in told.items()),
+                'Name another workdir (--config.init_from begins from what is trained here), or '
+                'give --allow_config_change to go on with what is there now, as after a damaged '
+                'image was mended or removed.',
+            ]),
             several_lines=True,
-        )
+        )  # fmt: skip
     if jax.process_index() == 0:
-        workdir.write_json(path / 'classes.json', classes)
+        for kind, names in parts.task.names.items():
+            workdir.write_json(path / f'{kind}.json', list(names))
         workdir.write_json(path / FILE, now)
     return changes
 
@@ -82,5 +88,5 @@ def difference(before, now):
             parts.append(f'{word} {", ".join(found[:MOST_NAMED])}{more}')
     if not parts:
         i = next(i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b)
-        parts.append(f'the order: label {i} was {before[i]}, and is {now[i]}')
+        parts.append(f'the order: number {i} was {before[i]}, and is {now[i]}')
     return '; '.join(parts)

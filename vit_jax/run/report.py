@@ -23,6 +23,7 @@ from vit_jax.io.bounds import Positive
 from vit_jax.io.text import finite, flop, number, printable, to_json
 from vit_jax.run import history
 
+OF_EACH = ('lr', 'grad_norm', 'param_norm')  # metrics of every step, which the bar leaves out
 VERDICTS = {True: 'pass', False: 'FAIL', None: 'not measured'}  # of a line of `expected`
 
 
@@ -163,7 +164,7 @@ class Report:
             then, last, waited = self.clock
             rate = (step - last) * self.batch_size / (now - then)
             result |= {'images_per_s': rate, 'data_wait': (self.waited - waited) / (now - then)}
-            if self.peak:
+            if self.peak and self.flops_per_image:
                 flops = 3 * self.flops_per_image * rate  # backward costs twice the forward
                 result['mfu'] = flops / (self.peak * jax.device_count())
         return result
@@ -232,10 +233,9 @@ def costs(result):
     tpu_core_days (table 2).
     """
     hours = result['seconds'] * result['device_count'] / 3600
-    found = {
-        'exaflops': 3 * result['flops_per_image'] * result['examples_seen'] / 1e18,
-        'device_hours': hours,
-    }
+    found = {'device_hours': hours}
+    if result['flops_per_image'] is not None:
+        found['exaflops'] = 3 * result['flops_per_image'] * result['examples_seen'] / 1e18
     kind = devices.DEVICES.get(result['device_kind'])
     if kind is not None and kind.kind.startswith('TPU'):
         found['tpu_core_days'] = hours / 24 * kind.cores
@@ -262,7 +262,8 @@ class Bar:
             self.bar.start()
 
     def show(self, step, metrics, images_per_s):
-        text = '  '.join(f'{k} {metrics[k]:.3f}' for k in ('loss', 'accuracy') if k in metrics)
+        named = sorted(metrics.items(), key=lambda item: item[0] != 'loss')  # which comes first
+        text = '  '.join(f'{k} {v:.3f}' for k, v in named if k not in OF_EACH)
         text += f'  {images_per_s:,.0f} images/s' if images_per_s else ''
         now = time.time()
         if self.bar:
@@ -287,17 +288,24 @@ class Bar:
             self.bar.stop()
 
 
+def title(config):
+    """What a run trains: its model by name, or the function of a method that has its own."""
+    return config.model.name or config.objective.name.rpartition(':')[2]
+
+
 def heading(parts, config, start):
     """What a run is, before it starts: model, data, devices, optimizer by parameter."""
     params = sum(count for _, _, count, *_ in parts.tx.table)
     trained = sum(count for _, _, count, *_, frozen in parts.tx.table if not frozen)
+    flops, name = parts.objective.flops, title(config)
+    cost = '' if flops is None else f', {flop(flops)} an image forward'
+    counts = [f'{len(parts.source):,} images']
+    counts += [f'{len(names):,} {kind}' for kind, names in parts.task.names.items()]
     devices = jax.devices()
     lines = [
         optimizer_table(parts.tx.table),
-        f'model   {config.model.name}: {params:,} parameters, {trained:,} of them trained, '
-        f'{flop(parts.model.flops(parts.shape))} an image forward',
-        f'data    {mixture.title(config.data.source)}: {len(parts.source):,} images, '
-        f'{len(parts.source.classes)} classes',
+        f'model   {name}: {params:,} parameters, {trained:,} of them trained{cost}',
+        f'data    {mixture.title(config.data.source)}: {", ".join(counts)}',
         f'devices {len(devices)} x {devices[0].device_kind}, mesh '
         + ' '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items()),
         f'steps   {parts.steps:,} of {config.data.batch_size} images, '

@@ -98,7 +98,7 @@ def write_json(path, value):
     storage.write(path, (to_json(value, indent=2) + '\n').encode())
 
 
-def read_json(path, *needed):
+def read_json(path, *needed, of=dict):
     """What one of a run's JSON files holds, None where there is none.
 
     Raises UserError where it is damaged, as where it lacks one of the keys `needed`.
@@ -106,10 +106,10 @@ def read_json(path, *needed):
     data = storage.read(path, MOST_BYTES)
     if data is None:
         return None
-    kinds, way_out = FILES.get(path.name, ({}, 'restore it'))
+    kinds, way_out = FILES.get(path.name, ({}, ANEW))
     try:
         value = json.loads(data)
-        if not isinstance(value, list if path.name == 'classes.json' else dict):
+        if not isinstance(value, of):
             raise ValueError(f'holds {brief(value)}')
         if isinstance(value, list) and not all(isinstance(name, str) for name in value):
             raise ValueError('holds something other than names')
@@ -124,6 +124,11 @@ def read_json(path, *needed):
     return value
 
 
+def read_names(path):
+    """The list of names in one of a run's JSON files, None where there is none; else UserError."""
+    return read_json(path, of=list)
+
+
 def read_result(path):
     """result.json of a workdir with all that is read of it; None where the run is not over."""
     return read_json(path / 'result.json', *RESULT)
@@ -135,6 +140,10 @@ def brief(value):
 
 def is_number(value):
     return type(value) is float or type(value) is int and abs(value) < 2**63
+
+
+def is_number_or_none(value):
+    return value is None or is_number(value)
 
 
 def is_whole(value):
@@ -172,9 +181,10 @@ def is_judged(row):
 SECTIONS = ('model', 'data', 'optim', 'objective', 'evals', 'checkpoint', 'report', 'mesh')
 RESULT = {
     'metrics': are_metrics, 'steps': is_whole, 'examples_seen': is_whole, 'seconds': is_number,
-    'flops_per_image': is_number, 'device_kind': lambda v: isinstance(v, str),
+    'flops_per_image': is_number_or_none, 'device_kind': lambda v: isinstance(v, str),
     'device_count': is_whole, 'expected': are_judged,
 }  # fmt: skip
+ANEW = "restore it, or remove it: the run's next start writes it anew"
 FILES = {  # name: (what its values are, the way out where it is damaged)
     'config.json': (
         dict.fromkeys(SECTIONS, is_dict),
@@ -184,8 +194,6 @@ FILES = {  # name: (what its values are, the way out where it is damaged)
         RESULT | {'versions': is_dict, 'costs': are_metrics},
         "remove it: the run's next start makes it anew",
     ),
-    'classes.json': ({}, "restore it, or remove it: the run's next start writes it anew"),
-    'facts.json': ({}, "restore it, or remove it: the run's next start writes it anew"),
 }
 MOST_BYTES = 2**26  # of such a file
 MOST_FOLDERS = 10_000  # that are looked into for runs

@@ -26,7 +26,7 @@ import PIL
 from absl import flags
 
 from vit_jax import cli
-from vit_jax.data import reading, sources
+from vit_jax.data import sources
 from vit_jax.data.prepare import crew, duplicates, writing
 from vit_jax.data.readers import names, records
 from vit_jax.data.readers.splits import KNOWN
@@ -95,10 +95,10 @@ def usual_splits(name, data_dir=None):
 
 def most_labels(loaded):
     """How many labels an example has at most: 1, or as long as the arrays of the sources are."""
-    shapes = {np.shape(reading.no_label(source)) for source in loaded.values()}
+    shapes = {getattr(source.records, 'max_labels', None) or 1 for source in loaded.values()}
     if len(shapes) > 1:
-        raise UserError(f'the splits have labels of different shapes: {sorted(shapes)}')
-    return (*shapes.pop(), 1)[0]
+        raise UserError(f'the splits have labels of different numbers: {sorted(shapes)}')
+    return shapes.pop()
 
 
 def names_digest(source):

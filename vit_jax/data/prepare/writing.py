@@ -37,7 +37,8 @@ def converted(data, side, quality):
 def raw(source, i):
     """(bytes, label) of an example; images.Unreadable, whatever its reader raises."""
     try:
-        return source.records[i]
+        record = source.records[i]
+        return record['image'], record['label']
     except UserError as e:
         raise images.Unreadable(str(e)) from e
     except Exception as e:

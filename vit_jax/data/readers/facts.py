@@ -35,14 +35,13 @@ def of(source):
 def of_run(source, evaluations):
     """{'data.classes': ..., 'evals.NAME.classes': ...} of a run's training set and evaluations.
 
-    `evaluations` are objects by name, of which those that have a `source`, and perhaps a
-    `train_source`, are looked at.
+    `evaluations` are objects by name with `sources`: {'source': Source, 'train_source': Source}.
     """
     sets = {'data': source}
     for name, evaluation in evaluations.items():
-        for kind in ('source', 'train_source'):
-            if getattr(evaluation, kind, None) is not None:
-                sets[f'evals.{name}' + '.train' * (kind != 'source')] = getattr(evaluation, kind)
+        for kind, one in evaluation.sources.items():
+            part = kind.removesuffix('source').removesuffix('_')
+            sets[f'evals.{name}.{part}'.removesuffix('.')] = one
     return {f'{name}.{key}': value for name, one in sets.items() for key, value in of(one).items()}
 
 

@@ -38,7 +38,7 @@ class Files:
     def __getitem__(self, i):
         path = self.paths[i]  # it may have become a pipe
         data = epath.Path(path).read_bytes() if '://' in path else storage.local_bytes(path)
-        return data, self.labels[i]
+        return {'image': data, 'label': self.labels[i]}
 
     def traits(self):
         names = [path.removeprefix(self.root) for path in self.paths]

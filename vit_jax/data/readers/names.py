@@ -163,8 +163,8 @@ class Mapped:
         return len(self.records)
 
     def __getitem__(self, i):
-        data, label = self.records[i]
-        return data, translated(np.asarray(label, np.int32), self.labels)
+        record = self.records[i]
+        return record | {'label': translated(np.asarray(record['label'], np.int32), self.labels)}
 
     def traits(self):
         order, contents = facts.traits(self.records)
@@ -181,3 +181,12 @@ def translated(label, labels):
     inside = (label >= 0) & (label < len(labels))
     outside = np.where(label < 0, label, np.iinfo(np.int32).max)
     return np.where(inside, labels[np.where(inside, label, 0)], outside).astype(np.int32)
+
+
+def padded(labels, most):
+    """The only label, where `most` is 1; else int32 [most], filled up with -1."""
+    if most == 1:
+        return labels[0]
+    found = np.full(most, -1, np.int32)
+    found[: len(labels)] = labels
+    return found

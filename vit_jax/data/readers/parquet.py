@@ -197,8 +197,9 @@ class Rows:
         if data is None:
             raise UserError(f'{self.name(i)} has no image: column {self.image!r} holds no bytes')
         if self.label_ends is None:
-            return data, int(self.labels[i])
-        return data, tars.padded(self.labels, self.label_ends, i, self.max_labels)
+            return {'image': data, 'label': int(self.labels[i])}
+        label = tars.padded(self.labels, self.label_ends, i, self.max_labels)
+        return {'image': data, 'label': label}
 
     def images(self, k, group):
         """The images of a row group of file k, of those used last or decoded now, once."""

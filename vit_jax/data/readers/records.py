@@ -20,7 +20,7 @@ import threading
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from vit_jax.data.readers import example, splits
+from vit_jax.data.readers import example, names, splits
 from vit_jax.errors import UserError
 from vit_jax.io import fetch
 from vit_jax.io.text import brief
@@ -226,11 +226,7 @@ class Records:
             raise UserError(f'{self.place(i)} has {len(labels)} labels of {self.max_labels}')
         if not all(0 <= label < count for label in labels):
             raise UserError(f'{self.place(i)} has labels {brief(labels)} among {count} classes')
-        if self.max_labels == 1:
-            return image, labels[0]
-        padded = np.full(self.max_labels, -1, np.int32)
-        padded[: len(labels)] = labels
-        return image, padded
+        return {'image': image, 'label': names.padded(labels, self.max_labels)}
 
     def traits(self):
         return [self.split, self.ends], [self.digests]

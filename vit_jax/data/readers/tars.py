@@ -45,7 +45,7 @@ class Tars(ranges.Ranges):
             self.max_labels = max(1, int(label_counts.max(initial=0)))
 
     def __getitem__(self, i):
-        return self.read(i), self.label(i)
+        return {'image': self.read(i), 'label': self.label(i)}
 
     def label(self, i):
         if self.label_ends is None:

@@ -47,7 +47,8 @@ class Tfds:
                 raise UserError(f'{self.name(i)} has {len(label)} labels, above {self.max_labels}')
             label = np.pad(np.asarray(label, np.int32), (0, self.max_labels - len(label)),
                            constant_values=-1)  # fmt: skip
-        return self.change(image) if self.change else image, label
+        image = self.change(image) if self.change else image
+        return {**example, 'image': image, 'label': label}
 
     def traits(self):
         info, split = self.data.dataset_info, self.data.split

@@ -115,11 +115,12 @@ class TfRecords(ranges.Ranges):
 
     def __getitem__(self, i):
         try:
-            return image_and_label(self.read(i), self.image, self.key)
+            image, label = image_and_label(self.read(i), self.image, self.key)
         except ValueError as e:
             if isinstance(e, UserError):
                 raise
             raise UserError(f'record {self.name(i)} is damaged: {brief(e)}') from e
+        return {'image': image, 'label': label}
 
 
 def image_and_label(record, image, label):

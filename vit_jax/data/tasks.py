@@ -1,0 +1,114 @@
+"""What an example is: a task makes the arrays of an example from the raw fields of a record.
+
+A task is a function (source, *, settings) -> `Task`; its settings stand in the section `data`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from vit_jax.data import distort, images
+from vit_jax.data.augment import FIXED, VIEWS
+from vit_jax.errors import UserError, check_choice
+from vit_jax.io.bounds import Size
+
+
+class Task(NamedTuple):
+    """What an example is.
+
+    Attributes:
+      blank: {name: numpy array} of an example that does not count. Shapes and dtypes are those of
+        every example; the pipeline adds `mask` and `id`.
+      read: (record, rng) -> {name: numpy array}, from the record's raw fields ({'image': bytes,
+        'label': 3}) and a numpy.random.Generator of its own. It raises images.Unreadable, or
+        UserError, where the record can't be used. Picklable.
+      names: what numbers in the arrays stand for, {'classes': ('cat', 'dog')}; a run keeps them as
+        classes.json and compares them when it goes on.
+    """
+
+    blank: dict
+    read: Callable
+    names: dict = {}
+
+
+def classify(source, *, view: str | dict, image_size: Size, augment: tuple[str | dict, ...] = ()):
+    """An image and its class, or classes: `image` uint8 [H, W, 3], `label` int32 [] or [L].
+
+    `augment` lists what is done to an image after the view, by name or as dict(name=...,
+    arguments). Labels of an example with several are padded with -1.
+    """
+    most = getattr(source.records, 'max_labels', None) or 1
+    shape = () if most == 1 else (most,)
+    blank = {
+        'image': np.zeros((*size_of(image_size), 3), np.uint8),
+        'label': np.full(shape, -1 if shape else 0, np.int32),
+    }
+    read = partial(
+        image_and_label, view=make_view(view, image_size, augment), shape=shape,
+        classes=len(source.classes),
+    )  # fmt: skip
+    return Task(blank, read, {'classes': tuple(source.classes)})
+
+
+def image_and_label(record, rng, *, view, shape, classes):
+    """The arrays of `classify`."""
+    label = np.asarray(record['label'], np.int32).reshape(shape)
+    try:
+        image = view(images.read(record['image']), rng)  # a JPEG is decoded here
+    except images.Unreadable as e:
+        raise images.Unreadable(f'unreadable image: {e}') from e
+    least = -1 if shape else 0
+    wrong = label[(label < least) | (label >= classes)]
+    if wrong.size:
+        raise UserError(
+            f'label {wrong.flat[0]} is out of range: the data set has {classes} classes'
+        )
+    return {'image': image, 'label': label}
+
+
+def size_of(image_size):
+    """An int or (height, width) to (height, width)."""
+    return (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+
+
+def check_view(name):
+    """The name of a function of `augment`, as it came; UserError where there is none."""
+    return check_name('view', name, VIEWS)
+
+
+def check_augmentation(name):
+    """The name of a function of `distort`, as it came; UserError where there is none."""
+    return check_name('augmentation', name, distort.AUGMENTATIONS)
+
+
+def check_name(kind, name, known):
+    check_choice(kind, name, sorted(known))
+    return name
+
+
+def make_view(view, image_size, augmentations=()):
+    """A view by name, or dict(name=..., its arguments), at a size, and what is done after it."""
+    view = dict(name=view) if isinstance(view, str) else dict(view)
+    name = check_view(view.pop('name', None))
+    steps = [partial(VIEWS[name], size=size_of(image_size), **view)]
+    for step in augmentations:
+        step = dict(name=step) if isinstance(step, str) else dict(step)
+        name = check_augmentation(step.pop('name', None))
+        steps.append(partial(distort.AUGMENTATIONS[name], **step))
+    return steps[0] if len(steps) == 1 else partial(one_after_another, steps=steps)
+
+
+def fixed_view(view, image_size):
+    """`make_view` for images that are seen once; UserError for a view that draws at random."""
+    name = view if isinstance(view, str) else dict(view).get('name')
+    if check_view(name) not in FIXED:
+        raise UserError(f'the view {name} draws at random; give one of {", ".join(FIXED)}')
+    return make_view(view, image_size)
+
+
+def one_after_another(image, rng, *, steps):
+    for step in steps:
+        image = step(image, rng)
+    return image
