@@ -64,6 +64,8 @@ def found(address, ema):
     config = workdir.read_json(root / 'config.json')
     arrays = sound(root, best(root, config) if step == 'best' else step, ema)
     try:
+        if config['model']['name'] is None:
+            raise UserError(f'{root}: its method has a network of its own, which is no model here')
         name, size = config['model']['name'], config['data']['image_size']
         values = {k: v for k, v in config['model'].items() if k != 'name'}
         values['num_classes'] = None

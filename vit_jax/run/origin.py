@@ -9,6 +9,7 @@ import os
 
 import jax
 import jaxlib
+import numpy as np
 
 from vit_jax.data.readers import facts
 from vit_jax.errors import UserError
@@ -25,10 +26,11 @@ MOST_NAMED = 10
 def of(parts):
     """{name: value}: what `data.facts.of_run` tells of the data, and what else decides the bits."""
     flags = os.environ.get('XLA_FLAGS', '').split()
-    frozen = jax.tree_util.tree_leaves_with_path(parts.objective.frozen)
-    found = {} if not frozen else {
-        'frozen': facts.digest([x for path, leaf in frozen for x in (leaf_name(path), leaf)])
-    }
+    frozen = [
+        (leaf_name(path), np.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(parts.objective.frozen)
+    ]
+    found = {'frozen': facts.digest(x for pair in frozen for x in pair)} if frozen else {}
     return facts.of_run(parts.source, parts.evals) | found | {
         'jax.default_prng_impl': str(jax.config.jax_default_prng_impl),
         'jax.threefry_partitionable': bool(jax.config.jax_threefry_partitionable),
