@@ -13,7 +13,7 @@ import launched
 import pytest
 
 from vit_jax import assembly, config, errors, models
-from vit_jax.data import augment, distort, pipeline, sources, tasks
+from vit_jax.data import augment, distort, sources, tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify, probe
 from vit_jax.io import bounds, experiment
@@ -26,16 +26,16 @@ NEVER = math.nan, math.inf, -math.inf, 10**400, -(10**400), [math.nan]  # for an
 
 def sections():
     """[(dotted name, {key: (annotation, default)}, what else the section has)] of all there are."""
-    yield '', config.keys_of(config.scalars), {}
+    yield '', config.keys_of(config.keys.scalars), {}
     for name, function in config.SECTIONS.items():
         yield name, config.keys_of(function), {}
-    yield 'expected.0', config.keys_of(config.expectation), dict(
+    yield 'expected.0', config.keys_of(config.keys.expectation), dict(
         metric='val/loss', value=1, tolerance=1, source='x'
     )
-    yield 'data', config.keys_of(pipeline.batches) | config.keys_of(tasks.classify), {}
+    yield 'data', config.data_keys(tasks.classify), {}
     yield 'objective', config.keys_of(supervised.supervised), {}
     yield 'data.source', config.keys_of(sources.load), {}
-    parts = config.keys_of(sources.load) | {'weight': (config.Positive[float], 1.0)}
+    parts = config.keys_of(sources.load) | config.keys_of(config.keys.mixture_part)
     yield 'data.source.mixture.part', parts, {}
     for name in MODELS:
         yield 'model', models.fields(name) | {'name': (str, name)}, {'name': name}
@@ -119,7 +119,7 @@ def test_every_setting_declares_its_values_and_has_a_default_among_them():
 
 def test_numbers_among_the_flags_have_their_bounds_too():
     seen = 0
-    for file in pathlib.Path(config.__file__).parent.rglob('*.py'):
+    for file in pathlib.Path(errors.__file__).parent.rglob('*.py'):
         for call in ast.walk(ast.parse(file.read_text())):
             name = getattr(getattr(call, 'func', None), 'attr', '')
             if name in ('DEFINE_integer', 'DEFINE_float'):

@@ -1,0 +1,199 @@
+"""An experiment's settings: every key checked, every default filled in.
+
+A section of a config is the keyword-only arguments of one function. Its signature says which keys,
+types, ranges and defaults the section has, its docstring what they mean; `python -m vit_jax.config`
+prints both.
+"""
+
+import ast
+import inspect
+import warnings
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from vit_jax import optim, sharding
+from vit_jax.config import keys
+from vit_jax.config.sections import (
+    REQUIRED,
+    check_name,
+    complete_data,
+    complete_model,
+    dtypes_named,
+    filled,
+    keys_of,
+    section,
+)
+from vit_jax.data import pipeline
+from vit_jax.errors import UserError, choices, shown
+from vit_jax.io import experiment
+from vit_jax.run import report
+from vit_jax.run.checkpoint import Checkpoints
+
+INHERITED = ('image_size', 'batch_size')  # by evaluations, from the section data
+ROOMS = {  # of the functions that a config names, by the key, and what such a function is given
+    'objective.name': ('vit_jax.objectives', ('model', 'examples')),
+    'data.task': ('vit_jax.data.tasks', ('source',)),
+    'evals.type': ('vit_jax.evaluators', ('subject',)),
+}
+SECTIONS = {  # those of which every key is an argument of one function
+    'optim': optim.make,
+    'mesh': sharding.make_mesh,
+    'checkpoint': Checkpoints,
+    'report': report.Report,
+}
+
+
+def load(path, overrides=(), begun=None, absent=False):
+    """The complete config of an experiment file, 'FILE' or 'FILE:ARG', or of a run's config.json.
+
+    `overrides` are (dotted key, text) pairs; a text is a Python literal, or else itself. `begun`
+    is the config that a run goes on with: its model stands in for a checkpoint `init_from` that
+    can no longer be read. Without either, that is a mistake, unless it may be `absent`: `model`
+    is then the section as it is given, and has no name.
+    """
+    return changed(experiment.read(path), overrides, begun, absent)
+
+
+def changed(given, overrides, begun=None, absent=False):
+    """The complete config of a nested dict with `overrides`, as `load` has them.
+
+    `steps` among the overrides stands in for given `epochs`, and the other way round.
+    """
+    new = {key for key, text in overrides if parsed(text) is not None}
+    for key, other in ('steps', 'epochs'), ('epochs', 'steps'):
+        if key in new and other not in new and given.get(other) is not None:
+            logging.warning('%s is given: %s=%s is not used', key, other, given.pop(other))
+    for key, text in overrides:
+        *parents, last = key.split('.')
+        part = given
+        for parent in parents:
+            if not isinstance(part.setdefault(parent, {}), dict):
+                part[parent] = {}  # a view that was a name gets arguments
+            part = part[parent]
+        part[last] = parsed(text)
+    return complete(given, begun, absent)
+
+
+def parsed(text):
+    """A Python literal, true or false; any other text is a string."""
+    if text in ('true', 'false'):
+        return text == 'true'
+    try:
+        with warnings.catch_warnings(action='ignore'):  # of what text means in Python
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def complete(given, begun=None, absent=False):
+    """A nested dict, as an experiment gives it, checked and with every default filled in.
+
+    Raises UserError for a key that nothing reads (and names the nearest that is read), a value of
+    the wrong type or range, and a key that must be given and is not.
+    """
+    given = dtypes_named(given)
+    names = ('model', 'data', 'objective', 'evals', *SECTIONS)
+    outside = {k: v for k, v in given.items() if k not in names}
+    full = filled('', outside, keys_of(keys.scalars), also=names)
+    full['expected'] = tuple(
+        filled(f'expected[{i}]', row, keys_of(keys.expectation))
+        for i, row in enumerate(full['expected'])
+    )
+    values = section(given, 'objective')
+    method = named('objective.name', values.get('name', 'supervised'))
+    model = next(iter(inspect.signature(method.function).parameters.values()))
+    needed = model.default is REQUIRED  # else the method may have a network of its own
+    full['model'] = complete_model(section(given, 'model'), full, begun, absent, needed)
+    full['objective'] = filled('objective', values, method_keys(method.function))
+    values = section(given, 'data')
+    task = named('data.task', values.get('task', 'classify'))
+    full['data'] = complete_data('data', values, data_keys(task.function))
+    for name, function in SECTIONS.items():
+        full[name] = filled(name, section(given, name), keys_of(function))
+    full['evals'] = {}
+    for name in section(given, 'evals'):
+        path = f'evals.{name}'
+        check_name(path, name)
+        values = section(given['evals'], name, path)
+        evaluator = named('evals.type', values.get('type', 'classify'), f'{path}.type')
+        known = evaluation_keys(evaluator.function)
+        inherited = {k: v for k, v in full['data'].items() if k in INHERITED and k in known}
+        full['evals'][name] = complete_data(path, inherited | values, known)
+    if (full['steps'] is None) == (full['epochs'] is None):
+        which = 'neither steps nor epochs' if full['steps'] is None else (
+            f'both steps ({full["steps"]}) and epochs ({full["epochs"]}); leave one out'
+        )
+        raise UserError(f'config has {which}')
+    full['checkpoint']['mode'] = mode_of(full)
+    return ConfigDict(full)
+
+
+def method_keys(function):
+    """The keys of the section `objective` with a training method, as `keys_of` gives them."""
+    return keys_of(keys.objective) | keys_of(function)
+
+
+def data_keys(function):
+    """The keys of the section `data` with a task."""
+    return keys_of(keys.data) | keys_of(function) | keys_of(pipeline.batches)
+
+
+def evaluation_keys(function):
+    """The keys of a section of `evals` with an evaluator."""
+    return keys_of(keys.evaluation) | keys_of(function)
+
+
+def named(kind, name, key=None):
+    """The Component that a config names, of a kind in ROOMS. Raises UserError."""
+    room, given = ROOMS[kind]
+    found = experiment.component(room, name, key or kind)
+    signature = inspect.signature(found.function)
+    try:
+        signature.bind_partial(*given)
+    except TypeError:
+        raise UserError(
+            f'config {key or kind} is {shown(name)}, whose arguments are {signature}; they begin '
+            f'with {", ".join(given)}, and settings follow after a *'
+        ) from None
+    return found
+
+
+def settings_of(section, function):
+    """Those settings of a section that are keyword arguments of a function."""
+    return {key: section[key] for key in keys_of(function) if key in section}
+
+
+def metrics(evals):
+    """{'val/accuracy': 'max', 'val/loss': 'min'} of a complete section: which is better of each."""
+    return {
+        f'{name}/{metric}': which
+        for name, settings in evals.items()
+        for metric, which in named('evals.type', settings['type']).metrics(settings).items()
+    }
+
+
+def better(config):
+    """Likewise of all that a run of a complete config measures: its costs and training, too."""
+    method = named('objective.name', config.objective.name)
+    trained = method.metrics(settings_of(config.objective, method.function))
+    return metrics(config.evals) | trained | report.COSTS
+
+
+def mode_of(full):
+    """checkpoint.mode as the metric checkpoint.best declares it; UserError for no such metric."""
+    best, mode = full['checkpoint']['best'], full['checkpoint']['mode']
+    if best is None:
+        return mode
+    known = metrics(full['evals'])
+    if best not in known:
+        raise UserError(
+            f'config checkpoint.best is {shown(best)}, no metric of the evals; '
+                f'{choices(best, known)}'
+        )
+    if mode not in (None, known[best]):
+        raise UserError(
+            f'config checkpoint.mode is {mode}, but the best {best} is its {known[best]}; leave '
+            'the key out'
+        )
+    return known[best]

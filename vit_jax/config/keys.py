@@ -1,0 +1,96 @@
+"""Settings that no other function has as arguments. Only the signatures and docstrings are used."""
+
+from vit_jax.io.bounds import Finite, NonNegative, Positive, Seed, Steps
+
+
+def scalars(
+    *,
+    seed: Seed = 0,
+    steps: Steps | None = None,
+    epochs: Positive[float] | None = None,
+    accumulate: Positive[int] = 1,
+    init_from: str | None = None,
+    keep_head: bool = False,
+    keep_pre_logits: bool = False,
+    expected: tuple[dict, ...] = (),
+):
+    """The keys outside of sections, with either `steps` or `epochs`.
+
+    Args:
+      seed: seed of the initial parameters, the order of the examples, augmentation and dropout.
+      steps: length of the run in updates of the parameters.
+      epochs: length of the run in passes over the training data.
+      accumulate: micro-batches that a batch is split into. Their gradients are averaged, which
+        takes less memory than the whole batch.
+      init_from: checkpoint to begin training from: anything that `vit_jax.load` takes. The head
+        starts at zero, and a representation layer is left out.
+      keep_head: keep the head of `init_from`, and its representation layer.
+      keep_pre_logits: keep the representation layer of `init_from`.
+      expected: results that the run is judged by, see below.
+    """
+
+
+def expectation(
+    *,
+    metric: str,
+    value: Finite[float],
+    tolerance: NonNegative[float],
+    source: str,
+    cell: tuple[str, tuple[str | Finite[float], ...], str] | None = None,
+    scale: Positive[float] = 1.0,
+):
+    """A row of `expected`: the value that a metric should reach.
+
+    Args:
+      metric: name of the metric, as in result.json: 'test/accuracy'.
+      value: what the metric should be.
+      tolerance: largest difference from `value` with which the run passes.
+      source: where the value is from, such as a paper and its table.
+      cell: where the value stands in a published table of `python -m vit_jax.tables`: (table,
+        first cells of the row, column).
+      scale: factor from `value` to the number in the published table: 100 for percent.
+    """
+
+
+def model(*, name: str | None = None, num_classes: Positive[int] | None = None):
+    """The keys that models of all kinds have.
+
+    Args:
+      name: kind, size and patch of the model, such as 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16' or
+        'bit-r50x1'. None: the model of the checkpoint `init_from`.
+      num_classes: outputs of the head. None: as many as the data set has classes.
+    """
+
+
+def data(*, source: dict, task: str = 'classify'):
+    """The keys of the section `data` that say what the examples are.
+
+    Args:
+      source: the data set, see below.
+      task: what an example is: one of the package's tasks, or your own as FILE.py:FUNCTION.
+    """
+
+
+def mixture_part(*, weight: Positive[float] = 1.0):
+    """The key that a data set in a mixture has beside its own.
+
+    Args:
+      weight: share of the examples that come from this data set, relative to the other weights.
+    """
+
+
+def objective(*, name: str = 'supervised'):
+    """The key that all training methods have.
+
+    Args:
+      name: training method: one of the package's, or your own as FILE.py:FUNCTION.
+    """
+
+
+def evaluation(*, type: str = 'classify', every: NonNegative[int] = 0):
+    """The keys that evaluations of all types have.
+
+    Args:
+      type: what is measured: one of the package's evaluators, or your own as FILE.py:FUNCTION.
+      every: steps between two evaluations. 0: one evaluation, at the end of the run.
+    """
