@@ -168,12 +168,39 @@ def make(
     momentum: Rate = 0.9,
     momentum_dtype: Float | None = None,
 ):
-    """The optimizer of a run; `params` may be shapes.
+    """Makes the optimizer of a run.
 
-    Weight decay is decoupled and follows the rate: p -= rate * (step + weight_decay * p), on the
-    leaves whose name one of the patterns in `decay` matches (re.search). `freeze` likewise names
-    leaves that never change, `only` those that alone do ('head': a linear probe). `clip` bounds
-    the global norm of the gradient; `ema` is the decay of the parameters' moving average.
+    Weight decay is decoupled and scales with the learning rate: p -= rate * (update +
+    weight_decay * p). Patterns are regular expressions, searched for in parameter names such as
+    'encoder/attn/qkv/kernel'; one that matches no parameter raises UserError.
+
+    Args:
+      params: parameters, or their shapes.
+      steps: length of the run in updates.
+      name: optimization algorithm. adafactor is the variant of arXiv:2106.04560 section 3.4.
+      lr: peak learning rate.
+      schedule: decay of the learning rate after the warm-up. cosine and linear reach 0 at the last
+        step; rsqrt is 1 / sqrt(1 + t / timescale), t steps after the warm-up.
+      warmup: steps in which the learning rate rises linearly from 0.
+      cooldown: steps at the end in which the learning rate also falls linearly to 0.
+      timescale: time constant of the schedule rsqrt, in steps.
+      weight_decay: strength of the weight decay.
+      decay: patterns of the parameters that weight decay applies to.
+      clip: maximum global norm of the gradient; larger gradients are scaled down to it. None: no
+        clipping.
+      layer_decay: factor of the learning rate from each block to the one before it
+        (arXiv:2106.08254 section 3.1). 1: the same rate for all.
+      freeze: patterns of the parameters that stay as they are.
+      only: patterns of the parameters to train; all others stay as they are. 'head' trains a
+        linear probe. Empty: all.
+      ema: decay of an exponential moving average of the parameters, which evaluations then use.
+        None: no average.
+      b1: decay of the first moment in adamw.
+      b2: decay of the second moment in adamw.
+      eps: term added to the denominator in adamw.
+      momentum: decay of the momentum in sgd and adafactor.
+      momentum_dtype: dtype in which the first moment or momentum is stored. None: that of the
+        parameters.
     """
     rate = make_schedule(
         schedule, lr=lr, steps=steps, warmup=warmup, cooldown=cooldown, timescale=timescale

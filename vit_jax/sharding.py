@@ -49,9 +49,16 @@ def make_mesh(
     fsdp: Positive[int] = 1,
     tensor: Positive[int] = 1,
 ):
-    """A mesh over all devices, or over `devices`; data=-1 takes what the other axes leave.
+    """Arranges devices in a mesh; the product of its axes is the number of devices.
 
-    Between slices of TPUs, whose network is slow, lie replicas alone: axis data.
+    On several TPU slices only `data` spans slices, as the network between them is slow.
+
+    Args:
+      devices: devices of the mesh. None: all.
+      data: devices along the axis that splits batches and replicates parameters. -1: as many as
+        the other axes leave.
+      fsdp: devices along the axis that splits batches and parameters.
+      tensor: devices along the axis that splits attention heads and hidden features of the MLPs.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]

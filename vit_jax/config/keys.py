@@ -14,7 +14,7 @@ def scalars(
     keep_pre_logits: bool = False,
     expected: tuple[dict, ...] = (),
 ):
-    """The keys outside of sections, with either `steps` or `epochs`.
+    """The keys outside of sections. Either `steps` or `epochs` is given.
 
     Args:
       seed: seed of the initial parameters, the order of the examples, augmentation and dropout.
@@ -24,8 +24,8 @@ def scalars(
         takes less memory than the whole batch.
       init_from: checkpoint to begin training from: anything that `vit_jax.load` takes. The head
         starts at zero, and a representation layer is left out.
-      keep_head: keep the head of `init_from`, and its representation layer.
-      keep_pre_logits: keep the representation layer of `init_from`.
+      keep_head: whether to keep the head of `init_from`, and its representation layer.
+      keep_pre_logits: whether to keep the representation layer of `init_from`.
       expected: results that the run is judged by, see below.
     """
 
@@ -53,7 +53,7 @@ def expectation(
 
 
 def model(*, name: str | None = None, num_classes: Positive[int] | None = None):
-    """The keys that models of all kinds have.
+    """The network. Other keys depend on its kind.
 
     Args:
       name: kind, size and patch of the model, such as 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16' or
@@ -63,7 +63,7 @@ def model(*, name: str | None = None, num_classes: Positive[int] | None = None):
 
 
 def data(*, source: dict, task: str = 'classify'):
-    """The keys of the section `data` that say what the examples are.
+    """The examples to train on. Other keys depend on the task.
 
     Args:
       source: the data set, see below.
@@ -72,7 +72,7 @@ def data(*, source: dict, task: str = 'classify'):
 
 
 def mixture_part(*, weight: Positive[float] = 1.0):
-    """The key that a data set in a mixture has beside its own.
+    """The key of a data set in a mixture, beside its own.
 
     Args:
       weight: share of the examples that come from this data set, relative to the other weights.
@@ -80,7 +80,7 @@ def mixture_part(*, weight: Positive[float] = 1.0):
 
 
 def objective(*, name: str = 'supervised'):
-    """The key that all training methods have.
+    """The training method, which other keys depend on.
 
     Args:
       name: training method: one of the package's, or your own as FILE.py:FUNCTION.
@@ -88,7 +88,9 @@ def objective(*, name: str = 'supervised'):
 
 
 def evaluation(*, type: str = 'classify', every: NonNegative[int] = 0):
-    """The keys that evaluations of all types have.
+    """One section for each evaluation, `evals.NAME`. Its metrics are called 'NAME/METRIC'.
+
+    Other keys depend on the type.
 
     Args:
       type: what is measured: one of the package's evaluators, or your own as FILE.py:FUNCTION.

@@ -5,7 +5,7 @@ example and the generator alone; those of evaluation ignore it. The image is a u
 that is decoded as far as the view needs it (images.Encoded).
 
 `method` and `antialias` are those of images.resized. Published recipes of TensorFlow have
-antialias=False; with it small images of large windows are better.
+antialias=False; True improves images that are cropped from large windows.
 """
 
 from typing import Annotated, Literal
@@ -34,9 +34,14 @@ def resize(
     antialias: bool = True,
     rounding: Rounding = 'tensorflow',
 ):
-    """The image squeezed to size / crop, of which a central window of the size is taken.
+    """Resizes the image to size / crop, whatever its aspect ratio, and takes the central window.
 
-    `rounding` is that of `small_central`.
+    Args:
+      crop: side of the window as a share of the side of the resized image.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
+        recipes of TensorFlow have False.
+      rounding: library whose rounding of the window's place is used, see `small_central`.
     """
     whole = tuple(round(n / crop) for n in size)
     out = resized(image, (0, 0, *image.shape[:2]), whole, method, antialias)
@@ -46,7 +51,14 @@ def resize(
 def central(
     image, rng, *, size, crop: Crop = 0.875, method: Method = 'bilinear', antialias: bool = True
 ):
-    """The largest central window of the size's aspect, its sides times `crop`, resized."""
+    """Resizes a central window that has the aspect ratio of the size.
+
+    Args:
+      crop: side of the window as a share of the largest that fits.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
+        recipes of TensorFlow have False.
+    """
     h, w = image.shape[:2]
     ch, cw = window(h, w, size, crop)
     box = (h - ch) // 2, (w - cw) // 2, ch, cw
@@ -63,12 +75,18 @@ def small_central(
     antialias: bool = False,
     rounding: Rounding = 'tensorflow',
 ):
-    """The smaller side resized to `smaller`, then a central window of the size.
+    """Resizes the image so that its smaller side is `smaller`, and takes the central window.
 
-    The evaluation of ImageNet in the code of the ViT papers: 256 by area, then 224. `rounding` is
-    whose whole pixels the other side and the window's place are: TensorFlow's rounds the side,
-    torchvision and transformers cut it off; half a pixel of the place is cut off, but torchvision
-    rounds it to even.
+    The code of the ViT papers evaluates ImageNet so, with 256 by area, then 224.
+
+    Args:
+      smaller: smaller side of the resized image, in pixels.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
+        recipes of TensorFlow have False.
+      rounding: library whose rounding is used. tensorflow rounds the larger side, torchvision and
+        transformers truncate it; torchvision rounds the window's place half to even, the others
+        truncate it.
     """
     h, w = image.shape[:2]
     # the smaller side to the pixel, whatever the rounding of the product
@@ -104,7 +122,15 @@ def random_crop(
     method: Method = 'bilinear',
     antialias: bool = True,
 ):
-    """A window as large as that of `central`, anywhere, resized, and mirrored by chance."""
+    """Resizes a window at a random place, as large as that of `central`.
+
+    Args:
+      crop: side of the window as a share of the largest that fits.
+      flip: whether to mirror left to right with probability 1/2.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
+        recipes of TensorFlow have False.
+    """
     h, w = image.shape[:2]
     ch, cw = window(h, w, size, crop)
     box = int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1)), ch, cw
@@ -112,11 +138,12 @@ def random_crop(
 
 
 def random_box(shape, rng, *, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3)):
-    """A window (y, x, height, width) of an image [H, W], a share of its area, of some aspect.
+    """A random window (y, x, height, width) of an image [H, W].
 
-    The distribution is that of TensorFlow's sample_distorted_bounding_box, which published recipes
-    used: the aspect (width / height) is uniform, then the height among those that fit, the place
-    uniform but never the very last row or column. After a hundred misses, the whole image.
+    `area` is the range of its share of the image, `aspect` that of width / height. The distribution
+    is that of TensorFlow's sample_distorted_bounding_box, which published recipes use: the aspect
+    ratio is uniform, then the height among those that fit, then the place, but never the very last
+    row or column. After a hundred misses it is the whole image.
     """
     h, w = shape
     for _ in range(100):
@@ -147,13 +174,27 @@ def inception(
     method: Method = 'bilinear',
     antialias: bool = True,
 ):
-    """A random box, resized, and mirrored by chance: the usual view of ImageNet training."""
+    """Resizes a window of random size, aspect ratio and place: the usual ImageNet training view.
+
+    Args:
+      area: range of the window's share of the image's area.
+      aspect: range of the window's aspect ratio, width / height.
+      flip: whether to mirror left to right with probability 1/2.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
+        recipes of TensorFlow have False.
+    """
     box = random_box(image.shape[:2], rng, area=area, aspect=aspect)
     return resized(image, box, size, method, antialias, mirror(rng, flip))
 
 
 def shift(image, rng, *, size, pixels: Shift = 1, flip: bool = False):
-    """The image at the size, moved by up to `pixels` each way; black comes in at the border."""
+    """Resizes the image and translates it at random; what comes in at the border is black.
+
+    Args:
+      pixels: largest translation along each axis, in pixels.
+      flip: whether to mirror left to right with probability 1/2.
+    """
     framed = np.zeros((size[0] + 2 * pixels, size[1] + 2 * pixels, 3), np.uint8)
     framed[pixels : pixels + size[0], pixels : pixels + size[1]] = resize(image, rng, size=size)
     y, x = rng.integers(2 * pixels + 1, size=2)
@@ -171,10 +212,14 @@ def affine(
     pixels: NonNegative[float] = 1.0,
     flip: bool = False,
 ):
-    """The image at the size, turned, sheared, scaled and moved about its centre; black around it.
+    """Resizes the image, then rotates, shears, scales and translates it at random; black outside.
 
-    Each is uniform: the angle in +-degrees, the logarithms of the scales of both axes in +-scale,
-    the tangent of the shear in +-shear, the shift in +-pixels.
+    Args:
+      degrees: the angle is uniform in [-degrees, degrees].
+      scale: the logarithm of the scale of each axis is uniform in [-scale, scale].
+      shear: the tangent of the shear angle is uniform in [-shear, shear].
+      pixels: the translation along each axis is uniform in [-pixels, pixels].
+      flip: whether to mirror left to right with probability 1/2.
     """
     image = Image.fromarray(np.ascontiguousarray(resize(image, rng, size=size)))
     angle = np.deg2rad(rng.uniform(-degrees, degrees))
@@ -190,12 +235,12 @@ def affine(
 
 
 def mirror(rng, flip):
-    """Whether to mirror: by an even chance, if asked."""
+    """Whether to mirror the image: with probability 1/2 where `flip` is true."""
     return bool(flip and rng.integers(2))
 
 
 def flipped(image, rng, flip):
-    """Mirrored left to right by an even chance, if asked."""
+    """The image, mirrored left to right with probability 1/2 where `flip` is true."""
     return image[:, ::-1] if mirror(rng, flip) else image
 
 

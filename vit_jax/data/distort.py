@@ -127,13 +127,17 @@ def operate(table, name, image, rng, level):
 
 
 def randaugment(image, rng, *, layers: Layers = 2, magnitude: NonNegative[float] = 10):
-    """`layers` of the 16 operations in turn, drawn with replacement (arXiv:1909.13719).
+    """Applies random operations, drawn with replacement from 16 (RandAugment, arXiv:1909.13719).
 
-    The variant of the ViT papers' code: every drawn operation is applied, warps take the nearest
-    pixel and fill with grey 128. More magnitude is not always more change there: enhancements are
-    by a factor of 0.1 + 0.18 magnitude, so that 0 is nearly black and 5 the image itself;
-    posterizing keeps 0.4 magnitude bits; solarizing is from 25.6 magnitude modulo 256 on, at 0, 10
-    and 20 an inversion (big_vision, issue 110).
+    This is the variant of the ViT papers' code: every drawn operation is applied; warps take the
+    nearest pixel and fill with grey 128. A larger magnitude is not always a larger change:
+    enhancements have the factor 0.1 + 0.18 * magnitude, so 0 is nearly black and 5 leaves the image
+    as it is; posterizing keeps 0.4 * magnitude bits; solarizing has the threshold 25.6 * magnitude
+    modulo 256, so 0, 10 and 20 invert the image (big_vision, issue 110).
+
+    Args:
+      layers: operations applied to an image.
+      magnitude: strength of the operations.
     """
     names = list(RANDAUGMENT)
     for i in rng.integers(len(names), size=layers):
@@ -142,10 +146,10 @@ def randaugment(image, rng, *, layers: Layers = 2, magnitude: NonNegative[float]
 
 
 def autoaugment(image, rng):
-    """One of 25 pairs of operations, each applied by its probability (arXiv:1805.09501).
+    """Applies one of 25 pairs of operations, each with its probability (arXiv:1805.09501).
 
-    Policy v0 of the TPU EfficientNet code, which is not the one of the paper's table 9; its
-    levels are those of `randaugment`, with translations of 25 and cutouts of 10 a level.
+    This is policy v0 of the TPU EfficientNet code, not that of the paper's table 9. Its levels are
+    those of `randaugment`, but for translations of 25 pixels and cutouts of 10 pixels per level.
     """
     for name, probability, level in POLICIES[rng.integers(len(POLICIES))]:
         if rng.random() < probability:
@@ -197,11 +201,15 @@ def randaugment_torchvision(
     magnitude: NonNegative[int] = 9,
     bins: Annotated[int, Range(2, 65_536)] = 31,
 ):
-    """`layers` of torchvision's 14 operations in turn, drawn with replacement.
+    """Applies random operations, drawn with replacement from 14, as torchvision's RandAugment does.
 
-    As torchvision.transforms.RandAugment does it on a Pillow image with its defaults: nearest
-    pixel, black fill, strength magnitude / (bins - 1) of what it allows, and even chances of
-    either sign.
+    The same as torchvision.transforms.RandAugment with its defaults on a Pillow image: nearest
+    pixel, black fill, either sign with probability 1/2.
+
+    Args:
+      layers: operations applied to an image.
+      magnitude: strength of the operations, from 0 to `bins` - 1.
+      bins: number of magnitudes.
     """
     if magnitude >= bins:
         raise UserError(
@@ -225,10 +233,13 @@ def color_jitter(
     saturation: NonNegative[float] = 0.4,
     hue: Annotated[float, Range(0, 0.5)] = 0.0,
 ):
-    """Brightness, contrast, saturation and hue changed in a random order.
+    """Changes brightness, contrast, saturation and hue at random, in a random order.
 
-    torchvision.transforms.ColorJitter's definition, on a Pillow image: factors uniform in
-    [max(0, 1 - x), 1 + x], the hue turned by a share uniform in +-hue of the circle.
+    The definition is that of torchvision.transforms.ColorJitter on a Pillow image.
+
+    Args:
+      brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value].
+      hue: the hue is rotated by a share of the colour circle, uniform in [-hue, hue].
     """
     strengths = {'Brightness': brightness, 'Contrast': contrast, 'Color': saturation}
     steps = [
@@ -244,10 +255,13 @@ def color_jitter(
 
 
 def three_augment(image, rng, *, jitter: NonNegative[float] = 0.3):
-    """Greyscale, solarisation (from 128 on) or a Gaussian blur (radius in [0.1, 2]), then jitter.
+    """Converts to greyscale, solarises or blurs, then jitters colours (3-Augment).
 
-    One of the three by even chances, always; brightness, contrast and saturation by `jitter`
-    (arXiv:2204.07118 section 3 and its code).
+    One of the three is always applied, each with probability 1/3: greyscale, solarisation from 128
+    on, or a Gaussian blur of radius in [0.1, 2] (arXiv:2204.07118 section 3 and its code).
+
+    Args:
+      jitter: brightness, contrast and saturation of the `color_jitter` that follows.
     """
     kind = rng.integers(3)
     if kind == 0:
@@ -268,11 +282,16 @@ def erase(
     aspect: Interval[Positive[float]] = (0.3, 10 / 3),
     fill: Literal['noise', 'mean', 'black'] = 'noise',
 ):
-    """By chance a box replaced by noise, by the mean colour or by black (arXiv:1708.04896).
+    """Fills a random box of the image (random erasing, arXiv:1708.04896).
 
-    Its share of the area is uniform, its height / width log-uniform, drawn again up to ten times
-    until it is smaller than the image both ways. Noise is mean + deviation * N(0, 1) of ImageNet's
-    colours by pixel and channel: N(0, 1) where the model normalises by them (timm's mode 'pixel').
+    The box is drawn up to ten times, until it is smaller than the image both ways.
+
+    Args:
+      probability: probability that an image is changed.
+      area: the box's share of the image's area is uniform in this range.
+      aspect: the box's height / width is log-uniform in this range.
+      fill: content of the box: black, ImageNet's mean colour, or noise of ImageNet's mean and
+        standard deviation by pixel and channel (timm's mode 'pixel').
     """
     if rng.random() >= probability:
         return image

@@ -56,11 +56,14 @@ class Records:
 
 
 def load(*, mixture: dict | None = None, **source):
-    """What `sources.load` takes, or `mixture`: {name: dict of that and `weight`}.
+    """Opens one data set, as `sources.load` does, or several as one.
 
-    Classes are those of all parts; what has the same name is one class, unless the part has
-    `labels='by_number'`: its numbers are those of the others. With a part of several
-    labels an example, all have as many, padded with -1.
+    The classes are those of all parts. Classes of the same name are one class; a part with
+    `labels='by_number'` has the classes of the others. Where a part has several labels per example,
+    all examples have as many, padded with -1.
+
+    Args:
+      mixture: {name: dict of the keys of a data set and `weight`}, in place of all other keys.
     """
     if mixture is None:
         return sources.load(**source)

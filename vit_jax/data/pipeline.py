@@ -86,15 +86,28 @@ def batches(
     prefetch: Prefetch = 8,
     tolerance: Rate = 0.0,
 ):
-    """Training batches from step `start` on, without end; of each, those of the global batch's
-    `rows` (None: all) that this process needs.
+    """Yields training batches without end.
 
-    Order and draws are those of the global batch, so a row does not depend on the number of
-    processes, nor on where the run began. More examples that can't be used than `tolerance` (a
-    share of the data set) raise UserError with the name of the last. `threads` (None: one a core)
-    read in each of `workers` processes, or here where that is 0. None is 0 on up to four cores, and
-    a process for every four of more, at most sixteen: threads of one process wait for each other's
-    Python from 4,000 images/s on.
+    The examples of a batch and their augmentation are functions of the seed and the step: they
+    depend neither on the number of processes nor on where a run was resumed.
+
+    Args:
+      source: the data set.
+      task: what an example is, a tasks.Task.
+      seed: seed of the order and of all random numbers.
+      start: step of the first batch.
+      rows: rows of the global batch that this process needs. None: all.
+      batch_size: examples in a batch, over all devices and processes.
+      repeats: how many times each example comes in succession within a batch, augmented
+        independently each time (repeated augmentation, arXiv:1902.05509). It divides `batch_size`.
+      threads: threads that read and decode in each worker process, or in the main process without
+        any. None: one per core, divided among the workers.
+      workers: processes that read and decode. 0: the main process does. None: 0 on up to four
+        cores, else one per four cores and at most 16; threads of one process limit each other from
+        about 4,000 images/s on.
+      prefetch: batches to read ahead.
+      tolerance: largest share of the data set that may be unreadable. Unreadable examples are
+        masked out; more of them than this end the run.
     """
     if seed < 0:
         raise UserError(f'seed is {seed}; it must not be negative')

@@ -64,25 +64,31 @@ def load(
     label: str = 'label',
     labels: Literal['by_name', 'by_number'] = 'by_name',
 ):
-    """The data set `name`, of a kind that its name and its files tell:
+    """Opens a data set, whose format follows from its name and its files:
 
-    - a folder with manifest.json: records, as `python -m vit_jax.data.prepare` writes them
-    - tar shards: `x-{0000..0146}.tar`, `x-*.tar`, a folder that holds them, train/ and val/ in it
-    - parquet files in the same ways, or in data/; the arrow files of Hugging Face's save_to_disk
-    - any other folder: images in class/*, or in train/class/* and val/class/*
-    - jft_like:EXAMPLESxCLASSES: images that are drawn as they are read
-    - vtab:TASK: a task of VTAB-1k, from TFDS
-    - else TFDS, as it is prepared in data_dir
+    - a folder with manifest.json: records, as written by `python -m vit_jax.data.prepare`
+    - tar shards (WebDataset): `x-{0000..0146}.tar`, `x-*.tar`, or a folder that holds them, also
+      in train/ and val/
+    - parquet files, named likewise or in data/; arrow files of Hugging Face's `save_to_disk`
+    - any other folder: images in class/, or in train/class/ and val/class/
+    - `jft_like:EXAMPLESxCLASSES`: synthetic images, drawn as they are read
+    - `vtab:TASK`: a task of VTAB-1k, from TFDS
+    - any other name: a TFDS data set that is prepared in `data_dir`
 
-    All but those of TFDS may be at an address (gs://, https://); a folder of images at gs:// only.
+    All but TFDS data sets may be at an address (gs://, https://), a folder of images at gs:// only.
+    Classes whose names are numbers are sorted as numbers.
 
-    `split` is one of TFDS's ('train', 'train[:90%]'), or one of those that a folder or the names
-    of its shards are divided into, or a share of one in percent: of a folder of images by a hash
-    of the file's name, of others by position. A pattern is all of 'train'. `image` and `label`
-    name the features of TFDS, the columns of parquet, the extension and json field in a tar.
-
-    `labels` are compared with those of a model or of other data sets 'by_name' of the class, or
-    'by_number'. Classes whose names are numbers, as folders have them, are in their numbers' order.
+    Args:
+      name: path, address, pattern of shards or name of the data set.
+      split: split such as 'train', or a share of one in percent, such as 'train[:90%]': by a hash
+        of the file name in a folder of images, by position elsewhere. A pattern of shards has the
+        split 'train' alone.
+      data_dir: folder where TFDS keeps prepared data sets. None: its default.
+      image: TFDS feature, parquet column or file extension in a tar that holds the image.
+      label: TFDS feature, parquet column, or file extension or json field in a tar that holds the
+        label.
+      labels: how classes are matched with those of a model or of other data sets: by their names
+        or by their numbers.
     """
     found = found_by(name, split, data_dir, image, label)
     return Source(found.records, found.classes, labels)

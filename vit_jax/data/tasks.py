@@ -34,10 +34,16 @@ class Task(NamedTuple):
 
 
 def classify(source, *, view: str | dict, image_size: Size, augment: tuple[str | dict, ...] = ()):
-    """An image and its class, or classes: `image` uint8 [H, W, 3], `label` int32 [] or [L].
+    """An image and its class or classes: `image` uint8 [H, W, 3], `label` int32 [] or [L].
 
-    `augment` lists what is done to an image after the view, by name or as dict(name=...,
-    arguments). Labels of an example with several are padded with -1.
+    Where examples have several labels, `label` is padded with -1.
+
+    Args:
+      view: how an image is cropped and resized, by name or as dict(name=..., arguments), see
+        Views.
+      image_size: size of the images in pixels: one number, or (height, width).
+      augment: augmentations that follow the view, each by name or as dict(name=..., arguments), see
+        Augmentations.
     """
     most = getattr(source.records, 'max_labels', None) or 1
     shape = () if most == 1 else (most,)

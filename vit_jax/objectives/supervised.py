@@ -34,11 +34,21 @@ def supervised(
     mix_by: Literal['batch', 'example'] = 'batch',
     mix_shift: Positive[int] = 1,
 ):
-    """Softmax or sigmoid (multi-label) cross-entropy.
+    """Trains a classifier by the cross-entropy with its labels.
 
-    `mixup` and `cutmix` are alphas of `mixing.mix`, for the batch or by 'example', with the example
-    `mix_shift` before; where gradients are accumulated, partners and draws are of a micro-batch.
-    Accuracy is then of mixed images: it counts the class of greatest weight in the mixed label.
+    Mixup and CutMix mix each example with another one of the batch (of the micro-batch where
+    gradients are accumulated); with both, each has an even chance. The training accuracy then
+    counts the class of greatest weight in the mixed label.
+
+    Args:
+      loss: cross-entropy of a softmax over the classes, or of a sigmoid for each class
+        (multi-label).
+      label_smoothing: share of a label that is spread over all classes (arXiv:1512.00567).
+      mixup: alpha of the Beta distribution of mixup weights (arXiv:1710.09412). 0: no mixup.
+      cutmix: alpha of the Beta distribution of CutMix areas (arXiv:1905.04899). 0: no CutMix.
+      mix_by: one mixing weight for the whole batch, or one for each example.
+      mix_shift: distance in the batch from an example to the one that it is mixed with. At least
+        `data.repeats`, so that no example is mixed with a copy of itself.
     """
     check_model(model, examples)
     if (mixup or cutmix) and mix_shift < examples.copies:

@@ -46,11 +46,17 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-    """The folder `checkpoints` of a run.
+    """Saves, keeps and restores the checkpoints of a run, in its folder `checkpoints`.
 
-    Saves every `every` steps (0: at the end alone), in the background. Keeps the last `keep`,
-    every `keep_every`-th step where given, and the best by the metric `best` ('test/accuracy'),
-    the largest unless `mode` is 'min'; config.py sets it as the metric declares.
+    Arrays are written in the background while training continues.
+
+    Args:
+      every: steps between two checkpoints. 0: one checkpoint, at the end of the run.
+      keep: how many of the latest checkpoints to keep.
+      keep_every: also keep the checkpoints of all multiples of this step. None: no others.
+      best: metric by which to keep the best checkpoint too, such as 'test/accuracy'.
+      mode: whether the largest or the smallest value of `best` is the best. None: as the evaluator
+        declares.
     """
 
     def __init__(

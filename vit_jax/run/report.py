@@ -45,11 +45,14 @@ class NotFinite(Exception):
 
 
 class Report:
-    """Writes a line of metrics every `every` steps, and all evaluations.
+    """Writes the metrics of training and evaluation to metrics.jsonl, TensorBoard and the terminal.
 
-    Metrics are read one step late, so that the device never waits for the host. Opened at step
-    `start`, it drops the lines of later steps, which the run is about to write again. Of several
-    processes the first writes, and all hear of each other's wish to stop.
+    Metrics are read one step late, so that the device never waits for the host. Only the first
+    process writes; all of them read the metrics, which carry the votes to stop.
+
+    Args:
+      start: step that the run goes on from; lines of later steps are dropped and written again.
+      every: steps between two lines of training metrics.
     """
 
     def __init__(
