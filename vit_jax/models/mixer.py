@@ -67,24 +67,25 @@ class Mixer(nn.Module):
     with their names in `capture`. It works at one image size, which sets N.
     """
 
-    num_classes: Positive[int] | None = 1000
+    num_classes: Positive[int] | None = 1000  # outputs of the head; None: no head
+    # size of a patch in pixels, (height, width) or one number
     patch_size: tuple[Positive[int], Positive[int]] = (16, 16)
-    width: Positive[int] = 768
-    depth: Positive[int] = 12
-    tokens_mlp_dim: Positive[int] = 384
-    mlp_dim: Positive[int] = 3072
-    gelu: layers.Gelu = 'tanh'
-    epsilon: Positive[float] = 1e-6
-    head_bias: Finite[float] = 0.0  # initial value
-    dropout: Rate = 0.0
-    drop_path: Rate = 0.0  # rate of the last block; rises linearly from 0 at the first
-    # blocks an iteration of the loop over depth; layers.in_a_row
+    width: Positive[int] = 768  # size of a token
+    depth: Positive[int] = 12  # number of blocks
+    tokens_mlp_dim: Positive[int] = 384  # hidden size of the MLPs over patches
+    mlp_dim: Positive[int] = 3072  # hidden size of the MLPs over channels
+    gelu: layers.Gelu = 'tanh'  # exact GELU, its tanh approximation, or CLIP's quick one
+    epsilon: Positive[float] = 1e-6  # term added to the variance in norms
+    head_bias: Finite[float] = 0.0  # initial bias of the head; -log K starts sigmoid losses near 0
+    dropout: Rate = 0.0  # dropout rate of the MLPs
+    drop_path: Rate = 0.0  # stochastic depth rate of the last block; rises linearly from 0
+    # blocks per iteration of the scan over depth; None: 1 on CPUs, with FSDP, else all
     unroll: Positive[int] | None = None
-    dtype: Float = 'float32'  # of the computation; parameters are float32
-    # products of the blocks with their kernels, see models/quantized.py
+    dtype: Float = 'float32'  # dtype of the computation; parameters are float32
+    # 8-bit matrix products in the blocks, see models/quantized.py
     quantize: Literal['none', 'int8', 'fp8'] = 'none'
-    mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
-    std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)
+    mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
+    std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
 
     pool = 'gap'

@@ -172,13 +172,13 @@ class Bit(nn.Module):
     [B, N, F] has the features after the last norm, `tokens` those before it. Any image size.
     """
 
-    num_classes: Positive[int] | None = 1000
-    units: tuple[Positive[int], ...] = DEPTHS[50]
-    width: Positive[float] = 1.0  # times 64 features in the root block
-    head_bias: Finite[float] = 0.0  # initial value; -log K starts sigmoid losses near zero
-    dtype: Float = 'float32'  # of the computation; parameters are float32
-    mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
-    std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)
+    num_classes: Positive[int] | None = 1000  # outputs of the head; None: no head
+    units: tuple[Positive[int], ...] = DEPTHS[50]  # bottleneck units in each stage
+    width: Positive[float] = 1.0  # factor of the features, of which the root block has 64
+    head_bias: Finite[float] = 0.0  # initial bias of the head; -log K starts sigmoid losses near 0
+    dtype: Float = 'float32'  # dtype of the computation; parameters are float32
+    mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
+    std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
 
     pool = 'gap'

@@ -54,51 +54,54 @@ class Vit(nn.Module):
     images of another kind or size than the parameters are for, and an unknown capture.
     """
 
-    num_classes: Positive[int] | None = 1000
-    # in pixels, or in features of `resnet`
+    num_classes: Positive[int] | None = 1000  # outputs of the head; None: no head
+    # size of a patch, (height, width) or one number: in pixels, or in features of `resnet`
     patch_size: tuple[Positive[int], Positive[int]] = (16, 16)
-    width: Positive[int] = 768
-    depth: Positive[int] = 12
-    num_heads: Positive[int] = 12
-    mlp_dim: Positive[int] = 3072
+    width: Positive[int] = 768  # size of a token
+    depth: Positive[int] = 12  # number of blocks
+    num_heads: Positive[int] = 12  # attention heads of a block
+    mlp_dim: Positive[int] = 3072  # hidden size of the MLPs
+    # what the head reads: class token, mean of the patches, both, attention pooling or all tokens
     pool: Literal['cls', 'gap', 'cls_gap', 'map', 'none'] = 'cls'
-    # see layers.positions; those of arXiv:2010.11929 appendix D.4
+    # position embedding: learnt by patch, by row and column, or relative (arXiv:2010.11929 appendix
+    # D.4); fixed sine-cosine (arXiv:2205.01580 section 3); none
     posemb: Literal['learn', 'learn2d', 'relative', 'sincos2d', 'none'] = 'learn'
-    # before all blocks, or before each: a table a block, or a shared one
+    # where positions are added: before all blocks, or before each from its own or a shared table
     posemb_at: Literal['stem', 'layers', 'shared'] = 'stem'
-    # of the position table where it meets another image size
+    # how the position table is resized to another image size
     interpolation: Literal['linear', 'bicubic', 'bicubic_antialias'] = 'linear'
-    cls_token: bool | None = None  # None: where the pooling reads it
-    dist_token: bool = False  # arXiv:2012.12877 section 4
-    dist_head: bool = False  # a head on the distillation token; logits are the mean of both
-    registers: NonNegative[int] = 0  # arXiv:2309.16588
-    cls_posemb: bool = True  # class and distillation token have a row in the position table
-    registers_posemb: bool = False
-    representation_size: Positive[int] | None = None  # a dense layer with tanh before the head
-    # hybrid: units by stage; () is the root block alone
+    cls_token: bool | None = None  # class token; None: if `pool` reads it
+    dist_token: bool = False  # distillation token, arXiv:2012.12877 section 4
+    dist_head: bool = False  # head on the distillation token; logits are the mean of both heads
+    registers: NonNegative[int] = 0  # number of register tokens, arXiv:2309.16588
+    cls_posemb: bool = True  # class and distillation token have positions
+    registers_posemb: bool = False  # registers have positions
+    representation_size: Positive[int] | None = None  # size of a tanh layer before the head
+    # units in each stage of a ResNet before the patches (hybrid); (): its root block only
     resnet: tuple[Positive[int], ...] | None = None
-    resnet_width: Positive[float] = 1.0
-    pre_norm: bool = False  # a norm before the first block, as CLIP has it
-    fc_norm: bool = False  # the last norm after pooling in place of before
-    layer_scale: NonNegative[float] | None = None
-    qk_norm: bool = False
-    gelu: layers.Gelu = 'tanh'
-    glu: bool = False  # SwiGLU in place of GELU
-    epsilon: Positive[float] = 1e-6
-    head_bias: Finite[float] = 0.0  # initial value; -log K starts sigmoid losses near zero
-    dropout: Rate = 0.0
-    attention_dropout: Rate = 0.0
-    # how softmax(q k^T) v is computed, see models/attention.py
+    resnet_width: Positive[float] = 1.0  # factor of the features of `resnet`
+    pre_norm: bool = False  # norm before the first block, as in CLIP
+    fc_norm: bool = False  # last norm after pooling instead of before it
+    layer_scale: NonNegative[float] | None = None  # initial scale of residuals; None: without
+    qk_norm: bool = False  # norm of queries and keys
+    gelu: layers.Gelu = 'tanh'  # exact GELU, its tanh approximation, or CLIP's quick one
+    glu: bool = False  # SwiGLU instead of GELU, arXiv:2002.05202
+    epsilon: Positive[float] = 1e-6  # term added to the variance in norms
+    head_bias: Finite[float] = 0.0  # initial bias of the head; -log K starts sigmoid losses near 0
+    dropout: Rate = 0.0  # dropout rate of embeddings, attention outputs and MLPs
+    attention_dropout: Rate = 0.0  # dropout rate of the attention probabilities
+    # implementation of attention; auto: the fastest that applies, see models/attention.py
     attention: Literal['auto', 'xla', 'cudnn', 'pallas'] = 'auto'
-    drop_path: Rate = 0.0  # rate of the last block; rises linearly from 0 at the first
+    drop_path: Rate = 0.0  # stochastic depth rate of the last block; rises linearly from 0
+    # activations recomputed for the gradient: all (full), or all but products of matrices
     remat: Literal['none', 'full', 'dots_with_no_batch_dims_saveable'] = 'none'
-    # blocks an iteration of the loop over depth; layers.in_a_row
+    # blocks per iteration of the scan over depth; None: 1 on CPUs, with FSDP or remat, else all
     unroll: Positive[int] | None = None
-    dtype: Float = 'float32'  # of the computation; parameters are float32
-    # products of the blocks with their kernels, see models/quantized.py
+    dtype: Float = 'float32'  # dtype of the computation; parameters are float32
+    # 8-bit matrix products in the blocks, see models/quantized.py
     quantize: Literal['none', 'int8', 'fp8'] = 'none'
-    mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of images in [0, 1]
-    std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)
+    mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
+    std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
 
     captures = ('attention', 'tokens_by_block', 'normed_by_block')
