@@ -1,10 +1,10 @@
-"""What is measured of a run while it trains and of a checkpoint.
+"""Evaluators measure a run while it trains, and a checkpoint.
 
-An evaluator is a function or class of (subject, *, settings), which stand in a section of `evals`
-beside `type`, its name, and `every` (steps; 0: at the end alone). What it returns is called with
-(params, stop, at, advance) and gives {metric: number}, or None where `stop` became true; it has
-`sources`, {name: Source}, the data sets that it reads. Beside it in its file METRICS says which is
-better, {metric: 'max' or 'min'}, or `metrics`, a function of the settings that returns that.
+An evaluator is a function or class of (subject, *, settings). Its settings stand in a section of
+`evals` beside `type`, its name, and `every`, steps between evaluations. It returns a callable of
+(params, stop, at, advance) that returns {metric: number}, or None once `stop` is true, and that has
+`sources`, {name: Source}: the data sets that it reads. Its module declares whether more or less is
+better, as METRICS = {metric: 'max' or 'min'} or as a function `metrics` of the settings.
 """
 
 from collections.abc import Callable
@@ -38,16 +38,16 @@ class Subject(NamedTuple):
 
 
 def subject(objective, params, spec, mesh, names):
-    """The Subject of an objective, of parameters or their shapes, and examples of a spec."""
+    """The Subject of an objective, for parameters (or their shapes) and the spec of an example."""
     batch = {k: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for k, x in spec.items()}
     outputs = jax.eval_shape(objective.predict, params, batch)
     return Subject(objective.predict, mesh, outputs, names, objective.settings)
 
 
 def compiled(sums, mesh):
-    """`sums`, (params, batch) -> {name: array}, jitted; every device has the result.
+    """Jits `sums`, (params, batch) -> {name: array}; the result is replicated.
 
-    Votes to stop that processes put in the batch are among the sums, see distributed.stop.
+    It includes the votes to stop that processes put in the batch, see distributed.stop.
     """
     return jax.jit(
         sharding.on(mesh, lambda params, batch: sums(params, batch) | stop_votes(batch)),
@@ -56,10 +56,10 @@ def compiled(sums, mesh):
 
 
 def totals(step, feed, params, mesh, stop, at, advance):
-    """{name: float64 array}: sums over all batches of `feed`, by what `compiled` made.
+    """Sums over all batches of `feed`, {name: float64 array}; `step` is what `compiled` returns.
 
-    None where `stop` became true before the end. `at` is told of each batch, as hosts.joined wants
-    it, `advance` of the images in it.
+    Returns None if `stop` becomes true before the end. Calls `at` with the phase of each batch, as
+    hosts.joined takes it, and `advance` with the number of images in it.
     """
     stop = Stop() if stop is None else stop
     total = {}
@@ -74,5 +74,5 @@ def totals(step, feed, params, mesh, stop, at, advance):
 
 
 def is_due(every, n, steps):
-    """Whether an evaluation is due after step n of `steps`: every so many, at the end if 0."""
+    """Whether an evaluation is due after step n of `steps`; `every` 0 means at the end only."""
     return n == steps or (n > 0 and every > 0 and n % every == 0)

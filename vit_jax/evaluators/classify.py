@@ -45,12 +45,12 @@ METRICS = {'accuracy': 'max', 'top5': 'max', 'loss': 'min', 'ece': 'min', 'class
 
 
 def eval_step(params, batch, *, predict, loss='softmax', among=None):
-    """What a classifier makes of a batch: (sums over mask 1, values by example [B]).
+    """Evaluates a classifier on a batch: (sums over mask 1, values by example [B]).
 
-    The sums, float32: hits, losses, examples; hits among the best five, where more classes can be
-    predicted; examples, hits and confidence by bin of confidence [3, BINS]; hits and examples by
-    class [2, K], where an image has one label. An image without any label counts nowhere. `among`
-    [S] are the only classes that may be predicted.
+    The float32 sums are hits, losses and examples; hits among the best five, if more than five
+    classes can be predicted; examples, hits and confidence by bin of confidence [3, BINS]; hits and
+    examples by class [2, K], if an image has one label. Images without labels are not counted. Only
+    the classes in `among` [S] are predicted, None: all.
     """
     logits, labels = predict(params, batch)['logits'].astype(jnp.float32), batch['label']
     classes = logits.shape[-1]
@@ -80,13 +80,20 @@ def eval_step(params, batch, *, predict, loss='softmax', among=None):
 
 
 class Classify:
-    """An evaluation of a classifier.
+    """Measures accuracy, top-5 accuracy, loss and calibration error of a classifier.
 
-    Labels of the data become those of the subject's classes by name (`names.relabelled`). With
-    `subset` only those classes are predicted that occur in the data, as of ImageNet-A and -R, whose
-    200 have numbers among all 1,000; a data set whose class names are some of the model's is always
-    so. `loss` is that of training if not given ('softmax' where nothing tells), and says what a
-    probability is: of a softmax or a sigmoid.
+    Labels of the data set are matched with the model's classes by name (`names.relabelled`). Where
+    the class names of the data set are a part of the model's, only these are predicted.
+
+    Args:
+      source: the data set, see Data sets.
+      image_size: size of the images in pixels: one number, or (height, width).
+      batch_size: examples in a batch, over all devices and processes.
+      view: how an image is cropped and resized, see Views.
+      loss: loss to measure, which also says what a probability is: of a softmax or a sigmoid. None:
+        that of training, or 'softmax' where it is unknown.
+      subset: whether to predict only classes that occur in the data set (ImageNet-A and -R).
+      threads, workers, prefetch, tolerance: as in the section `data`.
     """
 
     def __init__(
@@ -144,9 +151,9 @@ class Classify:
     def __call__(
         self, params, stop=None, at=lambda phase: None, advance=lambda images: None
     ):  # fmt: skip
-        """Means by name, see `summary`; None where `stop` became true before the end.
+        """{metric: mean}, see `summary`; None if `stop` becomes true before the end.
 
-        `at` is told of each batch, as hosts.joined wants it, `advance` of the images in it.
+        Calls `at` and `advance` as `evaluators.totals` does.
         """
         def sums(params, batch):
             return self.step(params, batch)[0]
@@ -155,9 +162,9 @@ class Classify:
         return None if total is None else summary(total)
 
     def predictions(self, params, advance=lambda images: None):
-        """One process's view of each example: {'id', 'label', 'prediction', 'confidence': [N]}.
+        """{'id', 'label', 'prediction', 'confidence': [N]} of all examples, in one process.
 
-        `advance` is told of the images in each batch.
+        Calls `advance` with the number of images in each batch.
         """
         parts = []
         for batch in self.feed():
@@ -205,18 +212,17 @@ def class_name(classes, index):
 
 
 def confusion(labels, predictions, classes):
-    """How often [K, K] each class, by row, was taken for each; a label below 0 is none."""
+    """Confusion matrix [K, K], labels by row; labels below 0 are left out."""
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels[labels >= 0], predictions[labels >= 0]), 1)
     return counts
 
 
 def by_class(found, classes, count):
-    """CSV, a line a class: images, accuracy, how often it was taken for each of `count` classes
-    (where they are at most MOST_CONFUSED).
+    """CSV with a line for each of `count` classes: images, accuracy, row of the confusion matrix.
 
-    `found` is what `Classify.predictions` gives, `classes` the names, or None; they are written as
-    `text.cell` has them.
+    The matrix is left out for more than MOST_CONFUSED classes. `found` is what
+    `Classify.predictions` returns, `classes` the names or None, written as by `text.cell`.
     """
     prediction = found['prediction']
     labels = one_label(found['label'], prediction)

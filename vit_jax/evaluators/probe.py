@@ -1,7 +1,7 @@
-"""What frozen features know: nearest neighbours, linear classifiers, few shots, beside raw pixels.
+"""Frozen features measured by nearest neighbours, linear and few-shot classifiers.
 
-Features are computed once, by the model alone; no parameter is trained but those of the linear
-classifiers, which L-BFGS or a closed form finds on the device.
+Features are computed once. Only the parameters of the linear classifiers are fitted, by L-BFGS or
+in closed form, on the device.
 """
 
 from functools import partial
@@ -24,9 +24,9 @@ from vit_jax.step import stop_votes
 def nearest(train, labels, test, *, k, classes, temperature=None, chunk=1024):
     """Predicted labels [M] by the k nearest of `train` [N, D] to each of `test` [M, D].
 
-    Without a temperature, by a vote among those nearest in Euclidean distance; with one, by their
-    cosine similarities s, with weights exp(s / temperature) (arXiv:1805.01978 section 3.4). Of
-    classes with equal votes the one with the lowest number.
+    Without a temperature, the nearest in Euclidean distance vote; with one, those of largest cosine
+    similarity s, with weights exp(s / temperature) (arXiv:1805.01978 section 3.4). In a tie the
+    class with the lowest number is predicted.
     """
 
     def unit(x):
@@ -53,8 +53,10 @@ def nearest(train, labels, test, *, k, classes, temperature=None, chunk=1024):
 
 
 def some_of_each(labels, shots, seed):
-    """Indices of `shots` random examples of each class, of all where it has fewer; those of more
-    shots with the same seed have those of fewer among them."""
+    """Indices of `shots` random examples of each class, or of all where it has fewer.
+
+    With the same seed, those of fewer shots are among those of more.
+    """
     rng = np.random.default_rng(seed)
     return np.concatenate(
         [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in np.unique(labels)]
@@ -63,10 +65,11 @@ def some_of_each(labels, shots, seed):
 
 @partial(jax.jit, static_argnames='classes')
 def ridge(train, labels, *, classes, l2):
-    """(weights [D, K], bias [K]) that take features [N, D] to -1, and to 1 for their own class.
+    """(weights [D, K], bias [K]) of regularised least squares from features [N, D].
 
-    Regularised least squares (arXiv:2010.11929 section 4.1) in closed form: minimises the summed
-    squares + l2 |weights|^2, as scikit-learn's Ridge does with alpha = l2; the bias is free.
+    The targets are 1 for the example's class and -1 for others (arXiv:2010.11929 section 4.1).
+    Minimises the sum of squares + l2 |weights|^2 in closed form, as scikit-learn's Ridge does with
+    alpha = l2; the bias has no penalty.
     """
     dot = partial(jnp.matmul, precision='highest')
     inverse = partial(jax.scipy.linalg.solve, assume_a='pos')
@@ -82,7 +85,7 @@ def ridge(train, labels, *, classes, l2):
 
 
 def standardised(train, *others):
-    """Features [*, D] with mean 0 and deviation 1 over `train`; constant ones become 0."""
+    """Features [*, D] with mean 0 and standard deviation 1 over `train`; constant ones become 0."""
     mean, std = (f(train, axis=0, dtype=np.float64) for f in (np.mean, np.std))
     std = np.where(std > 0, std, 1)
     return [((x - mean) / std).astype(np.float32) for x in (train, *others)]
@@ -130,9 +133,12 @@ def score(linear, x, labels):
 
 
 def features(out):
-    """Of a model's outputs, in float32: 'token', the class token [B, D], or the mean of the patches
-    without one; 'both' [B, 2 D], class token and mean, or the mean alone; 'pre_logits', or the
-    token once more where the model pools nothing."""
+    """Features in a model's outputs, float32.
+
+    token       [B, D]    class token, or the mean of the patches without one
+    both        [B, 2 D]  class token and mean of the patches; [B, D] without a class token
+    pre_logits  [B, D]    what the head reads, or `token` in a model without pooling
+    """
     mean = out['encoded'].mean(axis=1)
     token = out.get('cls', mean)
     both = jnp.concatenate([token, mean], axis=1) if 'cls' in out else mean
@@ -150,15 +156,29 @@ def metrics(*, k, pixels, l2, shots, **settings):
 
 
 class Probe:
-    """An evaluation of frozen features, trained on `train_source` and tested on `source`.
+    """Measures frozen features by classifiers trained on `train_source` and tested on `source`.
 
-    Gives `accuracy` (logistic regression on standardised class token and patch mean together,
-    penalty `l2`; None: without) and for each of `k` N_nn (a vote of the N nearest class tokens),
-    N_nn_cosine (weighted by cosine similarity and `temperature`) and, where asked for, N_nn_pixels
-    (nearest images, no model). For each of `shots`, N_shot is the mean over `seeds` of the accuracy
-    of least squares on the pre-logits, standardised, of N images of each class, penalty `shot_l2`
-    (arXiv:2010.11929 section 4.1, which says no penalty; 2^10 is that of big_vision's configs), and
-    N_shot_std their deviation.
+    - accuracy: logistic regression on class token and patch mean together, standardised
+    - N_nn: vote of the N nearest class tokens (patch means in a model without one)
+    - N_nn_cosine: the same, weighted by cosine similarity (arXiv:1805.01978 section 3.4)
+    - N_nn_pixels: vote of the N nearest images, without the model
+    - N_shot: least squares on the standardised pre-logits of N images per class, mean over random
+      draws (arXiv:2010.11929 section 4.1); N_shot_std is the standard deviation
+
+    Args:
+      source: the data set to test on, see Data sets.
+      train_source: the data set to train the classifiers on.
+      image_size: size of the images in pixels: one number, or (height, width).
+      batch_size: examples in a batch, over all devices and processes.
+      view: how an image is cropped and resized, see Views.
+      k: numbers N of nearest neighbours.
+      pixels: whether to measure N_nn_pixels.
+      temperature: temperature of the weights in N_nn_cosine.
+      l2: penalty of the logistic regression. None: no regression.
+      shots: numbers N of training images per class in N_shot.
+      seeds: random draws of the training images in N_shot.
+      shot_l2: penalty of the least squares in N_shot. The paper gives none; big_vision has 2^10.
+      threads, workers, prefetch, tolerance: as in the section `data`.
     """
 
     def __init__(
@@ -219,8 +239,10 @@ class Probe:
         )  # fmt: skip
 
     def gathered(self, params, source, stop, at, advance=lambda images: None):
-        """`features` of all images, `labels` [N] and perhaps `pixels` [N, H * W * 3]; None where
-        `stop` became true."""
+        """`features` and `labels` [N] of all images, and `pixels` [N, H * W * 3] if asked for.
+
+        Returns None if `stop` becomes true.
+        """
         parts = []
         for i, batch in enumerate(self.feed(source, self.task(source), stop=stop)):
             at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
@@ -238,7 +260,7 @@ class Probe:
         return whole
 
     def few_shot(self, train, test):
-        """{'5_shot': mean, '5_shot_std': deviation} and so on, of what `gathered` gave."""
+        """{'5_shot': mean, '5_shot_std': deviation, ...} from the results of `gathered`."""
         results, classes = {}, len(self.train_source.classes)
         for shots in self.shots:
             scores = []
@@ -256,9 +278,9 @@ class Probe:
     def __call__(
         self, params, stop=None, at=lambda phase: None, advance=lambda images: None
     ):  # fmt: skip
-        """Accuracies by name, see above, and `examples`; None where `stop` became true.
+        """{metric: accuracy} and `examples`; None if `stop` becomes true.
 
-        `at` is told of each batch, as hosts.joined wants it, `advance` of the images in it.
+        Calls `at` and `advance` as `evaluators.totals` does.
         """
         stop = Stop() if stop is None else stop
         train = self.gathered(params, self.train_source, stop, at, advance)

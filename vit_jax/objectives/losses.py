@@ -19,7 +19,8 @@ def targets(labels, num_classes):
 def distribution(labels, num_classes):
     """Labels as probabilities, float32 [B, K]: n true classes have 1 / n each; [B, K] stays.
 
-    arXiv:1805.00932 trains a softmax on several labels so; no label at all is no loss.
+    This is the target of a softmax with several labels (arXiv:1805.00932). Without any label it is
+    zero, and so is the loss.
     """
     wanted = targets(labels, num_classes)
     if labels.ndim == 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -30,8 +31,8 @@ def distribution(labels, num_classes):
 def smoothed(wanted, labels, label_smoothing):
     """Weights [B, K] of `labels` with the uniform distribution mixed in (arXiv:1512.00567).
 
-    Weights of an example without labels stay 0; of one that has them in part, as mixup's with such
-    a partner, that part is smoothed.
+    Weights of an example without labels stay 0. Weights that sum to less than 1, such as after
+    mixup with an example without labels, are smoothed in proportion to their sum.
     """
     if jnp.issubdtype(labels.dtype, jnp.integer):
         labelled = jnp.any(labels.reshape(len(labels), -1) >= 0, axis=-1)
@@ -42,7 +43,7 @@ def smoothed(wanted, labels, label_smoothing):
 
 
 def softmax_xent(logits, labels, *, label_smoothing=0.0):
-    """Cross-entropy in float32; an example without labels has none."""
+    """Cross-entropy in float32; 0 for an example without labels."""
     wanted = smoothed(distribution(labels, logits.shape[-1]), labels, label_smoothing)
     return -jnp.sum(wanted * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
@@ -50,7 +51,7 @@ def softmax_xent(logits, labels, *, label_smoothing=0.0):
 def sigmoid_xent(logits, labels, *, label_smoothing=0.0):
     """Binary cross-entropy summed over classes (arXiv:2006.07159 section 3), multi-label or not.
 
-    Of an example without labels no class is true, whatever the smoothing.
+    In an example without labels every class is false, with label smoothing too.
     """
     wanted = smoothed(targets(labels, logits.shape[-1]), labels, label_smoothing)
     logits = logits.astype(jnp.float32)
@@ -64,9 +65,9 @@ TARGETS = {'softmax': distribution, 'sigmoid': targets}  # what each makes of la
 
 
 def probabilities(logits: jax.Array, loss: str | None = None) -> jax.Array:
-    """What a classifier trained with a loss of LOSSES says of each class, float32 [B, K].
+    """Class probabilities, float32 [B, K], of a classifier trained with a loss of LOSSES.
 
-    None: nothing tells what it was trained with, and a softmax is taken.
+    None: the loss is unknown, and a softmax is used.
     """
     return PROBABILITIES[loss or 'softmax'](logits.astype(jnp.float32))
 

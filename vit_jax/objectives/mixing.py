@@ -1,10 +1,10 @@
 """Mixup and CutMix of a batch, on the device.
 
-The partner of an example is the one before it in the batch, the last one's of the first (as in
-big_vision): neighbours are strangers in a shuffled batch, and of a batch split over devices one
-example a device crosses to the next. Indices are those of the global batch, so the result does
-not depend on the number of devices. Where an example comes several times in a row, its partner is
-to be so many before it: `shift`.
+Each example is mixed with its partner: the one before it in the batch, and for the first one the
+last (as in big_vision). Neighbours in a shuffled batch are unrelated, and of a batch split over
+devices only one example per device crosses to the next. Indices are those of the global batch, so
+the result does not depend on the number of devices. Where an example comes several times in
+succession, `shift` is how many places before it the partner is.
 """
 
 import jax
@@ -14,14 +14,13 @@ import jax.numpy as jnp
 def mix(images, labels, key, *, mixup=0.0, cutmix=0.0, by='batch', shift=1, mask=None):
     """Images [B, H, W, C] and label weights [B, K], each mixed with its partner; float32.
 
-    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), 0 for without, not both 0; of both,
-    an even chance takes one. There is one draw for the batch, or one by 'example'. An example
-    whose mask is 0, or its partner's, stays whole. Weights keep their sum where a partner's have
-    the same.
+    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 turns one of them off. With both,
+    each is taken with probability 1/2. Random numbers are drawn once for the batch, or for each
+    example with by='example'. An example stays as it is where its mask or its partner's is 0.
 
-    Mixup (arXiv:1710.09412) gives the partner 1 - max(lambda, 1 - lambda), so that an example
-    remains the larger part of itself; partners being drawn evenly, that changes no mixture's
-    chance, only which of two counts as the first.
+    Mixup (arXiv:1710.09412) gives the partner the weight min(lambda, 1 - lambda), so the example
+    itself always has the larger one; as partners are symmetric, the distribution of mixtures is the
+    same.
     """
     count = images.shape[0] if by == 'example' else 1
     choice, weight_key, centre_key = jax.random.split(key, 3)
@@ -45,16 +44,16 @@ def mix(images, labels, key, *, mixup=0.0, cutmix=0.0, by='batch', shift=1, mask
 
 
 def before(x, shift):
-    """Of each example [B, ...] its partner."""
+    """The example that each one is mixed with, [B, ...]: the one `shift` places before it."""
     return jnp.roll(x, shift, axis=0)
 
 
 def pasted(key, area, size):
-    """CutMix (arXiv:1905.04899): 1 in the partner's box, [N, H, W, 1], and the box's share [N].
+    """CutMix (arXiv:1905.04899): a mask of the partner's box [N, H, W, 1], and its share [N].
 
-    The box has sides of sqrt(area) of the image's, cut to whole and even numbers of pixels as in
-    the paper's code, about a pixel that is uniform over the image. What is outside is cut off,
-    and the share is of what remains.
+    The sides of the box are sqrt(area) times those of the image, truncated to even numbers of
+    pixels as in the paper's code, around a pixel that is uniform over the image. The box is clipped
+    to the image, and the share is that of the clipped box.
     """
     extent = jnp.array(size)
     half = (jnp.sqrt(area)[:, None] * extent).astype(jnp.int32) // 2  # [N, 2]
