@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh, one ordered table of rules, host batches to global arrays."""
+"""Sharding: the mesh, one ordered table of rules by parameter name, global arrays of batches."""
 
 import functools
 import re
@@ -86,7 +86,7 @@ def make_mesh(
 
 
 def check_batch(batch_size, mesh, accumulate=1):
-    """Raises UserError unless each of the micro-batches divides among the devices."""
+    """Raises UserError unless each micro-batch divides evenly among the devices."""
     parts = mesh.shape['data'] * mesh.shape['fsdp']
     if batch_size % (parts * accumulate):
         of = f' in {accumulate} micro-batches' if accumulate > 1 else ''
@@ -128,8 +128,8 @@ def by_name(tree, mesh, rules=()):
 def shardings(state, mesh, rules=()):
     """NamedShardings for a State of shapes.
 
-    Optimizer state has the rule of the parameter that it mirrors; what mirrors none (counts,
-    Adafactor's factors) is replicated. What the objective keeps goes by name as parameters do.
+    Optimizer state has the sharding of the parameter that it mirrors; the rest (counts, Adafactor's
+    factors) is replicated. `extra` of the objective is sharded by name, as parameters are.
     """
     params, extra = (by_name(tree, mesh, rules) for tree in (state.params, state.extra))
     leaves = jax.tree_util.tree_leaves_with_path
@@ -164,7 +164,7 @@ def places(tree):
 
 @functools.cache
 def shares(mesh):
-    """(how many equal shares a batch is cut into, those that this process's devices hold)."""
+    """(number of equal parts of a batch, indices of those on this process's devices)."""
     parts = mesh.shape['data'] * mesh.shape['fsdp']
     places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((parts,))
     return parts, sorted({rows.start or 0 for (rows,) in places.values()})
@@ -173,7 +173,7 @@ def shares(mesh):
 def rows(batch_size, mesh):
     """The rows int64 [b] of a global batch [B] that this process's devices hold.
 
-    Where `tensor` reaches across processes, several hold the same.
+    If `tensor` spans processes, several of them hold the same rows.
     """
     parts, held = shares(mesh)
     size = batch_size // parts

@@ -1,7 +1,7 @@
 """Batches as a function of (seed, step), on any number of processes.
 
-A batch has the task's arrays, each with a leading axis [B], `mask` float32 [B], 0 for padding and
-for examples that can't be used, and `id` int64 [B].
+A batch has the task's arrays, each with a leading axis [B], `id` int64 [B] and `mask` float32 [B],
+which is 0 for padding and for unreadable examples.
 """
 
 import collections
@@ -25,9 +25,10 @@ def ids(source, *, batch_size, seed, step, repeats=1):
 
 
 def order(source, positions, seed):
-    """The examples int64 [N] at positions of an endless order: each epoch a permutation of all.
+    """Examples int64 [N] at positions of an endless order, each epoch of which is a permutation.
 
-    A mixture takes from each part by its weight, in a fixed pattern, and has each part's epochs.
+    A mixture takes examples from each part by its weight, in a fixed pattern; each part has epochs
+    of its own.
     """
     parts = getattr(source.records, 'parts', None)
     if parts is None:
@@ -40,7 +41,7 @@ def order(source, positions, seed):
 
 
 def shuffled(positions, length, *seed):
-    """Positions to 0 ... length - 1, each epoch in another order; takes no memory."""
+    """Maps positions to 0 ... length - 1, in another order each epoch, without any table."""
     epochs = (positions // length).tolist()
     seeds = {e: np.random.SeedSequence([*seed, e]).generate_state(1) for e in set(epochs)}
     return np.array([
@@ -50,9 +51,9 @@ def shuffled(positions, length, *seed):
 
 
 def interleaved(positions, weights):
-    """(part [N], position in it [N]) of positions that parts share by weight.
+    """(part [N], position in it [N]) of positions that the parts share by weight.
 
-    Each part in turn takes an even share of what those before it have left.
+    Each part in turn takes its share, evenly spaced, of the positions that those before it leave.
     """
     left = positions.astype(np.uint64)
     which, within = np.full(len(left), len(weights) - 1), left.copy()
@@ -124,7 +125,7 @@ def batches(
 
 
 def training_batch(step, *, source, task, seed, batch_size, repeats, rows):
-    """Rows of the global batch of a step; a whole batch at once costs Python least."""
+    """Rows of the global batch of a step, made together to keep the overhead of Python low."""
     places = step * batch_size + rows
     found = order(source, places // repeats, seed).tolist()
     bits = np.random.Philox()
@@ -138,7 +139,7 @@ def training_batch(step, *, source, task, seed, batch_size, repeats, rows):
 
 
 def fresh_state(seed, place):
-    """The state of a Philox generator of its own for each place in the order of a seed."""
+    """State of the Philox generator for a place in the order of a seed; each place has its own."""
     key = np.array([seed, place], np.uint64)
     return {
         'bit_generator': 'Philox', 'state': {'counter': NOTHING, 'key': key}, 'buffer': NOTHING,
@@ -150,9 +151,9 @@ NOTHING = np.zeros(4, np.uint64)
 
 
 def gathered(load, size):
-    """A batch of load(0) ... load(size - 1), each put in its place as soon as it is made.
+    """A batch of load(0) ... load(size - 1), each copied to its place as soon as it is made.
 
-    An example's memory is then used again for the next one, while it is still in the cache.
+    The memory of one example is then reused for the next one while it is still in the cache.
     """
     batch = {}
     for k in range(size):
@@ -175,10 +176,10 @@ def examples(
     tolerance=0.0,
     stop=None,
 ):
-    """Batches of one pass, each example once; the last one is padded with mask 0.
+    """Yields batches of one pass, each example once; the last one is padded with mask 0.
 
-    Of each, those of the global batch's `rows` (None: all) that this process needs. With a `stop`
-    that is shared with other processes, all batches come also after an error, which it is told.
+    `rows` are the rows of the global batch that this process needs (None: all). With a `stop` that
+    is shared with other processes, an error is passed to it and the remaining batches are blank.
     """
     rows = np.arange(batch_size) if rows is None else rows
     make = partial(evaluation_batch, source=source, task=task, batch_size=batch_size, rows=rows)
@@ -191,13 +192,13 @@ def examples(
 
 
 def blank(task, size):
-    """A batch of so many examples that do not count."""
+    """A batch of `size` examples with mask 0."""
     one = task.blank | {'mask': np.float32(0), 'id': np.int64(-1)}
     return {name: np.stack([x] * size) for name, x in one.items()}
 
 
 def evaluation_batch(step, *, source, task, batch_size, rows):
-    """Rows of a global batch of examples in their order; past the end, mask is 0."""
+    """Rows of a global batch of examples in the order of the data set; past its end, mask is 0."""
     rng = np.random.default_rng(0)
 
     def load(k):
@@ -210,14 +211,14 @@ def evaluation_batch(step, *, source, task, batch_size, rows):
 
 
 def cores():
-    """Processor cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def stream(data, threads, workers, prefetch):
-    """Batches in order, read ahead by threads, of worker processes where there are any.
+    """Yields batches in order, read ahead by threads of this process or of worker processes.
 
-    Raises UserError that names a worker which died and its exit code.
+    Raises UserError with the exit code of a worker that dies.
     """
     threads = threads or max(1, cores() // max(workers, 1))
     ahead = max(threads, prefetch // max(workers, 1))  # batches, of each worker
@@ -227,10 +228,10 @@ def stream(data, threads, workers, prefetch):
 
 
 def foreseen(feed, stop, ahead=2):
-    """The batches of `feed`; sets `stop.trouble` to what it raises up to `ahead` of them before.
+    """Yields the batches of `feed`; sets `stop.trouble` to an error up to `ahead` batches early.
 
-    A process that ended at once would be missing in the step that the others have begun. They hear
-    of its wish when they have begun the step after the next.
+    A process that ended at once would be missing in the step that the others have begun. They read
+    its vote to stop once they have begun the step after the next.
     """
     held = collections.deque()
     while True:

@@ -1,4 +1,4 @@
-"""Data sets as sequences of (image bytes, label), of many kinds, told apart by their name.
+"""Opens data sets of many formats by name, each as a sequence of records.
 
 Folders of images, prepared records, tar shards (WebDataset), parquet files (Hugging Face), TFDS.
 """
@@ -25,7 +25,7 @@ class Source(NamedTuple):
         return len(self.records)
 
     def name(self, i):
-        """What a person would call example i: a path, or the data set, split and index."""
+        """Name of example i for messages: a path, or data set, split and index."""
         return self.records.name(i)
 
 
@@ -95,7 +95,7 @@ def load(
 
 
 def found_by(name, split, data_dir, image, label):
-    """`load`, whose labels are by name."""
+    """`load` for labels by name."""
     address, kind = os.path.expanduser(name), kind_of(name)
     if kind == 'tfds':
         return Source(*tfds.load(name, split, data_dir=home(data_dir), image=image, label=label))
@@ -118,7 +118,7 @@ def found_by(name, split, data_dir, image, label):
 
 
 def kind_of(name):
-    """What a name stands for: 'drawn', 'vtab', 'pattern' (of shards), 'place' or 'tfds'."""
+    """Kind of a data set's name: 'drawn', 'vtab', 'pattern' (of shards), 'place' or 'tfds'."""
     for start, kind in (('jft_like:', 'drawn'), ('vtab:', 'vtab')):
         if name.startswith(start):
             return kind
@@ -149,7 +149,7 @@ def home(folder):
 
 @contextlib.contextmanager
 def images_at(address):
-    """Says of an address that epath does not know what could be there."""
+    """Explains what an address that epath can't open could hold."""
     try:
         yield
     except KeyError:
@@ -160,7 +160,7 @@ def images_at(address):
 
 
 def splits_of(name: str, data_dir: str | None = None) -> tuple[str, ...]:
-    """The splits of a data set, by its files' names alone; `name` and `data_dir` as of `load`."""
+    """The splits of a data set, from the names of its files; `name` and `data_dir` as in `load`."""
     address, kind = os.path.expanduser(name), kind_of(name)
     if kind == 'drawn':
         return jft_like.SPLITS
@@ -181,7 +181,7 @@ def splits_of(name: str, data_dir: str | None = None) -> tuple[str, ...]:
 def held_out(name: str) -> tuple[str, dict[str, str]]:
     """(split to train on, {evaluation: split}) of a data set, see `splits.held_out`.
 
-    This is what recipes ask. A data set that is not here is taken to have train and test.
+    Recipes call this. A data set that is not on this machine is assumed to have train and test.
     """
     try:
         known = splits_of(name)

@@ -80,12 +80,12 @@ def size_of(image_size):
 
 
 def check_view(name):
-    """The name of a function of `augment`, as it came; UserError where there is none."""
+    """Returns the name of a view; UserError for an unknown one."""
     return check_name('view', name, VIEWS)
 
 
 def check_augmentation(name):
-    """The name of a function of `distort`, as it came; UserError where there is none."""
+    """Returns the name of an augmentation; UserError for an unknown one."""
     return check_name('augmentation', name, distort.AUGMENTATIONS)
 
 
@@ -95,7 +95,7 @@ def check_name(kind, name, known):
 
 
 def make_view(view, image_size, augmentations=()):
-    """A view by name, or dict(name=..., its arguments), at a size, and what is done after it."""
+    """(image, rng) -> image: a view at a size, then augmentations, each by name or as a dict."""
     view = dict(name=view) if isinstance(view, str) else dict(view)
     name = check_view(view.pop('name', None))
     steps = [partial(VIEWS[name], size=size_of(image_size), **view)]
@@ -107,7 +107,7 @@ def make_view(view, image_size, augmentations=()):
 
 
 def fixed_view(view, image_size):
-    """`make_view` for images that are seen once; UserError for a view that draws at random."""
+    """`make_view` for evaluation; UserError for a random view."""
     name = view if isinstance(view, str) else dict(view).get('name')
     if check_view(name) not in FIXED:
         raise UserError(f'the view {name} draws at random; give one of {", ".join(FIXED)}')

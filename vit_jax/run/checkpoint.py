@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Orbax, asynchronous, verified to the bit when they are read."""
+"""Checkpoints of a run: saved by Orbax in the background, verified bit by bit when restored."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ REFUSALS = (  # of a file system, which the libraries raise as errors of several
 
 
 class Damaged(Exception):
-    """A checkpoint whose arrays are not those that were saved."""
+    """A checkpoint whose arrays differ from those that were saved."""
 
 
 class Checkpoints:
@@ -113,16 +113,16 @@ class Checkpoints:
             print(printable(e), file=sys.stderr, flush=True)  # beside what ended the block
 
     def steps(self):
-        """Steps that there are checkpoints of, ascending."""
+        """Steps of the checkpoints, ascending."""
         return sorted(self.manager.all_steps())
 
     def due(self, step):
         return self.every > 0 and step % self.every == 0
 
     def save(self, step, state, scores):
-        """Starts to save; the arrays may be donated as soon as this returns.
+        """Starts to save `state`; its arrays may be donated as soon as this returns.
 
-        `scores` is {step: value of the metric `best`}, as far as others than `score` know it.
+        `scores` is {step: value of the metric `best`}, for values that `score` was not given.
         """
         kept = {s: values[self.best] for s, values in self.known.items() if self.best in values}
         self.scores = kept | scores
@@ -138,7 +138,7 @@ class Checkpoints:
         self.saving = step
 
     def score(self, step, found):
-        """Keeps what an evaluation has found, {metric: value}, in a file beside the checkpoints."""
+        """Keeps the results of an evaluation, {metric: value}, in a file beside the checkpoints."""
         self.known.setdefault(step, {}).update(finite(found))
         steps = self.steps()
         newest = max(steps, default=0)  # what is evaluated now may be saved later
@@ -147,12 +147,12 @@ class Checkpoints:
             history.write_scores(self.path, self.known)
 
     def finish(self):
-        """Waits for what is being written."""
+        """Waits until the checkpoint in the background is written."""
         with self.explained(self.saving):
             self.manager.wait_until_finished()
 
     def should_preserve(self, checkpoints, *, context):
-        """For Orbax, as a save begins; when that is whole, it deletes the others, in its thread."""
+        """Which checkpoints Orbax keeps; it deletes the others once a new one is complete."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = to_keep(
             steps, self.scores, keep=self.keep, keep_every=self.keep_every,
@@ -162,7 +162,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def explained(self, step):
-        """Turns what the file system refuses into one line for the user."""
+        """Turns an error of the file system into UserError."""
         path = self.path if step is None else self.path / str(step)
         try:
             with storage.explained(path, 'write checkpoint'):
@@ -179,7 +179,7 @@ class Checkpoints:
             raise
 
     def restore(self, step, abstract):
-        """The state saved at `step`, on the devices that `abstract` says; else raises Damaged."""
+        """The state saved at `step`, with the shardings of `abstract`; raises Damaged."""
         try:
             kept = self.manager.restore(
                 step, args=ocp.args.Composite(contents=ContentsRestore())
@@ -206,10 +206,10 @@ class Checkpoints:
         return state
 
     def resume(self, abstract):
-        """The newest sound state, or None in a new run; damaged ones are named and moved aside.
+        """The newest intact state, or None in a new run; reports and renames damaged ones.
 
-        One of several processes can not go on to an older one by itself, as the others may have
-        read their parts well: it raises Lost, and the next start finds the older one.
+        One of several processes can't fall back to an older checkpoint by itself, as the others may
+        have read their parts of the newest: it raises Lost, and the next start finds the older one.
         """
         bad, steps = [], self.steps()
         for step in reversed(steps):

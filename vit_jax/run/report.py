@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, a progress bar, throughput."""
+"""Reports of a run while it trains: metrics.jsonl, TensorBoard, progress bar, throughput."""
 
 import contextlib
 import math
@@ -28,7 +28,7 @@ VERDICTS = {True: 'pass', False: 'FAIL', None: 'not measured'}  # of a line of `
 
 
 class NotFinite(Exception):
-    """A loss, gradient or parameter that is no number; `step` counts from 1."""
+    """A non-finite loss, gradient or parameter; `step` counts from 1."""
 
     def __init__(self, step, metrics):
         self.step = step
@@ -84,7 +84,7 @@ class Report:
             self.open(start)
 
     def open(self, start):
-        """Rewrites the kept lines in one atomic step, and goes on from there."""
+        """Rewrites the lines that are kept, atomically, and opens the file for more."""
         history.name_damaged(self.path, self.damaged)
         history.set_aside(self.path, self.damaged)
         text = ''.join(to_json(line) + '\n' for line in self.lines)
@@ -132,13 +132,13 @@ class Report:
             self.clock = then + time.time() - before, step, waited
 
     def write(self, step, metrics):
-        """Takes the metrics of a step, on the device; reads those of the step before."""
+        """Takes the metrics of a step, still on the device, and reads those of the step before."""
         previous, self.pending = self.pending, (step, metrics)
         if previous:
             self.read(*previous)
 
     def sync(self):
-        """Reads what is pending, and returns when all is in the file; raises NotFinite."""
+        """Reads the pending metrics and flushes the file; raises NotFinite."""
         previous, self.pending = self.pending, None
         if previous:
             self.read(*previous)
@@ -190,7 +190,7 @@ class Report:
         self.say(f'step {step}  {name}: {text}')
 
     def evaluated(self, step, names):
-        """Those of the names of all evaluations that have a line at a step."""
+        """The evaluations among `names` that have results at a step."""
         keys = {key for line in self.lines if line['step'] == step for key in line}
         owners = (
             max((n for n in names if key.startswith(f'{n}/')), key=len, default=None)
@@ -207,7 +207,7 @@ class Report:
         self.bar.say(text)
 
     def result(self):
-        """What result.json says of the run as a whole."""
+        """The part of result.json about the whole run."""
         metrics = {}
         for line in self.lines:
             metrics |= {k: v for k, v in line.items() if k not in ('step', 'seconds', 'skipped')}
@@ -297,7 +297,7 @@ def title(config):
 
 
 def heading(parts, config, start):
-    """What a run is, before it starts: model, data, devices, optimizer by parameter."""
+    """The text that a run starts with: optimizer by parameter, model, data, devices, steps."""
     params = sum(count for _, _, count, *_ in parts.tx.table)
     trained = sum(count for _, _, count, *_, frozen in parts.tx.table if not frozen)
     flops, name = parts.objective.flops, title(config)
@@ -336,7 +336,7 @@ def optimizer_table(rows):
 
 
 def print_result(path, result):
-    """The last words of a run."""
+    """Prints the results at the end of a run."""
     for key, value in result['metrics'].items():
         if '/' in key:
             print(f'{printable(key)}  {number(value)}')
