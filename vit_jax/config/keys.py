@@ -48,7 +48,7 @@ def expectation(
       source: where the value is from, such as a paper and its table.
       cell: where the value stands in a published table of `python -m vit_jax.tables`: (table,
         first cells of the row, column).
-      scale: factor from `value` to the number in the published table: 100 for percent.
+      scale: factor from the number in the published table to `value`: 0.01 for percent.
     """
 
 

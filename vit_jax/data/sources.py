@@ -82,7 +82,7 @@ def load(
       name: path, address, pattern of shards or name of the data set.
       split: split such as 'train', or a share of one in percent, such as 'train[:90%]': by a hash
         of the file name in a folder of images, by position elsewhere. A pattern of shards has the
-        split 'train' alone.
+        split 'train' alone; TFDS data sets take all splits that TFDS knows.
       data_dir: folder where TFDS keeps prepared data sets. None: its default.
       image: TFDS feature, parquet column or file extension in a tar that holds the image.
       label: TFDS feature, parquet column, or file extension or json field in a tar that holds the

@@ -82,7 +82,7 @@ class Vit(nn.Module):
     resnet_width: Positive[float] = 1.0  # factor of the features of `resnet`
     pre_norm: bool = False  # norm before the first block, as in CLIP
     fc_norm: bool = False  # last norm after pooling instead of before it
-    layer_scale: NonNegative[float] | None = None  # initial scale of residuals; None: without
+    layer_scale: NonNegative[float] | None = None  # initial scale of residual branches; None: none
     qk_norm: bool = False  # norm of queries and keys
     gelu: layers.Gelu = 'tanh'  # exact GELU, its tanh approximation, or CLIP's quick one
     glu: bool = False  # SwiGLU instead of GELU, arXiv:2002.05202
