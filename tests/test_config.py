@@ -132,8 +132,8 @@ def test_differences_that_change_the_result_are_told_apart():
     assert table[2].split() == ['optim.lr', '0.003', '1', 'changes', 'the', 'result']
 
 
-def test_the_settings_in_the_readme_are_accepted():
-    text = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
+def test_the_settings_in_the_docs_are_accepted():
+    text = (pathlib.Path(__file__).parents[1] / 'docs' / 'data.md').read_text()
     block = text[text.index('\ndata = dict(') : text.index('```', text.index('\ndata = dict('))]
     given = {}
     exec(block.replace(', ...', ', image_size=224, batch_size=48'), given)

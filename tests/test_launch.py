@@ -154,8 +154,8 @@ def test_help_starts_nothing(place):
     assert place.launch('hosts', '-h') == place.launch('hosts', '--help')
 
 
-def test_the_readme_s_lines_run(place):
-    text = (ROOT / 'README.md').read_text()
+def test_the_lines_in_the_docs_run(place):
+    text = ''.join((ROOT / name).read_text() for name in ('README.md', 'docs/running.md'))
     form = r'^ {4}bash launch\.sh (\w+) ((?:[^\n#]*\\\n)*[^\n#]*EXPERIMENT)'
     found = re.findall(form, text, re.M)
     assert {command for command, _ in found} >= {'local', 'hosts', 'slurm', 'tpu', 'gke'}
