@@ -1,22 +1,13 @@
 """What README.md and docs/ name is there: links, files, commands, tests, the map, the example."""
 
-import pathlib
 import re
 
 import pytest
+from pages import FENCED, PAGES, ROOT, prose
 
-ROOT = pathlib.Path(__file__).parents[1]
-PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))
-FENCED = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)
-INDENTED = re.compile(r'^ {4}.*\n', re.M)
 # Folders of the repository: text in code marks that begins with one of these names a file.
 PLACES = ('vit_jax', 'tests', 'experiments', 'benchmarks', 'docs', 'launch')
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-
-
-def prose(page):
-    """The text of a page without its blocks of code."""
-    return INDENTED.sub('', FENCED.sub('', page.read_text()))
 
 
 def anchors(page):
