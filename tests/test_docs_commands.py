@@ -26,6 +26,7 @@ STAND_INS = {  # for what a reader puts in; of its own for some commands
     'python -m vit_jax.data.prepare': {'SRC': 'images', 'DST': 'shards', 'TEST_SET': 'others'},
     'python -m vit_jax.export': {'FILE': 'exported'},
     'python -m vit_jax.plan': {'v5e:16x16': 'cpu:8'},
+    'python -m vit_jax.main': {'FILE': 'tests/tiny.py:images'},
     '': {
         'PATH_OR_TFDS_NAME': 'images', 'PATH': 'images', 'FOLDER': 'images', 'SRC': 'runs/mine',
         'DST': 'converted', 'FILE': 'experiments/folder.py:images', 'DINOV2': 'runs/mine',
@@ -38,6 +39,7 @@ SHORTER = {  # what makes it take seconds, added to the command
     'experiments/finetune.py': f'{SMALL} --config.data.image_size=64',
     'tests/denoise.py:FOLDER --workdir runs/denoise': '--config.steps=8',
     '--config FILE --step 100': '--config.steps=101',
+    'focal.py:focal': '--config.steps=20',
 }
 RUN = [line for line in commands() if not line.startswith(tuple(NOT_RUN))]
 
@@ -80,6 +82,8 @@ def folder(tmp_path_factory):
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
     for name in ('photo.jpg', 'china.png', 'flower.png'):
         Image.fromarray(noise).save(folder / name)
+    blocks = FENCED.findall((ROOT / 'docs' / 'extending.md').read_text())
+    (folder / 'focal.py').write_text(next(code for kind, code in blocks if kind == 'py'))
     train = 'python -m vit_jax.main --workdir runs/'
     run(f'{train}mine --config experiments/folder.py:images {SMALL} --config.model.depth=1', folder)
     run(f'{train}denoise --config tests/denoise.py:images --config.steps=8', folder)
