@@ -354,9 +354,9 @@ def test_a_finished_folder_is_left_as_it_is(src, whole):
 
 def test_a_worker_that_dies_ends_the_command(tmp_path):
     dst = tmp_path / 'set'
-    slow = write_images(tmp_path / 'slow', count=2) / 'b' / '001.jpg'
-    slow.unlink()
-    os.mkfifo(slow)  # reading it never ends
+    one = write_images(tmp_path / 'slow', count=2) / 'b' / '001.jpg'
+    for i in range(20_000):  # so many that it is still at work when it is killed
+        os.link(one, one.with_name(f'{i}.jpg'))
     process = subprocess.Popen(
         command(tmp_path / 'slow', dst, '--workers=1'), cwd=HERE, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
