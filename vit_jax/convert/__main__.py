@@ -1,8 +1,8 @@
 """Converts checkpoints: python -m vit_jax.convert SRC DST --to official|big_vision|timm|hf.
 
 SRC is anything that vit_jax.load takes: a path, a gs://, https:// or hf:// address, a name of the
-catalogue (--list), a run's workdir. Without DST it says what SRC is. What was read of the model can
-be changed: --model.epsilon=1e-6.
+catalogue (--list), a run's workdir. Without DST, the command only describes SRC.
+--model.FIELD=VALUE overrides a field of the model that was read: --model.epsilon=1e-6.
 """
 
 import inspect
@@ -33,7 +33,7 @@ FORCE = flags.DEFINE_bool('force', False, 'Replace what an earlier export wrote 
 
 
 def catalogue():
-    """The catalogue as text."""
+    """Formats the catalogue of public checkpoints as a table."""
     rows = [('name', 'family', 'px', 'ImageNet', 'address')]
     for name, row in load.catalogue().items():
         accuracy = '' if row['accuracy'] is None else f'{row["accuracy"]:.2f}%'
@@ -46,7 +46,7 @@ def catalogue():
 
 
 def size():
-    """--image_size as an int or a pair."""
+    """Parses --image_size into an int, a tuple or None; raises UserError if it is not numbers."""
     if SIZE.value is None:
         return None
     try:
@@ -57,7 +57,7 @@ def size():
 
 
 def described(found):
-    """What a checkpoint is, as text: the fields of its model that are not the default ones."""
+    """Describes a checkpoint as text: family, name, fields that are not the default, image size."""
     fields = models.describe(found.model)
     defaults = {k: default for k, (_, default) in models.fields(fields['name']).items()}
     lines = [f'{found.source}: {fields["name"]}']
@@ -88,7 +88,7 @@ def main(argv, changes):
     print(printable(described(found), keep='\n'))
     print(load.table(found.account))
     if len(argv) == 3:
-        outputs = range(found.model.num_classes or 0)  # of a run perhaps more than have names
+        outputs = range(found.model.num_classes or 0)  # some outputs of a run have no name
         classes = found.classes and [classify.class_name(found.classes, i) for i in outputs]
         save.save(
             argv[2], found.model, found.params, TO.value, image_size=found.image_size or size(),

@@ -1,7 +1,7 @@
-"""Checkpoints of google-research/big_vision (.npz): with `params/` or without, two towers too.
+"""Checkpoints of google-research/big_vision (.npz), with or without `params/`, two towers too.
 
-GELU by tanh, norms with epsilon 1e-6, images in [-1, 1]; the class token has no position;
-position tables are resized linearly with aligned corners.
+GELU is the tanh approximation, norms have epsilon 1e-6, images are in [-1, 1]. The class token has
+no position. Position tables are resized linearly with aligned corners.
 """
 
 import re
@@ -16,10 +16,10 @@ STACK = 'Transformer/encoderblock/'
 
 
 def tidy(arrays, tower=None):
-    """(arrays of the model alone under today's names, {name: why it is none of them}).
+    """(arrays of the model under current names, {other array: why it is unused}).
 
-    `tower` names a part of a file with several, as 'img'; without it, 'img' is taken where the
-    file has no model beside its towers.
+    `tower` names one tower of a file with several, such as 'img'. None: 'img' if the file has no
+    model outside its towers.
     """
     unused, inner = {}, arrays
     if any(name.startswith('params/') for name in arrays):
@@ -40,7 +40,7 @@ def tidy(arrays, tower=None):
 
 
 def modern(arrays):
-    """The arrays with the names that later versions gave to the position table and the MAP head."""
+    """Gives the position table and the MAP head the names that later versions use."""
     names = {'Transformer/pos_embedding': TABLE}
     if 'probe' in arrays:
         inlined = r'(probe|(MlpBlock|MultiHeadDotProductAttention|LayerNorm)_0/.*)'
@@ -49,12 +49,12 @@ def modern(arrays):
 
 
 def matches(names):
-    """Whether these are the arrays of such a file."""
+    """Whether the arrays are those of this family."""
     return 'embedding/kernel' in names and any(n.startswith('Transformer/encoder') for n in names)
 
 
 def describe(arrays):
-    """(kind, {field: value}) of the model, from names and shapes."""
+    """(kind, {field: value}) of the model, from names and shapes of arrays."""
     *patch, _, width = need(arrays, 'embedding/kernel', 4)
     stacked = is_stacked(arrays)
     block = STACK if stacked else 'Transformer/encoderblock_0/'
@@ -83,7 +83,7 @@ def table_rows(arrays):
 
 
 def pieces(model, stacked=False):
-    """Every array of the file of a model."""
+    """Pieces of all arrays of a model's file."""
     rows = dense('embedding', 'embedding')
     rows += [Piece(name, name) for name in model.prefix]
     if model.posemb == 'learn':
@@ -100,7 +100,7 @@ def pieces(model, stacked=False):
 
 
 def map_head(theirs, ours):
-    """Attention pooling."""
+    """Pieces of attention pooling."""
     attention = f'{theirs}/MultiHeadDotProductAttention_0'
     rows = [Piece(f'{theirs}/probe', f'{ours}/probe')]
     for name in ('query', 'key', 'value', 'out'):

@@ -1,11 +1,11 @@
-"""What JSON files beside weights say: untrusted too, so each value is checked when it is read."""
+"""Reads JSON files beside weights. They are untrusted, so each value is checked when it is read."""
 
 from typing import NamedTuple
 
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
-KINDS = {  # of values in JSON files, by what a message calls them
+KINDS = {  # checks of values in JSON files, by their name in error messages
     'anything': lambda v: True,
     'an object': lambda v: isinstance(v, dict),
     'a text': lambda v: isinstance(v, str),
@@ -23,15 +23,15 @@ PROBLEMS = {  # transformers' problem_type, by the loss that a classifier is tra
 
 
 class Notes(NamedTuple):
-    """What documents leave open, beside the fields that are read of them."""
+    """What documents leave open, and which of their keys have no effect."""
 
     guessed: dict = {}  # {field: why}: nothing states its value
-    unsettled: dict = {}  # {field: why}: without the field as a keyword there is no model
-    ignored: tuple = ()  # (key, why): what is stated and has no effect here
-    unknown: tuple = ()  # keys that nobody here knows
+    unsettled: dict = {}  # {field: why}: ambiguous, the caller must give the field as a keyword
+    ignored: tuple = ()  # (key, why): stated, but without effect here
+    unknown: tuple = ()  # keys that this package does not know
 
     def rows(self, model, given):
-        """Rows of an account; a guess that a keyword in `given` has settled is none."""
+        """Rows of the account, without guesses of fields that the caller has `given`."""
         rows = [
             ('guessed', f'{field}={getattr(model, field)!r}', f'{why}; {field}=... settles it')
             for field, why in self.guessed.items() if field not in given
@@ -41,7 +41,10 @@ class Notes(NamedTuple):
 
 
 def option(config, key, kind, default=None, file='config.json'):
-    """A value of a JSON file, the default where it is absent or null; UserError for a wrong one."""
+    """A value of a JSON file, or `default` if it is absent or null.
+
+    Raises UserError unless the value is of `kind`, a key of KINDS.
+    """
     value = config.get(key)
     if value is None:
         return default
@@ -51,7 +54,10 @@ def option(config, key, kind, default=None, file='config.json'):
 
 
 def by_channel(config, key, kind, channels, file='config.json'):
-    """A number for each channel, None where the JSON file has none; one number is that of all."""
+    """A number per channel, None if the key is absent; a single float applies to all channels.
+
+    Raises UserError unless each number is of `kind`, a key of KINDS.
+    """
     values = config.get(key)
     if values is None:
         return None
@@ -64,7 +70,7 @@ def by_channel(config, key, kind, channels, file='config.json'):
 
 
 def size_option(config, key, file='config.json'):
-    """(height, width) of a number of pixels or a pair, None where the JSON file has none."""
+    """(height, width) from a number of pixels or a pair; None if the key is absent."""
     value = config.get(key)
     if value is None:
         return None
@@ -76,14 +82,15 @@ def size_option(config, key, file='config.json'):
 
 
 def loss_said(config: dict) -> str | None:
-    """The loss of a classifier by its problem_type in config.json, None where that is unknown."""
+    """The training loss that problem_type in config.json implies; None if that is unknown."""
     return {v: k for k, v in PROBLEMS.items()}.get(str(config.get('problem_type')))
 
 
 def agree(stated, told, file='config.json'):
-    """Raises UserError where a value that a JSON file states is not the one that the arrays tell.
+    """Raises UserError if a value stated in a JSON file differs from what the arrays imply.
 
-    Both are {key: value}; what is absent from either, or stated as None, is not compared.
+    `stated` and `told` are {key: value}. Keys that are absent from either, or stated as None, are
+    not compared.
     """
     for key in stated.keys() & told.keys():
         if stated[key] is not None and stated[key] != told[key]:
@@ -94,7 +101,7 @@ def agree(stated, told, file='config.json'):
 
 
 def labels(names, count, key, file='config.json'):
-    """Class names as a tuple, None of none; UserError unless there is one for each output."""
+    """Class names as a tuple, None without any; raises UserError unless there is one per output."""
     if names is None or not count:
         return None
     if class_names(names) is None or len(names) != count:
@@ -104,6 +111,6 @@ def labels(names, count, key, file='config.json'):
 
 
 def class_names(values):
-    """Class names as a tuple, None where they are no list of strings."""
+    """Class names as a tuple; None unless they are a non-empty list of strings."""
     sound = isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
     return tuple(values) if sound and values else None

@@ -1,4 +1,4 @@
-"""Opened files as `Found`: arrays and documents, understood as their family means them."""
+"""Parses opened files, arrays and documents, into `Found` by the rules of their family."""
 
 import re
 
@@ -28,7 +28,7 @@ from vit_jax.io.storage import read_json
 
 
 def in_folder(arrays, folder):
-    """`Found` of arrays of .safetensors files with the documents in a folder, None of no family."""
+    """Parses .safetensors arrays and the documents in a folder; None if no family matches."""
     config = read_json(folder / 'config.json')
     record = read_json(folder / 'run_config.json') or None
     if timm.matches(arrays):
@@ -41,13 +41,13 @@ def in_folder(arrays, folder):
 
 
 def read_sidecar(path):
-    """NAME.json beside NAME.npz where it was written with it, else {}."""
+    """Reads NAME.json beside NAME.npz; {} unless both were written together."""
     record = read_json(path.with_suffix('.json')) if path.with_suffix('.json').exists() else {}
     return record if record.get('arrays') == files.zip_digest(path) else {}
 
 
 def in_npz(arrays, tower, path):
-    """`Found` of an official or a big_vision file, with what `save` wrote beside it."""
+    """Parses an official or big_vision file, and the .json that `save` wrote beside it."""
     record = read_sidecar(path)
     size = size_option(record, 'image_size', 'the .json beside it')
     extra = dict(
@@ -80,7 +80,10 @@ def in_npz(arrays, tower, path):
 
 
 def npz_notes(record):
-    """What no .npz states, unless `save` wrote it: guesses by the code that writes such files."""
+    """Notes on fields that an .npz does not state, unless `save` wrote it.
+
+    They are guessed from the code that writes such files.
+    """
     if record:
         return Notes()
     why = 'the value in the code that writes such files, which do not state it'
@@ -88,7 +91,7 @@ def npz_notes(record):
 
 
 def timm_folder(arrays, config, record):
-    """A timm file with its config.json."""
+    """Parses a timm file and its config.json."""
     if config.get('model_type') is not None and 'architecture' not in config:
         raise UserError('config.json is one of transformers, the arrays are those of timm')
     kind, fields, notes = timm_model.describe(arrays, config)
@@ -104,7 +107,7 @@ def timm_folder(arrays, config, record):
 
 
 def hf_folder(arrays, config, processor, record):
-    """A folder of transformers; `processor` is (its settings, the name of their file)."""
+    """Parses a folder of transformers; `processor` is (settings, name of their file)."""
     tidy = hf.tidy(arrays)
     kind, fields, guessed = hf.describe(tidy, config)
     channels = hf.channels(tidy)
@@ -125,7 +128,7 @@ def hf_folder(arrays, config, processor, record):
 
 
 def in_patches(size, patch):
-    """(the size in whole patches, what is left over cut off; [(key, why)] where anything is)."""
+    """(size rounded down to whole patches, [(key, why)] if that changes it)."""
     whole = size and tuple(n // p * p or n for n, p in zip(size, patch, strict=True))
     if whole == size:
         return size, []
@@ -134,5 +137,5 @@ def in_patches(size, patch):
 
 
 def explained(arrays, patterns):
-    """{name: why} of the arrays that a family leaves out."""
+    """{name: reason} of the arrays that the family does not use."""
     return {n: why for n in arrays for pattern, why in patterns if re.fullmatch(pattern, n)}

@@ -1,7 +1,7 @@
-"""Arrays in .npz and .safetensors files that nobody vouches for.
+"""Reads arrays from untrusted .npz and .safetensors files.
 
-Everything that a file claims of itself is checked against its size before memory is taken; nothing
-is unpickled, nothing is unpacked to disk. An array is read when it is asked for, and alone.
+Whatever a file claims is checked against its size before memory is allocated. Nothing is unpickled
+and nothing is extracted to disk. Arrays are read on demand, one at a time.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
 MOST_EXPANSION = 4  # of a compressed .npz; random weights shrink by a tenth at most
-MOST_HEADER = 10_000_000  # bytes of what says what a file holds; parsed, it takes 20 times that
-MOST_NAME = 500  # letters of an array's name
+MOST_HEADER = 10_000_000  # bytes of a file's list of arrays; parsed, it takes 20 times that
+MOST_NAME = 500  # characters of an array's name
 MOST_AXES = 32
-MOST_VALUES = 2**63  # of an axis, and of an array, as 64 bits count them
+MOST_VALUES = 2**63  # of an axis, and of an array: 64-bit sizes
 MOST_VALUE = float(np.finfo(np.float32).max)  # parameters are float32
 CHUNK = 2**22  # bytes read at once
 FLOATS = {
@@ -41,15 +41,19 @@ SIZES = {
 
 
 class Array(NamedTuple):
-    """An array of a file: its shape is known, its values are not read yet."""
+    """An array in a file: its shape is known, its values are not read yet."""
 
     shape: tuple[int, ...]
     dtype: str
     fill: Callable  # (uint8 [bytes]) -> None: reads the stored bytes
-    stored: np.dtype | None  # None: no floating-point numbers
+    stored: np.dtype | None  # None: not floating-point
 
     def read(self, name, out=None):
-        """The values as they are stored, in `out` (float32, contiguous) where that is of use."""
+        """Reads the values in their stored dtype, into `out` if its dtype and layout allow it.
+
+        Raises UserError for damaged data and for values that are not finite or too large for
+        float32.
+        """
         if self.stored is None:
             raise UserError(f'array {name} is of dtype {self.dtype}, which no weight is')
         direct = out is not None and out.dtype == self.stored and out.flags.c_contiguous
@@ -67,7 +71,7 @@ class Array(NamedTuple):
 
 
 class Sparing(io.BufferedReader):
-    """A file that reads little at once, so that no claim in it takes memory."""
+    """A file that limits the size of a read, so that a false size in it can't exhaust memory."""
 
     def read(self, size=-1):
         if size > max(MOST_HEADER, CHUNK):
@@ -77,9 +81,12 @@ class Sparing(io.BufferedReader):
 
 @contextlib.contextmanager
 def opened(path):
-    """{name: Array} of a file, as long as it is open; UserError for what is broken or hostile."""
+    """Opens a file as {name: Array}, which can be read while the context is open.
+
+    Raises UserError for a damaged or hostile file.
+    """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never open
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             raise UserError('it is no regular file')
         with Sparing(io.FileIO(path)) as file:
             reader = npz if str(path).endswith('.npz') else safetensors
@@ -94,7 +101,10 @@ def opened(path):
 
 
 def plain(name):
-    """The name of an array; UserError where a path would climb out with it or a terminal obey."""
+    """Returns the name of an array.
+
+    Raises UserError if it is empty or too long, leads out of a folder, or has control characters.
+    """
     wrong = not name or '..' in name or name.startswith(('/', '\\')) or not name.isprintable()
     if wrong or len(name) > MOST_NAME:
         raise UserError(f'array name {brief(ascii(name))} is refused')
@@ -102,7 +112,7 @@ def plain(name):
 
 
 def sized(name, shape, itemsize):
-    """Bytes of an array; UserError for a shape that none has."""
+    """Size of an array in bytes; raises UserError for an impossible shape."""
     sound = len(shape) <= MOST_AXES and all(type(n) is int and 0 <= n < MOST_VALUES for n in shape)
     if not sound or math.prod(shape) >= MOST_VALUES:
         raise UserError(f'array {name} claims an impossible shape {brief(list(shape[:MOST_AXES]))}')
@@ -110,13 +120,13 @@ def sized(name, shape, itemsize):
 
 
 def npz(file):
-    """The arrays of an open .npz file."""
+    """{name: Array} of an open .npz file."""
     size = os.fstat(file.fileno()).st_size
     try:
         archive = zipfile.ZipFile(file)
     except UserError:
         raise
-    except Exception as e:  # zipfile trusts numbers and texts of the file: any error can come
+    except Exception as e:  # zipfile trusts what the file states: any error may result
         raise UserError(f'no .npz file, or a damaged one ({brief(e)})') from e
     members = archive.infolist()
     expanded = sum(m.file_size for m in members)
@@ -135,11 +145,11 @@ def npz(file):
 
 
 def apart(file, members, end):
-    """UserError where members lie in one another, or beyond the `end` of where members are."""
+    """Raises UserError if members overlap or extend past `end`, where the zip directory starts."""
     for member in sorted(members, key=lambda m: m.header_offset, reverse=True):
         start = member.header_offset
         if start >= 0:
-            file.seek(start + 26)  # of the member's header of 30 bytes; text follows it
+            file.seek(start + 26)  # lengths of the text after the 30-byte local header
             text = sum(struct.unpack('<HH', file.read(4).ljust(4, b'\xff')))
         if start < 0 or start + 30 + text + member.compress_size > end:
             name = plain(member.filename.removesuffix('.npy'))
@@ -148,20 +158,20 @@ def apart(file, members, end):
 
 
 def zip_digest(path):
-    """A number that changes with any bit of the arrays: of the checksums that the .npz has."""
+    """Checksum of all arrays of an .npz, computed from the checksums that the file stores."""
     with zipfile.ZipFile(path) as archive:
         rows = sorted((m.filename, m.file_size, m.CRC) for m in archive.infolist())
     return zlib.crc32(repr(rows).encode())
 
 
 def npy(archive, member, name):
-    """One member of an .npz as an Array; only its header is read."""
+    """A member of an .npz as an Array; reads only its header."""
     with damage(name), archive.open(member) as stream:
         shape, order, dtype = npy_header(stream)
         start = stream.tell()
     if dtype.hasobject:
         raise UserError(f'array {name} is pickled, and pickles are refused')
-    if dtype == np.dtype('V2'):  # NumPy's name for a bfloat16 that it was given
+    if dtype == np.dtype('V2'):  # as NumPy saves bfloat16
         dtype = np.dtype(ml_dtypes.bfloat16)
     count = sized(name, shape, dtype.itemsize)
     if count != member.file_size - start:
@@ -175,7 +185,7 @@ def npy(archive, member, name):
             stream.read(start)
             whole = np.empty_like(out) if order else out
             fully(stream, whole)
-        if order:  # Fortran's, first axis fastest
+        if order:  # Fortran order: the first axis varies fastest
             values = whole.view(dtype).reshape(shape[::-1]).T
             out.view(dtype).reshape(shape)[...] = values
 
@@ -188,7 +198,7 @@ def npy(archive, member, name):
 
 
 def npy_header(stream):
-    """(shape, whether in Fortran order, dtype) at the start of a .npy stream."""
+    """Reads (shape, whether in Fortran order, dtype) from the start of a .npy stream."""
     version = np.lib.format.read_magic(stream)
     read = {
         (1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0,
@@ -200,17 +210,17 @@ def npy_header(stream):
 
 @contextlib.contextmanager
 def damage(name):
-    """Turns whatever a broken array makes zipfile and NumPy raise into a UserError."""
+    """Turns any error of zipfile and NumPy over a damaged array into UserError."""
     try:
         yield
     except (UserError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise UserError(f'array {name} is damaged ({brief(e)})') from e
-    except Exception as e:  # NumPy parses headers as Python literals: any error can come
+    except Exception as e:  # NumPy parses headers as Python literals: any error may result
         raise UserError(f'array {name} can not be read ({type(e).__name__}: {brief(e)})') from e
 
 
 def fully(stream, out):
-    """Fills uint8 [n] from a stream; UserError where it ends before."""
+    """Fills `out`, uint8 [n], from a stream; raises UserError if the stream ends early."""
     view, done = memoryview(out), 0
     while done < len(view):
         count = stream.readinto(view[done : done + CHUNK])
@@ -220,10 +230,11 @@ def fully(stream, out):
 
 
 def safetensors(file):
-    """The arrays of an open .safetensors file.
+    """{name: Array} of an open .safetensors file.
 
-    The format's own library maps a file, whose pages then count beside the arrays made of them; so
-    the header is read here, by the format's rules: offsets in order, without gap and overlap.
+    The header is parsed here, by the rules of the format: offsets in order, without gaps or
+    overlaps. The format's own library maps the file, whose pages then count in addition to the
+    arrays.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), 'little')
@@ -255,7 +266,7 @@ def safetensors(file):
 
 
 def unique(pairs):
-    """A dict of pairs, if their names differ."""
+    """Makes a dict from pairs; raises ValueError for a repeated name."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError('a name is there twice')
@@ -263,7 +274,7 @@ def unique(pairs):
 
 
 def safetensors_entry(name, entry):
-    """(shape, dtype, offsets) of an entry of the header; UserError where it contradicts itself."""
+    """(shape, dtype, offsets) of a header entry; raises UserError if it is inconsistent."""
     plain(name)
     entry = entry if isinstance(entry, dict) else {}
     shape, dtype, offsets = (entry.get(key) for key in ('shape', 'dtype', 'data_offsets'))
@@ -283,7 +294,7 @@ def safetensors_entry(name, entry):
 
 
 def reader(file, offset):
-    """A function that fills an array from a place in the file."""
+    """Makes a function that fills an array from `offset` in the file."""
 
     def fill(out):
         file.seek(offset)

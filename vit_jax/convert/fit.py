@@ -1,4 +1,4 @@
-"""From an understood file to a model and its parameters: head, grid, every array accounted for."""
+"""Builds a model and its parameters from a parsed file, and accounts for every array."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,14 +21,14 @@ WHOLE = (
     'representation_size',
 )  # fmt: skip
 MOST_PIXELS = 65_536  # a side, as bounds.Pixels
-STATE_SIZE = (  # the way out, from a command too: no setting is for so rare a file
+STATE_SIZE = (  # advice, for commands too: so rare a file has no flag
     'say which images it was made for, vit_jax.load(PATH, source_image_size=(height, width), ...), '
     'and save that'
 )
 
 
 class Loaded(NamedTuple):
-    """What `read` found: all that is needed to use the weights."""
+    """A loaded checkpoint: model, parameters, and what is needed to use them."""
 
     model: Any
     params: Any
@@ -36,18 +36,18 @@ class Loaded(NamedTuple):
     source: str  # the family
     image_size: tuple | None  # (height, width) of the parameters, None where any fits
     classes: tuple | None  # names by label
-    config: dict | None  # of the run that made them
-    loss: str | None = None  # the head was trained with: 'softmax' or 'sigmoid'; None: unknown
-    input_size: tuple | None = None  # (height, width) that its documents make of an image
-    stated_view: str | dict | None = None  # how, at that size
+    config: dict | None  # of the run that made the weights
+    loss: str | None = None  # training loss of the head: 'softmax' or 'sigmoid'; None: unknown
+    input_size: tuple | None = None  # (height, width) to which its documents resize images
+    stated_view: str | dict | None = None  # their view at that size
 
     @property
     def view(self):
-        """How an image becomes input, as `tasks.make_view` takes it.
+        """The view that turns an image into input, as `tasks.make_view` takes it.
 
-        As the run that made the weights first evaluates, else as the documents beside them state,
-        else a central crop. A stated size before the crop is that of the stated input size, and
-        grows with it.
+        That of the first evaluation of the run that made the weights, else that of the documents
+        beside them, else a central crop. A stated size before the crop is for the stated input
+        size, and scales with it.
         """
         of_run = view_of(self.config)
         if of_run or isinstance(self.stated_view, str | None):
@@ -56,12 +56,12 @@ class Loaded(NamedTuple):
 
     @property
     def metadata(self):
-        """What the model that `load` returns carries for whoever feeds it."""
+        """Metadata of the model that `load` returns."""
         return Metadata(self.image_size, self.view, self.classes, self.loss)
 
 
 class Found(NamedTuple):
-    """An opened file, understood: what its arrays are, not yet their values."""
+    """A parsed file: its model and its arrays, whose values are not read yet."""
 
     family: str
     kind: str  # one of models.KINDS
@@ -73,28 +73,28 @@ class Found(NamedTuple):
     image_size: tuple | None
     classes: tuple | None
     config: dict | None
-    loss: str | None = None  # where the file itself tells; else as the config says
-    notes: Notes = Notes()  # what the documents leave open
+    loss: str | None = None  # if the file states it; else that of the config
+    notes: Notes = Notes()  # on what the documents leave open
     input_size: tuple | None = None
     view: str | dict | None = None
 
 
 def loss_of(config: dict | None) -> str | None:
-    """'softmax' or 'sigmoid', what the run of a config trains a classifier with; None: unknown."""
+    """Training loss of a classifier, 'softmax' or 'sigmoid', from a run's config; None: unknown."""
     objective = (config or {}).get('objective')
     loss = objective.get('loss') if isinstance(objective, dict) else None
     return loss if loss in ('softmax', 'sigmoid') else None
 
 
 def view_of(config: dict | None) -> str | dict | None:
-    """The view of a run's first evaluation, None where the config has none."""
+    """The view of a run's first evaluation; None if the config has none."""
     evals = (config or {}).get('evals')
     first = next(iter(evals.values()), None) if isinstance(evals, dict) else None
     return views.checked(first.get('view', 'central')) if isinstance(first, dict) else None
 
 
 def size_of(image_size, name='image_size'):
-    """(height, width) of an int or a pair, None of None."""
+    """(height, width) from an int or a pair, None from None; raises UserError for other values."""
     if image_size is None:
         return None
     pair = image_size if isinstance(image_size, (list, tuple)) else (image_size,) * 2
@@ -106,7 +106,7 @@ def size_of(image_size, name='image_size'):
 
 def fitted(found, path, *, fields, image_size, num_classes, keep_pre_logits, source_image_size,
            values):  # fmt: skip
-    """`Loaded` of a `Found`: heads changed, the table resized, every array accounted for."""
+    """Turns a `Found` into `Loaded`: changes heads, resizes the table, accounts for every array."""
     try:
         source, grid = understand(found, fields, source_image_size)
         model, fresh = with_head(source, num_classes, keep_pre_logits)
@@ -132,7 +132,7 @@ def fitted(found, path, *, fields, image_size, num_classes, keep_pre_logits, sou
     account += [('unused', name, why) for name, why in sorted(unused.items())]
     classes = found.classes if not fresh else None
     if classes is not None and len(classes) != model.num_classes:
-        more = (model.num_classes or 0) > len(classes)  # a run's head may have outputs to spare
+        more = (model.num_classes or 0) > len(classes)  # some outputs of a run have no name
         classes = classes if more and found.family == 'vit_jax' else None
     loss = None if 'head' in fresh else found.loss or loss_of(found.config)
     account += found.notes.rows(model, fields)
@@ -143,7 +143,10 @@ def fitted(found, path, *, fields, image_size, num_classes, keep_pre_logits, sou
 
 
 def understand(found, fields, source_image_size):
-    """(the model that the file tells of, the grid (h, w) that its parameters fit, None: any)."""
+    """(model of the file, grid (h, w) that its parameters fit or None: any).
+
+    Raises UserError if the file is ambiguous.
+    """
     values = {**found.fields, **fields}
     for field, why in found.notes.unsettled.items():
         if field not in fields:
@@ -182,17 +185,17 @@ def understand(found, fields, source_image_size):
 
 
 def mixer_tokens(found):
-    """Patches that an MLP-Mixer was made for."""
+    """Number of patches that an MLP-Mixer is for."""
     if found.family == 'vit_jax':
         return found.arrays['encoder/token_mixing/fc1/kernel'].shape[1]
     return official.tokens(found.arrays)
 
 
 def prefixes(found, model):
-    """[(cls_posemb, registers_posemb)] that a file of this family can mean, likeliest first."""
+    """[(cls_posemb, registers_posemb)] that a file of this family may have, likeliest first."""
     if found.family in ('official', 'hf'):
         return [(True, False)]
-    if found.family == 'big_vision':  # the second: files from before the class token came after
+    if found.family == 'big_vision':  # the second: older files, with a row for the class token
         return [(False, False), (True, False)]
     if model.dist_token:
         return [(True, True)]
@@ -200,7 +203,7 @@ def prefixes(found, model):
 
 
 def grid_of(count, model, size):
-    """(h, w) of `count` patches: those of an image of `size`, else a square; None if neither."""
+    """(h, w) of `count` patches: for images of `size` if given, else a square, else None."""
     if size is not None:
         y, x = model.stride
         h, w = size[0] // y, size[1] // x
@@ -210,7 +213,7 @@ def grid_of(count, model, size):
 
 
 def built(kind, values):
-    """The model of a file's fields; fields without effect have their default values."""
+    """Builds the model from a file's fields; fields without effect get their defaults."""
     if 'name' in values:
         raise UserError('a file tells its model itself: name is no field to be given')
     if kind == 'bit':
@@ -236,7 +239,7 @@ def built(kind, values):
 
 
 def with_head(model, num_classes, keep_pre_logits):
-    """(the model with another head, the names of its parameters that are made anew)."""
+    """(model with the new head, names of the parameters to re-initialise)."""
     if num_classes is None:
         return model, ()
     if not isinstance(num_classes, int) or num_classes < 0:
@@ -253,7 +256,10 @@ def with_head(model, num_classes, keep_pre_logits):
 
 
 def target_grid(found, model, grid, image_size):
-    """The grid that the parameters are to fit, None where they fit any."""
+    """The grid (h, w) that the parameters are to fit; None if they fit any.
+
+    Raises UserError if they can't be resized to it.
+    """
     if image_size is None or found.kind == 'bit':
         return grid
     target = layers.grid(image_size, model.stride)
@@ -274,7 +280,7 @@ def target_grid(found, model, grid, image_size):
 
 
 def check_positions(found, model, target):
-    """Raises UserError for positions that would have to be resized and are no table of patches."""
+    """Raises UserError for positions that would be resized and are not a table of patches."""
     fixed = model.posemb in ('learn2d', 'relative') or getattr(model, 'posemb_at', '') == 'layers'
     if fixed and found.image_size and target != layers.grid(found.image_size, model.stride):
         raise UserError(
@@ -284,7 +290,7 @@ def check_positions(found, model, target):
 
 
 def leftover(found, source, used, fresh):
-    """{array: why it is not used}; UserError for one that nothing explains."""
+    """{unused array: reason}; raises UserError for an array without a reason."""
     taken = {piece.theirs for piece in used}
     unused = dict(found.unused)
     for piece in found.pieces(source):
@@ -302,22 +308,22 @@ def leftover(found, source, used, fresh):
 
 
 def describe(model):
-    """'vit-b/16 (width 768, depth 12)'."""
+    """Describes a model: 'vit-b/16 (width 768, depth 12)'."""
     depth = sum(model.units) if hasattr(model, 'units') else model.depth
     return f'{models.describe(model)["name"]} (width {model.width}, depth {depth})'
 
 
 def filled(model, found, used, fresh, grid, target):
-    """(parameters as jax arrays, names of those that are zeros as the file has none)."""
+    """(parameters as JAX arrays, names of those that are zeros since the file lacks them)."""
     channels = len(model.mean)
     size = target or (1, 1)
-    if target is None and found.rows is not None:  # no square, and nobody asks for its sides
+    if target is None and found.rows is not None:  # not square, and not resized
         size = (1, found.rows[1] - sum(model.prefix_posemb.values()))
     image = [n * s for n, s in zip(size, model.stride, strict=True)]
     try:
         images = jax.ShapeDtypeStruct((1, *image, channels), jnp.float32)
         shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
-    except Exception as e:  # what flax says of sizes that no model can have
+    except Exception as e:  # Flax raises various errors for impossible sizes
         raise UserError(f'no model of {describe(model)} can be built ({brief(e)})') from e
     shapes = {name: x.shape for name, x in flatten_dict(shapes, sep='/').items()}
     if found.rows is not None:
@@ -336,7 +342,7 @@ def filled(model, found, used, fresh, grid, target):
 
 
 def aligned(shape):
-    """An uninitialised float32 array that JAX on a CPU takes over without a copy."""
+    """An uninitialised float32 array, aligned so that JAX on a CPU adopts it without a copy."""
     count = math.prod(shape)
     raw = np.empty(count * 4 + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -1,8 +1,8 @@
 """Folders of Hugging Face transformers: ViT (MAE and MSN too), DeiT, DINOv2; with heads or not.
 
-GELU and epsilon are those of config.json, the input normalisation that of
-preprocessor_config.json; position tables are resized by the bicubic filter, antialiased in the
-DINOv2 with registers alone.
+GELU and epsilon are those of config.json, the input normalisation is that of
+preprocessor_config.json. Position tables are resized by bicubic interpolation, antialiased only in
+DINOv2 with registers.
 """
 
 import numpy as np
@@ -30,18 +30,18 @@ INTERPOLATION = {'dinov2_with_registers': 'bicubic_antialias'}
 
 
 def matches(names):
-    """Whether these are the arrays of such a file."""
+    """Whether the arrays are those of this family."""
     return any(name == PATCHES or name.endswith('.' + PATCHES) for name in names)
 
 
 def tidy(arrays):
-    """The arrays without the prefix of a model inside a classifier."""
+    """Removes the prefix that arrays of a model inside a classifier have."""
     prefix = next((n.removesuffix(PATCHES) for n in arrays if n.endswith('.' + PATCHES)), '')
     return renamed(arrays, {name: name.removeprefix(prefix) for name in arrays})
 
 
 def model_type(arrays, config):
-    """One of TYPES, of config.json or of the arrays' names."""
+    """One of TYPES, from config.json or else the arrays; raises UserError if they disagree."""
     told = 'deit' if 'embeddings.distillation_token' in arrays else 'vit'
     if 'encoder.layer.0.mlp.fc2.weight' in arrays or 'encoder.layer.0.norm1.weight' in arrays:
         registers = 'embeddings.register_tokens' in arrays
@@ -56,7 +56,7 @@ def model_type(arrays, config):
 
 
 def hidden(arrays, kind):
-    """(width of the MLP, whether it is gated)."""
+    """(hidden size of the MLP, whether it is gated)."""
     if not kind.startswith('dinov2'):
         return need(arrays, 'encoder.layer.0.intermediate.dense.weight', 2)[0], False
     if 'encoder.layer.0.mlp.weights_out.weight' in arrays:
@@ -65,12 +65,12 @@ def hidden(arrays, kind):
 
 
 def channels(arrays):
-    """Channels of the images."""
+    """Number of channels of the images."""
     return need(arrays, PATCHES, 4)[1]
 
 
 def guess(kind, channels):
-    """{mean, std} where no preprocessor_config.json has them."""
+    """{mean, std} to assume without a preprocessor_config.json."""
     return IMAGENET if kind != 'vit' and channels == 3 else half(channels)
 
 
@@ -121,7 +121,7 @@ def table_rows(arrays):
 
 
 def image_size(config):
-    """(height, width) that the checkpoint was made for, None where the config does not tell."""
+    """Image size (height, width) of the checkpoint; None if the config does not state it."""
     return size_option(config, 'image_size')
 
 
@@ -133,7 +133,7 @@ def save_type(model):
 
 
 def pieces(model):
-    """Every array of the file of a model, without the prefix of one inside a classifier."""
+    """Pieces of all arrays of a model's file, without the prefix of one inside a classifier."""
     dinov2 = model.layer_scale is not None
     names = {
         'cls': 'embeddings.cls_token', 'dist': 'embeddings.distillation_token',
@@ -157,7 +157,7 @@ def pieces(model):
 
 
 def block(theirs, index, model, dinov2):
-    """An encoder block."""
+    """Pieces of an encoder block."""
     norms = ('norm1', 'norm2') if dinov2 else ('layernorm_before', 'layernorm_after')
     mlp = ('mlp.fc1', 'mlp.fc2') if dinov2 else ('intermediate.dense', 'output.dense')
     rows = []
@@ -202,11 +202,12 @@ def limits(model):
 
 
 def with_both_pools(model, params):
-    """(model, params) of a DINOv2 whose head reads the class token beside the patches' mean.
+    """Makes the head of a DINOv2 read the class token and the mean of the patches.
 
-    That is the one head that transformers has for it (arXiv:2304.07193 section 7.1): what a head
-    of one of the two does not read gets rows of zeros. `params` is {name: array}. Raises UserError
-    for a model without a class token, which has one there that the patches would attend to.
+    transformers has no other head for it (arXiv:2304.07193 section 7.1): rows of the kernel for the
+    part that the head did not read are zeros. `params` is {name: array}; returns (model, params).
+    Raises UserError for a model without a class token, since transformers would add one, which the
+    patches would attend to.
     """
     if model.layer_scale is None or model.num_classes is None:
         return model, params
@@ -217,13 +218,13 @@ def with_both_pools(model, params):
     kernel = params['head/kernel']  # [D, K]
     rows = [kernel, np.zeros_like(kernel)]
     kernel = np.concatenate(rows if model.pool == 'cls' else rows[::-1])
-    # Of one token it is the same whether the norm comes before or after the pooling.
+    # For a single token, a norm before the pooling equals one after it.
     model = model.clone(pool='cls_gap', cls_token=None, fc_norm=False)
     return model, params | {'head/kernel': kernel}
 
 
 def prefix_of(model):
-    """What transformers puts before the arrays of a model inside a classifier."""
+    """transformers' prefix of the arrays of a model inside a classifier; '' without a head."""
     return f'{save_type(model)}.' if model.num_classes is not None else ''
 
 
@@ -236,7 +237,7 @@ def file_names(model):
 
 
 def config_of(model, size, classes):
-    """config.json."""
+    """Content of config.json."""
     kind = save_type(model)
     stem = {'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2'}.get(kind, 'Dinov2WithRegisters')
     suffix = 'Model' if model.num_classes is None else 'ForImageClassification'
@@ -274,7 +275,7 @@ def config_of(model, size, classes):
 
 
 def dinov2_ratio(model):
-    """The mlp_ratio that makes the MLP as wide as it is; UserError where none does."""
+    """The mlp_ratio that gives the MLP its hidden size; raises UserError if none does."""
     if not model.glu:
         return ratio(model.mlp_dim, model.width)
     for value in (model.mlp_dim * 1.5 / model.width, round(model.mlp_dim * 1.5 / model.width)):
@@ -284,10 +285,10 @@ def dinov2_ratio(model):
 
 
 def processor_of(model, settings):
-    """preprocessor_config.json, with what `views.processor` has of a view."""
+    """Content of preprocessor_config.json; `settings` are those of `views.processor`."""
     kind = 'DeiTImageProcessor' if model.dist_token else 'ViTImageProcessor'
     if model.layer_scale is not None or settings['do_center_crop']:
-        kind = 'BitImageProcessor'  # the others of transformers 4 do not cut
+        kind = 'BitImageProcessor'  # the others of transformers 4 do not crop
     return dict(
         image_processor_type=kind, **settings, do_rescale=True, rescale_factor=1 / 255,
         do_normalize=True, image_mean=list(model.mean), image_std=list(model.std),

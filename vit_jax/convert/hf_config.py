@@ -1,4 +1,4 @@
-"""config.json of transformers: its keys by model_type, their defaults, and what arrays say of them.
+"""config.json of transformers: keys by model_type, defaults, and checks against the arrays.
 
 A key that is left out has the default of its configuration class in transformers 5.24.
 """
@@ -19,9 +19,9 @@ READ = {
     'num_labels', 'problem_type', 'intermediate_size', 'pooler_output_size', 'pooler_act',
     'mlp_ratio', 'layerscale_value', 'use_swiglu_ffn', 'num_register_tokens',
 }  # fmt: skip
-# No output of a trained model in evaluation depends on them: rates of dropout, values that weights
-# start from, what is returned and how, decoders of pre-training, feature maps of a backbone,
-# versions and names. label2id is id2label turned round.
+# Outputs of a trained model in evaluation do not depend on these: dropout rates, initialisation,
+# what is returned and how, decoders of pre-training, feature maps of a backbone, versions and
+# names. label2id is the inverse of id2label.
 IRRELEVANT = {
     'hidden_dropout_prob', 'attention_probs_dropout_prob', 'drop_path_rate', 'initializer_range',
     'initializer_factor', 'classifier_dropout', 'encoder_stride', 'mask_ratio', 'norm_pix_loss',
@@ -46,7 +46,7 @@ def unknown_keys(config):
 
 
 def check(config, arrays, kind, fields, channels):
-    """Raises UserError where the config states what the arrays contradict."""
+    """Raises UserError if the arrays contradict the config."""
     stated = {
         key: option(config, key, what) for key, what in (
             ('hidden_size', 'a whole number above 0'),
@@ -81,7 +81,7 @@ def check(config, arrays, kind, fields, channels):
 
 
 def check_ratio(config, fields):
-    """UserError where mlp_ratio of a DINOv2 makes another MLP than the arrays have."""
+    """Raises UserError if mlp_ratio of a DINOv2 does not match the MLP in the arrays."""
     ratio = option(config, 'mlp_ratio', 'a number above 0')
     if ratio is None:
         return
@@ -96,7 +96,7 @@ def check_ratio(config, fields):
 
 
 def check_table(config, fields, rows):
-    """UserError where the image_size that the config states has another grid than the table."""
+    """Raises UserError if the config's image_size and the position table differ in grid."""
     size = size_option(config, 'image_size')
     if size is None:
         return
@@ -110,7 +110,7 @@ def check_table(config, fields, rows):
 
 
 def class_names(config, count):
-    """Names by label, None where the config has none, or those that transformers makes up."""
+    """Class names by label; None if the config has none or only transformers' placeholders."""
     labels = option(config, 'id2label', 'an object')
     if not labels or not count:
         return None

@@ -1,8 +1,8 @@
-"""preprocessor_config.json of transformers: how images become what a model takes.
+"""Reads preprocessor_config.json of transformers: how images are prepared for a model.
 
-Also the `image_processor` within processor_config.json, which transformers reads first, and files
-of feature extractors, as processors were named before. What a file leaves out is its class's
-default in transformers 5.24.
+Also reads `image_processor` in processor_config.json, which transformers prefers, and files of
+feature extractors, as processors were named before. Keys that a file leaves out have the default of
+their class in transformers 5.24.
 """
 
 import math
@@ -40,30 +40,30 @@ READ = {
     'image_processor_type', 'feature_extractor_type', 'size', 'crop_size', 'do_center_crop',
     'default_to_square', 'resample', 'rescale_factor', 'image_mean', 'image_std', *SWITCHES,
 }  # fmt: skip
-# How arrays are handed over and back, names of other classes, and label maps, which come with no
-# image here; images are RGB here in any case.
+# How arrays are passed and returned, names of other classes, and label maps, which no image has
+# here; images are always RGB here.
 IRRELEVANT = {
     'processor_class', '_valid_processor_keys', '_processor_class', 'data_format', 'device',
     'input_data_format', 'return_tensors', 'disable_grouping', 'do_convert_rgb', 'auto_map',
     'do_reduce_labels', 'reduce_labels', 'image_seq_length', 'transformers_version', 'backend',
     'pad_size',
 }  # fmt: skip
-# Steps that change numbers and are none here.
+# Steps that change pixel values and are not supported.
 REFUSED = ('do_flip_channel_order', 'do_grayscale', 'rescale_offset', 'offset', 'do_pad')
 
 
 class Preprocessing(NamedTuple):
-    """What a processor makes of an image."""
+    """The preprocessing that a file describes."""
 
     normalisation: dict  # {mean, std} of images in [0, 1]
     size: tuple | None = None  # (height, width), None: that of the image, or unknown
-    view: dict | None = None  # to that size
+    view: dict | None = None  # resizes to that size
     ignored: tuple = ()  # (key, why)
     unknown: tuple = ()  # keys
 
 
 def section(processor_config, preprocessor_config):
-    """(the settings, the name of the file that has them), ({}, None) of neither."""
+    """(settings, name of the file that has them); ({}, None) if neither file has any."""
     inner = option(
         processor_config, 'image_processor', 'an object', file='processor_config.json'
     )
@@ -73,7 +73,7 @@ def section(processor_config, preprocessor_config):
 
 
 def class_of(config, model_type, file):
-    """A key of DEFAULTS: by the type that the file names, else that of the model."""
+    """A key of DEFAULTS, from the type that the file names or else the type of the model."""
     kind = option(config, 'image_processor_type', 'a text', file=file)
     kind = kind or option(config, 'feature_extractor_type', 'a text', file=file)
     if kind is None:
@@ -90,7 +90,7 @@ def class_of(config, model_type, file):
 
 
 def read(config, file, model_type, channels):
-    """`Preprocessing` that the settings of `file` tell of."""
+    """Parses the settings of `file`; raises UserError for a step that is not supported."""
     for key in REFUSED:
         if config.get(key):
             raise UserError(
@@ -108,26 +108,26 @@ def read(config, file, model_type, channels):
 
 
 def normalisation(values, channels, file):
-    """{mean, std} of images in [0, 1] that do what rescaling and normalising a 0..255 image does.
+    """{mean, std} of images in [0, 1], equal to rescaling and normalising images in 0..255.
 
-    (x f - m) / s of x in 0..255 is (y - m / 255 f) / (s / 255 f) of y = x / 255.
+    With x in 0..255, y = x / 255 and factor f: (x f - m) / s = (y - m / (255 f)) / (s / (255 f)).
     """
     factor = option(values, 'rescale_factor', 'a number above 0', 1 / 255, file=file)
     scale = 255 * factor if values['do_rescale'] else 255.0
     mean, std = (0.0,) * channels, (1.0,) * channels
     if values['do_normalize']:
-        for key in ('image_mean', 'image_std'):  # a default is of three channels, all the same
+        for key in ('image_mean', 'image_std'):  # the default has three equal channels
             if values[key] is HALF:
                 values[key] = 0.5
         mean = by_channel(values, 'image_mean', 'a number', channels, file)
         std = by_channel(values, 'image_std', 'a number above 0', channels, file)
-    if math.isclose(scale, 1, rel_tol=1e-9):  # 1 / 255 in any number of digits
+    if math.isclose(scale, 1, rel_tol=1e-9):  # 1 / 255, to any number of digits
         return dict(mean=mean, std=std)
     return dict(mean=tuple(m / scale for m in mean), std=tuple(s / scale for s in std))
 
 
 def size_dict(values, key, square, file):
-    """{'height', 'width'}, {'shortest_edge'} or another pair of edges that transformers has."""
+    """A size as a dict of height and width, shortest_edge or other edges of transformers."""
     value = values[key]
     if isinstance(value, int):
         value = {'height': value, 'width': value} if square else {'shortest_edge': value}
@@ -143,7 +143,7 @@ def size_dict(values, key, square, file):
 
 
 def geometry(values, file):
-    """((height, width) or None, view or None, [(key, why)] of what no view expresses)."""
+    """((height, width) or None, view, [(key, why)] of settings that no view expresses)."""
     ignored, methods = [], {BILINEAR: 'bilinear', BICUBIC: 'bicubic'}
     method = methods.get(option(values, 'resample', 'a whole number', file=file))
     if method is None:

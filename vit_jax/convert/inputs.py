@@ -1,4 +1,4 @@
-"""Images of any kind as what a model takes, and the names of its classes: for notebooks.
+"""Prepares images of any kind for a model, and names its classes; for notebooks.
 
 Shapes: B batch, H W image, C channels.
 """
@@ -27,25 +27,26 @@ RANGES = 'give uint8 (0 to 255), uint16 (0 to 65535) or floats from 0 to 1'
 def preprocess(
     source: Any, images: Any, *, image_size: int | Sequence[int] | None = None, view: Any = None
 ) -> jax.Array:
-    """Images as a model takes them, as `python -m vit_jax.predict` feeds it: float32 [B, H, W, 3].
+    """Prepares images for a model as `python -m vit_jax.predict` does: float32 [B, H, W, 3].
 
         model, params = vit_jax.load(path)
         logits, out = model.apply({'params': params}, vit_jax.preprocess(model, ['a.jpg', 'b.png']))
 
     Args:
-        source: a model that `vit_jax.load` returned, the pair with its parameters, or whatever
-            `load` takes: a path, an address, a name of the catalogue.
-        images: one image or several. An image is a file (its path or address; a folder stands for
-            the images in it and below, sorted), a PIL image, or an array [H, W], [H, W, 1],
-            [H, W, 3] or [H, W, 4] (with alpha) of uint8, uint16 (0 to 65535) or floats from 0 to 1.
-            An array [B, H, W, C] is several. Transparency is laid over white, EXIF orientation
-            applied, CMYK and grey become RGB.
-        image_size: pixels a side, or (height, width), if not those that `vit_jax.load` takes, which
-            predict and every other command take, too.
-        view: how an image comes to that size, as data/augment.py has it ('central', 'resize',
-            dict(name='central', crop=0.9)), if not as the checkpoint says.
+      source: a model that `vit_jax.load` returned, the pair (model, parameters), or anything that
+        `load` takes: a path, an address, a name of the catalogue.
+      images: one image or several. An image is a file (its path or address; a folder stands for all
+        images in it and its subfolders, sorted), a PIL image, or an array [H, W], [H, W, 1],
+        [H, W, 3] or [H, W, 4] (with alpha) of uint8, uint16 (0 to 65535) or floats from 0 to 1. An
+        array [B, H, W, C] is several images. Transparency is blended over white, EXIF orientation
+        is applied, CMYK and grey become RGB.
+      image_size: pixels a side, or (height, width). None: the size of `vit_jax.load`, which predict
+        and every other command use, too.
+      view: how an image is resized to that size: a view of data/augment.py, such as 'central',
+        'resize' or dict(name='central', crop=0.9). None: as the checkpoint states.
 
-    Raises UserError for what is none of these, or can't be read, and names it.
+    Raises:
+      UserError: an image is none of these, or can't be read; the message names it.
     """
     model, about = described(source, image_size)
     if len(model.mean) != 3:
@@ -65,16 +66,16 @@ def preprocess(
 
 
 def class_names(source: Any) -> tuple[str, ...] | None:
-    """The names of the classes by label, None where the checkpoint does not say.
+    """Class names by label, or None if the checkpoint does not state them.
 
-    `source` as in `preprocess`: a model from `vit_jax.load`, or what `load` takes.
+    `source` is that of `preprocess`: a model from `vit_jax.load`, or anything that `load` takes.
     """
     model, about = described(source)
     return about.classes if about.classes and len(about.classes) == model.num_classes else None
 
 
 def described(source, image_size=None):
-    """(model, Metadata) of a model, a pair with its parameters, or anything that `load` takes."""
+    """(model, Metadata) of a model, a pair (model, parameters), or anything that `load` takes."""
     if isinstance(source, tuple) and source and hasattr(source[0], 'normalise'):
         source = source[0]
     if hasattr(source, 'normalise'):
@@ -86,7 +87,7 @@ def described(source, image_size=None):
 
 
 def each(images):
-    """A list of one image or several: paths as text, in place of a folder those in it."""
+    """A list of one image or several: files as text, folders replaced by the images in them."""
     if isinstance(images, (str, os.PathLike)):
         return files.found([images])
     if isinstance(images, Image.Image):
@@ -106,7 +107,7 @@ def each(images):
 
 
 def pixels_of(image):
-    """uint8 [H, W, 3] of a PIL image or an array; UserError for anything else."""
+    """Converts a PIL image or an array to uint8 [H, W, 3]; raises UserError for anything else."""
     if isinstance(image, Image.Image):
         return of_picture(image)
     if not hasattr(image, '__array__'):
@@ -126,9 +127,10 @@ def pixels_of(image):
 
 
 def of_picture(image):
-    """uint8 [H, W, 3] of a PIL image: of one whose file is opened and not yet decoded, its file's.
+    """Converts a PIL image to uint8 [H, W, 3], from its file if that is open and not decoded yet.
 
-    Pillow keeps not all that decides how a file looks (`decoding`), and its parser of EXIF fails.
+    Pillow does not keep all that determines how a file looks (`decoding`), and its EXIF parser
+    fails.
     """
     if not all(image.size):
         raise UserError(f'an image is {image.width} x {image.height} pixels')
@@ -140,7 +142,7 @@ def of_picture(image):
             data = file.read()
             file.seek(at)
             return decoding.decode(data)
-    if image.mode.startswith('I') and image.format is None:  # made of an array, as may be
+    if image.mode.startswith('I') and image.format is None:  # perhaps made from an array
         values = np.asarray(image)
         whole = 0 <= values.min() and values.max() < 2**16
         values = eight_bits(values.astype(np.uint16) if whole else values)
@@ -151,9 +153,9 @@ def of_picture(image):
 
 
 def eight_bits(values):
-    """Pixels as uint8, by their dtype and range; UserError where these do not tell what they are.
+    """Converts pixels to uint8 by dtype and range; raises UserError if these are ambiguous.
 
-    Floats are rounded to the nearest of 256 levels; of 16 bits the upper 8 are taken, as of files.
+    Floats are rounded to the nearest of 256 levels. Of 16 bits the upper 8 are kept, as for files.
     """
     if values.dtype == np.uint8:
         return values
@@ -165,6 +167,6 @@ def eight_bits(values):
         return (values >> 8).astype(np.uint8)
     if not jax.numpy.issubdtype(values.dtype, np.floating):
         raise UserError(f'{where}; {RANGES}')
-    if not (0 <= low and high <= 1):  # not a number is neither
+    if not (0 <= low and high <= 1):  # refuses NaN, too
         raise UserError(f'{where}; {RANGES}. What is normalised already goes to model.apply')
     return np.round(values.astype(np.float32) * 255).astype(np.uint8)

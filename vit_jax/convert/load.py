@@ -1,4 +1,4 @@
-"""From a checkpoint of any family, at any address, to a model and its parameters."""
+"""Loads a checkpoint of any family, from any address, as a model and its parameters."""
 
 import difflib
 import importlib.resources
@@ -30,26 +30,30 @@ def load(
     ema: bool | None = None,
     **fields: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Loads a checkpoint as (model, parameters); its path is all that has to be given.
+    """Loads a checkpoint as (model, float32 parameters); only its path is required.
 
         model, params = vit_jax.load(path)
         logits, out = model.apply({'params': params}, vit_jax.preprocess(model, files))
 
-    `model.metadata` has image_size, view and classes (names by label) of the checkpoint.
+    `model.metadata` has image_size, view and classes (names by label) of the checkpoint. Other
+    keywords override fields of the model, such as `num_heads`, `epsilon` or `dtype`;
+    `source_image_size` is the image size that a position table is for, if it is not square.
 
-    `path` is a local path, a gs://, https:// or hf:// address or a name of the catalogue, of: an
-    official or big_vision .npz ('FILE.npz:img' for one tower of several); a timm or Hugging Face
-    folder or .safetensors; a run's workdir or one of its checkpoints. Of a run the moving average
-    of the parameters is taken where one was kept; `ema=False` takes the parameters themselves,
-    `ema=True` refuses a checkpoint without an average. `image_size` (int or (height, width))
-    resizes the position table by the rule of the source; if not given, images are of the size that
-    a preprocessor_config.json states, as for every command, else of that of the position table
-    (224 and 518 for DINOv2 of transformers). `num_classes` gives a new zero head (0: none) and
-    drops a representation layer (arXiv:2010.11929 section 3.2) unless `keep_pre_logits`. `fields`
-    override what was read of the model, as `num_heads`, `epsilon` or `dtype`; `source_image_size`
-    is the size that a table was made for, where it is not square.
-    Parameters are float32.
-    Raises UserError for whatever is broken, unknown or left unexplained.
+    Args:
+      path: a local path, a gs://, https:// or hf:// address or a name of the catalogue, of: an
+        official or big_vision .npz ('FILE.npz:img' for one tower of several); a timm or Hugging
+        Face folder or .safetensors; a run's workdir or one of its checkpoints.
+      image_size: int or (height, width) to which the position table is resized, by the method of
+        its source. None: the size in preprocessor_config.json, as for every command, else that of
+        the position table (224 and 518 for DINOv2 of transformers).
+      num_classes: outputs of a new head of zeros, which also drops a representation layer
+        (arXiv:2010.11929 section 3.2). 0: no head. None: the head of the checkpoint.
+      keep_pre_logits: whether to keep the representation layer under a new head.
+      ema: whether to load the moving average of a run's parameters. None: if the run saved one.
+        True raises UserError for a checkpoint without one.
+
+    Raises:
+      UserError: something in the checkpoint is damaged, unknown or left unexplained.
     """
     for field in fields:
         near = difflib.get_close_matches(field, ARGUMENTS, 1, cutoff=0.8)
@@ -78,10 +82,10 @@ def read(
     as_input=False,
     **fields,
 ):
-    """`Loaded`, with arguments as those of `load`; without `values` no parameters are read.
+    """Loads a checkpoint as `Loaded`; arguments are those of `load`.
 
-    Where no `image_size` is given, positions are as the file has them or, `as_input`, for images
-    of the size that the documents beside the weights make.
+    Without `values` no parameters are read. Without `image_size` positions stay as in the file or,
+    `as_input`, are resized for the input size that the documents beside the weights state.
     """
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise UserError(f'the checkpoint is {shown(path)}, not a path, an address or a name')
@@ -107,7 +111,7 @@ def read(
 
 
 def explained(row, found):
-    """A row of the account; of positions that nobody asked to resize, with the reason."""
+    """Adds the reason to a row of the account on a resize that the caller did not ask for."""
     what, name, detail = row
     if what != 'resized':
         return row
@@ -118,7 +122,7 @@ def explained(row, found):
 
 
 def warn(path, found, account):
-    """One line on what has no effect here, keys that nobody here knows, and guesses."""
+    """Logs keys without effect, unknown keys and guesses, in one line."""
     guesses = [name for what, name, _ in account if what == 'guessed']
     parts = [f'{name}: {why}' for name, why in found.notes.ignored]
     if found.notes.unknown:
@@ -130,7 +134,10 @@ def warn(path, found, account):
 
 
 def resolve(path):
-    """The address of a name of the catalogue; anything else as it is."""
+    """The address of a name of the catalogue; returns anything else unchanged.
+
+    Raises UserError for what is neither a file nor an address and resembles a name.
+    """
     names = catalogue()
     if path in names:
         return names[path]['address']
@@ -149,13 +156,13 @@ def catalogue():
 
 
 def split(address):
-    """('file.npz', 'img') of 'file.npz:img'; the tower is None without one."""
+    """Splits 'file.npz:img' into ('file.npz', 'img'); the tower is None if none is given."""
     match = re.fullmatch(r'(.*\.npz):(\w+)', address)
     return (match[1], match[2]) if match else (address, None)
 
 
 class understood:
-    """Opens a local file or folder of any family as a `Found`; a context manager."""
+    """Context manager that opens a local file or folder of any family as a `Found`."""
 
     def __init__(self, local, tower=None):
         self.local, self.tower, self.opened = pathlib.Path(local), tower, []
@@ -186,7 +193,7 @@ class understood:
         return arrays
 
     def find(self):
-        """The family, by the names of the arrays."""
+        """Parses the files by their family, which the names of the arrays determine."""
         paths, folder, left = shards.weight_files(self.local)
         try:
             arrays = self.arrays_of(paths)
@@ -203,7 +210,7 @@ class understood:
 
 
 def table(account):
-    """The account as text: one line for each kind of change, the many that are loaded as one."""
+    """Formats the account: a line for each kind of change, one for all arrays that are loaded."""
     lines = []
     loaded = [row for row in account if row[0] == 'loaded']
     if loaded:

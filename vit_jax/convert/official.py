@@ -1,7 +1,7 @@
 """Checkpoints of google-research/vision_transformer: ViT, hybrids, MLP-Mixer (.npz).
 
-GELU by tanh, norms with epsilon 1e-6, images in [-1, 1]; position tables with a row for the class
-token, resized linearly with aligned corners.
+GELU is the tanh approximation, norms have epsilon 1e-6, images are in [-1, 1]. Position tables have
+a row for the class token and are resized linearly with aligned corners.
 """
 
 import re
@@ -15,10 +15,10 @@ NUMBERED = r'(LayerNorm|MultiHeadDotProductAttention|MlpBlock|Dense)_(\d+)'
 
 
 def renumbered(names):
-    """{name: as today's Flax numbers it}: each kind of module from 0 on, not all kinds together.
+    """{name: name in Flax linen}, which numbers each kind of module in a block from 0 on.
 
-    Files from before Flax's linen have LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2
-    and MlpBlock_3 in a block.
+    Older files number all kinds together: LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2,
+    MlpBlock_3.
     """
     children = {}
     for name in names:
@@ -46,7 +46,7 @@ def renumbered(names):
 
 
 def tidy(arrays):
-    """The arrays of a file under today's names, the parameters of group norms with one axis."""
+    """Renames arrays to current names, and squeezes parameters of group norms to one axis."""
     names = renumbered(arrays)
     tidied = {}
     for name, array in arrays.items():
@@ -59,27 +59,27 @@ def tidy(arrays):
 
 
 def matches(names):
-    """Whether these are the arrays of such a file."""
+    """Whether the arrays are those of this family."""
     return TABLE in names or is_mixer(names)
 
 
 def is_mixer(names):
-    """Whether these are the arrays of an MLP-Mixer."""
+    """Whether the arrays are those of an MLP-Mixer."""
     return 'MixerBlock_0/LayerNorm_0/scale' in names
 
 
 def classes(arrays, kernel='head/kernel'):
-    """The number of outputs of the head, None without one."""
+    """Number of outputs of the head; None without a head."""
     return need(arrays, kernel, 2)[1] if kernel in arrays else None
 
 
 def half(channels):
-    """The normalisation to [-1, 1] of images of so many channels."""
+    """{mean, std} that normalise images of `channels` channels to [-1, 1]."""
     return {field: (0.5,) * channels for field in ('mean', 'std')}
 
 
 def need(arrays, name, ndim):
-    """The shape of an array that every such file has; UserError where it is not so."""
+    """Shape of a required array; raises UserError unless it has `ndim` axes, none of them empty."""
     if name not in arrays:
         raise UserError(f'the file has no array {name}')
     shape = arrays[name].shape
@@ -89,7 +89,7 @@ def need(arrays, name, ndim):
 
 
 def describe(arrays):
-    """(kind, {field: value}) of the model, from names and shapes."""
+    """(kind, {field: value}) of the model, from names and shapes of arrays."""
     if is_mixer(arrays):
         return 'mixer', describe_mixer(arrays)
     block = 'Transformer/encoderblock_0'
@@ -133,12 +133,12 @@ def table_rows(arrays):
 
 
 def tokens(arrays):
-    """Patches that a Mixer was made for."""
+    """Number of patches that a Mixer is for."""
     return need(arrays, 'MixerBlock_0/token_mixing/Dense_0/kernel', 2)[0]
 
 
 def block(theirs, ours, index):
-    """An encoder block; `index` is () for a stacked one's layer axis in full."""
+    """Pieces of an encoder block; `index` is (layer,), or (ALL,) if the file stacks the blocks."""
     attention, mlp = f'{theirs}/MultiHeadDotProductAttention_0', f'{theirs}/MlpBlock_0'
     rows = norm(f'{theirs}/LayerNorm_0/', f'{ours}/norm1', index)
     for i, name in enumerate(('query', 'key', 'value')):
@@ -156,7 +156,7 @@ def block(theirs, ours, index):
 
 
 def pieces(model, table=TABLE):
-    """Every array of the file of a model."""
+    """Pieces of all arrays of a model's file."""
     if not hasattr(model, 'prefix'):
         return mixer_pieces(model)
     rows = []
@@ -173,13 +173,13 @@ def pieces(model, table=TABLE):
 
 
 def top(model):
-    """Representation layer and head, where there are."""
+    """Pieces of the representation layer and the head, as far as the model has them."""
     rows = dense('pre_logits', 'pre_logits') if model.representation_size is not None else []
     return rows + (dense('head', 'head') if model.num_classes is not None else [])
 
 
 def resnet_pieces(stages):
-    """The ResNet of a hybrid."""
+    """Pieces of the ResNet of a hybrid."""
     rows = [
         Piece('conv_root/kernel', 'resnet/conv_root/kernel'),
         *norm('gn_root/', 'resnet/gn_root'),
@@ -196,7 +196,7 @@ def resnet_pieces(stages):
 
 
 def mixer_pieces(model):
-    """Every array of the file of an MLP-Mixer."""
+    """Pieces of all arrays of an MLP-Mixer's file."""
     rows = dense('stem', 'embedding')
     for i in range(model.depth):
         theirs = f'MixerBlock_{i}'

@@ -1,7 +1,7 @@
-"""How the arrays of a file lie in a model's parameters: one `Piece` for each array of the file.
+"""Maps arrays of a file to parameters of a model: a `Piece` for each array, or part of one.
 
-A family of checkpoints is a list of pieces made from the model's fields; loading and saving both
-walk through it, so the two can not disagree.
+A family of checkpoints makes a list of pieces from the fields of a model. Loading and saving both
+use this list, so they can't disagree.
 """
 
 import itertools
@@ -17,16 +17,17 @@ ALL = slice(None)
 
 
 class Piece(NamedTuple):
-    """An array of a file, or an equal `part` of its first axis, and its place in a parameter.
+    """Maps an array of a file, or an equal `part` of its first axis, to a slice of a parameter.
 
-    The layout is 'same'; 'vector': one axis there; 'conv': PyTorch's [F, C, h, w] for
-    [h, w, C, F]; or a number n: PyTorch's [outputs, inputs], of which the first n axes here are
-    inputs. An `optional` one that the file lacks (a bias) is zeros.
+    `layout` is how the file stores the slice: 'same'; 'vector': flattened to one axis; 'conv':
+    [h, w, C, F] as PyTorch's [F, C, h, w]; a number n: PyTorch's [outputs, inputs] for a kernel
+    whose first n axes are inputs. An `optional` array that the file lacks (a bias) is loaded as
+    zeros.
     """
 
     theirs: str
     ours: str
-    index: tuple = ()  # of the parameter: (layer, ...)
+    index: tuple = ()  # of the slice in the parameter: (layer, ...)
     layout: str | int = 'same'
     part: tuple[int, int] | None = None  # (which, of how many)
     optional: bool = False
@@ -55,7 +56,7 @@ class Piece(NamedTuple):
         out[...] = array.reshape(out.shape)
 
     def save(self, ours):
-        """The file's array, or its part, for a slice of the parameter."""
+        """Converts a slice of the parameter to the file's array, or its part."""
         if self.layout == 'vector':
             return ours.reshape(-1)
         if self.layout == 'conv':
@@ -66,10 +67,10 @@ class Piece(NamedTuple):
 
 
 def check(pieces, arrays, shapes):
-    """Raises UserError for an array that is not there, or has another shape than the model needs.
+    """Raises UserError for an array that is missing or has another shape than the model needs.
 
-    arrays: {name: files.Array}; shapes: those of the parameters, for which memory need not be
-    taken before it is known that the file has what goes there.
+    `arrays` is {name: files.Array}, `shapes` {parameter: shape}. Shapes are enough, so that a wrong
+    file is refused before memory is allocated.
     """
     for piece in pieces:
         if piece.ours not in shapes:
@@ -93,9 +94,9 @@ def check(pieces, arrays, shapes):
 
 
 def fill(pieces, arrays, params):
-    """Reads every piece into `params` {name: float32 array}; returns the names that are zeros.
+    """Reads every piece into `params` {name: float32 array}; returns the names filled with zeros.
 
-    arrays: {name: files.Array}, that `check` has nothing against.
+    `arrays` is {name: files.Array} and has passed `check`.
     """
     zeros, last = [], (None, None)
     for piece in pieces:
@@ -105,7 +106,7 @@ def fill(pieces, arrays, params):
             zeros.append(piece.ours)
             continue
         array = arrays[piece.theirs]
-        if last[0] != piece.theirs:  # the parts of one array come after another
+        if last[0] != piece.theirs:  # parts of one array are adjacent: read it once
             direct = out if piece.layout == 'same' and piece.part is None else None
             last = piece.theirs, array.read(piece.theirs, direct)
         if not np.shares_memory(last[1], out):
@@ -114,7 +115,7 @@ def fill(pieces, arrays, params):
 
 
 def extract(pieces, params):
-    """{name: array} of a file, from `params` {name: array}."""
+    """Converts `params` {name: array} to the arrays {name: array} of a file."""
     parts = {}
     for piece in pieces:
         parts.setdefault(piece.theirs, []).append(piece.save(params[piece.ours][piece.index]))
@@ -125,7 +126,7 @@ def extract(pieces, params):
 
 
 def norm(theirs, ours, index=(), *, scale='scale'):
-    """The two pieces of a norm."""
+    """Pieces of a norm: scale and bias."""
     return [
         Piece(f'{theirs}{scale}', f'{ours}/scale', index),
         Piece(f'{theirs}bias', f'{ours}/bias', index),
@@ -133,7 +134,7 @@ def norm(theirs, ours, index=(), *, scale='scale'):
 
 
 def dense(theirs, ours, index=()):
-    """A dense layer in Flax's layout."""
+    """Pieces of a dense layer in Flax's layout."""
     return [
         Piece(f'{theirs}/kernel', f'{ours}/kernel', index),
         Piece(f'{theirs}/bias', f'{ours}/bias', index),
@@ -141,9 +142,9 @@ def dense(theirs, ours, index=()):
 
 
 def linear(theirs, ours, index=(), *, inputs=1, part=None, at=(), optional=False):
-    """A dense layer in PyTorch's layout: `inputs` axes of the kernel here are inputs.
+    """Pieces of a dense layer in PyTorch's layout; `inputs` counts the kernel's input axes.
 
-    `at` is an index that the bias has too, behind `index` (and the kernel behind its inputs).
+    `at` indexes output axes: it follows `index` in the bias, and the input axes in the kernel.
     """
     kernel = (*index, *(ALL,) * (inputs if at else 0), *at)
     return [
@@ -153,7 +154,7 @@ def linear(theirs, ours, index=(), *, inputs=1, part=None, at=(), optional=False
 
 
 def count(names, pattern, first=0):
-    """How many numbers from `first` on the pattern's group takes; UserError where one lacks."""
+    """Counts the numbers from `first` on in the pattern's group; raises UserError for a gap."""
     found = {int(m[1]) for m in map(re.compile(pattern).match, names) if m}
     if found != set(range(first, first + len(found))):
         missing = next(i for i in itertools.count(first) if i not in found)
@@ -163,7 +164,7 @@ def count(names, pattern, first=0):
 
 
 def renamed(arrays, names):
-    """The arrays under other names {name: new}; UserError where two would have the same."""
+    """Renames arrays by {name: new}; raises UserError if two get the same name."""
     result = {}
     for name, array in arrays.items():
         new = names.get(name, name)

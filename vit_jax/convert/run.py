@@ -1,7 +1,7 @@
-"""The project's own checkpoints as a source of weights: a workdir, or one of its checkpoints.
+"""Loads weights from the project's own checkpoints: a workdir, or one of its checkpoints.
 
-RUN is the newest one, RUN@12000 (or RUN/checkpoints/12000) that of a step, and RUN@best the best of
-those kept, by the metric that the run's setting checkpoint.best names.
+RUN is the newest checkpoint, RUN@12000 (or RUN/checkpoints/12000) that of a step, and RUN@best the
+best saved one by the metric in the run's setting checkpoint.best.
 """
 
 import re
@@ -23,9 +23,11 @@ NUMBER = re.compile('[0-9]{1,18}')
 
 
 def parts(address):
-    """(workdir, step, 'best' or None) of a workdir, its folder `checkpoints` or one in there.
+    """Splits the address of a run into (workdir, checkpoint): a step as text, 'best' or None.
 
-    None for any other address. Raises UserError for a run with something else after the @.
+    A run is a workdir, its folder `checkpoints` or a checkpoint in that folder. Returns None for
+    any other address. Raises UserError for a run that is followed by @ and neither 'best' nor a
+    step.
     """
     address = address.rstrip('/')
     if (found := folders(address)) is not None:
@@ -40,7 +42,7 @@ def parts(address):
 
 
 def folders(address):
-    """(workdir, step or None) of a path, as it is."""
+    """(workdir, step as text or None) of a path without @; None if it is not in a run."""
     path = workdir.located(address)
     for root, step in ((path, None), (path.parent, None), (path.parent.parent, path.name)):
         inside = root / 'checkpoints'
@@ -51,7 +53,7 @@ def folders(address):
 
 
 def is_run(address):
-    """Whether this is a run of this project, on a disk or on gs://."""
+    """Whether the address is a run of this project, on a disk or on gs://."""
     if address.endswith(fetch.FILES) or ('://' in address and not address.startswith('gs://')):
         return False
     with fetch.explained(address):
@@ -59,7 +61,7 @@ def is_run(address):
 
 
 def found(address, ema):
-    """The weights as `fit.Found`, of the newest sound checkpoint where none is named."""
+    """Reads a checkpoint of a run as `fit.Found`: the newest intact one if none is named."""
     root, step = parts(address)
     config = workdir.read_json(root / 'config.json')
     arrays = sound(root, best(root, config) if step == 'best' else step, ema)
@@ -86,7 +88,10 @@ def found(address, ema):
 
 
 def best(root, config):
-    """The step, as text, of the best checkpoint that a run has kept. Raises UserError."""
+    """The step, as text, of the best saved checkpoint of a run.
+
+    Raises UserError if the run has no checkpoint.best, or no checkpoint a value of that metric.
+    """
     settings = config.get('checkpoint') or {}
     metric, steps = settings.get('best'), steps_in(epath.Path(root) / 'checkpoints')
     way_out = f'name a step, {root}@STEP: {", ".join(map(str, steps)) or "none is saved yet"}'
@@ -104,7 +109,7 @@ def best(root, config):
 
 
 def own_pieces(model, arrays):
-    """Every array of the checkpoint that a model has, under its own name."""
+    """A `Piece` for each array of the checkpoint that the model has, under the same name."""
     absent = set()
     if model.num_classes is None:
         absent |= {'head', 'dist_head'}
@@ -114,7 +119,7 @@ def own_pieces(model, arrays):
 
 
 def in_memory(value):
-    """An array that is read already, as one of a file."""
+    """Wraps an array in memory as a `files.Array`."""
 
     def fill(out):
         out[...] = value.reshape(-1).view(out.dtype)
@@ -123,7 +128,10 @@ def in_memory(value):
 
 
 def sound(root, step, ema):
-    """{name: array} of the checkpoint at `step`, or of the newest one that is not damaged."""
+    """{name: array} of the checkpoint at `step` or, if that is None, of the newest intact one.
+
+    Raises UserError if there is none.
+    """
     folder = epath.Path(root) / 'checkpoints'
     steps = steps_in(folder)
     if step is not None and int(step) not in steps:
@@ -138,15 +146,15 @@ def sound(root, step, ema):
             message = f'checkpoint {folder / str(n)} is damaged: {e}'
             if step is not None:
                 raise UserError(message) from e
-            if steps_in(folder)[:1] != steps[:1]:  # the run goes on, and deletes
+            if steps_in(folder)[:1] != steps[:1]:  # the run goes on and deletes checkpoints
                 return sound(root, step, ema)
             print(printable(message), file=sys.stderr, flush=True)
     raise UserError(f'none of the {len(steps)} checkpoints in {folder} is sound')
 
 
 def steps_in(folder):
-    """The steps that there are whole checkpoints of, newest first."""
+    """Steps of the complete checkpoints in a folder, newest first."""
     steps = [p for p in folder.iterdir() if p.name.isdigit()]
-    if storage.remote(folder):  # Orbax' mark there; on a disk the name itself tells
+    if storage.remote(folder):  # Orbax' marker; on a disk the name is enough
         steps = [p for p in steps if (p / 'commit_success.txt').exists()]
     return sorted((int(p.name) for p in steps), reverse=True)

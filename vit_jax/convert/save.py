@@ -1,4 +1,4 @@
-"""A model and its parameters as a checkpoint that other libraries load."""
+"""Saves a model and its parameters as a checkpoint that other libraries load."""
 
 import contextlib
 import ctypes
@@ -51,18 +51,25 @@ def save(
 ) -> None:
     """Writes a checkpoint: 'official' and 'big_vision' an .npz, 'timm' and 'hf' a folder.
 
-    Beside the weights goes what is needed to use them: input size and normalisation, `classes`
-    (names by label), the `loss` that the head was trained with ('softmax' or 'sigmoid') and the
-    `config` of the run that made them, in NAME.json beside an .npz and in the JSON files of a
-    folder; and the `view`, by which an image comes to its size: the pipelines of timm and
-    transformers then see what this model sees, as far as they have settings for it (what they have
-    not is logged). Where they are not given, `image_size` (int or (height, width)), `classes`,
-    `loss` and `view` are those of `model.metadata`; else the size is read from a square position
-    table, loss and view (of the first evaluation) from the config, and the view is 'central'.
-    Whatever the format can not express is a UserError, which names it; with `fold`, positions that
-    are computed or absent are written as a table, and a class token that has a position as one
-    without, which changes no output. What stood at `path` is replaced in one step, and stays as it
-    was until then.
+    Input size, normalisation, class names, loss, view and config go beside the weights, into
+    NAME.json or the JSON files of the folder. The pipelines of timm and transformers then prepare
+    images as this model expects; what they have no settings for is logged. What stood at `path` is
+    replaced in one step, and stays as it was until then.
+
+    Args:
+      params: the parameters, as `load` returns them.
+      image_size: int or (height, width). None: that of `model.metadata`, else of a square table.
+      classes: names by label. None: those of `model.metadata`.
+      config: config of the run that made the weights.
+      loss: training loss of the head, 'softmax' or 'sigmoid'. None: that of `model.metadata`, else
+        of `config`.
+      view: how an image is resized to its size. None: that of the first evaluation of `config`,
+        else of `model.metadata`, else 'central'.
+      fold: whether to write positions that are computed or absent as a table, and a class token
+        with a position as one without it. Outputs stay the same.
+
+    Raises:
+      UserError: the format can't express the model; the message names the field.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(model, nn.Module):
         raise UserError('save takes a path, a model and its parameters, in this order')
@@ -122,7 +129,7 @@ def save(
 
 
 def table_size(model, params):
-    """(height, width) of the images that a square position table fits, None without one."""
+    """Image size (height, width) of a square position table; None without one."""
     if 'posemb' not in params:
         return None
     count = params['posemb'].shape[1] - sum(model.prefix_posemb.values())
@@ -150,7 +157,7 @@ def check(model, format, fold=False):
 
 
 def expresses(model, format):
-    """Whether no field of the model is beyond the format."""
+    """Whether the format can express every field of the model."""
     if isinstance(model, mixer.Mixer):
         return format == 'official'
     at_stem = {'posemb_at': ('stem',)} if hasattr(model, 'posemb_at') else {}
@@ -159,7 +166,7 @@ def expresses(model, format):
 
 
 def expected(model, params, size):
-    """Raises UserError unless the parameters are those of the model."""
+    """Raises UserError unless the parameters have the model's names and shapes, in float32."""
     if size is None:
         size = model.stride
         if 'posemb' in params:
@@ -178,7 +185,7 @@ def expected(model, params, size):
 
 
 def folded(model, params, format, size):
-    """(model, params) with positions as the format has them; no output changes by a bit."""
+    """(model, params) with positions as the format has them; float32 outputs stay bitwise equal."""
     params = dict(params)
     if model.posemb == 'sincos2d' and format != 'big_vision':
         if size is None:
@@ -202,7 +209,7 @@ def folded(model, params, format, size):
 
 
 def hf_arrays(model, arrays):
-    """The arrays under transformers' names; a mask token of zeros where its model has one."""
+    """Renames arrays as in transformers; adds a mask token of zeros if its model has one."""
     names = hf.file_names(model)
     arrays = {names[n]: a for n, a in arrays.items()}
     if hf.save_type(model) == 'dinov2_with_registers':
@@ -212,7 +219,7 @@ def hf_arrays(model, arrays):
 
 
 def record_of(model, size, classes, config, loss, view):
-    """What goes beside the weights, as JSON has it."""
+    """Metadata to write beside an .npz, as a JSON object."""
     return dict(
         image_size=list(size) if size else None, mean=list(model.mean), std=list(model.std),
         classes=list(classes) if classes else None, loss=loss, config=config,
@@ -221,7 +228,7 @@ def record_of(model, size, classes, config, loss, view):
 
 
 def write_npz(path, arrays, record):
-    """path and, beside it, what is needed to use it; the .npz last, in one step."""
+    """Writes the .json and then the .npz; each replaces the former file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete(path) as part:
         with part.open('wb') as file:
@@ -232,7 +239,7 @@ def write_npz(path, arrays, record):
 
 
 def part_of(path):
-    """A name beside `path` for what is not complete; those of killed exports are removed."""
+    """A temporary name beside `path`; removes what killed exports left under such names."""
     for part in path.parent.glob(f'.{glob.escape(path.name)}.*.part'):
         pid = part.name.split('.')[-2]
         if pid.isdigit() and not alive(int(pid)):
@@ -242,7 +249,10 @@ def part_of(path):
 
 @contextlib.contextmanager
 def complete(path):
-    """A file to write that takes the place of `path` when it is complete, else is removed."""
+    """Yields a temporary file, which replaces `path` when complete and is removed on errors.
+
+    Turns errors of the file system into UserError.
+    """
     part = part_of(path)
     try:
         yield part
@@ -256,7 +266,7 @@ def complete(path):
 
 
 def documents_of(format, model, size, classes, config, loss, view):
-    """({name: value} of the JSON files of a folder, what of the view they do not express)."""
+    """({name: content} of the JSON files of a folder, notes on what they lack of the view)."""
     documents = {'config.json': FAMILIES[format].config_of(model, size, classes)}
     if loss is not None:
         documents['config.json']['problem_type'] = PROBLEMS[loss]
@@ -272,7 +282,7 @@ def documents_of(format, model, size, classes, config, loss, view):
 
 
 def write_folder(path, arrays, documents):
-    """A folder with model.safetensors and its JSON files, in one step."""
+    """Writes a folder with model.safetensors and its JSON files, in one step."""
     if path.exists():
         strange = [p.name for p in path.iterdir() if p.name not in FOLDER_FILES] if path.is_dir() \
             else [path.name]  # fmt: skip
@@ -287,7 +297,7 @@ def write_folder(path, arrays, documents):
         save_file(arrays, part / 'model.safetensors', metadata={'format': 'pt'})
         for name, value in documents.items():
             (part / name).write_text(to_json(value, indent=2) + '\n')
-        # safetensors makes a file for this user alone; config.json has what the umask says
+        # safetensors makes files for their owner alone; config.json has the umask's mode
         mode = stat.S_IMODE((part / 'config.json').stat().st_mode)
         (part / 'model.safetensors').chmod(mode)
         for file in part.iterdir():
@@ -302,10 +312,10 @@ def write_folder(path, arrays, documents):
 
 
 def exchange(a, b):
-    """Swaps the names of two folders in one step where the system can, else in two."""
+    """Swaps the names of two folders, atomically where the system can."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):  # no Linux
+    except (AttributeError, OSError):  # not Linux
         done = -1
     else:
         here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

@@ -1,4 +1,4 @@
-"""Which files of a folder hold a model's weights: one, or the shards that an index tells of."""
+"""Finds the files of a folder with a model's weights: one file, or the shards of an index."""
 
 import re
 
@@ -14,9 +14,10 @@ KINDS = ('.npz', '.safetensors')
 
 
 def weight_files(local):
-    """(the files with arrays, the folder with the JSON files beside them, {file: why left out}).
+    """(files with arrays, folder of the JSON files beside them, {ignored file: reason}).
 
-    As in transformers, a whole file comes before an index, and an index before names of files.
+    As in transformers, a whole file precedes an index, and an index precedes names of shards.
+    Raises UserError for pickled, missing or ambiguous weights.
     """
     if not local.is_dir():
         if local.suffix not in KINDS:
@@ -53,7 +54,7 @@ def weight_files(local):
 
 
 def weight_map(folder):
-    """{array: file} of the index in a folder; files are names, of no other folder."""
+    """{array: file name} of the index in a folder; raises UserError for a path as a name."""
     mapping = option(read_json(folder / INDEX), 'weight_map', 'an object', file=INDEX)
     if not mapping:
         raise UserError(f'{folder / INDEX} has no weight_map, which tells where arrays are')
@@ -67,7 +68,7 @@ def weight_map(folder):
 
 
 def complete(folder, shards):
-    """UserError unless files without an index are all the shards of one model."""
+    """Raises UserError unless files without an index are all the shards of one model."""
     counts = {re.fullmatch(SHARD, p.name)[2] for p in shards}
     numbers = sorted(int(re.fullmatch(SHARD, p.name)[1]) for p in shards)
     if len(counts) > 1 or numbers != list(range(1, int(min(counts)) + 1)):
@@ -79,12 +80,12 @@ def complete(folder, shards):
 
 
 def check_index(path, part):
-    """UserError where the arrays of a shard are not those that the index has in it."""
+    """Raises UserError if the arrays of a shard are not those that the index lists for it."""
     if not (path.parent / INDEX).exists() or path.name in WHOLE:
         return
     mapping = weight_map(path.parent)
     if path.name not in mapping.values():
-        return  # named by itself
+        return  # the caller names this file
     for name, file in mapping.items():
         if file == path.name and name not in part:
             raise UserError(f'{path}: {INDEX} has array {brief(name)} in it, which it has not')

@@ -1,11 +1,10 @@
-"""Weights fitted to another image size: position tables resized by the rule of their source."""
+"""Resizes position tables to another image size, by the method of the code they come from."""
 
 import numpy as np
 
 
 def linear_aligned(old, new):
-    """Weights [new, old] of linear interpolation that maps the first and last points on each
-    other, as scipy.ndimage.zoom(order=1) does."""
+    """Weights [new, old] of linear interpolation, aligned corners: scipy.ndimage.zoom(order=1)."""
     at = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
     low = np.minimum(np.floor(at).astype(int), max(old - 2, 0))
     weights = np.zeros((new, old))
@@ -35,8 +34,11 @@ def bicubic(old, new):
 
 
 def bicubic_antialias(old, new):
-    """Weights [new, old] of PyTorch's antialiased bicubic: a = -1/2, the kernel as wide as the
-    step where the table shrinks, borders left out and the rest scaled to sum 1."""
+    """Weights [new, old] of PyTorch's antialiased bicubic interpolation: a = -1/2.
+
+    The kernel widens by old / new where the table shrinks. Taps outside the table are dropped and
+    the others rescaled to sum to 1.
+    """
     scale = max(old / new, 1)
     centre = (np.arange(new)[:, None] + 0.5) * old / new
     low = np.maximum((centre - 2 * scale + 0.5).astype(int), 0)
@@ -53,9 +55,10 @@ METHODS = {
 
 
 def resize(table, old, new, method):
-    """A position table [1, prefix + h * w, D] from the grid `old` (h, w) to the grid `new`.
+    """Resizes a position table [1, prefix + h * w, D] from the grid `old` (h, w) to `new`.
 
-    The rows before the patches stay as they are; where the grids are equal, so does everything.
+    Rows of prefix tokens stay as they are. Equal grids return the table itself. `method` is a key
+    of METHODS.
     """
     if tuple(old) == tuple(new):
         return table

@@ -1,7 +1,7 @@
 """Checkpoints of timm's VisionTransformer: a folder with config.json, or one .safetensors file.
 
-GELU exact, norms with epsilon 1e-6 and images in [-1, 1] unless the architecture says otherwise;
-position tables are resized by the antialiased bicubic filter.
+GELU is exact, norms have epsilon 1e-6 and images are in [-1, 1], unless the architecture differs.
+Position tables are resized by antialiased bicubic interpolation.
 """
 
 from vit_jax.convert.official import need
@@ -13,7 +13,7 @@ GELUS = {'gelu': 'exact', 'gelu_tanh': 'tanh', 'quick_gelu': 'quick'}
 
 
 def matches(names):
-    """Whether these are the arrays of such a file."""
+    """Whether the arrays are those of this family."""
     return 'patch_embed.proj.weight' in names
 
 
@@ -23,7 +23,10 @@ def table_rows(arrays):
 
 
 def unbiased(model, arrays):
-    """The arrays without the bias that a patch embedding before a norm has not in timm."""
+    """Drops the bias of a patch embedding before a norm, which timm lacks.
+
+    Raises UserError unless it is zero.
+    """
     name = 'patch_embed.proj.bias'
     if model.pre_norm and arrays[name].any():
         raise UserError('format timm can not express a patch embedding with bias before pre_norm')
@@ -31,7 +34,7 @@ def unbiased(model, arrays):
 
 
 def pieces(model):
-    """Every array of the file of a model."""
+    """Pieces of all arrays of a model's file."""
     rows = [
         Piece('patch_embed.proj.weight', 'embedding/kernel', layout='conv'),
         Piece('patch_embed.proj.bias', 'embedding/bias', layout='vector', optional=True),
@@ -55,7 +58,7 @@ def pieces(model):
 
 
 def block(theirs, index, model):
-    """An encoder block."""
+    """Pieces of an encoder block."""
     rows = [
         *norm(f'{theirs}.norm1.', 'encoder/norm1', index, scale='weight'),
         *linear(f'{theirs}.attn.qkv', 'encoder/attn/qkv', index, optional=True),
@@ -79,7 +82,7 @@ def block(theirs, index, model):
 
 
 def map_head(theirs, ours):
-    """Attention pooling; key and value are one array there."""
+    """Pieces of attention pooling; timm stores key and value in one array."""
     return [
         Piece(f'{theirs}.latent', f'{ours}/probe'),
         *linear(f'{theirs}.q', f'{ours}/query'),
@@ -112,7 +115,7 @@ def limits(model):
 
 
 def config_of(model, size, classes):
-    """config.json: {name: value} for timm.create_model('local-dir:...')."""
+    """Content of config.json for timm.create_model('local-dir:...')."""
     image = list(size)
     args = dict(
         img_size=image, patch_size=list(model.patch_size), embed_dim=model.width,
@@ -126,7 +129,7 @@ def config_of(model, size, classes):
         init_values=model.layer_scale, pos_embed='learn' if model.posemb == 'learn' else 'none',
         act_layer={v: k for k, v in GELUS.items()}[model.gelu],
     )  # fmt: skip
-    # Epsilon and SwiGLU are no arguments in JSON: architectures that have them are the base.
+    # JSON can't set epsilon and SwiGLU: start from architectures that have them.
     architecture = 'vit_base_patch16_clip_224' if model.epsilon == 1e-5 else 'vit_base_patch16_224'
     if model.glu:
         architecture = 'vit_giant_patch14_dinov2'
@@ -154,7 +157,7 @@ def config_of(model, size, classes):
 
 
 def ratio(mlp_dim, width):
-    """A number that makes int(width * number) the MLP's width, as whole as can be."""
+    """A number with int(width * number) == mlp_dim, an integer if possible; raises UserError."""
     for value in (mlp_dim / width, (mlp_dim + 0.5) / width):
         if int(width * value) == mlp_dim:
             return int(value) if value == int(value) else value

@@ -1,7 +1,8 @@
-"""config.json of timm: the arguments of its VisionTransformer, and how images come to it.
+"""Reads config.json of timm: arguments of its VisionTransformer, preprocessing of images.
 
-timm_architectures.json has what each architecture of timm 1.0.31's vision_transformer.py, deit.py
-and vision_transformer_hybrid.py sets apart from the class's own defaults, and their former names.
+timm_architectures.json has the arguments in which each architecture of timm 1.0.31's
+vision_transformer.py, deit.py and vision_transformer_hybrid.py differs from the class's defaults,
+and former names of architectures.
 """
 
 import functools
@@ -13,9 +14,9 @@ from vit_jax.convert.documents import KINDS, by_channel, labels, option
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
-MOST_PIXELS = 16_384  # a side of what a window is taken of
+MOST_PIXELS = 16_384  # a side of the image before the crop
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-# Defaults of the class VisionTransformer; `epsilon` and `distilled` are no arguments of it.
+# Defaults of the class VisionTransformer; `epsilon` and `distilled` are not arguments.
 DEFAULTS = dict(
     img_size=224, patch_size=16, in_chans=3, num_classes=1000, global_pool='token', embed_dim=768,
     depth=12, num_heads=12, mlp_ratio=4, qkv_bias=True, qk_norm=False, scale_attn_norm=False,
@@ -24,7 +25,7 @@ DEFAULTS = dict(
     pool_include_prefix=False, embed_layer=None, embed_norm_layer=None, norm_layer=None,
     act_layer=None, block_fn=None, mlp_layer=None, attn_layer=None, epsilon=1e-6, distilled=False,
 )  # fmt: skip
-KIND = {  # of the arguments that JSON has
+KIND = {  # of arguments in JSON, as in documents.KINDS
     **dict.fromkeys(('global_pool', 'pos_embed', 'norm_layer', 'act_layer'), 'a text'),
     **dict.fromkeys(
         ('in_chans', 'embed_dim', 'depth', 'num_heads'), 'a whole number above 0'
@@ -37,21 +38,21 @@ KIND = {  # of the arguments that JSON has
     ),
     'mlp_ratio': 'a number above 0', 'init_values': 'a number',
 }  # fmt: skip
-# No output of a trained model depends on them: rates and starts of training, and the sizes of
-# images that the same weights may meet.
+# Outputs of a trained model do not depend on these: rates and initialisation in training, and
+# whether the weights take images of other sizes.
 IRRELEVANT_ARGS = {
     'drop_rate', 'pos_drop_rate', 'patch_drop_rate', 'proj_drop_rate', 'attn_drop_rate',
     'drop_path_rate', 'weight_init', 'fix_init', 'dynamic_img_size', 'dynamic_img_pad',
     'strict_img_size',
 }  # fmt: skip
-# What models here have no other kind of, by the argument.
+# The only supported values, by argument.
 ONLY = {
     'scale_attn_norm': (False,), 'scale_mlp_norm': (False,), 'final_norm': (True,),
     'embed_norm_layer': (None,), 'norm_layer': (None,), 'block_fn': (None,),
     'mlp_layer': (None, 'SwiGLUPacked'), 'attn_layer': (None,), 'embed_layer': (None,),
 }  # fmt: skip
-# Keys of the whole and of pretrained_cfg that say where weights are from, what the evaluation of
-# timm itself does beside its usual one, and how names of layers are changed for another head.
+# Keys of the top level and of pretrained_cfg without effect here: the origin of the weights, other
+# evaluations of timm, and names of layers to replace for another head.
 IRRELEVANT = {
     'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load',
     'test_input_size', 'min_input_size', 'fixed_input_size', 'test_crop_pct', 'label_offset',
@@ -73,16 +74,16 @@ def tables():
 
 
 def setting(config, key, kind=None, default=None):
-    """A value of pretrained_cfg, else of the whole, where older files have it; None of neither."""
+    """A value of pretrained_cfg, else of the top level, as in older files, else `default`."""
     inner = option(config, 'pretrained_cfg', 'an object', {})
     where = inner if inner.get(key) is not None else config
     return where.get(key, default) if kind is None else option(where, key, kind, default)
 
 
 def architecture(config):
-    """The name of a known architecture, None where the config names none; else UserError.
+    """The name of a known architecture; None if the config names none; else raises UserError.
 
-    'vit' is the class itself: what model_args leave out has its defaults.
+    'vit' is the class itself, whose defaults apply to arguments that model_args leave out.
     """
     name = setting(config, 'architecture', 'a text')
     if name is None:
@@ -100,10 +101,10 @@ def architecture(config):
 
 
 def arguments(config):
-    """{argument: value} of the class: all of them where the config names an architecture.
+    """{argument: value} of the class: all of them if the config names an architecture.
 
-    Without one, those that model_args have. UserError for one that is unknown, or has a value that
-    no model here has.
+    Otherwise only those in model_args. Raises UserError for an argument that is unknown or has an
+    unsupported value.
     """
     name = architecture(config)
     given = option(config, 'model_args', 'an object', {})
@@ -133,8 +134,7 @@ def arguments(config):
 
 
 def plain(given):
-    """Arguments with the names of layers that are the default ones left out, act_layer in small
-    letters, and mlp_ratio and sizes as timm takes them."""
+    """Replaces names of default norms and attention by None, and lower-cases act_layer."""
     given = dict(given)
     if str(given.get('norm_layer', '')).replace('_', '').lower() == 'layernorm':
         given['norm_layer'] = None
@@ -154,7 +154,7 @@ def from_settings(config):
 
 
 def stated_classes(config):
-    """num_classes outside of model_args; that of the whole comes first in timm, too."""
+    """num_classes outside of model_args; as in timm, the top level precedes pretrained_cfg."""
     where = config if config.get('num_classes') is not None else option(
         config, 'pretrained_cfg', 'an object', {}
     )  # fmt: skip
@@ -162,7 +162,7 @@ def stated_classes(config):
 
 
 def refusal(key, value, name):
-    """Why an argument can not be had here."""
+    """The error message for an unsupported argument."""
     if value == 'HybridEmbed':
         return (
             f'config.json: {name} is a hybrid of timm: its patches are of a ResNet\'s features, '
@@ -190,14 +190,14 @@ def unknown_keys(config):
 
 
 def has_settings(config):
-    """Whether timm would read of the config how images are made, by its defaults if need be."""
+    """Whether timm would take preprocessing from the config, if only by timm's defaults."""
     keys = ('pretrained_cfg', 'input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
     stated = any(config.get(key) is not None for key in keys)
     return bool(config) and (stated or 'model_args' not in config)
 
 
 def normalisation(config, channels):
-    """{'mean': ..., 'std': ...}, those that the config states."""
+    """{mean, std}, as far as the config states them."""
     stated = {}
     for key, kind in (('mean', 'a number'), ('std', 'a number above 0')):
         values = setting(config, key)
@@ -207,7 +207,7 @@ def normalisation(config, channels):
 
 
 def view(config, size):
-    """(the view of timm's evaluation, ((key, why), ...) that it leaves out) at (height, width)."""
+    """(view of timm's evaluation at (height, width), ((key, why), ...) that it leaves out)."""
     crop = setting(config, 'crop_pct', 'a number above 0') or 0.875
     mode = setting(config, 'crop_mode', 'a text', 'center')
     method = setting(config, 'interpolation', 'a text', 'bicubic')
@@ -233,7 +233,7 @@ def view(config, size):
 
 
 def label_names(config, count):
-    """Class names by label, None where the config has none; `labels` are those of older files."""
+    """Class names by label; None if the config has none. Older files call them `labels`."""
     for key in ('label_names', 'labels'):
         for where in (config, option(config, 'pretrained_cfg', 'an object', {})):
             if where.get(key) is not None:

@@ -1,6 +1,6 @@
-"""The model that the arrays of timm's VisionTransformer and its config.json tell of.
+"""Infers the model from the arrays of timm's VisionTransformer and its config.json.
 
-What neither states is a guess, and stands as one in the account.
+What neither determines is guessed, and listed as a guess in the account.
 """
 
 from vit_jax.convert import timm_config
@@ -17,7 +17,7 @@ CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.2613025
 
 
 def heads_of(width, depth):
-    """A guess at the number of heads, which fused weights do not tell; None where there is none."""
+    """Guesses the number of heads, which fused weights do not show; None without a guess."""
     for size in vit.SIZES.values():
         if (size['width'], size['depth']) == (width, depth):
             return size['num_heads']
@@ -25,7 +25,7 @@ def heads_of(width, depth):
 
 
 def gelu_of(args, glu):
-    """The kind of GELU by the arguments; a gated MLP has SiLU and no GELU: the default value."""
+    """The kind of GELU in the arguments; 'exact' for a gated MLP, which has SiLU instead."""
     known = {'silu': 'exact'} if glu else GELUS
     kind = args.get('act_layer', 'silu' if glu else None) or 'gelu'
     if kind not in known:
@@ -45,7 +45,7 @@ def family(arrays, channels):
 
 
 def told(arrays, width, depth, channels, patch):
-    """{argument: value} of timm's class, of those that names and shapes of the arrays tell."""
+    """{argument: value} of timm's class, as far as names and shapes of arrays determine it."""
     block = 'blocks.0.'
     return dict(
         embed_dim=width, depth=depth, in_chans=channels, patch_size=tuple(patch),
@@ -60,7 +60,7 @@ def told(arrays, width, depth, channels, patch):
 
 
 def checked(args, known, hidden, glu):
-    """Raises UserError where an argument is not what the arrays tell (`known`)."""
+    """Raises UserError if an argument contradicts `known`, those that the arrays imply."""
     stated = dict(args)
     if 'init_values' in args:
         stated['init_values'] = 'a layer scale' if args['init_values'] else 'no layer scale'
@@ -83,7 +83,7 @@ def checked(args, known, hidden, glu):
 
 
 def settled(arrays, known):
-    """UserError where arrays without an architecture are those of other models of timm, too."""
+    """Raises UserError if arrays without an architecture also fit another model of timm."""
     maps, other = 'attn_pool.latent' in arrays, None
     if maps and known['pre_norm']:
         other = 'vit_pe_core_*, whose rotary positions leave no array'
@@ -101,7 +101,7 @@ def settled(arrays, known):
 
 
 def fits(pool, args, arrays):
-    """Whether a model with timm's pooling `pool` would have the arrays."""
+    """Whether a model with timm's pooling `pool` has these arrays."""
     fc_norm = args.get('fc_norm')
     fc_norm = pool in ('avg', 'avgmax', 'max') if fc_norm is None else fc_norm
     return (
@@ -142,7 +142,7 @@ def pooling(args, config, arrays):
 
 
 def describe(arrays, config):
-    """(kind, {field: value}, Notes) of the model, from names, shapes and what config.json has."""
+    """(kind, {field: value}, Notes) of the model, from arrays (names, shapes) and config.json."""
     if any(name.startswith('patch_embed.backbone.') for name in arrays):
         raise UserError(timm_config.refusal('embed_layer', 'HybridEmbed', 'this'))
     args = timm_config.arguments(config)
@@ -153,7 +153,7 @@ def describe(arrays, config):
     glu = hidden == 2 * mlp_dim
     known = told(arrays, width, depth, channels, patch)
     if known['num_classes'] == 0 and timm_config.stated_classes(config) is None:
-        args.pop('num_classes', None)  # a head that is left out
+        args.pop('num_classes', None)  # the file leaves out the head
     checked(args, known, hidden, glu)
     if known['distilled'] and 'fc_norm.weight' in arrays:
         raise UserError('fc_norm: the distilled model of timm has that norm and does not use it')
@@ -195,7 +195,7 @@ def describe(arrays, config):
 
 
 def normalised(fields, config, channels, arrays, guessed, unsettled):
-    """(fields, Notes) with mean and deviation of the images."""
+    """(fields with mean and std of the images, Notes)."""
     default, why = family(arrays, channels), 'of the images; nothing states it'
     if timm_config.has_settings(config) and channels == 3:
         default, why = IMAGENET, "of the images; config.json leaves it out: timm's default"
@@ -206,7 +206,7 @@ def normalised(fields, config, channels, arrays, guessed, unsettled):
 
 
 def image_size(config):
-    """(height, width) that the checkpoint was made for, None where the config does not tell."""
+    """Image size (height, width) of the checkpoint; None if the config does not state it."""
     size = size_option(config.get('model_args') or {}, 'img_size')
     if size is None:
         stated = timm_config.input_size(config)

@@ -1,8 +1,8 @@
-"""How an image becomes input, in the words of transformers' image processors and of timm.
+"""Translates views to the settings of transformers' image processors and of timm.
 
-Both resize the whole image before they cut out of it, with antialias, as the views resize and
-small_central do; central cuts first. What no setting of theirs expresses is returned as words for
-whoever exports. hf_processor.py and timm_config.py read these settings back.
+Both resize the whole image with antialiasing and then crop it, as the views resize and
+small_central do; the view central crops first. Differences that no setting expresses are returned
+as notes for the user. hf_processor.py and timm_config.py read these settings back.
 """
 
 import math
@@ -12,14 +12,14 @@ from vit_jax.data.augment import VIEWS
 from vit_jax.errors import UserError, check_choice, shown
 from vit_jax.io import bounds
 
-RESAMPLE = {'bilinear': 2, 'bicubic': 3}  # Pillow's numbers; of tensors transformers has no box
+RESAMPLE = {'bilinear': 2, 'bicubic': 3}  # Pillow's numbers; transformers has no box for tensors
 INTERPOLATION = {'bilinear': 'bilinear', 'bicubic': 'bicubic', 'area': 'box'}
 ORDER = 'the image is resized there before it is cut, which moves edges by less than a pixel'
 PIXELS = 'half pixels beside the window are rounded another way there (see rounding of {})'
 
 
 def checked(view: Any) -> str | dict | None:
-    """A view that a file states, as it came; None unless it is one of data/augment.py."""
+    """Returns a view that a file states, unchanged; None unless it is valid in data/augment.py."""
     given = dict(name=view) if isinstance(view, str) else view
     if not isinstance(given, dict) or str(given.get('name')) not in VIEWS:
         return None
@@ -30,7 +30,7 @@ def checked(view: Any) -> str | dict | None:
 
 
 def given(view: Any) -> str | dict | None:
-    """A view that a caller chooses, as it came; UserError, which names what is wrong with it."""
+    """Returns a caller's view, unchanged; raises UserError that names what is wrong with it."""
     if view is None:
         return None
     values = dict(name=view) if isinstance(view, str) else view
@@ -46,7 +46,7 @@ def given(view: Any) -> str | dict | None:
 
 
 def grown(view: str | dict, old: tuple | None, new: tuple | None) -> str | dict:
-    """A view for images of the size `new`: the side before the crop grows with it from `old`."""
+    """A view for images of size `new`: scales the side before the crop from that for `old`."""
     if isinstance(view, str) or 'smaller' not in view or not old or not new or old == new:
         return view
     by = max(n / m for n, m in zip(new, old, strict=True))
@@ -54,9 +54,9 @@ def grown(view: str | dict, old: tuple | None, new: tuple | None) -> str | dict:
 
 
 def arguments(view):
-    """{name, crop or smaller, method, antialias} of a view by its name or a dict; its notes.
+    """({argument: value}, notes) of a view; arguments are name, crop or smaller, method, antialias.
 
-    A view of training has for its counterpart the view of evaluation that keeps most of it.
+    A random view of training is replaced by the most similar view of evaluation.
     """
     given = dict(name=view) if isinstance(view, str) else dict(view)
     name, notes = given.get('name'), []
@@ -74,7 +74,11 @@ def arguments(view):
 
 
 def note_rounding(values, whole, size, alike):
-    """Notes on half pixels: what is beside a window of `size` in `whole` pixels, None: anything."""
+    """Notes on a window whose offset may be half a pixel, which libraries round differently.
+
+    `size` is that of the window, `whole` that of the image around it (None: any), `alike` the
+    values of `rounding` that match the library.
+    """
     even = whole is not None and not any((n - m) % 2 for n, m in zip(whole, size, strict=True))
     if even or values.get('rounding', alike[0]) in alike:
         return []
@@ -130,7 +134,7 @@ def pretrained(view, size):
 
 
 def share(part, whole):
-    """The shortest decimal x for which floor(part / x), as timm has it, is `whole`."""
+    """The shortest decimal x with floor(part / x), which timm computes, equal to `whole`."""
     for digits in range(1, 17):
         x = round(part / whole, digits)
         if x > 0 and math.floor(part / x) == whole:
