@@ -1,4 +1,4 @@
-"""Models by name: `build('vit-b/16', num_classes=1000)`; a size is a row of a table."""
+"""Builds models by name: `build('vit-b/16', num_classes=1000)`. Sizes are rows of tables."""
 
 import dataclasses
 import difflib
@@ -8,8 +8,8 @@ from vit_jax.errors import UserError, shown
 from vit_jax.io import bounds
 from vit_jax.models import interface, mixer, resnet, vit
 
-# Units by stage and the patch in features, by the published name: arXiv:2010.11929 section 3.1
-# (r50), arXiv:2106.10270 table 2 (r26, and r, which has 32 pixels a patch in spite of its 16).
+# Units by stage and patch size in features, by published name: arXiv:2010.11929 section 3.1 (r50),
+# arXiv:2106.10270 table 2 (r26, and r, whose patches have 32 pixels in spite of the 16).
 HYBRIDS = {
     ('r', 16): ((), 8),
     ('r26', 32): ((2, 2, 2, 2), 1),
@@ -25,7 +25,7 @@ NAMES = (
 
 
 def parts(name):
-    """(module, {field: value}) of a model's name."""
+    """(module, {field: value}) that a name stands for; raises UserError for an unknown name."""
     text = name if isinstance(name, str) else ''
     match = re.fullmatch(r'bit(?:-r(\d+)x(\d+))?', text)
     if match and (match[1] is None or int(match[1]) in resnet.DEPTHS and int(match[2])):
@@ -52,7 +52,7 @@ def parts(name):
 
 
 def fields(name):
-    """{field: (annotation, default)} of the model of that name: what `build` takes."""
+    """{field: (annotation, default)} that `build` takes for the model of that name."""
     module, values = parts(name)
     rows = {f.name: f for f in dataclasses.fields(module) if f.name not in NO_SETTINGS}
     rows = {n: (f.type, values.get(n, f.default)) for n, f in rows.items()}
@@ -62,11 +62,11 @@ def fields(name):
 
 
 def build(name, num_classes=1000, **values):
-    """A flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16', 'bit-r50x1'; reads no file.
+    """Builds a Flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16', 'bit-r50x1'.
 
     `values` override any field of the module (`width=96`, `pool='gap'`, `dtype='bfloat16'` or
-    `jnp.bfloat16`, `patch_size=4` or `(4, 8)`); a field that is none raises UserError and names
-    the nearest.
+    `jnp.bfloat16`, `patch_size=4` or `(4, 8)`). Reads no file. Raises UserError for an unknown
+    field and names the nearest.
     """
     module, _ = parts(name)
     valid = fields(name)
@@ -90,7 +90,7 @@ def build(name, num_classes=1000, **values):
 
 
 def describe(model):
-    """{field: value} with a `name` that `build` makes the same model of."""
+    """{field: value} of a model and a `name`, with which `build` makes the same model."""
     values = {
         f.name: getattr(model, f.name)
         for f in dataclasses.fields(model)
@@ -100,7 +100,7 @@ def describe(model):
 
 
 def name_of(model, values):
-    """The shortest name with which no size is a field, else one that has them all as fields."""
+    """The name that stands for all sizes, 'vit-b/16'; else 'vit/16', where sizes are fields."""
     if isinstance(model, resnet.Bit):
         depth = next((n for n, units in resnet.DEPTHS.items() if units == model.units), None)
         whole = depth and model.width == int(model.width)

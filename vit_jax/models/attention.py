@@ -1,4 +1,4 @@
-"""softmax(q k^T) v by the ways that are fastest where it runs: XLA's, cuDNN's, a kernel for TPUs.
+"""Implementations of softmax(q k^T) v: XLA's, cuDNN's, and a kernel for TPUs.
 
 Shapes: B batch, T tokens, H heads, C channels of a head.
 """
@@ -14,16 +14,16 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.errors import UserError
 
-ROWS = 256  # queries at a time: what lies between the products stays on the chip
+ROWS = 256  # queries at a time, so that intermediates stay on the chip
 MIB = 2**20
-SMALL = {'TPU v4': 16 * MIB}  # memory beside the vector unit that a kernel may take, else LARGE
+SMALL = {'TPU v4': 16 * MIB}  # memory on the chip that a kernel may use, else LARGE
 LARGE = 32 * MIB
 
 
 def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capture, relative):
-    """The kind that 'auto' stands for; UserError where another one can't be.
+    """Resolves 'auto' to the fastest implementation; raises UserError if `kind` does not apply.
 
-    `platform` and `device` are JAX's names of what the step is for: 'tpu', 'TPU v4'.
+    `platform` and `device` are JAX's names of what the step is compiled for: 'tpu', 'TPU v4'.
     """
     obstacles = {'xla': None}
     obstacles['pallas'] = obstacles['cudnn'] = (
@@ -56,20 +56,20 @@ def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capt
 
 
 def block_bytes(tokens, width, dtype, buffers=1):
-    """What the backward kernel holds on the chip, nearly: images in and out, and ten matrices."""
+    """Bytes on the chip of the backward kernel, nearly: images in and out, and ten matrices."""
     rows, lanes = -(-tokens // 16) * 16, -(-tokens // 128) * 128
     images = 7 * buffers * rows * width * jnp.dtype(dtype).itemsize
     return images + 40 * min(ROWS, rows) * lanes
 
 
 def buffers(tokens, width, dtype, device):
-    """2 where the next image comes while one is computed, 1 where one alone fits, else 0."""
+    """2 if the next image can be loaded during computation, 1 if only one fits, else 0."""
     memory = SMALL.get(device, LARGE)
     return next((n for n in (2, 1) if block_bytes(tokens, width, dtype, n) <= memory), 0)
 
 
 def target():
-    """(platform, kind of device) that the traced function is for: by the mesh, where one is set."""
+    """(platform, device kind) that the traced function is for: of the mesh, if one is set."""
     device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
     if device is None:
         device = jax.devices()[0]
@@ -77,12 +77,12 @@ def target():
 
 
 def settled(x):
-    """x, laid out as its dimensions say: the compiler for CPUs would choose slower transposes."""
+    """Fixes the layout of x on CPUs, whose compiler would choose slower transposes."""
     return jax.lax.optimization_barrier(x) if target()[0] == 'cpu' else x
 
 
 def products(q, k, dims):
-    """q k^T or the like of two matrices, summed in float32."""
+    """Product of two matrices over dimensions `dims`, such as q k^T, summed in float32."""
     return jax.lax.dot_general(q, k, ((dims[:1], dims[1:]), ((), ())),
                                preferred_element_type=jnp.float32)  # fmt: skip
 
@@ -95,7 +95,7 @@ def probabilities(q, k):
 
 
 def pieces(shape, heads):
-    """(lanes of q, k and v of a head, some queries) for all heads and queries of [1, T, 3 D]."""
+    """Yields (lanes of q, k and v of a head, rows of queries) that cover [1, T, 3 D]."""
     _, tokens, width = shape
     c = width // 3 // heads
     for h in range(heads):
@@ -105,7 +105,7 @@ def pieces(shape, heads):
 
 
 def forward_kernel(qkv, out, *, heads):
-    """qkv [1, T, 3 D] -> out [1, T, D], of one image."""
+    """Attention of one image: qkv [1, T, 3 D] -> out [1, T, D]."""
     for (q, k, v), rows in pieces(qkv.shape, heads):
         probs = probabilities(qkv[0, rows, q], qkv[0, :, k])
         values = qkv[0, :, v]
@@ -113,10 +113,10 @@ def forward_kernel(qkv, out, *, heads):
 
 
 def backward_kernel(qkv, d_out, d_qkv, d_bias, *, heads):
-    """The gradient [1, T, 3 D] of `forward_kernel`, and its sum over tokens [1, 1, 3 D], float32.
+    """Gradient [1, T, 3 D] of `forward_kernel`, and its sum over tokens, float32 [1, 1, 3 D].
 
-    Probabilities are computed anew. What is added to every token, a bias, has the sum as its
-    gradient: whoever computes it later reads all of it again.
+    Recomputes the probabilities. The sum is the gradient of a bias, which is added to every token;
+    summing later would read the whole gradient again.
     """
     tokens, dtype, sums = qkv.shape[1], qkv.dtype, [0, 0, 0]
     for lanes, rows in pieces(qkv.shape, heads):
@@ -139,9 +139,9 @@ def backward_kernel(qkv, d_out, d_qkv, d_bias, *, heads):
 
 
 def call(kernel, heads, matmuls, arrays, shapes, interpret):
-    """A kernel over all images, of arrays [B, T, *] to `shapes`; its cost is stated for XLA.
+    """Runs a kernel over all images, from arrays [B, T, *] to `shapes`, with its cost for XLA.
 
-    It streams what it reads: the compiler need not bring that to the chip beforehand.
+    The kernel streams its inputs, so that the compiler need not copy them to the chip beforehand.
     """
     b, t, width = arrays[0].shape
     device = target()[1]
@@ -171,9 +171,9 @@ def call(kernel, heads, matmuls, arrays, shapes, interpret):
 
 
 def on_each_device(function, arrays, results):
-    """The function where no mesh is set; else on each device, with its own images and heads.
+    """Maps the function over devices, each with its own images and heads, if a mesh is set.
 
-    `arrays` and `results` say which dimensions of each hold images (or None) and heads.
+    `arrays` and `results` give the dimensions of each that hold images (or None) and heads.
     """
     if not {'data', 'fsdp'} <= set(jax.sharding.get_abstract_mesh().axis_names):
         return function
@@ -188,9 +188,9 @@ def on_each_device(function, arrays, results):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def pallas(qkv, bias, interpret=False):
-    """Attention by the kernel: [B, T, 3, H, C], a bias [3, H, C] that is added -> [B, T, H, C].
+    """Attention by the kernel: qkv [B, T, 3, H, C] and bias [3, H, C] -> [B, T, H, C].
 
-    Nothing else is read or written. In the gradient, that of the bias costs no pass of its own.
+    Reads and writes nothing else. The gradient of the bias costs no pass of its own.
     """
     return forward(qkv, bias, interpret)[0]
 
@@ -198,7 +198,7 @@ def pallas(qkv, bias, interpret=False):
 def forward(qkv, bias, interpret):
     def local(qkv, bias):
         b, t, _, h, c = qkv.shape
-        # As matrices, which is what both the projection and the kernel have: no copy between.
+        # As matrices, which both the projection and the kernel use, to avoid a copy.
         qkv = qkv.reshape(b, t, 3 * h * c) + bias.reshape(3 * h * c).astype(qkv.dtype)
         out = jax.ShapeDtypeStruct((b, t, h * c), qkv.dtype)
         (out,) = call(forward_kernel, h, 2, [qkv], [out], interpret)

@@ -1,4 +1,4 @@
-"""What every model shares towards its callers: metadata, and checks of what it is called with."""
+"""What all models have in common: metadata, and checks of their inputs."""
 
 import dataclasses
 
@@ -10,21 +10,21 @@ from vit_jax.errors import UserError, shown
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What a checkpoint says of its images and classes; no output of the model depends on it."""
+    """Images and classes of a checkpoint; no output of the model depends on them."""
 
     image_size: tuple[int, int] | None = None  # (height, width) in pixels; None: any size fits
-    view: str | dict = 'central'  # how an image comes to that size, see data/augment.py
+    view: str | dict = 'central'  # how an image is resized to it, see data/augment.py
     classes: tuple[str, ...] | None = None  # names by label; None: unknown
-    loss: str | None = None  # the head was trained with, 'softmax' or 'sigmoid'; None: unknown
+    loss: str | None = None  # training loss of the head, 'softmax' or 'sigmoid'; None: unknown
 
 
 def metadata():
-    """The field `metadata` of a model, which neither its hash nor its equality depends on."""
+    """The field `metadata` of a model, which its hash and equality leave out."""
     return dataclasses.field(default=None, compare=False, repr=False)
 
 
 def dtype_name(value):
-    """'bfloat16' of jnp.bfloat16 or a NumPy dtype; what is neither stays as it is."""
+    """The name of a JAX or NumPy dtype, 'bfloat16'; returns anything else unchanged."""
     scalar = isinstance(value, type) and issubclass(value, np.generic)
     if scalar or isinstance(value, (np.dtype, type(jnp.bfloat16))):
         return jnp.dtype(value).name
@@ -55,13 +55,13 @@ EACH_TOKEN = (
 
 
 def check_output(model):
-    """Raises UserError for a model whose output is one of each token, not of the image."""
+    """Raises UserError for a model with an output per token instead of one per image."""
     if getattr(model, 'pool', None) == 'none':
         raise UserError(EACH_TOKEN)
 
 
 def captures(capture, known):
-    """The names in `capture`, one or several, as a tuple; UserError for one that is not known."""
+    """`capture`, a name or several, as a tuple; raises UserError for one that is not in `known`."""
     names = (capture,) if isinstance(capture, str) else capture
     if not isinstance(names, (tuple, list)):
         raise UserError(f'capture is {shown(capture)}, not a name or several')
@@ -73,9 +73,9 @@ def captures(capture, known):
 
 
 def check_size(images, grid, params, before=0):
-    """Raises UserError where parameters have positions for another grid (h, w) than the images.
+    """Raises UserError if the parameters have positions for another grid (h, w) than the images.
 
-    `before` counts the tokens before the patches that have positions too.
+    `before` is the number of prefix tokens that have positions.
     """
     h, w = grid
     encoder = params.get('encoder', {})

@@ -19,10 +19,10 @@ from vit_jax.models import attention, quantized
 
 Dtype = Any
 Gelu = Literal['tanh', 'exact', 'quick']
-# From this width on TPUs' compiler is kept from fusing an MLP's two products in a forward pass: it
-# makes the first anew for each tile of the second, which pays for narrow ones (RESULTS.md).
+# Width from which the TPU compiler is kept from fusing an MLP's two products in a forward pass: it
+# recomputes the first for each tile of the second, which pays off for narrow ones (RESULTS.md).
 WIDE = 512
-KEPT = ('qkv', 'logits', 'attended', 'projected', 'middle', 'hidden')  # by blocks, see `kept`
+KEPT = ('qkv', 'logits', 'attended', 'projected', 'middle', 'hidden')  # names in blocks, see `kept`
 
 
 def sincos2d(h, w, width, *, temperature=10_000.0):
@@ -37,10 +37,10 @@ def sincos2d(h, w, width, *, temperature=10_000.0):
 
 
 def positions(scope, kind, grid, before, width):
-    """A learnt table of `scope`, [1, before + h * w, D], of the rows before the patches and theirs.
+    """Learned positions of `scope`, [1, before + h * w, D], for prefix tokens, then patches.
 
-    'learn' has a row for each; 'learn2d' one half of D by row and one by column of the patches, and
-    zeros before (arXiv:2010.11929 appendix D.4).
+    'learn' has a vector per token; 'learn2d' one half of D per row and one per column of the grid,
+    and zeros for the prefix (arXiv:2010.11929 appendix D.4).
     """
     h, w = grid
     init = nn.initializers.normal(width**-0.5)
@@ -53,10 +53,10 @@ def positions(scope, kind, grid, before, width):
 
 
 def by_offset(x):
-    """Logits [..., T, 2 T - 1] by offset k - q from 1 - T on, as [..., T, T] by query and key.
+    """Turns logits [..., T, 2 T - 1], by offset k - q from 1 - T, to [..., T, T] by q and k.
 
-    Row q is wanted from its element T - 1 - q on: with one element more in each row, that start
-    moves by one row each.
+    Row q starts at its element T - 1 - q. With one element of padding per row, cutting the
+    flattened rows anew into 2 T - 1 elements shifts each start by one more.
     """
     t = x.shape[-2]
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
@@ -65,7 +65,7 @@ def by_offset(x):
 
 
 def grid(image_shape, stride):
-    """Rows and columns of patches of an image [H, W, ...]; UserError where it has none."""
+    """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
     (h, w), (y, x) = image_shape[:2], stride
     if h % y or w % x or not h or not w:
         near = [f'{y * n} x {x * m}' for n, m in ((h // y, w // x), (-(-h // y), -(-w // x)))]
@@ -77,35 +77,35 @@ def grid(image_shape, stride):
 
 
 def normalise(images, mean, std):
-    """uint8 [B, H, W, C] to floats; mean and std are those of images in [0, 1]."""
+    """Normalises uint8 [B, H, W, C] to floats; mean and std are those of images in [0, 1]."""
     images = images.astype(jnp.float32) / 255
     return (images - jnp.asarray(mean)) / jnp.asarray(std)
 
 
 def by_example(x, *, whole=True):
-    """x [B, ...] split by examples over the mesh axes data and fsdp, where a step has set a mesh.
+    """Shards x [B, ...] by example over the mesh axes data and fsdp, if a mesh is set.
 
-    With `whole` over nothing else: the partitioner would split activations by width wherever FSDP
-    has split the weights, and sum them over all devices, in place of gathering one layer's
-    weights. Heads and the hidden layer of an MLP are not `whole`: the weights split them.
-    On TPUs [B, T, D] lies in memory in that order: left to itself their compiler may put tokens
-    outermost, copy for every kernel, and no longer join norms with the products after them.
+    With `whole`, no other axis is sharded: left free, the partitioner would shard activations by
+    width wherever FSDP shards weights, and sum over all devices instead of gathering one layer's
+    weights. Heads and the hidden layer of an MLP are not `whole`, as the weights shard them. On
+    TPUs [B, T, D] is laid out in that order: the compiler may otherwise put tokens outermost, copy
+    for every kernel, and no longer fuse norms with the products after them.
     """
     if not {'data', 'fsdp'} <= set(jax.sharding.get_abstract_mesh().axis_names):
         return x
-    if x.ndim == 3 and attention.target()[0] == 'tpu':  # others' partitioners gather for it
+    if x.ndim == 3 and attention.target()[0] == 'tpu':  # elsewhere it makes partitioners gather
         x = with_layout_constraint(x, Layout((0, 1, 2)))
     rest = (None if whole else PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(('data', 'fsdp'), *rest))
 
 
 def in_a_row(unroll, depth, loop):
-    """Blocks an iteration of the loop over depth: `unroll`, or where that is None the fastest.
+    """Unroll length of the scan over depth: `unroll` or, if that is None, the fastest.
 
-    A loop copies weights of each block out of their stacks, and what is kept for a gradient into
-    stacked arrays and out again: on accelerators all blocks come in a row, unless `loop` asks for
-    one or FSDP is to gather the weights of one block at a time. On CPUs it is a loop, which is no
-    slower there and compiles sooner (benchmarks/RESULTS.md).
+    A scan copies the weights of each block out of their stack, and saved activations into stacked
+    arrays and back. So accelerators unroll all blocks, unless `loop` asks for a scan or FSDP
+    gathers the weights of one block at a time. CPUs scan, which is as fast there and compiles
+    sooner (benchmarks/RESULTS.md).
     """
     if unroll is not None:
         return unroll
@@ -114,32 +114,32 @@ def in_a_row(unroll, depth, loop):
 
 
 def kept(primitive, *avals, **params):
-    """Policy of `jax.checkpoint`: names of KEPT, sums of norms and softmax, cuDNN's results."""
+    """Policy of `jax.checkpoint`: saves KEPT, sums of norms and softmax, outputs of cuDNN."""
     if primitive.name in ('reduce_sum', 'reduce_max', 'dot_product_attention_fwd_wrapper'):
         return True
     return jax.checkpoint_policies.save_only_these_names(*KEPT)(primitive, *avals, **params)
 
 
 def recomputed(block, remat, loops):
-    """A module that computes anew for the gradient what `remat` says: [B, T, D] -> [B, T, D].
+    """A block [B, T, D] -> [B, T, D] that recomputes activations for the gradient as `remat` says.
 
-    'full' keeps the input alone. With 'none' compilers choose, but where blocks are a loop all that
-    is kept goes to memory: there products of matrices are kept, and what lies between them (norms,
-    GELU, softmax) is computed anew, as a part of the products that it goes into.
+    'full' saves only the input. With 'none' the compiler chooses for unrolled blocks. A scan writes
+    all that is saved to memory, so it saves products of matrices, and recomputes what lies between
+    them (norms, GELU, softmax) as part of the products that read it.
     """
     if remat == 'none' and not loops:
         return block
     policies = {'none': kept, 'full': None}
     policy = policies[remat] if remat in policies else getattr(jax.checkpoint_policies, remat)
-    # Without a loop between the two passes compilers would join what is computed twice.
+    # Without a scan between the two passes, the compiler would merge what is computed twice.
     return nn.remat(block, policy=policy, prevent_cse=not loops)
 
 
 def rounded(x):
-    """x as its dtype has it, whether anything else reads it or not.
+    """Rounds x to its dtype on CPUs, whether x is captured or not.
 
-    XLA on CPUs keeps float32 between operations of bfloat16 that it fuses, but not where a value
-    is captured, too: asking for it would change the output.
+    XLA on CPUs keeps float32 between fused bfloat16 operations, but not for a captured value:
+    without rounding, capturing would change the output.
     """
     if x.dtype not in (jnp.bfloat16, jnp.float16) or attention.target()[0] != 'cpu':
         return x
@@ -147,7 +147,7 @@ def rounded(x):
 
 
 def dropped(y, rate, key):
-    """Stochastic depth (arXiv:1603.09382): y [B, T, D], zero for a share of the examples."""
+    """Stochastic depth (arXiv:1603.09382): y [B, T, D], zero for a random share of examples."""
     keep = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
     return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)
 
@@ -160,15 +160,14 @@ def qkv_init(key, shape, dtype=jnp.float32):
 
 
 def gelu_of(kind):
-    """GELU by its published forms: 'exact', 'tanh' (arXiv:1606.08415 section 2) and 'quick', CLIP's
-    x * sigmoid(1.702 x)."""
+    """GELU: 'exact', 'tanh' (arXiv:1606.08415 section 2) or CLIP's 'quick' x * sigmoid(1.702 x)."""
     if kind == 'quick':
         return lambda x: x * nn.sigmoid(1.702 * x)
     return lambda x: nn.gelu(x, approximate=kind == 'tanh')
 
 
 def head(num_classes, bias, dtype, name='head'):
-    """A dense layer to logits, within a module: a kernel of zeros, and `bias` to begin with."""
+    """Dense layer to logits, within a module; starts with a kernel of zeros and this `bias`."""
     return nn.Dense(
         num_classes, kernel_init=nn.initializers.zeros,
         bias_init=nn.initializers.constant(bias), dtype=dtype, name=name,
@@ -176,12 +175,12 @@ def head(num_classes, bias, dtype, name='head'):
 
 
 class Projection(nn.Module):
-    """As nn.DenseGeneral from `inputs` to `features` dimensions, but one product of two matrices.
+    """nn.DenseGeneral from dimensions `inputs` to `features`, as one product of two matrices.
 
     [B, T, *inputs] -> [B, T, *features]; the kernel is [*inputs, *features]. The compiler lays out
-    a product as its dimensions suggest, and would copy between that and the matrix that a kernel
-    takes. Where the mesh splits heads, they stay a dimension. With `apart` the result is
-    (product, bias), for whoever adds it. `quantize` is one of quantized.KINDS.
+    a product by its dimensions: with more than two it would copy between that layout and the matrix
+    that a kernel takes. If the mesh shards heads, they stay a dimension. With `apart`, returns
+    (product, bias) for the caller to add. `quantize` is one of quantized.KINDS.
     """
 
     inputs: tuple[int, ...]
@@ -217,9 +216,9 @@ class Projection(nn.Module):
 class Dropout(nn.Module):
     """Dropout (Srivastava et al., 2014, section 4) of [..., T, D], the rate a multiple of 2^-16.
 
-    A random word decides twice, for a token of either half. TPUs' compiler keeps what is joined
-    of two halves for all who read it; nn.Dropout's decisions it makes anew for each, the gradient
-    among them, which takes as long as all products of B/16 do (benchmarks/RESULTS.md).
+    Each random word decides for two tokens, one of either half. The TPU compiler stores this joined
+    mask for all its readers; that of nn.Dropout it recomputes for each, the gradient included,
+    which takes as long as all products of B/16 (benchmarks/RESULTS.md).
     """
 
     rate: float
@@ -266,7 +265,7 @@ class Mlp(nn.Module):
             x = nn.silu(checkpoint_name(gate, 'hidden')) * y
         else:
             gelu = gelu_of(self.gelu)
-            if attention.target()[0] == 'cpu':  # keeps y alone; elsewhere it would bar fusions
+            if attention.target()[0] == 'cpu':  # saves y alone; elsewhere it would prevent fusion
                 gelu = jax.checkpoint(gelu)
             x = gelu(y)
         if self.deterministic and width >= WIDE and attention.target()[0] == 'tpu':
@@ -277,10 +276,10 @@ class Mlp(nn.Module):
 
 
 def cudnn(q, k, v):
-    """Attention by cuDNN, three times [B, T, H, C] -> [B, T, H, C].
+    """Attention by cuDNN: q, k, v [B, T, H, C] -> [B, T, H, C].
 
-    JAX (0.10 and 0.11) refuses gradients for an odd T, as it takes even an absent bias for one that
-    wants an even T: a token is added, which the lengths say is none.
+    JAX (0.10 and 0.11) refuses gradients for an odd T, as it checks even an absent bias, which
+    needs an even T. So an odd T is padded by one token, which the sequence lengths exclude.
     """
     attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
     b, t = q.shape[:2]
@@ -300,7 +299,7 @@ class Attention(nn.Module):
     num_heads: int
     kind: str = 'auto'
     qk_norm: bool = False
-    relative: bool = False  # a key for each offset of tokens in a row, arXiv:2010.11929 app. D.4
+    relative: bool = False  # a key per offset in the sequence, arXiv:2010.11929 app. D.4
     epsilon: float = 1e-6
     dropout: float = 0.0
     deterministic: bool = True
@@ -324,7 +323,7 @@ class Attention(nn.Module):
         return checkpoint_name(by_example(out), 'projected'), captured
 
     def attend(self, qkv, bias):
-        """[B, T, 3, H, C], a bias [3, H, C] -> ([B, T, H, C], probabilities or None)."""
+        """Attends: [B, T, 3, H, C], bias [3, H, C] -> ([B, T, H, C], probabilities or None)."""
         _, tokens, _, heads, channels = qkv.shape
         kind = 'xla' if self.is_initializing() else attention.chosen(
             self.kind, *attention.target(), tokens=tokens, width=heads * channels, heads=heads,
@@ -356,8 +355,8 @@ class Block(nn.Module):
     """Pre-norm encoder block (arXiv:2010.11929 eq. 2 and 3), as the body of a scan over depth.
 
     `drop_path` is the rate of this block (arXiv:1603.09382), `layer_scale` the initial value of
-    the per-channel residual scales (arXiv:2103.17239 eq. 3), None without them. Positions, its own
-    or `shared` ones, are added to its input.
+    per-channel residual scales (arXiv:2103.17239 eq. 3; None: no scales). Positions, its own or
+    `shared` ones, are added to its input.
     """
 
     num_heads: int
@@ -367,7 +366,7 @@ class Block(nn.Module):
     epsilon: float = 1e-6
     qk_norm: bool = False
     relative: bool = False
-    positions: tuple | None = None  # kind, grid and rows before of a table of its own
+    positions: tuple | None = None  # kind, grid and prefix of a table of its own
     layer_scale: float | None = None
     dropout: float = 0.0
     attention: str = 'auto'

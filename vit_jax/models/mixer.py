@@ -1,4 +1,4 @@
-"""MLP-Mixer (arXiv:2105.01601): an MLP over patches and one over channels in turn.
+"""MLP-Mixer (arXiv:2105.01601): alternates MLPs over patches and over channels.
 
 Shapes: B batch, N patches, D width, L depth, K classes.
 """
@@ -23,7 +23,7 @@ SIZES = {
 
 
 class MixerBlock(nn.Module):
-    """Tokens [B, N, D] mixed over patches, then over channels (arXiv:2105.01601 eq. 1)."""
+    """Mixes tokens [B, N, D] over patches, then over channels (arXiv:2105.01601 eq. 1)."""
 
     tokens_mlp_dim: int
     mlp_dim: int
@@ -62,9 +62,10 @@ class MixerBlock(nn.Module):
 class Mixer(nn.Module):
     """Images [B, H, W, C], normalised floats, to (output, named intermediates).
 
-    As `vit.Vit`: logits [B, K], or pre_logits [B, D] where `num_classes` is None, and tokens,
-    encoded [B, N, D], pre_logits and logits; tokens_by_block and normed_by_block [L + 1, B, N, D]
-    with their names in `capture`. It works at one image size, which sets N.
+    As for `vit.Vit`, the output is logits [B, K], or pre_logits [B, D] where `num_classes` is None.
+    The intermediates are tokens, encoded [B, N, D], pre_logits, logits and, with their names in
+    `capture`, tokens_by_block and normed_by_block [L + 1, B, N, D]. The parameters fit one image
+    size, which sets N.
     """
 
     num_classes: Positive[int] | None = 1000  # outputs of the head; None: no head
@@ -102,20 +103,20 @@ class Mixer(nn.Module):
         return self.patch_size
 
     def grid(self, image_shape):
-        """Rows and columns of patches of an image [H, W, ...]; UserError where it has none."""
+        """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
         return layers.grid(image_shape, self.stride)
 
     def normalise(self, images):
-        """uint8 [B, H, W, C] to the floats that this model was made for."""
+        """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
         return layers.normalise(images, self.mean, self.std)
 
     def check(self):
-        """Says which field is wrong before anything is built from it."""
+        """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('model', self)
         quantized.dot_general(self.quantize)
 
     def flops(self, image_shape):
-        """Of one forward pass over one image [H, W, C], counted as `vit.Vit.flops` does."""
+        """FLOPs of a forward pass over one image [H, W, C], counted as in `vit.Vit.flops`."""
         h, w = self.grid(image_shape)
         n, d = h * w, self.width
         adds = n * self.patch_size[0] * self.patch_size[1] * image_shape[2] * d
@@ -130,7 +131,7 @@ class Mixer(nn.Module):
         train: bool = False,
         capture: str | tuple[str, ...] = (),
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(output, named intermediates) of normalised floats [B, H, W, C], as the class says."""
+        """(output, named intermediates) of normalised floats [B, H, W, C]; see the class."""
         self.check()
         interface.check_images(images, len(self.mean))
         capture = interface.captures(capture, self.captures)

@@ -1,4 +1,4 @@
-"""Products of activations and a kernel in 8 bits, by the library qwix."""
+"""8-bit products of activations and kernels, by the library qwix."""
 
 import functools
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 
-# Types of activations and kernels, and of gradients; what the largest magnitude is taken to.
-# fp8: arXiv:2209.05433 section 3. qwix takes int8 to 127.5, half way between two integers.
+# Types of activations and kernels, and of gradients; scaling by the largest magnitude. fp8:
+# arXiv:2209.05433 section 3. qwix scales to 127.5 for int8, half way between two integers.
 KINDS = {
     'none': None,
     'int8': (jnp.int8, jnp.int8, f'absmax,{127.5 / 127}'),
@@ -18,15 +18,15 @@ KINDS = {
 
 @functools.cache
 def dot_general(kind):
-    """What takes the place of `jax.lax.dot_general` within a module of flax.
+    """A replacement for `jax.lax.dot_general` within a Flax module.
 
     Each token of the activations and each output of the kernel is divided by a scale of its own,
-    which takes its largest magnitude to that of the 8-bit type, and rounded; the product is scaled
-    back. So is the product for the gradient of the activations. The gradient of the kernel takes
-    the rounded activations, but gradients as they are: it is a sum over all tokens of a batch, too
-    many for int32 and too unlike for one scale (arXiv:2304.13013 section 2). Rounding has the
-    gradient of the identity. Scales have the operands' dtype and nothing is kept between steps.
-    UserError where qwix is not installed.
+    which maps its largest magnitude to that of the 8-bit type, and rounded; the product is scaled
+    back. The gradient of the activations is computed likewise. That of the kernel uses the rounded
+    activations, but unrounded gradients: it sums over all tokens of a batch, too many for int32 and
+    too unlike for one scale (arXiv:2304.13013 section 2). Rounding has the gradient of the
+    identity. Scales have the operands' dtype, and nothing is kept between steps. Raises UserError
+    if qwix is not installed.
     """
     if kind == 'none':
         return jax.lax.dot_general

@@ -1,9 +1,9 @@
 """ResNets with group norm and weight-standardised convolutions (arXiv:1903.10520).
 
-`ResNet` is what a hybrid has before its transformer (arXiv:2010.11929 section 3.1), with norms
-behind the convolutions; `Bit` is BiT (arXiv:1912.11370), the convolutional baseline of that paper,
-with norms before them (arXiv:1603.05027). Both are of bottleneck units with the strides in the
-3 x 3 convolution. Shapes: B batch, H W image, C channels, F features, K classes.
+`ResNet` is the stem of a hybrid (arXiv:2010.11929 section 3.1), with norms after convolutions.
+`Bit` is BiT (arXiv:1912.11370), the convolutional baseline of that paper, with norms before them
+(arXiv:1603.05027). Both consist of bottleneck units with the stride in the 3 x 3 convolution.
+Shapes: B batch, H W image, C channels, F features, K classes.
 """
 
 from functools import partial
@@ -41,17 +41,17 @@ def channels(units, width):
 
 
 def stages(units, width):
-    """[(units, features of their 3 x 3 convolution, stride of the first)] of a network."""
+    """[(units, features of their 3 x 3 convolution, stride of the first)] by stage."""
     return [
         (count, root_features(width) * 2**i, 1 if i == 0 else 2) for i, count in enumerate(units)
     ]
 
 
 def taps(length, size, by, centred):
-    """Positions of a kernel that lie on the image, over all its places along one direction.
+    """Counts kernel elements that lie on the image, over all outputs along one axis.
 
-    Products with padding are not counted: so XLA does, and so the exaFLOPs of arXiv:2010.11929
-    table 6 were.
+    Products with padding are not counted, as in XLA and in the exaFLOPs of arXiv:2010.11929 table
+    6.
     """
     places = -(-length // by)
     before = size // 2 if centred else max((places - 1) * by + size - length, 0) // 2
@@ -60,7 +60,7 @@ def taps(length, size, by, centred):
 
 
 def multiply_adds(image_shape, units, width, centred=False):
-    """Of the convolutions for one image [H, W, C]."""
+    """Multiply-adds of the convolutions for one image [H, W, C]."""
     h, w, c = image_shape
     features = root_features(width)
     adds = taps(h, 7, 2, centred) * taps(w, 7, 2, centred) * c * features
@@ -78,7 +78,7 @@ def multiply_adds(image_shape, units, width, centred=False):
 
 
 class StdConv(nn.Module):
-    """A convolution whose kernel has mean 0 and deviation 1 over its inputs; no bias."""
+    """Convolution without bias; its kernel is scaled to mean 0, deviation 1 over its inputs."""
 
     features: int
     size: int
@@ -168,8 +168,9 @@ class PreActUnit(nn.Module):
 class Bit(nn.Module):
     """BiT: images [B, H, W, C], normalised floats, to (output, named intermediates).
 
-    As `vit.Vit`: logits [B, K], or pre_logits [B, F] where `num_classes` is None. `encoded`
-    [B, N, F] has the features after the last norm, `tokens` those before it. Any image size.
+    As for `vit.Vit`, the output is logits [B, K], or pre_logits [B, F] where `num_classes` is None.
+    `encoded` [B, N, F] has the features after the last norm, `tokens` those before it. Takes images
+    of any size.
     """
 
     num_classes: Positive[int] | None = 1000  # outputs of the head; None: no head
@@ -183,7 +184,7 @@ class Bit(nn.Module):
 
     pool = 'gap'
     posemb = 'none'
-    captures = ()  # it has no blocks of one shape
+    captures = ()  # its blocks differ in shape
 
     def __post_init__(self):
         self.dtype = interface.dtype_name(self.dtype)
@@ -200,11 +201,11 @@ class Bit(nn.Module):
         return -(-image_shape[0] // y), -(-image_shape[1] // x)
 
     def normalise(self, images):
-        """uint8 [B, H, W, C] to the floats that this model was made for."""
+        """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
         return layers.normalise(images, self.mean, self.std)
 
     def check(self):
-        """Says which field is wrong before anything is built from it."""
+        """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('model', self)
         if not self.units:
             raise UserError(f'model.units is {self.units!r}, not units by stage, as (3, 4, 6, 3)')
@@ -215,7 +216,7 @@ class Bit(nn.Module):
             )
 
     def flops(self, image_shape):
-        """Of one forward pass over one image [H, W, C], counted as `vit.Vit.flops` does."""
+        """FLOPs of a forward pass over one image [H, W, C], counted as in `vit.Vit.flops`."""
         adds = multiply_adds(image_shape, self.units, self.width, centred=True)
         return 2 * (adds + channels(self.units, self.width) * (self.num_classes or 0))
 
@@ -227,7 +228,7 @@ class Bit(nn.Module):
         train: bool = False,
         capture: str | tuple[str, ...] = (),
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(output, named intermediates) of normalised floats [B, H, W, C], as the class says."""
+        """(output, named intermediates) of normalised floats [B, H, W, C]; see the class."""
         self.check()
         interface.check_images(images, len(self.mean))
         interface.captures(capture, self.captures)

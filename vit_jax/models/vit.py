@@ -35,23 +35,23 @@ class Vit(nn.Module):
     """Images [B, H, W, C], normalised floats, to (output, named intermediates).
 
     The output is logits [B, K], or pre_logits [B, D] where `num_classes` is None; with
-    `pool='none'` both keep all T tokens: [B, T, K] and [B, T, D]. The intermediates:
+    `pool='none'` both keep all T tokens: [B, T, K] and [B, T, D]. The intermediates are:
 
     tokens      [B, N, D]  embedded patches with their positions
-    encoded     [B, N, D]  patches after the last norm (without one where `fc_norm`)
-    cls         [B, D]     class token likewise, where there is one
-    pre_logits  [B, D]     what the head reads; [B, 2 D] with pool='cls_gap'
-    logits      [B, K]     where there is a head
+    encoded     [B, N, D]  patches after the last norm (before it with `fc_norm`)
+    cls         [B, D]     class token, likewise, if the model has one
+    pre_logits  [B, D]     input of the head; [B, 2 D] with pool='cls_gap'
+    logits      [B, K]     if the model has a head
 
-    With their names in `capture`; T counts the class token first, then the distillation token, the
-    registers and the patches:
+    Their names in `capture` add the following; T counts the class token, the distillation token,
+    the registers and the patches, in this order:
 
     attention        [L, B, heads, T, T]  probabilities
-    tokens_by_block  [L + 1, B, T, D]     0 is what the first block reads, i what block i returns
-    normed_by_block  [L + 1, B, T, D]     the same after the last norm (as they are with `fc_norm`)
+    tokens_by_block  [L + 1, B, T, D]     input of the first block, then the output of each block
+    normed_by_block  [L + 1, B, T, D]     the same after the last norm (unchanged with `fc_norm`)
 
-    Asking changes no output. `train` turns dropout and stochastic depth on. Raises UserError for
-    images of another kind or size than the parameters are for, and an unknown capture.
+    Capturing changes no output. `train` turns on dropout and stochastic depth. Raises UserError for
+    images of another kind or size than the parameters are for, and for an unknown capture.
     """
 
     num_classes: Positive[int] | None = 1000  # outputs of the head; None: no head
@@ -112,7 +112,7 @@ class Vit(nn.Module):
 
     @property
     def prefix(self):
-        """Tokens before the patches, by the name of their parameter: {'cls': 1, 'registers': 4}."""
+        """Tokens before the patches, by name of their parameter: {'cls': 1, 'registers': 4}."""
         cls = self.pool in ('cls', 'cls_gap') if self.cls_token is None else self.cls_token
         counts = {'cls': int(cls), 'dist': int(self.dist_token), 'registers': self.registers}
         return {name: count for name, count in counts.items() if count}
@@ -134,15 +134,15 @@ class Vit(nn.Module):
         return self.patch_size[0] * by, self.patch_size[1] * by
 
     def grid(self, image_shape):
-        """Rows and columns of patches of an image [H, W, ...]; UserError where it has none."""
+        """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
         return layers.grid(image_shape, self.stride)
 
     def normalise(self, images):
-        """uint8 [B, H, W, C] to the floats that this model was made for."""
+        """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
         return layers.normalise(images, self.mean, self.std)
 
     def check(self):
-        """Says which field is wrong before anything is built from it."""
+        """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('model', self)
         quantized.dot_general(self.quantize)
         if self.posemb_at != 'stem' and self.posemb not in ('learn', 'learn2d'):
@@ -162,9 +162,9 @@ class Vit(nn.Module):
             raise UserError('model.dist_head needs model.dist_token')
 
     def flops(self, image_shape):
-        """Of one forward pass over one image [H, W, C]: multiply-adds of all products, times two.
+        """FLOPs of a forward pass over one image [H, W, C]: two per multiply-add of a product.
 
-        Norms, softmax, GELU and biases are not counted, as the field does it.
+        Norms, softmax, GELU and biases are not counted, as is usual.
         """
         h, w, c = image_shape
         p, d = self.patch_size, self.width
@@ -190,7 +190,7 @@ class Vit(nn.Module):
         return 2 * (adds + rows * features * (self.num_classes or 0) * heads)
 
     def embed(self, images):
-        """Patches with their positions: [B, H, W, C] -> [B, N, D], and the table's rows before."""
+        """Embeds patches with positions: [B, H, W, C] -> [B, N, D], and positions of the prefix."""
         h, w = self.grid(images.shape[1:])
         x = images.astype(self.dtype)
         if self.resnet is not None:
@@ -214,7 +214,7 @@ class Vit(nn.Module):
         return x + table[:, before:], table[:, :before]
 
     def prefix_tokens(self, positions):
-        """Class token, distillation token and registers, those that there are: each [1, *, D]."""
+        """Class token, distillation token and registers, as the model has them: each [1, *, D]."""
         tokens, start = [], 0
         for name, count in self.prefix.items():
             init = nn.initializers.zeros if name == 'cls' else nn.initializers.normal(0.02)
@@ -233,7 +233,7 @@ class Vit(nn.Module):
         train: bool = False,
         capture: str | tuple[str, ...] = (),
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(output, named intermediates) of normalised floats [B, H, W, C], as the class says."""
+        """(output, named intermediates) of normalised floats [B, H, W, C]; see the class."""
         self.check()
         interface.check_images(images, len(self.mean))
         capture = interface.captures(capture, self.captures)
@@ -255,7 +255,7 @@ class Vit(nn.Module):
         last_norm = nn.LayerNorm(**norm, name='norm')
         if 'normed_by_block' in out and not self.fc_norm:
             out['normed_by_block'] = last_norm(out['normed_by_block'])
-        # Apart, so that nobody norms the patches where the pooling reads the class token alone.
+        # Separate, so that patches that no pooling reads are not normed.
         first, patches = x[:, :-n], x[:, -n:]
         if not self.fc_norm:
             first, patches = last_norm(first), last_norm(patches)
@@ -275,9 +275,9 @@ class Vit(nn.Module):
         return logits, out
 
     def encode(self, x, grid, train, capture):
-        """L blocks, their parameters stacked along a leading axis: [B, T, D] -> [B, T, D].
+        """Applies L blocks, their parameters stacked on a leading axis: [B, T, D] -> [B, T, D].
 
-        Returns what is captured of them, too.
+        Also returns {name: array} of what is captured.
         """
         places = (self.posemb, grid, sum(self.prefix.values()))
         shared = None
@@ -322,7 +322,7 @@ class Vit(nn.Module):
         return y, {name: found[name] for name in capture}
 
     def pooled(self, out, first):
-        """Tokens in one: [B, D], [B, 2 D] with cls_gap; or all of them, [B, T, D]."""
+        """Pools tokens: [B, D], [B, 2 D] with cls_gap, or with none all tokens, [B, T, D]."""
         if self.pool == 'cls':
             return out['cls']
         if self.pool == 'gap':
@@ -336,7 +336,7 @@ class Vit(nn.Module):
         return jnp.concatenate([first, out['encoded']], axis=1) if self.prefix else out['encoded']
 
     def represented(self, x):
-        """What the head reads: x, or the representation layer over it."""
+        """The input of the head: x, or the representation layer applied to it."""
         if self.representation_size is None:
             return x
         return nn.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name='pre_logits')(x))
