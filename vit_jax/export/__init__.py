@@ -1,12 +1,12 @@
-"""A model as one file that runs without this package: uint8 images in, probabilities out.
+"""Exports a model to one file that runs without this package: uint8 images to probabilities.
 
-The file is what jax.export serialises (StableHLO, the weights in it) for several platforms at once,
-any number of images and images of any size: the view of an evaluation is part of the function, as
-products with two matrices of weights that are computed from the sizes. What JAX has no place for
-(names of the classes, where it is from) is a zip archive at the end, which JAX does not read and
-any zip reader finds: `metadata.json`.
+jax.export serialises the file (StableHLO with the weights) for several platforms at once, and for
+any number and size of images: the view of an evaluation is part of the function, as products with
+two matrices of weights that are computed from the sizes. A zip archive at the end holds
+`metadata.json`, for which JAX has no place (names of classes, origin). JAX does not read it; any
+zip reader finds it.
 
-Shapes: B batch, H W image, C channels, K classes, D width.
+Shapes: B batch, H W image, C channels, T tokens, K classes, D width.
 """
 
 import inspect
@@ -28,15 +28,20 @@ CUT = 2**-10  # as in data/images.py
 
 
 def exported(model, params, size, *, view='central', loss=None, platforms=PLATFORMS):
-    """jax.export.Exported: uint8 [B, H, W, C] of any B, H, W -> float32 [B, K], probabilities.
+    """Exports a model as jax.export.Exported: uint8 [B, H, W, C] -> probabilities, float32 [B, K].
 
-    Of a model without a head [B, D], its pre_logits; with pool='none' both are those of all tokens,
-    [B, N, K] and [B, N, D]. `loss` is that with which the head was trained: it says whether
-    probabilities are of a softmax or a sigmoid. `view` is a name or dict(name=..., its arguments)
-    of data/augment.py, one of VIEWS, which brings the images to `size` (height, width). Attention
-    is XLA's and blocks are a loop, or what `model.unroll` says, wherever the file is made: a kernel
-    is of one platform, and a row slow on CPUs. Raises UserError for a view, platform or model that
-    can't be exported.
+    B, H and W are symbolic. Without a head, the output is pre_logits [B, D]; with pool='none' both
+    are per token, [B, T, K] and [B, T, D]. On all platforms attention is XLA's, as a kernel runs on
+    one alone, and blocks are scanned unless `model.unroll` is set, as unrolled ones are slow on
+    CPUs.
+
+    Args:
+      size: (height, width) to which the view resizes images.
+      view: a view of data/augment.py, one of VIEWS: a name or dict(name=..., its arguments).
+      loss: training loss of the head, which selects a softmax or a sigmoid.
+
+    Raises:
+      UserError: the view, a platform or the model can't be exported.
     """
     platforms = check_platforms(platforms)
     weight = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
@@ -64,7 +69,7 @@ def exported(model, params, size, *, view='central', loss=None, platforms=PLATFO
 
 
 def check_platforms(platforms):
-    """A list of them, each once; UserError for one that is not among PLATFORMS."""
+    """`platforms` as a list without duplicates; raises UserError unless all are in PLATFORMS."""
     for platform in platforms:
         if platform not in PLATFORMS:
             raise UserError(f'no platform {platform!r}; there are {", ".join(PLATFORMS)}')
@@ -74,7 +79,7 @@ def check_platforms(platforms):
 
 
 def serialised(exported, metadata):
-    """The file's bytes: what jax.export.deserialize takes, and `metadata` as JSON in a zip."""
+    """Bytes for jax.export.deserialize, with `metadata` as JSON in a zip archive at the end."""
     file = io.BytesIO(exported.serialize(vjp_order=0))
     with zipfile.ZipFile(file, 'a') as archive:
         entry = zipfile.ZipInfo('metadata.json')  # dated 1980: the same model gives the same bytes
@@ -83,7 +88,7 @@ def serialised(exported, metadata):
 
 
 def checked_view(view, size):
-    """(name, {argument: value}) of a view, defaults too; UserError where it can't be exported."""
+    """(name, {argument: value}) of a view, with defaults; raises UserError if not exportable."""
     given = dict(name=view) if isinstance(view, str) else dict(view)
     name = given.pop('name', None)
     values = {}
@@ -104,14 +109,14 @@ def checked_view(view, size):
 
 
 def squared(images, size, name, *, crop=1.0, smaller=None, method, antialias, rounding=None):
-    """uint8 [B, H, W, C] -> uint8 [B, *size, C], as the view `name` makes it.
+    """Applies the view `name`: uint8 [B, H, W, C] -> uint8 [B, *size, C].
 
-    H and W may be symbolic. All but the products is known, and computed, when this is compiled.
+    H and W may be symbolic. All but the products is constant, and computed, at compile time.
     """
     b, h, w, c = images.shape
     sides = jnp.asarray(h, jnp.int32), jnp.asarray(w, jnp.int32)
     windows = window(*sides, size, crop) if name == 'central' else sides
-    whole = size  # pixels to which the window is resized; the middle of these is taken
+    whole = size  # size of the resized window, whose centre is taken
     if name == 'resize':
         whole = tuple(round(side / crop) for side in size)
     elif name == 'small_central':
@@ -121,14 +126,14 @@ def squared(images, size, name, *, crop=1.0, smaller=None, method, antialias, ro
         for side, length, n, pixels in zip((h, w), windows, whole, size, strict=True)
     )
     out = images.astype(jnp.float32).reshape(b, h, w * c)  # [B, H, W C]
-    exact = jax.lax.Precision.HIGHEST  # a TPU would else round what it multiplies to bfloat16
+    exact = jax.lax.Precision.HIGHEST  # a TPU would otherwise round operands to bfloat16
     out = jnp.einsum('ih,bhk->bik', down, out, precision=exact)
     out = jnp.einsum('jw,biwc->bijc', across, out.reshape(b, size[0], w, c), precision=exact)
     return jnp.clip(out + (0.5 if antialias else CUT), 0, 255).astype(jnp.uint8)
 
 
 def quotient(number, by, rounding):
-    """A whole number over another: to the nearest, a half to the even one, or rounded down."""
+    """Integer division, rounded half to even if `rounding` is 'tensorflow', else down."""
     down, rest = number // by, number % by
     if rounding != 'tensorflow':
         return down
@@ -136,10 +141,10 @@ def quotient(number, by, rounding):
 
 
 def window(h, w, size, crop):
-    """augment.window of sides that are known when this is compiled: in float64, as there.
+    """augment.window, in float64 like there, for sides that are known at compile time.
 
-    What is rounded to a pixel lies halfway between two for every eighth side. XLA folds constants
-    exactly, also for devices that have no float64.
+    For every eighth side, the value to be rounded lies halfway between two pixels. XLA folds
+    constants exactly, even for devices without float64.
     """
     with jax.enable_x64(True):
         sides = h.astype(jnp.float64), w.astype(jnp.float64)
@@ -151,10 +156,10 @@ def window(h, w, size, crop):
 
 
 def weights(side, length, whole, size, method, antialias, rounding):
-    """float32 [size, side]: images.weights of the middle of what a row's middle is resized to.
+    """Weights, float32 [size, side], of one axis: images.weights for the view's windows.
 
-    Of `side` pixels the middle `length` are resized to `whole`, and the middle `size` of these are
-    taken. Distances are exact: whole numbers over a common denominator.
+    The central `length` of `side` pixels are resized to `whole`, of which the central `size` are
+    taken. Distances are exact: integers over a common denominator.
     """
     beside = jnp.asarray(whole - size, jnp.int32)
     corner = quotient(beside, 2, 'tensorflow') if rounding == 'torchvision' else beside // 2
@@ -162,7 +167,7 @@ def weights(side, length, whole, size, method, antialias, rounding):
     j = jnp.arange(side, dtype=jnp.int32) - (side - length) // 2
     if antialias:
         distance, reach = (2 * j + 1) * whole - (2 * i + 1) * length, jnp.maximum(length, whole)
-    else:  # pixels outside are those of the border
+    else:  # positions outside are clamped to the border
         place = jnp.clip((2 * i + 1) * length - whole, 0, 2 * whole * (length - 1))
         distance, reach = 2 * whole * j - place, whole
     x = jnp.abs(distance).astype(jnp.float32) / (2 * reach)
@@ -172,6 +177,6 @@ def weights(side, length, whole, size, method, antialias, rounding):
 
 
 def cubic(x):
-    """images.keys: Keys' cubic kernel (a = -0.5) at distances x."""
+    """Keys' cubic kernel (a = -0.5) at distances x, as images.keys."""
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))

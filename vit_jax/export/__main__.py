@@ -1,21 +1,21 @@
-"""One file that runs without this package: python -m vit_jax.export --checkpoint X --output FILE.
+"""Exports to one self-contained file: python -m vit_jax.export --checkpoint X --output FILE.
 
-X is anything that vit_jax.load takes. Where jax and flatbuffers are installed, on a CPU, a GPU of
-NVIDIA or a TPU, the file is used by
+X is anything that vit_jax.load takes. The file runs without this package, wherever jax and
+flatbuffers are installed, on a CPU, an NVIDIA GPU or a TPU:
 
     predict = jax.export.deserialize(open(FILE, 'rb').read()).call
     probabilities = predict(images)
 
-with uint8 images [B, H, W, 3] of any number and size, as they were decoded: the view (a central
-crop or, with --view=resize, the whole image squeezed, which leaves images of the model's size as
-they are) and the normalisation are in the file. Each new [B, H, W] is compiled when it is first
-seen. The probabilities are float32 [B, K], of a softmax or, where the model was trained with one,
-a sigmoid, as vit_jax.predict has them; a checkpoint without a head gives its features before the
-head, [B, D]. Names of the classes, and where the file is from:
+Images are uint8 [B, H, W, 3] of any number and size, as decoded. The file contains the
+normalisation and the view: a central crop or, with --view=resize, the whole image squeezed, which
+leaves images of the model's size as they are. Each new shape [B, H, W] is compiled on its first
+call. The probabilities are float32 [B, K], of a softmax or, where the model was trained with one, a
+sigmoid, as in vit_jax.predict; a checkpoint without a head gives the features before the head,
+[B, D]. Names of the classes, and the origin of the file:
 
     json.loads(zipfile.ZipFile(FILE).read('metadata.json'))['classes']
 
-JAX promises to read such a file for six months of its releases (from 0.11.1 on it refuses older
+JAX guarantees to read such a file for six months of its releases (from 0.11.1 on it refuses older
 ones), so keep the checkpoint.
 """
 
@@ -35,7 +35,7 @@ from vit_jax.io import storage
 from vit_jax.io.text import printable
 from vit_jax.run import workdir
 
-DEFAULT_SIZE = 224  # of a model that fits any
+DEFAULT_SIZE = 224  # for a model that takes any size
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'What to export: a path, an address, a name of the catalogue.',
@@ -62,14 +62,14 @@ EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parame
 
 
 def target(name):
-    """The path of the file to write, in a folder that is there; UserError where it can't be."""
+    """The path of the file to write; makes its folder. Raises UserError if it can't be written."""
     if storage.remote(name):
         return workdir.located(name)
     return storage.file(pathlib.Path(os.path.abspath(os.path.expanduser(name))))
 
 
 def write(path, data):
-    """The bytes as a file that is complete or as it was."""
+    """Writes the bytes in one step: the file is complete, or as it was."""
     if storage.remote(path):
         storage.write(path, data)
         return
@@ -78,12 +78,12 @@ def write(path, data):
 
 
 def metadata(found, size, view, platforms):
-    """What JAX does not keep, as JSON has it."""
-    outputs = range(found.model.num_classes or 0)  # of a run perhaps more than have names
+    """What JAX does not store in the file, as a JSON object."""
+    outputs = range(found.model.num_classes or 0)  # some outputs of a run have no name
     return dict(
         classes=found.classes and [classify.class_name(found.classes, i) for i in outputs],
         output='pre_logits' if found.model.num_classes is None else 'probabilities',
-        loss=found.loss,  # that the head was trained with: of a softmax or a sigmoid
+        loss=found.loss,  # training loss of the head: softmax or sigmoid
         image_size=list(size), view=view, platforms=platforms, dtype=found.model.dtype,
         model=models.describe(found.model)['name'], checkpoint=CHECKPOINT.value,
         versions=dict(vit_jax=vit_jax.__version__, jax=jax.__version__),
