@@ -1,16 +1,16 @@
 """Evaluates a checkpoint: python -m vit_jax.evaluate --checkpoint X [--config FILE[:ARG]].
 
-X is anything that vit_jax.load takes. The evaluations are those of the config's section `evals`
-(a run's config.json is a config, too); without --config, those of the run that X came from. Any
-setting can be changed: --config.evals.test.batch_size=100. Of the section `model` only dtype,
-quantize and unroll count, as X says what the model is.
+X is anything that vit_jax.load takes. The evaluations are those of the config's section `evals` (a
+run's config.json is a config, too); without --config, those of the run that made X. Any setting can
+be changed: --config.evals.test.batch_size=100. Of the section `model`, only dtype, quantize and
+unroll have an effect, as X determines the model.
 
-Labels of the data become the checkpoint's by the names of the classes, where both have names, in
-whatever order; a data set of some of the classes is scored among these, and one with others is
-refused unless --labels=by_number.
+Labels of the data are matched to the checkpoint's by class name, in any order, where both have
+names. A data set with some of the classes is scored among these; one with other classes is refused
+unless --labels=by_number is given.
 
-With --out DIR also DIR/NAME.csv of each evaluation of a classifier: a line for each class with its
-images, its accuracy and how often it was taken for each of all classes.
+--out DIR also writes DIR/NAME.csv for each evaluation of a classifier: a line per class with its
+number of images, its accuracy and how often it was predicted as each of all classes.
 """
 
 import time
@@ -34,9 +34,9 @@ from vit_jax.run import workdir
 
 
 def evaluate(checkpoint, config, ema=None, by_class=False):
-    """Yields (name, {metric: value}, CSV text) of each evaluation of a complete config.
+    """Yields (name, {metric: value}, CSV text) for each evaluation of a complete config.
 
-    The text is what --out has, None unless `by_class` and of a classifier.
+    The text is for --out; None unless `by_class` is set and the evaluation is of a classifier.
     """
     if not config.evals:
         raise UserError('the config has no evals')
@@ -65,20 +65,20 @@ def evaluate(checkpoint, config, ema=None, by_class=False):
 
 
 def subject_of(found, image_size, mesh, loss):
-    """A loaded classifier as evaluators take it."""
+    """Wraps a loaded classifier for the evaluators."""
     spec = {'image': jax.ShapeDtypeStruct((*image_size, 3), np.uint8)}
     objective = supervised.supervised(found.model, Examples(spec), loss=loss)
     return evaluators.subject(objective, found.params, spec, mesh, {'classes': found.classes})
 
 
 def read(checkpoint, image_size, model, ema):
-    """The checkpoint at an image size, to be computed as the config's model is."""
+    """Loads the checkpoint at an image size, with the config's dtype, quantize and unroll."""
     how = {field: model[field] for field in ('dtype', 'quantize', 'unroll') if field in model}
     return weights.read(checkpoint, image_size=image_size, ema=ema, **how)
 
 
 def settings_of(path, checkpoint, overrides):
-    """The complete config, of a file or of the run that the checkpoint came from."""
+    """The complete config of a file or, without one, of the run that made the checkpoint."""
     if path is not None:
         needs_model = not any(key in ('init_from', 'model.name') for key, _ in overrides)
         given = experiment.read(path)
@@ -92,7 +92,7 @@ def settings_of(path, checkpoint, overrides):
 
 
 def compare(config, labels):
-    """Sets how labels are compared in all data sets of the evaluations."""
+    """Sets how labels are matched to classes in all data sets of the evaluations."""
     for kwargs in config.evals.values():
         for key in kwargs.keys() & {'source', 'train_source'}:
             for part in kwargs[key].get('mixture', {'': kwargs[key]}).values():
@@ -106,7 +106,7 @@ def main(argv, overrides):
     config = settings_of(options.config, options.checkpoint, overrides)
     if options.labels:
         compare(config, options.labels)
-    out = options.out and storage.folder(workdir.located(options.out))  # else known at once
+    out = options.out and storage.folder(workdir.located(options.out))  # fails before evaluations
     results, texts, ema = {}, {}, None if options.ema else False
     try:
         for name, metrics, text in evaluate(options.checkpoint, config, ema, bool(out)):
@@ -114,7 +114,7 @@ def main(argv, overrides):
             if text is not None:
                 texts[name] = text
         results |= classify.means(results)
-    finally:  # an evaluation that fails takes nothing of those before it along
+    finally:  # results of earlier evaluations survive one that fails
         tell(results, options)
         write(out, texts)  # last, as the disk may be full
 
@@ -126,7 +126,7 @@ def write(out, texts):
 
 
 def tell(results, options):
-    """Prints {name: {metric: value}}, if there is any."""
+    """Prints {name: {metric: value}}, if there are any results."""
     if options.json and results:
         print(to_json({'checkpoint': options.checkpoint, **results}))
         return

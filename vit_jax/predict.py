@@ -1,13 +1,13 @@
-"""Says what is in images: python -m vit_jax.predict --checkpoint X IMAGE...
+"""Classifies images: python -m vit_jax.predict --checkpoint X IMAGE...
 
-X is anything that vit_jax.load takes. Images are files, folders of them, or their addresses. The
-most likely classes come with their probabilities (of a softmax, or of a sigmoid where the model was
-trained with one), by name where names are known; --json prints one JSON object an image, with names
-exactly as they are. An image that can't be read is named on stderr and left out, and the exit
-status is then 2.
+X is anything that vit_jax.load takes. Images are files, folders of them, or their addresses. Prints
+the most likely classes of each image and their probabilities (of a softmax, or of a sigmoid where
+the model was trained with one), by name where names are known. --json prints one JSON object per
+image, with names exactly as they are. An image that can't be read is reported on stderr and
+skipped; the exit status is then 2.
 
-With --features FILE.npz it writes, in place of classes, what the head reads of each image (or would
-read, where there is none): `features` float32 [images, D] and `files`, their names.
+--features FILE.npz writes, instead of classes, the input of the head for each image, even if the
+checkpoint has no head: `features` float32 [images, D] and `files`, their names.
 """
 
 import collections
@@ -39,7 +39,7 @@ from vit_jax.objectives import losses
 def read_ahead(paths, view, count):
     """Yields (path, uint8 [H, W, 3]) in order, `count` of them read ahead by threads.
 
-    In place of an image that can't be read stands its UserError.
+    For an image that can't be read, yields its UserError instead of pixels.
     """
 
     def pixels(path):
@@ -60,10 +60,10 @@ def read_ahead(paths, view, count):
 
 
 def predicted(model, params, images, batch_size, loss=None, features=False):
-    """Yields (path, probabilities float32 [K]) of what `read_ahead` yields, or (path, UserError).
+    """Yields (path, probabilities float32 [K]), or (path, UserError), for pairs of `read_ahead`.
 
-    Batches are of one size, which is compiled once; `loss` is that of training. With `features`
-    pre_logits, float32 [D], in place of probabilities.
+    All batches have one size, so that the step is compiled once. `loss` is the training loss. With
+    `features`, yields pre_logits, float32 [D], instead of probabilities.
     """
 
     @jax.jit
@@ -126,7 +126,7 @@ def main(argv):
 
 
 def check_output(path):
-    """Raises UserError unless a file of features can be written, before anything is computed."""
+    """Raises UserError if the file of features can't be written, before any computation."""
     if not path.endswith('.npz') or '://' in path:
         raise UserError(f'--features={path}: name a file here that ends in .npz')
     path = pathlib.Path(path).absolute()
@@ -135,7 +135,7 @@ def check_output(path):
 
 
 def write_features(path, rows):
-    """Writes [(name, float32 [D])] as a file that is complete or as it was."""
+    """Writes [(name, float32 [D])] as an .npz in one step: complete, or as it was."""
     names, features = zip(*rows, strict=True)
     with complete(pathlib.Path(path)) as part, part.open('wb') as file:
         np.savez(file, features=np.stack(features), files=np.array(list(map(str, names))))
@@ -144,7 +144,7 @@ def write_features(path, rows):
 
 @contextlib.contextmanager
 def progress(total):
-    """Gives `advance(count)`: a bar on a terminal to which no results go."""
+    """Yields `advance(count)`; shows a bar if stderr is a terminal and stdout is not."""
     if total == 1 or sys.stdout.isatty() or not sys.stderr.isatty():
         yield lambda count: None
         return
