@@ -1,13 +1,13 @@
-/* JPEG windows, resized: only the rows, columns and scale that a crop needs are decoded.
+/* Decodes and resizes windows of JPEGs: only the rows, columns and scale that a crop needs.
 
    libjpeg-turbo does all but the entropy decoding of the usual (sequential, one scan, Huffman) files.
-   That is four fifths of the time for a photograph of ImageNet's size, and is done here:
-   - bytes are unstuffed first, so that the bit buffer is filled by one 8-byte load;
-   - one look-up gives a coefficient's run, value and length together where they fit in 11 bits;
+   Entropy decoding takes four fifths of the time for a photograph of ImageNet's size. Here
+   - bytes are unstuffed first, so that one 8-byte load fills the bit buffer;
+   - one look-up gives a coefficient's run, value and length together if they fit in LOOK bits;
    - blocks outside of the window are skipped by look-ups that take several coefficients at once.
-   What looks wrong to it is an error here, and Pillow has the last word on such a file.
+   Data that seem damaged are an error; the caller then decodes the file by Pillow.
 
-   All functions release the GIL and raise ValueError. */
+   `view` and `resize` release the GIL. All functions raise ValueError. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000
@@ -24,15 +24,15 @@
 
 #include <jpeglib.h>
 
-#define LOOK 10                 /* bits of a look-up of one coefficient */
-#define PAIR 12                 /* of one of the length of two */
-#define SKIP 11                 /* of one that skips as many as there are in it */
-#define TAIL 1024               /* most entries of a look-up, by 16 bits, of the longer codes */
-#define TABLES 16               /* that a thread keeps; one image has 8 at most */
+#define LOOK 10                 /* bits of the look-up of one coefficient */
+#define PAIR 12                 /* bits of the look-up of the length of two */
+#define SKIP 11                 /* bits of the look-up that skips as many as fit */
+#define TAIL 1024               /* most entries of the look-up of longer codes, by 16 bits */
+#define TABLES 16               /* kept per thread; one image has 8 at most */
 #define PADDING 4096            /* zero bytes; an MCU is at most 10 blocks of 64 x 31 bits */
-#define CUT 0x1p-10f            /* added before values are cut off: what is 255 but for rounding */
-#define MOST_KEPT (1 << 24)     /* bytes a thread keeps of each kind */
-#define MAX_PIXELS 178956970    /* Pillow's own limit to a decompression bomb */
+#define CUT 0x1p-10f            /* added before truncation: 255 less a rounding error stays 255 */
+#define MOST_KEPT (1 << 24)     /* bytes of each kind kept per thread */
+#define MAX_PIXELS 178956970    /* Pillow's limit for decompression bombs */
 #define MAX_WORK 0x1p32         /* pixels times scans: half a minute; a photograph has 10 scans */
 
 #if defined(__x86_64__) && defined(__GLIBC__)
@@ -63,18 +63,18 @@ typedef struct {
 typedef struct {
     int16_t value;   /* of the coefficient */
     uint8_t run;     /* as above */
-    uint8_t length;  /* bits of its code and value; 0, and all is 0, where they do not fit */
+    uint8_t length;  /* bits of its code and value; if they do not fit, all members are 0 */
 } symbol;
 
 typedef struct {
     code codes[1 << LOOK], tail[TAIL];
     unsigned tail_from;        /* the first 16 bits that begin with a code longer than LOOK */
-    /* of AC coefficients alone: */
+    /* for AC coefficients only: */
     symbol look[1 << LOOK];
     uint8_t pair[1 << PAIR];   /* length of the first symbol, or, + TWO, of the first two */
-    uint16_t skip[1 << SKIP];  /* length, 6 bits, of all that fit, and how many coefficients these
-                                  fill, + 64 where the last of them ends the block */
-    /* what it is made from: codes of each length, and what they mean */
+    uint16_t skip[1 << SKIP];  /* length, 6 bits, of all that fit, and the number of coefficients
+                                  that they fill, + 64 if the last one ends the block */
+    /* source: number of codes of each length, and their values */
     uint8_t lengths[17], values[256];
     int ac;
     uint64_t used;
@@ -82,10 +82,10 @@ typedef struct {
 
 #define TWO 0x80
 
-/* What a thread keeps from image to image: memory that is mapped, tables that many files share. */
+/* Kept per thread from image to image: mapped memory, and tables that many files share. */
 typedef struct {
     table tables[TABLES];
-    uint64_t used;  /* tables so far, to find the one that was not for longest */
+    uint64_t used;  /* clock of table uses, to find the least recently used one */
     uint8_t *data, *rows;
     size_t data_size, rows_size;
 } scratch;
@@ -105,7 +105,7 @@ static void free_scratch(void *kept) {
     free(s);
 }
 
-/* `*kept` with room for `size` bytes, its contents lost; NULL without memory. */
+/* Makes room for `size` bytes in `*kept`, whose contents are lost; NULL without memory. */
 static uint8_t *roomy(uint8_t **kept, size_t *room, size_t size) {
     if (*room < size) {
         free(*kept);
@@ -115,7 +115,7 @@ static uint8_t *roomy(uint8_t **kept, size_t *room, size_t size) {
     return *kept;
 }
 
-/* Gives back what only a very large image needs. */
+/* Frees memory that only a very large image needs. */
 static void trim(uint8_t **kept, size_t *room) {
     if (*room <= MOST_KEPT) return;
     free(*kept);
@@ -124,10 +124,10 @@ static void trim(uint8_t **kept, size_t *room) {
 }
 
 typedef struct {
-    uint64_t buffer;      /* bits to come, first at the top */
-    const uint8_t *next;  /* where more come from */
+    uint64_t buffer;      /* the next bits, first at the top */
+    const uint8_t *next;  /* the next bytes */
     int count;            /* of bits in the buffer */
-    int wrong;            /* a code that the table does not have was met */
+    int wrong;            /* whether a code was not in the table */
 } bits;
 
 typedef struct {
@@ -135,8 +135,8 @@ typedef struct {
     struct jpeg_error_mgr errors;
     jmp_buf escape;
     char message[JMSG_LENGTH_MAX];
-    uint8_t *data, *end;            /* entropy-coded, unstuffed, zeros after it */
-    size_t *segments;               /* where each restart interval begins in it */
+    uint8_t *data, *end;            /* entropy-coded data, unstuffed, and zeros */
+    size_t *segments;               /* start of each restart interval in it */
     size_t segment_count, segment;
     bits bits;
     const table *dc[MAX_COMPS_IN_SCAN], *ac[MAX_COMPS_IN_SCAN];
@@ -146,7 +146,7 @@ typedef struct {
     uint8_t *rows;                  /* RGBX [rows, stride] of the window */
 } decoder;
 
-/* Zigzag order to natural order; a run past the end of a block stays inside of it. */
+/* Zigzag order to natural order; a run past the end of a block stays inside of the block. */
 static const uint8_t natural[64 + 80] = {
     0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
     41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
@@ -175,8 +175,7 @@ static inline void drop(bits *b, int count) {
     b->count -= count & 63;
 }
 
-/* The value of the first `size` < 16 bits, as JPEG has it (ITU T.81 F.2.2.1): negative where the
-   first of them is 0. */
+/* Value of the first `size` < 16 bits (ITU T.81 F.2.2.1): negative if the first of them is 0. */
 static inline int value_of(uint64_t buffer, int size) {
     int negative = (int)(~buffer >> 63);
     return (int)(buffer >> 1 >> (63 - size)) + ((1 - (1 << size)) & -negative);
@@ -187,7 +186,7 @@ static inline code find(const table *t, uint64_t buffer) {
     return top < t->tail_from ? t->codes[top >> (16 - LOOK)] : t->tail[top - t->tail_from];
 }
 
-/* The next symbol, however long. */
+/* Decodes the next symbol, of any length. */
 static inline symbol next_symbol(bits *b, const table *t) {
     fill(b);
     code c = find(t, b->buffer);
@@ -198,8 +197,8 @@ static inline symbol next_symbol(bits *b, const table *t) {
     return s;
 }
 
-/* Huffman codes (ITU T.81 annex C) to look-ups; values of AC codes are (run, size) pairs. 0 where
-   the codes make no sense, or too many are long. */
+/* Makes look-ups of Huffman codes (ITU T.81 annex C); values of AC codes are (run, size) pairs.
+   Returns 0 if the codes are invalid, or too many are long. */
 static int make_codes(table *t) {
     unsigned next = 0, index = 0; /* in 16 bits */
     t->tail_from = 1 << 16;
@@ -225,7 +224,7 @@ static int make_codes(table *t) {
     return (1 << 16) - t->tail_from <= TAIL;
 }
 
-/* Look-ups of one symbol and of several by what comes next in the file. */
+/* Makes look-ups of one symbol and of several by the next bits in the file. */
 static void make_symbols(table *t) {
     for (unsigned i = 0; i < 1 << LOOK; i++) {
         code c = t->codes[i];
@@ -252,7 +251,7 @@ static void make_symbols(table *t) {
     }
 }
 
-/* The look-ups of a Huffman table, kept or new; NULL where libjpeg must read what it codes. */
+/* Look-ups of a Huffman table, kept or new; NULL if libjpeg must decode its scan. */
 static const table *get_table(scratch *kept, const JHUFF_TBL *from, int ac) {
     table *t = kept->tables;
     if (!from) return NULL;
@@ -275,9 +274,9 @@ static const table *get_table(scratch *kept, const JHUFF_TBL *from, int ac) {
     return t;
 }
 
-/* A look-up waits for the length of what came before it, so the length of two symbols is looked up
-   at once. The second is stored also where it has not come: it will, at the same place, or is 0.
-   After `fill` there are bits for four of these steps: 3 x PAIR + 2 x LOOK <= 56. */
+/* A look-up waits for the length of the symbol before it, so the length of two symbols is looked up
+   at once. The second is stored even if it is not consumed: it comes next, at the same place, or
+   is 0. After `fill` there are bits for four of these steps: 3 x PAIR + 2 x LOOK <= 56. */
 static inline void decode_block(bits *b, const table *t, JCOEF *block) {
     for (int k = 1;;) {
         fill(b);
@@ -300,7 +299,7 @@ static inline void decode_block(bits *b, const table *t, JCOEF *block) {
             }
             drop(b, pair);
             block[natural[k + second.run]] = second.value;
-            k += (second.run + 1) & -(pair >> 7); /* no branch: it could not be foreseen */
+            k += (second.run + 1) & -(pair >> 7); /* no branch: it is unpredictable */
             if (k > 63) return;
         }
     }
@@ -327,7 +326,7 @@ static inline void skip_block(bits *b, const table *t) {
     }
 }
 
-/* libjpeg's decode_mcu: the coefficients of one MCU; where `blocks` is NULL none is wanted. */
+/* Replaces libjpeg's decode_mcu: decodes one MCU, or skips it if `blocks` is NULL. */
 FAST static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
     decoder *d = jpeg->client_data;
     if (jpeg->restart_interval && d->restart == 0) {
@@ -357,7 +356,7 @@ FAST static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
 }
 
 
-/* Copies the entropy-coded data up to the next marker without stuffed bytes; notes restarts. */
+/* Copies the entropy-coded data up to the next marker without stuffed bytes; records restarts. */
 static void unstuff(decoder *d) {
     const uint8_t *from = d->jpeg.src->next_input_byte, *end = from + d->jpeg.src->bytes_in_buffer;
     size_t restarts = 1;
@@ -392,7 +391,7 @@ static void unstuff(decoder *d) {
     memset(to, 0, PADDING);
 }
 
-/* Puts `decode_mcu` in the place of libjpeg's, where the scan is one that it can read. */
+/* Replaces libjpeg's decode_mcu if the one above can decode the scan. */
 static void take_over(decoder *d) {
     j_decompress_ptr jpeg = &d->jpeg;
     if (jpeg->progressive_mode || jpeg->arith_code || jpeg_has_multiple_scans(jpeg)) return;
@@ -420,7 +419,7 @@ static void on_warning(j_common_ptr jpeg, int level) {
     if (level < 0) on_error(jpeg);
 }
 
-/* How many scans a file has. Each goes over the whole image, however few bytes it has. */
+/* Number of scans in a file. Each covers the whole image, however few bytes it has. */
 static size_t count_scans(const uint8_t *data, const uint8_t *end) {
     size_t count = 0;
     while ((data = memchr(data, 0xff, end - data)) && end - ++data >= 4)
@@ -465,16 +464,16 @@ typedef struct {
     int y, x, height, width;
 } window;
 
-/* The part of a window that is wanted, in its pixels or parts of them. */
+/* The part of a window to resize, in fractional pixels of the window. */
 typedef struct {
     double y, x, height, width;
 } part;
 
-/* Decodes a window of the image scaled by 1 / `denominator` to d->rows, RGBX; the window moves to
-   where it lies there. Returns the pixels of a row there. Bits are those of a decoded whole, with
-   libjpeg's accurate inverse DCT, or its fast one, which is TensorFlow's. Of a scaled image with a
-   sampling factor above 2 all is decoded down to the end of the window: libjpeg-turbo upsamples
-   some of these windows by wrong neighbours. */
+/* Decodes a window of the image scaled by 1 / `denominator` to d->rows, RGBX, and moves the window to
+   its place there. Returns the pixels per row there. The window is bit-identical to that of the whole
+   image, decoded with libjpeg's accurate inverse DCT, or its fast one, which is TensorFlow's. A
+   scaled image with a sampling factor above 2 is decoded whole down to the end of the window:
+   libjpeg-turbo upsamples some of these windows with wrong neighbours. */
 static int decode(decoder *d, window *w, int denominator, int fast) {
     j_decompress_ptr jpeg = &d->jpeg;
     int part = denominator == 1 || (jpeg->max_h_samp_factor <= 2 && jpeg->max_v_samp_factor <= 2);
@@ -483,7 +482,7 @@ static int decode(decoder *d, window *w, int denominator, int fast) {
     jpeg->scale_num = 1;
     jpeg->scale_denom = denominator;
     jpeg_start_decompress(jpeg);
-    /* One MCU more on either side: smooth upsampling of colours looks at the neighbours. */
+    /* One MCU more on either side: smooth upsampling of colours uses the neighbours. */
     int step = 8 * jpeg->max_h_samp_factor / denominator;
     int from = w->x >= step ? w->x - step : 0, to = w->x + w->width + step;
     if (to > (int)jpeg->output_width || !part) to = jpeg->output_width;
@@ -514,7 +513,7 @@ static int decode(decoder *d, window *w, int denominator, int fast) {
 /* ---------------------------------------------------------------- resizing */
 
 typedef struct {
-    int *start;      /* [size]: the first pixel that counts */
+    int *start;      /* [size]: the first pixel with a weight */
     float *weights;  /* [size, taps] */
     int taps;
 } filter;
@@ -531,8 +530,8 @@ static double cubic(double x) {  /* Keys, a = -0.5 */
 
 enum { LINEAR, CUBIC, AREA };
 
-/* Which pixels of `from` make each of `size`, and with what weights: those of the stretch from
-   `origin` that is `extent` long. Pixel centres are at halves. 0 without memory. */
+/* Makes the filter from a row of `from` pixels to `size`, which cover `extent` pixels from `origin`
+   on. Pixel centres are at halves. Returns 0 without memory. */
 static int make_filter(filter *f, int from, double origin, double extent, int size, int kind,
                        int antialias) {
     double scale = extent / size, stretch = antialias && scale > 1 ? scale : 1;
@@ -546,7 +545,7 @@ static int make_filter(filter *f, int from, double origin, double extent, int si
     for (int i = 0; i < size; i++) {
         double left = origin + i * scale, centre = left + scale / 2, total = 0;
         int low = (int)floor(centre - support), high = (int)ceil(centre + support);
-        int clamp = kind != AREA && !antialias; /* then the border counts for what is outside */
+        int clamp = kind != AREA && !antialias; /* then pixels outside repeat the border */
         int start = low < 0 ? 0 : low > from - taps ? from - taps : low;
         float *weights = f->weights + (size_t)i * taps;
         for (int j = low; j < high; j++) {
@@ -567,7 +566,7 @@ static int make_filter(filter *f, int from, double origin, double extent, int si
         f->start[i] = start + first;
         if (f->taps < last - first + 1) f->taps = last - first + 1;
     }
-    /* As many taps for all as the widest needs, none of them outside. */
+    /* All have as many taps as the widest, none of them outside. */
     for (int i = 0; i < size; i++) {
         float *weights = f->weights + (size_t)i * taps, *to = f->weights + (size_t)i * f->taps;
         int late = f->start[i] + f->taps - from;
@@ -579,7 +578,7 @@ static int make_filter(filter *f, int from, double origin, double extent, int si
     return 1;
 }
 
-/* One row of RGBX floats [width] from `count` rows of bytes. */
+/* Sums `count` rows of RGBX bytes by their weights to one row of RGBX floats [width]. */
 FAST static void add_rows(float *sum, const uint8_t *row, size_t stride, const float *weights,
                           int count, int width) {
     if (count == 2) {
@@ -594,7 +593,7 @@ FAST static void add_rows(float *sum, const uint8_t *row, size_t stride, const f
     }
 }
 
-/* RGBX bytes of one output pixel from a row of RGBX floats. */
+/* Sums RGBX floats by their weights to the RGBX bytes of one output pixel. */
 static inline int32_t add_taps(const pixel *p, const float *weights, int taps, float half) {
     const pixel zero = {0}, round = {half, half, half, half};
     const integers white = {255, 255, 255, 255};
@@ -608,7 +607,7 @@ static inline int32_t add_taps(const pixel *p, const float *weights, int taps, f
     return ((integers)__builtin_shuffle((bytes)whole, low_bytes))[0];
 }
 
-/* RGB [width] from a row of RGBX floats. The byte after them is written, too, unless `last`. */
+/* Filters a row of RGBX floats to RGB [width]. Writes the byte after it, too, unless `last`. */
 FAST static void add_columns(uint8_t *rgb, const pixel *from, const filter *f, int width, int flip,
                              float half, int last) {
     const int *start = f->start;
@@ -626,8 +625,8 @@ FAST static void add_columns(uint8_t *rgb, const pixel *from, const filter *f, i
     }
 }
 
-/* A window of RGBX rows to RGB [height, width, 3]; mirrored where `flip`; 0 without memory.
-   Values are rounded to the nearest, without antialiasing towards zero, as TensorFlow's casts do. */
+/* Resizes a window of RGBX rows to RGB [height, width, 3], mirrored if `flip`; 0 without memory.
+   Rounds values to the nearest, or without antialiasing towards zero, as TensorFlow's casts do. */
 static int resize(const uint8_t *rows, size_t stride, window w, part p, uint8_t *out, int height,
                   int width, int kind, int antialias, int flip) {
     filter across = {0}, down = {0};
@@ -650,7 +649,7 @@ static int resize(const uint8_t *rows, size_t stride, window w, part p, uint8_t 
 
 /* ---------------------------------------------------------------- Python */
 
-/* An array uint8 [height, width, 3] as a buffer; 0 and an exception where it is none. */
+/* Gets the buffer of an array uint8 [height, width, 3]; else sets an exception and returns 0. */
 static int get_image(PyObject *array, Py_buffer *b, int flags) {
     if (PyObject_GetBuffer(array, b, PyBUF_ND | flags)) return 0;
     if (b->ndim == 3 && b->itemsize == 1 && b->shape[2] == 3 && b->shape[0] > 0 && b->shape[1] > 0)
@@ -660,7 +659,7 @@ static int get_image(PyObject *array, Py_buffer *b, int flags) {
     return 0;
 }
 
-/* Whether a window lies in an image; an exception where it does not. */
+/* Whether a window lies in an image; sets an exception if it does not. */
 static int inside(window w, Py_ssize_t height, Py_ssize_t width) {
     if (w.y >= 0 && w.x >= 0 && w.height > 0 && w.width > 0 && w.height <= height - w.y &&
         w.width <= width - w.x)
@@ -728,7 +727,7 @@ static PyObject *py_view(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* Rows of a window of RGB [height, width, 3] with a fourth byte a pixel; NULL without memory. */
+/* Copies a window of RGB [height, width, 3] to rows of 4 bytes per pixel; NULL without memory. */
 static uint8_t *padded(const uint8_t *image, Py_ssize_t width, window w) {
     uint8_t *rows = malloc((size_t)w.height * w.width * 4);
     for (int i = 0; rows && i < w.height; i++) {
