@@ -1,7 +1,7 @@
-"""tf.train.Example, the record of `records` and of TFRecord files, written and parsed.
+"""Writes and parses tf.train.Example, the record of `records` and of TFRecord files.
 
-Protocol buffers' wire format is done here, because a worker process that imports a library for it
-takes seconds to start.
+It implements the wire format of protocol buffers itself, because a worker process that imports a
+library for it takes seconds to start.
 """
 
 
@@ -10,7 +10,7 @@ INT64_LIST, BYTES_LIST = 3, 1  # fields of tf.train.Feature
 
 
 def varint(value):
-    """A whole number in 7 bits a byte, the lowest first; a negative one as of 64 bits."""
+    """Encodes an integer in 7 bits per byte, the lowest first; a negative one as 64 bits."""
     value &= 2**64 - 1
     out = bytearray()
     while value > 127:
@@ -21,18 +21,18 @@ def varint(value):
 
 
 def field(number, *parts):
-    """A field of bytes: parts one after the other, behind their length."""
+    """Encodes a field of bytes: the parts, concatenated, behind their length."""
     return b''.join((varint(number << 3 | BYTES), varint(sum(map(len, parts))), *parts))
 
 
 def feature(key, kind, *parts):
-    """An entry of the map of features, its list of `kind` made of the parts."""
-    value = field(2, field(kind, *parts))  # a copy each; a record is written once
+    """Encodes an entry of the map of features, whose list of type `kind` has the parts."""
+    value = field(2, field(kind, *parts))  # each copies; a record is written once
     return field(1, field(1, key), value)
 
 
 def encode(image, labels, name):
-    """A tf.train.Example of the bytes of an image, its labels (ints) and its name."""
+    """Encodes the bytes of an image, its labels (ints) and its name as a tf.train.Example."""
     numbers = b''.join(varint(int(label)) for label in labels)
     return field(
         1,
@@ -43,7 +43,7 @@ def encode(image, labels, name):
 
 
 def read_varint(data, at, end):
-    """(number of 64 bits, where it ends); ValueError where the data ends before."""
+    """(64-bit number, where it ends); raises ValueError if the data ends before."""
     value = shift = 0
     while at < end:
         byte = data[at]
@@ -58,7 +58,7 @@ def read_varint(data, at, end):
 
 
 def fields(data, at, end):
-    """Yields (number, wire type, start, stop) of the fields of a message; ValueError if damaged."""
+    """Yields (number, wire type, start, stop) of a message's fields; ValueError if damaged."""
     while at < end:
         tag = data[at]
         at += 1
@@ -83,7 +83,7 @@ def fields(data, at, end):
 
 
 def parse(record):
-    """(bytes of the image, labels, name) of a tf.train.Example; ValueError where it is none."""
+    """(bytes of the image, labels, name) of a tf.train.Example; raises ValueError if it is none."""
     found = {}
     for number, kind, start, stop in fields(record, 0, len(record)):
         if number == 1 and kind == BYTES:
@@ -106,14 +106,14 @@ def entry(data, at, end):
         if kind == BYTES and number == 1:
             key = data[start:stop]
         elif kind == BYTES and number == 2:
-            if span[0] < span[1]:  # to be merged, by the format; no writer does so
+            if span[0] < span[1]:  # the format merges them; no writer has two
                 raise ValueError('a feature has two values')
             span = start, stop
     return key, span
 
 
 def values(data, at, end, wanted, what):
-    """[(wire type, start, stop)] of a feature's values; ValueError if of another kind of list."""
+    """[(wire type, start, stop)] of a feature's values; ValueError for another kind of list."""
     found, spans = [], []
     for number, kind, start, stop in fields(data, at, end):
         if kind == BYTES and number in (1, 2, 3):
@@ -126,7 +126,7 @@ def values(data, at, end, wanted, what):
 
 
 def one_bytes(data, at, end, what):
-    """The one value of a feature of bytes, copied once."""
+    """The only value of a feature of bytes, copied once; raises ValueError for other counts."""
     spans = [slice(*s) for kind, *s in values(data, at, end, BYTES_LIST, what) if kind == BYTES]
     if len(spans) != 1:
         raise ValueError(f'feature {what} has {len(spans)} values, not one')
@@ -134,7 +134,7 @@ def one_bytes(data, at, end, what):
 
 
 def integers(data, at, end):
-    """The int64s of a feature as a tuple, packed in one field or in a field each."""
+    """The int64 values of a feature as a tuple, packed in one field or in one field each."""
     result = []
     for kind, start, stop in values(data, at, end, INT64_LIST, 'label'):
         while kind in (VARINT, BYTES) and start < stop:

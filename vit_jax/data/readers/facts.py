@@ -1,22 +1,22 @@
-"""What tells one data set from another, at little cost: names of classes, count, order, sizes.
+"""Fingerprints of data sets at little cost: names of classes, count, order, sizes.
 
-Processes of a run compare these before they train, and a run that goes on compares them with those
-that it was begun with. No image is read: what is compared are the names of files, their sizes, the
-headers and labels of shards. The kinds of records (`sources`) have `traits()`, a pair of lists:
-what tells the order of the examples, and what tells their contents; both of text, bytes or arrays.
-Where a data set lies is none of it, as each host may have a copy at a place of its own.
+The processes of a run compare them before they train, and a resumed run compares them with those
+that it started with. No image is read; the fingerprint has the names and sizes of files, and the
+headers and labels of shards. Records (see `sources`) have `traits()`, a pair of lists of text,
+bytes or arrays: what determines the order of the examples, and what determines their contents. The
+location of a data set is left out, as each host may have its copy at another path.
 """
 
 import hashlib
 
 import numpy as np
 
-SAMPLED = 4096  # files whose sizes are asked for, evenly spaced in the order
+SAMPLED = 4096  # files whose sizes are read, evenly spaced in the order
 NAMED = 4  # classes that are named in full
 
 
 def of(source):
-    """{name: value} of a Source: the same for the same examples in the same order.
+    """{name: value} of a Source, equal for the same examples in the same order.
 
     `classes` (count), `class_names` (the first few, and a digest of all in their order), `examples`
     (count), `order` and `contents` (digests).
@@ -35,7 +35,8 @@ def of(source):
 def of_run(source, evaluations):
     """{'data.classes': ..., 'evals.NAME.classes': ...} of a run's training set and evaluations.
 
-    `evaluations` are objects by name with `sources`: {'source': Source, 'train_source': Source}.
+    `evaluations` are objects by name that have `sources`: {'source': Source, 'train_source':
+    Source}.
     """
     sets = {'data': source}
     for name, evaluation in evaluations.items():
@@ -46,7 +47,7 @@ def of_run(source, evaluations):
 
 
 def traits(records):
-    """The traits of records; of a kind that has none, the names of some examples."""
+    """Traits of records; the names of some examples for a kind without traits."""
     if hasattr(records, 'traits'):
         return records.traits()
     if not hasattr(records, 'name'):
@@ -55,12 +56,12 @@ def traits(records):
 
 
 def sample(length, most=SAMPLED):
-    """Up to `most` evenly spaced indices, the first and the last among them."""
+    """Up to `most` evenly spaced indices, with the first and the last."""
     return np.unique(np.linspace(0, length - 1, min(length, most)).astype(np.int64)).tolist()
 
 
 def digest(values):
-    """12 hexadecimal digits of text, bytes and arrays, in their order."""
+    """Hash of text, bytes and arrays, in their order, as 12 hexadecimal digits."""
     found = hashlib.sha256()
     for value in values:
         if isinstance(value, np.ndarray):

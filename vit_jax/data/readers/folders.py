@@ -1,7 +1,7 @@
 """Folders of images: path/class/**, or path/train/class/** and path/val/class/**.
 
-Class folders are walked down. What is passed over is said in one line: files that are no images,
-images outside of class folders, links that lead nowhere or in circles, workdirs of runs.
+Class folders are searched recursively. One line reports what is skipped: files that are no images,
+images outside of class folders, links that are broken or circular, workdirs of runs.
 """
 
 import bisect
@@ -22,12 +22,12 @@ from vit_jax.io import fetch, storage
 from vit_jax.io.text import printable
 
 SUFFIXES = tuple(f'.{suffix}' for suffix in formats.SUFFIXES)
-DEEPEST = 32  # folders in folders
-MOST_NAMED = 4  # suffixes of files that are passed over, classes without images
+DEEPEST = 32  # levels of folders
+MOST_NAMED = 4  # suffixes in the message about skipped files
 
 
 class Files:
-    """Paths below a folder, and their labels."""
+    """Image files below a folder, and their labels."""
 
     def __init__(self, root, paths, labels):
         self.root, self.paths, self.labels = root, paths, labels
@@ -36,14 +36,14 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, i):
-        path = self.paths[i]  # it may have become a pipe
+        path = self.paths[i]  # may have become a pipe, which local_bytes refuses
         data = epath.Path(path).read_bytes() if '://' in path else storage.local_bytes(path)
         return {'image': data, 'label': self.labels[i]}
 
     def traits(self):
         names = [path.removeprefix(self.root) for path in self.paths]
         order = [np.array(self.labels, np.int32), '\0'.join(names)]
-        if '://' in self.root:  # a request for each
+        if '://' in self.root:  # one request per file
             return order, []
         with concurrent.futures.ThreadPoolExecutor(ranges.THREADS) as pool:
             sizes = list(pool.map(size_of, (self.paths[i] for i in facts.sample(len(self)))))
@@ -54,7 +54,7 @@ class Files:
 
 
 def size_of(path):
-    """Bytes of a file, -1 where it is not there."""
+    """Size of a file in bytes, -1 if it is missing."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -62,7 +62,7 @@ def size_of(path):
 
 
 class Passed:
-    """What is passed over, by kind: how many, and the first of them."""
+    """Counts what is skipped, by kind, and keeps the first path of each."""
 
     def __init__(self):
         self.counts, self.first = collections.Counter(), {}
@@ -72,7 +72,7 @@ class Passed:
         self.first.setdefault(kind, path)
 
     def tell(self, root):
-        """Says it in one line, where there is anything."""
+        """Reports it in one line, if there is any."""
         others = {kind: n for kind, n in self.counts.items() if kind[0] == '.'}
         parts = [f'{n:,} {kind} ({self.first[kind]})' for kind, n in self.counts.items()
                  if kind not in others]  # fmt: skip
@@ -88,7 +88,7 @@ class Passed:
 
 
 def listed(folder):
-    """(names of files, names of folders, names that are neither) in a folder, sorted."""
+    """(names of files, names of folders, other names) in a folder, sorted."""
     files, folders, odd = [], [], []
     if '://' in folder:
         with fetch.explained(folder):
@@ -109,13 +109,13 @@ def listed(folder):
 
 
 def is_run(folder):
-    """Whether a folder is the workdir of a run, one that has just begun too."""
+    """Whether a folder is the workdir of a run, even of one that has just begun."""
     inside = os.path.exists(f'{folder}/config.json') and os.path.isdir(f'{folder}/checkpoints')
     return inside or os.path.exists(f'{folder}/.lock')
 
 
 def is_class(folder):
-    """Whether a folder in a data set is one of a class: neither a workdir nor a folder of these."""
+    """Whether a folder in a data set is a class: neither a workdir nor a folder of workdirs."""
     if '://' in folder:
         return True
     if is_run(folder):
@@ -127,7 +127,7 @@ def is_class(folder):
 
 @contextlib.contextmanager
 def readable(folder):
-    """Turns what the disk refuses into a UserError with the folder's name."""
+    """Turns an error of the file system into UserError with the folder's name."""
     try:
         yield
     except OSError as e:
@@ -135,7 +135,7 @@ def readable(folder):
 
 
 def identity(folder):
-    """What tells a folder from every other, by whatever path."""
+    """Identifies a folder, whatever the path to it."""
     with readable(folder):
         status = os.stat(folder)
     return status.st_dev, status.st_ino
@@ -144,7 +144,7 @@ def identity(folder):
 def walked(root, name, passed, seen, depth=1):
     """Yields the images below root/name, as paths from root.
 
-    `seen` are identities of folders that no link leads into again.
+    `seen` holds the identities of folders that are not entered again.
     """
     folder = f'{root}/{name}'
     if '://' not in root:
@@ -174,7 +174,7 @@ def walked(root, name, passed, seen, depth=1):
 
 
 def divided(path):
-    """The folders of a folder that is divided, `train` among them; None of classes alone."""
+    """Split folders of a folder, `train` among them; None if the folder has only classes."""
     inner = shown(listed(path)[1])
     if 'train' in inner and shown(listed(f'{path}/train')[1]):
         return inner
@@ -188,15 +188,15 @@ def divided(path):
 
 
 def shown(found):
-    """Names but the hidden ones."""
+    """Names that are not hidden."""
     return [name for name in found if not name.startswith('.')]
 
 
 def read(path, split):
     """(Files, names of the classes) of a split of a folder, or of a share of one.
 
-    A share is made by a hash of the files' names, class by class: a class of two images or more
-    has one at least on both sides of each bound.
+    A share is chosen by a hash of the file names, class by class. A class of two or more images has
+    at least one on both sides of each bound.
     """
     path = path.rstrip('/')
     if not (epath.Path(path).is_dir() if '://' in path else os.path.isdir(path)):
@@ -242,7 +242,7 @@ def read(path, split):
 
 
 def images_of(root, passed):
-    """{class: paths from root} of the class folders in a folder; each real folder is read once."""
+    """{class: paths from root} of the class folders in a folder; reads each real folder once."""
     files, folders, odd = listed(root)
     for file in shown(files):
         if file.lower().endswith(SUFFIXES):
@@ -264,10 +264,10 @@ def images_of(root, passed):
 
 
 def chosen_of(files, low, high):
-    """Those files of a class that are in a share from `low` to `high` percent, sorted as they are.
+    """Files of a class in a share from `low` to `high` percent, in their order.
 
-    By the hash of each name, so that a file stays where it is as others come; but a bound has one
-    file at least on both sides. Shares that do not overlap have no file in common.
+    The hash of its name places a file, so that it keeps its place when others are added; but each
+    bound has at least one file on both sides. Shares that do not overlap have no file in common.
     """
     if (low, high) == (0, 100):
         return files
@@ -285,6 +285,6 @@ def chosen_of(files, low, high):
 
 
 def percentile(name):
-    """A number in [0, 100) that the file's name alone decides."""
+    """Hash of a file's name as a number in [0, 100)."""
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return int.from_bytes(digest[:8], 'big') / 2**64 * 100

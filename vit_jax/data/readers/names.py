@@ -1,4 +1,4 @@
-"""Names of classes: by them the labels of a data set become those of a model or of a mixture."""
+"""Matches the labels of a data set with those of a model or a mixture, by names of classes."""
 
 import functools
 import re
@@ -17,17 +17,17 @@ MOST_LISTED = 8  # names in a message
 
 @functools.cache
 def say(line):
-    """Prints a line to stderr, the same line once a process."""
+    """Prints a line to stderr, each line only once per process."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def are_numbers(names):
-    """Whether all names are whole numbers, as folders of ImageNet V2 have them; signs may be."""
+    """Whether all names are integers, with a sign or not, as folders of ImageNet V2 are."""
     return all(re.fullmatch(r'[+-]?\d{1,18}', name, re.ASCII) for name in names)
 
 
 def in_order(names, title):
-    """Names of class folders sorted: whole numbers as such, said where text has another order."""
+    """Sorts names of class folders; integers by value, with a message if that is not text order."""
     if not are_numbers(names):
         return sorted(names)
     found, text = sorted(names, key=lambda name: (int(name), name)), sorted(names)
@@ -41,23 +41,23 @@ def in_order(names, title):
 
 
 def tell_nothing(names):
-    """Whether names are 0, 1, 2, ... in order, as of a data set that has none of its own."""
+    """Whether names are 0, 1, 2, ... in order, as in a data set without class names."""
     return tuple(names) == tuple(map(str, range(len(names))))
 
 
 def spelled(name):
-    """A name without what spelling varies in: case, Unicode's composition, spaces, leading zeros.
+    """Normalizes a name: case, Unicode's composition, spaces, leading zeros.
 
-    File systems compose letters as they like (APFS and HFS+, Unicode's NFD).
+    File systems compose letters in different ways (APFS and HFS+: Unicode's NFD).
     """
     name = ' '.join(unicodedata.normalize('NFC', name).casefold().split())
     return str(int(name)) if are_numbers([name]) else name
 
 
 def matched(names, known):
-    """For each of `names` its index in `known`, or None; both without duplicates.
+    """Index in `known` of each of `names`, or None; both without duplicates.
 
-    The same name, or else the only one that is spelled alike among those that are left.
+    An equal name, or else the only one of the same normalized spelling among those that are left.
     """
     index = {name: i for i, name in enumerate(known)}
     found = [index.get(name) for name in names]
@@ -77,22 +77,22 @@ def matched(names, known):
 
 
 def doubled(names):
-    """The first name that is there twice, or None."""
+    """First name that occurs twice, or None."""
     once = set()
     return next((name for name in names if name in once or once.add(name)), None)
 
 
 def listed(names):
-    """Names for a message, the first few of many."""
+    """Joins names for a message; of many, the first few."""
     more = f' and {len(names) - MOST_LISTED} more' if len(names) > MOST_LISTED else ''
     return ', '.join(names[:MOST_LISTED]) + more
 
 
 def places(names, classes, title, whose="the model's"):
-    """Labels of a data set with class `names` as those of `classes`: int32 [len(names)] or None.
+    """Maps labels of class `names` to those of `classes`: int32 [len(names)], or None.
 
-    None: they are the same, or one of both has no names (0, 1, 2, ...), and numbers are all there
-    is. Some of the classes are enough. UserError where there are others, or a name is there twice.
+    None: they are the same, or one of both has no names (0, 1, 2, ...), so that numbers decide.
+    `names` may lack some classes. Raises UserError for other classes, or a name that occurs twice.
     """
     if tuple(names) == tuple(classes):
         return None
@@ -127,7 +127,7 @@ def places(names, classes, title, whose="the model's"):
 
 
 def tell(names, classes, found, title, whose):
-    """Says in one line in what names and numbers differ."""
+    """Reports in one line how names and numbers differ."""
     kinds = []
     if len(names) < len(classes):
         kinds.append(f'{len(names)} of them')
@@ -141,7 +141,7 @@ def tell(names, classes, found, title, whose):
 
 
 def relabelled(source, classes, title, whose="the model's"):
-    """A Source with the labels of `classes`, and their names where these have any."""
+    """A Source with the labels of `classes`, and their names if they have any."""
     kind, by = type(source), source.labels
     labels = None if by == 'by_number' else places(source.classes, classes, title, whose)
     if labels is not None:
@@ -152,7 +152,7 @@ def relabelled(source, classes, title, whose="the model's"):
 
 
 class Mapped:
-    """Records whose label k stands for `labels[k]`, int32 [K]."""
+    """Records whose label k becomes `labels[k]`, int32 [K]."""
 
     def __init__(self, records, labels):
         self.records, self.labels = records, labels
@@ -175,7 +175,7 @@ class Mapped:
 
 
 def translated(label, labels):
-    """Labels by a table, None for the same; what is out of range stays so."""
+    """Maps labels by a table (None: no change); labels out of range stay out of range."""
     if labels is None:
         return label
     inside = (label >= 0) & (label < len(labels))
@@ -184,7 +184,7 @@ def translated(label, labels):
 
 
 def padded(labels, most):
-    """The only label, where `most` is 1; else int32 [most], filled up with -1."""
+    """The only label if `most` is 1; else int32 [most], padded with -1."""
     if most == 1:
         return labels[0]
     found = np.full(most, -1, np.int32)

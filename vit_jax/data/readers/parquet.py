@@ -1,9 +1,9 @@
 """Hugging Face data sets on disk at any index: parquet files, or the arrow files of save_to_disk.
 
-Random access to parquet is dear: an image is had by decoding all images of its row group, of which
-those used last are kept (`KEPT` bytes a process). Of images of 110 KB one at random takes 7 ms from
-groups of 100 and 34 ms from groups of 1,000; in file order 0.07 ms, and from arrow files, which
-are mapped into memory, 0.02 ms. So for training from parquet `prepare` the data set first.
+Random access to parquet is slow: to read an image, all images of its row group are decoded. The
+groups used last are kept (`KEPT` bytes per process). Of images of 110 KB a random one takes 7 ms
+from groups of 100 and 34 ms from groups of 1,000; in file order 0.07 ms, and from arrow files,
+which are memory-mapped, 0.02 ms. To train from parquet, `prepare` the data set first.
 """
 
 import collections
@@ -24,7 +24,7 @@ KEPT = 2**28  # bytes of decoded row groups
 
 
 def library():
-    """The package pyarrow; UserError with the way to it."""
+    """Imports pyarrow; without it raises UserError that says how to install it."""
     try:
         import pyarrow
         import pyarrow.compute
@@ -37,7 +37,7 @@ def library():
 
 
 class Parquet:
-    """A parquet file: rows of its groups, and columns of a group. One thread at a time."""
+    """A parquet file: rows of its groups, and columns of a group. Reads in one thread at a time."""
 
     def __init__(self, file):
         pa = library()
@@ -45,7 +45,7 @@ class Parquet:
             fs, path = fetch.backend(file)
             file = fs.open(path, 'rb')
         else:
-            os.stat(file)  # says in fewer words than pyarrow what is wrong
+            os.stat(file)  # its errors are shorter than those of pyarrow
         self.file = pa.parquet.ParquetFile(file, pre_buffer=False)
         self.schema = self.file.schema_arrow
         self.lock = threading.Lock()
@@ -55,14 +55,14 @@ class Parquet:
         return [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
 
     def column(self, group, path):
-        """A column, as 'image' or 'image.bytes', of a row group, as one array."""
+        """A column of a row group as one array; its path is ('image',) or ('image', 'bytes')."""
         with self.lock:
             table = self.file.read_row_group(group, columns=['.'.join(path)], use_threads=False)
         return inner(table.column(0).combine_chunks(), path[1:])
 
 
 class Arrow:
-    """An arrow file as the parquet ones: its groups are record batches, which cost nothing."""
+    """An arrow file with the methods of Parquet; its groups are record batches, at no cost."""
 
     def __init__(self, file):
         pa = library()
@@ -74,7 +74,7 @@ class Arrow:
             with pa.ipc.open_stream(source) as stream:
                 self.schema, self.batches = stream.schema, list(stream)
         for batch in self.batches:
-            batch.validate(full=True)  # pyarrow would follow whatever offsets there are
+            batch.validate(full=True)  # pyarrow does not check offsets later
 
     def length(self):
         return os.fstat(self.handle.fileno()).st_size
@@ -83,13 +83,13 @@ class Arrow:
         return [batch.num_rows for batch in self.batches]
 
     def column(self, group, path):
-        if self.length() < self.size:  # the kernel ends a process that reads what is gone
+        if self.length() < self.size:  # the kernel kills a process that reads past the end
             raise UserError(f'{self.handle.name} was {self.size:,} bytes long and is shorter')
         return inner(self.batches[group].column(path[0]), path[1:])
 
 
 def inner(values, path):
-    """The field of a struct array that a path names; a null struct has null fields."""
+    """The field of a struct array at a path; a null struct has null fields."""
     pa = library()
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
@@ -99,9 +99,9 @@ def inner(values, path):
 
 
 def bytes_at(values, row):
-    """The bytes in a row of a binary array, None where it is null.
+    """Bytes in a row of a binary array, None if it is null.
 
-    Raises UserError where they lie outside of the array, as in a mapped file that was written over.
+    Raises UserError if they lie outside of the array, as in a mapped file that was overwritten.
     """
     if values.slice(row, 1).null_count:
         return None
@@ -119,10 +119,10 @@ def opened(file):
 
 
 class Rows:
-    """Examples in parquet or arrow files, (image bytes, label); picklable, threads may share it.
+    """Examples (image bytes, label) in parquet or arrow files; picklable, thread-safe.
 
-    A label is an int, or int32 [L] filled up with -1 where the column holds lists. The column of
-    labels is read at once, that of images by row groups.
+    A label is an int, or int32 [L] padded with -1 if the column has lists. The column of labels is
+    read at once, that of images by row groups.
     """
 
     def __init__(self, files, *, image='image', label='label'):
@@ -145,7 +145,7 @@ class Rows:
                     labels.append(values)
                     counts.append(sizes)
         self.ends = np.cumsum([n for one in rows for n in one], dtype=np.int64)
-        self.first = np.cumsum([0] + [len(one) for one in rows])  # group of each file, of all
+        self.first = np.cumsum([0] + [len(one) for one in rows])  # first group of each file
         self.labels = np.concatenate([np.zeros(0, np.int32), *labels])
         self.label_ends = self.max_labels = None
         if self.many:
@@ -153,7 +153,7 @@ class Rows:
             self.label_ends, self.max_labels = np.cumsum(counts), max(1, int(counts.max(initial=0)))
 
     def close(self):
-        """Forgets all files and row groups; the next example opens one again."""
+        """Closes all files and drops all row groups; the next example opens one again."""
         self.readers, self.groups = collections.OrderedDict(), collections.OrderedDict()
         self.lock, self.busy = threading.Lock(), {}
 
@@ -169,7 +169,7 @@ class Rows:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def locate(self, i):
-        """(file, row group of all, row in it) of example i; IndexError where there is none."""
+        """(file, row group among all, row in it) of example i; raises IndexError."""
         i = int(i)
         if not 0 <= i < len(self):
             raise IndexError(f'no example {i} among {len(self)}')
@@ -186,7 +186,7 @@ class Rows:
         return [self.ends, self.labels, *ends], sizes
 
     def name(self, i):
-        """The file and row of example i."""
+        """File and row of example i."""
         k, _, _ = self.locate(i)
         first = int(self.first[k])
         return f'{self.files[k]}[{int(i) - (int(self.ends[first - 1]) if first else 0)}]'
@@ -202,7 +202,7 @@ class Rows:
         return {'image': data, 'label': label}
 
     def images(self, k, group):
-        """The images of a row group of file k, of those used last or decoded now, once."""
+        """Images of a row group of file k, which are in memory or decoded now, once."""
         number = group - int(self.first[k])
         if self.files[k].endswith('.arrow'):
             with ranges.reading(self.files[k]):
@@ -212,7 +212,7 @@ class Rows:
                 self.groups.move_to_end(group)
                 return self.groups[group]
             busy = self.busy.setdefault(group, threading.Lock())
-        with busy:  # who comes second waits, and does not decode it again
+        with busy:  # a second thread waits, and does not decode it again
             with self.lock:
                 if group in self.groups:
                     return self.groups[group]
@@ -229,7 +229,7 @@ class Rows:
         return sum(images.nbytes for images in self.groups.values())
 
     def opened(self, k):
-        """File k, opened; of many, those used last stay open."""
+        """Opens file k; of many, those used last stay open."""
         with self.lock:
             if k in self.readers:
                 self.readers.move_to_end(k)
@@ -243,7 +243,7 @@ class Rows:
 
 
 def columns(schema, file, image, label):
-    """(path of the bytes, whether labels are lists) of a schema; UserError where it has none."""
+    """(path of the bytes, whether labels are lists) of a schema; raises UserError without them."""
     pa = library()
     for key in (image, label):
         if key not in schema.names:
@@ -261,7 +261,7 @@ def columns(schema, file, image, label):
 
 
 def numbers(values, file, group):
-    """(labels int32, how many each row has int64 [n]) of a column of a row group."""
+    """(labels int32, number of labels in each row int64 [n]) of a column of a row group."""
     pa = library()
     counts = np.ones(len(values), np.int64)
     if not pa.types.is_integer(values.type):
@@ -276,9 +276,9 @@ def numbers(values, file, group):
 
 
 def class_names(rows, folders, label):
-    """The names of a ClassLabel: as files, dataset_info.json or README.md say them, or None.
+    """Names of a ClassLabel from the files, dataset_info.json or README.md, or None.
 
-    The folders are looked through in their order.
+    Searches the folders in their order.
     """
     if rows.names:
         return rows.names
@@ -297,7 +297,7 @@ def class_names(rows, folders, label):
 
 
 def schema_names(schema, label):
-    """The class names that Hugging Face wrote into the schema of a file, or None."""
+    """Class names that Hugging Face wrote into the schema of a file, or None."""
     with contextlib.suppress(ValueError, RecursionError, AttributeError):
         info = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
         return names_in(info.get('info', {}).get('features', {}).get(label))
@@ -305,7 +305,7 @@ def schema_names(schema, label):
 
 
 def names_in(feature):
-    """The class names of a feature, of a ClassLabel or a list of them, as Hugging Face says it."""
+    """Class names of a Hugging Face feature, a ClassLabel or a list of them, or None."""
     if isinstance(feature, list) and len(feature) == 1:
         feature = feature[0]
     if isinstance(feature, dict) and isinstance(feature.get('feature'), dict):
@@ -323,7 +323,7 @@ def info_features(text, label):
 
 
 def card_features(text, label):
-    """The feature in the YAML at the head of a README.md."""
+    """Feature in the YAML at the head of a README.md."""
     import yaml
 
     head = re.match(r'---\r?\n(.*?)\n---', text.decode('utf-8', 'replace'), re.DOTALL)

@@ -1,4 +1,4 @@
-"""Examples that are ranges of bytes in files, local or at an address, and indices of them."""
+"""Examples that are byte ranges of files, local or at an address, and indices of them."""
 
 import collections
 import concurrent.futures
@@ -19,16 +19,16 @@ from vit_jax.errors import UserError
 from vit_jax.io import fetch, reasons
 from vit_jax.io.text import brief, printable
 
-THREADS = 8  # that index files; they wait for the disk or the network
-ATTEMPTS = 4  # to read from an address, a second, two and four apart
+THREADS = 8  # to index files; they wait for the disk or the network
+ATTEMPTS = 4  # to read from an address, one, two and four seconds apart
 SLACK = 2**20  # bytes by which an index may be larger than its file
 
 
 class Ranges:
-    """Ranges of bytes of many files (paths or addresses); picklable, threads may share it.
+    """Byte ranges of many files (paths or addresses); picklable, thread-safe.
 
-    File k has examples ends[k - 1] to ends[k]; example i is `sizes[i]` bytes from `offsets[i]`. Of
-    an address only these bytes are fetched.
+    File k has examples ends[k - 1] to ends[k]; example i is `sizes[i]` bytes at `offsets[i]`. Only
+    these bytes are fetched from an address.
     """
 
     def __init__(self, files, counts, offsets, sizes):
@@ -51,7 +51,7 @@ class Ranges:
         return len(self.offsets)
 
     def locate(self, i):
-        """(number of the file, position in it) of example i; IndexError where there is none."""
+        """(index of the file, position in it) of example i; raises IndexError."""
         i = int(i)
         if not 0 <= i < len(self):
             raise IndexError(f'no example {i} among {len(self)}')
@@ -63,7 +63,7 @@ class Ranges:
         return f'{self.files[k]}[{position}]'
 
     def read(self, i):
-        """The bytes of example i; UserError, with its name, where they can't be read."""
+        """Bytes of example i; raises UserError with its name if they can't be read."""
         k, _ = self.locate(i)
         start, size = int(self.offsets[i]), int(self.sizes[i])
         for attempt in range(ATTEMPTS):
@@ -84,7 +84,7 @@ class Ranges:
         return data
 
     def reader(self, k):
-        """A function (start, size) -> bytes of file k; of many, those used last stay open."""
+        """Function (start, size) -> bytes of file k; of many, those used last stay open."""
         with self.lock:
             if k not in self.readers:
                 self.readers[k] = reader(self.files[k])
@@ -95,30 +95,30 @@ class Ranges:
 
 
 def reader(file):
-    """A function (start, size) -> bytes of a file, at a path or an address."""
+    """Function (start, size) -> bytes of a file, at a path or an address."""
     if '://' in file:
         fs, path = fetch.backend(file)
         return lambda start, size: fs.cat_file(path, start=start, end=start + size) if size else b''
-    handle = open(file, 'rb', buffering=0)  # held by the function, and closed with it
+    handle = open(file, 'rb', buffering=0)  # owned by the function, and closed with it
     return lambda start, size: os.pread(handle.fileno(), size, start)
 
 
 def index(files, scan, settings, *, beside):
-    """The dict of arrays that scan(stream, file, size) gives of each file, in their order.
+    """Dict of arrays that scan(stream, file, size) returns, for each file in order.
 
-    What was found before is taken from the files' sidecars, if they have the same `settings` and
-    the files are as they were. `beside`: sidecars stand beside the files where possible.
+    Earlier results are read from the files' sidecars if these have the same `settings` and the
+    files have not changed. `beside`: sidecars are written beside the files where possible.
     """
     work = partial(indexed, scan=scan, settings=settings, beside=beside, told=Told(len(files)))
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
     try:
         return list(pool.map(work, files))
     finally:
-        pool.shutdown(cancel_futures=True)  # not those to come, where one has failed
+        pool.shutdown(cancel_futures=True)  # if one fails, no others start
 
 
 class Told:
-    """Says once that files are read through, which takes a while the first time."""
+    """Reports once that files are being indexed, which takes a while the first time."""
 
     def __init__(self, count):
         self.count, self.lock = count, threading.Lock()
@@ -132,12 +132,12 @@ class Told:
 
 
 def indexed(file, *, scan, settings, beside, told):
-    """The index of one file: its sidecar's, or made anew and stored."""
+    """Index of one file: from its sidecar, or made and stored now."""
     with reading(file):
         known = identity(file)
         stamp = json.dumps({**known, **settings}, sort_keys=True)
         places = sidecars(file, beside)
-        if len(known) > 1:  # a server that gives sizes alone can't say that a file has changed
+        if len(known) > 1:  # a size alone does not show that a file has changed
             for place in places:
                 found = load(place, stamp, known['size'])
                 if found is not None:
@@ -149,7 +149,7 @@ def indexed(file, *, scan, settings, beside, told):
         with opened(file) as stream:
             found = scan(stream, file, size)
     for place in places if len(known) > 1 else ():
-        with contextlib.suppress(OSError):  # of a disk that is full or not to be written to
+        with contextlib.suppress(OSError):  # the disk is full or read-only
             store(place, stamp, found)
             break
     return found
@@ -157,7 +157,7 @@ def indexed(file, *, scan, settings, beside, told):
 
 @contextlib.contextmanager
 def reading(file):
-    """Turns what the disk or a server refuses into a UserError with the file's name."""
+    """Turns an error of the disk or a server into UserError with the file's name."""
     try:
         yield
     except Exception as e:
@@ -168,7 +168,7 @@ def reading(file):
 
 
 def identity(file):
-    """What tells a file from a changed one: its size and time, or what its server says."""
+    """Identifies a version of a file: its size and time, or what its server reports."""
     if '://' in file:
         fs, path = fetch.backend(file)
         return fetch.said(fs.info(path))
@@ -177,7 +177,7 @@ def identity(file):
 
 
 def opened(file):
-    """A binary stream of a file, for reading here and there."""
+    """Opens a binary stream of a file for scattered reads."""
     if '://' in file:
         fs, path = fetch.backend(file)
         return fs.open(path, 'rb')
@@ -185,7 +185,7 @@ def opened(file):
 
 
 def sidecars(file, beside):
-    """The paths at which the index of a file may stand."""
+    """Paths where the index of a file may be."""
     if '://' in file:
         return [fetch.cache_folder(file) / 'index.npz']
     cached = fetch.cache_folder(os.path.abspath(file)) / 'index.npz'
@@ -193,7 +193,7 @@ def sidecars(file, beside):
 
 
 def store(place, stamp, arrays):
-    """Writes an index, which is complete or not there; OSError where the disk refuses."""
+    """Writes an index atomically; raises OSError if the disk refuses."""
     if place.name == 'index.npz':
         place.parent.mkdir(parents=True, exist_ok=True)
     part = fetch.part(place.parent, place.name, os.getpid())
@@ -206,7 +206,7 @@ def store(place, stamp, arrays):
 
 
 def load(place, stamp, size):
-    """The arrays of a sidecar, None where it is of another file, of another format or damaged."""
+    """Arrays of a sidecar; None if it is of another file or another format, or damaged."""
     try:
         with zipfile.ZipFile(place) as file:
             if sum(entry.file_size for entry in file.infolist()) > size + SLACK:

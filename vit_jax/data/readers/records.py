@@ -1,8 +1,8 @@
 """A data set as shards of records at random access: ArrayRecord files and a manifest.json.
 
 A record is a serialized tf.train.Example (`image` and `name`: bytes, `label`: int64s), which any
-tool reads. Shards hold one record a chunk, uncompressed: image files do not shrink, and
-110 KB are read in 36 us (compressed 40 to 45). `prepare` writes such folders.
+tool reads. A shard has one record per chunk, uncompressed: image files do not shrink, and 110 KB
+are read in 36 us (compressed 40 to 45). `prepare` writes such folders.
 """
 
 import collections
@@ -27,24 +27,24 @@ from vit_jax.io.text import brief
 
 FORMAT, VERSION = 'vit_jax records', 1
 MANIFEST = 'manifest.json'
-JOURNAL = 'prepare.jsonl'  # there as long as a folder is not finished
+JOURNAL = 'prepare.jsonl'  # exists until a folder is finished
 MOST_MANIFEST = 200_000_000  # bytes; 100,000 shards take 20 million
-MOST_OPEN = 256  # shards at once, each a file descriptor and the index of its records
+MOST_OPEN = 256  # open shards, each with a file descriptor and the index of its records
 WRITER = 'group_size:1,uncompressed'
-READER = 'readahead_buffer_size:0,max_parallelism:0'  # the defaults read on: 40 times slower
-BUFFER = 32768  # bytes; what is longer is read past the buffer
+READER = 'readahead_buffer_size:0,max_parallelism:0'  # the defaults read ahead: 40 times slower
+BUFFER = 32768  # bytes; longer reads bypass the buffer
 
 
 def shard_name(split, index, count):
-    """The file of a shard."""
+    """File name of a shard."""
     return f'{split}-{index:05d}-of-{count:05d}.array_record'
 
 
 def write_shard(path, records):
-    """Writes records (bytes) as one shard; gives (records, bytes of the file, sha256).
+    """Writes records (bytes) as one shard; returns (records, bytes of the file, sha256).
 
-    The file is complete or not there: it is written as .NAME.PROCESS.part, put on the disk, and
-    renamed. UserError where the disk refuses.
+    The write is atomic: to .NAME.PROCESS.part, flushed to disk, then renamed. Raises UserError if
+    the disk refuses.
     """
     path = pathlib.Path(path)
     part, count = path.with_name(f'.{path.name}.{os.getpid()}.part'), 0
@@ -69,14 +69,14 @@ def write_shard(path, records):
 
 
 def beside(folder, name):
-    """The path or address of a file in a folder."""
+    """Path or address of a file in a folder."""
     return f'{str(folder).rstrip("/")}/{name}'
 
 
 def read_manifest(folder):
-    """The manifest of a prepared folder (a path or an address), checked: a file of somebody else.
+    """Reads and checks the manifest of a prepared folder (a path or an address); it is untrusted.
 
-    UserError, in one line with the name of the file, where there is none or it makes no sense.
+    Raises UserError, in one line with the name of the file, if it is missing or invalid.
     """
     where = beside(folder, MANIFEST)
     try:
@@ -92,7 +92,7 @@ def read_manifest(folder):
 
 
 def manifest_text(folder, where):
-    """The bytes of a manifest.json; UserError where there is none."""
+    """Bytes of a manifest.json; raises UserError if there is none."""
     lacks = (
         f'{folder} has no {MANIFEST}: it is no prepared data set, or one that is not finished; '
         'run python -m vit_jax.data.prepare again, which goes on where it stopped'
@@ -119,7 +119,7 @@ def manifest_text(folder, where):
 
 
 def wrong(manifest):
-    """What is wrong with a manifest, None where nothing is."""
+    """What is wrong with a manifest, None if it is valid."""
     if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
         return f'it does not say that its format is {FORMAT!r}'
     if manifest.get('version') != VERSION:
@@ -144,7 +144,7 @@ def wrong(manifest):
 
 
 def wrong_shard(shard, seen):
-    """What is wrong with the entry of a shard, None where nothing is; `seen` are other files."""
+    """What is wrong with the entry of a shard, or None; adds its file to those `seen`."""
     if not isinstance(shard, dict):
         return 'no object'
     name = shard.get('file')
@@ -165,10 +165,10 @@ def wrong_shard(shard, seen):
 class Records:
     """One split of a prepared folder (a path or an address) at any index: (bytes, label).
 
-    A label is an int where the data set has one an image, else int32 [max_labels], filled up with
-    -1. Picklable: another process opens the files anew. Threads may share it. What it keeps is in
-    proportion to the number of shards, not of examples. Shards of an address are downloaded when
-    the first record of theirs is read, and kept in the cache.
+    A label is an int if the data set has one per image, else int32 [max_labels], padded with -1.
+    Picklable: another process reopens the files. Thread-safe. Memory is proportional to the number
+    of shards, not of examples. A shard at an address is downloaded when its first record is read,
+    and kept in the cache.
     """
 
     def __init__(self, folder, split='train', *, manifest=None):
@@ -200,7 +200,7 @@ class Records:
         return int(self.ends[-1])
 
     def locate(self, i):
-        """(number of the shard, position in it) of example i; IndexError where there is none."""
+        """(index of the shard, position in it) of example i; raises IndexError."""
         i = int(i)
         if not 0 <= i < len(self):
             raise IndexError(f'no example {i} among {len(self)}')
@@ -208,7 +208,7 @@ class Records:
         return k, i - (int(self.ends[k - 1]) if k else 0)
 
     def read(self, i):
-        """(bytes, labels, name) of example i; UserError with the shard where it is damaged."""
+        """(bytes, labels, name) of example i; raises UserError with the shard if it is damaged."""
         k, position = self.locate(i)
         try:
             return example.parse(self.reader(k).read([position])[0])
@@ -236,7 +236,7 @@ class Records:
         return f'{beside(self.folder, self.files[k])}[{position}]'
 
     def name(self, i):
-        """The shard and position of example i, and the name it was given, if it can be read."""
+        """Shard and position of example i, and its original name if that can be read."""
         try:
             name = self.read(i)[2]
         except UserError:
@@ -244,7 +244,7 @@ class Records:
         return f'{self.place(i)} ({brief(name)})' if name else self.place(i)
 
     def reader(self, k):
-        """The open reader of shard k; of many, those used last stay open."""
+        """Reader of shard k; of many, those used last stay open."""
         with self.lock:
             if k in self.readers:
                 self.readers.move_to_end(k)
@@ -257,7 +257,7 @@ class Records:
         return reader
 
     def opened(self, k):
-        """A new reader of shard k; UserError where it is not as the manifest has it."""
+        """Opens a new reader of shard k; raises UserError if it is not as in the manifest."""
         name, size = self.files[k], int(self.sizes[k])
         path = pathlib.Path(beside(self.folder, name))
         if '://' in self.folder:
@@ -280,7 +280,7 @@ class Records:
 
 
 def refusal(reader):
-    """Why a reader is not ok, in its own words."""
+    """Error message of a reader that is not ok."""
     try:
         reader.read([0])
     except RuntimeError as e:
@@ -289,14 +289,14 @@ def refusal(reader):
 
 
 def most_open():
-    """Shards to hold open: a few of the file descriptors that the process may have."""
+    """Number of shards to keep open: a quarter of the process's file descriptors at most."""
     return min(MOST_OPEN, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
 def cached(address, size, digest):
-    """The local copy of a shard; it is complete, and what the manifest names, or not there."""
+    """Local copy of a shard; the path exists only once it is complete and verified."""
     folder, _, name = address.rpartition('/')
-    folder = fetch.cache_folder(folder) / digest  # so that a shard of another version is another
+    folder = fetch.cache_folder(folder) / digest  # so that another version has another path
     path = folder / name
     if path.exists():
         return path
@@ -311,7 +311,7 @@ def cached(address, size, digest):
 
 @contextlib.contextmanager
 def alone(lock):
-    """Holds a lock file, between threads and processes."""
+    """Holds a lock file against other threads and processes."""
     file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with contextlib.suppress(OSError):  # a file system without locks: all download
@@ -322,7 +322,7 @@ def alone(lock):
 
 
 def download(address, path, size, digest):
-    """Fetches a shard, checks it against the manifest, and puts it in place."""
+    """Downloads a shard, verifies it against the manifest and moves it into place."""
     fs, remote = fetch.backend(address)
     part = fetch.part(path.parent, path.name, os.getpid())
     file = fetch.File(path.name, remote, {'size': size})

@@ -1,4 +1,4 @@
-"""Which files a data set has: folders, patterns, splits by name; on disk or at an address."""
+"""Finds the files of a data set: folders, patterns, splits by name; on disk or at an address."""
 
 import contextlib
 import glob
@@ -10,21 +10,21 @@ from vit_jax.data.readers import names, ranges, records, splits
 from vit_jax.errors import UserError
 from vit_jax.io import fetch
 
-MOST_CARD = 10_000_000  # bytes of a list of classes, or what else is said of a data set
+MOST_CARD = 10_000_000  # bytes of a list of classes or of other metadata
 SHARDS = ('.tar', '.parquet', '.arrow')
-# as of imagenet-train-0001.tar
+# finds the split in names such as imagenet-train-0001.tar
 IN_NAME = re.compile(rf'(?:^|[-_.])({"|".join(splits.KNOWN)})(?=[-_.0-9])')
 OF = re.compile(r'-\d+-of-(\d+)(?=[-.])')
 MOST_SHARDS = 1_000_000
 
 
 def listed(address):
-    """(names of the files, names of the folders) in a folder; both empty where there is none."""
+    """(names of the files, names of the folders) in a folder; both empty if there is no folder."""
     if '://' not in address:
         try:
             with os.scandir(address) as entries:
                 found = [(entry.name, os.path.isdir(entry.path)) for entry in entries]
-        except OSError:  # `folder` says so
+        except OSError:  # folders.read raises
             return set(), set()
     else:
         with fetch.explained(address):
@@ -43,11 +43,11 @@ def listed(address):
 
 
 def find_shards(address, files, folders):
-    """{split: shards} of a folder, of its folders train, val, ... or of data/; {} where none."""
+    """{split: shards} of a folder, of its folders train, val, ... or of data/; {} if none."""
     base = address.rstrip('/')
     for suffix in SHARDS:
         own = shards_in(base, files, suffix)
-        # Beside folders of images a .tar is what they were unpacked from.
+        # A .tar beside folders of images is what they were unpacked from.
         images = suffix == '.tar' and ('train' in folders or len(folders) > 1)
         if own and not images:
             return divided(own)
@@ -65,10 +65,10 @@ def find_shards(address, files, folders):
 
 
 def shards_in(folder, files, suffix):
-    """The shards of a kind among the files of a folder, sorted.
+    """Shards of a kind among the files of a folder, sorted.
 
-    Of arrow files those that state.json of save_to_disk names; what map() and filter() of Hugging
-    Face leave beside them (cache-*.arrow) is no part of the data set.
+    Arrow files are those that state.json of save_to_disk names. Files that map() and filter() of
+    Hugging Face leave beside them (cache-*.arrow) are not part of the data set.
     """
     found = sorted(name for name in files if name.endswith(suffix))
     if suffix == '.arrow' and found:
@@ -84,7 +84,7 @@ def shards_in(folder, files, suffix):
 
 
 def state_files(folder):
-    """The files that a state.json names, in their order; None where it makes no sense."""
+    """Files that a state.json names, in their order; None if it is invalid."""
     state = small_json(folder, 'state.json')
     files = state.get('_data_files') if isinstance(state, dict) else None
     files = [f.get('filename') for f in files if isinstance(f, dict)] if files else None
@@ -93,7 +93,7 @@ def state_files(folder):
 
 
 def dict_splits(folder, files):
-    """The splits that dataset_dict.json of save_to_disk names; the usual ones without it."""
+    """Splits that dataset_dict.json of save_to_disk names; the usual ones without it."""
     found = small_json(folder, 'dataset_dict.json') if 'dataset_dict.json' in files else None
     listed = found.get('splits') if isinstance(found, dict) else None
     if isinstance(listed, list) and all(isinstance(split, str) for split in listed):
@@ -102,14 +102,14 @@ def dict_splits(folder, files):
 
 
 def small_json(folder, name):
-    """What a JSON file holds, None where it is none."""
+    """Content of a JSON file, None if there is none."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(small_file(folder, name) or b'null')
     return None
 
 
 def divided(paths):
-    """{split: shards} by the splits in their names, all of 'train' where none has one."""
+    """{split: shards} by the splits in their names; all are 'train' if none has one."""
     parts = {}
     for path in paths:
         match = IN_NAME.search(path.rpartition('/')[2])
@@ -120,7 +120,7 @@ def divided(paths):
 
 
 def complete(paths):
-    """The shards as they came; UserError where their names say that there are more."""
+    """Returns the shards; raises UserError if their names say that there are more."""
     counts = {int(m[1]) for p in paths if (m := OF.search(p.rpartition('/')[2]))}
     if len(counts) == 1 and len(paths) < min(counts):
         raise UserError(f'of {min(counts)} shards there are {len(paths)}, as {paths[0]}')
@@ -128,7 +128,7 @@ def complete(paths):
 
 
 def expanded(pattern):
-    """The files of a pattern: {000..146} and {a,b} counted out, the rest found, if with a *."""
+    """Files of a pattern: expands {000..146} and {a,b}, and searches if there is a *."""
     found = ['']
     for fixed, _, inner in re.findall(r'([^{]*)(\{([^{}]*)\})?', pattern):
         words = [''] if not inner else spelled(inner, pattern)
@@ -143,7 +143,7 @@ def expanded(pattern):
 
 
 def spelled(inner, pattern):
-    """The words of a pair of braces: 08..11 to 08, 09, 10, 11, and a,b to a, b."""
+    """Expands a pair of braces: 08..11 to 08, 09, 10, 11, and a,b to a, b."""
     bounds = re.fullmatch(r'(\d{1,9})\.\.(\d{1,9})', inner)
     if not bounds:
         return inner.split(',')
@@ -154,7 +154,7 @@ def spelled(inner, pattern):
 
 
 def globbed(pattern):
-    """The files that are as a pattern with a *, in the order of their names."""
+    """Files that match a pattern with a *, sorted by name."""
     if '://' not in pattern:
         return sorted(glob.glob(pattern))
     with fetch.explained(pattern):
@@ -164,7 +164,7 @@ def globbed(pattern):
 
 
 def small_file(folder, name):
-    """The bytes of a file in a folder (a path or an address), None where there is none."""
+    """Bytes of a file in a folder (a path or an address), None if there is none."""
     where = f'{folder.rstrip("/")}/{name}'
     with ranges.reading(where):
         try:

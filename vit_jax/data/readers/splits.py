@@ -1,4 +1,4 @@
-"""Splits of a data set: what a text like 'train[10%:90%]' names, and which of them validate."""
+"""Splits of a data set: parses texts such as 'train[10%:90%]', and finds those that validate."""
 
 import re
 
@@ -7,13 +7,13 @@ from vit_jax.io.text import printable
 
 VALIDATION = ('val', 'valid', 'validation', 'dev')
 KNOWN = ('train', *VALIDATION, 'test')
-WORDS = (*KNOWN, 'training', 'testing', 'eval')  # of folders that are no classes
+WORDS = (*KNOWN, 'training', 'testing', 'eval')  # names of folders that are no classes
 PERCENT = r'\d{1,3}(?:\.\d{1,9})?'
 FORM = re.compile(rf'([^\[\]]+)(?:\[(?:({PERCENT})%)?:(?:({PERCENT})%)?\])?', re.ASCII)
 
 
 def share(split: str) -> tuple[str, float, float]:
-    """'train[10%:90%]' to ('train', 10, 90); UserError for all that is of no such form."""
+    """Parses 'train[10%:90%]' to ('train', 10, 90); raises UserError for any other form."""
     match = FORM.fullmatch(split)
     low, high = (float(match[2] or 0), float(match[3] or 100)) if match else (0, 0)
     if not low < high <= 100:
@@ -24,7 +24,7 @@ def share(split: str) -> tuple[str, float, float]:
 
 
 def missing(where: str, split: str, known) -> UserError:
-    """The error that a data set has no such split."""
+    """Error for a split that a data set does not have."""
     listed = ', '.join(map(printable, known))
     return UserError(f'{where} has no split {split!r}; it has {listed} (source.split)')
 
@@ -32,7 +32,7 @@ def missing(where: str, split: str, known) -> UserError:
 def held_out(known) -> tuple[str, dict[str, str]]:
     """(training split, {evaluation: split}) of a data set with the splits `known`.
 
-    A validation set, a test set or both where it has them; else a tenth of what it trains on.
+    Evaluates on its validation set, its test set or both; without any, on a tenth of train.
     """
     val = next((split for split in VALIDATION if split in known), None)
     found = {'val': val} if val else {}

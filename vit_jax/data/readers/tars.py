@@ -1,9 +1,9 @@
-"""Data sets in shards: finding these, and WebDataset's tars at any index: (image bytes, label).
+"""WebDataset's tar shards at any index: (image bytes, label).
 
-The index says where the images are and what their labels are. It is built once, from the headers
-and labels alone, and kept as NAME.tar.index.npz beside the shard, or in the cache where that can't
-be written. It lives in numpy arrays, about 40 bytes an example and the key: millions of examples,
-not billions; for those, and for shards at an address, run `prepare`.
+The index has the places of the images, and their labels. It is built once, from the headers and
+labels alone, and stored as NAME.tar.index.npz beside the shard, or in the cache where that can't be
+written. It is in numpy arrays, about 40 bytes per example and the key: enough for millions of
+examples, not billions; for those, and for shards at an address, run `prepare`.
 """
 
 import array
@@ -25,7 +25,7 @@ BLOCK = 512  # bytes of a tar header
 
 
 class Tars(ranges.Ranges):
-    """The examples of tar shards; a label is an int, or int32 [L] filled up with -1."""
+    """Examples of tar shards; a label is an int, or int32 [L] padded with -1."""
 
     def __init__(self, files, *, image='image', label='label'):
         settings = {'format': 'tar 1', 'image': image, 'label': label}
@@ -38,7 +38,7 @@ class Tars(ranges.Ranges):
         super().__init__(files, counts, joined(found, 'offsets'), joined(found, 'sizes'))
         self.keys, self.key_ends = joined(found, 'keys'), np.cumsum(joined(found, 'key_sizes'))
         self.labels = joined(found, 'labels')
-        self.label_ends = self.max_labels = None  # one label an image
+        self.label_ends = self.max_labels = None  # one label per image
         if any(one['many'] for one in found):
             label_counts = joined(found, 'label_counts')
             self.label_ends = np.cumsum(label_counts)
@@ -57,7 +57,7 @@ class Tars(ranges.Ranges):
         return [self.keys, self.key_ends, self.labels, *ends], [self.sizes]
 
     def name(self, i):
-        """The shard, position and key of example i."""
+        """Shard, position and key of example i."""
         stop = int(self.key_ends[i])
         start = int(self.key_ends[i - 1]) if i else 0
         key = self.keys[start:stop].tobytes().decode('utf-8', 'backslashreplace')
@@ -65,7 +65,7 @@ class Tars(ranges.Ranges):
 
 
 def adds_up(one):
-    """Whether the arrays of an index are of one number of examples; a sidecar may be anybody's."""
+    """Whether the arrays of an index have matching lengths; a sidecar is untrusted."""
     rows = {len(one[key]) for key in ('offsets', 'sizes', 'key_sizes', 'label_counts')}
     whole = one['key_sizes'].sum() == len(one['keys'])
     return len(rows) == 1 and whole and one['label_counts'].sum() == len(one['labels'])
@@ -76,7 +76,7 @@ def joined(found, key):
 
 
 def padded(labels, ends, i, most):
-    """Labels ends[i - 1] to ends[i] as int32 [most], filled up with -1."""
+    """Labels ends[i - 1] to ends[i] as int32 [most], padded with -1."""
     own = labels[int(ends[i - 1]) if i else 0 : int(ends[i])]
     out = np.full(most, -1, np.int32)
     out[: len(own)] = own
@@ -84,14 +84,14 @@ def padded(labels, ends, i, most):
 
 
 def class_names(found, folders, label):
-    """The names in classes.txt (one a line) or classes.json (a list) of the folders, else None."""
+    """Names in classes.txt (one per line) or classes.json (a list) of the folders, or None."""
     for folder in folders:
         for name in ('classes.txt', 'classes.json'):
             text = shards.small_file(folder, name)
             if text is None:
                 continue
             try:
-                words = text.decode('utf-8-sig')  # editors of Windows mark UTF-8
+                words = text.decode('utf-8-sig')  # Windows editors write a byte order mark
                 words = words.splitlines() if name == 'classes.txt' else json.loads(words)
             except (ValueError, RecursionError):
                 words = None
@@ -102,7 +102,7 @@ def class_names(found, folders, label):
 
 
 class Sparing:
-    """A stream that reads little at once, so that no claim of a header takes memory."""
+    """A stream that limits reads, so that sizes claimed by a header can't exhaust memory."""
 
     def __init__(self, stream):
         self.stream, self.seek, self.tell = stream, stream.seek, stream.tell
@@ -114,12 +114,12 @@ class Sparing:
 
 
 def members(stream, file, size):
-    """Yields the headers of a tar file; UserError with the position where it is damaged."""
+    """Yields the headers of a tar file; raises UserError with the position if it is damaged."""
     tar, at = None, 0
     try:
         tar = tarfile.TarFile(fileobj=stream, mode='r')
         while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep them all
+            tar.members.clear()  # tarfile keeps them all
             if member.size < 0 or tar.offset <= at:
                 raise tarfile.ReadError('a size that leads backwards')
             if member.offset_data + member.size > size:
@@ -127,17 +127,18 @@ def members(stream, file, size):
             yield member
             at = tar.offset
         stream.seek(at)
-        if stream.read(BLOCK) != bytes(BLOCK):  # tarfile stops at a damaged header in silence
+        if stream.read(BLOCK) != bytes(BLOCK):  # tarfile silently stops at a damaged header
             raise tarfile.ReadError('no header, and no end of archive')
     except (tarfile.TarError, OverflowError, RecursionError, EOFError) as e:
         raise UserError(f'{file} is damaged at byte {at:,}: {brief(e)}') from e
 
 
 def scan(stream, file, size, *, image, label):
-    """The index of a tar shard: arrays by name.
+    """Index of a tar shard: arrays by name.
 
-    offsets, sizes int64 [n]; keys uint8 (one behind the other), key_sizes int64 [n]; labels int32,
-    label_counts int64 [n]; many: bool, whether they are lists. UserError names shard and key.
+    offsets, sizes int64 [n]; keys uint8 (concatenated), key_sizes int64 [n]; labels int32,
+    label_counts int64 [n]; many: bool, whether labels are lists. Raises UserError with shard and
+    key.
     """
     stream, rows, passed = Sparing(stream), Rows(file, image, label), []
     for member in members(stream, file, size):
@@ -146,7 +147,7 @@ def scan(stream, file, size, *, image, label):
         if not member.isreg() or member.issparse():
             raise UserError(f'{file}: {brief(member.name)} is a link or sparse; not read here')
         match = KEY.fullmatch(member.name)
-        if not match:  # as WebDataset does
+        if not match:  # skipped, as WebDataset does
             passed.append(member.name)
             continue
         key, kind = match[1], match[2].lower()
@@ -164,7 +165,7 @@ def scan(stream, file, size, *, image, label):
 
 
 class Rows:
-    """Gathers the members of a shard into examples; those of a key follow one another."""
+    """Groups the members of a shard into examples; the members of a key are consecutive."""
 
     def __init__(self, file, image, label):
         self.file, self.image, self.wanted = file, image, label
@@ -184,7 +185,7 @@ class Rows:
         return UserError(f'{self.file}: example {len(self.offsets)} ({brief(self.key)}): {text}')
 
     def flush(self):
-        """Takes what was gathered as an example."""
+        """Adds the current group as an example."""
         if self.key is None:
             return
         kinds = [k for k in self.group if k in formats.SUFFIXES]
@@ -208,7 +209,7 @@ class Rows:
         self.group = {}
 
     def label(self):
-        """The label of the group, an int or a list of ints, in the range of int32."""
+        """Label of the group, an int or a list of ints, in the range of int32."""
         if 'cls' in self.group and self.wanted in ('label', 'cls'):
             text = self.group['cls'][2]
             if not re.fullmatch(rb'\s*-?\d{1,10}\s*', text):
@@ -224,7 +225,7 @@ class Rows:
         return value
 
     def field(self):
-        """The label in the .json of the group."""
+        """Label in the .json of the group."""
         try:
             value = json.loads(self.group['json'][2])
         except (ValueError, RecursionError) as e:
@@ -235,7 +236,7 @@ class Rows:
         return value[self.wanted]
 
     def arrays(self):
-        """What was gathered, as arrays."""
+        """The index, as arrays."""
         self.flush()
         return {
             'offsets': np.array(self.offsets, np.int64),

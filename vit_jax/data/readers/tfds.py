@@ -1,4 +1,4 @@
-"""Data sets of TFDS, by their names, as they are prepared; those of VTAB-1k among them."""
+"""Opens prepared data sets of TFDS by name, those of VTAB-1k among them."""
 
 import contextlib
 import difflib
@@ -19,8 +19,8 @@ SMALL = 2**28  # bytes; reading and parsing a record takes longer than decoding 
 class Tfds:
     """A TFDS split in a random-access format; a `small` one stays in memory once it is read.
 
-    `label` is a feature or a function of the example; a list of labels gets `max_labels` places,
-    filled up with -1. `change` is done with the image's bytes.
+    `label` is a feature or a function of the example; a list of labels is padded with -1 to
+    `max_labels`. `change` is applied to the image's bytes.
     """
 
     def __init__(self, data, title, image, label, small, max_labels=None, change=None):
@@ -72,7 +72,7 @@ def load(name, split, *, data_dir=None, image='image', label='label'):
             raise UserError(
                 f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}'
             )
-    one = getattr(features[label], 'feature', features[label])  # of a sequence of labels
+    one = getattr(features[label], 'feature', features[label])  # for a sequence of labels
     if getattr(one, 'names', None) is None:
         raise UserError(f'feature {label!r} of data set {name} is no class label')
     most = None if one is features[label] else MOST_LABELS
@@ -88,7 +88,7 @@ def load(name, split, *, data_dir=None, image='image', label='label'):
 
 
 def builder_of(name, data_dir):
-    """The builder of a data set; those of the repository are prepared at their first use."""
+    """Builder of a data set; data sets of this package are prepared at their first use."""
     if name not in BUILDERS:
         return prepared(name, data_dir)
     import tensorflow_datasets as tfds_lib
@@ -125,7 +125,7 @@ def vtab_task(name, split, data_dir=None):
 
 
 def random_access(builder, split, image):
-    """A split as a sequence of examples whose images are not decoded."""
+    """A split as a sequence of examples, with images that are not decoded."""
     import tensorflow_datasets as tfds_lib
 
     return builder.as_data_source(split, decoders={image: tfds_lib.decode.SkipDecoding()})
@@ -133,7 +133,7 @@ def random_access(builder, split, image):
 
 @contextlib.contextmanager
 def explained(builder, name, split):
-    """Says of a data set that can't be opened why, and the way out."""
+    """Raises UserError that says why a data set can't be opened, and what to do."""
     try:
         yield
     except NotImplementedError as e:
@@ -148,13 +148,13 @@ def explained(builder, name, split):
 
 
 def prepared(name, data_dir):
-    """The builder of a data set that stands prepared in data_dir, by the files alone."""
+    """Builder of a data set that is prepared in data_dir, from the files alone."""
     import tensorflow_datasets as tfds_lib
 
     try:
         builder = tfds_lib.builder(name, data_dir=data_dir, try_gcs=False)
     except (tfds_lib.core.DatasetNotFoundError, ModuleNotFoundError, ValueError) as e:
-        # ValueError: a name that none of TFDS's can be, as that of a folder that is not there
+        # ValueError: a name that TFDS does not allow, such as that of a missing folder
         known = [*BUILDERS, *tfds_lib.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, 3)
         hint = f' Did you mean {" or ".join(near)}?' if near else ''

@@ -1,8 +1,8 @@
-"""Records as ranges of bytes of files, and TFDS's TFRecords at any index without TensorFlow.
+"""TFRecords of TFDS at any index, without TensorFlow.
 
 A TFRecord is uint64 length, masked CRC-32C of the length, data, masked CRC-32C of the data
-(tensorflow/core/lib/io/record_writer.h). Where its records begin is found by one pass over the
-lengths, and kept in the cache. A record is a tf.train.Example.
+(tensorflow/core/lib/io/record_writer.h). One pass over the lengths finds where records begin, which
+is kept in the cache. A record is a tf.train.Example.
 """
 
 import array
@@ -14,7 +14,7 @@ from vit_jax.data.readers import example, ranges
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
-try:  # a part of the extra `remote`; without it only the lengths are checked
+try:  # in the extra `remote`; without it only the lengths are verified
     from google_crc32c import value as crc32c
 except ImportError:
     crc32c = None
@@ -24,7 +24,7 @@ MASK = 0xA282EAD8
 
 
 def crc_table():
-    """uint32 [256]: the CRC-32C of one byte (polynomial 0x1EDC6F41, reflected)."""
+    """CRC-32C of each byte (polynomial 0x1EDC6F41, reflected): uint32 [256]."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, table >> 1 ^ np.uint32(0x82F63B78), table >> 1)
@@ -35,7 +35,7 @@ TABLE = crc_table()
 
 
 def crc_of_rows(rows):
-    """The CRC-32C of each row of bytes: uint8 [n, b] to uint32 [n]."""
+    """CRC-32C of each row of bytes: uint8 [n, b] to uint32 [n]."""
     crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
     for column in rows.T:
         crc = TABLE[(crc ^ column) & 0xFF] ^ crc >> 8
@@ -43,13 +43,13 @@ def crc_of_rows(rows):
 
 
 def masked(crc):
-    """A CRC as it is stored, so that the CRC of data that holds CRCs is sound: uint32 [n]."""
+    """Masks CRCs as they are stored, so that data with CRCs in them have sound CRCs: uint32 [n]."""
     with np.errstate(over='ignore'):
         return (crc >> np.uint32(15) | crc << np.uint32(17)) + np.uint32(MASK)
 
 
 def scan(stream, file, size):
-    """{offsets, sizes: int64 [n]} of the data of a file's records; UserError with the position."""
+    """{offsets, sizes: int64 [n]} of a file's records; raises UserError with the position."""
     offsets, headers, at = array.array('q'), bytearray(), 0
     while at < size:
         stream.seek(at)
@@ -76,9 +76,9 @@ def scan(stream, file, size):
 
 
 class TfRecords(ranges.Ranges):
-    """(image bytes, label) of some of the records of files: of each `take` behind the first `skip`.
+    """(image bytes, label) of some records of files: of each file, `take` after the first `skip`.
 
-    `counts` are the records that each file should have.
+    `counts` are the numbers of records that the files should have.
     """
 
     def __init__(self, files, counts, skips, takes, *, image='image', label='label'):
@@ -106,7 +106,7 @@ class TfRecords(ranges.Ranges):
         return [*names, self.ends, self.skips], [self.sizes]
 
     def read(self, i):
-        """The data of record i; its CRC is checked where google-crc32c is installed."""
+        """Data of record i; verifies its CRC if google-crc32c is installed."""
         data = super().read(i)
         data, stored = data[:-FOOTER], int.from_bytes(data[-FOOTER:], 'little')
         if crc32c is not None and masked(np.uint32(crc32c(data))) != stored:
@@ -124,7 +124,7 @@ class TfRecords(ranges.Ranges):
 
 
 def image_and_label(record, image, label):
-    """(bytes of the image, label) of a tf.train.Example; ValueError where it is none."""
+    """(bytes of the image, label) of a tf.train.Example; raises ValueError if it is none."""
     found = {}
     for number, kind, start, stop in example.fields(record, 0, len(record)):
         if number == 1 and kind == example.BYTES:
@@ -142,9 +142,9 @@ def image_and_label(record, image, label):
 
 
 def of_builder(builder, split, *, image='image', label='label'):
-    """A split ('train', 'train[:90%]', 'train+test') of a builder of TFDS, prepared as TFRecord.
+    """Opens a split ('train', 'train[:90%]', 'train+test') of a TFDS builder prepared as TFRecord.
 
-    Reads features that TFDS stores as they are: an Image of uint8 and a ClassLabel.
+    Reads features that TFDS stores unchanged: an Image of uint8 and a ClassLabel.
     """
     import tensorflow_datasets as tfds
 

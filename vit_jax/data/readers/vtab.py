@@ -1,8 +1,8 @@
-"""VTAB-1k (arXiv:1910.04867): 19 tasks, each with 1,000 images to learn from, out of TFDS.
+"""VTAB-1k (arXiv:1910.04867): 19 tasks with 1,000 training images each, from TFDS.
 
-`data.source.name='vtab:TASK'` with the splits train800, val200, train800val200 (these 1,000) and
-test. Which images and labels these are is as the benchmark's own code has it (github.com,
-google-research/task_adaptation). Prepared once: tfds build NAME --file_format=array_record.
+`data.source.name='vtab:TASK'` has the splits train800, val200, train800val200 (these 1,000) and
+test. Images and labels are chosen as in the benchmark's own code (github.com,
+google-research/task_adaptation). Prepare once: tfds build NAME --file_format=array_record.
 """
 
 import io
@@ -20,24 +20,24 @@ KITTI = np.array([-100.0, 8.0, 20.0, 999.0])  # metres; beyond the last: no vehi
 
 
 class Task(NamedTuple):
-    """A task: where its images are, and what is to be told of them."""
+    """A task: where its images are, and what to predict."""
 
     group: str
     dataset: str  # TFDS
     classes: int
-    val: tuple[str, int]  # the split of val200, and at which percent of it that begins
+    val: tuple[str, int]  # the split that has val200, and the percent of it where that begins
     test: str
     label: str | Callable = 'label'  # a feature, or a function of the example
-    bright: bool = False  # images of 0 and 1
+    bright: bool = False  # pixels are 0 and 1
 
 
 def last_below(value, thresholds):
-    """The number of the last threshold below a value."""
+    """Index of the last threshold below a value."""
     return int(np.flatnonzero(thresholds < value)[-1])
 
 
 def clevr_count(example):
-    """Objects, of which there are 3 to 10."""
+    """Number of objects, which is 3 to 10."""
     return len(example['objects']['size']) - 3
 
 
@@ -47,14 +47,14 @@ def clevr_distance(example):
 
 
 def kitti_distance(example):
-    """Distance of the closest car, van or truck, in 3 classes and one for none."""
+    """Distance of the closest car, van or truck, in 3 classes, and one for no vehicle."""
     vehicles = np.asarray(example['objects']['type']) < 3
     depths = np.asarray(example['objects']['location']).reshape(-1, 3)[vehicles, 2]
     return last_below(np.min(depths, initial=1000.0), KITTI)
 
 
 def dsprites_location(example):
-    """Horizontal position: 32 places in 16 classes."""
+    """Horizontal position: 32 positions in 16 classes."""
     return int(example['label_x_position']) // 2
 
 
@@ -63,7 +63,7 @@ def dsprites_orientation(example):
     return int(example['label_orientation'] / 2.5)
 
 
-OWN, TENTH = ('validation', 0), ('train', 90)  # a validation split of its own; a tenth of train
+OWN, TENTH = ('validation', 0), ('train', 90)  # its own validation split; a tenth of train
 SIXTY = ('train', 60), 'train[80%:]'
 SPRITES = ('train', 80), 'train[90%:]'
 NORB = ('test', 0), 'test[50%:]'
@@ -96,7 +96,7 @@ TASKS = {
 
 
 def task(name):
-    """The task of 'vtab:NAME'."""
+    """The task of a name 'vtab:NAME'; raises UserError for an unknown one."""
     found = TASKS.get(name.removeprefix('vtab:'))
     if found is None:
         raise UserError(f'no task {name!r}; there are vtab:{", vtab:".join(TASKS)}')
@@ -104,7 +104,7 @@ def task(name):
 
 
 def split_of(found, split, sizes):
-    """The TFDS split of one of `SPLITS`; `sizes` are {TFDS split: examples}."""
+    """TFDS split of one of `SPLITS`; `sizes` is {TFDS split: examples}."""
     if split not in SPLITS:
         raise UserError(f'VTAB has no split {split!r}; it has {", ".join(SPLITS)}')
     name, percent = found.val
@@ -115,7 +115,7 @@ def split_of(found, split, sizes):
 
 
 def brightened(data):
-    """A PNG of grey levels 0 and 1 as one of 0 and 255."""
+    """Converts a PNG of grey levels 0 and 1 to 0 and 255."""
     out = io.BytesIO()
     pixels = np.array(Image.open(io.BytesIO(data)))
     Image.fromarray(pixels * 255).save(out, 'PNG')
@@ -123,7 +123,7 @@ def brightened(data):
 
 
 def means(accuracies):
-    """{'natural', 'specialized', 'structured', 'mean'}: of {task: accuracy}, of all 19 tasks."""
+    """Averages {task: accuracy} to {'natural', 'specialized', 'structured', 'mean': of all 19}."""
     missing = TASKS.keys() - accuracies.keys()
     if missing:
         raise ValueError(f'no accuracy of {", ".join(sorted(missing))}')
