@@ -1,14 +1,14 @@
 """Writes a data set as shards of records: python -m vit_jax.data.prepare SRC DST.
 
 SRC is anything that data.source.name takes; its other fields can be given: --source.image=png. DST
-is a local folder, which is a data set, and SRC for others, once it holds a manifest.json: the last
-file to be written. A run that was stopped goes on where it was, if it is started again in the same
-way; the files do not depend on the number of workers, nor on where it was stopped.
+is a local folder. Once it has manifest.json, the last file to be written, it is a data set, which
+can be SRC too. A run that was stopped resumes where it was if it is started again with the same
+arguments; the files depend neither on the number of workers nor on where it was stopped.
 
-An image longer than --max_side is reduced to it (Pillow's bicubic filter, antialiased) and becomes
-a JPEG of --quality, a smaller one of another format too; a smaller JPEG is kept byte for byte. With
---max_side=0 all are kept. Those of which the sets of --against have duplicates are left out, and
-listed in removed.jsonl; see data/duplicates.py.
+An image longer than --max_side is reduced to it (Pillow's bicubic filter, antialiased) and encoded
+as a JPEG of --quality. A smaller image of another format is encoded, too; a smaller JPEG is copied
+byte for byte. --max_side=0 copies all. Images with duplicates in the sets of --against are left out
+and listed in removed.jsonl; see data/prepare/duplicates.py.
 """
 
 import contextlib
@@ -63,13 +63,13 @@ USAGE = 'usage: python -m vit_jax.data.prepare SRC DST [--split train,validation
 
 
 def split_of(address):
-    """'SRC:SPLIT' to (SRC, SPLIT); 'test' where it names none."""
+    """Splits 'SRC:SPLIT' into (SRC, SPLIT), which is 'test' if not given."""
     match = re.fullmatch(r'(.+):([A-Za-z_]\w*(\[[^\]]*\])?)', address)
     return (match[1], match[2]) if match else (address, 'test')
 
 
 def load(name, splits, fields):
-    """{split: Source}, with the same classes each."""
+    """Loads {split: Source}, all with the same classes."""
     known = inspect.signature(sources.load).parameters
     unknown = [k for k in fields if k not in known]
     if unknown or {'name', 'split'} & fields.keys():
@@ -88,13 +88,13 @@ def load(name, splits, fields):
 
 
 def usual_splits(name, data_dir=None):
-    """train, and the splits of a data set that validate or test."""
+    """train, and the splits of a data set for validation and test."""
     known = sources.splits_of(name, data_dir)
     return ['train', *(split for split in KNOWN[1:] if split in known)]
 
 
 def most_labels(loaded):
-    """How many labels an example has at most: 1, or as long as the arrays of the sources are."""
+    """Largest number of labels of an example: 1, or the length of the sources' label arrays."""
     shapes = {getattr(source.records, 'max_labels', None) or 1 for source in loaded.values()}
     if len(shapes) > 1:
         raise UserError(f'the splits have labels of different numbers: {sorted(shapes)}')
@@ -102,13 +102,13 @@ def most_labels(loaded):
 
 
 def names_digest(source):
-    """Of a few names of a data set: tells it from another one in the same place."""
+    """Hash of a few names of a data set, to distinguish it from another one in the same place."""
     picked = np.linspace(0, len(source) - 1, 16).astype(int)
     return hashlib.sha256(repr([source.name(int(i)) for i in picked]).encode()).hexdigest()[:16]
 
 
 def plan(src, loaded, fields):
-    """What makes the files what they are: of the same plan a half-finished folder is completed."""
+    """Everything that determines the files; only the same plan completes an unfinished folder."""
     shard_examples = {
         split: -(-len(source) // SHARDS.value) if SHARDS.value else EXAMPLES.value
         for split, source in loaded.items()
@@ -127,7 +127,7 @@ def plan(src, loaded, fields):
 
 
 def difference(old, new):
-    """The first key in which two plans differ, as 'KEY is OLD, not NEW'."""
+    """First key in which two plans differ, as 'KEY is OLD, not NEW'."""
     for section in ('source', 'options'):
         before = old.get(section) if isinstance(old.get(section), dict) else {}
         for key in (*new[section], *before):
@@ -138,7 +138,7 @@ def difference(old, new):
 
 @contextlib.contextmanager
 def held(dst):
-    """Holds the folder alone; UserError where another process prepares it."""
+    """Locks the folder; raises UserError if another process is preparing it."""
     try:
         dst.mkdir(parents=True, exist_ok=True)
         folder = os.open(dst, os.O_RDONLY | os.O_DIRECTORY)
@@ -157,7 +157,7 @@ def held(dst):
 
 
 def replaced(path, text):
-    """Writes a file that is complete or not there, and on the disk."""
+    """Writes a file atomically, and flushes it to disk."""
     part = path.with_name(f'.{path.name}.part')
     with part.open('w') as file:
         file.write(text)
@@ -167,9 +167,9 @@ def replaced(path, text):
 
 
 def journal(dst, wanted, job):
-    """Lines of the shards that are finished, each checked; begins the journal where there is none.
+    """Lines of the finished shards, each verified; starts the journal if there is none.
 
-    UserError where the folder holds something else, or was begun with another plan.
+    Raises UserError if the folder has other files, or was begun with another plan.
     """
     path = dst / records.JOURNAL
     if not path.exists():
@@ -179,7 +179,7 @@ def journal(dst, wanted, job):
         return []
     lines = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill: done again
+        with contextlib.suppress(json.JSONDecodeError):  # truncated by a kill: done again
             lines.append(json.loads(line))
     changed = difference(lines[0] if lines and isinstance(lines[0], dict) else {}, wanted)
     if changed:
@@ -193,7 +193,7 @@ def journal(dst, wanted, job):
 
 
 def sound(path, line):
-    """Whether a shard is, byte by byte, as the journal has it."""
+    """Whether a shard has the size and hash of its line in the journal."""
     try:
         with path.open('rb') as file:
             if os.fstat(file.fileno()).st_size != line['bytes']:
@@ -204,7 +204,7 @@ def sound(path, line):
 
 
 def know(job, workers):
-    """Writes what is to be known of the test sets, once."""
+    """Writes names, digests and hashes of the test sets, unless they are written."""
     path = job.dst / writing.KNOWN
     if not job.against or path.exists():
         return
@@ -226,7 +226,7 @@ def know(job, workers):
 
 
 def write(job, wanted, classes, max_labels, workers):
-    """Writes all shards that are missing, then the manifest; returns it."""
+    """Writes all missing shards, then the manifest; returns the manifest."""
     done = journal(job.dst, wanted, job)
     know(job, workers)
     finished = {(line['split'], line['shard']) for line in done}
@@ -251,7 +251,7 @@ def write(job, wanted, classes, max_labels, workers):
 
 
 def finish(job, wanted, classes, max_labels, done):
-    """Writes the lists and the manifest, then removes what only a half-finished folder needs."""
+    """Writes the lists and the manifest, then removes what only an unfinished folder needs."""
     splits, counts = {}, {}
     for split in job.sources:
         lines = sorted((x for x in done if x['split'] == split), key=lambda line: line['shard'])
@@ -286,13 +286,13 @@ def finish(job, wanted, classes, max_labels, done):
 
 
 def clean(dst):
-    """Removes what a finished folder does not need."""
+    """Removes files that a finished folder does not need."""
     for path in (dst / records.JOURNAL, dst / writing.KNOWN, *dst.glob('.*.part')):
         path.unlink(missing_ok=True)
 
 
 def prepare(src, dst, splits, fields, workers):
-    """Prepares a data set; returns its manifest. UserError for whatever is not as it should be."""
+    """Prepares a data set and returns its manifest; raises UserError."""
     if '://' in str(dst):
         raise UserError(f'{dst}: write to a local folder, and copy that; it can be read from there')
     dst = pathlib.Path(dst).expanduser()

@@ -1,4 +1,4 @@
-"""Worker processes that take tasks from pipes: none is waited for in vain, none hears a signal."""
+"""Distributes tasks to worker processes by pipes; workers ignore signals, dead ones are noticed."""
 
 import contextlib
 import multiprocessing
@@ -11,7 +11,7 @@ from vit_jax.errors import UserError
 
 
 def distributed(work, job, tasks, workers, bar):
-    """Yields the workers' results, as they come; UserError where one refuses or dies."""
+    """Yields the workers' results as they arrive; raises UserError if one refuses or dies."""
     context = multiprocessing.get_context('spawn')
     tasks, crew = list(reversed(tasks)), {}
     try:
@@ -20,7 +20,7 @@ def distributed(work, job, tasks, workers, bar):
             process = context.Process(target=work, args=(job, theirs), daemon=True)
             with deaf():
                 process.start()
-            theirs.close()  # so that its end is seen when the worker dies
+            theirs.close()  # so that the pipe ends when the worker dies
             give(tasks, crew, ours, process)
         while crew:
             for pipe in connection.wait(list(crew)):
@@ -44,12 +44,12 @@ def distributed(work, job, tasks, workers, bar):
 def give(tasks, crew, pipe, process):
     """Sends a worker its next task."""
     crew[pipe] = process, tasks.pop()
-    with contextlib.suppress(OSError):  # it is dead, which is seen when its answer is read
+    with contextlib.suppress(OSError):  # it is dead: reading its answer raises
         pipe.send(crew[pipe][1])
 
 
 def answer(pipe, process, task):
-    """What a worker sends; raises what it reports."""
+    """Receives (kind, value) from a worker; raises the error that it reports."""
     try:
         kind, value = pipe.recv()
     except (EOFError, OSError):
@@ -66,10 +66,10 @@ def answer(pipe, process, task):
 
 
 class Bar:
-    """A progress bar on a terminal, a plain line every ten seconds elsewhere; on stderr.
+    """Progress bar on a terminal, else a plain line every ten seconds; on stderr.
 
-    The first line comes at once and the last one at the end, or, where it is `brief`, none before
-    ten seconds have passed.
+    The first line is printed at once and the last one at the end, or, if `brief`, none before ten
+    seconds have passed.
     """
 
     def __init__(self, title, total, done=0, brief=False):
@@ -94,7 +94,7 @@ class Bar:
             self.bar.start()
 
     def at(self, worker, count):
-        """Says how far a worker is within its task."""
+        """Updates the progress of a worker within its task."""
         self.under_way[worker] = count
         self.show()
 

@@ -1,29 +1,31 @@
-"""Finds images of test sets among training images: exactly the same, or nearly so.
+"""Finds exact and near duplicates of test images among training images.
 
-Papers remove what pre-training data share with the test sets of downstream tasks, so that no
-accuracy comes from having seen the answer (arXiv:2010.11929 section 4.1, arXiv:1912.11370).
+Papers remove images of downstream test sets from pre-training data, so that no accuracy is due to
+images seen before (arXiv:2010.11929 section 4.1, arXiv:1912.11370).
 
-Exact: the same pixels, by their SHA-256; so the same bytes too. Near: a perceptual hash. The image
-is made grey and squeezed to 32 x 32; of its discrete cosine transform the 16 x 16 lowest
-frequencies but the mean are kept as signs, 255 bits. Two images are near where at most `distance`
-bits differ, of the image or of its mirror image; unrelated ones differ in half of them.
+Exact duplicates have the same pixels, by their SHA-256; so also those with the same bytes. Near
+duplicates have similar perceptual hashes. The image is converted to grey and resized to 32 x 32. Of
+its discrete cosine transform the signs of the 16 x 16 lowest frequencies but the mean are the hash,
+255 bits. Two images are near if at most `distance` bits differ, of the image or of its mirror
+image; unrelated ones differ in half of the bits.
 
-Measured with distance 48 on 400 windows of two photographs, of 64 to 260 pixels: first of all, then
-of the two thirds with the most contrast (the others are sky, whose hash is noise):
+Measured with distance 48 on 400 windows of two photographs, of 64 to 260 pixels: share found of all
+windows, and of the two thirds with the most contrast (the others are sky, whose hash is noise):
 
     mirrored, grey, twice the size          100%         100%
-    half the size; squeezed to a square     98%, 97%     100%, 100%
+    half the size; resized to a square      98%, 97%     100%, 100%
     JPEG of quality 90, 70, 50, 20          97 92 91 88% 100% each
     brightness x 1.3, x 0.7, contrast       96 96 98%    100% each
-    turned by a degree                      89%          100%
+    rotated by one degree                   89%          100%
     a third of the size, nearest pixel      85%          91%
-    cut by 1%, 2%, 5%, 10% on each side     98 83 5 0%   100 94 7 0%
+    cropped by 1%, 2%, 5%, 10% on each side 98 83 5 0%   100 94 7 0%
 
-So it is blind to crops. Of 119,480 pairs of windows that do not overlap none is nearer than 90, in
-the mirror than 62. Where all images are alike (clothes of 28 x 28 pixels), read removed.jsonl.
+So it does not find crops. Of 119,480 pairs of windows that do not overlap, none is nearer than 90,
+and none is nearer than 62 when mirrored. If all images are alike (clothes of 28 x 28 pixels), read
+removed.jsonl.
 
-The search compares with all: after 128 bits most are ruled out. Among 100,000 hashes an image and
-its mirror image take 0.3 ms on one core, digest and hashes of 500 x 375 pixels 0.7 ms.
+The search compares with all hashes and rules out most after 128 bits. Among 100,000 hashes an image
+and its mirror image take 0.3 ms on one core; digest and hashes of 500 x 375 pixels take 0.7 ms.
 """
 
 import hashlib
@@ -35,22 +37,22 @@ from PIL import Image
 
 from vit_jax.data import images
 
-SIDE, KEPT = 32, 16  # pixels of the grey image; frequencies an axis
+SIDE, KEPT = 32, 16  # pixels of the grey image; frequencies per axis
 DISTANCE = 48  # bits of 255
-LEAST = 0.5  # of a coefficient that is more than rounding: 1 / 2,000 of a grey level a pixel
+LEAST = 0.5  # least coefficient above rounding errors: 1 / 2,000 of a grey level per pixel
 
 
 def cosines(kept, side):
-    """float64 [kept, side]: the first rows of the discrete cosine transform."""
+    """First rows of the discrete cosine transform: float64 [kept, side]."""
     return np.cos(np.pi * np.arange(kept)[:, None] * (2 * np.arange(side) + 1) / (2 * side))
 
 
 COSINES = cosines(KEPT, SIDE)
-MIRRORED = np.where(np.arange(KEPT) % 2, -1, 1)  # what a mirror image changes, of its columns
+MIRRORED = np.where(np.arange(KEPT) % 2, -1, 1)  # signs of the columns of a mirror image
 
 
 def hashes(image):
-    """uint64 [2, 4]: the hashes of an image uint8 [H, W, 3] and of its mirror image."""
+    """Hashes of an image uint8 [H, W, 3] and of its mirror image: uint64 [2, 4]."""
     grey = Image.fromarray(np.ascontiguousarray(image)).convert('L')
     grey = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float64)
     coefficients = COSINES @ grey @ COSINES.T  # [rows, columns]
@@ -60,20 +62,20 @@ def hashes(image):
 
 
 def digest(image):
-    """32 bytes that are the same for the same shape and pixels [H, W, 3]."""
+    """SHA-256 of the shape and pixels of an image [H, W, 3], 32 bytes."""
     found = hashlib.sha256(repr(image.shape).encode())
     found.update(np.ascontiguousarray(image))
     return found.digest()
 
 
 def described(data):
-    """(digest, hash uint64 [4]) of the bytes of an image; Unreadable where it is damaged."""
+    """(digest, hash uint64 [4]) of an encoded image; raises Unreadable if it is damaged."""
     image = images.decode(data)
     return digest(image), hashes(image)[0]
 
 
 class Known:
-    """The images to look for: their names, digests and hashes uint64 [N, 4]."""
+    """Images to search for: their names, digests and hashes uint64 [N, 4]."""
 
     def __init__(self, names, digests, hashes):
         self.names = names
@@ -83,9 +85,9 @@ class Known:
         self.words = np.ascontiguousarray(np.asarray(hashes, np.uint64).reshape(-1, 4).T)  # [4, N]
 
     def find(self, image, distance=DISTANCE):
-        """What an image uint8 [H, W, 3] is a duplicate of, as a dict; None if of nothing.
+        """Finds what an image uint8 [H, W, 3] is a duplicate of, as a dict; None if of nothing.
 
-        A negative `distance` finds exact ones alone.
+        A negative `distance` finds exact duplicates only.
         """
         same = self.digests.get(digest(image))
         if same is not None:
@@ -98,7 +100,7 @@ class Known:
         return best
 
     def nearest(self, words, distance):
-        """(index, bits) of the first of the nearest hashes to uint64 [4], None beyond distance."""
+        """(index, bits) of the first of the hashes nearest to uint64 [4]; None beyond distance."""
         if distance < 0:
             return None
         bits = np.bitwise_count(self.words[0] ^ words[0])
@@ -113,7 +115,7 @@ class Known:
 
 
 def save(path, names, digests, hashes):
-    """Writes what Known takes as an .npz file, complete or not there."""
+    """Writes the arguments of Known to an .npz file, atomically."""
     part = f'{path}.part'
     with open(part, 'wb') as file:
         np.savez(
@@ -128,7 +130,7 @@ def save(path, names, digests, hashes):
 
 
 def read(path):
-    """Known, of a file that `save` wrote."""
+    """Reads Known from a file that `save` wrote."""
     with np.load(path, allow_pickle=False) as file:
         names = json.loads(file['names'].tobytes())
         return Known(names, [row.tobytes() for row in file['digests']], file['hashes'])

@@ -1,4 +1,4 @@
-"""What a worker of `prepare` does: a shard of records, or the hashes of a piece of a test set."""
+"""Tasks of the workers of `prepare`: write a shard of records, or hash a part of a test set."""
 
 import contextlib
 import io
@@ -14,12 +14,12 @@ from vit_jax.data.readers import example, records
 from vit_jax.data.workers import end_with_parent
 from vit_jax.errors import UserError
 
-KNOWN = '.against.npz'  # what is known of the test sets, as long as DST is not finished
-EVERY = 0.2  # seconds between what a worker says of its progress
+KNOWN = '.against.npz'  # hashes of the test sets, until DST is finished
+EVERY = 0.2  # seconds between a worker's reports of its progress
 
 
 def converted(data, side, quality):
-    """(bytes to keep, the decoded image) of the bytes of an image; Unreadable."""
+    """(bytes to write, decoded image) of an encoded image; raises Unreadable."""
     image = images.decode(data)
     small = max(image.shape[:2]) <= side
     if not side or small and data[:3] == b'\xff\xd8\xff':
@@ -35,7 +35,7 @@ def converted(data, side, quality):
 
 
 def raw(source, i):
-    """(bytes, label) of an example; images.Unreadable, whatever its reader raises."""
+    """(bytes, label) of an example; turns whatever its reader raises into images.Unreadable."""
     try:
         record = source.records[i]
         return record['image'], record['label']
@@ -46,7 +46,7 @@ def raw(source, i):
 
 
 def labels_of(label, source, i):
-    """A label, or an array of them filled up with -1, as a list; UserError for no class."""
+    """Converts a label, or an array padded with -1, to a list; raises UserError if out of range."""
     numbers = np.atleast_1d(label)
     numbers = [int(n) for n in numbers if n >= 0 or np.ndim(label) == 0]
     for number in numbers:
@@ -59,7 +59,7 @@ def labels_of(label, source, i):
 
 
 class Job:
-    """What the workers share: sources by split, options, duplicates; picklable."""
+    """What workers share: sources by split, test sets, options and limits; picklable."""
 
     def __init__(self, dst, loaded, against, options, limits):
         self.dst, self.sources, self.against = dst, loaded, against
@@ -73,7 +73,7 @@ class Job:
         return records.shard_name(split, k, self.shards(split))
 
     def range(self, split, k):
-        """The examples of shard k."""
+        """Indices of the examples of shard k."""
         each = self.options['shard_examples'][split]
         return range(k * each, min((k + 1) * each, len(self.sources[split])))
 
@@ -82,7 +82,7 @@ class Job:
 
 
 def work(job, pipe):
-    """A worker: takes tasks from a pipe and answers each, until the pipe or its parent is gone."""
+    """Runs a worker, which answers tasks from a pipe until the pipe or its parent is gone."""
     end_with_parent()
     known, said = None, 0.0
 
@@ -100,7 +100,7 @@ def work(job, pipe):
             function = shard if kind == 'shard' else hashed
             pipe.send(('done', function(job, key, k, known, progress)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # nobody is left to tell
+        pass  # the parent is gone
     except UserError as e:
         pipe.send(('refused', str(e)))
     except BaseException:
@@ -108,7 +108,7 @@ def work(job, pipe):
 
 
 def shard(job, split, k, known, progress):
-    """Writes shard k of a split, and returns its line of the journal."""
+    """Writes shard k of a split and returns its line of the journal."""
     source, options = job.sources[split], job.options
     removed, unreadable, span = [], [], job.range(split, k)
 
@@ -137,7 +137,7 @@ def shard(job, split, k, known, progress):
 
 
 def hashed(job, which, k, known, progress):
-    """The names, digests and hashes of a piece of a test set; unreadable images have none."""
+    """Names, digests and hashes of a part of a test set, without unreadable images."""
     source = job.against[which]
     rows = []
     for done, i in enumerate(piece(source, k)):
@@ -152,7 +152,7 @@ def piece(source, k, each=1024):
 
 
 def check(bad, limit, count, last):
-    """UserError where more images are unreadable than is tolerated."""
+    """Raises UserError if more images are unreadable than the limit."""
     if bad > limit:
         raise UserError(
             f'unreadable image {last["name"]}: {last["why"]} ({bad} of {count:,} images so far; '

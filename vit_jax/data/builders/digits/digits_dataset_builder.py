@@ -6,7 +6,7 @@ from PIL import Image
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Test is a fixed random fifth, drawn from NumPy's frozen RandomState stream."""
+    """The split test is a fixed random fifth, drawn from NumPy's frozen RandomState stream."""
 
     VERSION = tfds.core.Version('1.0.0')
 

@@ -1,4 +1,4 @@
-"""TFDS builder of Fashion-MNIST (arXiv:1708.07747) as the package dataset-fashion-mnist has it."""
+"""TFDS builder of Fashion-MNIST (arXiv:1708.07747), from Debian's package dataset-fashion-mnist."""
 
 import gzip
 import pathlib
@@ -17,8 +17,8 @@ CLASSES = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat',
 class Builder(tfds.core.GeneratorBasedBuilder):
     """70,000 grey images of 28 x 28 in 10 classes, with the published split.
 
-    train_2k and test_1k are the first 2,000 and 1,000 of it, as TFDS keeps a split in an order of
-    its own.
+    train_2k and test_1k are the first 2,000 and 1,000 published images of a split; TFDS itself
+    stores a split in another order.
     """
 
     VERSION = tfds.core.Version('1.1.0')
@@ -54,7 +54,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 def read_idx(path):
-    """A uint8 array from an IDX file: two zero bytes, type 8, rank, big-endian sizes, data."""
+    """Reads an IDX file to a uint8 array: two zero bytes, type 8, rank, big-endian sizes, data."""
     data = gzip.decompress(path.read_bytes())
     if data[:3] != b'\0\0\x08':
         raise UserError(f'{path} is no IDX file of bytes')
