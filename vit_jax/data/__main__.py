@@ -1,9 +1,9 @@
 """Shows what a step trains on: python -m vit_jax.data --config FILE[:ARG] --step N --show out.png.
 
-Draws the batch of step N (0 is the first) of an experiment, or of a run's config.json, as the
-model sees it: view, augmentations, mixup and CutMix with that step's keys. Prints for each example
-its id, its name and its labels. No model is made and nothing is trained. Any setting can be
-changed, as --config.data.view=central.
+Draws the batch of step N (0 is the first) of an experiment, or of a run's config.json, as the model
+receives it: after view, augmentations, mixup and CutMix with that step's random keys. Prints the
+id, name and labels of each example. Makes no model and trains nothing. Any setting can be changed,
+as in --config.data.view=central.
 """
 
 import functools
@@ -61,7 +61,7 @@ def trained_on(config, source, step):
 
 
 def rows(batch, weights, source, count):
-    """What is known of each example of the batch, as dicts."""
+    """Yields the place, id, name, labels and use of each example of the batch, as dicts."""
     for k in range(min(count, len(weights))):
         labels = {
             source.classes[c] if c < len(source.classes) else str(c): round(float(weights[k, c]), 4)
@@ -75,7 +75,7 @@ def rows(batch, weights, source, count):
 
 
 def picture(name):
-    """(path, format) of the picture to write, in a folder that is there. Raises UserError."""
+    """(path, format) of the picture to write, in an existing folder; raises UserError."""
     path = pathlib.Path(name).expanduser().absolute()
     kind = path.suffix[1:].lower()
     if storage.remote(name) or kind not in KINDS:
@@ -88,7 +88,7 @@ def picture(name):
 
 
 def draw(path, kind, images, found, title):
-    """A grid of images [N, H, W, 3] with ids and labels above, as a file of this kind."""
+    """Draws a grid of images [N, H, W, 3] with ids and labels above, to a file of a format."""
     try:
         from matplotlib.figure import Figure
 

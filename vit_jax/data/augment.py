@@ -1,8 +1,8 @@
 """Views: (image [H, W, 3], rng, size=(height, width)) -> uint8 [height, width, 3].
 
-A view draws whatever it needs from `rng` (numpy.random.Generator), so that it is a function of the
-example and the generator alone; those of evaluation ignore it. The image is a uint8 array or one
-that is decoded as far as the view needs it (images.Encoded).
+A view draws all random numbers from `rng` (numpy.random.Generator), so that it is a function of the
+example and the generator alone; views of evaluation ignore it. The image is a uint8 array, or an
+images.Encoded, which is decoded as far as the view needs it.
 
 `method` and `antialias` are those of images.resized. Published recipes of TensorFlow have
 antialias=False; True improves images that are cropped from large windows.
@@ -20,7 +20,7 @@ from vit_jax.io.bounds import Interval, NonNegative, Pixels, Positive, Range, Sh
 Method = Literal['bilinear', 'bicubic', 'area']
 Rounding = Literal['tensorflow', 'torchvision', 'transformers']
 Crop = Annotated[float, Range(0, 1, '(]')]
-Part = Annotated[float, Range(0.1, 1)]  # of a side: the whole is made first, and takes memory
+Part = Annotated[float, Range(0.1, 1)]  # of a side: the whole is resized first, and takes memory
 Shift = Annotated[int, Range(0, 1024)]
 
 
@@ -100,7 +100,7 @@ def small_central(
 
 
 def middle(image, size, rounding):
-    """The central window of a size, where `rounding` places it."""
+    """Central window of a size, at the place that `rounding` gives, see `small_central`."""
     half = round if rounding == 'torchvision' else int
     y, x = half((image.shape[0] - size[0]) / 2), half((image.shape[1] - size[1]) / 2)
     return image[y : y + size[0], x : x + size[1]]
@@ -155,7 +155,7 @@ def random_box(shape, rng, *, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3)):
         high = min(high, h)
         low = min(low, high)
         ch = int(rng.integers(low, high + 1))
-        # rounding may have left the range by a pixel
+        # rounding may leave the range by a pixel
         ch += (round(ch * ratio) * ch < least) - (round(ch * ratio) * ch > most)
         cw = round(ch * ratio)
         if 0 < ch <= h and 0 < cw <= w and least <= ch * cw <= most:
@@ -248,4 +248,4 @@ VIEWS = {
     f.__name__: f
     for f in (resize, central, small_central, random_crop, inception, shift, affine)
 }
-FIXED = ('central', 'resize', 'small_central')  # see an image the same way each time
+FIXED = ('central', 'resize', 'small_central')  # deterministic

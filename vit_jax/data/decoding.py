@@ -1,4 +1,4 @@
-"""Bytes of image files to arrays, as a viewer would show them, by Pillow."""
+"""Decodes image files to arrays, as an image viewer would show them, by Pillow."""
 
 import io
 import re
@@ -15,21 +15,21 @@ FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, COLOUR_MAP = 258, 259, 262, 277, 284, 320
 SAMPLE_FORMAT, SUBSAMPLING = 339, 530
 
-# The start of a scan of a JPEG. Each goes over the whole image, however few bytes it has.
+# Start of a JPEG scan. Each scan covers the whole image, however few bytes it has.
 SCAN = re.compile(b'\xff\xda\0(?:\x08\1|\x0a\2|\x0c\3|\x0e\4)')
 MAX_WORK = 2**32  # pixels times scans, as in _jpeg.c
 
 
 class Unreadable(UserError):
-    """An image that no array can be made of; says why, its reader knows which."""
+    """An image that can't be decoded; the message says why, and its reader adds the name."""
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Bytes of an image file to uint8 RGB [H, W, 3].
+    """Decodes an image file to uint8 RGB [H, W, 3].
 
-    The orientation in EXIF is applied, transparency laid over white, of an animation the first
-    frame taken, more than 8 bits scaled to 8, CMYK and grey converted. Raises Unreadable for the
-    rest.
+    Applies the orientation in EXIF, composites transparency over white, takes the first frame of
+    an animation, scales more than 8 bits to 8, and converts CMYK and greyscale. Raises Unreadable
+    for anything else.
     """
     try:
         data = bytes(data)
@@ -39,12 +39,12 @@ def decode(data: bytes) -> np.ndarray:
             return turned(np.asarray(shown(file, picture, data)), turn)
     except Unreadable:
         raise
-    except Exception as e:  # Pillow's parsers raise whatever damaged data leads them to
+    except Exception as e:  # Pillow's parsers raise any exception for damaged data
         raise Unreadable(reason(e)) from e
 
 
 def reason(error):
-    """Why a file can't be decoded, in one line."""
+    """Explains in one line why a file can't be decoded."""
     text = str(error).replace(repr(io.BytesIO), 'the data').split(' <_io')[0]
     text = ' '.join(text.split()) or type(error).__name__
     known = isinstance(error, (OSError, ValueError, SyntaxError, Image.DecompressionBombError))
@@ -52,7 +52,7 @@ def reason(error):
 
 
 def turned(image, orientation):
-    """An array [H, W, C] as EXIF's orientation, 1 to 8, has it shown."""
+    """Applies EXIF's orientation, 1 to 8, to an array [H, W, C]."""
     if orientation > 4:
         image = image.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -63,9 +63,9 @@ def turned(image, orientation):
 
 
 def shown(file, picture, data):
-    """An opened image file as RGB, over white; it was opened from the bytes `picture` of `data`."""
+    """Converts an opened image file to RGB over white; `picture` is `data` without metadata."""
     check_work(file, picture)
-    opaque = None  # bool [H, W], of what a key colour or a frame smaller than its canvas leaves
+    opaque = None  # bool [H, W], with a transparent colour or a frame smaller than its canvas
     if file.format == 'PNG':
         opaque = unlike_key(file, picture)
     elif file.format == 'GIF':
@@ -87,15 +87,15 @@ def check_work(file, picture):
 
 
 def unlike_key(file, data):
-    """Where pixels of a PNG are not of the colour that its tRNS chunk makes transparent.
+    """Where pixels of a PNG differ from the colour that its tRNS chunk makes transparent.
 
-    None where that is no single colour. All bits of the key count, in 16-bit files, too.
+    None if no single colour is transparent. All bits are compared, in 16-bit files too.
     """
     depth, colour = data[24], data[25]
     if colour not in (0, 2) or 'transparency' not in file.info:
         return None
     key = np.asarray(file.info.pop('transparency')) & (2**depth - 1)
-    if colour == 2 and depth == 16:  # of which Pillow decodes the high bytes, if asked the low ones
+    if colour == 2 and depth == 16:  # Pillow decodes the high bytes, or on request the low ones
         with Image.open(io.BytesIO(data), formats=['PNG']) as low:
             low.tile = [tile._replace(args='RGB;16L') for tile in low.tile]
             low = np.asarray(low)
@@ -109,7 +109,7 @@ def unlike_key(file, data):
 
 
 def within_frame(file):
-    """Where the first frame of a GIF is; None where it fills the canvas."""
+    """Where the first frame of a GIF lies, bool [H, W]; None if it fills the canvas."""
     x0, y0, x1, y1 = file.tile[0].extents
     if (x0, y0, x1, y1) == (0, 0, *file.size):
         return None
@@ -119,7 +119,7 @@ def within_frame(file):
 
 
 def check_tiff(tags):
-    """Raises Unreadable for a TIFF whose pixels Pillow takes for others."""
+    """Raises Unreadable for a TIFF whose pixels Pillow misreads."""
     grey = tags.get(PHOTOMETRIC, 0) in (0, 1)
     bits, planes = tags.get(BITS, (1,)), tags.get(PLANES, 1) == 2
     if any(kind in (2, 5, 6) for kind in tags.get(SAMPLE_FORMAT, ())):
@@ -133,12 +133,12 @@ def check_tiff(tags):
 
 
 def eight_bits(image, data):
-    """An image with 8 bits a channel; Unreadable where a viewer would not know the range."""
+    """Converts an image to 8 bits per channel; raises Unreadable if their range is undefined."""
     tags = image.tag_v2 if image.format == 'TIFF' else {}
     if image.mode == 'F':
         raise Unreadable('floating-point pixels have no agreed range')
     if image.mode in ('P', 'PA') and tags and max(tags[COLOUR_MAP]) < 256:
-        # Of 16 bits a colour, but some writers take 8, as libtiff knows.
+        # The values should have 16 bits, but some writers use 8; libtiff allows for it, too.
         image.putpalette(np.uint8(tags[COLOUR_MAP]).reshape(3, -1).T.tobytes())
     if image.mode == 'I' or image.mode.startswith('I;16'):
         bits = max(tags.get(BITS, (16,)))
@@ -152,7 +152,7 @@ def eight_bits(image, data):
 
 
 def to_rgb(image):
-    """Any of Pillow's modes of 8 bits to RGB, transparency over white."""
+    """Converts any of Pillow's 8-bit modes to RGB, with transparency composited over white."""
     if image.mode == 'La':
         image = image.convert('LA')
     if 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:

@@ -1,6 +1,6 @@
-"""Augmentations of a sized image: (uint8 [H, W, 3], rng, settings) -> uint8 [H, W, 3].
+"""Augmentations of a resized image: (uint8 [H, W, 3], rng, settings) -> uint8 [H, W, 3].
 
-Each draws whatever it needs from `rng` (numpy.random.Generator) and leaves its input as it was.
+They draw all random numbers from `rng` (numpy.random.Generator) and do not modify their input.
 """
 
 from functools import partial
@@ -18,13 +18,13 @@ STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def preset(magnitude, mixup):
-    """Two layers of RandAugment at a magnitude, and mixup's alpha."""
+    """Settings of RandAugment with two layers at a magnitude, and of mixup with an alpha."""
     augment = (dict(name='randaugment', layers=2, magnitude=magnitude),)
     return dict(augment=augment, mixup=mixup)
 
 
 # The AugReg presets (arXiv:2106.10270 section 3.3; big_vision, configs/vit_i1k.py), as values of
-# data.augment and objective.mixup. Magnitude 0 is not nothing, see `randaugment`.
+# data.augment and objective.mixup. Magnitude 0 changes the image, too, see `randaugment`.
 AUGREG = {
     'none': dict(augment=(), mixup=0.0),
     'light1': preset(0, 0.0),
@@ -36,7 +36,7 @@ AUGREG = {
 }
 
 
-# How a level becomes an operation's arguments, where `top` is what level 10 gives.
+# Functions from a level to an operation's arguments; `top` sets the value at level 10.
 
 
 def nothing(image, rng, level, top):
@@ -90,7 +90,7 @@ AUTOAUGMENT = RANDAUGMENT | {
     'Cutout': (ops.cutout, anywhere, 100),
 }
 
-# (operation, probability, level) twice: that code's policy v0.
+# Pairs of (operation, probability, level): policy v0 of that code.
 POLICIES = (
     (('Equalize', 0.8, 1), ('ShearY', 0.8, 4)),
     (('Color', 0.4, 9), ('Equalize', 0.6, 3)),
@@ -121,7 +121,7 @@ POLICIES = (
 
 
 def operate(table, name, image, rng, level):
-    """An operation of a table, at a level."""
+    """Applies an operation of a table at a level."""
     operation, arguments, top = table[name]
     return operation(image, *arguments(image, rng, level, top))
 
@@ -157,21 +157,21 @@ def autoaugment(image, rng):
     return image
 
 
-# torchvision.transforms.RandAugment: (operation, how its magnitude is made of a share in [0, 1]).
+# torchvision.transforms.RandAugment: (operation, function from a share in [0, 1] to its magnitude).
 
 
 def either(top):
-    """A magnitude of up to `top` of either sign."""
+    """Maps a share to that share of `top`, with a random sign."""
     return lambda share, rng, shape: share * top * (1 if rng.integers(2) else -1)
 
 
 def pixels(axis):
-    """A whole number of pixels of either sign, up to 150/331 of the image."""
+    """Maps a share to whole pixels, up to 150/331 of the image, with a random sign."""
     return lambda share, rng, shape: int(either(150 / 331 * shape[axis])(share, rng, shape))
 
 
 def around_one(share, rng, shape):
-    """An enhancement: 1 +- up to 0.9."""
+    """Maps a share to an enhancement factor: 1 +- up to 0.9."""
     return 1 + either(0.9)(share, rng, shape)
 
 
@@ -309,7 +309,7 @@ def erase(
 
 
 def filling(h, w, rng, fill):
-    """What `erase` puts in a box of h x w: uint8 [h, w, 3], or one colour."""
+    """Content of a box of h x w for `erase`: uint8 [h, w, 3], or one colour."""
     if fill == 'black':
         return 0
     noise = rng.standard_normal((h, w, 3), np.float32) if fill == 'noise' else 0

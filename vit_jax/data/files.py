@@ -1,4 +1,4 @@
-"""Image files that a user names on a command line, by their paths or addresses."""
+"""Finds and reads the image files that a user names on a command line, by paths or addresses."""
 
 import os
 import pathlib
@@ -13,19 +13,19 @@ from vit_jax.errors import UserError
 from vit_jax.io import fetch, storage
 from vit_jax.io.text import printable
 
-DEFAULT_SIZE = 224  # pixels a side, for a model that fits any
+DEFAULT_SIZE = 224  # pixels per side, for a model that accepts any
 MOST_BYTES = 2**30  # of an image file
 MOST_FILES = 2**20  # in folders
-DEEPEST = 32  # folders in folders
+DEEPEST = 32  # levels of folders
 SUFFIXES = tuple(f'.{suffix}' for suffix in formats.SUFFIXES)
 
 
 def found(paths: list[str | os.PathLike], *, skip: os.PathLike | None = None) -> list[str]:
-    """Image files: those named, and those in folders and their sub-folders, sorted.
+    """Lists image files: those named, and those in folders and their sub-folders, sorted.
 
-    A name is a path, or an address that fsspec knows: gs://, https://, hf://. An address at
-    http(s) is a folder if it ends in a slash. Images in the folder `skip`, a command's own output,
-    are left out. Raises UserError where there is no image.
+    A name is a path, or an address that fsspec supports: gs://, https://, hf://. An http(s) address
+    is a folder if it ends in a slash. Images in the folder `skip`, a command's own output, are left
+    out. Raises UserError if a name is missing or a folder has no images, or too many.
     """
     files, above = [], set() if skip is None or not os.path.exists(skip) else {identity(skip)}
     for name in paths:
@@ -43,13 +43,13 @@ def found(paths: list[str | os.PathLike], *, skip: os.PathLike | None = None) ->
 
 
 def identity(path):
-    """What tells a file or folder from every other, by whatever path."""
+    """Identifies a file or folder, whatever the path to it."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def inside_folder(name, above):
-    """The image files below a folder, None of a file; UserError where there is neither."""
+    """Image files below a folder, or None for a file; raises UserError if there is neither."""
     try:
         if stat.S_ISDIR(os.stat(name).st_mode):
             return list(walked(name, above))
@@ -64,9 +64,9 @@ def inside_folder(name, above):
 
 
 def walked(folder, above):
-    """Yields the image files below a folder, sorted; links are followed, but not in circles.
+    """Yields the image files below a folder, sorted; follows links, but not in cycles.
 
-    `above` are the identities of the folders that it is in, and of those that are left out.
+    `above` holds the identities of the folders that contain it, and of those to leave out.
     """
     here = above | {identity(folder)}
     if len(here) == len(above) or len(here) > DEEPEST:
@@ -83,7 +83,7 @@ def walked(folder, above):
 
 
 def inside_address(address):
-    """The image files below a folder at an address, None of a file."""
+    """Image files below a folder at an address, or None for a file."""
     with fetch.explained(address):
         fs, path = fetch.backend(address)
         if address.startswith(('http://', 'https://')):
@@ -102,7 +102,7 @@ def inside_address(address):
 
 
 def pixels(path: str | os.PathLike, view) -> np.ndarray:
-    """uint8 [H, W, 3] of an image file, at a path or an address.
+    """Reads an image file at a path or an address through `view`: uint8 [H, W, 3].
 
     Raises images.Unreadable, a UserError, with its name.
     """
@@ -114,7 +114,7 @@ def pixels(path: str | os.PathLike, view) -> np.ndarray:
 
 
 def content(path):
-    """The bytes of a file at a path or an address; images.Unreadable where they can't be had."""
+    """Bytes of a file at a path or an address; raises images.Unreadable if it can't be read."""
     try:
         return downloaded(path) if '://' in path else storage.local_bytes(path, MOST_BYTES)
     except images.Unreadable:
@@ -124,7 +124,7 @@ def content(path):
 
 
 def downloaded(address):
-    """The bytes of a file at an address; UserError where it is not there, too large, cut off."""
+    """Bytes of a file at an address; raises UserError if it is missing, too large or truncated."""
 
     def check(size):
         if size > MOST_BYTES:

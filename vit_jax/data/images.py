@@ -1,7 +1,7 @@
-"""Image files to arrays, as a viewer would show them, and windows of them resized.
+"""Decodes image files to arrays, as an image viewer would show them, and resizes windows of them.
 
-JPEGs are decoded by an extension, `_jpeg.c`, as far as a window needs them; where it was not built,
-and for all other files, Pillow decodes the whole.
+The extension `_jpeg.c` decodes a JPEG as far as a window needs it. Pillow decodes all other files,
+and JPEGs where the extension was not built, as a whole.
 """
 
 import numpy as np
@@ -16,12 +16,12 @@ except ImportError:
     _jpeg = None
 
 __all__ = ['FORMATS', 'Unreadable', 'decode', 'read', 'resized']
-CUT = 2**-10  # added before values are cut off: what is 255 but for rounding stays it
+CUT = 2**-10  # added before truncation, so that 255 less a rounding error stays 255
 METHODS = ('bilinear', 'bicubic', 'area')
 
 
 class Encoded:
-    """A JPEG of shape [height, width, 3] that is decoded when a window of it is asked for."""
+    """A JPEG of shape [height, width, 3] that is decoded when a window of it is requested."""
 
     def __init__(self, data, height, width):
         self.data, self.shape = data, (height, width, 3)
@@ -30,7 +30,7 @@ class Encoded:
         return decode(self.data)
 
     def resized(self, box, size, method, antialias, flip):
-        """`resized`; Pillow has the last word on what the extension takes to be damaged."""
+        """Same as `resized`; Pillow decodes what the extension finds damaged."""
         denominator = shrink(box, size) if antialias else 1
         out = np.empty((*size, 3), np.uint8)
         try:
@@ -44,15 +44,15 @@ class Encoded:
 
 
 def shrink(box, size):
-    """By how much JPEG's own scaling may reduce a window, so that twice the size is left."""
+    """Factor by which JPEG's own scaling may reduce a window, leaving twice the size or more."""
     least = min(box[2] / size[0], box[3] / size[1])
     return max((d for d in (2, 4, 8) if least >= 2 * d), default=1)
 
 
 def scaled(box, denominator):
-    """A window (y, x, height, width) in an image reduced by a denominator.
+    """Maps a window (y, x, height, width) to an image reduced by a denominator.
 
-    Returns the pixels that it touches there, and where it lies in them.
+    Returns the box of whole pixels that it touches, and its place in the box in fractional pixels.
     """
     y, x, h, w = box
     top, left = y // denominator, x // denominator
@@ -62,7 +62,7 @@ def scaled(box, denominator):
 
 
 def read(data):
-    """Bytes of an image file to something with a shape [H, W, 3] that `resized` takes.
+    """Reads an image file to something of shape [H, W, 3] that `resized` takes.
 
     Raises Unreadable.
     """
@@ -77,13 +77,15 @@ def read(data):
 
 
 def resized(image, box, size, method='bilinear', antialias=True, flip=False):
-    """Window (y, x, height, width) of an image [H, W, 3] at a size (height, width), uint8.
+    """Resizes a window (y, x, height, width) of an image [H, W, 3] to uint8 [*size, 3].
 
-    `method` is 'bilinear', 'bicubic' (Keys, a = -0.5) or 'area'. With `antialias` the filter is as
-    wide as an output pixel where the image shrinks, as in Pillow. Without, it is what published
-    recipes had of TensorFlow: pixels are taken where they are, values cut off instead of rounded,
-    JPEGs decoded with the fast inverse DCT (by the extension alone: Pillow has but the accurate
-    one, some 0.8 grey levels away). Mirrored left to right with `flip`.
+    Args:
+      method: 'bilinear', 'bicubic' (Keys, a = -0.5) or 'area'.
+      antialias: whether to make the filter as wide as an output pixel where the image shrinks, as
+        Pillow does. False is what published recipes use of TensorFlow: the filter is never widened,
+        values are truncated instead of rounded, and JPEGs decoded with the fast inverse DCT (by the
+        extension alone: Pillow has only the accurate one, some 0.8 grey levels away).
+      flip: whether to mirror left to right.
     """
     if method not in METHODS:
         raise UserError(f'method is {method!r}, not one of {", ".join(METHODS)}')
@@ -98,7 +100,7 @@ def resized(image, box, size, method='bilinear', antialias=True, flip=False):
 
 
 def resized_by_numpy(image, box, size, method, antialias, flip):
-    """`resized` without the extension: two products with a matrix of weights each."""
+    """`resized` without the extension: one product with a matrix of weights per axis."""
     y, x, h, w = box
     down = weights(h, size[0], method, antialias)
     across = weights(w, size[1], method, antialias)
@@ -110,7 +112,7 @@ def resized_by_numpy(image, box, size, method, antialias, flip):
 
 
 def weights(length, size, method, antialias):
-    """float32 [size, length]: how much each pixel of a row counts for each of the output."""
+    """Weight of each pixel of a row in each output pixel: float32 [size, length]."""
     scale = length / size
     edges = np.arange(size)[:, None] * scale
     if method == 'area':
@@ -118,7 +120,7 @@ def weights(length, size, method, antialias):
         all = np.clip(np.minimum(edges + scale, j + 1) - np.maximum(edges, j), 0, None)
     else:
         stretch = max(scale, 1) if antialias else 1
-        border = 0 if antialias else 2  # pixels outside are those of the border, or nothing
+        border = 0 if antialias else 2  # pixels outside repeat the border, or have no weight
         j = np.arange(-border, length + border)
         x = np.abs(j + 0.5 - edges - scale / 2) / stretch
         all = np.clip(1 - x, 0, None) if method == 'bilinear' else keys(x)

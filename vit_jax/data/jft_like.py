@@ -1,14 +1,14 @@
-"""Drawn images with many labels, as those of JFT: example i is a function of (seed, i) alone.
+"""Synthetic images with many labels, like those of JFT; example i is a function of (seed, i).
 
     python -m vit_jax.data.jft_like DST --examples N --classes K [--image_size 224] [--seed 0]
         [--max_labels 4] [--cells 2] [--grey] [--test_examples N/10] [--shard_examples 2000]
         [--workers N]
 
-A class is a pair of colours on a texture of some frequency in a shape; an image shows one object
-for each of its labels on a cloudy ground. The frequency of class c is in proportion to 1 / (c + 1),
-the number of labels n has probability in proportion to 1 / n^2. Nothing tells left from right, so
-a flip keeps the labels. DST is a folder of records with splits train and test, the same to the byte
-for any number of workers; a run that was stopped goes on where it stopped.
+A class is a pair of colours, a texture, its frequency and a shape. An image shows one object per
+label on a cloudy background. The probability of class c is proportional to 1 / (c + 1), that of n
+labels to 1 / n^2. No class depends on left and right, so a flip keeps the labels. DST becomes a
+folder of records with splits train and test, identical to the byte for any number of workers. A run
+that was stopped resumes where it stopped.
 """
 
 import concurrent.futures
@@ -44,15 +44,15 @@ TEXTURES = ('rows', 'columns', 'checks', 'grid', 'dots', 'rings')
 CYCLES = (2, 3, 4, 5, 6, 8, 10, 13)  # across an object
 MOST_CLASSES = len(PAIRS) * len(SHAPES) * len(TEXTURES) * len(CYCLES)  # 31,680
 MOST_LABELS = 16
-GRAIN = 6  # standard deviation of the noise, with which files are as large as those of photos
+GRAIN = 6  # standard deviation of the noise; it makes files as large as those of photos
 SPLITS = ('train', 'test')
-SETTINGS = 'jft_like.json'  # of a folder that is being written
+SETTINGS = 'jft_like.json'  # settings of a folder that is being written
 
 
 def parts(label):
-    """(pair of colours, shape, texture, cycles) of a class, as indices; each class has its own.
+    """(colour pair, shape, texture, cycles) of a class, as indices; unique to each class.
 
-    The first 132, the frequent ones, have colours of their own; shapes and textures vary in all.
+    The first 132, the frequent ones, each have their own colours; shapes and textures vary in all.
     """
     rest, pair = divmod(label, len(PAIRS))
     rest, shape = divmod(rest, len(SHAPES))
@@ -66,14 +66,14 @@ def parts(label):
 
 
 def class_name(label):
-    """What a class looks like: 'red on blue checks, 4 across, in a disk'."""
+    """Describes a class: 'red on blue checks, 4 across, in a disk'."""
     pair, shape, texture, cycles = parts(label)
     a, b = (list(COLOURS)[colour] for colour in PAIRS[pair])
     return f'{a} on {b} {TEXTURES[texture]}, {CYCLES[cycles]} across, in a {SHAPES[shape]}'
 
 
 def inside(shape, y, x):
-    """Where a shape is: bool [h, w] for y [h, 1] and x [1, w] in [-1, 1]."""
+    """Mask of a shape: bool [h, w] for y [h, 1] and x [1, w] in [-1, 1]."""
     if shape == 'disk':
         return y * y + x * x <= 1
     if shape == 'square':
@@ -86,7 +86,7 @@ def inside(shape, y, x):
 
 
 def upper(texture, y, x, cycles):
-    """Where the first colour lies, on about two thirds: bool [h, w]."""
+    """Mask of the first colour of a texture, on about two thirds of the area: bool [h, w]."""
     sy, sx = np.sin(np.pi * cycles * y), np.sin(np.pi * cycles * x)
     if texture == 'rows':
         return np.broadcast_to(sy > -0.5, (len(y), x.shape[1]))
@@ -103,14 +103,14 @@ def upper(texture, y, x, cycles):
 
 @functools.cache
 def grain(size):
-    """Noise to cut a window from: int16 [2 size, 2 size, 1]."""
+    """Noise that windows are cut from: int16 [2 size, 2 size, 1]."""
     return np.random.default_rng(0).normal(0, GRAIN, (2 * size, 2 * size, 1)).astype(np.int16)
 
 
 def draw(rng, labels, size, cells=2):
-    """An image uint8 [size, size, 3] with an object for each label, that do not hide each other.
+    """Draws an image uint8 [size, size, 3] with an object per label; objects do not overlap.
 
-    Each lies in a cell of its own, of at least `cells` x `cells`, of which it takes 0.65 or more.
+    Each object has a cell of at least `cells` x `cells`, and fills 0.65 or more of the cell's side.
     """
     ground = rng.integers(70, 170, (6, 6, 1)) + rng.integers(-20, 20, (6, 6, 3))
     ground = ground.astype(np.uint8)
@@ -137,9 +137,9 @@ def draw(rng, labels, size, cells=2):
 
 
 class Drawn:
-    """Records that are drawn when they are read: (JPEG bytes, label), of any number, no disk.
+    """Records (JPEG bytes, label) that are drawn when they are read, and take no disk space.
 
-    A label is int32 [max_labels] filled up with -1, or an int where max_labels is 1.
+    A label is int32 [max_labels], padded with -1, or an int where max_labels is 1.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Drawn:
         return np.random.default_rng((self.seed, SPLITS.index(self.split), int(i)))
 
     def labels(self, rng):
-        """Different labels, the frequent ones more often: a list of 1 to max_labels ints."""
+        """Draws different labels, the frequent ones more often: a list of 1 to max_labels ints."""
         count = 1 + int(np.searchsorted(self.counts[:-1], rng.random(), side='right'))
         found = []
         while len(found) < count:
@@ -185,7 +185,7 @@ class Drawn:
         labels = self.labels(rng)
         out = io.BytesIO()
         image = Image.fromarray(draw(rng, labels, self.image_size, self.cells))
-        if self.grey:  # of three channels still, as all the others
+        if self.grey:  # with three channels still, as all the others
             image = image.convert('L').convert('RGB')
         image.save(out, 'JPEG', quality=self.quality)
         return out.getvalue(), labels
@@ -204,7 +204,7 @@ class Drawn:
 
 
 def tenth(examples):
-    """Examples of the split test where their number is not given."""
+    """Default number of test examples: a tenth of the training examples, 1 to 50,000."""
     return max(1, min(examples // 10, 50_000))
 
 
@@ -213,7 +213,7 @@ def class_names(classes):
 
 
 def named(name, split):
-    """(records, class names) of 'jft_like:10000x1000', or, of another size, '...x1000@64'."""
+    """(records, class names) of 'jft_like:10000x1000', or at another image size '...x1000@64'."""
     match = re.fullmatch(r'jft_like:(\d{1,18})x(\d{1,9})(?:@(\d{1,4}))?', name)
     if not match or not int(match[1]) or int(match[3] or 224) < 8:
         raise UserError(f'{name!r} is not of the form jft_like:EXAMPLESxCLASSES[@SIZE]')
@@ -228,7 +228,7 @@ def named(name, split):
 
 
 def plan(drawn, shard_examples):
-    """[(split, number of the shard, of how many, first example, one past the last)]."""
+    """[(split, index of the shard, number of shards, first example, one past the last)]."""
     work = []
     for split, one in drawn.items():
         count = -(-len(one) // shard_examples)
@@ -239,9 +239,9 @@ def plan(drawn, shard_examples):
 
 
 def write(dst, one, k, count, start, stop):
-    """Draws a shard, if it is not there, and gives its entry in the manifest."""
+    """Draws a shard unless it exists, and returns its entry in the manifest."""
     path = pathlib.Path(dst) / records.shard_name(one.split, k, count)
-    if path.exists():  # complete: a shard gets its name when it is
+    if path.exists():  # complete: a shard is given this name once it is
         size = path.stat().st_size
         with path.open('rb') as file:
             digest = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -257,7 +257,7 @@ def make(
     dst, *, examples, classes, test_examples=None, image_size=224, seed=0, max_labels=4,
     cells=2, grey=False, shard_examples=2000, workers=1, told=lambda done, of: None,
 ):  # fmt: skip
-    """Writes a folder of records; `told` hears how many shards are done."""
+    """Writes a folder of records; calls told(shards done, shards in all) after each shard."""
     counts = {'train': examples, 'test': test_examples or tenth(examples)}
     options = dict(
         image_size=image_size, seed=seed, max_labels=max_labels, cells=cells, grey=grey
@@ -269,7 +269,7 @@ def make(
     settings = {**options, **counts, 'classes': classes, 'shard_examples': shard_examples}
     begin(dst, json.dumps(settings) + '\n')
     splits = {split: [] for split in drawn}
-    context = multiprocessing.get_context('spawn')  # threads of this process hold locks
+    context = multiprocessing.get_context('spawn')  # not fork: threads hold locks
     memory.claim()
     with concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=context, initializer=end_with_parent
@@ -291,7 +291,7 @@ def make(
 
 
 def begin(dst, settings):
-    """Makes the folder, or finds it as a run with the same settings left it; else UserError."""
+    """Creates the folder, or resumes one with the same settings; raises UserError otherwise."""
     try:
         dst.mkdir(parents=True, exist_ok=True)
         path = dst / SETTINGS
@@ -307,7 +307,7 @@ def begin(dst, settings):
 
 
 def finish(dst, manifest):
-    """Writes the manifest, with which the folder is complete."""
+    """Writes the manifest, which makes the folder complete."""
     part = dst / f'.{records.MANIFEST}.part'
     with part.open('w') as file:
         json.dump(manifest, file, indent=1)
@@ -317,7 +317,7 @@ def finish(dst, manifest):
 
 
 def define_flags():
-    """Not at import: `sources` imports this, and other commands have flags of these names."""
+    """Not at import, since `sources` imports this and other commands have flags of these names."""
     flags.DEFINE_integer('examples', None, 'Examples of the split train.', lower_bound=1)
     flags.DEFINE_integer(
         'test_examples', None, 'Examples of the split test, else a tenth.', lower_bound=1

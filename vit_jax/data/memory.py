@@ -1,9 +1,9 @@
 """Shared memory that names its owner, so that the next start removes what a killed run has left.
 
-A process that starts workers claims a prefix, vit_jax-HEX, for their blocks (batches on their way)
-and its semaphores. Linux keeps both as files in /dev/shm. The process holds a lock of the file
-vit_jax-HEX.lock there, which the kernel drops however the process ends, in whatever container.
-Where there is no /dev/shm, names are Python's own and nothing is removed.
+A process that starts workers claims a prefix, vit_jax-HEX, for their blocks (batches in transit)
+and its semaphores. Linux keeps both as files in /dev/shm. The process locks the file
+vit_jax-HEX.lock there; the kernel releases the lock however the process ends, in any container.
+Without /dev/shm, names are Python's own and nothing is removed.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ NAME = re.compile(r'(?:sem\.)?(vit_jax-[0-9a-f]{16})[-.].*')
 
 @functools.cache
 def claim():
-    """The prefix of this process, held until it ends; None where there is no /dev/shm.
+    """Claims a prefix for this process until it ends; returns None without /dev/shm.
 
-    Removes what dead owners have left. Semaphores made from here on have the prefix.
+    Removes what dead owners have left. Semaphores created from here on have the prefix.
     """
     sweep()
     prefix = f'vit_jax-{secrets.token_hex(8)}'
     path = FOLDER / f'{prefix}.lock'
-    try:  # the file gets its name when it is locked: no one ever sees it without
+    try:  # the file is named once it is locked: no process sees it unlocked
         descriptor = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # A folder, which an absolute path needs not, makes Python follow the link to the file.
+        # An absolute path needs no src_dir_fd, but with it Python follows the link to the file.
         os.link(f'/proc/self/fd/{descriptor}', path, src_dir_fd=descriptor, follow_symlinks=True)
     except (OSError, AttributeError):
         return None
-    util.Finalize(None, release, args=(prefix,), exitpriority=-100)  # the last: workers have ended
+    util.Finalize(None, release, args=(prefix,), exitpriority=-100)  # last: workers have ended
     multiprocessing.current_process()._config['semprefix'] = f'/{prefix}'
     return prefix
 
@@ -44,13 +44,13 @@ def claim():
 def release(prefix):
     """Removes the blocks of this process's prefix, which no worker uses any more, and its lock.
 
-    Grain leaves those of batches that nobody has taken; Python's resource tracker, which knows of
-    them, would warn of each after all that the command has said.
+    Grain leaves the blocks of batches that were not consumed. Python's resource tracker, which has
+    them registered, would warn of each after the last output of the command.
     """
     with contextlib.suppress(OSError):
         for name in os.listdir(FOLDER):
             if name.startswith(f'{prefix}-'):
-                with contextlib.suppress(FileNotFoundError):  # a thread of Grain's was faster
+                with contextlib.suppress(FileNotFoundError):  # a thread of Grain removed it
                     os.unlink(FOLDER / name)
                     # A worker that was killed may not have registered it.
                     resource_tracker.register(f'/{name}', 'shared_memory')
@@ -59,29 +59,29 @@ def release(prefix):
 
 
 def adopt(prefix):
-    """In a worker: its blocks get the prefix of the process that it works for."""
+    """Makes this worker name its blocks with the prefix of the process that started it."""
     if prefix:
         shared_memory._make_filename = lambda: f'/{prefix}-{secrets.token_hex(8)}'
 
 
 def sweep():
-    """Removes the blocks and semaphores whose owners are dead; other programs' are not touched."""
+    """Removes the blocks and semaphores of dead owners; leaves those of other programs alone."""
     with contextlib.suppress(OSError):
         files = [(match[1], match[0]) for match in map(NAME.fullmatch, os.listdir(FOLDER)) if match]
         alive = functools.cache(lives)
         for prefix, name in sorted(files, key=lambda file: file[1].endswith('.lock')):
             if not alive(prefix):
-                with contextlib.suppress(OSError):  # another user's, or another start removes it
+                with contextlib.suppress(OSError):  # another user's, or removed by another start
                     os.unlink(FOLDER / name)
 
 
 def lives(prefix):
-    """Whether a process holds the prefix. It takes the lock before it makes anything else."""
+    """Whether a process holds the prefix; it takes the lock before it creates anything else."""
     try:
         descriptor = os.open(FOLDER / f'{prefix}.lock', os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
-    except OSError:  # another user's: can't be told
+    except OSError:  # another user's: unknown
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

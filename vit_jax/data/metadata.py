@@ -1,14 +1,14 @@
-"""Image files without what is no pixel of them, and how EXIF says that they are turned.
+"""Strips image files of metadata, and reads the orientation from EXIF.
 
-Decoders stumble over texts, profiles and odd entries of EXIF data that no viewer minds. They are
-given what makes the pixels of the first image, no more.
+Decoders stumble over texts, profiles and malformed EXIF entries that image viewers ignore. They are
+given only what defines the pixels of the first image.
 """
 
 import re
 import struct
 import zlib
 
-ORIENTATION = 0x0112  # a tag of EXIF and TIFF; the others are of TIFF
+ORIENTATION = 0x0112  # tag of EXIF and TIFF; the tags below are TIFF's
 BITS, PHOTOMETRIC, SAMPLES = 258, 262, 277
 EXIF = b'Exif\0\0'
 # TIFF tags that say where pixels are and what they mean (TIFF 6.0, its supplements, BigTIFF).
@@ -19,9 +19,10 @@ PIXEL_TAGS = frozenset([
 
 
 def apart(data: bytes) -> tuple[bytes, bytes]:
-    """(a file that decodes to the same pixels, its EXIF data or b''); other formats as they are.
+    """Splits a file into (a file that decodes to the same pixels, its EXIF data or b'').
 
-    The EXIF data of a TIFF file is the file itself. WebP and AVIF keep theirs.
+    The EXIF data of a TIFF file is the file itself. WebP and AVIF keep theirs. Other formats are
+    returned unchanged.
     """
     if data[:2] == b'\xff\xd8':
         return jpeg(data)
@@ -29,17 +30,17 @@ def apart(data: bytes) -> tuple[bytes, bytes]:
         return png(data)
     if data[:2] in BYTE_ORDERS:
         return tiff(data), data
-    if data[4:8] == b'ftyp':  # AVIF turns by boxes of its own, so its EXIF data is ignored
+    if data[4:8] == b'ftyp':  # AVIF has its orientation in other boxes, so its EXIF is ignored
         return re.sub(rb'(infe\x02.{7})Exif', rb'\1none', data, flags=re.DOTALL), b''
     return data, b''
 
 
 def jpeg(data):
-    """A JPEG without APP1 to APP13, APP15, comments, and bytes between its segments."""
+    """Strips a JPEG of APP1 to APP13, APP15, comments, and bytes between its segments."""
     pieces, exif, at, begin = [], b'', 2, 0
     while 0 <= at <= len(data) - 4:
         kind = data[at + 1]
-        if data[at] != 0xFF or not kind:  # no marker: as libjpeg, on to the next one
+        if data[at] != 0xFF or not kind:  # no marker: skip to the next, as libjpeg
             pieces.append(data[begin:at])
             at = begin = data.find(b'\xff', at + 1)
             continue
@@ -61,7 +62,7 @@ def jpeg(data):
 
 
 def png(data):
-    """A PNG without ancillary chunks other than tRNS; EXIF data and tRNS count if undamaged."""
+    """Strips a PNG of ancillary chunks but tRNS; damaged EXIF data and tRNS are ignored."""
     pieces, exif, at, begin, seen = [], b'', 8, 0, {}
     while at + 12 <= len(data):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
@@ -82,12 +83,12 @@ def png(data):
 
 
 def sound(data, at, end):
-    """Whether the checksum of a PNG chunk is right."""
+    """Whether the checksum of a PNG chunk is correct."""
     return zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
 
 
 def joined(pieces, data, begin):
-    """The pieces of a file and what follows them from `begin` on."""
+    """Joins the pieces of a file and the rest of it from `begin` on."""
     return b''.join((*pieces, data[begin:])) if pieces else data
 
 
@@ -95,9 +96,9 @@ BYTE_ORDERS = {b'II': '<', b'MM': '>'}
 
 
 def directory(data):
-    """(where the first TIFF directory begins, format of its count, of an entry, of an offset).
+    """(offset of the first TIFF directory, formats of its count, of an entry, of an offset).
 
-    None where the data is no TIFF.
+    None if the data is not a TIFF.
     """
     order = BYTE_ORDERS.get(data[:2])
     if order is None or len(data) < 16:
@@ -121,9 +122,9 @@ def entries(data):
 
 
 def tiff(data):
-    """A TIFF whose first directory has entries of pixels alone, and which has no second one.
+    """Strips a TIFF of all entries but those of pixels, and of all directories but the first.
 
-    One of more than 8 bits in which 0 is white says that it is black, as Pillow reads it so.
+    Pillow reads more than 8 bits as if 0 were black; a file where 0 is white is marked as that.
     """
     kept = [found for found in entries(data) if found[0] in PIXEL_TAGS]
     if not kept:
@@ -138,9 +139,10 @@ def tiff(data):
 
 
 def number(data, tag, default, most=None):
-    """The first value of a TIFF's tag of 16-bit numbers; the default where it has none.
+    """First value of a TIFF's tag of 16-bit numbers.
 
-    Also where there are more than `most` of them, or they lie outside of the file.
+    `default` if there is no such tag, it has more than `most` values, or they lie outside of the
+    file.
     """
     for found, kind, count, value in entries(data):
         if found == tag and kind == 3 and 0 < count <= (most or count):
@@ -160,9 +162,9 @@ def white_is_zero(data):
 
 
 def orientation(exif: bytes) -> int:
-    """How a viewer turns an image, 1 (not at all) to 8, by EXIF data or a TIFF file.
+    """Orientation of an image, 1 (upright) to 8, from EXIF data or a TIFF file.
 
-    As in browsers, a damaged or odd entry turns nothing, and XMP does not count.
+    As in browsers, damaged or invalid entries are ignored, and so is XMP.
     """
     exif = exif.removeprefix(EXIF)
     turn = number(exif, ORIENTATION, 1, most=1)

@@ -1,4 +1,4 @@
-"""Several data sets as one, of which a batch takes from each by its weight."""
+"""Several data sets as one; a batch takes examples from each by its weight."""
 
 import bisect
 from typing import Any, NamedTuple
@@ -12,17 +12,17 @@ from vit_jax.io.text import printable
 
 
 class Part(NamedTuple):
-    """A data set in a mixture: examples offset ... offset + length - 1 of it."""
+    """A data set in a mixture; it has the mixture's examples offset ... offset + length - 1."""
 
     offset: int
     length: int
     weight: float
     records: Any
-    labels: Any  # int32 [classes]: its labels to those of the mixture; None where they are the same
+    labels: Any  # int32 [classes]: maps its labels to those of the mixture; None: the same
 
 
 class Records:
-    """The parts one after another; `order` of the pipeline knows of their weights."""
+    """The records of all parts, concatenated; pipeline.order applies the weights."""
 
     def __init__(self, parts, max_labels):
         self.parts, self.max_labels = parts, max_labels
@@ -89,9 +89,9 @@ def load(*, mixture: dict | None = None, **source):
 
 
 def all_classes(loaded):
-    """The class names of all parts {name: Source}; UserError where they do not tell classes apart.
+    """Class names of all parts {name: Source}; raises UserError if they do not identify classes.
 
-    A part with labels by number has those of the others, or of the part with the most.
+    A part with labels by number has the classes of the others, or of the part with the most.
     """
     named = {k: source.classes for k, source in loaded.items() if source.labels == 'by_name'}
     if not named:
@@ -118,6 +118,6 @@ def all_classes(loaded):
 
 
 def title(source):
-    """What a person would call the data set of a config's section, in one line."""
+    """Name of the data set of a config's section for messages, in one line."""
     names = ' + '.join(source['mixture']) if 'mixture' in source else source['name']
     return printable(names)

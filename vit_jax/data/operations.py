@@ -1,23 +1,23 @@
-"""Operations on an image: (uint8 [H, W, 3], arguments) -> uint8 [H, W, 3], without chance.
+"""Deterministic operations on an image: (uint8 [H, W, 3], arguments) -> uint8 [H, W, 3].
 
 They compute what the TPU EfficientNet code computes with TensorFlow, which the ViT papers' code
-took over (big_vision, pp/autoaugment.py), its quirks included, since those are what the published
-numbers were trained with. `enhance`, `hue` and `blur` are Pillow's, which torchvision calls. Pillow
-does the work wherever its arithmetic is the same: it is fast and lets other threads run meanwhile.
+adopted (big_vision, pp/autoaugment.py). Its quirks are included, since the published models were
+trained with them. `enhance`, `hue` and `blur` are Pillow's, which torchvision calls. Pillow does
+the work wherever its arithmetic is the same: it is fast and lets other threads run meanwhile.
 """
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-# Without this each picture's memory goes back to the system, which takes longer than most
-# operations (at 224 x 224: 0.42 ms for a rotation, with it 0.13). At most 4 x 16 MB are kept.
+# Reuses the memory of images: to return it to the system takes longer than most operations (a
+# rotation at 224 x 224: 0.42 ms, with reuse 0.13 ms). At most 4 x 16 MB are kept.
 Image.core.set_blocks_max(4)
 
 GREY = (0.2989, 0.5870, 0.1140)  # TensorFlow's weights of red, green and blue
 
 
 def autocontrast(image, dtype=np.float32):
-    """Each channel stretched to 0..255; float32 as in TensorFlow, float64 as in Pillow."""
+    """Stretches each channel to 0..255, in float32 as TensorFlow or in float64 as Pillow does."""
     picture = Image.fromarray(image)
     low, high = np.array(picture.getextrema(), dtype).T[..., None]  # [3, 1] each
     scale = 255 / np.maximum(high - low, 1)
@@ -27,30 +27,30 @@ def autocontrast(image, dtype=np.float32):
 
 
 def equalize(image):
-    """Each channel's histogram flattened; Pillow's, which is TensorFlow's in integers too."""
+    """Equalizes the histogram of each channel; Pillow and TensorFlow compute the same integers."""
     return np.asarray(ImageOps.equalize(Image.fromarray(image)))
 
 
 def invert(image):
-    """255 less each value."""
+    """Inverts each value: 255 - value."""
     return 255 - image
 
 
 def posterize(image, bits):
-    """The upper `bits` of each value; at least one, as TensorFlow shifts a byte by at most 7."""
+    """Keeps the upper `bits` of each value, at least one: TensorFlow shifts a byte by at most 7."""
     dropped = 8 - min(max(bits, 1), 8)
     return image >> dropped << dropped
 
 
 def solarize(image, threshold):
-    """Values from the threshold on inverted; all are at 0, none at 256."""
+    """Inverts values that are not below the threshold: all at 0, none at 256."""
     if threshold > 255:
         return image
     return image ^ ((image >= np.uint8(threshold)).view(np.uint8) * np.uint8(255))
 
 
 def solarize_add(image, addition):
-    """`addition` onto values below 128, up to 255."""
+    """Adds `addition` to values below 128, up to 255."""
     added = np.minimum(255 - image, np.uint8(min(addition, 255)))
     added *= (image < 128).view(np.uint8)
     return added + image
@@ -59,23 +59,23 @@ def solarize_add(image, addition):
 def blend(degenerate, picture, factor):
     """degenerate + factor * (picture - degenerate) of Pillow images, clipped and truncated.
 
-    In float32; Pillow's arithmetic is TensorFlow's.
+    Pillow computes it in float32, as TensorFlow does.
     """
     return np.asarray(Image.blend(degenerate, picture, factor))
 
 
 def color(image, factor):
-    """Blended with its own grey values."""
+    """Blends the image with its grey values."""
     picture = Image.fromarray(image)
-    # TensorFlow goes from [0, 1] to bytes by floor(255.5 x); Pillow adds a half and truncates.
+    # TensorFlow converts [0, 1] to bytes by floor(255.5 x); Pillow adds a half and truncates.
     matrix = (*(w * 255.5 / 255 for w in GREY), -0.5)
     return blend(picture.convert('L', matrix).convert('RGB'), picture, factor)
 
 
 def contrast(image, factor):
-    """Blended with one grey: pixels / 256, up to 255, whatever the image shows.
+    """Blends the image with a uniform grey: pixels / 256, up to 255, whatever the image shows.
 
-    Meant to be the mean: the papers' code sums a histogram's counts, not its values.
+    The mean was intended, but the papers' code sums a histogram's counts instead of its values.
     """
     picture = Image.fromarray(image)
     mean = int(min(image.shape[0] * image.shape[1] / 256, 255))
@@ -83,16 +83,16 @@ def contrast(image, factor):
 
 
 def brightness(image, factor):
-    """Blended with black."""
+    """Blends the image with black."""
     picture = Image.fromarray(image)
     return blend(Image.new('RGB', picture.size), picture, factor)
 
 
 def smooth(image, add=0):
-    """Weighted mean of 3 x 3 (centre 5, others 1), (sum + add) // 13; the border stays.
+    """Averages 3 x 3 pixels (centre 5, others 1), (sum + add) // 13; leaves the border as it is.
 
-    add=0 truncates as TensorFlow does (whose float32 is now and then one less where 13 divides
-    the sum), add=6 rounds as Pillow does.
+    add=0 truncates as TensorFlow does (whose float32 is occasionally one less where 13 divides the
+    sum), add=6 rounds as Pillow does.
     """
     h, w, c = image.shape
     total = image.reshape(h, w * c).astype(np.uint16)
@@ -110,15 +110,15 @@ def smooth(image, add=0):
 
 
 def sharpness(image, factor, add=0):
-    """Blended with its smoothed self."""
+    """Blends the image with its smoothed copy."""
     return blend(Image.fromarray(smooth(image, add)), Image.fromarray(image), factor)
 
 
 def warp(image, matrix, centre, shift=(0, 0), fill=128):
-    """Each pixel from the nearest to matrix @ (position - centre) + centre + shift, or `fill`.
+    """Takes each pixel from the one nearest to matrix @ (position - centre) + centre + shift.
 
-    Positions are (x, y), of a pixel's middle: (0.5, 0.5) is the first. Pillow counts in 1/65536
-    of a pixel.
+    Where that is outside, the pixel is `fill`. Positions are those (x, y) of pixel centres: the
+    first is (0.5, 0.5). Pillow computes them in steps of 1/65536 pixel.
     """
     matrix = np.array(matrix, np.float64)
     offset = centre + np.array(shift) - matrix @ centre
@@ -130,41 +130,41 @@ def warp(image, matrix, centre, shift=(0, 0), fill=128):
 
 
 def rotate(image, degrees, fill=128):
-    """Turned about its middle."""
+    """Rotates the image about its centre."""
     a = np.deg2rad(degrees)
     turn = [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]
     return warp(image, turn, (image.shape[1] / 2, image.shape[0] / 2), fill=fill)
 
 
 def shear_x(image, slope, centre=0.5, fill=128):
-    """Row y moved by slope * (y - centre): 0.5 leaves the first row, 0 its upper edge."""
+    """Shifts row y by slope * (y - centre): centre 0.5 fixes the first row, 0 its upper edge."""
     return warp(image, [[1, slope], [0, 1]], (centre, centre), fill=fill)
 
 
 def shear_y(image, slope, centre=0.5, fill=128):
-    """Column x moved by slope * (x - centre)."""
+    """Shifts column x by slope * (x - centre)."""
     return warp(image, [[1, 0], [slope, 1]], (centre, centre), fill=fill)
 
 
 def translate_x(image, pixels, fill=128):
-    """Moved to the left."""
+    """Shifts the image to the left."""
     return warp(image, [[1, 0], [0, 1]], (0, 0), (pixels, 0), fill)
 
 
 def translate_y(image, pixels, fill=128):
-    """Moved up."""
+    """Shifts the image up."""
     return warp(image, [[1, 0], [0, 1]], (0, 0), (0, pixels), fill)
 
 
 def cutout(image, y, x, half, fill=128):
-    """A square of side 2 * half about (y, x), as far as it is inside, filled (arXiv:1708.04552)."""
+    """Fills the square of side 2 * half about (y, x), as far as it is inside (arXiv:1708.04552)."""
     out = image.copy()
     out[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = fill
     return out
 
 
 def enhance(image, kind, factor):
-    """Pillow's 'Brightness', 'Color', 'Contrast' or 'Sharpness': blended as above.
+    """Applies Pillow's 'Brightness', 'Color', 'Contrast' or 'Sharpness'; blends as above.
 
     Here contrast is about the mean of the grey values.
     """
@@ -174,17 +174,17 @@ def enhance(image, kind, factor):
 
 
 def hue(image, turn):
-    """The hue moved by a share `turn` of the circle, in steps of 1/256, cut toward 0."""
+    """Rotates the hue by a share `turn` of the circle, in steps of 1/256, truncated toward 0."""
     h, s, v = Image.fromarray(image).convert('HSV').split()
     h = Image.fromarray(np.asarray(h) + np.uint8(int(turn * 255) % 256))
     return np.asarray(Image.merge('HSV', (h, s, v)).convert('RGB'))
 
 
 def greyscale(image):
-    """The luma of ITU-R 601-2 (Pillow's) in all three channels."""
+    """Converts to the luma of ITU-R 601-2 (Pillow's), in all three channels."""
     return np.asarray(Image.fromarray(image).convert('L').convert('RGB'))
 
 
 def blur(image, radius):
-    """A Gaussian of that standard deviation in pixels, as Pillow approximates it by boxes."""
+    """Gaussian blur with a standard deviation in pixels, which Pillow approximates by boxes."""
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))

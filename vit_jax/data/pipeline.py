@@ -20,7 +20,7 @@ from vit_jax.io.bounds import Positive, Prefetch, Rate, Threads, Workers
 
 
 def ids(source, *, batch_size, seed, step, repeats=1):
-    """The examples [B] of the global batch of a step (0 is the first)."""
+    """Examples [B] of the global batch of a step; the first step is 0."""
     return order(source, np.arange(step * batch_size, (step + 1) * batch_size) // repeats, seed)
 
 
@@ -221,7 +221,7 @@ def stream(data, threads, workers, prefetch):
     Raises UserError with the exit code of a worker that dies.
     """
     threads = threads or max(1, cores() // max(workers, 1))
-    ahead = max(threads, prefetch // max(workers, 1))  # batches, of each worker
+    ahead = max(threads, prefetch // max(workers, 1))  # batches per worker
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     data = data.to_iter_dataset(options)
     return prefetched(data, workers) if workers else iter(data)

@@ -1,4 +1,4 @@
-"""Examples as a task makes them, and what becomes of those that can't be read."""
+"""Reads examples for a task, and masks out those that can't be read."""
 
 import errno
 
@@ -11,10 +11,11 @@ from vit_jax.io.text import printable
 
 
 def example(i, rng, *, source, task):
-    """Example i, {name: array}; one that can't be used has mask 0, and `error` says why.
+    """Reads example i, {name: array}; an unusable one has mask 0 and a reason in `error`.
 
-    Whatever a reader raises makes its example unusable: the disk and servers fail in many ways, and
-    damaged files lead parsers to any. What a task raises, but for UserError, is a mistake in it.
+    Whatever a reader raises makes its example unusable: disks and servers fail in many ways, and
+    damaged files make parsers raise anything. What a task raises, but for UserError, is a bug in it
+    and propagates.
     """
     found, error = None, ''
     try:
@@ -36,16 +37,16 @@ def example(i, rng, *, source, task):
 
 
 def why(error):
-    """Why a reader failed, in a few words."""
+    """Explains in a few words why a reader failed."""
     if isinstance(error, OSError) and error.strerror:
-        short = error.errno in (errno.EMFILE, errno.ENFILE)  # of descriptors, no fault of the file
+        short = error.errno in (errno.EMFILE, errno.ENFILE)  # of descriptors: not the file's fault
         return refusal(error) if short else error.strerror
     name, reason = type(error).__name__, reasons.reason(error)
     return reason if isinstance(error, OSError) or name == reason else f'{name}: {reason}'
 
 
 def usable(feed, source, tolerance):
-    """The batches of `feed`, until more than the tolerated share of the data set is unusable."""
+    """Yields batches; UserError once the unusable share of the data set is above the tolerance."""
     bad = set()
     for batch in feed:
         for i, error in zip(batch['id'], batch.pop('error'), strict=True):
@@ -61,18 +62,18 @@ def usable(feed, source, tolerance):
 
 
 def name(source, i):
-    """What a person would call example i, also where its reader is not able to say."""
+    """Name of example i for messages, even if its reader can't tell it."""
     try:
         return source.name(i)
-    except Exception:  # the name may stand in the file that can't be read
+    except Exception:  # the name may be in the file that can't be read
         return f'example {i}'
 
 
 def unbroken(feed, blank, count, stop):
-    """`count` batches of `feed`, and copies of `blank` from where it raises.
+    """Yields `count` batches of `feed`, and copies of `blank` once it has raised.
 
-    Other processes wait for each batch of an evaluation. What was raised becomes `stop.trouble`,
-    by which the next batch tells them to stop.
+    Other processes wait for each batch of an evaluation. The exception is stored as `stop.trouble`,
+    and with the next batch the other processes stop.
     """
     for _ in range(count):
         batch = blank

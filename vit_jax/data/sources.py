@@ -11,15 +11,15 @@ from vit_jax.data import jft_like
 from vit_jax.data.readers import facts, folders, parquet, records, shards, splits, tars, tfds, vtab
 from vit_jax.errors import UserError
 
-MOST_CLASSES = 2**20  # that go without names
+MOST_CLASSES = 2**20  # without names
 
 
 class Source(NamedTuple):
-    """A data set that can be read at any index; picklable, opened anew in worker processes."""
+    """A data set that can be read at any index; picklable, reopened in worker processes."""
 
     records: Any  # len(records), records[i] -> {'image': bytes, 'label': int or int32 [L], ...}
     classes: tuple[str, ...]
-    labels: str = 'by_name'  # how they are compared with a model's, see `names`
+    labels: str = 'by_name'  # how they are matched with a model's, see `names`
 
     def __len__(self):
         return len(self.records)
@@ -95,7 +95,7 @@ def load(
 
 
 def found_by(name, split, data_dir, image, label):
-    """`load` for labels by name."""
+    """Same as `load`, with labels that are matched by name."""
     address, kind = os.path.expanduser(name), kind_of(name)
     if kind == 'tfds':
         return Source(*tfds.load(name, split, data_dir=home(data_dir), image=image, label=label))
@@ -149,7 +149,7 @@ def home(folder):
 
 @contextlib.contextmanager
 def images_at(address):
-    """Explains what an address that epath can't open could hold."""
+    """Turns the error of an address that epath can't open into UserError."""
     try:
         yield
     except KeyError:
@@ -185,13 +185,13 @@ def held_out(name: str) -> tuple[str, dict[str, str]]:
     """
     try:
         known = splits_of(name)
-    except UserError:  # said when it is opened; a plan or a rehearsal needs no data
+    except UserError:  # raised when it is opened; a plan or a rehearsal needs no data
         known = ('train', 'test')
     return splits.held_out(known)
 
 
 def portion(found, classes, split):
-    """A Source of records, or of a share of them by position."""
+    """Makes a Source of records, or of a share of them by position."""
     _, low, high = splits.share(split)
     if (low, high) != (0, 100):
         start, stop = (round(len(found) * percent / 100) for percent in (low, high))
@@ -202,7 +202,7 @@ def portion(found, classes, split):
 
 
 def sharded(parts, address, split, image, label):
-    """A split of tar, parquet or arrow files; `parts` are {split: files}."""
+    """Opens a split of tar, parquet or arrow files; `parts` is {split: files}."""
     part, _, _ = splits.share(split)
     if part not in parts:
         raise splits.missing(address, part, sorted(parts))
@@ -219,7 +219,7 @@ def sharded(parts, address, split, image, label):
     classes = kind.class_names(found, places, label)
     if classes is None:
         highest = found.labels.max(initial=-1)
-        if part != 'train' and 'train' in parts:  # whose classes are those of the others
+        if part != 'train' and 'train' in parts:  # the classes are those of train, too
             others = opened(parts['train'], image=image, label=label)
             highest = max(highest, others.labels.max(initial=-1))
         if highest >= MOST_CLASSES:

@@ -1,6 +1,6 @@
-"""What an example is: a task makes the arrays of an example from the raw fields of a record.
+"""Tasks: each makes the arrays of an example from the raw fields of a record.
 
-A task is a function (source, *, settings) -> `Task`; its settings stand in the section `data`.
+A task is a function (source, *, settings) -> `Task`; its settings are in the section `data`.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from vit_jax.io.bounds import Size
 
 
 class Task(NamedTuple):
-    """What an example is.
+    """Defines the examples of a data set.
 
     Attributes:
-      blank: {name: numpy array} of an example that does not count. Shapes and dtypes are those of
+      blank: {name: numpy array} of an example that is masked out. Shapes and dtypes are those of
         every example; the pipeline adds `mask` and `id`.
       read: (record, rng) -> {name: numpy array}, from the record's raw fields ({'image': bytes,
         'label': 3}) and a numpy.random.Generator of its own. It raises images.Unreadable, or
         UserError, where the record can't be used. Picklable.
-      names: what numbers in the arrays stand for, {'classes': ('cat', 'dog')}; a run keeps them as
-        classes.json and compares them when it goes on.
+      names: meaning of numbers in the arrays, {'classes': ('cat', 'dog')}; a run saves them as
+        classes.json and compares them when it resumes.
     """
 
     blank: dict
@@ -59,7 +59,7 @@ def classify(source, *, view: str | dict, image_size: Size, augment: tuple[str |
 
 
 def image_and_label(record, rng, *, view, shape, classes):
-    """The arrays of `classify`."""
+    """Makes the arrays of `classify`."""
     label = np.asarray(record['label'], np.int32).reshape(shape)
     try:
         image = view(images.read(record['image']), rng)  # a JPEG is decoded here
@@ -75,17 +75,17 @@ def image_and_label(record, rng, *, view, shape, classes):
 
 
 def size_of(image_size):
-    """An int or (height, width) to (height, width)."""
+    """Converts an int or (height, width) to (height, width)."""
     return (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
 
 
 def check_view(name):
-    """Returns the name of a view; UserError for an unknown one."""
+    """Returns the name of a view; raises UserError if it is unknown."""
     return check_name('view', name, VIEWS)
 
 
 def check_augmentation(name):
-    """Returns the name of an augmentation; UserError for an unknown one."""
+    """Returns the name of an augmentation; raises UserError if it is unknown."""
     return check_name('augmentation', name, distort.AUGMENTATIONS)
 
 
@@ -95,7 +95,7 @@ def check_name(kind, name, known):
 
 
 def make_view(view, image_size, augmentations=()):
-    """(image, rng) -> image: a view at a size, then augmentations, each by name or as a dict."""
+    """Makes (image, rng) -> image of a view and augmentations, each by name or as a dict."""
     view = dict(name=view) if isinstance(view, str) else dict(view)
     name = check_view(view.pop('name', None))
     steps = [partial(VIEWS[name], size=size_of(image_size), **view)]
@@ -107,7 +107,7 @@ def make_view(view, image_size, augmentations=()):
 
 
 def fixed_view(view, image_size):
-    """`make_view` for evaluation; UserError for a random view."""
+    """`make_view` for evaluation; raises UserError for a random view."""
     name = view if isinstance(view, str) else dict(view).get('name')
     if check_view(name) not in FIXED:
         raise UserError(f'the view {name} draws at random; give one of {", ".join(FIXED)}')

@@ -1,4 +1,4 @@
-"""Processes that work for this one: it alone hears signals, and they end when it does.
+"""Worker processes: they leave signals to this process, and end when it does.
 
 Schedulers and terminals send a signal to all processes of a group. A worker that obeyed it would be
 missing while this process finishes its step and saves.
@@ -23,10 +23,10 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 @contextlib.contextmanager
 def deaf():
-    """Threads and processes that start in the block never hear of SIGNALS, which go to the group.
+    """Blocks SIGNALS, which go to the whole group, in threads and processes started in the block.
 
-    They inherit what this thread blocks, so there is no moment at which they do. This process hears
-    of a signal at the end of the block.
+    They inherit the signal mask of this thread, so there is no moment at which a signal reaches
+    them. This process receives pending signals at the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -38,7 +38,7 @@ def deaf():
 
 
 def deafly(call):
-    """The result of a call in a deaf thread; while it is awaited, signals are heard here."""
+    """Runs a call in a thread that blocks signals; this thread handles them while it waits."""
     result = Future()
 
     def work():
@@ -53,7 +53,7 @@ def deafly(call):
 
 
 def end_with_parent():
-    """Ends this worker as soon as its parent has ended; leaves signals to it."""
+    """Makes this worker ignore signals and end as soon as its parent has ended."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=outlive_nobody, daemon=True).start()
@@ -61,17 +61,17 @@ def end_with_parent():
 
 def outlive_nobody():
     multiprocessing.parent_process().join()
-    os._exit(1)  # shared memory is left to Python's resource tracker, or memory.sweep
+    os._exit(1)  # Python's resource tracker or memory.sweep removes its shared memory
 
 
 def prefetched(data, workers):
     """Iterates over a Grain data set in worker processes.
 
-    Raises UserError that names a worker which died and its exit code.
+    Raises UserError with the process and exit code of a worker that dies.
     """
-    import grain  # takes a second, which workers of `crew` need not wait for
+    import grain  # takes a second, and workers of `crew` do not need it
 
-    if not flags.FLAGS.is_parsed():  # Grain reads flags, also where no absl app runs
+    if not flags.FLAGS.is_parsed():  # Grain reads flags even without an absl app
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=workers)
     begin = partial(begin_worker, prefix=memory.claim())
@@ -84,10 +84,10 @@ def begin_worker(index, count, *, prefix):
 
 
 def watched(feed):
-    """The elements of `feed`; UserError where one of the processes behind it has died."""
+    """Yields the elements of `feed`; raises UserError if one of its worker processes has died."""
     others = set(multiprocessing.active_children())
-    take, workers = partial(deafly, partial(next, feed)), []  # the first one starts the workers
-    # Python ends what Grain has left at its exit with a SIGTERM, which is not heard, and waits.
+    take, workers = partial(deafly, partial(next, feed)), []  # the first call starts the workers
+    # At exit Python sends SIGTERM to the workers that Grain leaves, which ignore it, and waits.
     at_exit = util.Finalize(None, end, args=(workers,), exitpriority=0)
     try:
         while True:
@@ -114,7 +114,7 @@ def watched(feed):
 
 
 def end(workers):
-    """Ends worker processes at once."""
+    """Kills worker processes and waits for them."""
     for process in workers:
         process.kill()
     for process in workers:
@@ -122,7 +122,7 @@ def end(workers):
 
 
 def signal_name(code):
-    """' (SIGKILL; out of memory?)' for -9."""
+    """Describes an exit code: ' (SIGKILL; out of memory?)' for -9."""
     if code >= 0:
         return ''
     name = signal.Signals(-code).name
