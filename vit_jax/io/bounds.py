@@ -1,8 +1,8 @@
 """The values that a setting may have, declared by its annotation: `lr: Positive[float] = 1e-3`.
 
 An annotation is a type, a Literal, a union, a tuple of these, or Annotated with a Range (numbers)
-or Ascending (pairs). A float is finite and an int fits 64 bits, whatever else is declared; an int
-is a float too, a bool neither; a list stands for a tuple, as JSON has no tuples.
+or Ascending (pairs). A float is always finite, and an int always fits 64 bits. An int is also a
+float, a bool is neither. A list counts as a tuple, as JSON has no tuples.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Range(NamedTuple):
 
 
 class Ascending(NamedTuple):
-    """Numbers of which none is less than the one before it."""
+    """Numbers in ascending order; equal neighbours are allowed."""
 
     def has(self, values):
         return all(a <= b for a, b in zip(values, values[1:], strict=False))
@@ -64,7 +64,7 @@ class Regex(NamedTuple):
         return ' that is a regular expression'
 
 
-Finite = Annotated[T, Range()]  # Finite[float]: any number, said so that none is forgotten
+Finite = Annotated[T, Range()]  # Finite[float]: any number, explicitly
 Positive = Annotated[T, Range(0, ends='(]')]
 NonNegative = Annotated[T, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -82,7 +82,7 @@ Prefetch = Annotated[int, Range(1, 65_536)]
 
 
 def check(name, value, annotation):
-    """Raises UserError, which names the setting, unless the annotation allows the value."""
+    """Raises UserError with the setting's name unless the annotation allows the value."""
     if not allows(annotation, value):
         wanted = describe(annotation)
         if type(value) is int and not -(2**63) <= value < 2**63 and ' in ' not in wanted:
@@ -91,14 +91,14 @@ def check(name, value, annotation):
 
 
 def check_fields(section, values):
-    """Likewise for each field of a dataclass, but those that flax adds to a module."""
+    """Checks each field of a dataclass, except those that flax adds to a module."""
     for field in dataclasses.fields(values):
         if field.name not in ('parent', 'name'):
             check(f'{section}.{field.name}', getattr(values, field.name), field.type)
 
 
 def allows(annotation, value):
-    """Whether a value is what an annotation declares."""
+    """Whether an annotation allows a value."""
     kind, of = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind is Annotated:
         return allows(of[0], value) and all(bound.has(value) for bound in of[1:])
@@ -122,7 +122,7 @@ def allows(annotation, value):
 
 
 def describe(annotation):
-    """'int above 0 or None' for Positive[int] | None."""
+    """Describes an annotation: 'int above 0 or None' for Positive[int] | None."""
     kind, of = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind is Annotated:
         return describe(of[0]) + ''.join(map(str, of[1:]))

@@ -1,6 +1,6 @@
-"""An experiment file, run: 'FILE' or 'FILE:ARG' to the nested dict that its get_config returns.
+"""Runs an experiment file: 'FILE' or 'FILE:ARG' to the nested dict that its get_config returns.
 
-The file is Python of the user's own. Whatever it raises is a UserError: one line with the file, the
+The file is the user's own Python. Whatever it raises becomes UserError: one line with the file, the
 line and the exception, and below it the frames of the user's files alone.
 """
 
@@ -29,7 +29,7 @@ LIBRARIES = (
 
 
 def read(path):
-    """What an experiment file, 'FILE' or 'FILE:ARG', or a config.json gives, as a nested dict."""
+    """Reads an experiment file, 'FILE' or 'FILE:ARG', or a config.json, as a nested dict."""
     file, arg = split(path)
     if file.endswith('.json'):
         if arg:
@@ -47,7 +47,7 @@ def read(path):
 
 
 def split(path):
-    """(file, argument) of 'FILE:ARG', where either may have colons; '' for no argument."""
+    """Splits 'FILE:ARG' into (file, argument), which may have colons too; '' for no argument."""
     if re.match(r'\w+://', path):
         if not path.endswith('.json'):
             raise UserError(
@@ -65,7 +65,7 @@ def split(path):
 
 
 def read_json(path):
-    """The object in a config.json, on this machine or at gs://."""
+    """Reads the object in a config.json, on this machine or at gs://."""
     if not storage.remote(path):
         return storage.read_json(pathlib.Path(path))
     if not path.startswith('gs://'):
@@ -78,7 +78,7 @@ def read_json(path):
 
 
 def module(file):
-    """The module of an experiment file, run anew."""
+    """Runs an experiment file anew and returns its module."""
     spec = importlib.util.spec_from_file_location('experiment', file)
     if spec is None:
         raise UserError(f'{file} is no experiment file: its name does not end in .py')
@@ -88,7 +88,7 @@ def module(file):
 
 
 class Component(NamedTuple):
-    """A function that a config names, and the module that it stands in."""
+    """A function that a config names, and the module of the function."""
 
     function: Callable
     module: Any
@@ -104,8 +104,8 @@ class Component(NamedTuple):
 def component(room, name, key):
     """The Component of a name: one of the package's, 'MODULE:FUNCTION' or 'FILE.py:FUNCTION'.
 
-    `room` is where the package has such functions: a folder, in which each file has one of its own
-    name, or a module. UserError, with the config's `key`, where there is none.
+    `room` is where the package has such functions: a module, or a folder in which each file has one
+    of its own name. Raises UserError, with the config's `key`, if there is none.
     """
     if not isinstance(name, str):
         raise UserError(f'config {key} is {shown(name)}, not a name')
@@ -131,7 +131,7 @@ def component(room, name, key):
 
 @functools.cache
 def of_package(room):
-    """{name: Component} of a room of the package."""
+    """{name: Component} of a module or folder of the package."""
     package = importlib.import_module(room)
     if not hasattr(package, '__path__'):
         return {
@@ -148,14 +148,14 @@ def of_package(room):
 
 @functools.cache
 def user_module(file):
-    """The module of a file of the user's, run once in this process."""
+    """The module of a user's file, which is run once in this process."""
     if not pathlib.Path(file).is_file():
         raise UserError(f'no file {file}')
     return module(file)
 
 
 def check_argument(file, function, arg):
-    """Raises UserError unless get_config takes the argument, or goes without."""
+    """Raises UserError unless get_config takes the argument, or needs none if there is none."""
     signature = inspect.signature(function)
     try:
         signature.bind(*([arg] if arg else []))
@@ -174,7 +174,7 @@ def check_argument(file, function, arg):
 
 
 def plain(value):
-    """ConfigDicts as dicts, at any depth."""
+    """Converts ConfigDicts to dicts, at any depth."""
     if isinstance(value, (ConfigDict, FrozenConfigDict)):
         value = value.to_dict()
     if isinstance(value, dict):
@@ -183,7 +183,7 @@ def plain(value):
 
 
 def called(path, function):
-    """What the function returns; UserError, with the user's frames alone, for what it raises."""
+    """Calls the function; turns what it raises into UserError with the user's frames alone."""
     try:
         return function()
     except UserError as e:
@@ -193,7 +193,7 @@ def called(path, function):
 
 
 def told(path, error):
-    """'FILE, line 3: KeyError: ...' and the frames of the user's files, a syntax error's place."""
+    """Error as 'FILE, line 3: KeyError: ...', with the user's frames, or a syntax error's place."""
     found = traceback.TracebackException.from_exception(error)
     frames = [f for f in found.stack if not f.filename.startswith(LIBRARIES)]
     words = ' '.join(str(error).split()) if not isinstance(error, SyntaxError) else error.msg

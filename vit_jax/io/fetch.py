@@ -1,7 +1,7 @@
-"""Addresses of weights (gs://, https://, hf://, ...) turned into local paths, through fsspec.
+"""Downloads weights from addresses (gs://, https://, hf://, ...) to local paths, through fsspec.
 
-Every address has a folder of its own in the cache. A file in it is complete or not there;
-`.fetched` says what the server said of each; one process at a time looks and downloads.
+Every address has its own folder in the cache. A file in it is complete or does not exist;
+`.fetched` has the metadata of each from the server; one process at a time checks and downloads.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ FILES = ('.npz', '.safetensors', '.json')  # an address that ends in none of the
 PICKLED = ('.bin', '.pt', '.pth', '.pkl')
 COMPANIONS = ('config.json', 'preprocessor_config.json', 'processor_config.json')
 TOKENIZERS = ('vocab.json', 'special_tokens_map.json', 'added_tokens.json')
-REMOTE = ('gs', 'gcs', 'hf', 'http', 'https')  # those of the extra `remote`
-# What tells one version of a file from the next, by the backends' own names.
+REMOTE = ('gs', 'gcs', 'hf', 'http', 'https')  # protocols of the extra `remote`
+# Metadata that identifies a version of a file, by the backends' names.
 VERSION = 'etag ETag Last-Modified LastModified mtime modified updated created generation'.split()
 VERSION += ['md5Hash', 'blob_id', 'ukey']
 NO_PLAIN_NAME = re.compile(r'^\.|\.\.|[/\\]')
@@ -43,7 +43,7 @@ NO_PLAIN_NAME = re.compile(r'^\.|\.\.|[/\\]')
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A remote file: its name in the cached folder, its path in the backend, what is said of it."""
+    """A remote file: its name in the cached folder, its path in the backend, its metadata."""
 
     name: str
     path: str
@@ -55,16 +55,16 @@ class File:
 
 
 class Unreachable(Exception):
-    """The server gave no answer, or none that says whether the file is there."""
+    """The server gave no answer, or none that says whether the file exists."""
 
 
 def local(address, companions=()):
-    """The local path of an address: itself, or a cached copy that is as the server has it now.
+    """Local path of an address: itself, or a cached copy that is up to date with the server.
 
-    An address in .npz, .safetensors or .json is a file, and its usual companions (config.json, ...)
-    and those named are put beside it where they exist; any other is a folder, of which
-    *.safetensors, *.json and the companions are fetched. Where the server announces no size, the
-    end of the connection is taken for the end of the file.
+    An address in .npz, .safetensors or .json is a file; its usual companions (config.json, ...) and
+    those named are put beside it if they exist. Any other address is a folder, of which
+    *.safetensors, *.json and the companions are fetched. If the server announces no size, the end
+    of the connection counts as the end of the file.
     """
     address = os.fspath(address)
     if '://' not in address:
@@ -96,7 +96,7 @@ def local(address, companions=()):
 
 
 def last_name(address):
-    """What stands behind an address' last slash, without a query."""
+    """Last component of an address, without a query."""
     return address.partition('?')[0].rstrip('/').rsplit('/', 1)[-1]
 
 
@@ -108,14 +108,14 @@ def pickled(address, name):
 
 
 def cache_folder(address):
-    """Where the files of an address are kept, below `storage.cache()`."""
+    """Folder of the files of an address, below `storage.cache()`."""
     tail = re.sub(r'[^\w.-]+', '_', last_name(address), flags=re.ASCII).lstrip('.')[:60]
     digest = hashlib.sha256(os.fsencode(address)).hexdigest()[:16]
     return storage.cache() / f'{tail}-{digest}'
 
 
 def safe_name(name, address):
-    """The name, which a remote side may have made up; UserError unless it is a plain one."""
+    """Returns a name that a server may have made up; raises UserError unless it is a plain one."""
     for text in (name, urllib.parse.unquote(name)):
         if NO_PLAIN_NAME.search(text) or not text.isprintable():
             raise UserError(f'{address}: refused a file named {name!r}: no plain file name')
@@ -123,17 +123,17 @@ def safe_name(name, address):
 
 
 def quieten():
-    """Sets up gcsfs as a part of a command: an error is raised, and not logged with tracebacks."""
+    """Sets up gcsfs for a command: errors are raised, and not logged with tracebacks."""
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
-    # It asks for a bucket's layout over gRPC, which hangs where only HTTPS gets through.
+    # gcsfs queries a bucket's layout over gRPC, which hangs where only HTTPS gets through.
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
 
 
 def backend(address):
-    """(file system, path) of an address; UserError where fsspec or one of its backends lacks."""
+    """(file system, path) of an address; raises UserError if the backend is not installed."""
     quieten()
     protocol, _, place = address.partition('://')
-    if protocol in REMOTE and place[:1] in ('', '/'):  # a backend would ask for it again and again
+    if protocol in REMOTE and place[:1] in ('', '/'):  # a backend would retry
         kind = {'http': 'host', 'https': 'host', 'hf': 'repository'}.get(protocol, 'bucket')
         raise UserError(f'{address} has no {kind}')
     options = {}
@@ -141,7 +141,7 @@ def backend(address):
         if protocol in ('http', 'https'):
             import aiohttp
 
-            # Without these a file has five minutes to arrive, and $HTTPS_PROXY counts for nothing.
+            # By default a file has five minutes to arrive, and $HTTPS_PROXY is ignored.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
             options['client_kwargs'] = {'timeout': timeout, 'trust_env': True}
         fs, path = fsspec.core.url_to_fs(address, **options)
@@ -153,7 +153,7 @@ def backend(address):
 
 
 def files_beside(fs, path, address, companions):
-    """The file of an address, then those of its companions that exist."""
+    """Lists the file of an address and those of its companions that exist."""
     name = last_name(address)
     info = fs.info(path)
     if info.get('type') == 'directory':
@@ -168,12 +168,12 @@ def files_beside(fs, path, address, companions):
                 files.append(File(other, sibling, said(fs.info(sibling))))
         except Exception as e:
             if not foreign(e):
-                raise  # else not there, for which a store may answer 404, 403 or 401
+                raise  # else it is missing: a store may answer 404, 403 or 401
     return files
 
 
 def files_in(fs, path, address, companions):
-    """The weights and json files directly in the folder of an address."""
+    """Lists the weights and json files directly in the folder of an address."""
     root = path.rstrip('/')
     entries = [entry for entry in fs.ls(path, detail=True) if entry['type'] == 'file']
     files = []
@@ -192,20 +192,20 @@ def files_in(fs, path, address, companions):
 
 
 def wanted(name):
-    """Whether a file of a folder is fetched unasked: weights and json, no tokenizer's."""
+    """Whether a file of a folder is fetched by default: weights and json, no tokenizer's."""
     tokenizer = name.startswith('tokenizer') or name in TOKENIZERS
     return name.endswith(('.safetensors', '.json')) and not tokenizer
 
 
 def said(info):
-    """What a server says of a file, as far as it tells its versions apart."""
+    """Metadata of a remote file that identifies its version."""
     result = {key: str(info[key]) for key in VERSION if info.get(key) is not None}
     return result if info.get('size') is None else {'size': int(info['size']), **result}
 
 
 @contextlib.contextmanager
 def held(folder, address):
-    """Holds a cached folder alone; who comes second waits, then finds the files there."""
+    """Locks a cached folder; a second process waits, and then finds the files there."""
     lock = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -216,7 +216,7 @@ def held(folder, address):
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise  # else a file system without locks: both download, the last one counts
+                raise  # else a file system without locks: both download, the last one wins
         yield
     finally:
         os.close(lock)
@@ -227,7 +227,7 @@ def part(folder, name, pid):
 
 
 def remove_leftovers(folder):
-    """Removes what downloads left that were killed: their process is gone, or has our number."""
+    """Removes partial downloads of killed processes, whose ids are unused or this process's."""
     for path in folder.glob('.*.part'):
         pid = path.name.split('.')[-2]
         if int(pid) == os.getpid() or not alive(int(pid)):
@@ -245,13 +245,13 @@ def alive(pid):
 
 
 def stamp(path):
-    """Size and time of a file, by which the one that was downloaded is known again."""
+    """Size and time of a file, which identify the one that was downloaded."""
     stat = path.stat()
     return {'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
 
 
 def complete(folder):
-    """{name: what the server said} of the cached files that are as they were downloaded."""
+    """{name: metadata} of the cached files, None for those that changed after the download."""
     try:
         entries = json.loads((folder / '.fetched').read_text())
         return {
@@ -263,7 +263,7 @@ def complete(folder):
 
 
 def use_cached(folder, name, address, reason):
-    """Says that the cached copy stands in for a server that is away; UserError where none is."""
+    """Falls back to the cached copy and reports it; raises UserError if there is none."""
     files = complete(folder)
     if not files or None in files.values() or (name and name not in files):
         raise UserError(f'{address} can not be reached ({reason}), and no copy is in the cache')
@@ -273,7 +273,7 @@ def use_cached(folder, name, address, reason):
 
 
 def update(fs, files, folder, address):
-    """Downloads what is missing or has changed; all new files take their place at the end."""
+    """Downloads missing and changed files; all new files are moved into place at the end."""
     cached = complete(folder)
     late = [f for f in files if not f.said or cached.get(f.name) != f.said]
     if not late and cached.keys() == {f.name for f in files}:
@@ -301,7 +301,7 @@ def update(fs, files, folder, address):
 
 
 def download(fs, file, path, address, show):
-    """Writes a remote file to a path and to the disk; UserError where it is not as announced."""
+    """Downloads a file and flushes it to disk; raises UserError if its size is not as announced."""
     meter = Meter(file, address, show)
     try:
         fs.get_file(file.path, str(path), callback=meter)
@@ -319,7 +319,7 @@ def download(fs, file, path, address, show):
 
 
 class Meter(Callback):
-    """Counts the bytes of a file, shows them, and stops where there are more than announced."""
+    """Counts and shows the bytes of a file; raises UserError if there are more than announced."""
 
     def __init__(self, file, address, show):
         super().__init__()
@@ -336,7 +336,7 @@ class Meter(Callback):
 
 @contextlib.contextmanager
 def shown(address, files, size):
-    """Gives `show(file, bytes)`: a bar a file on a terminal; else one line is said, here."""
+    """Yields `show(file, bytes)`: a progress bar per file on a terminal; else prints one line."""
     if not files or not sys.stderr.isatty():
         if files:
             names = ', '.join(f.name for f in files)
@@ -365,7 +365,7 @@ def shown(address, files, size):
 
 @contextlib.contextmanager
 def explained(address):
-    """Turns what a backend, the network or the disk refuses into one line for the user."""
+    """Turns an error of a backend, the network or the disk into UserError, in one line."""
     quieten()
     try:
         yield
@@ -377,7 +377,7 @@ def explained(address):
 
 @contextlib.contextmanager
 def unreachable():
-    """Raises Unreachable where an error says that there was no answer."""
+    """Raises Unreachable for errors that mean that there was no answer."""
     try:
         yield
     except Exception as e:

@@ -1,4 +1,4 @@
-"""What the errors of fsspec's many backends mean: from outside or a bug, an answer or none, why."""
+"""Classifies errors of fsspec's many backends: external or a bug, an answer or none, the reason."""
 
 import errno
 import http
@@ -8,21 +8,21 @@ import ssl
 
 
 def foreign(error):
-    """Whether an error comes from outside, rather than from a bug here."""
+    """Whether an error is external, rather than a bug in this package."""
     outside = isinstance(error, (OSError, ValueError, NotImplementedError))
     module = type(error).__module__
     return outside or not (module == 'builtins' or module.startswith('vit_jax'))
 
 
 def chain(error):
-    """An error and those that led to it."""
+    """Yields an error and those that led to it."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def status(error):
-    """The HTTP status among an error and its causes, by the names that the backends give it."""
+    """HTTP status of an error or one of its causes, by the names that the backends use."""
     for e in chain(error):
         code = getattr(e, 'status', None) or getattr(getattr(e, 'response', None), 'status_code', 0)
         code = code or (getattr(e, 'code', None) if type(e).__name__ == 'HttpError' else None)
@@ -32,7 +32,7 @@ def status(error):
 
 
 def silent(error):
-    """Whether there was no answer: no connection, no name, a time-out, a server out of order."""
+    """Whether there was no answer: no connection, no such host, a time-out, a failing server."""
     code = status(error)
     if code:
         return code >= 500 or code == 429
@@ -45,7 +45,7 @@ def silent(error):
 
 
 def reason(error):
-    """One line on why: the answer's status, else the innermost error of the system."""
+    """Reason of an error in one line: the status of the answer, else the innermost system error."""
     code = status(error)
     if code:
         phrase = http.HTTPStatus(code).phrase if code in set(http.HTTPStatus) else 'no such status'

@@ -1,8 +1,8 @@
-"""A run's files at an address (gs://...): what differs there from a disk.
+"""Files of a run on a disk or at an address (gs://...).
 
-An object is written whole or not at all; it can neither be appended to nor locked. Where a server
-is away, fsspec (small files) and TensorStore (arrays) ask again and again: here is for how long,
-and what is said in the end.
+An object at an address is written whole or not at all; it can neither be appended to nor locked. If
+a server is unreachable, fsspec (small files) and TensorStore (arrays) retry. This module limits for
+how long, and makes the error message.
 """
 
 import concurrent.futures
@@ -22,14 +22,14 @@ from vit_jax.errors import UserError
 from vit_jax.io.reasons import chain, foreign, reason, silent, status
 from vit_jax.io.text import brief, printable
 
-SILENCE = 30  # seconds without a byte, after which a request is made anew
-RETRIES = 5  # of a request, after 1, 2, 4, 8, 16 s: gcsfs' own number, for TensorStore too
-PERIOD = 10  # seconds between two writes of a growing file, at least
+SILENCE = 30  # seconds without a byte, after which a request is retried
+RETRIES = 5  # of a request, after 1, 2, 4, 8, 16 s: gcsfs' default, for TensorStore too
+PERIOD = 10  # least seconds between two writes of a growing file
 MOST_JSON = 10_000_000  # bytes; parsed, they take 20 times that
 
 
 def cache():
-    """The folder of what outlasts runs: $VIT_JAX_CACHE, else one in the user's for caches."""
+    """Folder for what outlasts runs: $VIT_JAX_CACHE, else one in the user's cache folder."""
     chosen = os.environ.get('VIT_JAX_CACHE')
     if not chosen:
         chosen = os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'vit_jax')
@@ -41,17 +41,17 @@ def remote(path):
 
 
 def set_up():
-    """Bounds how long the libraries wait for a server that is away. Raises UserError."""
-    # gcsfs asks for a bucket's layout over gRPC, which hangs where only HTTPS gets through; it
-    # reads this as it is imported.
+    """Limits how long the libraries wait for an unreachable server; raises UserError."""
+    # gcsfs queries a bucket's layout over gRPC, which hangs where only HTTPS gets through; it
+    # reads this when it is imported.
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
     try:
         import aiohttp
         import gcsfs  # noqa: F401
     except ImportError as e:
         raise UserError(f'gs:// needs {e.name}: pip install "vit_jax[remote]"') from e
-    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # what it logs it raises as well
-    # TensorStore writes behind gcsfs' back, so what gcsfs has listed once does not stay true.
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it raises what it logs
+    # TensorStore writes without gcsfs, whose cached listings would be stale.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
     fsspec.config.conf['gcs'] = fsspec.config.conf.get('gcs', {}) | {
         'requests_timeout': timeout, 'use_listings_cache': False,
@@ -69,7 +69,7 @@ def set_up():
 
 @contextlib.contextmanager
 def explained(path, doing):
-    """Turns what a server refuses into one line for the user; a disk's errors stay as they are."""
+    """Turns an error of a server into UserError, in one line; errors of a disk propagate."""
     try:
         yield
     except Exception as e:
@@ -80,7 +80,7 @@ def explained(path, doing):
 
 @contextlib.contextmanager
 def writing(path):
-    """Turns what a disk or a server refuses, as `path` is written, into one line for the user."""
+    """Turns an error of a disk or a server, as `path` is written, into UserError, in one line."""
     try:
         with explained(path, 'write'):
             yield
@@ -89,7 +89,7 @@ def writing(path):
 
 
 def check_file(path):
-    """Raises UserError where a folder or a device has the place of a file to be written."""
+    """Raises UserError if a folder or a device is in the place of a file to be written."""
     if not remote(path):
         with writing(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             mode = os.stat(path).st_mode
@@ -99,7 +99,7 @@ def check_file(path):
 
 
 def check_free(path, force):
-    """Raises UserError where anything but an empty folder is at `path`, unless `force`.
+    """Raises UserError if anything but an empty folder is at `path`, unless `force`.
 
     A device or a pipe is never replaced.
     """
@@ -111,16 +111,16 @@ def check_free(path, force):
 
 
 def file(path):
-    """The path, once its folder is made and a file can be written there. Raises UserError."""
+    """Makes the folder of a path and returns the path; raises UserError if it can't be written."""
     check_file(path)
     folder(path.parent, path)
     return path
 
 
 def folder(path, named=None):
-    """Makes a folder, and those above it, in which files can be written.
+    """Makes a folder, and its parents, and checks that files can be written in it.
 
-    Raises UserError, of what is `named` if not of the folder.
+    Raises UserError with the path `named`, or else with that of the folder.
     """
     if not remote(path):
         with writing(named or path):
@@ -130,14 +130,14 @@ def folder(path, named=None):
 
 
 def away(error):
-    """Whether a server gave no answer, or none that says what it has: all may be well there."""
+    """Whether a server gave no answer, or none about the file, which may be intact there."""
     words = 'UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|Forbidden'
     texts = ' '.join(str(e) for e in chain(error))
     return silent(error) or status(error) in (401, 403) or bool(re.search(words, texts))
 
 
 def why(error):
-    """One line on what a server said, or did not say."""
+    """Explains in one line why a server failed."""
     texts = [str(e) for e in chain(error)]
     for text in texts:
         if text.startswith('Forbidden'):  # gcsfs'
@@ -148,7 +148,7 @@ def why(error):
 def check(path):
     """Raises UserError unless an object can be written in the folder `path`.
 
-    The object, .lock, says which process was the last to begin.
+    The object, .lock, names the last process that began.
     """
     bucket = str(path).partition('://')[2].partition('/')[0]
     try:
@@ -161,7 +161,7 @@ def check(path):
 
 
 def read(path, most=None):
-    """The bytes of a file; None where there is none. Raises UserError, as for more than `most`."""
+    """Bytes of a file, None if it is missing; raises UserError, also for more than `most` bytes."""
     with explained(path, 'read'):
         try:
             if not remote(path):
@@ -180,7 +180,7 @@ def read(path, most=None):
 
 
 def read_json(path):
-    """The object in a JSON file, {} where there is none; UserError for all else that it holds."""
+    """Object in a JSON file, {} if it is missing; raises UserError for any other content."""
     data = read(path, MOST_JSON)
     if data is None:
         return {}
@@ -194,8 +194,10 @@ def read_json(path):
 
 
 def local_bytes(path, most=2**30):
-    """The bytes of a file of a disk. Raises OSError; UserError of a pipe, a device, or more than
-    `most`: reading these may never end."""
+    """Bytes of a file on a disk.
+
+    Raises OSError; UserError for a pipe, a device, or more than `most`: reading may never end.
+    """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise UserError('it is not a file')
@@ -205,7 +207,7 @@ def local_bytes(path, most=2**30):
 
 
 def write(path, data):
-    """Writes bytes to a file, which is complete or as it was. Raises UserError."""
+    """Writes bytes to a file, atomically; raises UserError."""
     check_file(path)
     with writing(path):
         if remote(path):
@@ -222,7 +224,7 @@ def write(path, data):
 
 
 class Growing:
-    """A file that grows: appended to on a disk; elsewhere written whole, now and then."""
+    """A file that grows: appended to on a disk; at an address written whole, periodically."""
 
     def __init__(self, path, data=b''):
         write(path, data)
@@ -237,18 +239,18 @@ class Growing:
         self.next = time.monotonic() + PERIOD
 
     def write(self, data):
-        """Adds bytes; they are in the file at once, elsewhere after a while, or after `sync`.
+        """Appends bytes: at once on a disk, at an address after a while or with `sync`.
 
         Raises UserError.
         """
         if self.file:
             with writing(self.path):
-                while data:  # a disk that becomes full takes a part
+                while data:  # a disk that becomes full accepts a part
                     data = data[self.file.write(data) :]
             return
         self.data += data
         if time.monotonic() > self.next and (self.running is None or self.running.done()):
-            # Where it fails the next one has these bytes, too.
+            # If it fails, the next one includes these bytes.
             self.running = self.uploads.submit(self.upload, bytes(self.data))
 
     def upload(self, data):
@@ -261,9 +263,9 @@ class Growing:
             self.next = now + max(PERIOD, 20 * (now - began))
 
     def sync(self):
-        """Returns when every byte is written. Raises UserError, as where the file was removed."""
+        """Waits until every byte is written; raises UserError, also if the file was removed."""
         if self.file:
-            try:  # a file in its place has a link more than one that was removed
+            try:  # a removed file has one link less than a file in its place
                 lost = os.fstat(self.file.fileno()).st_nlink < os.stat(self.path).st_nlink
             except (FileNotFoundError, NotADirectoryError):
                 lost = True

@@ -1,7 +1,7 @@
-"""What a command does first, before it imports anything large: its output may fail, signals end it.
+"""Sets up the output streams and signals of a command, before it imports anything large.
 
-`vit_jax/__init__.py` calls `begin` where Python starts one of the package's commands. A program
-that imports the package keeps its own streams and signals.
+`vit_jax/__init__.py` calls `begin` when Python starts one of the package's commands. A program that
+imports the package keeps its own streams and signals.
 """
 
 import errno
@@ -16,9 +16,9 @@ NAMES = {'stdout': 1, 'stderr': 2}
 
 
 class Output(io.RawIOBase):
-    """Writes to a file descriptor and never raises: what is refused is dropped.
+    """Writes to a file descriptor and never raises: what can't be written is dropped.
 
-    `refused` is the first OSError, None as long as all was written; `tell` is called with it.
+    `refused` is the first OSError, None if everything was written; `tell` is called with it.
     """
 
     def __init__(self, number, closed=None):
@@ -52,7 +52,7 @@ class Output(io.RawIOBase):
 
 
 def is_command():
-    """Whether `python -m vit_jax.X` is being started: Python looks for X still."""
+    """Whether `python -m vit_jax.X` is being started: Python has not found X yet."""
     words = sys.orig_argv
     module = words[words.index('-m') + 1 :][:1] if '-m' in words else []
     return sys.argv[:1] == ['-m'] and ''.join(module).startswith('vit_jax.')
@@ -61,8 +61,8 @@ def is_command():
 def begin():
     """Makes sys.stdout and sys.stderr an `Output` each, and lets signals end the process at once.
 
-    File descriptors 0 to 2 that are closed become /dev/null: the next file to be opened would get
-    the number, and what is printed. Does nothing where it was called before.
+    Closed file descriptors among 0 to 2 are opened on /dev/null: the next file to be opened would
+    get the number, and the output with it. Does nothing if it was called before.
     """
     if output('stdout'):
         return
@@ -70,7 +70,7 @@ def begin():
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     for name, number in NAMES.items():
         before = getattr(sys, name)
         if before is None:  # it was closed
@@ -79,7 +79,7 @@ def begin():
         else:
             before.flush()
             raw = Output(number)
-            made = io.TextIOWrapper(  # names print where the encoding is ASCII, too
+            made = io.TextIOWrapper(  # prints all names, even if the encoding is ASCII
                 raw if before.write_through else io.BufferedWriter(raw), before.encoding,
                 'backslashreplace', line_buffering=before.line_buffering,
                 write_through=before.write_through,
@@ -90,25 +90,25 @@ def begin():
 
 
 def output(name):
-    """The `Output` below sys.stdout or sys.stderr; None where there is another stream."""
+    """The `Output` below sys.stdout or sys.stderr; None if it is another stream."""
     return getattr(getattr(sys, name), 'output', None)
 
 
 def leave_at_signals(handler=None):
-    """Lets SIGNALS call `handler`, by default one that ends the process; ignored ones stay so."""
+    """Makes SIGNALS call `handler`, or `leave` by default; ignored signals stay ignored."""
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # by nohup, or in a script's background
             signal.signal(signum, handler or leave)
 
 
 def leave(signum, frame):
-    """Ends the process: nothing is begun yet, or all is done."""
+    """Ends the process, before anything has begun or after everything is done."""
     write_error(f'{signal.Signals(signum).name}: ended\n')
     os._exit(128 + signum)
 
 
 def write_error(text):
-    """Writes to stderr without a buffer, as a signal handler must, and never raises."""
+    """Writes to stderr without a buffer, as a signal handler must; never raises."""
     try:
         os.write(2, text.encode(errors='backslashreplace'))
     except OSError:

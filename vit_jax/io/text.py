@@ -1,7 +1,7 @@
-"""Values as text: numbers, and names of files, classes and labels, which come from outside.
+"""Formats values as text: numbers, and names of files, classes and labels, which are untrusted.
 
-A name may hold a newline, a terminal's escape sequences, characters that turn the direction of what
-follows, bytes that are no UTF-8. Stored values stay exact; lines do not.
+A name may have a newline, escape sequences of a terminal, characters that reverse the direction of
+text, or bytes that are not UTF-8. Stored values stay exact; printed lines are escaped.
 """
 
 import json
@@ -9,8 +9,8 @@ import math
 import re
 import unicodedata
 
-# Controls, surrogates, line and paragraph separators, and the invisible ones among the formats:
-# marks of direction, joiners of width zero, tags. The two joiners that spell words and emoji stay.
+# Control characters, surrogates, line and paragraph separators, and format characters: direction
+# marks, zero-width joiners, tags. The two joiners that spell words and emoji are kept.
 ESCAPED = ('Cc', 'Cs', 'Zl', 'Zp', 'Cf')
 JOINERS = '\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}'
 UNITS = (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3))
@@ -18,10 +18,10 @@ FORMULA = re.compile(r'[=+\-@](?![\d.]+$)')
 
 
 def printable(value: object, keep: str = '') -> str:
-    """str(value) in one line that any terminal shows as it is, but for the characters `keep`.
+    """str(value) in one line that any terminal shows literally, except for the characters `keep`.
 
-    What can't be seen or does something is written as Python writes it: '\\n', '\\x1b', '\\u202e'.
-    A byte of a file name that is not UTF-8 (Python's surrogateescape) is '\\xff'.
+    Characters that are invisible or have an effect are escaped as in Python: '\\n', '\\x1b',
+    '\\u202e'. A byte of a file name that is not UTF-8 (Python's surrogateescape) is '\\xff'.
     """
     text = str(value)
     if text.isprintable():
@@ -40,31 +40,31 @@ def escape(character):
 
 
 def cell(value: object) -> object:
-    """A name as a cell of a CSV file: printable, and no formula to a spreadsheet.
+    """Formats a name as a cell of a CSV file: printable, and not a formula in a spreadsheet.
 
-    A text that begins with =, +, - or @ and is no number has an apostrophe before it.
+    Text that begins with =, +, - or @ and is not a number gets an apostrophe before it.
     """
     text = printable(value)
     return f"'{text}" if FORMULA.match(text) else text
 
 
 def brief(value):
-    """What a file says, made fit for one line of a message."""
+    """Shortens text of a file to fit one line of a message."""
     try:
         text = ' '.join(str(value).split())
-    except ValueError:  # Python writes no integers of thousands of digits
+    except ValueError:  # Python does not print integers of thousands of digits
         text = 'a huge number'
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 200 else f'{text[:200]}...'
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """JSON (RFC 8259) in ASCII, which has no NaN and no infinity: null stands for them."""
+    """Formats JSON (RFC 8259) in ASCII; NaN and infinity, which it does not have, become null."""
     return json.dumps(finite(value), indent=indent, allow_nan=False).replace('\x7f', '\\u007f')
 
 
 def finite(value):
-    """A copy of what JSON can hold, with None for each number that is not finite."""
+    """Copies what JSON can represent, with None for each number that is not finite."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -73,13 +73,13 @@ def finite(value):
 
 
 def number(value: float | None) -> str:
-    """A count in full, any other number to four digits; None stands for one that is not finite."""
+    """Formats an int in full and any other number to four digits; None means not finite."""
     if value is None or not math.isfinite(value):
         return 'not finite'
     return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
 
 
 def flop(count: float) -> str:
-    """A number of operations with its unit: '35.2 GFLOP'."""
+    """Formats a number of operations with its unit: '35.2 GFLOP'."""
     unit, scale = next((u, s) for u, s in UNITS if count >= s or s == UNITS[-1][1])
     return f'{count / scale:.3g} {unit}FLOP'
