@@ -1,10 +1,11 @@
-"""Evaluators measure a run while it trains, and a checkpoint.
+"""Evaluators measure a run while it trains, or a checkpoint.
 
-An evaluator is a function or class of (subject, *, settings). Its settings stand in a section of
-`evals` beside `type`, its name, and `every`, steps between evaluations. It returns a callable of
-(params, stop, at, advance) that returns {metric: number}, or None once `stop` is true, and that has
-`sources`, {name: Source}: the data sets that it reads. Its module declares whether more or less is
-better, as METRICS = {metric: 'max' or 'min'} or as a function `metrics` of the settings.
+An evaluator is a function or class of (subject, *, settings). Its settings are in a section of
+`evals`, with `type`, its name, and `every`, the steps between evaluations. It returns a callable of
+(params, stop, at, advance) that returns {metric: number}, or None once `stop` is true. The callable
+has `sources`, {name: Source}: the data sets that it reads. The evaluator's module declares whether
+more or less is better, as METRICS = {metric: 'max' or 'min'} or as a function `metrics` of the
+settings.
 """
 
 from collections.abc import Callable
@@ -20,14 +21,14 @@ from vit_jax.step import stop_votes
 
 
 class Subject(NamedTuple):
-    """What is evaluated.
+    """The model to evaluate.
 
     Attributes:
       predict: (params, batch) -> {name: array}, see objectives.Objective.
-      mesh: where batches and parameters lie.
+      mesh: devices of the batches and parameters.
       outputs: {name: ShapeDtypeStruct} of what `predict` returns for a batch of one example.
-      names: what numbers in outputs stand for, {'classes': (...)}; None or () where unknown.
-      settings: those of the objective, for what an evaluation's own leave open.
+      names: meaning of numbers in outputs, {'classes': (...)}; None or () if unknown.
+      settings: those of the objective, for settings of an evaluation that are not given.
     """
 
     predict: Callable
@@ -38,7 +39,7 @@ class Subject(NamedTuple):
 
 
 def subject(objective, params, spec, mesh, names):
-    """The Subject of an objective, for parameters (or their shapes) and the spec of an example."""
+    """Makes the Subject of an objective, for parameters (or their shapes) and an example's spec."""
     batch = {k: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for k, x in spec.items()}
     outputs = jax.eval_shape(objective.predict, params, batch)
     return Subject(objective.predict, mesh, outputs, names, objective.settings)
@@ -56,10 +57,10 @@ def compiled(sums, mesh):
 
 
 def totals(step, feed, params, mesh, stop, at, advance):
-    """Sums over all batches of `feed`, {name: float64 array}; `step` is what `compiled` returns.
+    """Sums over all batches of `feed`: {name: float64 array}; `step` is what `compiled` returns.
 
-    Returns None if `stop` becomes true before the end. Calls `at` with the phase of each batch, as
-    hosts.joined takes it, and `advance` with the number of images in it.
+    Returns None if `stop` becomes true before the end. Calls `at` with the phase of each batch (as
+    for hosts.joined) and `advance` with the number of images in it.
     """
     stop = Stop() if stop is None else stop
     total = {}

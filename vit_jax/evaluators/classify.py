@@ -21,13 +21,13 @@ from vit_jax.models import interface
 from vit_jax.objectives import losses
 from vit_jax.step import stop_votes
 
-BINS = 15  # of confidence, as arXiv:1706.04599 section 5 has them
+BINS = 15  # of confidence, as in arXiv:1706.04599 section 5
 TOP = 5  # classes of the metric top5
 MOST_CONFUSED = 2000  # classes: 4 million numbers
 
 
 def present(source):
-    """The labels that occur in a data set, sorted."""
+    """Labels that occur in a data set, sorted."""
     labels = (source.records[i]['label'] for i in range(len(source)))
     return np.unique(np.concatenate([np.ravel(label) for label in labels]))
 
@@ -198,7 +198,7 @@ def summary(total):
 
 
 def one_label(labels, predictions):
-    """Of labels [N], or [N, L] padded with -1, one each: the predicted one where it is one."""
+    """Reduces labels [N], or [N, L] padded with -1, to one each: the predicted one if it is one."""
     if labels.ndim == 1:
         return labels
     hit = (labels == predictions[:, None]).any(axis=1)
@@ -206,7 +206,7 @@ def one_label(labels, predictions):
 
 
 def class_name(classes, index):
-    """The class's name; its number where it has none, as a head can have more outputs."""
+    """Name of a class; its number if it has none, as a head can have more outputs."""
     known = classes is not None and 0 <= index < len(classes)
     return classes[index] if known else f'class {index}'
 
@@ -219,7 +219,7 @@ def confusion(labels, predictions, classes):
 
 
 def by_class(found, classes, count):
-    """CSV with a line for each of `count` classes: images, accuracy, row of the confusion matrix.
+    """CSV with a row for each of `count` classes: images, accuracy, row of the confusion matrix.
 
     The matrix is left out for more than MOST_CONFUSED classes. `found` is what
     `Classify.predictions` returns, `classes` the names or None, written as by `text.cell`.
@@ -240,7 +240,7 @@ def by_class(found, classes, count):
 
 
 def means(results):
-    """{'c/mean': {'accuracy': value}} of evaluations whose names share what is before a slash."""
+    """{'c/mean': {'accuracy': value}} of evaluations that have the same name before a slash."""
     groups = {}
     for name, metrics in results.items():
         group, slash, _ = name.rpartition('/')

@@ -34,7 +34,7 @@ def nearest(train, labels, test, *, k, classes, temperature=None, chunk=1024):
 
     @jax.jit
     def vote(part):
-        # |a - b|^2 without |a|^2, which is the same for all; float32 products in full
+        # |a - b|^2 without |a|^2, which is the same for all; products in full float32
         dots = jnp.matmul(part, train.T, precision='highest')
         if temperature is None:
             _, near = jax.lax.top_k(2 * dots - jnp.sum(train**2, axis=1), k)
@@ -53,9 +53,9 @@ def nearest(train, labels, test, *, k, classes, temperature=None, chunk=1024):
 
 
 def some_of_each(labels, shots, seed):
-    """Indices of `shots` random examples of each class, or of all where it has fewer.
+    """Indices of `shots` random examples of each class, or of all if it has fewer.
 
-    With the same seed, those of fewer shots are among those of more.
+    With the same seed, the examples of fewer shots are among those of more.
     """
     rng = np.random.default_rng(seed)
     return np.concatenate(
@@ -148,7 +148,7 @@ def features(out):
 
 
 def metrics(*, k, pixels, l2, shots, **settings):
-    """{metric: 'max'}: the accuracies that such an evaluation measures."""
+    """{metric: 'max'}: the accuracies that an evaluation with these settings measures."""
     kinds = ('', '_cosine', '_pixels') if pixels else ('', '_cosine')
     names = [] if l2 is None else ['accuracy']
     names += [f'{n}_nn{kind}' for n in k for kind in kinds] + [f'{n}_shot' for n in shots]
@@ -239,7 +239,7 @@ class Probe:
         )  # fmt: skip
 
     def gathered(self, params, source, stop, at, advance=lambda images: None):
-        """`features` and `labels` [N] of all images, and `pixels` [N, H * W * 3] if asked for.
+        """`features` and `labels` [N] of all images, and `pixels` [N, H * W * 3] if measured.
 
         Returns None if `stop` becomes true.
         """

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 
 class Examples(NamedTuple):
-    """What a method may know of the examples that it learns from.
+    """Describes the training examples to a method.
 
     Attributes:
       spec: {name: ShapeDtypeStruct} of one example, without `mask` and `id`.
-      names: what numbers in it stand for: {'classes': ('cat', 'dog')}.
-      copies: how often an example comes in succession within a micro-batch (data.repeats).
+      names: meaning of numbers in it: {'classes': ('cat', 'dog')}.
+      copies: how many times an example comes in succession within a micro-batch (data.repeats).
     """
 
     spec: dict = {}
@@ -19,7 +19,7 @@ class Examples(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a run learns, and what the method keeps beside the parameters.
+    """Defines a training method: its loss, its predictions, and its state beside the parameters.
 
     `key` is a JAX key, `batch` {name: global array}: the task's arrays, `mask` float32 [B] (0 marks
     padding and unreadable examples) and `id`. Functions are pure and are traced by jit.
@@ -29,17 +29,17 @@ class Objective(NamedTuple):
       loss: (params, extra, frozen, batch, key, step) -> (loss, (metrics, aux)). Loss and metrics
         are float32 scalars, means over examples with mask 1; `loss` is one of the metrics. `aux`
         is what `update` needs, {} if nothing. `step` counts updates, from 0.
-      predict: (params, batch) -> {name: array}, what evaluators read. Dropout is off.
-      extra: params -> the tree that the method keeps beside the parameters: a moving average, a
-        centre. It is saved with the state.
+      predict: (params, batch) -> {name: array}, which evaluators read. Dropout is off.
+      extra: params -> tree that the method keeps beside the parameters, such as a moving average or
+        a centre. It is saved with the state.
       update: (extra, params, aux, step) -> extra, after each update, with the new parameters.
-      frozen: arrays that are read and never change, such as a teacher's. They are not saved; a run
-        that goes on compares them with those that it began with.
-      rules: rows as in sharding.RULES, for names of parameters that no row there has.
+      frozen: arrays that are read and never change, such as a teacher's. They are not saved; a
+        resumed run compares them with those that it started with.
+      rules: rows as in sharding.RULES, for names of parameters that no row there matches.
       indivisible: why gradients of micro-batches do not add up to those of the batch; '' if they
         do. Then `aux` is averaged over micro-batches, weighted by their examples with mask 1.
-      flops: of a forward pass over one example; None if unknown.
-      settings: what evaluators use where their own settings leave it open: {'loss': 'softmax'}.
+      flops: FLOPs of a forward pass over one example; None if unknown.
+      settings: what evaluators use for settings of theirs that are not given: {'loss': 'softmax'}.
     """
 
     init: Callable

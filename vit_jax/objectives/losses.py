@@ -1,4 +1,4 @@
-"""Losses by example: logits [B, K] and labels to float32 [B].
+"""Losses per example: logits [B, K] and labels to float32 [B].
 
 Labels are int [B], one class; int [B, L], up to L classes, padded with -1; or float [B, K],
 weights of all classes.
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def targets(labels, num_classes):
-    """Labels as a set or as weights, float32 [B, K]: 1 for each true class; [B, K] stays."""
+    """Converts labels to float32 [B, K]: 1 for each true class; weights [B, K] are not changed."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return labels.astype(jnp.float32)
     hot = jax.nn.one_hot(labels, num_classes)
@@ -17,10 +17,10 @@ def targets(labels, num_classes):
 
 
 def distribution(labels, num_classes):
-    """Labels as probabilities, float32 [B, K]: n true classes have 1 / n each; [B, K] stays.
+    """Converts labels to probabilities, float32 [B, K]: 1 / n for each of n true classes.
 
     This is the target of a softmax with several labels (arXiv:1805.00932). Without any label it is
-    zero, and so is the loss.
+    zero, and so is the loss. Weights [B, K] are not changed.
     """
     wanted = targets(labels, num_classes)
     if labels.ndim == 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -61,7 +61,7 @@ def sigmoid_xent(logits, labels, *, label_smoothing=0.0):
 
 LOSSES = {'softmax': softmax_xent, 'sigmoid': sigmoid_xent}
 PROBABILITIES = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
-TARGETS = {'softmax': distribution, 'sigmoid': targets}  # what each makes of labels
+TARGETS = {'softmax': distribution, 'sigmoid': targets}  # the targets of each loss
 
 
 def probabilities(logits: jax.Array, loss: str | None = None) -> jax.Array:
@@ -75,12 +75,12 @@ def probabilities(logits: jax.Array, loss: str | None = None) -> jax.Array:
 def hits(logits, labels):
     """1 where the class of highest logit is a true label: [B, K] and labels -> float [B]."""
     best = jnp.argmax(logits, axis=-1)[:, None]
-    if jnp.issubdtype(labels.dtype, jnp.integer):  # no set of all classes is made
+    if jnp.issubdtype(labels.dtype, jnp.integer):  # without an array [B, K] of labels
         return jnp.any(labels.reshape(len(labels), -1) == best, axis=-1).astype(jnp.float32)
     return (jnp.take_along_axis(labels, best, axis=-1)[:, 0] > 0).astype(jnp.float32)
 
 
 def heaviest(weights):
-    """1 for the classes of greatest weight, where it is above 0: [B, K] -> float [B, K]."""
+    """1 for the classes of largest weight, if it is above 0: [B, K] -> float [B, K]."""
     most = weights == jnp.max(weights, axis=-1, keepdims=True)
     return (most & (weights > 0)).astype(jnp.float32)

@@ -3,8 +3,8 @@
 Each example is mixed with its partner: the one before it in the batch, and for the first one the
 last (as in big_vision). Neighbours in a shuffled batch are unrelated, and of a batch split over
 devices only one example per device crosses to the next. Indices are those of the global batch, so
-the result does not depend on the number of devices. Where an example comes several times in
-succession, `shift` is how many places before it the partner is.
+the result does not depend on the number of devices. If examples are repeated in succession, `shift`
+is the distance from an example to its partner.
 """
 
 import jax
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 
 def mix(images, labels, key, *, mixup=0.0, cutmix=0.0, by='batch', shift=1, mask=None):
-    """Images [B, H, W, C] and label weights [B, K], each mixed with its partner; float32.
+    """Mixes images [B, H, W, C] and label weights [B, K] with those of their partners; float32.
 
     `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 turns one of them off. With both,
     each is taken with probability 1/2. Random numbers are drawn once for the batch, or for each
-    example with by='example'. An example stays as it is where its mask or its partner's is 0.
+    example with by='example'. An example is not changed if its mask or its partner's is 0.
 
     Mixup (arXiv:1710.09412) gives the partner the weight min(lambda, 1 - lambda), so the example
     itself always has the larger one; as partners are symmetric, the distribution of mixtures is the
@@ -24,7 +24,7 @@ def mix(images, labels, key, *, mixup=0.0, cutmix=0.0, by='batch', shift=1, mask
     """
     count = images.shape[0] if by == 'example' else 1
     choice, weight_key, centre_key = jax.random.split(key, 3)
-    # with both an even chance, as timm has it
+    # with both, each has probability 1/2, as in timm
     cut = jax.random.bernoulli(choice, 0.5 if mixup and cutmix else float(cutmix > 0), (count,))
     alpha = jnp.where(cut, cutmix, mixup)
     weight = jax.random.beta(weight_key, alpha, alpha, (count,))
@@ -44,7 +44,7 @@ def mix(images, labels, key, *, mixup=0.0, cutmix=0.0, by='batch', shift=1, mask
 
 
 def before(x, shift):
-    """The example that each one is mixed with, [B, ...]: the one `shift` places before it."""
+    """Partner of each example, [B, ...]: the one `shift` places before it."""
     return jnp.roll(x, shift, axis=0)
 
 

@@ -14,12 +14,12 @@ from vit_jax.io.bounds import NonNegative, Positive, Rate
 from vit_jax.models import interface
 from vit_jax.objectives import Objective, losses, mixing
 
-MIX = 0x6D6978  # folded into the key for mixing; dropout has the key as it comes
-METRICS = {'loss': 'min', 'accuracy': 'max'}  # which is better
+MIX = 0x6D6978  # folded into the key for mixing; dropout uses the key itself
+METRICS = {'loss': 'min', 'accuracy': 'max'}  # whether less or more is better
 
 
 def masked_mean(values, mask):
-    """Mean of values [B] where mask [B] is 1; 0 where it nowhere is."""
+    """Mean of values [B] where mask [B] is 1; 0 if the mask is 0 everywhere."""
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
@@ -101,7 +101,7 @@ def check_model(model, examples):
 
 
 def model_inputs(batch, key, *, model, loss, mixup, cutmix, mix_by, mix_shift):
-    """(normalised images [B, H, W, C], labels) that a step trains on, mixed where asked for."""
+    """(normalised images [B, H, W, C], labels) that a step trains on, mixed if it is configured."""
     images, labels = model.normalise(batch['image']), batch['label']
     if not mixup and not cutmix:
         return images, labels
