@@ -1,4 +1,4 @@
-"""An experiment's settings: every key checked, every default filled in.
+"""Completes an experiment's settings: checks every key and fills in every default.
 
 A section of a config is the keyword-only arguments of one function. Its signature says which keys,
 types, ranges and defaults the section has, its docstring what they mean; `python -m vit_jax.config`
@@ -31,12 +31,12 @@ from vit_jax.run import report
 from vit_jax.run.checkpoint import Checkpoints
 
 INHERITED = ('image_size', 'batch_size')  # by evaluations, from the section data
-ROOMS = {  # of the functions that a config names, by the key, and what such a function is given
+ROOMS = {  # key that names a function: (where the package has them, their positional arguments)
     'objective.name': ('vit_jax.objectives', ('model', 'examples')),
     'data.task': ('vit_jax.data.tasks', ('source',)),
     'evals.type': ('vit_jax.evaluators', ('subject',)),
 }
-SECTIONS = {  # those of which every key is an argument of one function
+SECTIONS = {  # sections whose keys are all arguments of one function
     'optim': optim.make,
     'mesh': sharding.make_mesh,
     'checkpoint': Checkpoints,
@@ -45,20 +45,20 @@ SECTIONS = {  # those of which every key is an argument of one function
 
 
 def load(path, overrides=(), begun=None, absent=False):
-    """The complete config of an experiment file, 'FILE' or 'FILE:ARG', or of a run's config.json.
+    """Loads an experiment file, 'FILE' or 'FILE:ARG', or a run's config.json, as a complete config.
 
-    `overrides` are (dotted key, text) pairs; a text is a Python literal, or else itself. `begun`
-    is the config that a run goes on with: its model stands in for a checkpoint `init_from` that
-    can no longer be read. Without either, that is a mistake, unless it may be `absent`: `model`
-    is then the section as it is given, and has no name.
+    `overrides` are (dotted key, text) pairs; a text is a Python literal, or else a string. `begun`
+    is the config of a run to resume, whose model is used if the checkpoint `init_from` can no
+    longer be read. Without `begun`, an unreadable `init_from` raises UserError, unless it may be
+    `absent`: `model` is then the section as it is given, and has no name.
     """
     return changed(experiment.read(path), overrides, begun, absent)
 
 
 def changed(given, overrides, begun=None, absent=False):
-    """The complete config of a nested dict with `overrides`, as `load` has them.
+    """Completes a nested dict with `overrides`, which are as in `load`.
 
-    `steps` among the overrides stands in for given `epochs`, and the other way round.
+    `steps` among the overrides replaces given `epochs`, and the other way round.
     """
     new = {key for key, text in overrides if parsed(text) is not None}
     for key, other in ('steps', 'epochs'), ('epochs', 'steps'):
@@ -76,21 +76,21 @@ def changed(given, overrides, begun=None, absent=False):
 
 
 def parsed(text):
-    """A Python literal, true or false; any other text is a string."""
+    """Parses a Python literal, true or false; any other text is a string."""
     if text in ('true', 'false'):
         return text == 'true'
     try:
-        with warnings.catch_warnings(action='ignore'):  # of what text means in Python
+        with warnings.catch_warnings(action='ignore'):  # about the text as Python
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
 def complete(given, begun=None, absent=False):
-    """A nested dict, as an experiment gives it, checked and with every default filled in.
+    """Checks a nested dict, as an experiment returns it, and fills in every default.
 
-    Raises UserError for a key that nothing reads (and names the nearest that is read), a value of
-    the wrong type or range, and a key that must be given and is not.
+    Raises UserError for an unknown key (and names the nearest known one), for a value of the wrong
+    type or range, and for a missing key that is required.
     """
     given = dtypes_named(given)
     names = ('model', 'data', 'objective', 'evals', *SECTIONS)
@@ -130,22 +130,22 @@ def complete(given, begun=None, absent=False):
 
 
 def method_keys(function):
-    """The keys of the section `objective` with a training method, as `keys_of` gives them."""
+    """Keys of the section `objective` with a training method, as in `keys_of`."""
     return keys_of(keys.objective) | keys_of(function)
 
 
 def data_keys(function):
-    """The keys of the section `data` with a task."""
+    """Keys of the section `data` with a task."""
     return keys_of(keys.data) | keys_of(function) | keys_of(pipeline.batches)
 
 
 def evaluation_keys(function):
-    """The keys of a section of `evals` with an evaluator."""
+    """Keys of a section of `evals` with an evaluator."""
     return keys_of(keys.evaluation) | keys_of(function)
 
 
 def named(kind, name, key=None):
-    """The Component that a config names, of a kind in ROOMS. Raises UserError."""
+    """The Component that a config names, of a kind in ROOMS; raises UserError."""
     room, given = ROOMS[kind]
     found = experiment.component(room, name, key or kind)
     signature = inspect.signature(found.function)
@@ -160,12 +160,12 @@ def named(kind, name, key=None):
 
 
 def settings_of(section, function):
-    """Those settings of a section that are keyword arguments of a function."""
+    """Settings of a section that are keyword arguments of a function."""
     return {key: section[key] for key in keys_of(function) if key in section}
 
 
 def metrics(evals):
-    """{'val/accuracy': 'max', 'val/loss': 'min'} of a complete section: which is better of each."""
+    """{'val/accuracy': 'max', 'val/loss': 'min'} of a complete section: which value is better."""
     return {
         f'{name}/{metric}': which
         for name, settings in evals.items()
@@ -174,14 +174,14 @@ def metrics(evals):
 
 
 def better(config):
-    """Likewise of all that a run of a complete config measures: its costs and training, too."""
+    """Same as `metrics` for all that a run of a config measures, with its costs and training."""
     method = named('objective.name', config.objective.name)
     trained = method.metrics(settings_of(config.objective, method.function))
     return metrics(config.evals) | trained | report.COSTS
 
 
 def mode_of(full):
-    """checkpoint.mode as the metric checkpoint.best declares it; UserError for no such metric."""
+    """checkpoint.mode as the metric checkpoint.best declares it; raises UserError if unknown."""
     best, mode = full['checkpoint']['best'], full['checkpoint']['mode']
     if best is None:
         return mode

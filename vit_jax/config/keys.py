@@ -1,4 +1,4 @@
-"""Settings that no other function has as arguments. Only the signatures and docstrings are used."""
+"""Settings that are arguments of no other function. Only the signatures and docstrings are used."""
 
 from vit_jax.io.bounds import Finite, NonNegative, Positive, Seed, Steps
 

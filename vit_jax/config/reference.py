@@ -1,4 +1,4 @@
-"""The reference of all settings, in Markdown: key, type, range, default and meaning of each.
+"""Makes the reference of all settings, in Markdown: key, type, range, default and meaning of each.
 
 Types, ranges and defaults are those of the signatures. Meanings are the `Args:` of the docstrings
 and, for the fields of a model, the comments above or beside them.
@@ -25,7 +25,7 @@ value of another type or out of range are errors that name the key. The training
 and the type of an evaluation may be your own, with settings of their own: see
 [extending](extending.md).
 """
-MODELS = {  # by the name of which the defaults are shown
+MODELS = {  # {model whose defaults are shown: text}
     'vit-b/16': """\
 Vision Transformers and hybrids, named `vit-SIZE/PATCH`, `rUNITS+vit-SIZE/PATCH`, or `vit/PATCH`
 with the size given by fields. The defaults are those of `vit-b/16`; the name sets `patch_size`,
@@ -73,7 +73,7 @@ def introduction(function: Callable) -> str:
 
 
 def of(level: int, title: str, function: Callable, *others: Callable) -> Section:
-    """The Section of a function's settings, and of those that `others` have beside them."""
+    """Makes the Section of a function's settings, together with those of `others`."""
     known, meanings = {}, {}
     for one in (*others, function):
         known |= keys_of(one)
@@ -83,13 +83,13 @@ def of(level: int, title: str, function: Callable, *others: Callable) -> Section
 
 
 def components(kind: str) -> Iterator[tuple[str, Callable]]:
-    """(name, function) of the package's own functions of a kind in config.ROOMS."""
+    """Yields (name, function) of the package's own functions of a kind in config.ROOMS."""
     for name, found in experiment.of_package(config.ROOMS[kind][0]).items():
         yield name, found.function
 
 
 def sections() -> Iterator[Section]:
-    """All sections in their order."""
+    """Yields all sections in their order."""
     yield of(2, 'Top level', keys.scalars)
     yield of(3, 'expected', keys.expectation)
     yield of(2, 'model', keys.model)
@@ -138,17 +138,17 @@ def markdown() -> str:
 
 
 def shown(default: Any) -> str:
-    """A default as an experiment file has it."""
+    """Formats a default as in an experiment file."""
     if default is INHERITED:
         return 'that of `data`'
     return 'required' if default is REQUIRED else f'`{default!r}`'
 
 
 def sentence(text: str) -> str:
-    """Text that begins with a capital letter and ends with a full stop."""
+    """Makes text begin with a capital letter and end with a full stop."""
     return text[:1].upper() + text[1:].removesuffix('.') + '.'
 
 
 def cell(text: str) -> str:
-    """Text that ends no cell of a table."""
+    """Escapes text for a cell of a table."""
     return text.replace('|', r'\|')

@@ -1,4 +1,4 @@
-"""The sections of a config: each key checked against what its function declares."""
+"""Completes the sections of a config: checks each key against what its function declares."""
 
 import difflib
 import inspect
@@ -25,7 +25,7 @@ def keys_of(function):
 
 
 def filled(path, values, known, also=()):
-    """`values`, checked against `known` {key: (annotation, default)}, and the other defaults."""
+    """Checks `values` against `known` {key: (annotation, default)}, and fills in the defaults."""
     prefix = f'{path}.' if path else ''
     for key, value in values.items():
         if key not in known:
@@ -40,7 +40,7 @@ def filled(path, values, known, also=()):
 
 
 def section(given, name, path=None):
-    """A part of the config as a dict, empty where it is not given."""
+    """A section of the config as a dict, empty if it is not given."""
     value = given.get(name, {})
     if not isinstance(value, dict):
         raise UserError(f'config {path or name} is {shown(value)}, not a section with keys')
@@ -48,7 +48,7 @@ def section(given, name, path=None):
 
 
 def check_name(path, name):
-    """Raises UserError unless a name that a user gave a section can stand in keys and files."""
+    """Raises UserError unless a user's name for a section can be part of keys and file names."""
     if not isinstance(name, str) or not re.fullmatch(r'[\w-]+(/[\w-]+)*', name):
         raise UserError(
             f'config {path} has the name {shown(name)}; names are of letters, digits, _ and '
@@ -57,16 +57,16 @@ def check_name(path, name):
 
 
 def dtypes_named(value):
-    """Nested dicts with 'bfloat16' in place of jnp.bfloat16, as JSON has it."""
+    """Nested dicts with 'bfloat16' in place of jnp.bfloat16, as in JSON."""
     if isinstance(value, dict):
         return {key: dtypes_named(inner) for key, inner in value.items()}
     return interface.dtype_name(value)
 
 
 def complete_model(values, scalars, begun=None, absent=False, needed=True):
-    """The model section: its keys depend on the model's name, or on the checkpoint to begin from.
+    """Completes the section `model`; its keys depend on the model's name, or on `init_from`.
 
-    Without a name every field has the value that the checkpoint `init_from` tells of.
+    Without a name every field has the value that it has in the checkpoint `init_from`.
     """
     name = values.get('name')
     read = {}
@@ -111,7 +111,7 @@ def model_of(scalars, begun):
 
 
 def complete_data(path, values, known):
-    """A section that may have data sets, a view and augmentations after it, by its `known` keys."""
+    """Completes a section with `known` keys that may have data sets, a view and augmentations."""
     sets = [k for k in known if k == 'source' or k.endswith('_source')]
     full = filled(path, values, known)
     for name in sets:
@@ -129,7 +129,7 @@ def complete_data(path, values, known):
 
 
 def complete_source(path, values):
-    """A data set, or with the key `mixture` several by name, each with a weight."""
+    """Completes a data set, or with the key `mixture` several by name, each with a weight."""
     known = keys_of(sources.load)
     if 'mixture' not in values:
         return filled(path, values, known, also=('mixture',))
@@ -148,7 +148,7 @@ def complete_source(path, values):
 
 
 def complete_call(path, call, functions, check):
-    """The name of one of `functions`, or a dict of it and its arguments, with the defaults."""
+    """Completes the name of one of `functions`, or a dict of its name and its arguments."""
     if not isinstance(call, dict):
         check(call)
         return call
