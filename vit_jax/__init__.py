@@ -1,10 +1,10 @@
 """Vision Transformers in JAX and Flax.
 
     model, params = vit_jax.load(path)                  # any public checkpoint, or a run
-    images = vit_jax.preprocess(model, ['a.jpg'])       # files, PIL images, arrays
+    images = vit_jax.preprocess(model, ['a.jpg'])       # paths, PIL images or arrays
     logits, out = model.apply({'params': params}, images)
-    vit_jax.class_names(model)                          # by label
-    vit_jax.save('mine', model, params, format='hf')    # official, big_vision, timm, hf
+    vit_jax.class_names(model)                          # indexed by label
+    vit_jax.save('mine', model, params, format='hf')    # official, big_vision, timm or hf
     vit_jax.models.build('vit-b/16', num_classes=10)    # a model without a checkpoint
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 __all__ = ['UserError', 'class_names', 'load', 'models', 'preprocess', 'save']
 
-# Imported when they are asked for: the step needs none of them.
+# Imported on first use: training needs none of them.
 PLACES = {
     'UserError': 'vit_jax.errors',
     'class_names': 'vit_jax.convert.inputs',
@@ -32,7 +32,7 @@ PLACES = {
     'save': 'vit_jax.convert.save',
 }
 
-if streams.is_command():  # before anything else is imported, which takes seconds
+if streams.is_command():  # before the other imports, which take seconds
     streams.begin()
 
 

@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: data set, model, objective, optimizer, first state."""
+"""Builds the parts of a run from its config: data set, model, objective, optimizer, state."""
 
 from typing import Any, NamedTuple
 
@@ -13,18 +13,18 @@ from vit_jax.errors import UserError, choices
 from vit_jax.objectives import Examples, Objective
 from vit_jax.run import workdir
 
-MOST_STEPS = 2**31 - 1  # as bounds.Steps
+MOST_STEPS = 2**31 - 1  # the limit of bounds.Steps
 
 
 class Parts(NamedTuple):
-    """What a config names, made; nothing of it depends on a workdir."""
+    """The parts of a run that its config names. None of them depends on the workdir."""
 
     source: sources.Source
     task: tasks.Task
     steps: int
     mesh: jax.sharding.Mesh
-    model: Any  # None where the objective has a network of its own
-    spec: dict[str, jax.ShapeDtypeStruct]  # of one example
+    model: Any  # None if the objective has its own network
+    spec: dict[str, jax.ShapeDtypeStruct]  # shapes and dtypes of one example
     objective: Objective
     tx: optim.Optimizer
     abstract: step.State
@@ -32,10 +32,14 @@ class Parts(NamedTuple):
 
 
 def make(config, source=None, devices=None, classes=None):
-    """The parts of a run; every mistake in the config that can be seen beforehand is seen here.
+    """Builds the parts of a run; raises UserError for mistakes that show before training.
 
-    A plan has devices that are not here, and perhaps a `source` of which it knows the size alone.
-    `classes` are the names of a head that is kept (`kept_classes`): labels of the data become its.
+    Args:
+      config: the config of the run.
+      source: data set to use in place of the config's; a plan may know its size only.
+      devices: devices of the mesh, which a plan only compiles for. None: all.
+      classes: names of the classes of a head that is kept (`kept_classes`), to which the labels of
+        the data are mapped.
     """
     source = mixture.load(**config.data.source) if source is None else source
     mesh = sharding.make_mesh(devices, **config.mesh)
@@ -59,13 +63,13 @@ def make(config, source=None, devices=None, classes=None):
 
 
 def task_of(config, source):
-    """The task of a config's section `data`, of a data set."""
+    """Makes the task that the section `data` of a config names, for a data set."""
     function = configs.named('data.task', config.data.task).function
     return function(source, **configs.settings_of(config.data, function))
 
 
 def model_of(config, task):
-    """The model, with an output for each class of the data unless the config says how many."""
+    """Builds the model, with an output per class of the data unless the config sets the number."""
     if config.model.name is None:
         return None
     classes = config.model.num_classes or len(task.names.get('classes', ())) or None
@@ -73,8 +77,8 @@ def model_of(config, task):
 
 
 def objective_of(config, model, task, spec):
-    """The objective of a config."""
-    copies = -(-config.data.repeats // config.accumulate)  # in succession, of a micro-batch
+    """Makes the objective that a config names."""
+    copies = -(-config.data.repeats // config.accumulate)  # in succession, within a micro-batch
     examples = Examples(spec, task.names, copies)
     function = configs.named('objective.name', config.objective.name).function
     objective = function(model, examples, **configs.settings_of(config.objective, function))
@@ -87,9 +91,9 @@ def objective_of(config, model, task, spec):
 
 
 def check_evaluations(config, objective, spec, params):
-    """Raises UserError where an evaluation has images of a size that the parameters do not fit.
+    """Raises UserError if the parameters don't fit the image size of an evaluation.
 
-    Those of the training's size they do; position tables are of one size.
+    A table of position embeddings fits one size only, that of training.
     """
     for name, settings in config.evals.items():
         if 'image' not in spec or 'image_size' not in settings:
@@ -109,13 +113,13 @@ def check_evaluations(config, objective, spec, params):
 
 
 def evaluation(subject, settings):
-    """An evaluation of a Subject, by its section of a config."""
+    """Makes the evaluation of a Subject that a section of `evals` describes."""
     function = configs.named('evals.type', settings['type']).function
     return function(subject, **configs.settings_of(settings, function))
 
 
 def check_best(best, evals):
-    """Raises UserError where an evaluation knows that it does not measure checkpoint.best."""
+    """Raises UserError if the evaluation that checkpoint.best names has no such metric."""
     name, _, metric = str(best).rpartition('/')
     measured = getattr(evals.get(name), 'metrics', None)
     if measured is not None and metric not in measured:
@@ -125,9 +129,9 @@ def check_best(best, evals):
 
 
 def kept_classes(config, path, begun):
-    """Names of the classes of the head that a run in `path` keeps; None where it has a new one.
+    """Names of the classes of the head that the run in `path` keeps; None if its head is new.
 
-    A run that goes on has them in classes.json, as its checkpoint `init_from` may be gone.
+    A resumed run reads them from classes.json, as the checkpoint `init_from` may be gone.
     """
     if not config.keep_head or config.init_from is None:
         return None
@@ -136,7 +140,7 @@ def kept_classes(config, path, begun):
 
 
 def steps_of(config, source):
-    """The length of a run."""
+    """Length of a run in steps."""
     if config.steps:
         return config.steps
     steps = max(1.0, config.epochs * len(source) / config.data.batch_size)
@@ -148,7 +152,7 @@ def steps_of(config, source):
 
 
 def first_state(config, parts):
-    """(the state at step 0, the account of what was loaded): random, or from `init_from`."""
+    """The state at step 0, random or from `init_from`, and a table of what was loaded, or None."""
     if config.init_from is None:
         fresh = (parts.objective, parts.tx, config.seed, parts.abstract)
         return step.init(*fresh), None

@@ -1,8 +1,9 @@
-"""What all commands share: a user's mistake is one line and exit status 2, a bug a traceback.
+"""Runs a command: parses its flags, handles signals and errors, and exits with a status.
 
-What the system refuses (a file, memory, a thread) is one line, too. SIGINT, SIGTERM and SIGHUP end
-a command with exit status 130, 143 and 129. Where nobody reads what is printed any more, a command
-goes on without a word, as its files matter; where it can't be written, status and line say so.
+A mistake of the user is one line and exit status 2; so is a file, memory or a thread that the
+system refuses. A bug is a traceback. SIGINT, SIGTERM and SIGHUP end a command with exit status 130,
+143 and 129. If the reader of standard output goes away (EPIPE), a command continues silently, as
+its files matter; any other write error is reported by a line and the exit status.
 """
 
 import errno
@@ -21,7 +22,7 @@ from vit_jax.io.text import printable
 
 
 def split_changes(argv, section):
-    """Arguments without those of the form --SECTION.KEY=VALUE, and these as (key, text)."""
+    """Splits arguments into those not of the form --SECTION.KEY=VALUE and [(key, text)]."""
     rest, changes = [], []
     for arg in argv:
         match = re.fullmatch(rf'--?{section}\.([^=]+)(=(.*))?', arg, re.DOTALL)
@@ -32,7 +33,7 @@ def split_changes(argv, section):
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of streams.SIGNALS came."""
+    """Raised when one of streams.SIGNALS arrives."""
 
     def __init__(self, signum):
         super().__init__()
@@ -40,19 +41,22 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt(signum, frame):
-    """A signal handler: unwinds, so that no half-written file stays; a second signal is the end."""
+    """Signal handler that unwinds the stack, which removes half-written files.
+
+    A second signal ends the process at once.
+    """
     streams.leave_at_signals()
     raise Interrupted(signum)
 
 
 def not_lost(unraisable):
-    """A sys.unraisablehook that repeats a signal which came within a destructor.
+    """A sys.unraisablehook that repeats a signal which arrived during a destructor.
 
-    Python prints an exception of a destructor and goes on, and the user would have to ask again.
+    Python only prints an exception raised in a destructor, so the signal would be lost.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         signum = getattr(unraisable.exc_value, 'signum', signal.SIGINT)
-        # Not at once, as this is still within the destructor.
+        # With a delay, as this still runs within the destructor.
         threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
         streams.leave_at_signals(interrupt)
     else:
@@ -60,18 +64,21 @@ def not_lost(unraisable):
 
 
 class Printable(logging.PythonFormatter):
-    """Log lines, whatever name they hold, without a terminal's escape sequences."""
+    """Formats log lines with the terminal's escape sequences, as in a file's name, escaped."""
 
     def format(self, record):
         return printable(super().format(record), keep='\n\t')
 
 
 def run(main, section=None, *, goes_on=False):
-    """Parses sys.argv, calls main(arguments) and exits with what it returns.
+    """Parses sys.argv, calls main(arguments) and exits with the status that it returns.
 
-    With a `section`, flags of the form --SECTION.KEY=VALUE are left to main as its second
-    argument: a list of (key, text). A command that `goes_on` without its output, as files have all
-    that it prints, says when it does so.
+    Args:
+      main: the command.
+      section: name of a section whose flags, of the form --SECTION.KEY=VALUE, are passed to `main`
+        as its second argument, [(key, text)]. None: no second argument.
+      goes_on: whether the command continues, with a warning, if standard output can't be written,
+        because its files contain all that it prints.
     """
     changes = []
 
@@ -80,29 +87,29 @@ def run(main, section=None, *, goes_on=False):
         changes.extend(found)
         try:
             rest = flags.FLAGS([*rest[:1], *('--help' if a == '-h' else a for a in rest[1:])])
-        except SystemExit:  # absl's status of --help and its kin is 1
+        except SystemExit:  # absl exits with status 1 after --help and its variants
             sys.exit(0)
         for name, value in flags.FLAGS.flag_values_dict().items():
             if value in ('', [''], []) and flags.FLAGS[name].present:  # an unset shell variable
                 raise UserError(f'flag --{name} is empty; give it a value, or leave it out')
-            if isinstance(value, float) and not math.isfinite(value):  # absl lets it pass
+            if isinstance(value, float) and not math.isfinite(value):  # which absl accepts
                 raise UserError(f'flag --{name} is {value}, not a finite number')
         return rest
 
-    logging.use_absl_handler()  # alone: it takes handlers of the stderr away that it finds
+    logging.use_absl_handler()  # removes other handlers that write to stderr
     streams.begin()
     if goes_on and streams.output('stdout'):
         streams.output('stdout').tell = without_output
     sys.unraisablehook = not_lost
     logging.get_absl_handler().setFormatter(Printable())
-    logging.set_verbosity(logging.WARNING)  # --verbosity overrules; absl's own default is INFO
+    logging.set_verbosity(logging.WARNING)  # unless --verbosity is given; absl's default is INFO
     try:
         streams.leave_at_signals(interrupt)
         try:
             app.run((lambda argv: main(argv, changes)) if section else main, flags_parser=parse)
         finally:
             streams.leave_at_signals()
-    except SystemExit as e:  # which is how app.run ends
+    except SystemExit as e:  # raised by app.run at its end
         status = e.code
     except (UserError, flags.Error) as e:
         status = mistake(e)
@@ -118,20 +125,20 @@ def run(main, section=None, *, goes_on=False):
 
 
 def mistake(error):
-    """Prints the one line of what a user can mend; its exit status."""
-    own = '\n' if getattr(error, 'several_lines', True) else ''  # absl's have some, too
+    """Prints an error that the user can fix, and returns its exit status, 2."""
+    own = '\n' if getattr(error, 'several_lines', True) else ''  # absl's errors have several, too
     print('error:', printable(error, keep=own), file=sys.stderr)
     return 2
 
 
 def without_output(error):
-    """Says that output is lost, once, where all that it says is in files, too."""
-    # A progress bar has replaced sys.stderr, and would print this to standard output.
+    """Warns once that standard output is lost."""
+    # Not through sys.stderr, which a progress bar redirects to standard output.
     streams.write_error(f'standard output: {error.strerror}; going on without it\n')
 
 
 def finished(status, goes_on):
-    """The exit status, once all that was printed is written or refused."""
+    """Flushes standard output and returns the exit status."""
     sys.stdout.flush()
     output = streams.output('stdout')
     refused = None if goes_on or output is None else output.refused

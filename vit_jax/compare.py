@@ -1,10 +1,9 @@
-"""Two runs side by side: python -m vit_jax.compare A B [--metric loss] [--out FILE.png].
+"""Compares two runs: python -m vit_jax.compare A B [--metric loss] [--out FILE.png].
 
-`python -m vit_jax.compare A B` is the same command.
-
-A and B are workdirs, or files of lines as metrics.jsonl has them: a stored reference curve. Says at
-which step they first differ at all, and from which on by more than noise; how settings and versions
-differ; what each has come to; and draws both curves with their difference.
+A and B are workdirs, or files in the format of metrics.jsonl, such as a stored reference curve.
+Prints the step at which they first differ, the step from which they differ by more than noise, the
+differences in settings and versions, and the last values of both; draws both curves and their
+difference.
 """
 
 import io
@@ -22,19 +21,19 @@ from vit_jax.io.text import number, printable
 from vit_jax.run import history, workdir
 
 LEAST = 5  # lines in a window
-SIGMAS = 4.0  # one window in 16,000 exceeds them by chance
+SIGMAS = 4.0  # exceeded by chance in one window of 16,000
 
 
 class Parting(NamedTuple):
-    """Where two curves part, in steps; None: nowhere."""
+    """Steps at which two curves part; None: nowhere."""
 
-    first: int | None  # any bit differs
-    beyond: int | None  # by more than noise, from here on for a window
-    sigma: float  # standard deviation of the difference from line to line
+    first: int | None  # first step at which any bit differs
+    beyond: int | None  # first step of a window that differs by more than noise
+    sigma: float  # standard deviation of the noise in the difference
 
 
 def lines_of(path):
-    """The lines of a run's workdir, or of a file."""
+    """Reads the lines of metrics of a workdir or a file; raises UserError if there are none."""
     path = workdir.located(path)
     if path.is_dir():
         lines = history.read_lines(path)
@@ -53,7 +52,7 @@ def curve(lines, metric):
 
 
 def check_metric(metric, path, lines):
-    """Raises UserError, with the names there are, unless the lines have numbers of the metric."""
+    """Raises UserError, with the known names, unless the lines have numbers of the metric."""
     names = {
         name for line in lines for name, value in line.items()
         if name != 'step' and type(value) in (int, float)
@@ -63,11 +62,11 @@ def check_metric(metric, path, lines):
 
 
 def parting(a, b):
-    """Where two curves {step: value} part, see `Parting`.
+    """Finds where two curves {step: value} part, see `Parting`.
 
-    Of the difference d at common steps, noise is sigma = 1.48 median|d_t - d_(t-1)| / sqrt(2),
-    which neither a slow drift nor a few outliers raise. They part in the first window of n lines
-    (a twentieth of all, at least LEAST) whose mean exceeds SIGMAS sigma / sqrt(n).
+    d is the difference at common steps. Its noise is sigma = 1.48 median|d_t - d_(t-1)| / sqrt(2),
+    which is robust to a slow drift and to a few outliers. The curves part at the first window of n
+    lines (a twentieth of all, at least LEAST) whose mean exceeds SIGMAS sigma / sqrt(n).
     """
     steps = np.array(sorted(a.keys() & b.keys()))
     if not len(steps):
@@ -78,13 +77,13 @@ def parting(a, b):
     n = min(max(LEAST, len(d) // 20), len(d))
     sigma = 1.4826 * float(np.median(np.abs(np.diff(d)))) / 2**0.5 if len(d) > 1 else 0.0
     means = np.convolve(d, np.full(n, 1 / n), 'valid')
-    floor = 1e-6 * float(np.median(np.abs([a[s] for s in steps])))  # below it, rounding
+    floor = 1e-6 * float(np.median(np.abs([a[s] for s in steps])))  # smaller is rounding
     far = np.flatnonzero(np.abs(means) > np.maximum(SIGMAS * sigma / n**0.5, floor))
     return Parting(first, int(steps[far[0]]) if len(far) else None, sigma)
 
 
 def settings(path):
-    """(config.json, result.json) of a workdir, {} where there is none."""
+    """Reads (config.json, result.json) of a workdir; {} for a file that is absent."""
     path = workdir.located(path)
     if not path.is_dir():
         return {}, {}
@@ -92,7 +91,7 @@ def settings(path):
 
 
 def text(a, b, lines, metric, found):
-    """All that is said, as one text."""
+    """The comparison as text; raises UserError if the runs have no step in common."""
     common = len(curve(lines[0], metric).keys() & curve(lines[1], metric).keys())
     if not common:
         raise UserError(f'{a} and {b} have no step in common with a {metric}')
@@ -132,7 +131,7 @@ def text(a, b, lines, metric, found):
 
 
 def draw(path, names, curves, metric, found):
-    """A PNG: both curves above, their difference below, and where they part."""
+    """Draws a PNG: both curves above, their difference below, a line where they part."""
     figure = Figure(figsize=(8, 5), dpi=150, layout='constrained')
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for name, one, colour, style in zip(

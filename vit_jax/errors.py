@@ -1,4 +1,4 @@
-"""The exceptions that stand for something other than a bug."""
+"""Exceptions for mistakes of the user and lost processes, and the messages of errors."""
 
 import difflib
 import errno
@@ -10,10 +10,10 @@ MOST_SHOWN = 200  # characters of a value in a message
 
 
 class UserError(ValueError):
-    """Something that a user can mend; the command line prints it in one line, exit status 2.
+    """An error that the user can fix; a command prints it as one line and exits with status 2.
 
-    A newline in the message is part of a name from outside and is escaped, unless the message is
-    said to have several lines, as one with a table.
+    A newline in the message is escaped, as it can only come from a name in the input, unless
+    `several_lines` is true, as for a message with a table.
     """
 
     def __init__(self, message: object = '', *, several_lines: bool = False):
@@ -22,17 +22,17 @@ class UserError(ValueError):
 
 
 def shown(value: object) -> str:
-    """A value as Python writes it, in one line of bounded length."""
+    """The repr of a value, in one line of bounded length."""
     try:
         text = repr(value)
-    except Exception:  # of an object of the user's, or an int of thousands of digits
+    except Exception:  # from a user's own __repr__, or for an int of thousands of digits
         text = f'a value of type {type(value).__name__}'
     text = ' '.join(text.split())
     return text if len(text) <= MOST_SHOWN else f'{text[:MOST_SHOWN]}...'
 
 
 def choices(name: object, known: Iterable[str]) -> str:
-    """'there are a, b, c', or of many the nearest to `name`: the end of a line on a wrong name."""
+    """The end of a message on a wrong name: 'there are a, b, c', or the nearest of many names."""
     known = list(known)
     if len(known) <= MOST_LISTED:
         return f'there are {", ".join(known)}' if known else 'there is none'
@@ -41,17 +41,17 @@ def choices(name: object, known: Iterable[str]) -> str:
 
 
 def check_choice(kind: str, name: object, known: Iterable[str]) -> None:
-    """Raises UserError, with the names there are, unless `name` is among them."""
+    """Raises UserError, with the known names, unless `name` is one of them."""
     if not isinstance(name, str) or name not in known:
         raise UserError(f'no {kind} {shown(name)}; {choices(name, known)}')
 
 
 class Lost(Exception):
-    """Another process of the run is missing, dead or stalled: to be tried again (exit status 4)."""
+    """Another process is missing, dead or stalled; the run can be restarted (exit status 4)."""
 
 
 def refusal(error):
-    """One line on what the system refuses, a file, memory or a thread; None for any other error."""
+    """A line on a file, memory or a thread that the system refuses; None for any other error."""
     text = re.sub(r'\s+', ' ', str(error))[:300]
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return f'{error.strerror}: raise the limit (ulimit -n), or use fewer workers and threads'

@@ -1,13 +1,13 @@
 """Trains one experiment: python -m vit_jax.main --config FILE[:ARG] --workdir DIR.
 
-Any setting can be changed on the command line: --config.optim.lr=3e-4. The same command goes on
-with a run that was stopped or killed.
+Any setting can be changed on the command line: --config.optim.lr=3e-4. The same command resumes a
+run that was stopped or killed.
 
-One process a host (or a GPU) is found by itself on TPU pods and under SLURM and Open MPI; elsewhere
---coordinator, --num_processes and --process_id say it.
+Several processes, one per host or per GPU, are detected on TPU pods and under SLURM and Open MPI;
+elsewhere, give --coordinator, --num_processes and --process_id.
 
-Exit status: 0 done, 1 not what was expected (with --check), 2 a mistake that its one line names,
-3 a loss or gradient that is no number, 4 another process was lost, 129, 130 and 143 stopped by
+Exit status: 0 done, 1 results not as expected (with --check), 2 a mistake of the user, named in one
+line, 3 a non-finite loss or gradient, 4 another process was lost, 129, 130 and 143 stopped by
 SIGHUP, SIGINT and SIGTERM with everything saved.
 """
 
@@ -83,8 +83,8 @@ def main(argv, overrides):
 
 
 def run(overrides, stop):
-    """Trains and reports; the exit status."""
-    # A signal is heard while these load.
+    """Trains, prints the results and returns the exit status."""
+    # Imported here, so that a signal during the imports is handled.
     from vit_jax import config, train
     from vit_jax.data import memory
     from vit_jax.distributed import clusters, hosts
@@ -114,7 +114,7 @@ def run(overrides, stop):
                         settings, path, stop, at, agree, allow_config_change=ALLOW.value,
                         profile=PROFILE.value,
                     )  # fmt: skip
-                except report.NotFinite as e:  # at the same step in all processes
+                except report.NotFinite as e:  # raised at the same step in all processes
                     print(f'error: {e}', file=sys.stderr)
                     return 3
     except Lost as e:

@@ -21,13 +21,13 @@ FIRST = (  # before block 1
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation of the trainable leaves, and what is worth saying about it."""
+    """An optax transformation of the trainable leaves, with its schedule and a table of leaves."""
 
     init: Callable
     update: Callable
     schedule: Callable  # step -> learning rate
     trainable: Callable  # parameters -> the same tree, None at frozen leaves
-    table: tuple  # one row a leaf: name, shape, count, rate multiplier, weight decay, frozen
+    table: tuple  # a row per leaf: name, shape, count, rate multiplier, weight decay, frozen
 
 
 class AveragedParams(NamedTuple):
@@ -37,12 +37,12 @@ class AveragedParams(NamedTuple):
 
 
 def leaf_name(path):
-    """'encoder/attn/qkv/kernel' for a path of jax.tree_util."""
+    """Name of a leaf, such as 'encoder/attn/qkv/kernel', from its path in jax.tree_util."""
     return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def make_schedule(kind, *, lr, steps, warmup=0, cooldown=0, timescale=10_000):
-    """Learning rate by step: linear warm-up from 0, then `kind`, then a linear cool-down to 0.
+    """Makes a schedule, step -> rate: linear warm-up from 0, `kind`, linear cool-down to 0.
 
     cosine and linear reach 0 at `steps`; rsqrt falls as 1 / sqrt(1 + t / timescale) after the
     warm-up (arXiv:2106.04560 section 3.5).
@@ -69,9 +69,10 @@ def make_schedule(kind, *, lr, steps, warmup=0, cooldown=0, timescale=10_000):
 
 
 def rate_multiplier(name, leaf, depth, layer_decay):
-    """Layer-wise rate (arXiv:2106.08254 section 3.1): d^(L+1) at the embedding, 1 at the head.
+    """Layer-wise multiplier of the learning rate of a leaf (arXiv:2106.08254 section 3.1).
 
-    Stacked blocks get an array [L, 1, ...], every other leaf a float.
+    It is d^(L+1) at the embedding and 1 at the head, for `layer_decay` d and `depth` L: an array
+    [L, 1, ...] for stacked blocks, a float for every other leaf.
     """
     if name.startswith('encoder/'):
         rates = layer_decay ** jnp.arange(depth, 0, -1)
@@ -82,7 +83,7 @@ def rate_multiplier(name, leaf, depth, layer_decay):
 
 
 def scale_by_tree(multipliers):
-    """Each update times its own multiplier."""
+    """Scales each update by its own multiplier."""
 
     def update(updates, state, params=None):
         return jax.tree.map(lambda u, m: (u * m).astype(u.dtype), updates, multipliers), state
@@ -91,7 +92,7 @@ def scale_by_tree(multipliers):
 
 
 def average_params(decay):
-    """Keeps an exponential moving average of the parameters as they are after each update."""
+    """Maintains an exponential moving average of the parameters after each update."""
 
     def update(updates, state, params):
         average = jax.tree.map(
@@ -105,14 +106,14 @@ def average_params(decay):
 
 
 def merge(trainable, params):
-    """`params` with the leaves of `trainable` that are not None in their places."""
+    """Replaces leaves of `params` by those of `trainable` that are not None."""
     return jax.tree.map(
         lambda t, p: p if t is None else t, trainable, params, is_leaf=lambda x: x is None
     )
 
 
 def check_same(params, wanted, origin):
-    """Raises UserError, naming a parameter, unless names and shapes are those of `wanted`."""
+    """Raises UserError, naming a parameter, unless names and shapes equal those of `wanted`."""
     here, there = (
         {leaf_name(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (params, wanted)
@@ -126,14 +127,14 @@ def check_same(params, wanted, origin):
 
 
 def averaged(state):
-    """The moving average of the state's parameters where one is kept, else the parameters."""
+    """The moving average of the parameters if the state has one, else the parameters."""
     nodes = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, AveragedParams))
     found = [x for x in nodes if isinstance(x, AveragedParams)]
     return merge(found[0].average, state.params) if found else state.params
 
 
 def core(name, *, b1, b2, eps, momentum, momentum_dtype):
-    """The optimizer proper, without rate, decay and clipping."""
+    """The optimizer itself, without learning rate, weight decay and clipping."""
     if name == 'adamw':
         return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=momentum_dtype)
     if name == 'sgd':
@@ -261,7 +262,7 @@ def make(
 
 
 def span(multiplier):
-    """'0.75', or '0.056 ... 0.75' for an array."""
+    """Formats a rate multiplier: '0.75', or '0.056 ... 0.75' for an array."""
     values = jnp.ravel(jnp.asarray(multiplier))
     low, high = f'{float(values.min()):.3g}', f'{float(values.max()):.3g}'
     return low if low == high else f'{low} ... {high}'

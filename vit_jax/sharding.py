@@ -1,4 +1,4 @@
-"""Sharding: the mesh, one ordered table of rules by parameter name, global arrays of batches."""
+"""Sharding: the mesh, an ordered table of rules by parameter name, global arrays of batches."""
 
 import functools
 import re
@@ -17,8 +17,8 @@ P = PartitionSpec
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
 
-# The first pattern that the end of a parameter's name matches decides; none is an error.
-# Dimensions: stacked layers first, then as in models.layers.
+# The first rule whose pattern matches the end of a parameter's name applies; it is an error if none
+# does. Dimensions: stacked layers first, then as in models.layers.
 RULES = (
     (r'encoder/attn/qkv/kernel', P(None, 'fsdp', None, 'tensor', None)),  # [L, D, 3, H, C]
     (r'encoder/attn/qkv/bias', P(None, None, 'tensor', None)),  # [L, 3, H, C]
@@ -71,7 +71,7 @@ def make_mesh(
         )
     auto = (AxisType.Auto,) * 3
     slices = len({getattr(device, 'slice_index', 0) for device in devices})
-    split = dict(allow_split_physical_axes=True)  # fsdp=2 on a side of 4 chips, say
+    split = dict(allow_split_physical_axes=True)  # such as fsdp=2 on a side of 4 chips
     if slices == 1:
         placed = mesh_utils.create_device_mesh(shape, devices, **split)
         return Mesh(placed, AXES, axis_types=auto)
@@ -97,9 +97,9 @@ def check_batch(batch_size, mesh, accumulate=1):
 
 
 def spec(name, shape, mesh, rules=()):
-    """The PartitionSpec of a parameter by its name; `rules` come before RULES.
+    """The PartitionSpec of a parameter by its name; `rules` take precedence over RULES.
 
-    Raises ValueError where no rule matches, UserError where a dimension does not divide.
+    Raises ValueError if no rule matches, UserError if a dimension does not divide evenly.
     """
     for pattern, rule in (*rules, *RULES):
         if re.search(f'(^|/)({pattern})$', name):
@@ -128,7 +128,7 @@ def by_name(tree, mesh, rules=()):
 def shardings(state, mesh, rules=()):
     """NamedShardings for a State of shapes.
 
-    Optimizer state has the sharding of the parameter that it mirrors; the rest (counts, Adafactor's
+    Optimizer state is sharded like the parameter that it mirrors; the rest (counts, Adafactor's
     factors) is replicated. `extra` of the objective is sharded by name, as parameters are.
     """
     params, extra = (by_name(tree, mesh, rules) for tree in (state.params, state.extra))
@@ -151,7 +151,7 @@ def shardings(state, mesh, rules=()):
 
 
 def placed(shapes, where):
-    """Shapes with their shardings."""
+    """Adds shardings to a tree of shapes."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
     )
@@ -164,16 +164,16 @@ def places(tree):
 
 @functools.cache
 def shares(mesh):
-    """(number of equal parts of a batch, indices of those on this process's devices)."""
+    """(number of equal parts of a batch, indices of the parts on this process's devices)."""
     parts = mesh.shape['data'] * mesh.shape['fsdp']
     places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((parts,))
     return parts, sorted({rows.start or 0 for (rows,) in places.values()})
 
 
 def rows(batch_size, mesh):
-    """The rows int64 [b] of a global batch [B] that this process's devices hold.
+    """Rows int64 [b] of a global batch [B] that are on this process's devices.
 
-    If `tensor` spans processes, several of them hold the same rows.
+    If `tensor` spans processes, several of them have the same rows.
     """
     parts, held = shares(mesh)
     size = batch_size // parts
@@ -181,7 +181,7 @@ def rows(batch_size, mesh):
 
 
 def put(batch, mesh):
-    """This process's rows of a batch, numpy, to global arrays split over data and fsdp."""
+    """Makes global arrays, split over data and fsdp, from this process's rows as numpy arrays."""
     sharding = NamedSharding(mesh, BATCH)
     parts, held = shares(mesh)
 
@@ -198,7 +198,7 @@ def put(batch, mesh):
 
 
 def on(mesh, function):
-    """The function, traced with a mesh set, by which the models place their activations."""
+    """Wraps a function to be traced with a mesh set, by which models shard their activations."""
 
     @functools.wraps(function)
     def on_mesh(*args):

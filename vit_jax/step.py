@@ -15,12 +15,12 @@ from vit_jax import optim, sharding
 
 @flax.struct.dataclass
 class State:
-    """Everything that a checkpoint holds."""
+    """State of training, all of which a checkpoint contains."""
 
-    step: jax.Array  # int32 scalar: updates made
+    step: jax.Array  # int32 scalar: number of updates
     params: Any
     opt_state: Any
-    extra: Any = flax.struct.field(default_factory=dict)  # what the objective keeps
+    extra: Any = flax.struct.field(default_factory=dict)  # state of the objective
 
 
 def abstract_params(objective):
@@ -39,27 +39,27 @@ def fresh(key, *, objective, tx):
 
 
 def abstract_state(objective, tx, mesh):
-    """The state's shapes, dtypes and shardings; takes no memory."""
+    """Shapes, dtypes and shardings of the state, without allocating it."""
     shapes = jax.eval_shape(partial(fresh, objective=objective, tx=tx), jax.random.key(0))
     return sharding.placed(shapes, sharding.shardings(shapes, mesh, objective.rules))
 
 
 def init(objective, tx, seed, abstract):
-    """A state at step 0, each shard made on the device that holds it."""
+    """A state at step 0 with random parameters, each shard created on its device."""
     begin = partial(fresh, objective=objective, tx=tx)
     make = jax.jit(begin, out_shardings=sharding.places(abstract))
     return make(jax.random.key(seed))
 
 
 def begin(params, objective, tx, abstract):
-    """A state at step 0 with parameters that were loaded, numpy or JAX arrays, on their devices."""
+    """A state at step 0 with loaded parameters, numpy or JAX arrays, sharded as `abstract` is."""
     where = sharding.places(abstract)
     make = jax.jit(partial(state_at_0, objective=objective, tx=tx), out_shardings=where)
     return make(on_devices(params, where.params))
 
 
 def on_devices(tree, where):
-    """Arrays of which each process has all, global and sharded as `where` says."""
+    """Makes global arrays with the shardings `where` from arrays that each process has in full."""
 
     def place(x, sharding):
         if sharding.is_fully_addressable:
@@ -77,8 +77,11 @@ def frozen(objective, mesh):
 
 
 def accumulated(grad_fn, trainable, batch, key, parts):
-    """(metrics, aux, gradients) of the whole batch from `parts` micro-batches, one at a time."""
-    # Examples i, i + parts, ... of each device: no example leaves its device.
+    """(metrics, aux, gradients) of a batch, accumulated over `parts` micro-batches in sequence.
+
+    Each is the mean weighted by the number of examples with mask 1 in a micro-batch.
+    """
+    # Micro-batch i has examples i, i + parts, ... of each device, so none leaves its device.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     total = jnp.maximum(jnp.sum(batch['mask'].astype(jnp.float32)), 1)
 
@@ -126,7 +129,7 @@ def train_step(state, batch, frozen, *, objective, tx, seed=0, accumulate=1):
 
 
 def stop_votes(batch):
-    """{'stop': rows of the batch that ask to stop} where processes put that in, see Stop."""
+    """{'stop': number of rows that vote to stop} if the batch has votes (stop.Stop), else {}."""
     return {'stop': jnp.sum(batch['stop'])} if 'stop' in batch else {}
 
 

@@ -1,8 +1,8 @@
-"""The runs of a sweep: python -m vit_jax.sweep --config FILE --workdir DIR KEY=VALUE,VALUE ...
+"""Runs of a sweep: python -m vit_jax.sweep --config FILE --workdir DIR KEY=VALUE,VALUE ...
 
-There is one run for each combination of the values, DIR/KEY=VALUE,KEY=VALUE, the last key changing
-fastest. Prints a table of what each has come to. `bash launch.sh COMMAND --sweep ...` starts them:
---plan tells it how, after every combination's config was checked.
+A sweep has a run for each combination of the values, in DIR/KEY=VALUE,KEY=VALUE; the last key
+varies fastest. Prints a table with the state and the results of each run. `bash launch.sh COMMAND
+--sweep ...` starts the runs: it reads them from --plan, which first checks the config of each.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from vit_jax.run import history, workdir
 
 
 def split(text):
-    """['(2, 4)', 'a'] of '(2, 4),a': commas within brackets part nothing."""
+    """Splits a text at commas outside of brackets: ['(2, 4)', 'a'] for '(2, 4),a'."""
     parts, depth = [''], 0
     for character in text:
         depth += (character in '([{') - (character in ')]}')
@@ -29,7 +29,7 @@ def split(text):
 
 
 def combinations(words):
-    """[((key, text), ...), ...] of words KEY=VALUE,VALUE, the last key changing fastest."""
+    """[((key, text), ...), ...] for words KEY=VALUE,VALUE; the last key varies fastest."""
     axes = {}
     for word in words:
         key, _, text = word.partition('=')
@@ -48,12 +48,12 @@ def combinations(words):
 
 
 def folder(combination):
-    """A name for the run's workdir that any file system and object store takes."""
+    """Name of a run's workdir, valid in any file system and object store."""
     return ','.join(key + '=' + re.sub(r'[^\w.+-]+', '_', value) for key, value in combination)
 
 
 def look(path, settings):
-    """(state, result.json or None) of the run with these settings in the folder `path`."""
+    """(state in words, result.json or None) of the run with these settings in `path`."""
     begun = workdir.read_json(path / 'config.json')
     result = workdir.read_result(path)
     if begun is None:
@@ -84,7 +84,7 @@ def main(argv, overrides):
 
 
 def table(rows):
-    """Text: for each (combination, state, result) its values, its state and its metrics."""
+    """A table as text: the values, state and metrics of each (combination, state, result)."""
     keys = [key for key, _ in rows[0][0]]
     found = [result['metrics'] if result else {} for *_, result in rows]
     names = list(dict.fromkeys(k for metrics in found for k in metrics if '/' in k))

@@ -1,4 +1,4 @@
-"""The loop: from a config to a trained model, and what is known of it, on disk."""
+"""The training loop: trains the model of a config, evaluates it and writes the results."""
 
 import contextlib
 import itertools
@@ -17,12 +17,21 @@ def train(
     config, path, stop, at=lambda phase: None, agree=lambda facts: None, *,
     allow_config_change=False, profile=None,
 ):  # fmt: skip
-    """Trains in the folder `path` to the end, or until `stop` is true.
+    """Trains in the folder `path` to the last step, or until `stop` is true.
 
-    `config` is one that `config.complete` returned. A run that left checkpoints in `path` goes on
-    from the newest sound one as if it had never stopped. Returns result.json, None when stopped.
-    `at` is told of each phase, and `agree` of the data, as hosts.joined wants it. `profile` is
-    STEP:COUNT, or None.
+    Resumes from the newest intact checkpoint in `path`, as if the run had never stopped.
+
+    Args:
+      config: a config that `config.complete` returned.
+      path: workdir of the run.
+      stop: distributed.stop.Stop.
+      at: called with the name of each phase as it begins, see hosts.joined.
+      agree: called with the facts of the data, which must be equal in all processes.
+      allow_config_change: resume even if config or data differ from those of the run's start.
+      profile: steps to trace, as STEP:COUNT. None: none.
+
+    Returns:
+      The contents of result.json; None if stopped.
     """
     at('start')
     first = jax.process_index() == 0
@@ -69,7 +78,7 @@ def train(
 
 
 def loop(config, parts, state, stop, at, checkpoints, log, tracer):
-    """From the state to the last step, or to the next one after `stop` became true."""
+    """Trains from `state` to the last step, or to the next step after `stop` becomes true."""
     data = configs.settings_of(config.data, pipeline.batches)
     frozen = step.frozen(parts.objective, parts.mesh)
     advance = step.compiled(
@@ -79,18 +88,18 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
 
     def save():
         at(f'save, of step {n}')
-        log.sync()  # raises NotFinite: what is no number is never saved
+        log.sync()  # raises NotFinite, so that a non-finite state is never saved
         checkpoints.save(n, state, log.history(config.checkpoint.best))
 
     @contextlib.contextmanager
     def saved():
-        """Saves what was trained where data, a view, an evaluation or a trace ends the run."""
+        """Saves the state before an error of data, view, evaluation or trace ends the run."""
         try:
             yield
         except (StopIteration, report.NotFinite):
             raise
         except Exception:
-            if n > begun and not stop.shared:  # others would not come to save with this process
+            if n > begun and not stop.shared:  # saving needs all processes, which go on here
                 save()
             raise
 
@@ -102,7 +111,8 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
                 with saved(), log.pause():
                     metrics = evaluation(optim.averaged(state), stop, at)
                 if metrics is not None:
-                    # After a kill in between, the line is missing and the evaluation made again.
+                    # If the run is killed in between, the line is missing and the evaluation runs
+                    # again.
                     checkpoints.score(n, {f'{name}/{k}': v for k, v in metrics.items()})
                     log.evaluation(n, name, metrics)
 
@@ -112,13 +122,13 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
     if stop.shared:
         feed = pipeline.foreseen(itertools.islice(feed, parts.steps - n), stop)
     try:
-        evaluate()  # what an end between a save and its evaluation has left out
+        evaluate()  # in case the run ended between a save and its evaluation
         while n < parts.steps and not stop:
             at(f'step {n + 1}, waiting for data')
             try:
                 with saved(), log.waiting():
                     batch = next(feed)
-            except StopIteration:  # the same among several processes, in the first steps
+            except StopIteration:  # among several processes: stop.trouble ended the feed
                 raise stop.trouble from None
             at(f'step {n + 1}' if n > begun else 'compile, of the step')
             with tracer.step(n + 1):
