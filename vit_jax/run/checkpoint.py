@@ -34,7 +34,7 @@ from vit_jax.run.fingerprints import (
     named,
 )
 
-REFUSALS = (  # of a file system, which the libraries raise as errors of several kinds
+REFUSALS = (  # of a file system; the libraries raise them as exceptions of several types
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ESTALE,
     errno.ENODEV, errno.ENXIO, errno.ENOMEM, errno.ELOOP, errno.ENAMETOOLONG, errno.ETIMEDOUT,
@@ -73,7 +73,7 @@ class Checkpoints:
         self.every, self.keep, self.keep_every = every, keep, keep_every
         self.best, self.mode, self.read_only = best, mode, read_only
         self.path = epath.Path(workdir) / 'checkpoints'
-        self.saving, self.scores = None, {}  # the step that was saved last, by this object
+        self.saving, self.scores = None, {}  # the step that this object saved last
         quieten()
         with storage.explained(self.path, 'read'):
             self.manager = ocp.CheckpointManager(
@@ -82,17 +82,17 @@ class Checkpoints:
                     read_only=read_only, create=not read_only,
                     cleanup_tmp_directories=not read_only,
                     save_interval_steps=0 if read_only else 1, preservation_policy=self,
-                    # Else Orbax' threads wait 300 s for a folder that is refused.
+                    # Else Orbax' threads wait 300 s for a folder that can't be created.
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
-                # Compression would save a twelfth of the bytes and take twice as long.
+                # Compression saves a twelfth of the bytes and takes twice as long.
                 item_handlers={
                     'state': ocp.PyTreeCheckpointHandler(use_compression=False),
                     'contents': Contents(),
                 },
             )  # fmt: skip
         self.known = {} if read_only else history.read_scores(self.path)  # {step: {metric: value}}
-        # Where scores are lost, what is kept may be there for one.
+        # If scores are lost, any of the checkpoints may be the best one.
         lost = best is not None and not self.known and history.has_lost(workdir)
         self.protected = self.steps() if lost else ()
 
@@ -105,12 +105,12 @@ class Checkpoints:
                 if not self.read_only:
                     self.manager.wait_until_finished()
             if kind and not self.read_only:
-                with contextlib.suppress(OSError):  # it is not empty
+                with contextlib.suppress(OSError):  # not empty
                     os.rmdir(self.path)
         except Exception as e:
             if not kind:
                 raise
-            print(printable(e), file=sys.stderr, flush=True)  # beside what ended the block
+            print(printable(e), file=sys.stderr, flush=True)  # in addition to the block's error
 
     def steps(self):
         """Steps of the checkpoints, ascending."""
@@ -141,7 +141,7 @@ class Checkpoints:
         """Keeps the results of an evaluation, {metric: value}, in a file beside the checkpoints."""
         self.known.setdefault(step, {}).update(finite(found))
         steps = self.steps()
-        newest = max(steps, default=0)  # what is evaluated now may be saved later
+        newest = max(steps, default=0)  # a step that was just evaluated may be saved later
         self.known = {s: v for s, v in self.known.items() if s in steps or s >= newest}
         if jax.process_index() == 0:
             history.write_scores(self.path, self.known)
@@ -170,7 +170,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as e:  # OSError, or TensorStore's ValueError with the reason in its text
-            gone = os.strerror(errno.ENOENT)  # of which TensorStore and Orbax have other words
+            gone = os.strerror(errno.ENOENT)  # which TensorStore and Orbax word differently
             text = re.sub('NOT_FOUND|missing .zarray|No ArrayMetadata', gone, f'{e} {e.__cause__}')
             for refused in map(os.strerror, REFUSALS):
                 if refused in text:
@@ -184,7 +184,7 @@ class Checkpoints:
             kept = self.manager.restore(
                 step, args=ocp.args.Composite(contents=ContentsRestore())
             ).contents
-        except Exception as e:  # whatever a broken file makes the libraries raise
+        except Exception as e:  # anything that the libraries raise for a broken file
             raise unreadable(self.path / str(step), 'its list of arrays', e) from e
         wanted = {n: [list(x.shape), str(x.dtype)] for n, x in named(abstract).items()}
         for name in sorted(wanted.keys() | kept.keys()):
@@ -224,7 +224,7 @@ class Checkpoints:
                     raise Lost(f'{message}; it was set aside') from e
                 continue
             self.set_aside(bad)
-            self.known = {s: v for s, v in self.known.items() if s <= step}  # later: made again
+            self.known = {s: v for s, v in self.known.items() if s <= step}  # later ones run again
             return state
         if bad:
             raise UserError(
@@ -238,30 +238,30 @@ class Checkpoints:
         for step in steps:
             aside = self.path / f'damaged-{step}'
             with contextlib.suppress(FileNotFoundError):  # another process was faster
-                aside.rmtree(missing_ok=True)  # of the same step, damaged once before
+                aside.rmtree(missing_ok=True)  # if the same step was damaged before
                 (self.path / str(step)).rename(aside)
         if steps:
             self.manager.reload()
 
 
 def unreadable(path, what, error):
-    """Damaged; UserError where a server gave no answer, so that nothing is known of the arrays."""
+    """The exception for a failed read: Damaged, or UserError if a server did not answer."""
     if storage.remote(path) and storage.away(error):
         return UserError(f'can not read checkpoint {path}: {storage.why(error)}')
     return Damaged(f'{what} can not be read ({reason(error)})')
 
 
 def newest(workdir, abstract):
-    """The newest state in `workdir`; None where there is none yet.
+    """The state of the newest checkpoint in `workdir`; None if there is none yet.
 
-    The run may go on, and delete what is being read; then there is a newer one, which is read
+    If the run is still training and deletes the checkpoint while it is read, a newer one is read
     instead. Raises UserError, Damaged.
     """
     tried, error = None, Damaged('its run deletes faster than this can read')
     for _ in range(10):
         try:
             checkpoints = Checkpoints(workdir, read_only=True)
-        except FileNotFoundError:  # Orbax listed what is gone
+        except FileNotFoundError:  # Orbax listed a checkpoint that has been deleted
             continue
         with checkpoints:
             steps = checkpoints.steps()
@@ -278,16 +278,16 @@ def newest(workdir, abstract):
 
 
 def weights(path, *, average):
-    """{name: numpy array} of the parameters in a checkpoint's folder `path` (checkpoints/STEP).
+    """Reads {name: numpy array} of the parameters from a checkpoint `path` (checkpoints/STEP).
 
-    `average` None: their moving average where one was kept; True: that, or UserError; False: never.
-    Neither optimizer nor config is needed. Raises Damaged.
+    Needs neither optimizer nor config. `average` selects their moving average (True; UserError if
+    there is none), the parameters (False) or the average if there is one (None). Raises Damaged.
     """
     path = epath.Path(path)
     quieten()
     try:
         kept = json.loads((path / 'contents' / 'metadata').read_text())
-    except Exception as e:  # whatever a broken file or a server makes the libraries raise
+    except Exception as e:  # anything that the libraries raise for a broken file or a server
         raise unreadable(path, 'its list of arrays', e) from e
     places = {name: name for name in kept if name.startswith('params/')}
     for name in kept if average is not False else ():
@@ -317,9 +317,9 @@ def weights(path, *, average):
 
 
 def check_space(path, state):
-    """Raises OSError where a local disk has no room for what this process will write.
+    """Raises OSError if a local disk lacks the space for this process's shards.
 
-    Orbax would find out in the background, and print a traceback for each array.
+    Orbax would fail in the background, with a traceback for each array.
     """
     if '://' in str(path):
         return
@@ -329,7 +329,7 @@ def check_space(path, state):
 
 
 def quieten():
-    """Keeps from the user what Orbax says beside the errors that it raises."""
+    """Silences messages of Orbax that duplicate the errors that it raises."""
     for logger in ('asyncio', 'absl'):
         logging.getLogger(logger).addFilter(worth_saying)
     warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
@@ -338,8 +338,8 @@ def quieten():
 
 
 def worth_saying(record):
-    """Drops what Orbax logs of failed background writes, which its next call raises anyway, of
-    having been asked to read only, of a file that only whole checkpoints have, and of a wait."""
+    """Logging filter that drops messages of Orbax: failed background writes, which its next call
+    raises, read-only mode, a metadata file that incomplete checkpoints lack, and waits."""
     background = record.filename in ('future.py', 'base_events.py', 'async_checkpointer.py')
     background |= 'orbax' in record.pathname and bool(record.exc_info)
     usual = ('read only', 'Metadata file does not exist', 'Waiting for previous save')
@@ -347,7 +347,7 @@ def worth_saying(record):
 
 
 def to_keep(steps, scores, *, keep, keep_every, largest, protected=()):
-    """The steps to keep: the last, the best, those of the period, `protected` without a score."""
+    """Steps to keep: the last, the best, multiples of `keep_every`, `protected` without a score."""
     kept = set(sorted(steps)[-keep:]) | {s for s in protected if s not in scores}
     if keep_every:
         kept |= {s for s in steps if s % keep_every == 0}
@@ -356,16 +356,16 @@ def to_keep(steps, scores, *, keep, keep_every, largest, protected=()):
 
 
 def reason(error):
-    """What began a chain of exceptions, in one line."""
+    """The first exception of a chain, as one line."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     return re.sub(r'\s+', ' ', str(error))[:300] or repr(error)
 
 
 def unraisable(args, otherwise):
-    """Drops what the other reads and writes of a failed checkpoint raise after the first."""
+    """A sys.unraisablehook that drops further errors of a failed checkpoint after the first."""
     files = [frame.filename for frame in traceback.extract_tb(args.exc_traceback)]
     orbax = any('orbax' in f for f in files) or str(args.exc_value) == 'Event loop is closed'
-    orbax |= args.object is asyncio.BaseEventLoop.__del__  # of a loop that got no file descriptor
+    orbax |= args.object is asyncio.BaseEventLoop.__del__  # event loop without a file descriptor
     if not orbax or issubclass(args.exc_type, KeyboardInterrupt):
         otherwise(args)

@@ -1,4 +1,4 @@
-"""JAX's cache of compiled programs: where it is kept."""
+"""Configures JAX's persistent cache of compiled programs."""
 
 import os
 import pathlib
@@ -10,16 +10,20 @@ from vit_jax.errors import UserError
 from vit_jax.io import storage
 
 GIB = 2**30
-LIMIT = 8 * GIB  # of compiled programs on this machine; the ones used longest ago go first
+LIMIT = 8 * GIB  # size of a local cache; the least recently used programs are evicted
 
 
 def keep(wish, workdir):
-    """Has JAX keep what it compiles, and take it from there: the same program, without the wait.
+    """Enables JAX's persistent compilation cache.
 
-    In the folder `wish`, not at all where that is 'off', and where it is None: below
-    `storage.cache()`, or below a workdir that is not on this machine, since the machines of a pod
-    come new after each preemption. JAX_COMPILATION_CACHE_DIR goes before. UserError where a named
-    folder can't be made.
+    Args:
+      wish: folder of the cache; 'off' disables it. None: JAX_COMPILATION_CACHE_DIR, else a folder
+        below `workdir` if that is remote, because the machines of a pod are new after each
+        preemption, else below `storage.cache()`.
+      workdir: workdir of the run.
+
+    Raises:
+      UserError: the folder `wish` can't be created or written.
     """
     if wish == 'off':
         jax.config.update('jax_enable_compilation_cache', False)
@@ -30,7 +34,7 @@ def keep(wish, workdir):
     home = workdir if storage.remote(workdir) else storage.cache()
     folder = wish or f'{home}/compiled'
     if not storage.remote(folder):
-        # A program for the CPU is for just this kind of it, and homes are shared among machines.
+        # Programs compiled for a CPU fit that kind only, and machines may share a home folder.
         folder = pathlib.Path(folder).expanduser().absolute() / cpu()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +51,7 @@ def keep(wish, workdir):
 
 
 def cpu():
-    """A short name of this machine's kind of processor."""
+    """A short identifier of this machine's kind of processor."""
     try:
         text = pathlib.Path('/proc/cpuinfo').read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""A number for each array of a state, saved beside it: it differs whatever bit has changed."""
+"""Checksums of the arrays of a state, saved beside them, which detect any changed bit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from vit_jax.optim import leaf_name
 
 @jax.jit
 def fingerprint(state):
-    """A uint32 of each array's bits and their places, the same on any mesh.
+    """A uint32 checksum of each array's bits and their positions, the same on any mesh.
 
     Each word is weighted by its own odd number, so any single changed bit changes the sum.
     """
@@ -25,7 +25,7 @@ def fingerprint(state):
             place = place + jnp.uint32(stride % 2**32) * index
             stride *= x.shape[axis]
         words = bits * (2 * place + 1)
-        if x.ndim > 1:  # columns first: a CPU adds them up eight times as fast as all at once
+        if x.ndim > 1:  # columns first: on CPUs eight times as fast as a sum over all at once
             words = jax.lax.optimization_barrier(jnp.sum(words, axis=0, dtype=jnp.uint32))
         return jnp.sum(words, dtype=jnp.uint32)
 
@@ -33,17 +33,20 @@ def fingerprint(state):
 
 
 def named(tree):
-    """{'params/head/bias': leaf} of a pytree."""
+    """Flattens a pytree to {'params/head/bias': leaf}."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def contents(state):
-    """{name: [shape, dtype, fingerprint]} of a state, as JSON has it."""
+    """{name: [shape, dtype, fingerprint]} of a state, as stored in JSON."""
     return coming(state)()
 
 
 def coming(state):
-    """A function that waits for `contents`; begun here, so that the arrays may be donated."""
+    """Starts to compute `contents` and returns a function that waits for it.
+
+    The arrays may be donated as soon as this returns.
+    """
     prints = named(fingerprint(state))
     kinds = {name: [list(x.shape), str(x.dtype)] for name, x in named(state).items()}
 
@@ -55,7 +58,7 @@ def coming(state):
 
 
 class Contents(ocp.JsonCheckpointHandler):
-    """JSON that a function returns; it is called in the background, while arrays are written."""
+    """Saves the JSON that a function returns, called in the background while arrays are written."""
 
     async def _save_fn(self, x, directory):
         await super()._save_fn(x(), directory)

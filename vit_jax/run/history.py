@@ -1,7 +1,7 @@
-"""A run's numbers on disk: the lines of metrics.jsonl, and the scores of its checkpoints.
+"""Reads and writes the metrics of a run: metrics.jsonl and the scores of its checkpoints.
 
-Both outlive damage: a line or file that is none is named on stderr and left out, and each tells
-what the other has lost of the best checkpoint.
+Damage to either is tolerated: unreadable lines or files are reported on stderr and skipped, and
+each contains what the other may have lost about the best checkpoint.
 """
 
 import json
@@ -17,21 +17,21 @@ SCORES = 'scores.json'  # in the folder `checkpoints`: {step: {'test/accuracy': 
 
 
 def read_lines(workdir):
-    """The lines of a run's metrics.jsonl as dicts, see `read_file`."""
+    """Reads the lines of a run's metrics.jsonl as dicts, see `read_file`."""
     return read_file(epath.Path(workdir) / 'metrics.jsonl')
 
 
 def read_file(path):
-    """The lines of a file as metrics.jsonl is one, damaged ones named and left out."""
+    """Reads a file in the format of metrics.jsonl; reports damaged lines and skips them."""
     lines, damaged = split(storage.read(path) or b'')
     name_damaged(path, damaged)
     return lines
 
 
 def split(data):
-    """(lines as dicts, {number: bytes} of damaged ones), of a file's bytes.
+    """(lines as dicts, {number: bytes} of damaged lines) from the bytes of a file.
 
-    What comes after the last newline, cut short by a kill, is a line where it is whole.
+    Text after the last newline, where a kill may have truncated a line, counts if it is complete.
     """
     lines, damaged = [], {}
     rows = data.split(b'\n')
@@ -45,7 +45,7 @@ def split(data):
 
 
 def parsed(row):
-    """The line of metrics in some bytes, None where there is none."""
+    """Parses a line of metrics; None if it is not one."""
     try:
         line = json.loads(row)
     except (ValueError, RecursionError):
@@ -60,7 +60,7 @@ def is_number(value):
 
 
 def name_damaged(path, damaged):
-    """Says on stderr which lines of a file are not read."""
+    """Reports damaged lines of a file on stderr."""
     if damaged:
         numbers = ', '.join(map(str, list(damaged)[:10])) + (', ...' if len(damaged) > 10 else '')
         words = f'{path}: {len(damaged)} damaged lines are left out: {numbers}'
@@ -68,7 +68,7 @@ def name_damaged(path, damaged):
 
 
 def set_aside(path, damaged):
-    """Keeps damaged lines in a file of their own, before `path` is written anew."""
+    """Appends damaged lines to a separate file, before `path` is rewritten."""
     if damaged:
         aside = path.with_name(path.name + '.damaged')
         rows = b''.join(row + b'\n' for row in damaged.values())
@@ -76,7 +76,7 @@ def set_aside(path, damaged):
 
 
 def has_lost(workdir):
-    """Whether lines of a run's metrics.jsonl are, or once were, damaged."""
+    """Whether lines of a run's metrics.jsonl are or were damaged."""
     path = epath.Path(workdir) / 'metrics.jsonl'
     return path.with_name(path.name + '.damaged').exists() or bool(
         split(storage.read(path) or b'')[1]
@@ -84,7 +84,7 @@ def has_lost(workdir):
 
 
 def read_scores(checkpoints):
-    """{step: {metric: value}} kept in a folder of checkpoints; {} where the file is damaged."""
+    """Reads {step: {metric: value}} from a folder of checkpoints; {} if absent or damaged."""
     path = checkpoints / SCORES
     data = storage.read(path)
     if data is None:
@@ -104,7 +104,7 @@ def write_scores(checkpoints, scores):
 
 
 def scores_of(workdir, metric):
-    """{step: value} of an evaluation's metric, from all that a run has left behind."""
+    """{step: value} of an evaluation's metric, from metrics.jsonl and the scores."""
     found = {line['step']: line[metric] for line in read_lines(workdir) if metric in line}
     for step, values in read_scores(epath.Path(workdir) / 'checkpoints').items():
         if metric in values:
@@ -113,6 +113,6 @@ def scores_of(workdir, metric):
 
 
 def best(steps, scores, *, largest):
-    """The step with the best score, the first of equals; None where none of them has one."""
+    """The step with the best score, the first of equals; None if none has a finite score."""
     scored = [s for s in sorted(steps) if math.isfinite(scores.get(s, math.nan))]
     return (max if largest else min)(scored, key=scores.get) if scored else None

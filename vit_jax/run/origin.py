@@ -1,8 +1,7 @@
-"""What a run was begun with beside its config: its data and JAX's settings, kept in facts.json.
+"""Facts of a run's start besides its config, data and settings of JAX, stored in facts.json.
 
-A run that goes on is the same run only with the same examples in the same order, the same names of
-what is numbered and the same random numbers. Other versions, devices and flags of XLA round
-otherwise.
+A resumed run equals an uninterrupted one only with the same examples in the same order, the same
+names of classes and the same random numbers. Other versions, devices and XLA flags change rounding.
 """
 
 import os
@@ -24,7 +23,10 @@ MOST_NAMED = 10
 
 
 def of(parts):
-    """{name: value}: what `data.facts.of_run` tells of the data, and what else decides the bits."""
+    """{name: value} of the facts that determine a run's results to the bit.
+
+    These are the facts of the data (`data.facts.of_run`), settings of JAX, versions and devices.
+    """
     flags = os.environ.get('XLA_FLAGS', '').split()
     frozen = [
         (leaf_name(path), np.asarray(leaf))
@@ -44,10 +46,10 @@ def of(parts):
 
 
 def settle(path, parts, now, begun, *, allow_change):
-    """Writes facts.json, with what `of` says `now`, and the task's names; returns what has changed.
+    """Writes the facts `now`, from `of`, to facts.json, and the task's names; returns the changes.
 
-    Raises UserError, with a table, where something is trained already (`begun`) and data, names or
-    random numbers are others, unless `allow_change`.
+    Raises UserError, with a table, if the run has checkpoints (`begun`) and data, names or random
+    numbers differ from those of its start, unless `allow_change`.
     """
     before = workdir.read_json(path / FILE) if begun else None
     changes = [] if before is None else [
@@ -80,7 +82,7 @@ def settle(path, parts, now, begun, *, allow_change):
 
 
 def difference(before, now):
-    """How two lists of names differ, in words."""
+    """Describes the difference between two lists of names."""
     before, now = ([printable(name) for name in names] for names in (before, now))
     parts = []
     for word, names, others in (('added', now, before), ('gone', before, now)):

@@ -1,4 +1,4 @@
-"""--profile STEP:COUNT: what device and host do in some steps, for XProf and Perfetto."""
+"""Traces device and host during some steps (--profile STEP:COUNT), for XProf and Perfetto."""
 
 import contextlib
 import importlib.metadata
@@ -14,7 +14,11 @@ from vit_jax.io import storage
 
 
 def parsed(text, steps):
-    """(first, last) step of STEP:COUNT, counted from 1; UserError for what a run has not."""
+    """(first, last) step, counted from 1, of STEP:COUNT.
+
+    Raises UserError if the text is malformed, the steps are beyond the run's end, or the installed
+    libtpu would crash the profiler.
+    """
     match = re.fullmatch(r'(\d+):(\d+)', text)
     if not match or not int(match[1]) or not int(match[2]):
         raise UserError(f'--profile is {text!r}, not STEP:COUNT, both from 1: 100:5')
@@ -27,10 +31,11 @@ def parsed(text, steps):
 
 
 def strange_libtpu(platforms):
-    """What is wrong with a libtpu that JAX has loaded and was not made for, else None.
+    """Describes a libtpu of a version that the installed JAX does not support; None if it is fine.
 
-    It is loaded wherever it is installed, with or without a TPU, unless `platforms`, JAX's setting,
-    leave TPUs out; its profiler then starts too, and one of another version ends the process.
+    JAX loads libtpu wherever it is installed, with or without a TPU, unless `platforms`, the value
+    of jax_platforms, excludes TPUs. JAX's profiler then also starts that of libtpu, which crashes
+    the process if the version is unsupported.
     """
     if platforms and 'tpu' not in platforms:
         return None
@@ -48,9 +53,14 @@ def strange_libtpu(platforms):
 
 
 class Profile:
-    """Traces the steps that `wish` says (None: none) into `path`/profile; of processes, the first.
+    """Traces steps of the first process into the folder `profile` of a run.
 
-    `begun` is the step that the run goes on from.
+    Args:
+      wish: steps to trace, as STEP:COUNT. None: none.
+      path: workdir of the run.
+      steps: length of the run.
+      begun: step that the run resumes from.
+      say: prints a line of text.
     """
 
     def __init__(self, wish, path, steps, begun, say):
@@ -62,7 +72,7 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, n):
-        """Around step n, whose outputs are then to be given to `end`."""
+        """Context of step n, whose outputs are passed to `end` afterwards."""
         if n == self.first and not jax.process_index():
             self.trace = tempfile.TemporaryDirectory(prefix='vit_jax_profile_')
             jax.profiler.start_trace(self.trace.name, create_perfetto_trace=True)
@@ -70,9 +80,9 @@ class Profile:
             yield
 
     def end(self, n, metrics):
-        """Writes the trace when step n is the last of it, and has been done by the device.
+        """Writes the trace after its last step, once the device has finished it; raises UserError.
 
-        Raises UserError.
+        `metrics` are outputs of step n to wait for.
         """
         if not self.trace or n < self.last:
             return
@@ -91,9 +101,9 @@ class Profile:
         )
 
     def close(self):
-        """Drops what is not traced to its end."""
+        """Discards an incomplete trace."""
         if self.trace:
-            with contextlib.suppress(RuntimeError):  # it was stopped
+            with contextlib.suppress(RuntimeError):  # already stopped
                 jax.profiler.stop_trace()
             self.trace.cleanup()
             self.trace = None

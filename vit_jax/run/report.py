@@ -1,4 +1,4 @@
-"""Reports of a run while it trains: metrics.jsonl, TensorBoard, progress bar, throughput."""
+"""Reports of a run during training: metrics.jsonl, TensorBoard, progress bar, throughput."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ from vit_jax.io.bounds import Positive
 from vit_jax.io.text import finite, flop, number, printable, to_json
 from vit_jax.run import history
 
-OF_EACH = ('lr', 'grad_norm', 'param_norm')  # metrics of every step, which the bar leaves out
+OF_EACH = ('lr', 'grad_norm', 'param_norm')  # metrics of every step that the bar omits
 VERDICTS = {True: 'pass', False: 'FAIL', None: 'not measured'}  # of a line of `expected`
 
 
@@ -39,7 +39,7 @@ class NotFinite(Exception):
         )
 
     def with_examples(self, ids):
-        """The same, with the ids of the examples of that step."""
+        """Adds the ids of the step's examples to the message and returns self."""
         self.args = (f'{self}; example ids of the batch: {" ".join(map(str, ids))}',)
         return self
 
@@ -70,13 +70,13 @@ class Report:
         self.steps, self.batch_size, self.every = steps, batch_size, every
         self.flops_per_image, self.stop = flops_per_image, Stop() if stop is None else stop
         known = devices.DEVICES.get(jax.devices()[0].device_kind)
-        self.peak = known and known.flops  # MFU is left out elsewhere
+        self.peak = known and known.flops  # unknown devices have no MFU
         self.pending = None
         lines, self.damaged = history.split(storage.read(self.path) or b'')
         self.lines = [line for line in lines if line['step'] <= start]
         self.seconds = max((line.get('seconds', 0) for line in self.lines), default=0)
         self.began = time.time()
-        self.clock = None  # (time, step, seconds waited for data) at the last line
+        self.clock = None  # (time, step, seconds spent waiting for data) at the last line
         self.waited = 0.0
         self.writes = jax.process_index() == 0
         self.bar = Bar(steps, start, shown=self.writes)
@@ -84,7 +84,7 @@ class Report:
             self.open(start)
 
     def open(self, start):
-        """Rewrites the lines that are kept, atomically, and opens the file for more."""
+        """Rewrites the lines to keep, atomically, and opens the file for appending."""
         history.name_damaged(self.path, self.damaged)
         history.set_aside(self.path, self.damaged)
         text = ''.join(to_json(line) + '\n' for line in self.lines)
@@ -94,7 +94,7 @@ class Report:
         name = f'events.out.tfevents.{self.began:010.0f}.{socket.gethostname()}.{os.getpid()}'
         self.events = RecordWriter(storage.Growing(folder / name))
         self.event(file_version='brain.Event:2')
-        if start:  # TensorBoard then hides what an earlier process logged from this step on
+        if start:  # makes TensorBoard hide what an earlier process logged after this step
             log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self.event(step=start + 1, session_log=log)
 
@@ -113,18 +113,18 @@ class Report:
                 self.events.close()
             except UserError:
                 if exception[0] is None:
-                    raise  # else what came first is told
+                    raise  # else the first exception is reported
 
     @contextlib.contextmanager
     def waiting(self):
-        """Counts the time of the block as waiting for data."""
+        """Counts the time of the block as time spent waiting for data."""
         before = time.time()
         yield
         self.waited += time.time() - before
 
     @contextlib.contextmanager
     def pause(self):
-        """Leaves the time of the block out of images/s."""
+        """Excludes the time of the block from images/s."""
         before = time.time()
         yield
         if self.clock:
@@ -132,7 +132,7 @@ class Report:
             self.clock = then + time.time() - before, step, waited
 
     def write(self, step, metrics):
-        """Takes the metrics of a step, still on the device, and reads those of the step before."""
+        """Accepts the metrics of a step, still on the device; reads those of the step before."""
         previous, self.pending = self.pending, (step, metrics)
         if previous:
             self.read(*previous)
@@ -150,17 +150,17 @@ class Report:
         if not all(math.isfinite(metrics[k]) for k in ('loss', 'grad_norm', 'param_norm')):
             raise NotFinite(step, metrics)
         if skipped := int(metrics.pop('skipped', 0)):
-            self.append(step, {'skipped': skipped})  # of this step: the same after a resume
+            self.append(step, {'skipped': skipped})  # per step, so the sum is right after a resume
         speed = self.speed(step)
         if step % self.every == 0 or step == self.steps:
             self.append(step, metrics | speed)
             self.clock = time.time(), step, self.waited
         elif self.clock is None:
-            self.clock = time.time(), step, self.waited  # compilation lies behind
+            self.clock = time.time(), step, self.waited  # compilation is over
         self.bar.show(step, metrics, speed.get('images_per_s'))
 
     def speed(self, step):
-        """Since the last line: images/s, the share of it spent waiting for data, MFU."""
+        """Throughput since the last line: images/s, share of time waiting for data, MFU."""
         now = time.time()
         result = {'seconds': round(self.seconds + now - self.began, 3)}
         if self.clock and step > self.clock[1] and now > self.clock[0]:
@@ -168,7 +168,7 @@ class Report:
             rate = (step - last) * self.batch_size / (now - then)
             result |= {'images_per_s': rate, 'data_wait': (self.waited - waited) / (now - then)}
             if self.peak and self.flops_per_image:
-                flops = 3 * self.flops_per_image * rate  # backward costs twice the forward
+                flops = 3 * self.flops_per_image * rate  # backward pass: twice the forward pass
                 result['mfu'] = flops / (self.peak * jax.device_count())
         return result
 
@@ -199,7 +199,7 @@ class Report:
         return set(owners)
 
     def history(self, key):
-        """{step: value} of a metric, NaN where it was not finite."""
+        """{step: value} of a metric, NaN if it was not finite."""
         values = {line['step']: line[key] for line in self.lines if key in line}
         return {step: math.nan if value is None else value for step, value in values.items()}
 
@@ -207,7 +207,7 @@ class Report:
         self.bar.say(text)
 
     def result(self):
-        """The part of result.json about the whole run."""
+        """The part of result.json about the run as a whole."""
         metrics = {}
         for line in self.lines:
             metrics |= {k: v for k, v in line.items() if k not in ('step', 'seconds', 'skipped')}
@@ -225,15 +225,14 @@ class Report:
         }
 
 
-COSTS = dict.fromkeys(('exaflops', 'device_hours', 'tpu_core_days'), 'min')  # which is better
+COSTS = dict.fromkeys(('exaflops', 'device_hours', 'tpu_core_days'), 'min')  # lower is better
 
 
 def costs(result):
-    """{name: value} of what result.json tells a run to have cost, in the units of the papers.
+    """{name: value} of the costs of a run, from its result.json, in the units of the papers.
 
-    exaflops (arXiv:2010.11929 table 6: three forward passes for each image seen, 1e18),
-    device_hours (devices as JAX counts them, evaluations included) and, on TPUs,
-    tpu_core_days (table 2).
+    exaflops: three forward passes for each image seen, in 1e18 (arXiv:2010.11929 table 6);
+    device_hours: devices as JAX counts them, evaluations included; tpu_core_days, on TPUs: table 2.
     """
     hours = result['seconds'] * result['device_count'] / 3600
     found = {'device_hours': hours}
@@ -246,7 +245,7 @@ def costs(result):
 
 
 class Bar:
-    """A progress bar on a terminal, a plain line every ten seconds elsewhere."""
+    """A progress bar on a terminal, a plain line every ten seconds otherwise."""
 
     def __init__(self, steps, start, shown):
         self.steps, self.start, self.shown = steps, start, shown
@@ -265,7 +264,7 @@ class Bar:
             self.bar.start()
 
     def show(self, step, metrics, images_per_s):
-        named = sorted(metrics.items(), key=lambda item: item[0] != 'loss')  # which comes first
+        named = sorted(metrics.items(), key=lambda item: item[0] != 'loss')  # the loss first
         text = '  '.join(f'{k} {v:.3f}' for k, v in named if k not in OF_EACH)
         text += f'  {images_per_s:,.0f} images/s' if images_per_s else ''
         now = time.time()
@@ -292,12 +291,12 @@ class Bar:
 
 
 def title(config):
-    """What a run trains: its model by name, or the function of a method that has its own."""
+    """Name of what a run trains: its model, or an objective's function if that has its network."""
     return config.model.name or config.objective.name.rpartition(':')[2]
 
 
 def heading(parts, config, start):
-    """The text that a run starts with: optimizer by parameter, model, data, devices, steps."""
+    """Text printed at a run's start: optimizer by parameter, model, data, devices, steps."""
     params = sum(count for _, _, count, *_ in parts.tx.table)
     trained = sum(count for _, _, count, *_, frozen in parts.tx.table if not frozen)
     flops, name = parts.objective.flops, title(config)
@@ -320,7 +319,7 @@ def heading(parts, config, start):
 
 
 def optimizer_table(rows):
-    """Text: for each parameter its shape, count, rate multiplier, weight decay, frozen or not."""
+    """Table of parameters as text: shape, count, rate multiplier, weight decay, frozen or not."""
     cells = [('parameter', 'shape', 'count', 'rate x', 'decay', '')]
     for name, shape, count, rate, decay, frozen in rows:
         state = 'frozen' if frozen else ''

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, its config, its result."""
+"""The workdir of a run: its lock, config and result."""
 
 import contextlib
 import datetime
@@ -17,7 +17,7 @@ from vit_jax.errors import UserError
 from vit_jax.io import storage
 from vit_jax.io.text import printable, to_json
 
-# Differences here leave it the same run: its batches, its model and its optimizer.
+# Settings that may differ when a run resumes: they affect neither batches, model nor optimizer.
 HARMLESS = (
     'checkpoint', 'evals', 'expected', 'mesh', 'report', 'data.source.data_dir',
     'data.prefetch', 'data.threads', 'data.tolerance', 'data.workers',
@@ -26,10 +26,10 @@ HARMLESS = (
 
 @contextlib.contextmanager
 def held(workdir):
-    """Makes the folder and holds it alone; the kernel lets go when the process ends.
+    """Creates the workdir and locks it; the kernel releases the lock when the process ends.
 
-    Of a run's several processes the first holds it. Call it after they have joined.
-    Object stores (gs://) have no locks: there, two runs in one workdir are not noticed.
+    Of several processes of a run the first takes the lock; call this after they have joined.
+    Object stores (gs://) have no locks: two runs in one workdir are not detected there.
     """
     if not workdir:
         raise UserError('--workdir is empty; name the folder of the run')
@@ -50,7 +50,7 @@ def held(workdir):
 
 
 def located(workdir):
-    """The absolute path of a workdir as a user wrote it; an address (gs://...) stays.
+    """The absolute path of a workdir as given by the user; addresses (gs://...) are unchanged.
 
     Raises UserError for an address of another kind.
     """
@@ -63,7 +63,7 @@ def located(workdir):
 
 
 def locked(path):
-    """A file descriptor that holds path/.lock; UserError where another process does."""
+    """Locks path/.lock and returns its file descriptor; UserError if another process has it."""
     lock = os.open(path / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,7 +81,7 @@ def locked(path):
 
 @contextlib.contextmanager
 def explained(path):
-    """Turns what the file system refuses of the files below `path` into one line for the user."""
+    """Turns an OSError about a file below `path` into UserError."""
     try:
         yield
     except OSError as e:
@@ -94,14 +94,14 @@ def explained(path):
 
 
 def write_json(path, value):
-    """One object, indented; the file is complete or as it was."""
+    """Writes an indented JSON object atomically."""
     storage.write(path, (to_json(value, indent=2) + '\n').encode())
 
 
 def read_json(path, *needed, of=dict):
-    """What one of a run's JSON files holds, None where there is none.
+    """Reads one of a run's JSON files; None if it is absent.
 
-    Raises UserError where it is damaged, as where it lacks one of the keys `needed`.
+    Raises UserError if it is damaged, which includes missing any of the keys `needed`.
     """
     data = storage.read(path, MOST_BYTES)
     if data is None:
@@ -125,12 +125,12 @@ def read_json(path, *needed, of=dict):
 
 
 def read_names(path):
-    """The list of names in one of a run's JSON files, None where there is none; else UserError."""
+    """Reads a list of names from a run's JSON file; None if absent, UserError if damaged."""
     return read_json(path, of=list)
 
 
 def read_result(path):
-    """result.json of a workdir with all that is read of it; None where the run is not over."""
+    """Reads result.json of a workdir, with all keys in RESULT; None if the run has not finished."""
     return read_json(path / 'result.json', *RESULT)
 
 
@@ -163,7 +163,7 @@ def are_judged(value):
 
 
 def is_judged(row):
-    """Whether this is a row of `judged`."""
+    """Whether a value is a row that `judged` returns."""
     if not is_dict(row) or not row.keys() >= {'metric', 'value', 'tolerance', 'measured', 'pass'}:
         return False
     numbers = [row['value'], row['tolerance'], *(x for x in [row['measured']] if x is not None)]
@@ -185,7 +185,7 @@ RESULT = {
     'device_count': is_whole, 'expected': are_judged,
 }  # fmt: skip
 ANEW = "restore it, or remove it: the run's next start writes it anew"
-FILES = {  # name: (what its values are, the way out where it is damaged)
+FILES = {  # name: ({key: check of its value}, what to do if the file is damaged)
     'config.json': (
         dict.fromkeys(SECTIONS, is_dict),
         "restore it, or remove it: then the run's next start writes that of its command",
@@ -195,14 +195,14 @@ FILES = {  # name: (what its values are, the way out where it is damaged)
         "remove it: the run's next start makes it anew",
     ),
 }
-MOST_BYTES = 2**26  # of such a file
-MOST_FOLDERS = 10_000  # that are looked into for runs
+MOST_BYTES = 2**26  # in such a file
+MOST_FOLDERS = 10_000  # that are searched for runs
 
 
 def runs_below(folder):
-    """The workdirs at and below a folder, on a disk or on gs://, by name.
+    """Yields the workdirs at and below a folder, local or on gs://, sorted by name.
 
-    Hidden folders are left out. Raises UserError where most of what is there is no run.
+    Skips hidden folders. Raises UserError after MOST_FOLDERS folders that are not runs.
     """
     waiting, others = [folder], 0
     while waiting:
@@ -221,7 +221,7 @@ def runs_below(folder):
 
 
 def finished(folders):
-    """[(workdir, config, result)] of all finished runs below some folders."""
+    """[(workdir, config, result)] of all finished runs below the folders."""
     found = []
     for folder in map(located, folders):
         if not folder.exists():
@@ -235,10 +235,10 @@ def finished(folders):
 
 
 def settle_config(path, config, begun, *, allow_change):
-    """Writes config.json; returns what differs from that of the run's last start.
+    """Writes config.json; returns its differences from that of the run's last start.
 
-    Raises UserError, with a table, where something is trained already (`begun`) and would no
-    longer be the same run, unless `allow_change`.
+    Raises UserError, with a table, if the run has checkpoints (`begun`) and the differences would
+    change its result, unless `allow_change`.
     """
     before = read_json(path / 'config.json') if begun else None
     changes = [] if before is None else differences(before, config.to_dict())
@@ -254,7 +254,7 @@ def settle_config(path, config, begun, *, allow_change):
 
 
 def flat(config, prefix=''):
-    """{'optim.lr': 0.001} of a nested dict, tuples as lists, as JSON has them."""
+    """Flattens a nested dict to {'optim.lr': 0.001}, with tuples as lists, as in JSON."""
     items = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -265,7 +265,7 @@ def flat(config, prefix=''):
 
 
 def differences(before, now):
-    """[(key, before, now, whether it changes the meaning)] of two nested dicts; None: absent."""
+    """[(key, before, now, whether it changes the result)] of two nested dicts; None: absent."""
     before, now = flat(before), flat(now)
     return [
         (key, before.get(key), now.get(key), not harmless(key))
@@ -279,7 +279,7 @@ def harmless(key):
 
 
 def table(changes, before='before', now='now'):
-    """Rows of `differences` as aligned text."""
+    """Formats rows of `differences` as a table."""
     rows = [('key', before, now, '')]
     rows += [
         (key, json.dumps(old), json.dumps(new), 'changes the result' if meaning else '')
@@ -303,7 +303,7 @@ def provenance():
 
 
 def git_commit():
-    """The commit of this source tree, with '+' where files differ from it; None outside of git."""
+    """The commit of this source tree, with '+' if files differ from it; None outside of git."""
     folder = pathlib.Path(__file__).parents[1]
 
     def git(*args):
@@ -318,12 +318,17 @@ def git_commit():
 
 
 def judged(expected, metrics, better):
-    """The rows of `expected` with what was measured and whether it passes.
+    """Adds to the rows of `expected` the measured value and whether it passes.
 
-    A row names a metric, a value, a tolerance and a source, and perhaps the cell of a published
-    table. `better` is {metric: 'max' or 'min'} as declared beside the metrics' definitions: one of
-    which less is better passes up to value + tolerance, one of which more is from value - tolerance
-    on, one of which neither is within both. What was not measured has pass None.
+    Args:
+      expected: rows with a metric, a value, a tolerance, a source and perhaps the cell of a
+        published table.
+      metrics: {metric: measured value}.
+      better: {metric: 'max' or 'min'}, as declared beside the metrics' definitions. 'min' passes up
+        to value + tolerance, 'max' from value - tolerance on, others within both bounds.
+
+    Returns:
+      Rows with `measured` and `pass`, both None if not measured.
     """
     rows = []
     for row in expected:
