@@ -1,30 +1,31 @@
-"""Which process of how many this is: from flags, or from what has launched it."""
+"""Determines the number of processes and the index of this one, from flags or its launcher."""
 
 import os
 import re
 from typing import NamedTuple
 
-from jax._src import cloud_tpu_init, clusters  # what jax.distributed itself asks
+from jax._src import cloud_tpu_init, clusters  # which jax.distributed uses
 
 from vit_jax.errors import Lost, UserError
 
 
 class Place(NamedTuple):
-    """A process among those of a run."""
+    """A process of a run with several."""
 
-    coordinator: str  # host:port, where the others find process 0
+    coordinator: str  # HOST:PORT of process 0
     processes: int
     process: int
-    devices: list[int] | None  # GPUs of its machine that are this process's; None: all
+    devices: list[int] | None  # indices of its machine's GPUs that this process uses; None: all
 
     def address(self):
-        """(host, port) of the coordinator; an IPv6 address without its brackets."""
+        """(host, port) of the coordinator; an IPv6 address without brackets."""
         host, _, port = self.coordinator.rpartition(':')
         return host.removeprefix('[').removesuffix(']'), int(port)
 
 
-# Variables with the number of processes, that of this one, its number on its machine and how many
-# there are on it. A job's own script, which no srun has started, has none of SLURM's step.
+# Environment variables with the number of processes, the index of this process, its index on its
+# machine and the number of processes there. SLURM sets them for processes that srun starts, not for
+# the job's script.
 LAUNCHERS = {
     'slurm': ('SLURM_STEP_NUM_TASKS', 'SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_STEP_TASKS_PER_NODE'),
     'ompi': ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK',
@@ -33,10 +34,13 @@ LAUNCHERS = {
 
 
 def place(coordinator=None, processes=None, process=None, *, timeout=300):
-    """The Place that flags and environment say; None where this is the only process.
+    """The Place of this process from flags and environment; None if it is the only one.
 
-    What a flag gives is not looked up. TPUs ask their metadata server, for up to `timeout` seconds.
-    Raises UserError, and Lost where that server does not answer.
+    Flags take precedence. On TPUs, queries the metadata server for up to `timeout` seconds.
+
+    Raises:
+      UserError: values are missing or invalid.
+      Lost: the metadata server does not answer.
     """
     launcher = launched_by()
     if launcher is None and not tpu():
@@ -46,7 +50,7 @@ def place(coordinator=None, processes=None, process=None, *, timeout=300):
         count, number, local, on_machine = LAUNCHERS[launcher]
         processes = whole(count) if processes is None else processes
         process = whole(number) if process is None else process
-        # One process a GPU; a machine's only process has all of them.
+        # One process per GPU; the only process of a machine uses all of them.
         several = leading_number(os.environ.get(on_machine)) != 1
         devices = [whole(local)] if several else None
         coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS')
@@ -55,7 +59,7 @@ def place(coordinator=None, processes=None, process=None, *, timeout=300):
             found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
                 coordinator, processes, process, devices, launcher or tpu_by(), timeout
             )
-        except KeyError as e:  # Open MPI from version 5 on does not say where process 0 is
+        except KeyError as e:  # Open MPI 5 and later don't tell the address of process 0
             raise UserError(
                 f'this is process {process} of {processes}, but {e} is not set, by which process 0 '
                 'would be found; give --coordinator=HOST:PORT'
@@ -69,7 +73,7 @@ def place(coordinator=None, processes=None, process=None, *, timeout=300):
 
 
 def launched_by():
-    """'slurm' or 'ompi', where that has started more than one process."""
+    """'slurm' or 'ompi' if that launched more than one process, else None."""
     for name, (count, *_) in LAUNCHERS.items():
         if os.environ.get(count) and whole(count) > 1:
             return name
@@ -77,7 +81,7 @@ def launched_by():
 
 
 def whole(variable):
-    """The number in an environment variable; UserError where it has none."""
+    """The whole number in an environment variable; raises UserError if it has none."""
     text = os.environ.get(variable, '')
     if not re.fullmatch('[0-9]{1,9}', text):
         raise UserError(f'{variable} is {text!r}, not a number, and says which process this is')
@@ -85,18 +89,18 @@ def whole(variable):
 
 
 def tpu():
-    """Whether this machine has TPUs, and they are to be used."""
+    """Whether this machine has TPUs that JAX is to use."""
     return cloud_tpu_init.running_in_cloud_tpu_vm and os.environ.get('JAX_PLATFORMS') != 'cpu'
 
 
 def tpu_by():
-    """JAX's name for what runs this TPU: Kubernetes, whose variables say all, or Compute Engine."""
+    """JAX's name for the TPU's environment: 'gketpu' with Kubernetes' variables, else 'gcetpu'."""
     variables = {'TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES'}
     return 'gketpu' if variables & os.environ.keys() else 'gcetpu'
 
 
 def leading_number(text):
-    """4 of '4(x2),3'; 0 where there is none."""
+    """The number at the start of a text, such as 4 for '4(x2),3'; 0 if there is none."""
     return int(re.match(r'\d*', text or '')[0] or 0)
 
 

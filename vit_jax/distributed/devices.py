@@ -1,6 +1,6 @@
-"""Devices: the peaks of each kind with their sources, and topologies of devices that are not here.
+"""Devices: peaks of each kind, with sources, and topologies of TPUs to compile for without them.
 
-A device is what JAX counts as one: a TPU chip; half of one with TPU v2, v3 and 7x; a GPU.
+A device is what JAX counts as one: a TPU chip, half of one on TPU v2, v3 and 7x, or a GPU.
 """
 
 import math
@@ -15,33 +15,33 @@ GB, GIB = 1e9, 2**30
 
 
 class Device(NamedTuple):
-    """Peaks of one device; bytes and seconds."""
+    """Peaks of one device, in bytes and bytes/s."""
 
     kind: str  # device_kind in JAX
-    flops: float  # bfloat16, a second
+    flops: float  # FLOP/s in bfloat16
     memory: float
-    usable: float  # of `memory`, what is left to a program
+    usable: float  # part of `memory` that a program can use
     bandwidth: float  # of the memory
-    link: float  # one link of the interconnect, one way
-    network: float  # a device's share of the network between slices, or between nodes, one way
+    link: float  # of one link of the interconnect, one way
+    network: float  # a device's share of the network between slices or nodes, one way
     cores: int = 1  # TensorCores
-    clock: float | None = None  # of the TensorCore in Hz, where the sources tell
+    clock: float | None = None  # of the TensorCore in Hz; None: unknown
 
 
 class Chip(NamedTuple):
-    """A TPU chip, and the slices that there are of it."""
+    """A TPU chip and the slices that exist of it."""
 
     kind: str
-    devices: int  # that JAX counts it as
+    devices: int  # number of JAX devices per chip
     cores: int
     tflops: float
-    units: int | None  # multipliers of 128 x 128 on it, which give the clock
+    units: int | None  # number of 128 x 128 multipliers, from which the clock follows
     memory: float  # GiB
-    usable: float  # GiB a device, as libtpu 0.0.52 says it when a program does not fit
+    usable: float  # GiB per device, from libtpu 0.0.52's message when a program does not fit
     bandwidth: float  # GB/s
-    link: float  # GB/s, one way: what a chip has for all-reduce by the sources, a link
-    network: float  # Gbit/s of the data centre's network
-    torus: int  # an axis of this many chips, or a multiple where there are three, is a ring
+    link: float  # GB/s per link, one way: the sources' all-reduce bandwidth of a chip
+    network: float  # Gbit/s of the data centre network
+    torus: int  # an axis of this many chips (of a multiple, with three axes) wraps into a ring
     pod: int  # chips
     shapes: tuple[str, ...]
 
@@ -52,11 +52,11 @@ CUBES = (
 )  # fmt: skip
 SQUARES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 # Sources: cloud.google.com/tpu/docs/ v2, v3, v4, v5e, v5p, v6e and tpu7x: peak compute, multipliers
-# (MXUs), memory, pods, shapes, torus, network; for the links the interconnect a chip of v5p and 7x
-# (1,200 GB/s in both directions on six links) and the all-reduce bandwidth a pod of v5e and v6e.
-# Links of v2 and v3: Jouppi et al., "A domain-specific supercomputer for training deep neural
-# networks", CACM 63 (7), 2020 (496 and 656 Gbit/s); of v4: arXiv:2304.01433 table 4. Of the network
-# of v2, v3 and v4 nothing is told: that of v5p.
+# (MXUs), memory, pods, shapes, torus, network; for links the interconnect per chip of v5p and 7x
+# (1,200 GB/s in both directions over six links) and the all-reduce bandwidth per pod of v5e and
+# v6e. Links of v2 and v3: Jouppi et al., "A domain-specific supercomputer for training deep neural
+# networks", CACM 63 (7), 2020 (496 and 656 Gbit/s); of v4: arXiv:2304.01433 table 4. The network of
+# v2, v3 and v4 is not documented; the value of v5p is used.
 CHIPS = {
     'v2': Chip('TPU v2', 2, 2, 46, 2, 16, 7.48, 700, 62, 50, 16, 256,
                ('2x2', '4x4', '4x8', '8x8', '8x16', '16x16')),
@@ -72,9 +72,9 @@ CHIPS = {
 }  # fmt: skip
 ALIASES = {'7x': 'tpu7x', 'ironwood': 'tpu7x', 'v5litepod': 'v5e', 'v7x': 'tpu7x'}
 NODE = 8  # GPUs on one NVLink switch
-# NVIDIA's data sheets of the A100, H100 and H200 (SXM; bfloat16 without sparsity; NVLink's total is
-# of both directions) and user guides of DGX A100, H100 and H200 (200 and 400 Gbit/s a GPU). JAX
-# takes three quarters of the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# Sources: NVIDIA's data sheets of the A100, H100 and H200 (SXM; bfloat16 without sparsity; NVLink's
+# total is for both directions) and user guides of DGX A100, H100 and H200 (200 and 400 Gbit/s per
+# GPU). JAX allocates three quarters of the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 GPUS = {
     kind: Device(
         kind, tflops * 1e12, memory * GB, 0.75 * memory * GB, bandwidth * GB, nvlink / 2 * GB,
@@ -90,7 +90,7 @@ GPUS = {
 
 
 def of_chip(chip):
-    """The Device that JAX makes of a chip, or of each half."""
+    """The Device of a chip, or of each half that JAX counts as a device."""
     n = chip.devices
     clock = chip.units and chip.tflops * 1e12 / (chip.units * 2 * 128 * 128)
     return Device(
@@ -105,7 +105,7 @@ DEVICES['TPU v5p'] = DEVICES['TPU v5']
 
 
 def peaks(devices):
-    """The Device that these of JAX are; a CPU is measured."""
+    """The Device for JAX devices; a CPU is measured. Raises UserError for an unknown kind."""
     kind = devices[0].device_kind
     if kind in DEVICES:
         return DEVICES[kind]
@@ -115,7 +115,7 @@ def peaks(devices):
 
 
 def measured(count, seconds=0.3):
-    """A share of this machine's processor, as one of `count` devices: float32 products, copies."""
+    """Measures this machine's CPU by float32 products and copies; its share as one of `count`."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -144,9 +144,9 @@ def measured(count, seconds=0.3):
 
 
 def topology(name, chips=None, slices=1):
-    """(devices of JAX, what to call them) for 'v4:4x4x8', 'v4' with a number of chips, or 'cpu:8'.
+    """(JAX devices, their name) for 'v4:4x4x8', 'v4' with a number of chips, or 'cpu:8'.
 
-    TPUs are there for the compiler alone, which libtpu holds.
+    TPU devices can only be compiled for; the compiler is part of libtpu.
     """
     kind, _, shape = name.partition(':')
     kind = ALIASES.get(kind, kind)
@@ -164,7 +164,7 @@ def topology(name, chips=None, slices=1):
 
 
 def shape_of(kind, shape, chips):
-    """The slice's shape, of its name or of the number of chips; UserError where there is none."""
+    """The shape of a slice from its name or its number of chips; raises UserError if none fits."""
     chip = CHIPS[kind]
     counts = {math.prod(map(int, s.split('x'))): s for s in chip.shapes}
     if not shape:
@@ -187,7 +187,7 @@ def shape_of(kind, shape, chips):
 
 
 def simulated(count):
-    """Devices of this machine's CPU; they must be the first that this process asks for."""
+    """Simulated devices of this machine's CPU; JAX must not have been initialized before."""
     import jax
 
     try:
@@ -197,7 +197,7 @@ def simulated(count):
         raise UserError(f'cpu:{count} has no number of devices, as cpu:8 has') from None
     try:
         jax.config.update('jax_num_cpu_devices', count)
-    except RuntimeError:  # JAX has begun, with some number
+    except RuntimeError:  # JAX is initialized already, with some number
         pass
     found = jax.devices('cpu')
     if len(found) < count:
@@ -206,25 +206,25 @@ def simulated(count):
 
 
 def tpus(kind, chip, shape, slices):
-    """Devices of a slice of TPUs which is not here; UserError where there is none like it."""
+    """Devices of a TPU slice to compile for; raises UserError if no such slice exists."""
     from jax.experimental import topologies
 
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # ask no metadata server
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # plans may run side by side
     for key, value in (('TPU_WORKER_HOSTNAMES', 'localhost'), ('TPU_ACCELERATOR_TYPE', 'v4-8'),
                        ('TPU_WORKER_ID', '0')):  # fmt: skip
-        os.environ.setdefault(key, value)  # else libtpu complains that nothing tells
+        os.environ.setdefault(key, value)  # else libtpu warns that they are missing
     options = {'num_slices': slices} if slices > 1 else {}
     sides = [int(s) for s in shape.split('x')]
     if math.prod(sides) < 4:  # part of a host
         options['chips_per_host_bounds'] = (sides + [1, 1])[:3]
-    if kind == 'v4':  # both cores as one device, as JAX has them on a v4
+    if kind == 'v4':  # both cores as one device, as in JAX on a v4
         options['chip_config_name'] = 'megacore'
     try:
         return topologies.get_topology_desc(
             platform='tpu', topology_name=f'{kind}:{shape}', **options
         ).devices
-    except Exception as e:  # libtpu's own, and those of JAX when it is not installed
+    except Exception as e:  # from libtpu, or from JAX if libtpu is not installed
         text = str(e)
         if 'libtpu' in text.lower() and 'topology' not in text.lower():
             raise UserError(
@@ -235,11 +235,11 @@ def tpus(kind, chip, shape, slices):
 
 
 def speed(coords, bounds, device):
-    """Bytes/s that each of a group of chips sends to the others; coords are [x, y, z] of each.
+    """Bytes/s that each chip of a group, at coordinates [x, y, z], sends to the others.
 
-    A ring along each axis of the slice in which the group extends, all at once. An axis that is
-    wrapped has two links a chip, one that is not has one where it is narrowest. Groups that lie
-    between each other share links.
+    Sums over rings along all axes of the slice in which the group extends, used at the same time. A
+    wrapped axis has two links per chip, another one a single link at its narrowest point.
+    Interleaved groups share links.
     """
     total = 0.0
     for axis, bound in enumerate(bounds):
@@ -250,11 +250,11 @@ def speed(coords, bounds, device):
         shared = -(-span // len(places))
         ring = wrapped(device, bounds, axis) and len(places) * shared >= bound
         total += (2 if ring else 1) * device.link / shared
-    return total or device.bandwidth  # the two halves of a chip: through its memory
+    return total or device.bandwidth  # the two halves of a chip exchange through its memory
 
 
 def wrapped(device, bounds, axis):
-    """Whether the ends of an axis of a slice are joined."""
+    """Whether the ends of an axis of a slice are connected."""
     chip = next((c for c in CHIPS.values() if c.kind == device.kind), None)
     if chip is None or bounds[axis] < 3:
         return False
@@ -264,10 +264,10 @@ def wrapped(device, bounds, axis):
 
 
 def exchange_seconds(collective, devices, device):
-    """Time of one collective, at the peak of the links that it can use; no latency.
+    """Time of one collective at the peak of its links, without latency.
 
-    Between slices, or nodes of GPUs, go sums or pieces that each of a slice's devices holds a share
-    of: over the network, after and before an exchange within.
+    Between TPU slices or GPU nodes, each device exchanges its share of the sums or pieces over the
+    network, with exchanges within the slice or node before and after.
     """
     members = [devices[i] for i in collective.members] or list(devices)
     homes = {}
@@ -280,7 +280,7 @@ def exchange_seconds(collective, devices, device):
         seconds += inside.wire / inner_speed(next(iter(homes.values())), devices, device)
         if collective.kind == 'all-to-all' and members[0].platform == 'tpu':
             sides = [len({m.coords[k] for m in members}) for k in range(3)]
-            seconds *= max(1, max(sides) / 4)  # hops, where a ring has as many as a quarter
+            seconds *= max(1, max(sides) / 4)  # mean number of hops: a quarter of a ring
     if len(homes) > 1:
         between = collective._replace(group=len(homes), bytes=collective.bytes / within)
         seconds += between.wire / device.network
@@ -288,7 +288,7 @@ def exchange_seconds(collective, devices, device):
 
 
 def home(device, place):
-    """The slice of TPUs, or the node of GPUs, that a device is in."""
+    """Index of the TPU slice or GPU node that a device is in."""
     if device.platform == 'tpu':
         return getattr(device, 'slice_index', None) or 0
     return place // NODE if device.platform in ('gpu', 'cuda', 'rocm') else 0

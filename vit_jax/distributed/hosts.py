@@ -1,8 +1,8 @@
-"""Several processes as one run: they meet, watch each other, and end together.
+"""Joins several processes into one run and ends all of them if one is lost.
 
-All find process 0 at one port. First over a plain socket, as that can tell who is missing; then
-through jax.distributed, in whose store each says again and again that it lives and where it is.
-One that falls silent, or stays behind while others wait for it, ends all.
+All connect to process 0 at one port: first by a plain socket, which can tell which processes are
+missing, then by jax.distributed. In its key-value store each process regularly writes a heartbeat
+with its phase. A process that stops reporting, or that others wait for too long, ends all.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ import time
 import traceback
 
 import jax
-from jax._src import distributed  # its store of keys has no public name
+from jax._src import distributed  # its key-value store has no public name
 
 import vit_jax
 from vit_jax.distributed.rendezvous import meet, mistake
 from vit_jax.errors import Lost, UserError, refusal
 from vit_jax.io import streams
 
-STATUS = 4  # the exit status where another process was lost
-LONG = ('start', 'restore', 'compile', 'save')  # phases that one may need much longer for
+STATUS = 4  # exit status if another process was lost
+LONG = ('start', 'restore', 'compile', 'save')  # phases in which a process may take much longer
 BEATS, ENDS, FACTS = 'vit_jax/beat', 'vit_jax/end', 'vit_jax/facts'
 
 
 def facts(settings):
-    """What must be equal in all processes of a run: {name: value}."""
+    """{name: value} that must be equal in all processes of a run."""
     text = json.dumps(settings.to_dict(), sort_keys=True, default=str)
     return {
         'vit_jax': vit_jax.__version__, 'jax': jax.__version__,
@@ -40,7 +40,7 @@ def facts(settings):
 
 
 def expect(place, processes):
-    """Raises UserError unless there are as many processes as --expect_processes says."""
+    """Raises UserError unless the run has `processes` processes (None: any number)."""
     found = place.processes if place else 1
     if processes not in (None, found):
         raise UserError(
@@ -51,7 +51,7 @@ def expect(place, processes):
 
 
 def expect_devices(devices):
-    """Raises UserError unless all processes together have so many devices."""
+    """Raises UserError unless all processes together have `devices` devices (None: any number)."""
     if devices not in (None, jax.device_count()):
         raise UserError(
             f'--expect_devices is {devices}, but there are {jax.device_count()}: '
@@ -61,27 +61,36 @@ def expect_devices(devices):
 
 @contextlib.contextmanager
 def joined(place, facts, *, timeout, start_timeout):
-    """Makes this process one of a run's, until all have come to the end of the block.
+    """Joins this process to a run until all processes reach the end of the block.
 
-    Yields (at, agree), which all processes call in the same order: at(phase) as each begins, and
-    agree(facts), which raises UserError in all where one has other facts than process 0. `facts`
-    are those that must be equal before anything is read. A process that is not heard of for
-    `timeout` seconds, or stays behind the others so long (in a LONG phase: `start_timeout`), ends
-    all with STATUS and one line that names it. Where the block raises, all end with its words, this
-    process at once: an orderly exit would wait for the others. Raises Lost, UserError before the
-    block.
+    If the block raises, all processes end with its message, this one at once, as an orderly exit
+    would wait for the others.
+
+    Args:
+      place: clusters.Place of this process. None: it is the only one.
+      facts: {name: value} that must be equal in all processes before anything is read.
+      timeout: seconds after which a process that does not report, or that the others wait for, ends
+        all with exit status STATUS and one line that names it.
+      start_timeout: the same for a process that the others wait for in one of the phases LONG.
+
+    Yields:
+      (at, agree), which all processes call in the same order: at(phase) as a phase begins, and
+      agree(facts), which raises UserError in all of them if one has other facts than process 0.
+
+    Raises:
+      Lost, UserError: before the block.
     """
     if place is None:
         yield (lambda phase: None), (lambda facts: None)
         return
     meeting = meet(place, facts, start_timeout)
     watch = Watch(place, timeout, start_timeout)
-    jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
+    jax.config.update('jax_enable_preemption_service', False)  # which would handle SIGTERM
     with meeting.watched(timeout, lambda why: watch.stop(why, STATUS)):
         jax.distributed.initialize(
             place.coordinator, place.processes, place.process, place.devices,
             cluster_detection_method='deactivate', initialization_timeout=start_timeout,
-            heartbeat_timeout_seconds=10 * timeout,  # the watch is to speak first
+            heartbeat_timeout_seconds=10 * timeout,  # so that Watch reports first
             shutdown_timeout_seconds=timeout, coordinator_bind_address=meeting.bind,
         )  # fmt: skip
         watch.begin(distributed.global_state.client)
@@ -93,22 +102,22 @@ def joined(place, facts, *, timeout, start_timeout):
 
 
 class Watch:
-    """What this process knows of the others, and they of it."""
+    """Exchanges heartbeats with the other processes and ends this one if another is lost."""
 
     def __init__(self, place, timeout, start_timeout):
         self.place, self.timeout, self.start_timeout = place, timeout, start_timeout
         self.interval = min(2, timeout / 12)
-        self.limit = timeout - 5 * self.interval  # of silence: with the delays, all within timeout
+        self.limit = timeout - 5 * self.interval  # of silence, so that with delays all end in time
         self.mine = {'moves': 0, 'phase': 'start', 'host': socket.gethostname(), 'beat': 0}
-        self.records = {}  # the last of each process
-        self.heard, self.behind = {}, {}  # since when: it said something, others wait for it
+        self.records = {}  # {process: its last heartbeat}
+        self.heard, self.behind = {}, {}  # times of the last report; since when others wait
         self.leaving = self.over = False
         self.client = None
         self.kept = ctypes.CFUNCTYPE(None, ctypes.c_int)(self.aborted)
         ctypes.CDLL(None).signal(signal.SIGABRT, self.kept)
 
     def at(self, phase):
-        """Says that this process begins a phase; of a rare one the others hear at once."""
+        """Records that this process begins a phase, and reports a LONG one at once."""
         self.mine |= {'moves': self.mine['moves'] + 1, 'phase': phase}
         if phase.startswith(LONG):
             with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -122,7 +131,7 @@ class Watch:
             threading.Thread(target=work, daemon=True).start()
 
     def agree(self, facts):
-        """Raises UserError, in all processes, where one has other facts than process 0."""
+        """Raises UserError in all processes if one has other facts than process 0."""
         self.at('start, data compared')
         self.put(FACTS, {'host': self.mine['host'], 'facts': facts})
         self.client.wait_at_barrier('vit_jax/agree', 1000 * self.start_timeout)
@@ -132,9 +141,9 @@ class Watch:
                 raise UserError(wrong['mistake'])
 
     def exchange(self):
-        """Tells the others of this process and hears of them, until the end.
+        """Thread that writes this process's heartbeat and reads those of the others.
 
-        Only ever waits for process 0, which has the store; that it does so is judged elsewhere.
+        It blocks only on process 0, which has the store; `judge` detects that.
         """
         while not self.over:
             self.mine['beat'] += 1
@@ -147,7 +156,7 @@ class Watch:
                 for i, record in found.items():
                     if record != self.records.get(i):
                         self.heard[i] = now
-                self.heard[0] = now  # it has answered
+                self.heard[0] = now  # the store, which is there, has answered
                 self.records = found
             time.sleep(self.interval)
 
@@ -156,17 +165,17 @@ class Watch:
         self.client.key_value_set(key, json.dumps(record), allow_overwrite=True)
 
     def all(self, folder):
-        """{process: record} of those that have one."""
+        """{process: record} of the processes that have a record in a folder of the store."""
         pairs = self.client.key_value_dir_get(folder)
         return {int(key.rpartition('/')[2]): json.loads(value) for key, value in pairs}
 
     def judge(self):
-        """Ends this process as soon as another one is lost, until the end."""
+        """Thread that ends this process as soon as another one is lost."""
         before = time.monotonic()
         while not self.over:
             time.sleep(self.interval / 2)
             now = time.monotonic()
-            if now - before > 3 * self.interval:  # this process itself was stopped for a while
+            if now - before > 3 * self.interval:  # this process itself was suspended
                 self.heard = {i: t + now - before for i, t in self.heard.items()}
                 self.behind = {}
             before = now
@@ -174,7 +183,7 @@ class Watch:
                 self.follow(*found)
 
     def lost(self, now):
-        """(what to say, exit status) where a process is lost; else None."""
+        """(message, exit status) if a process is lost, else None."""
         for i, record in self.records.items():
             if 'end' in record and i != self.place.process:
                 return record['end']['message'], record['end']['status']
@@ -207,22 +216,22 @@ class Watch:
         return {'moves': 0, 'phase': 'start', 'host': 'unknown host'}
 
     def follow(self, message, status):
-        """Ends this process because another one is lost; the last to leave has the store."""
+        """Ends this process because another is lost; process 0, which has the store, is last."""
         if self.place.process == 0:
             self.tell(message, status)
         self.stop(message, status)
 
     def tell(self, message, status):
-        """Puts why this process ends where the others look; process 0 waits until they have."""
+        """Writes the reason of this end to the store; process 0 waits until the others read it."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.put(ENDS, {'status': status, 'message': message[:2000]})
         if self.place.process == 0:
             time.sleep(3 * self.interval)
 
     def stop(self, message, status):
-        """Ends this process, wherever its other threads are."""
+        """Prints an error and ends this process at once, whatever its other threads do."""
         if sys.stdout.isatty():
-            sys.stdout.write('\x1b[?25h')  # the cursor, which the progress bar has hidden
+            sys.stdout.write('\x1b[?25h')  # shows the cursor, which the progress bar hides
         sys.stdout.flush()
         sys.stderr.flush()
         if status == STATUS:
@@ -231,8 +240,8 @@ class Watch:
         os._exit(status)
 
     def aborted(self, signum):
-        """Called in place of an abort, which is how XLA's threads end: at once where process 0 is
-        gone, perhaps where another one has left a collective. Any other abort goes on."""
+        """Handler of SIGABRT, by which XLA's threads end the process if process 0 is gone, and
+        perhaps if another process left a collective. Reports these; aborts in any other case."""
         self.leaving = True
         deadline = time.monotonic() + 5 * self.interval
         while not self.over and time.monotonic() < deadline:
@@ -246,7 +255,7 @@ class Watch:
         os.kill(os.getpid(), signum)
 
     def alone(self):
-        """Whether nobody answers at process 0's port."""
+        """Whether nothing listens at process 0's port."""
         host, _, port = self.place.coordinator.rpartition(':')
         try:
             socket.create_connection((host.strip('[]'), int(port)), 2).close()
@@ -255,9 +264,9 @@ class Watch:
         return False
 
     def leave(self, error):
-        """Ends this process for what it has raised, in the others' name where they are the reason.
+        """Ends this process after `error`, with the message of a lost process if that is the cause.
 
-        A collective without one of its processes fails in all others, before its silence is long.
+        If a process leaves a collective, it fails in all others before the silence is detected.
         """
         self.leaving = True
         known = isinstance(error, (UserError, Lost))
@@ -277,7 +286,7 @@ class Watch:
         self.stop(message, status)
 
     def end(self):
-        """Waits until all have come here."""
+        """Waits until all processes have reached the end, and shuts down."""
         self.at('end')
         self.client.wait_at_barrier('vit_jax/end', 1000 * self.start_timeout)
         self.over = True

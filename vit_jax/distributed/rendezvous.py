@@ -1,18 +1,19 @@
-"""The meeting of a run's processes before jax.distributed starts, over a socket of process 0.
+"""Rendezvous of a run's processes at a socket of process 0, before jax.distributed starts.
 
-jax.distributed aborts where a process is missing, and can not say which. The meeting can, and lasts
-until jax.distributed has started in all. Its lines (talk.py has what is before and around them):
+jax.distributed aborts if a process is missing and can't tell which. The rendezvous can; it lasts
+until jax.distributed has started in all processes. Its messages (talk.py has their framing):
 
     i to 0      {"process": i, "host": NAME, "facts": {...}}
-    0 to all    {} where all are there; else {"lost": WHY} or {"mistake": WHY}
-    both        {"alive": true} twice a second; {"started": true} once jax.distributed has, there;
-                {"lost": WHY} by process 0 where one of them ends or falls silent before
+    0 to all    {} once all have joined; else {"lost": WHY} or {"mistake": WHY}
+    both        {"alive": true} twice a second; {"started": true} once jax.distributed has started;
+                {"lost": WHY} from process 0 if a process ends or stops reporting before that
 
-Process 0 serves all connections at once. Whoever has not said who it is within PATIENCE seconds,
-or says anything else, is a stranger: dropped, counted, and named when all are there or time is
-over. At most so many wait at the door as the run has processes and STRANGERS more, then the oldest
-makes room. A stranger never ends the run; where the job has no secret, none can be told from a
-process whose lines it imitates. The launchers of launch/ make a secret for each start.
+Process 0 serves all connections concurrently. A peer that does not identify itself within PATIENCE
+seconds, or sends anything else, is a stranger: it is disconnected, counted, and reported once all
+have joined or the time is over. At most STRANGERS more connections than the run has processes wait
+unidentified; beyond that the oldest is dropped. A stranger never ends the run; without a secret of
+the job, one that imitates a process is not detected. The launchers of launch/ create a secret for
+each start.
 """
 
 import collections
@@ -29,14 +30,14 @@ from vit_jax.errors import Lost, UserError
 from vit_jax.io.text import printable
 
 PATIENCE, STRANGERS = 5, 64
-CERTAIN = 10  # seconds of nothing but wrong answers, after which the port is another program's
+CERTAIN = 10  # seconds of wrong answers only, after which the port belongs to another program
 
 
 def meet(place, facts, timeout):
-    """A Meeting, as soon as all processes of a Place are there; `facts` must be equal in all.
+    """Waits until all processes of a run have joined and returns a Meeting.
 
-    Raises Lost after `timeout` seconds, with who is missing, and UserError where two processes
-    have the same number or other facts, in all processes.
+    Raises Lost after `timeout` seconds, with the missing processes, and UserError in all processes
+    if two have the same index or `facts` differ.
     """
     hello = {'process': place.process, 'host': socket.gethostname(),
              'facts': {'processes': place.processes, **facts}}  # fmt: skip
@@ -55,15 +56,15 @@ def meet(place, facts, timeout):
 
 
 class Host:
-    """Process 0: whom it has met, and who is at the door."""
+    """Process 0's side: the connections that it has identified and those that it has not yet."""
 
     def __init__(self, place, hello):
         self.processes, self.hello, self.answer = place.processes, hello, {}
-        self.met, self.known = {}, []  # the newest of each number; all that belong to the job
+        self.met, self.known = {}, []  # {process: its newest Talk}; all Talks of the job
         self.door, self.strangers = [], collections.Counter()
         self.selector = selectors.DefaultSelector()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        files = 2 * self.processes + STRANGERS + 500  # jax.distributed has as many again
+        files = 2 * self.processes + STRANGERS + 500  # jax.distributed has as many connections
         if soft < files and hard != soft:
             most = files if hard == resource.RLIM_INFINITY else min(files, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -73,14 +74,14 @@ class Host:
             self.selector.register(server, selectors.EVENT_READ)
 
     def gather(self, timeout):
-        """(what all are told, {process: Talk}) once all have come, or not within the time."""
+        """(answer to all processes, {process: Talk}) once all have joined or the time is over."""
         deadline = time.monotonic() + timeout
         while len(self.met) < self.processes - 1 and (now := time.monotonic()) < deadline:
             for key, _ in self.selector.select(min(0.5, deadline - now)):
                 self.attend(key.data) if key.data else self.admit(key.fileobj)
             for talk in [t for t in self.door if time.monotonic() - t.since > PATIENCE]:
                 self.dismiss(talk, 'silent')
-            if self.answer:  # so that the last hear it, too
+            if self.answer:  # an error, which the last processes are to receive, too
                 deadline = min(deadline, time.monotonic() + PATIENCE)
         missing = sorted(set(range(1, self.processes)) - self.met.keys())
         if missing and not self.answer:
@@ -99,12 +100,12 @@ class Host:
         return self.answer, self.met
 
     def admit(self, server):
-        """Takes a connection in, in the place of the one that has waited longest if need be."""
+        """Accepts a connection; drops the oldest unidentified one if there are too many."""
         if len(self.door) >= self.processes + STRANGERS:
             self.dismiss(self.door[0], 'silent')
         try:
             connection, (peer, *_) = server.accept()
-        except OSError:  # it has gone again, or there are too many open files
+        except OSError:  # it was closed again, or too many files are open
             if self.door:
                 self.dismiss(self.door[0], 'silent')
             return
@@ -112,8 +113,8 @@ class Host:
         self.selector.register(connection, selectors.EVENT_READ, talk)
 
     def attend(self, talk):
-        """Hears what a connection says."""
-        if talk.connection.fileno() < 0:  # dismissed in this very round
+        """Handles the lines of a connection."""
+        if talk.connection.fileno() < 0:  # closed since the select
             return
         try:
             for line in talk.read():
@@ -127,7 +128,7 @@ class Host:
             self.dismiss(talk, f'left: another {SECRET}?' if talk.theirs else 'left')
 
     def checked(self, record):
-        """The record of a process; Stranger unless it is of the shape that processes send."""
+        """The record by which a process identifies itself; raises Stranger if it is malformed."""
         i, host, facts = (record.get(key) for key in ('process', 'host', 'facts'))
         if not (type(i) is int and isinstance(host, str) and isinstance(facts, dict)):
             raise Stranger('other words')
@@ -136,7 +137,7 @@ class Host:
         return record
 
     def know(self, talk, record):
-        """Takes in a process of the job, and notes where it does not belong to this run."""
+        """Registers a process of the job, and notes an error if it does not belong to this run."""
         self.door.remove(talk)
         self.known.append(talk)
         talk.record, i = record, record['process']
@@ -144,7 +145,7 @@ class Host:
         self.met[i] = talk
 
     def dismiss(self, talk, why):
-        """Closes a connection: a stranger's, which counts, or that of a process that has ended."""
+        """Closes the connection of a stranger, which is counted, or of a process that has ended."""
         self.selector.unregister(talk.connection)
         talk.close()
         if talk in self.door:
@@ -156,7 +157,7 @@ class Host:
             self.met = {i: other for i, other in self.met.items() if other is not talk}
 
     def turned_away(self):
-        """'; turned away 3 strangers: 2 from 10.0.0.7 (silent), 1 from ...', or ''."""
+        """Summary: '; turned away 3 strangers: 2 from 10.0.0.7 (silent), 1 from ...', or ''."""
         if not self.strangers:
             return ''
         most = [f'{n} from {peer} ({why})' for (peer, why), n in self.strangers.most_common(4)]
@@ -165,7 +166,7 @@ class Host:
 
 
 def mistake(hello, found, other):
-    """The answer where a process does not belong to the run as process 0 knows it; else {}."""
+    """The answer if a process does not belong to process 0's run, else {}."""
     host = printable(found['host'])[:100]
     who = f'process {found["process"]} ({host})'
     for key, value in hello['facts'].items():
@@ -180,7 +181,7 @@ def mistake(hello, found, other):
 
 
 def ask(place, hello, timeout):
-    """Any other process: (what process 0 tells all, {0: Talk})."""
+    """The side of any other process: returns (process 0's answer, {0: Talk})."""
     begun, wrong, silent, told = time.monotonic(), None, None, False
     why, said = '', b''
     deadline = begun + timeout
@@ -192,10 +193,10 @@ def ask(place, hello, timeout):
             talk.record = talk.wait(min(deadline, time.monotonic() + PATIENCE))
             talk.theirs = talk.record['nonce']
             talk.say(**hello)
-            return talk.wait(deadline + 10), {0: talk}  # it may have begun to wait a little later
+            return talk.wait(deadline + 10), {0: talk}  # process 0 may have started a little later
         except (Stranger, KeyError, OSError) as e:
             why = getattr(e, 'strerror', None) or str(e)
-            if talk is None:  # nobody listens
+            if talk is None:  # nothing listens there
                 wrong = silent = None
             else:
                 talk.close()
@@ -216,7 +217,7 @@ def ask(place, hello, timeout):
 
 
 def another(place, said):
-    """Why process 0 can not be reached where something else has said so."""
+    """Why process 0 can't be reached if its port gave the wrong answer `said`."""
     if SEALED.match(said.decode('ascii', 'replace')):
         return (f'process 0 at {place.coordinator} has another {SECRET} than this process, or '
                 'belongs to another job')  # fmt: skip
@@ -225,10 +226,10 @@ def another(place, said):
 
 
 class Meeting:
-    """The connections of processes that have met, until jax.distributed has started in all.
+    """Connections of the processes that have joined, until jax.distributed has started in all.
 
     Attributes:
-        bind: HOST:PORT at which process 0 has listened; None: at all its addresses, or another one.
+        bind: HOST:PORT at which process 0 listened. None: at all its addresses, or not process 0.
     """
 
     def __init__(self, talks, place, bind):
@@ -236,7 +237,7 @@ class Meeting:
 
     @contextlib.contextmanager
     def watched(self, limit, lost):
-        """In the block: calls lost(why) where another process ends, or says nothing so long."""
+        """In the block, calls lost(why) if another process ends or is silent for `limit` s."""
         threading.Thread(target=self.watch, args=(limit, lost), daemon=True).start()
         try:
             yield
@@ -254,7 +255,10 @@ class Meeting:
                 talk.say(**body)
 
     def watch(self, limit, lost):
-        """Hears the others until they have started, too: who closes at once may cut off a word."""
+        """Thread that reads from the others until they have started, too.
+
+        A connection that is closed earlier may lose its last message.
+        """
         heard, why = dict.fromkeys(self.talks, time.monotonic()), None
         while self.talks and not why:
             time.sleep(0.5)
@@ -279,11 +283,11 @@ class Meeting:
             why = None if over else why  # hosts.Watch has begun
         if why:
             self.tell(lost=why)
-            time.sleep(1.5)  # until they have heard it
+            time.sleep(1.5)  # until the others have received it
             lost(why)
 
 
 def names(processes):
-    """'process 1' or 'processes 1, 2, 5'."""
+    """Names processes in a message: 'process 1' or 'processes 1, 2, 5'."""
     listed = ', '.join(map(str, processes[:20])) + (' ...' if len(processes) > 20 else '')
     return f'process {listed}' if len(processes) == 1 else f'processes {listed}'

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Stops a run on a signal, at the same step in all processes."""
 
 import contextlib
 import signal
@@ -9,31 +9,31 @@ from vit_jax.io import streams
 
 
 class Stop:
-    """True once SIGTERM, SIGINT or SIGHUP came; a second one ends the process at once.
+    """Signal handler, true once SIGTERM, SIGINT or SIGHUP arrived; a second one ends the process.
 
-    Several processes must stop at the same step, also where the signal came to one alone. So there
-    it is true once all know: each has its wish in its rows of every batch, and the sum over the
-    batch, which the step returns, is the same for all.
+    Several processes must stop at the same step even if only one of them gets the signal. So each
+    adds its vote to its rows of every batch; the train step returns the sum over the batch, which
+    is the same in all processes, and `Stop` becomes true once it is positive.
     """
 
     def __init__(self):
         self.signum = None
-        self.shared = False  # with other processes
+        self.shared = False  # whether the run has several processes
         self.agreed = False
-        self.trouble = None  # an exception that comes soon, see pipeline.foreseen
+        self.trouble = None  # an exception of the data a few batches ahead, see pipeline.foreseen
 
     def __bool__(self):
         return self.agreed if self.shared else self.signum is not None
 
     def within(self, batch):
-        """The batch, with this process's wish in it where there are others."""
+        """Adds this process's vote to a batch if the run has several processes."""
         if not self.shared:
             return batch
         wish = self.signum is not None or self.trouble is not None
         return batch | {'stop': np.full(len(batch['mask']), wish, np.float32)}
 
     def hear(self, sums):
-        """Takes the sum of all wishes out of what a step has returned."""
+        """Removes the sum of all votes from the metrics of a step and records it."""
         self.agreed |= bool(sums.pop('stop', 0))
         return sums
 
@@ -41,13 +41,13 @@ class Stop:
         self.signum = signum
         signal.signal(signum, signal.SIG_DFL)
         name = signal.Signals(signum).name
-        # print() can't be entered twice, and the signal may have come in the midst of one.
+        # print() is not reentrant, and the signal may have interrupted one.
         streams.write_error(f'\n{name}: stopping at the next step; once more to lose it.\n')
 
 
 @contextlib.contextmanager
 def on_signal():
-    """A Stop that listens as long as the block runs; nohup has SIGHUP ignored, which stays so."""
+    """Context of a Stop that handles signals; a SIGHUP that nohup ignores stays ignored."""
     stop = Stop()
     signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:

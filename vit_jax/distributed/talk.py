@@ -1,10 +1,10 @@
-"""A connection between two processes of a job, of which each proves that it has the job's secret.
+"""Authenticated connections between two processes of a job.
 
-It carries lines of text, each of at most LIMIT bytes. The first ones exchange two random numbers.
-Any other is a JSON object behind a MAC: the HMAC-SHA256, by the secret in $VIT_JAX_JOB_SECRET, of
-who speaks, the listener's number and the object. So a line of another connection is of no use to
-anybody. Without a secret the key is empty, and whoever reaches the port can speak. Nothing is
-encrypted.
+The protocol is lines of text of at most LIMIT bytes. The first line of each end has a random nonce.
+Every other line is a JSON object after its MAC: the HMAC-SHA256, with the secret in
+$VIT_JAX_JOB_SECRET as key, of the sender's role, the receiver's nonce and the object. So lines of
+one connection can't be replayed in another. Without a secret the key is empty, and anyone who
+reaches the port is authenticated. Nothing is encrypted.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ from vit_jax.errors import UserError
 SECRET = 'VIT_JAX_JOB_SECRET'
 LIMIT = 65_536
 FIRST = re.compile(b'vit_jax ([0-9a-f]{32})')
-SEALED = re.compile('[0-9a-f]{64} {')  # what any other line begins with
+SEALED = re.compile('[0-9a-f]{64} {')  # the start of every other line
 
 
 class Stranger(Exception):
-    """The other end of a connection does not belong to the job; says why."""
+    """The other end of a connection does not belong to the job, for the reason in the message."""
 
 
 class Talk:
-    """One end of a connection; `speaker` is '0' at process 0, 'i' at any other.
+    """One end of a connection; `speaker`, the role of this end, is '0' at process 0, else 'i'.
 
     Attributes:
         peer: address of the other end, as text.
-        since: when it began, by time.monotonic().
-        record: what the other end has said of itself, once it has.
-        said: the beginning of the last line that was not of this connection.
+        since: time.monotonic() at the start of the connection.
+        record: the object by which the other end introduces itself; None before that.
+        said: start of the last line that failed authentication.
     """
 
     def __init__(self, connection, speaker, peer=''):
@@ -48,11 +48,11 @@ class Talk:
         self.buffer, self.since, self.record, self.said = b'', time.monotonic(), None, b''
 
     def call(self):
-        """The first line, of the process that has connected."""
+        """Sends the first line, from the process that connects."""
         self.connection.sendall(f'vit_jax {self.mine}\n'.encode())
 
     def reply(self, line, **body):
-        """Process 0: answers the first line with its own number; Stranger where it is another."""
+        """Process 0: answers the first line with its own nonce; raises Stranger if malformed."""
         if not (found := FIRST.fullmatch(line)):
             raise Stranger('other words')
         self.theirs = found[1].decode()
@@ -68,7 +68,7 @@ class Talk:
         return hmac.new(key, f'{speaker} {number} {text}'.encode(), hashlib.sha256).hexdigest()
 
     def read(self, timeout=0):
-        """The lines that are whole within so many seconds; OSError where there is an end."""
+        """Complete lines that arrive within `timeout` seconds; raises OSError at the end."""
         self.connection.settimeout(timeout)
         with contextlib.suppress(BlockingIOError, TimeoutError):
             data = self.connection.recv(LIMIT)
@@ -82,7 +82,7 @@ class Talk:
         return lines
 
     def opened(self, line):
-        """The object in a line; Stranger unless it was made for this connection."""
+        """The object in a line; raises Stranger unless its MAC is valid for this connection."""
         mac, _, text = line.decode('utf-8', 'replace').partition(' ')
         self.said = line[:80]
         wanted = self.mac('0' if self.speaker == 'i' else 'i', self.mine, text)
@@ -99,7 +99,7 @@ class Talk:
         return body
 
     def wait(self, deadline):
-        """The object of the next line; TimeoutError where it is not whole by the deadline."""
+        """The object in the next line; raises TimeoutError if incomplete at the deadline."""
         while (left := deadline - time.monotonic()) > 0:
             if lines := self.read(left):
                 return self.opened(lines[0])
@@ -111,10 +111,11 @@ class Talk:
 
 
 def listen(host, port, backlog):
-    """(sockets, where they listen, whether that is at the host's addresses or at all there are).
+    """Listens at the host's addresses, or at all of this machine's if none of those can be used.
 
-    At all where none of the host's is this machine's, as behind a NAT, or where it is one that
-    others can't mean, as Debian's 127.0.1.1. Raises UserError where the port is taken.
+    That is so behind a NAT, or if the name resolves to a loopback address, as Debian's 127.0.1.1.
+    Returns (sockets, description of where they listen, whether these are the host's addresses).
+    Raises UserError if the port is taken.
     """
     servers = []
     try:
@@ -145,7 +146,7 @@ def listen(host, port, backlog):
 
 
 def addresses(host, port):
-    """[(family, address)] by which others find the host; none where the name can't be looked up."""
+    """[(family, address)] at which others reach the host; empty if the name can't be resolved."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
