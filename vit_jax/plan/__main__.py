@@ -1,12 +1,12 @@
-"""Whether a run fits, what bounds it and how long it takes, before anything is booked.
+"""Plans a run before any device is reserved: whether it fits, what bounds it, how long it takes.
 
     python -m vit_jax.plan --config FILE[:ARG] --topology v4:4x4x8 [--config.KEY=VALUE]
 
-The real train step is compiled for that topology, by the TPU's own compiler (extra `plan`) on a
-machine that has none, and its memory, FLOPs, traffic and collectives are read from the program.
-Without --topology it is compiled for the devices that are here, with cpu:8 for eight simulated
-ones. estimate.py says how the times are made of it.
-Exit status 1 where it does not fit; --fit then searches for what would make it fit.
+Compiles the real train step for that topology with the TPU compiler (extra `plan`), on a machine
+without TPUs, and reads memory, FLOPs, traffic and collectives from the compiled program. Without
+--topology it compiles for the devices of this machine; cpu:8 simulates eight. estimate.py documents
+how times are derived.
+Exit status 1 if the run does not fit; --fit then searches for settings that do.
 """
 
 import sys
@@ -52,7 +52,7 @@ def duration(seconds):
 
 
 def table(rows):
-    """Text with aligned columns; the first is a name, the others are right-aligned."""
+    """A table as text: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return '\n'.join(
         '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
@@ -60,7 +60,7 @@ def table(rows):
 
 
 def text(result):
-    """A plan for a person."""
+    """A plan as text."""
     config, memory, peaks = result['config'], result['memory'], result['peaks']
     mesh = ' '.join(f'{axis}={n}' for axis, n in result['mesh'].items())
     lines = [

@@ -1,8 +1,9 @@
-"""A run as its compiled train step tells of it: memory, work, exchanges, and the time they take.
+"""Estimates memory, work, communication and time of a run from its compiled train step.
 
-The roofline is the longest of what arithmetic, memory and interconnect take at their peaks. A step
-is taken to need the longer of arithmetic and memory over an efficiency, and all exchanges that the
-compiled program does not hide behind other work. Input is not counted: see benchmarks.input.
+The roofline is the longest of the times of arithmetic, memory and interconnect at their peaks. The
+estimate for a step is the longer of arithmetic and memory, divided by an efficiency, plus all
+communication that the compiled program does not overlap with other work. Input is not included: see
+benchmarks.input.
 """
 
 import re
@@ -21,9 +22,9 @@ from vit_jax.errors import UserError
 from vit_jax.plan import hlo
 from vit_jax.run import report
 
-# Training split and classes of data sets that a plan may be for where they are not:
-# arXiv:2010.11929 section 4.1 (ImageNet, JFT-300M), arXiv:2106.04560 section 3.1 (JFT-3B; its
-# "nearly 3 billion" in round numbers), tensorflow.org/datasets/catalog (the others).
+# Examples of the training split and classes, for plans without the data. Sources: arXiv:2010.11929
+# section 4.1 (ImageNet, JFT-300M), arXiv:2106.04560 section 3.1 (JFT-3B; its "nearly 3 billion" in
+# round numbers), tensorflow.org/datasets/catalog (the others).
 KNOWN = {
     'imagenet2012': (1_281_167, 1000), 'imagenet21k': (14_197_122, 21_843),
     'jft_300m': (303_000_000, 18_291), 'jft_3b': (3_000_000_000, 29_593),
@@ -32,11 +33,11 @@ KNOWN = {
 }  # fmt: skip
 
 
-VTAB_1K = {'train800': 800, 'val200': 200, 'train800val200': 1000}  # examples of its splits
+VTAB_1K = {'train800': 800, 'val200': 200, 'train800val200': 1000}  # examples per split
 
 
 class Refused(Exception):
-    """The compiler says that the program does not fit: bytes, of the whole or of temporaries."""
+    """The compiler reports that the program, or its temporaries, don't fit; sizes in bytes."""
 
     def __init__(self, needed, available):
         self.needed, self.available = needed, available
@@ -44,7 +45,7 @@ class Refused(Exception):
 
 
 class Stated(NamedTuple):
-    """Records of a data set of which only the length is known."""
+    """Records of a data set of which only the size is known."""
 
     length: int
     max_labels: int = 1
@@ -54,7 +55,10 @@ class Stated(NamedTuple):
 
 
 def data_set(settings, examples=None, classes=None):
-    """(the data set of a config's section, or one of its size; what there is to say about it)."""
+    """(the data set that a config names, or a stand-in of its size; a note on the latter).
+
+    `examples` and `classes` override the size. Raises UserError if it is unknown.
+    """
     if examples is None and classes is None:
         try:
             return mixture.load(**settings), None
@@ -81,12 +85,12 @@ def data_set(settings, examples=None, classes=None):
 
 
 def stated(examples, classes):
-    """A data set of that size, of which nothing can be read."""
+    """A data set of that size without any data."""
     return sources.Source(Stated(examples), tuple(map(str, range(classes))))
 
 
 def without_evals(config):
-    """A config whose run evaluates nothing, as evaluations take no part in the step."""
+    """A copy of a config without evaluations, which don't affect the train step."""
     plain = configs.ConfigDict(config.to_dict())
     plain.evals = configs.ConfigDict()
     plain.checkpoint.best = None
@@ -94,7 +98,7 @@ def without_evals(config):
 
 
 def batch_of(config, parts):
-    """Shapes of a global batch as the loop puts it on the devices."""
+    """Shapes of a global batch as the training loop puts it on the devices."""
     size = config.data.batch_size
     arrays = {name: (x.shape, x.dtype) for name, x in parts.spec.items()}
     arrays |= {'mask': ((), jnp.float32), 'id': ((), jnp.int32)}
@@ -104,7 +108,7 @@ def batch_of(config, parts):
 
 
 def compiled(config, parts):
-    """The train step of a run as it is compiled for the devices of its mesh."""
+    """Compiles the train step of a run for the devices of its mesh."""
     advance = step.compiled(
         parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
         accumulate=config.accumulate,
@@ -117,7 +121,7 @@ def compiled(config, parts):
 
 
 def compile_or_refuse(lowered):
-    """What `lowered` compiles to; Refused where the TPU's compiler says that it does not fit."""
+    """Compiles `lowered`; raises Refused if the TPU compiler reports that it does not fit."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -129,12 +133,12 @@ def compile_or_refuse(lowered):
 
 
 def in_bytes(text):
-    """'30.75G' to bytes."""
+    """Parses a size such as '30.75G' to bytes."""
     return float(text[:-1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[text[-1]]
 
 
 def bytes_a_device(tree):
-    """Of arrays with shardings, on the device that has most."""
+    """Bytes of sharded arrays on the device that has the most."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -142,7 +146,16 @@ def bytes_a_device(tree):
 
 
 def plan(config, source, found, title, *, efficiency, peaks=None):
-    """A dict of everything that is known of a run before it is started."""
+    """Plans a run: a dict of its size, memory, work and time.
+
+    Args:
+      config: config of the run.
+      source: its data set, or a stand-in of its size.
+      found: devices to compile for.
+      title: name of these devices.
+      efficiency: share of the peaks of arithmetic and memory that a step reaches.
+      peaks: devices.Device. None: that of `found`.
+    """
     peaks = peaks or devices.peaks(found)
     parts = assembly.make(without_evals(config), source, found)
     batch = config.data.batch_size
@@ -190,7 +203,7 @@ def plan(config, source, found, title, *, efficiency, peaks=None):
 
 
 def work(program, count, batch, expected):
-    """What a step does, an image, and its collectives by kind, a device."""
+    """Work of a step per image and per device, and its collectives by kind."""
     kinds = {}
     for c in program.collectives:
         row = kinds.setdefault(c.kind, {'times': 0, 'bytes': 0, 'sent': 0.0})
@@ -206,7 +219,7 @@ def work(program, count, batch, expected):
 
 
 def remarks(program, expected):
-    """What the compiled program does not tell."""
+    """Notes on what can't be read from the compiled program."""
     notes = [
         f'custom call {target} runs {times} times a step; its arithmetic is not counted, its '
         'operands and results are'
@@ -225,7 +238,7 @@ def remarks(program, expected):
 
 
 def times(program, found, peaks, efficiency):
-    """Seconds of a step by what bounds it; those of exchanges also by kind."""
+    """Seconds of a step by resource, and of its communication by kind."""
     kinds, exposed = {}, 0.0
     for c in program.collectives:
         seconds = c.times * devices.exchange_seconds(c, found, peaks)
@@ -248,7 +261,7 @@ def times(program, found, peaks, efficiency):
 
 
 def size(count):
-    """Bytes in the unit that suits."""
+    """Formats bytes in a suitable unit."""
     for unit, factor in (('GiB', 2**30), ('MiB', 2**20), ('KiB', 2**10)):
         if abs(count) >= factor:
             return f'{count / factor:,.2f} {unit}'

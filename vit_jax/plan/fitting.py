@@ -1,17 +1,17 @@
-"""A search for settings with which a run fits, by compiling it with them."""
+"""Searches for settings with which a run fits into memory, by compiling it."""
 
 from vit_jax import assembly
 from vit_jax import config as configs
 from vit_jax.errors import UserError
 from vit_jax.plan import estimate
 
-# Share of the model's arithmetic that a policy has done twice, or as long as that: an order to try
-# in, not a prediction. The second makes attention again, the third a whole forward pass.
+# Share of the model's arithmetic that a policy recomputes, in equivalent time: it orders the
+# search and predicts nothing. The second policy recomputes attention, the third the forward pass.
 REMAT = {'none': 0.0, 'dots_with_no_batch_dims_saveable': 0.12, 'full': 1 / 3}
 
 
 def seconds_more(config, plan, policy, fsdp, accumulate):
-    """What settings cost in a step, about: gathers of weights, work done again, gradients kept."""
+    """Approximate extra time of a step: weight gathers, recomputation, accumulated gradients."""
     peaks, count = plan['peaks'], plan['parameters']
     flops = 3 * (plan['forward_flops'] or 0) * config.data.batch_size / plan['devices']
     links = 1 if fsdp < 4 else 2
@@ -22,7 +22,7 @@ def seconds_more(config, plan, policy, fsdp, accumulate):
 
 
 def candidates(config, plan):
-    """Settings that need less memory, the cheapest first: [{'mesh.fsdp': 8, ...}]."""
+    """Changes of settings that reduce memory, cheapest first: [{'mesh.fsdp': 8, ...}]."""
     rows = []
     own, degree, parts = config.model.get('remat'), config.mesh.fsdp, config.accumulate
     policies = [None] if own is None else [p for p in REMAT if REMAT[p] >= REMAT[own]]
@@ -52,10 +52,10 @@ def as_flags(changes):
 
 
 def fit(config, source, found, title, first, say, **options):
-    """(changes that fit, their plan), or (None, None); says what is tried.
+    """Returns (changes that fit, their plan), or (None, None); reports each trial to `say`.
 
-    What surely does not fit is not compiled: more state than memory, or activations that would
-    have to shrink by more than the smaller micro-batch.
+    `first` is the plan without changes. Candidates that can't fit are not compiled: those whose
+    state exceeds the memory, or whose activations would have to shrink more than the micro-batch.
     """
     memory = first['memory']
     available = memory['available']
@@ -65,7 +65,7 @@ def fit(config, source, found, title, first, say, **options):
             changed = with_changes(config, changes)
             parts = assembly.make(estimate.without_evals(changed), source, found)
         except UserError:
-            continue  # a mesh or micro-batch that does not divide
+            continue  # a mesh or micro-batch that does not divide evenly
         policy = changed.model.get('remat')
         least = estimate.bytes_a_device(parts.abstract)
         least += 0.7 * activations.get(policy, 0) / changed.accumulate

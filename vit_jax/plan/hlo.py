@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its text: FLOPs, memory traffic, collectives.
+"""Counts FLOPs, memory traffic and collectives of a compiled program, from its text.
 
-XLA's own cost analysis counts the body of a loop once, and the encoder is a loop. Here everything
-counts as often as it runs. Figures are of one device.
+XLA's own cost analysis counts the body of a loop once, and the encoder may be a loop. Here
+everything counts as often as it runs. All numbers are per device.
 """
 
 import json
@@ -17,13 +17,13 @@ COLLECTIVES = (
     'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
     'collective-permute', 'collective-broadcast',
 )  # fmt: skip
-# Instructions that move nothing, or whose pieces are counted elsewhere.
+# Instructions that move no data, or whose parts are counted elsewhere.
 FREE = (
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'while',
     'conditional', 'call', 'partition-id', 'replica-id', 'opt-barrier', 'copy-done', 'slice-done',
     'async-done', 'async-update', 'domain', 'add-dependency',
 )  # fmt: skip
-# Custom calls that are the compiler's own, without arithmetic.
+# Custom calls of the compiler itself, without arithmetic.
 PLUMBING = (
     'AllocateBuffer', 'ConcatBitcast', 'AsyncCollectiveStart', 'AsyncCollectiveDone', 'Sharding',
     'GatherScatterIndicesBitpacked', 'SPMDFullToShardShape', 'SPMDShardToFullShape',
@@ -33,39 +33,39 @@ PLUMBING = (
 
 
 class Collective(NamedTuple):
-    """An exchange between devices, as often as a step makes it."""
+    """A collective operation of a step."""
 
     kind: str
-    bytes: int  # once: of the whole array, so of an all-gather's result or a reduce-scatter's input
+    bytes: int  # each time, of the whole array: an all-gather's result, a reduce-scatter's input
     shapes: tuple[tuple[int, ...], ...]  # of the result
-    group: int  # devices that take part
-    members: tuple[int, ...]  # of the first group, as positions in the mesh; () where not told
-    times: int  # a step
-    loops: int  # how many loops are around it
-    hidden: bool  # begun and ended apart, with other work in between
-    name: str  # what of the model it is, by the traced functions' names
+    group: int  # number of participating devices
+    members: tuple[int, ...]  # of the first group, as positions in the mesh; (): unknown
+    times: int  # executions per step
+    loops: int  # number of loops around it
+    hidden: bool  # asynchronous, with other work between start and end
+    name: str  # the part of the model, as the names of traced functions
 
     @property
     def wire(self):
-        """Bytes that a device sends, each time, where every link carries its share."""
+        """Bytes that a device sends each time, if all links carry an equal share."""
         share = (self.group - 1) / self.group
         factor = {'all-reduce': 2 * share, 'collective-permute': 1, 'collective-broadcast': 1}
         return self.bytes * factor.get(self.kind, share)
 
 
 class Program(NamedTuple):
-    """What one device does in one execution."""
+    """Work of one device in one execution of a program."""
 
-    flops: int  # of dots and convolutions, 2 a multiply-add
+    flops: int  # of dots and convolutions, 2 per multiply-add
     traffic: int  # bytes read from and written to main memory
     collectives: tuple[Collective, ...]
-    cycles: int | None  # the TPU compiler's own estimate of its fusions, one after another
-    loops: dict[str, int | None]  # iterations by the loop's name; None counts as once
-    uncounted: dict[str, int]  # custom calls whose arithmetic is not known: how often they run
+    cycles: int | None  # the TPU compiler's estimate for its fusions, run in sequence
+    loops: dict[str, int | None]  # iterations by the loop's name; None is counted as 1
+    uncounted: dict[str, int]  # executions of custom calls whose arithmetic is unknown
 
 
 def trips(loop, computation, computations):
-    """How often a while loop runs; None where its text does not tell."""
+    """Number of iterations of a while loop; None if its text does not tell."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -102,7 +102,7 @@ def trips(loop, computation, computations):
 
 
 class Reader:
-    """Walks a program from its entry and adds up."""
+    """Walks a program from its entry computation and sums up its work."""
 
     def __init__(self, text):
         self.computations, entry = parsed(text)
@@ -133,7 +133,7 @@ class Reader:
                 self.walk(branch, times, depth)
 
     def count(self, i, computation, times, depth, fused, name, hidden):
-        """Adds what one instruction does, `times` a step."""
+        """Adds the work of one instruction, which runs `times` per step."""
         cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
         if cycles:
             self.cycles = (self.cycles or 0) + int(cycles[1]) * times
@@ -150,7 +150,7 @@ class Reader:
             self.traffic += times * moved(i, computation, self.computations)
 
     def custom(self, i, computation, times):
-        """FLOPs of a custom call as far as it tells them; what does not tell is noted."""
+        """FLOPs of a custom call if its text tells; else 0, and the call is noted."""
         target = i.attribute('custom_call_target').strip('"')
         if target in PLUMBING:
             return 0
@@ -167,7 +167,7 @@ class Reader:
             inner = math.prod(left[int(k)] for k in numbers['lhs_contracting_dimensions'])
             return 2 * math.prod(i.shapes[0].dims) * inner
         stated = config.get('custom_call_config', {}).get('cost_estimate') or {}
-        if 'flops' in stated:  # what the author of a Pallas kernel says
+        if 'flops' in stated:  # by the author of a Pallas kernel
             return int(stated['flops'])
         self.uncounted[target] = self.uncounted.get(target, 0) + times
         return 0
@@ -177,7 +177,7 @@ class Reader:
         if i.opcode.endswith('-start') and kind in ('all-gather', 'collective-permute'):
             shapes = shapes[len(i.operands) : 2 * len(i.operands)]  # (inputs, results, ...)
         size, members = groups(i.attributes, self.partitions)
-        if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):  # so the TPU's are named
+        if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):  # named so on TPUs
             kind = 'reduce-scatter'
         elif kind == 'reduce-scatter':
             shapes = [s for o in i.operands for s in computation[o].shapes[:1]]
@@ -186,7 +186,7 @@ class Reader:
             kind, sum(s.bytes for s in shapes), tuple(s.dims for s in i.shapes), size, members,
             times, depth, hidden or i.opcode.endswith('-start'), title[1] if title else '',
         )  # fmt: skip
-        # Fusions that go on with an exchange which another has begun name it again.
+        # Fusions that continue a collective that another one has started contain it again.
         parts = [x for x in self.computations[name].values() if 'AsyncCollective' in x.attributes]
         channel = i.attribute('channel_id')
         if 'async_collective' in name or parts:
@@ -200,7 +200,7 @@ class Reader:
 
 
 def read(text):
-    """The Program of a compiled program's text, `compiled.as_text()`."""
+    """Reads the Program from the text of a compiled program, `compiled.as_text()`."""
     reader = Reader(text)
     return Program(
         reader.flops, reader.traffic, tuple(reader.collectives), reader.cycles, reader.loops,
@@ -209,8 +209,8 @@ def read(text):
 
 
 def kernel_bytes(text):
-    """Bytes of all operands and results of a program's Pallas kernels, wherever they lie; each
-    counts once, as in the analysis of XLA, which takes kernels for nothing."""
+    """Bytes of all operands and results of a program's Pallas kernels, in any memory. Each counts
+    once, as in XLA's cost analysis, which counts nothing for kernels."""
     kernels = [
         (i, arrays) for i, arrays in operands(text)
         if (i.attribute('custom_call_target') or '').strip('"') == 'tpu_custom_call'
@@ -219,8 +219,8 @@ def kernel_bytes(text):
 
 
 def prefetch_bytes(text):
-    """Bytes that the analysis of XLA counts for asynchronous copies between main memory and that on
-    the chip: of a slice of an array the whole array, though the slice alone moves."""
+    """Bytes that XLA's cost analysis counts for asynchronous copies between main and on-chip
+    memory; for a slice it counts the whole array, though only the slice moves."""
     total = 0
     for i, arrays in operands(text):
         if i.opcode in ('copy-start', 'slice-start'):
@@ -230,12 +230,12 @@ def prefetch_bytes(text):
 
 
 def whole(i):
-    """The arrays of a result, as if all lay in main memory."""
+    """The Shapes of a result, as if all were in main memory."""
     return [s._replace(space=0) for s in i.shapes]
 
 
 def operands(text):
-    """(instruction, the arrays that it reads) of a program; all of them once."""
+    """Yields each instruction of a program once, with the Shapes that it reads."""
     computations, _ = parsed(text)
     for computation in computations.values():
         for i in computation.values():
@@ -243,7 +243,7 @@ def operands(text):
 
 
 def groups(attributes, partitions):
-    """(devices in a group, the members of the first one)."""
+    """(number of devices in a group, members of the first group) of a collective."""
     if found := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
         members = tuple(int(x) for x in found[1].split(',') if x)
     elif found := re.search(
@@ -265,7 +265,7 @@ def groups(attributes, partitions):
 
 
 def mesh_groups(axes, along):
-    """Of a group along axes of a mesh: "'x'=2,'y'=4" and "'y'" or "'y':(1)2", a part of y."""
+    """`groups` along axes of a mesh: "'x'=2,'y'=4" and "'y'", or "'y':(1)2" for a part of y."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
     split, keep = [], []
@@ -295,7 +295,7 @@ def dot_flops(i, computation):
 
 
 def convolution_flops(i, computation):
-    """Products with padding and with the holes of dilation are none, as in XLA's own count."""
+    """FLOPs of a convolution, without products with padding or dilation holes, as XLA counts."""
     left, right = (dims_of(name, computation) for name in i.operands[:2])
     lhs, _, rest = i.attribute('dim_labels').partition('_')
     rhs, _, out = rest.partition('->')
@@ -337,7 +337,7 @@ def moved(i, computation, computations):
         return read[1] + bool(written[0]) * sum(s.bytes for s in sources[1].shapes)
     if i.opcode == 'custom-call' and i.attribute('custom_call_target').strip('"') in PLUMBING:
         return 0
-    if i.opcode.endswith('-start'):  # an exchange: its result has the operands in it
+    if i.opcode.endswith('-start'):  # a collective: its result contains the operands
         return sum(written)
     if i.opcode == 'fusion':
         inner = computations[i.attribute('calls')]
@@ -355,7 +355,7 @@ def moved(i, computation, computations):
 
 
 def consumed(computation, name, whole, computations):
-    """Bytes that a fusion reads of a value of `whole` bytes: of slices, only these."""
+    """Bytes that a fusion reads of a value of `whole` bytes; of slices, only the slices."""
     total = 0
     for user in computation.values() if whole else ():
         for k in (k for k, operand in enumerate(user.operands) if operand == name):
@@ -367,7 +367,7 @@ def consumed(computation, name, whole, computations):
                     p.name for p in inner.values() if p.opcode == 'parameter' and p.inside == str(k)
                 )
                 total += consumed(inner, parameter, whole, computations)
-                if origin(inner, root(inner)).name == parameter:  # it comes out as it is
+                if origin(inner, root(inner)).name == parameter:  # it is returned unchanged
                     total += consumed(computation, user.name, whole, computations)
             elif user.opcode in ('dynamic-slice', 'slice', 'gather') and k == 0:
                 total += sum(s.bytes for s in user.shapes)
@@ -377,14 +377,14 @@ def consumed(computation, name, whole, computations):
 
 
 def origin(computation, i):
-    """The instruction that a value is from, before bitcasts."""
+    """The instruction that produces a value, seen through bitcasts."""
     while i.opcode == 'bitcast':
         i = computation[i.operands[0]]
     return i
 
 
 def produced(computation, end, shape, computations):
-    """Bytes that a fusion writes of a result: of an update in place, only the update."""
+    """Bytes that a fusion writes for a result; for an in-place update, only the update."""
     end = origin(computation, end)
     while end.opcode == 'fusion':
         computation = computations[end.attribute('calls')]

@@ -1,18 +1,18 @@
-"""The text of a compiled program (HLO) as computations of instructions; nothing is judged here."""
+"""Parses the text of a compiled program (HLO) into computations of instructions."""
 
 import math
 import re
 from typing import NamedTuple
 
-WIDTHS = {'pred': 8, 'token': 0, 'opaque': 0, 'bf16': 16}  # bits; else the number in the name
+WIDTHS = {'pred': 8, 'token': 0, 'opaque': 0, 'bf16': 16}  # bits; others have it in their name
 
 
 class Shape(NamedTuple):
-    """An array's; `space` is 0 in the device's main memory, above it in memory on the chip."""
+    """Shape of an array; `space` is 0 in the device's main memory, positive in on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
-    padded: tuple[int, ...]  # to whole tiles, as it lies in memory
+    padded: tuple[int, ...]  # to whole tiles, as in memory
     space: int
 
     @property
@@ -21,21 +21,21 @@ class Shape(NamedTuple):
 
     @property
     def footprint(self):
-        """Bytes that it takes in main memory."""
+        """Bytes in main memory, padding included."""
         return 0 if self.space else math.prod(self.padded) * bits(self.dtype) // 8
 
 
 class Instruction(NamedTuple):
     name: str
-    shapes: tuple[Shape, ...]  # of the result; of all parts where it is a tuple
+    shapes: tuple[Shape, ...]  # of the result; of all its elements if it is a tuple
     opcode: str
     operands: tuple[str, ...]
-    inside: str  # what stands between the parentheses
+    inside: str  # text between the parentheses
     attributes: str
     root: bool
 
     def attribute(self, key):
-        """The text of `key=...`: a name, or what stands in braces; None where there is none."""
+        """The value of `key=...`: a name, or the text in braces; None if absent."""
         match = re.search(rf'[ ,]{key}=(?:%([\w.-]+)|\{{([^}}]*)\}}|([^ ,]+))', self.attributes)
         return match and next(group for group in match.groups() if group is not None)
 
@@ -47,7 +47,7 @@ def bits(dtype):
 
 
 def shapes_of(text):
-    """The arrays of a type: of 'bf16[8,128]{1,0:T(8,128)(2,1)S(1)}', or of a tuple of such."""
+    """The Shapes of a type, 'bf16[8,128]{1,0:T(8,128)(2,1)S(1)}' or a tuple of such."""
     found = []
     for dtype, dims, layout in re.findall(r'([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?', text):
         dims = tuple(int(d.lstrip('<=')) for d in dims.split(',') if d)
@@ -64,7 +64,7 @@ def shapes_of(text):
 
 
 def closing(text, start):
-    """Where the parenthesis that opens at `start` is closed."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r'[()]').finditer(text, start):
         depth += 1 if match[0] == '(' else -1
@@ -74,7 +74,7 @@ def closing(text, start):
 
 
 def instruction(line):
-    """A line of a computation; None for one that is no instruction."""
+    """Parses a line of a computation; None if it is not an instruction."""
     match = re.match(r'\s+(ROOT )?%?([\w.-]+) = ', line)
     if not match:
         return None
@@ -90,7 +90,7 @@ def instruction(line):
 
 
 def parsed(text):
-    """({computation: {name: Instruction}}, the entry's name)."""
+    """Parses a program to ({computation: {name: Instruction}}, name of the entry computation)."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         head = re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line)
@@ -111,7 +111,7 @@ def root(computation):
 
 
 def constant(computation, name):
-    """The integer that an instruction surely is, through copies; None where it is not known."""
+    """The constant integer value of an instruction, seen through copies; None if unknown."""
     found = computation.get(name)
     while found and found.opcode in ('copy', 'bitcast', 'convert', 'copy-start', 'copy-done'):
         found = computation.get(found.operands[0])

@@ -1,4 +1,4 @@
-"""What a run would be, by its config: neither data nor checkpoint nor devices are needed."""
+"""Describes a run by its config alone, without its data, checkpoint and devices (--dry_run)."""
 
 import jax
 
@@ -12,11 +12,11 @@ from vit_jax.run import report
 
 
 def of(config, path):
-    """Text: model, data, length and cost of a run in the folder `path`; UserError for mistakes.
+    """Describes model, data, length and cost of a run in the folder `path`; raises UserError.
 
-    Data that is not here is taken to be as large as it is known to be, and what neither it nor the
-    checkpoint tells is said to be unknown. The mesh is left out, as the devices of the run may be
-    elsewhere; batch size and mesh are what `plan` checks.
+    Data that is absent has its published size, if that is known; what depends on absent data or an
+    absent checkpoint is reported as unknown. The mesh is ignored, as the run may have other
+    devices; `plan` checks batch size and mesh.
     """
     title = printable(mixture.title(config.data.source))
     try:
@@ -41,12 +41,12 @@ def of(config, path):
 
 
 def unknown(config):
-    """Whether the model is that of a checkpoint that can not be read."""
+    """Whether the model is determined by a checkpoint that can't be read."""
     return config.model.get('name') is None and config.init_from is not None
 
 
 def made(config, source):
-    """The run's parts but its evaluations, on one device; of unknown data for any length."""
+    """The run's parts on one device, without evaluations; `source` None: data of unknown size."""
     plain = configs.ConfigDict(estimate.without_evals(config).to_dict())
     plain.mesh = configs.ConfigDict(dict(data=1, fsdp=1, tensor=1))
     if source is None:
@@ -57,7 +57,7 @@ def made(config, source):
 
 
 def model(config, parts, source):
-    """Its name and size; without the head where nothing tells its classes."""
+    """Name and size of the model, without the head if the number of classes is unknown."""
     if parts is None:
         return f'unknown, as {printable(config.init_from)} can not be read'
     known = source is not None or config.model.num_classes
@@ -72,7 +72,7 @@ def model(config, parts, source):
 
 
 def length(config, parts, source):
-    """Steps, epochs and compute, as far as data and model are known."""
+    """Steps, epochs and compute of the run, as far as data and model are known."""
     if source is None:
         steps = f'{config.steps:,} steps' if config.steps else f'{config.epochs:g} epochs'
         return f'{steps} of {config.data.batch_size:,} images a step'
