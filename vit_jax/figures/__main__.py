@@ -1,15 +1,14 @@
-"""Pictures of a run or a checkpoint: python -m vit_jax.figures X [--images FILE,...] [--out DIR].
+"""Draws a run or a checkpoint: python -m vit_jax.figures X [--images FILE,...] [--out DIR].
 
-X is anything that vit_jax.load takes, or a folder of runs. Into DIR, the workdir of a run if not
-given, go PNGs, and page.html with all of them, the settings, costs and versions in one file that
-needs no other.
+X is anything that vit_jax.load accepts, or a folder of runs. Writes PNGs into DIR (default: the
+workdir of the run), and page.html, a self-contained page with all of them, the settings, costs and
+versions.
 
-Of a run, from its newest checkpoint: summary.png (loss and accuracy, worst mistakes, where the
-class token looks), curves.png and confusion.png. Of any model what arXiv:2010.11929 has in figures
-6, 7 and 14: filters.png, positions.png and, over the images, distance.png, rollout.png and
-heads.png, with what the model says of them. Of a folder with runs that begin from others in it:
-images.png and compute.png, accuracy against the size and compute of their pre-training (figures 3
-to 5).
+For a run, from its newest checkpoint: summary.png (loss and accuracy, worst mistakes, attention of
+the class token), curves.png and confusion.png. For any model, as in arXiv:2010.11929 figures 6, 7
+and 14: filters.png, positions.png and, for the images, distance.png, rollout.png, heads.png and the
+predictions. For a folder with runs that start from others in it: images.png and compute.png,
+accuracy against the size and compute of their pre-training (figures 3 to 5).
 """
 
 import itertools
@@ -33,13 +32,13 @@ from vit_jax.io.text import number, printable
 from vit_jax.models import interface
 from vit_jax.run import checkpoint, history, report, workdir
 
-ATTENDED = 4  # images
-MOST_CONFUSED = 200  # classes of a picture
-MOST_FREQUENT = 20  # pairs of classes
+ATTENDED = 4  # images with an attention map
+MOST_CONFUSED = 200  # classes in a confusion matrix that is drawn
+MOST_FREQUENT = 20  # pairs of classes in the table of mistakes
 
 
 class Images:
-    """Examples of a data set as the model sees them, each read when it is asked for."""
+    """Examples of a data set as model inputs, read on access."""
 
     def __init__(self, source, ids, view, image_size):
         self.ids = ids
@@ -54,7 +53,7 @@ class Images:
 
 
 def of_run(path, out):
-    """Draws a run from its newest checkpoint; yields parts of its page (see `page`)."""
+    """Draws a run from its newest checkpoint; yields the parts of its page (see `page`)."""
     config = configs.complete(workdir.read_json(path / 'config.json'))
     parts = assembly.make(config, classes=assembly.kept_classes(config, path, begun=True))
     try:
@@ -86,7 +85,7 @@ def of_run(path, out):
 
 
 def of_predictions(config, parts, name, evaluation, state, lines, out):
-    """The parts of the page that a run's first evaluation tells."""
+    """Draws the predictions of a run's first evaluation; yields the parts of its page."""
     params = optim.averaged(state)
     with crew.Bar(printable(name), len(evaluation.source), brief=True) as bar:
         found = evaluation.predictions(params, bar.add)
@@ -110,7 +109,10 @@ def of_predictions(config, parts, name, evaluation, state, lines, out):
 
 
 def of_mistakes(found, classes, count, out):
-    """The confusion of a model's `count` classes: a picture where they are few, and a table."""
+    """Draws the confusion matrix of a model's `count` classes if they are few.
+
+    Yields parts of the page: the picture and a table of the most frequent mistakes.
+    """
     label, prediction = found['label'], found['prediction']
     names = [classify.class_name(classes, i) for i in range(count)]
     if count <= MOST_CONFUSED:
@@ -134,7 +136,7 @@ def of_mistakes(found, classes, count, out):
 
 
 def of_records(path):
-    """The parts of a run's page that nothing is drawn for."""
+    """Yields the parts of a run's page without a picture: costs, versions and settings."""
     result = workdir.read_result(path)
     if result:
         names = ('seconds', 'images_per_s', 'examples_seen', 'device_kind', 'device_count')
@@ -150,7 +152,7 @@ def of_records(path):
 
 
 def of_study(runs, out):
-    """Draws how the runs of a folder transfer; yields parts of its page."""
+    """Draws the transfer of the runs of a folder; yields the parts of its page."""
     found = scaling.points(runs)
     if scaling.draw_images(out / 'images.png', found):
         yield 'Transfer and the size of the pre-training', (
@@ -184,11 +186,11 @@ def main(argv):
         raise UserError(f'{argv[1]} is no workdir of a run; give --out, a folder for the pictures')
     out = workdir.located(options.out or path)
     paths = files.found(listed(options.images), skip=out)
-    storage.folder(out)  # a mistake is known before anything is computed
+    storage.folder(out)  # fails before anything is computed
     title, looks = argv[1], None
     if runs:
         stages = [of_study(runs, out)]
-    elif is_run and not has_model(path):  # its method has a network of its own
+    elif is_run and not has_model(path):  # its objective has its own network
         if paths:
             raise UserError(f'--images: {argv[1]} is the run of no model that is known here')
         stages = []
@@ -226,7 +228,7 @@ def has_model(path):
 
 
 def listed(texts):
-    """The names in texts of several with commas between them; a path that is there is one name."""
+    """Splits texts at commas into names; an existing path is one name, commas included."""
     names = []
     for text in texts:
         whole = os.path.exists(os.path.expanduser(text))
@@ -235,7 +237,7 @@ def listed(texts):
 
 
 def named(found):
-    """What a run's config calls the model, else the shortest name that makes it."""
+    """Name of a model in its run's config, else the shortest name that builds it."""
     model = (found.config or {}).get('model')
     name = model.get('name') if isinstance(model, dict) else None
     return name if isinstance(name, str) else models.describe(found.model)['name']

@@ -1,17 +1,18 @@
-"""What a Vision Transformer has learnt, as arrays: filters, positions, where attention goes.
+"""Analyses of a Vision Transformer as arrays: filters, position embeddings and attention.
 
-Those of arXiv:2010.11929 figures 6, 7 and 14. Shapes: L layers, B batch, H heads, T tokens, N = h w
-patches, which come last among the tokens; P patch, C channels, D width. Arithmetic in float64.
+They are those of arXiv:2010.11929 figures 6, 7 and 14. Shapes: L layers, B batch, H heads, T
+tokens, of which the last N = h w are the patches; P patch, C channels, D width. Computed in
+float64.
 """
 
 import numpy as np
 
 
 def filter_components(kernel, count=28):
-    """Principal components [count, P, P, C] of the patch filters [P, P, C, D], and their shares.
+    """Principal components [count, P, P, C] of patch filters [P, P, C, D], and their shares.
 
     The filters are D points in P * P * C dimensions; a share is that of the variance about their
-    mean (figure 7, left). The sign of a component is that which makes its largest value positive.
+    mean (figure 7, left). Each component has the sign that makes its largest value positive.
     """
     points = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T  # [D, P * P * C]
     _, scale, rows = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
@@ -21,8 +22,10 @@ def filter_components(kernel, count=28):
 
 
 def position_similarity(table, grid):
-    """Cosine similarity [h, w, h, w] of each patch's position [1, prefix + N, D] to all others
-    (figure 7, middle)."""
+    """Cosine similarity [h, w, h, w] between the position embeddings of all patches.
+
+    `table` is [1, prefix + N, D] (figure 7, middle).
+    """
     h, w = grid
     patches = np.asarray(table, np.float64)[0, -h * w :]
     unit = patches / np.linalg.norm(patches, axis=1, keepdims=True)
@@ -30,10 +33,10 @@ def position_similarity(table, grid):
 
 
 def attention_distance(attention, grid, stride):
-    """Mean distance [L, H] in pixels from a patch to what it attends to (figure 7, right).
+    """Mean distance [L, H] in pixels between a patch and those it attends to (figure 7, right).
 
-    attention [L, B, H, T, T]; among patches alone, whose weights are made to sum to 1. `stride` is
-    that of the patches in pixels, (vertical, horizontal).
+    `attention` is [L, B, H, T, T]; weights are restricted to patches and normalized to sum to 1.
+    `stride` is the distance of patches in pixels, (vertical, horizontal).
     """
     h, w = grid
     y, x = (a.reshape(-1) for a in np.mgrid[:h, :w] * np.reshape(stride, (2, 1, 1)))
@@ -44,10 +47,10 @@ def attention_distance(attention, grid, stride):
 
 
 def rollout(attention, grid, token=0):
-    """What of the input reaches a token, [B, h, w] (figures 6 and 14; arXiv:2005.00928 section 3).
+    """Attention rollout [B, h, w] to a token (figures 6 and 14; arXiv:2005.00928 section 3).
 
-    Heads are averaged, half of the weight is the residual's, and the layers are multiplied; of the
-    row of `token` the patches, made to sum to 1.
+    Averages heads, gives half of the weight to the residual connection and multiplies the layers.
+    Returns the row of `token`, restricted to patches and normalized to sum to 1.
     """
     h, w = grid
     heads = np.asarray(attention, np.float64).mean(axis=2)  # [L, B, T, T]
@@ -60,7 +63,7 @@ def rollout(attention, grid, token=0):
 
 
 def head_maps(attention, grid, layer=-1, token=0):
-    """What a token attends to by head, [B, H, h, w], of one layer, as it is among all tokens."""
+    """Attention [B, H, h, w] of a token to the patches by head, in one layer, not normalized."""
     h, w = grid
     rows = np.asarray(attention, np.float64)[layer][:, :, token, -h * w :]
     return rows.reshape(*rows.shape[:2], h, w)

@@ -1,6 +1,6 @@
-"""What is drawn of a model, whatever it is from: filters, positions and, over images, attention.
+"""Parts of a page (see `page`) about any model: filters, positions and attention over images.
 
-The parts of a page (see `page`). Shapes: L layers, B images, H heads, T tokens, K classes.
+Shapes: L layers, B images, H heads, T tokens, K classes.
 """
 
 import os
@@ -18,14 +18,19 @@ from vit_jax.figures import anatomy, page, plates
 from vit_jax.io.text import flop, printable
 from vit_jax.objectives import losses
 
-TOP = 5  # classes of an image
+TOP = 5  # classes listed per image
 
 
 def class_attention(attention, grid, registers=0):
-    """What the class token of the last block attends to, mean over heads, among patches alone.
+    """Attention of the class token to the patches in the last block, averaged over heads.
 
-    attention [L, B, H, T, T] of tokens (class, registers, patches by rows), grid (h, w) ->
-    float32 [B, h, w], of sum 1 over the patches.
+    Args:
+      attention: [L, B, H, T, T] over tokens (class, registers, patches by rows).
+      grid: (h, w) of the patches.
+      registers: number of register tokens.
+
+    Returns:
+      float32 [B, h, w], normalized to sum to 1 over the patches.
     """
     h, w = grid
     last = np.asarray(attention[-1], np.float32)
@@ -36,7 +41,7 @@ def class_attention(attention, grid, registers=0):
         )
     patches = last[:, :, 0, 1 + registers :].mean(axis=1)  # [B, H, T, T] -> [B, N]
     total = patches.sum(axis=-1, keepdims=True)
-    # In low precision all patches can round to 0, when the class token sees itself alone.
+    # In low precision all patches can round to 0, if the class token attends to itself alone.
     patches = patches / np.maximum(total, np.finfo(np.float32).tiny)
     return patches.reshape(-1, h, w)
 
@@ -53,8 +58,10 @@ def attention_over(model, params, images):
 
 
 def seeing(model):
-    """A function of (params, images uint8 [B, H, W, 3]): {name: intermediate}, with `attention`
-    [L, B, H, T, T] where the model has any."""
+    """Makes a function (params, images uint8 [B, H, W, 3]) -> {name: intermediate}.
+
+    The intermediates are `logits` and, if the model has it, `attention` [L, B, H, T, T].
+    """
 
     @jax.jit
     def see(params, images):
@@ -66,7 +73,7 @@ def seeing(model):
 
 
 def of_model(found, out):
-    """Draws what a model has learnt; yields the parts of its page."""
+    """Draws filters and position embeddings of a model; yields the parts of its page."""
     size, params = size_of(found), found.params
     kernel = np.asarray(params['embedding']['kernel']) if 'embedding' in params else None
     if kernel is not None and kernel.shape[2] in (1, 3):
@@ -82,7 +89,7 @@ def of_model(found, out):
 
 
 def of_fields(found, name):
-    """The part of the page that says what a model is."""
+    """The part of the page with the fields of a model."""
     count = sum(x.size for x in jax.tree.leaves(found.params))
     flops = flop(found.model.flops((*size_of(found), len(found.model.mean))))
     fields = models.describe(found.model) | {'name': name}
@@ -91,18 +98,18 @@ def of_fields(found, name):
 
 
 def size_of(found):
-    """(height, width) of a model's images."""
+    """(height, width) of a model's input images."""
     return found.image_size or (files.DEFAULT_SIZE,) * 2
 
 
 def chosen(paths, most):
-    """At most so many of the paths, evenly spaced."""
+    """At most `most` of the paths, evenly spaced."""
     places = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
     return [paths[i] for i in places]
 
 
 class Looks:
-    """What a model makes of image files, one after the other: attention takes much memory."""
+    """Predictions and attention of a model over image files, one at a time to save memory."""
 
     def __init__(self, found, paths):
         self.found, self.paths, self.failed = found, [], 0
@@ -122,7 +129,7 @@ class Looks:
                 bar.add(1)
 
     def add(self, looks):
-        """Keeps of intermediates what is drawn."""
+        """Reduces the intermediates of an image to what is drawn."""
         if 'logits' in looks:
             self.logits.append(looks['logits'])
         if 'attention' not in looks:
@@ -135,7 +142,7 @@ class Looks:
             self.heads.append(anatomy.head_maps(attention, grid))
 
     def parts(self, out):
-        """Draws them; yields the parts of a page."""
+        """Draws the attention; yields the parts of a page."""
         if self.logits:
             count = min(TOP, self.found.model.num_classes)
             note = f'The {count} most likely classes of each image.'
@@ -155,7 +162,7 @@ class Looks:
             yield 'Attention of the class token', 'In the last layer, by head.', out / 'heads.png'
 
     def most_likely(self, count):
-        """Rows (image, class, probability)."""
+        """Yields rows (image, class, probability) of the `count` most likely classes."""
         shares = np.asarray(losses.probabilities(np.concatenate(self.logits), self.found.loss))
         for path, row in zip(self.paths, shares, strict=True):
             for i in np.argsort(-row, kind='stable')[:count]:

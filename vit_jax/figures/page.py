@@ -1,7 +1,7 @@
-"""A run or a checkpoint as one HTML page that needs nothing beside it: tables and pictures.
+"""Writes a self-contained HTML page of tables and pictures about a run or a checkpoint.
 
-A part of a page is a heading, a sentence on how to read it, and its content: the path of a PNG, or
-a list of rows of text, of which the first is the head.
+A part of a page is (heading, note on how to read it, content). The content is the path of a PNG, or
+a list of rows of text, of which the first is the head of a table.
 """
 
 import base64
@@ -24,27 +24,27 @@ th { white-space: nowrap } td + td { font-variant-numeric: tabular-nums }
 @media print { body { max-width: none; margin: 0 } h2 { break-after: avoid }
                img, tr { break-inside: avoid } }
 """
-BAD = 'FAIL'  # a cell that says this stands out
+BAD = 'FAIL'  # cells with this text are highlighted
 
 
 def escaped(text):
-    """Text as HTML has it, without what a reader can't see."""
+    """Escapes text for HTML and makes control characters visible."""
     return html.escape(printable(text))
 
 
 def said(value):
-    """A value of a table as text."""
+    """Formats a value of a table."""
     return number(value) if type(value) in (int, float) else str(value)
 
 
 def picture(path, words):
-    """An <img> that holds its PNG; `words` say what is on it to who can not see it."""
+    """An <img> with its PNG embedded; `words` is its alternative text."""
     data = base64.b64encode(storage.read(path)).decode()
     return f'<img alt="{escaped(words)}" src="data:image/png;base64,{data}">'
 
 
 def table(rows):
-    """Rows of text, the first one the head."""
+    """A <table> of rows of text, the first of which is the head."""
 
     def line(cells, tag):
         shown = ''.join(
@@ -58,7 +58,7 @@ def table(rows):
 
 
 def document(title, subtitle, parts):
-    """The page as text, of parts (heading, note, content)."""
+    """The HTML of a page with parts (heading, note, content)."""
     lines = [
         '<!doctype html><html lang=en><meta charset=utf-8>',
         '<meta name=viewport content="width=device-width">',

@@ -1,4 +1,7 @@
-"""The arrays of `anatomy` as pictures: PNG, readable in print and by colour-blind readers."""
+"""Draws curves, confusion matrices and the arrays of `anatomy` as PNGs.
+
+The pictures are readable in print and by colour-blind readers.
+"""
 
 import io
 
@@ -11,10 +14,10 @@ from vit_jax.figures import summary
 from vit_jax.io import storage
 
 DPI = 150
-MAP = 'cividis'  # the same to colour-blind readers (doi:10.1371/journal.pone.0199239)
+MAP = 'cividis'  # looks the same to colour-blind readers (doi:10.1371/journal.pone.0199239)
 SHOWN = 7  # positions along a side, at most
-NAMED, WRITTEN = 40, 20  # classes of a confusion whose names and shares are legible
-UNDRAWN = ('step', 'seconds', 'examples')  # of a line of metrics
+NAMED, WRITTEN = 40, 20  # classes of a confusion matrix up to which names and shares are legible
+UNDRAWN = ('step', 'seconds', 'examples')  # keys of a line of metrics
 
 
 def save(path, figure):
@@ -30,12 +33,12 @@ def bare(axes):
 
 
 def scaled(values):
-    """Values in [0, 1], 0 in the middle: the largest magnitude is at an end."""
+    """Scales values to [0, 1], with 0 in the middle and the largest magnitude at an end."""
     return 0.5 + values / (2 * np.abs(values).max() or 1)
 
 
 def curves(path, lines):
-    """All that lines of metrics.jsonl tell over the steps, a panel for each metric; False if none.
+    """Draws all metrics of metrics.jsonl over the steps, a panel for each; returns False if none.
 
     A metric is drawn once it has two points in training or in an evaluation.
     """
@@ -68,7 +71,7 @@ def curves(path, lines):
 
 
 def confusion(path, counts, classes):
-    """Shares [K, K] of each class, by row, that were taken for each."""
+    """Draws a confusion matrix [K, K] of counts as shares of each true class (row)."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     k = len(counts)
     side = min(2.2 + 0.32 * k, 8)
@@ -94,7 +97,7 @@ def confusion(path, counts, classes):
 
 
 def filters(path, components, shares):
-    """The first principal components of the patch filters [K, P, P, C], C of 1 or 3."""
+    """Draws the first principal components [K, P, P, C] of patch filters; C is 1 or 3."""
     columns = 7
     rows = -(-len(components) // columns)
     figure = Figure(figsize=(6.3, 0.5 + 0.9 * rows), layout='constrained')
@@ -111,7 +114,7 @@ def filters(path, components, shares):
 
 
 def positions(path, similarity):
-    """Maps of the similarity of some patches' positions [h, w, h, w] to those of all."""
+    """Draws maps of the similarity [h, w, h, w] of some patches' positions to all others."""
     h, w = similarity.shape[:2]
     ys, xs = (np.unique(np.linspace(0, n - 1, min(n, SHOWN)).round().astype(int)) for n in (h, w))
     figure = Figure(figsize=(6.3, 0.6 + 5.4 * len(ys) / len(xs)), layout='constrained')
@@ -134,7 +137,7 @@ def positions(path, similarity):
 
 
 def distances(path, distance):
-    """Attention distance [L, H] in pixels by depth, a point a head."""
+    """Draws attention distance [L, H] in pixels by depth, with a point per head."""
     layers, heads = distance.shape
     figure = Figure(figsize=(6.3, 3.6), layout='constrained')
     ax = figure.subplots()
@@ -152,10 +155,10 @@ def distances(path, distance):
 
 
 def overlay(image, heat):
-    """An image [H, W, 3] darkened where a map [h, w] is low (arXiv:2010.11929 figure 6).
+    """Darkens an image [H, W, 3] where a map [h, w] is low (arXiv:2010.11929 figure 6).
 
-    The highest twentieth is shown in full: in large models a few patches of no meaning may have
-    most of the weight (arXiv:2309.16588 section 2), and all else would be black.
+    The highest 5% have full brightness. In large models a few uninformative patches may have most
+    of the weight (arXiv:2309.16588 section 2), which would make all others black.
     """
     h, w = image.shape[:2]
     full = max(np.quantile(heat, 0.95), np.finfo(np.float32).tiny)
@@ -165,7 +168,7 @@ def overlay(image, heat):
 
 
 def rollouts(path, images, maps):
-    """Images and what of them reaches the output, side by side, in one to four columns of pairs."""
+    """Draws images beside their attention rollout, in one to four columns of pairs."""
     columns = min(4, -(-len(images) // 4))
     rows = -(-len(images) // columns)
     side = 2.3 if columns == 1 else 1.5
@@ -182,7 +185,7 @@ def rollouts(path, images, maps):
 
 
 def heads(path, images, maps):
-    """Each image and what the class token of a layer attends to by head [B, H, h, w]."""
+    """Draws each image and the class token's attention by head [B, H, h, w] in one layer."""
     count = maps.shape[1]
     figure = Figure(figsize=(1.05 * (count + 1), 0.4 + 1.05 * len(images)), layout='constrained')
     axes = figure.subplots(len(images), count + 1, squeeze=False)

@@ -1,7 +1,7 @@
-"""How well runs transfer, against the size and the compute of what they began from.
+"""Draws transfer accuracy against the size and compute of pre-training (arXiv:2010.11929 fig. 3-5).
 
-The figures 3 to 5 of arXiv:2010.11929, of any folder of runs: some that begin from others of the
-same folder, some from random weights for comparison, and few shots that the others ended with.
+Works on any folder with runs that start from others in it. Runs from random weights are drawn for
+comparison, and few-shot results of the pre-training runs.
 """
 
 from typing import NamedTuple
@@ -19,12 +19,12 @@ UNITS = (('exa', 1), ('peta', 1e-3), ('tera', 1e-6), ('giga', 1e-9))  # in exaFL
 
 
 class Point(NamedTuple):
-    """A measurement of a model that was pre-trained, or not."""
+    """A measurement of a model, pre-trained or from random weights."""
 
     task: str  # 'digits, fine-tuned'
     model: str  # 'ViT, 7.5 MFLOP'
     family: str  # one of FAMILIES
-    images: int  # of the pre-training's data set; 0: from random weights
+    images: int  # in the pre-training's data set; 0: from random weights
     exaflops: float  # of the pre-training
     value: float
 
@@ -39,9 +39,9 @@ def family_of(model):
 
 
 def model_of(config, result):
-    """What a picture calls a model: its published name, else its family and compute."""
+    """Label of a model in a picture: its published name, else its family and compute."""
     name = config['model']['name']
-    if name is None:  # a method that has a network of its own
+    if name is None:  # an objective with its own network
         return config['objective']['name'].rpartition(':')[2]
     if '-' in name:
         return name
@@ -49,7 +49,7 @@ def model_of(config, result):
 
 
 def points(runs):
-    """[Point] of finished runs [(workdir, config, result)], as workdir.finished gives them."""
+    """[Point] of finished runs [(workdir, config, result)], as returned by workdir.finished."""
     sizes, before, begun = {}, {}, {}
     for path, config, _ in runs:
         begin = (config.get('init_from') or '').rstrip('/')
@@ -73,7 +73,7 @@ def points(runs):
             if value is not None:
                 add(f'{task}, fine-tuned', before[path], value)
         elif task in tasks and same(config) in begun and not config.get('init_from'):
-            if value is not None:  # named as the pre-trained one, whose head may be larger
+            if value is not None:  # labelled as the pre-trained model, whose head may be larger
                 add(f'{task}, fine-tuned', begun[same(config)], value, 0, 0.0)
         else:
             for name, few in result['metrics'].items():
@@ -85,19 +85,19 @@ def points(runs):
 
 
 def same(config):
-    """What two runs of one model have in common, whatever their classes."""
+    """Key that is equal for runs of the same model, whatever their number of classes."""
     return str(sorted((k, v) for k, v in config['model'].items() if k != 'num_classes'))
 
 
 def accuracy(config, result):
-    """Of the run's first evaluation as a classifier; None without one."""
+    """Accuracy in the run's first evaluation of type classify; None without one."""
     names = (name for name, given in config['evals'].items() if given['type'] == 'classify')
     values = (result['metrics'].get(f'{name}/accuracy') for name in names)
     return next((value for value in values if value is not None), None)
 
 
 def images_of(config, known):
-    """How many images a run was trained on."""
+    """Number of images that a run was trained on."""
     source = config['data']['source']
     key = str(source)
     if key not in known:
@@ -106,9 +106,9 @@ def images_of(config, known):
 
 
 def draw_images(path, found):
-    """Accuracy over the images of the pre-training, a line for each model, a panel a task.
+    """Draws accuracy against images of the pre-training: a line per model, a panel per task.
 
-    Drawn are models that were pre-trained on several numbers of images; False if none was.
+    Draws only models that were pre-trained on several numbers of images; returns False if none was.
     """
     trained = {}
     for p in found:
@@ -132,7 +132,7 @@ def draw_images(path, found):
 
 
 def draw_compute(path, found):
-    """Accuracy over the compute of the pre-training on most images, a point for each model."""
+    """Draws accuracy against compute of the pre-training on the most images, a point per model."""
     most = max(p.images for p in found)
     chosen = [p for p in found if p.images == most]
     low, high = (f(p.exaflops for p in chosen) for f in (min, max))
@@ -153,7 +153,7 @@ def draw_compute(path, found):
 
 
 def curve(points):
-    """(xs, ys) of points (x, y), with the mean where several, as of several seeds, have an x."""
+    """(xs, ys) of points (x, y), sorted; points with equal x, such as seeds, are averaged."""
     at = {}
     for x, y in points:
         at.setdefault(x, []).append(y)
@@ -161,7 +161,7 @@ def curve(points):
 
 
 def style(family):
-    """Colour and marker of a family, told apart by the colour-blind and in print."""
+    """Colour and marker of a family, distinct in print and to colour-blind readers."""
     i = FAMILIES.index(family)
     return dict(color=summary.LINES[i], marker=summary.MARKERS[i])
 

@@ -1,7 +1,7 @@
-"""The picture that a run ends with: its curves, its mistakes, where its class token looks.
+"""Draws the summary of a run: its curves, its mistakes and the attention of its class token.
 
-Drawn through matplotlib's objects, never pyplot, so no global state is read or left behind.
-Lengths are inches from the upper left corner of the page, font sizes are points.
+Uses matplotlib's objects, never pyplot, so it neither reads nor changes global state. Lengths are
+in inches from the upper left corner of the page, font sizes in points.
 """
 
 import io
@@ -20,19 +20,19 @@ from vit_jax.io.text import printable
 
 WIDTH, MARGIN, DPI = 9.0, 0.35, 200
 TITLE, HEADING, KEYS, KEY, CURVES, TICKS, SPACE = 0.55, 0.5, 0.36, 0.17, 1.8, 0.45, 0.25  # heights
-COLUMNS, ROWS, ROWS_ALONE = 9, 4, 6  # of the grid; ROWS_ALONE where there is no attention
+COLUMNS, ROWS, ROWS_ALONE = 9, 4, 6  # of the grid; ROWS_ALONE if there is no attention
 GAP, CAPTION, CAPTION_LINE = 0.1, 0.22, 0.12
 PAIRS, PAIR_GAP = 4, 0.03  # images beside their attention maps
 
-# Okabe and Ito's palette, told apart by colour-blind readers (jfly.uni-koeln.de/color).
+# Okabe and Ito's palette, distinct to colour-blind readers (jfly.uni-koeln.de/color).
 RIGHT, WRONG, GREY = '#0072B2', '#D55E00', '#666666'
 LINES = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#000000')
-MARKERS = 'osD^vPX'  # one more than colours: names beyond the sixth differ by the pair
+MARKERS = 'osD^vPX'  # one more than colours, so that beyond six names the pairs differ
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
 def mistakes_first(labels, predictions, confidences):
-    """Order of examples [N]: mistakes, the most confident first, then the rest as given."""
+    """Indices [N] of examples: mistakes, most confident first, then the others in order."""
     wrong = predictions != labels
     mistakes = np.flatnonzero(wrong)
     by_confidence = np.argsort(-confidences[mistakes], kind='stable')
@@ -40,9 +40,9 @@ def mistakes_first(labels, predictions, confidences):
 
 
 def history(lines, metric):
-    """{name: (steps, values)} of a metric; '' is the training, others come before the slash.
+    """{name: (steps, values)} of a metric: '' is training, other names are evaluations.
 
-    A value that is not finite is left out.
+    Non-finite values are skipped.
     """
     series = {}
     for line in lines:
@@ -71,11 +71,16 @@ def draw(
 ):
     """Writes a PNG of a run's loss and accuracy, the images of an evaluation and its attention.
 
-    lines: dicts as in metrics.jsonl. images: a sequence of N uint8 [H, W, 3], of which only
-    those shown are read; labels and predictions int [N], confidences [N] (probability of the
-    predicted class), classes: names. attended uint8 [M, H, W, 3] and their class_attention
-    [M, h, w], or None without a class token.
-    Equal arguments give equal bytes, and no file is left half written.
+    Equal arguments give equal bytes; the file is written atomically.
+
+    Args:
+      lines: dicts as in metrics.jsonl.
+      images: sequence of N uint8 [H, W, 3], of which only those shown are read.
+      labels, predictions: int [N].
+      confidences: probability of the predicted class [N].
+      classes: names of the classes.
+      attention: class_attention [M, h, w] of `attended`. None without a class token.
+      attended: uint8 [M, H, W, 3].
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     confidences = np.asarray(confidences, np.float32)
@@ -88,7 +93,7 @@ def draw(
     keys = KEY * rows(max(len(loss), len(accuracy)), 2)
     grid = TITLE + KEYS + keys + CURVES + TICKS + SPACE
     tile, pair = grid_tile(images), pair_tile(attended)
-    mistakes = rows(wrong[order].sum(), COLUMNS)  # their rows have one line of caption more
+    mistakes = rows(wrong[order].sum(), COLUMNS)  # rows with one more line of caption
     tops = [
         grid + HEADING + y * (tile[1] + CAPTION) + min(y, mistakes) * CAPTION_LINE
         for y in range(rows(len(order), COLUMNS) + 1)
@@ -123,7 +128,7 @@ def draw(
 
 
 def draw_curves(fig, left, keys, metric, series, last):
-    """The series of a metric over steps up to `last`, below a key `keys` inches high."""
+    """Draws the series of a metric over steps up to `last`, below a legend `keys` inches high."""
     ax = axes(fig, left + 0.45, TITLE + KEYS + keys, WIDTH / 2 - MARGIN - 0.65, CURVES)
     draw_series(ax, series, '.2%' if metric == 'Accuracy' else '#.3g')
     ax.set_xlim(0, 1.02 * last)
@@ -152,7 +157,7 @@ def draw_curves(fig, left, keys, metric, series, last):
 
 
 class Plain(ticker.Formatter):
-    """Numbers in full: as many digits as tell the ticks apart, and no offset beside the axis."""
+    """Formats ticks with enough digits to distinguish them and without an offset."""
 
     def format_ticks(self, values):
         values = np.asarray(values, np.float64)
@@ -171,14 +176,14 @@ class Plain(ticker.Formatter):
 
 
 def spans_decades(series):
-    """Whether positive values differ so much that only a log scale shows the small ones."""
+    """Whether positive values differ so much that small ones need a log scale to be visible."""
     values = np.concatenate([[], *series])
     values = values[np.isfinite(values)]
     return values.size > 0 and values.min() > 0 and values.max() / values.min() > 20
 
 
 def draw_series(ax, series, form):
-    """Training as a thin line, evaluations marked, their last values in the legend."""
+    """Draws training as a thin line and evaluations with markers, last values in the legend."""
     ax.grid(color='#E5E5E5', lw=0.6)
     ax.tick_params(labelsize=8, color='#999999')
     ax.spines[['top', 'right']].set_visible(False)
@@ -187,7 +192,7 @@ def draw_series(ax, series, form):
         ax.text(0.5, 0.5, 'not recorded', transform=ax.transAxes, ha='center', color=GREY)
     if '' in series:
         steps, values = series['']
-        marker = '.' if len(steps) == 1 else ''  # a line through one point can't be seen
+        marker = '.' if len(steps) == 1 else ''  # a line through one point is invisible
         ax.plot(steps, values, color='#999999', lw=0.8, marker=marker, label='training')
     for i, key in enumerate(key for key in series if key):
         steps, values = series[key]
@@ -201,7 +206,10 @@ def draw_series(ax, series, form):
 
 
 def draw_example(fig, box, image, predicted, confidence, true, tail):
-    """An image with its prediction; `true` is None where that is right, `tail` that of names."""
+    """Draws an image with its prediction; `true`, the true class, is None if that is right.
+
+    `tail` is the number of characters to keep at the end of long names, see `tail_of`.
+    """
     color, frame = (RIGHT, 0.8) if true is None else (WRONG, 2)
     show(fig, box, image, color=color, linewidth=frame)
     left, top, width, height = box
@@ -217,7 +225,7 @@ def draw_example(fig, box, image, predicted, confidence, true, tail):
 
 
 def draw_attention(fig, top, tile, attended, attention):
-    """Pairs of an image and its attention map over the image in grey."""
+    """Draws pairs of an image and its attention map over the image in grey."""
     heading(
         fig, MARGIN, top, 'Where the class token looks',
         'Its attention in the last block, mean over heads, one square a patch: from none (dark) '
@@ -237,7 +245,7 @@ def draw_attention(fig, top, tile, attended, attention):
 
 
 def show(fig, box, image, color='#999999', linewidth=0.6):
-    """Framed axes with an image [H, W, 3]: its pixels as they are where they are few."""
+    """Draws an image [H, W, 3] in framed axes, without interpolation if it is small."""
     ax = axes(fig, *box)
     small = image.shape[0] < box[3] * DPI / 2 and image.shape[1] < box[2] * DPI / 2
     ax.imshow(image, interpolation='nearest' if small else 'antialiased')
@@ -249,12 +257,12 @@ def show(fig, box, image, color='#999999', linewidth=0.6):
 
 
 def rows(count, columns):
-    """Rows that a count fills, the last one perhaps in part."""
+    """Number of rows for `count` items, the last row perhaps incomplete."""
     return -(-count // columns)
 
 
 def grid_tile(images):
-    """(width, height) of an image of the grid."""
+    """(width, height) of an image in the grid."""
     return fit(images, (WIDTH - 2 * MARGIN + GAP) / COLUMNS - GAP)
 
 
@@ -264,25 +272,25 @@ def pair_tile(images):
 
 
 def fit(images, width):
-    """The width and the height that goes with it; the extremely long are made to fit."""
+    """(width, height) of an image of that width, with extreme aspect ratios clipped."""
     h, w = images[0].shape[:2] if len(images) else (1, 1)
     return width, width * min(max(h / w, 0.3), 2)
 
 
 def page(fig, left, top):
-    """Inches from the upper left corner to matplotlib's fractions from the lower left one."""
+    """Converts inches from the upper left corner to fractions from the lower left corner."""
     return left / WIDTH, 1 - top / fig.get_figheight()
 
 
 def axes(fig, left, top, width, height):
-    """Axes at a box in inches."""
+    """Adds axes at a box in inches."""
     return fig.add_axes(
         (*page(fig, left, top + height), width / WIDTH, height / fig.get_figheight())
     )
 
 
 def heading(fig, left, top, text, note=''):
-    """The heading of a part and what is to be known to read it."""
+    """Writes the heading of a part and a note on how to read it."""
     write(fig, left, top + 0.15, text, size=10.5, weight='bold')
     write(fig, left, top + 0.34, note, size=8, color=GREY)
 
@@ -290,7 +298,7 @@ def heading(fig, left, top, text, note=''):
 def write(
     fig, left, baseline, text, *, size, room=WIDTH - 2 * MARGIN, weight='normal', tail=0, **style
 ):
-    """A line of text, cut to `room` inches."""
+    """Writes a line of text, truncated to `room` inches."""
     text = shorten(text, room, size, weight, tail)
     fig.text(
         *page(fig, left, baseline), text, size=size, weight=weight, parse_math=False, **style
@@ -298,9 +306,9 @@ def write(
 
 
 def shorten(text, room, size, weight='normal', tail=0):
-    """The text in one line, cut with an ellipsis where it is wider than `room` inches.
+    """Makes a text one line and truncates it with an ellipsis to `room` inches.
 
-    Its last `tail` characters stay.
+    Keeps its last `tail` characters.
     """
     text = printable(' '.join(str(text).split()))
     if text_width(text, size, weight) <= room:
@@ -314,9 +322,9 @@ def shorten(text, room, size, weight='normal', tail=0):
 
 
 def tail_of(names):
-    """Characters at the end of class names to leave when they are cut, so that they differ.
+    """Number of characters to keep at the end of truncated class names to distinguish them.
 
-    0 where the names differ in their first ten characters, or nothing is gained.
+    0 if the names differ in their first ten characters, or if keeping an end does not help.
     """
     names = [' '.join(str(name).split()) for name in names or ()]
     if len({name[:10] for name in names}) == len(names):
@@ -327,6 +335,6 @@ def tail_of(names):
 
 
 def text_width(text, size, weight='normal'):
-    """Inches that a line takes."""
+    """Width of a line of text in inches."""
     font = FontProperties(size=size, weight=weight)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
