@@ -1,16 +1,16 @@
-"""Published tables beside what runs have measured: python -m vit_jax.tables NAME --runs DIR ...
+"""Published tables beside the results of runs: python -m vit_jax.tables NAME --runs DIR ...
 
-Each number of a table that an experiment is for (the `cell` of a line of its `expected`) shows what
-the runs below the folders have come to: mean, deviation, seeds and difference; what nobody has run
-stays empty. Without a name, and with --list, the tables that there are.
+Beside each number that an experiment reproduces (the `cell` of a line of its `expected`), shows the
+results of the runs below the folders: mean, deviation, number of seeds and difference. Numbers
+without a run stay as they are. Without a name, or with --list, lists the tables.
 
     python -m vit_jax.tables vit.table5 --runs runs --out tables    # .md, .csv, .tex and .html too
-    python -m vit_jax.tables vit.table5 --missing                   # the commands of empty places
+    python -m vit_jax.tables vit.table5 --missing                   # commands of missing runs
     python -m vit_jax.tables vit.table5 --row CIFAR-10 --run slurm \\
         --launch '--nodes=2 --gpus-per-node=8'                      # starts them by launch.sh
 
-A run begins from a run where its recipe says so; that one comes first. Each has a workdir of its
-own, runs/EXPERIMENT/ARGUMENT.
+A run that a recipe starts from is started first. Each run has its own workdir,
+runs/EXPERIMENT/ARGUMENT.
 """
 
 import pathlib
@@ -33,19 +33,19 @@ from vit_jax.run import workdir
 from vit_jax.tables import published, typeset
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / 'experiments'
-LAUNCHERS = ('local', 'hosts', 'slurm')  # whose runs are in folders here
-SECOND = {  # rows of table 9 and their columns of table 2
+LAUNCHERS = ('local', 'hosts', 'slurm')  # those with workdirs on a local file system
+SECOND = {  # {row of table 9: its column of table 2}
     'ViT-H/14 (JFT)': 'Ours-JFT (ViT-H/14)', 'ViT-L/16 (JFT)': 'Ours-JFT (ViT-L/16)',
     'ViT-L/16 (I21k)': 'Ours-I21k (ViT-L/16)',
 }  # fmt: skip
 
 
 class Recipe(NamedTuple):
-    """An experiment and the argument with which it is run."""
+    """An experiment and its argument."""
 
     file: str  # experiments/finetune.py
     arg: str
-    begin: str | None  # the workdir of the run that it begins from
+    begin: str | None  # workdir of the run that it starts from
 
     @property
     def config(self):
@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
         return f'runs/{pathlib.PurePath(self.file).stem}/{name}'
 
     def words(self, launcher=None, options=()):
-        """The command, of vit_jax.main or of launch.sh with its `options`, as words."""
+        """Words of the command: vit_jax.main, or launch.sh with `launcher` and its `options`."""
         if launcher is None:
             start = ['python', '-m', 'vit_jax.main', '--config']
         else:
@@ -66,7 +66,7 @@ class Recipe(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """What one run says of a cell, in the units of the table."""
+    """Result of a run for a cell, in the units of the table."""
 
     value: float
     run: str
@@ -81,7 +81,7 @@ def key_of(cell):
 
 
 def recipes(folder=EXPERIMENTS):
-    """({cell: Recipe}, {workdir: Recipe}) of all arguments that the experiments name as ARGS."""
+    """({cell: Recipe}, {workdir: Recipe}) of all ARGS of the experiments."""
     cells, places = {}, {}
     for file in sorted(pathlib.Path(folder).glob('*.py')):
         module = experiment.module(str(file))
@@ -98,7 +98,7 @@ def recipes(folder=EXPERIMENTS):
 
 
 def measured(runs):
-    """{cell: [Measure]} of finished runs, means of tasks where all of them are there."""
+    """{cell: [Measure]} of finished runs, with means over tasks if all of these are measured."""
     cells = {}
     for path, config, result in runs:
         for row in result['expected']:
@@ -110,7 +110,7 @@ def measured(runs):
 
 
 def means(cells):
-    """The cells that are means of others: VTAB's of tables 9 and 2, that of table 7's columns."""
+    """Cells that are means of others: VTAB's in tables 9 and 2, the average of table 7."""
     found = {}
 
     def mean_of(parts, *targets):
@@ -132,7 +132,7 @@ def means(cells):
 
 
 class Cell(NamedTuple):
-    """One number of a table, and what stands beside it."""
+    """A number of a table and the results beside it."""
 
     label: tuple  # the row's
     column: str
@@ -154,7 +154,7 @@ class Cell(NamedTuple):
         return None if self.mean is None else self.mean - self.value
 
     def beside(self):
-        """'98.80 ± 0.10 (3), -0.15', or nothing."""
+        """The result as text, '98.80 ± 0.10 (3), -0.15'; '' without a run."""
         if self.mean is None:
             return ''
         digits = 4 if self.value < 1.5 else 2
@@ -165,8 +165,10 @@ class Cell(NamedTuple):
 
 
 def grid_of(table, found, known):
-    """[(label, [Cell or a text for each column])] of a table; a Cell is in columns that recipes or
-    runs are for, text in all others."""
+    """[(label, [Cell or text per column])] of a table.
+
+    Numbers in columns with recipes or runs are Cells, all other entries texts.
+    """
     keys = {key[1:] for key in [*known, *found] if key[0] == table.id}
     columns, named = {column for _, column in keys}, {label for label, _ in keys}
     rows = []
@@ -187,9 +189,9 @@ def grid_of(table, found, known):
 
 
 def asked(table, rows, row=None, column=None):
-    """The cells in the rows and columns with these texts in their names, and with a recipe.
+    """Cells with a recipe, in rows and columns whose names contain these texts.
 
-    Raises UserError, with the names there are, for a text that is in none, and for no such cell.
+    Raises UserError, with the known names, if no name contains a text, or if there is no such cell.
     """
     labels = [', '.join(map(str, label)) for label, _ in rows]
     for flag, text, names in ('--row', row, labels), ('--column', column, table.columns):
@@ -207,7 +209,7 @@ def asked(table, rows, row=None, column=None):
 
 
 def empty(cells, places):
-    """The recipes of cells without a run, each once, behind the one that it begins from."""
+    """Recipes of cells without a run, each once, after the recipe that it starts from."""
     chosen = {}
     for cell in cells:
         if not cell.found:
@@ -219,7 +221,7 @@ def empty(cells, places):
 
 
 def listed(cells, found):
-    """Prints all tables: numbers, those with a recipe, those with a run."""
+    """Prints the list of tables with the counts of numbers, of recipes and of results."""
     grid = Grid('table', 'numbers', 'recipes', 'measured', 'title', 'source', box=box.SIMPLE_HEAD)
     for table in published.tables().values():
         numbers = [c for row in table.rows for c in row if published.number(c)]
@@ -229,7 +231,7 @@ def listed(cells, found):
 
 
 def words_of(text):
-    """The words of a text, as a shell reads them."""
+    """Splits a text into words as a shell does; raises UserError for an open quote."""
     try:
         return shlex.split(text)
     except ValueError as e:

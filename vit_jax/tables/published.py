@@ -1,4 +1,4 @@
-"""The papers' tables as data: what is published, with its source, beside what a run measures."""
+"""Published tables as data, with their sources, for comparison with the results of runs."""
 
 import functools
 import importlib.resources
@@ -10,7 +10,7 @@ from vit_jax.errors import check_choice
 
 
 class Table(NamedTuple):
-    """One published table; a row is named by its leading cells."""
+    """A published table; the leading cells of a row are its label."""
 
     id: str  # 'vit.table5'
     title: str
@@ -29,7 +29,7 @@ class Number(NamedTuple):
 
 @functools.cache
 def tables():
-    """{id: Table} of all tables that were read in their named source."""
+    """{id: Table} of all tables; their numbers were read in the named sources."""
     file = importlib.resources.files('vit_jax.tables') / 'published.json'
     return {
         t['id']: Table(
@@ -41,14 +41,14 @@ def tables():
 
 
 def table(name):
-    """The table of that id; UserError, with the nearest ones, where there is none."""
+    """The table with that id; raises UserError, with the nearest ids, if there is none."""
     known = tables()
     check_choice('table', name, known)
     return known[name]
 
 
 def number(cell):
-    """A cell as a `Number`: 84.15, '99.50±0.06', '83.73%', '2.5k'; None for words and blanks."""
+    """Parses a cell such as 84.15, '99.50±0.06', '83.73%' or '2.5k'; None for words and blanks."""
     if isinstance(cell, bool) or cell is None:
         return None
     if isinstance(cell, (int, float)):
@@ -61,7 +61,7 @@ def number(cell):
 
 
 def row_of(found, label):
-    """The one row that begins with the cells of `label`; LookupError otherwise."""
+    """The only row that starts with the cells of `label`; raises LookupError otherwise."""
     label = label if isinstance(label, tuple) else (label,)
     rows = [row for row in found.rows if row[: len(label)] == label]
     if len(rows) != 1:
@@ -70,10 +70,15 @@ def row_of(found, label):
 
 
 def expected(name, label, column, metric, *, scale=0.01, tolerance=0.005):
-    """A line for an experiment's `expected`: the cell of table `name` that a run of it is for.
+    """Makes a line of an experiment's `expected` from a cell of a published table.
 
-    `label` is the row's first cell, or several; `scale` times the cell is in the metric's units
-    (a hundredth: percent). Two published deviations, where there are, are the least tolerance.
+    Args:
+      name: id of the table.
+      label: first cell of the row, or a tuple of its first cells.
+      column: name of the column.
+      metric: metric of the run to compare, such as 'test/accuracy'.
+      scale: factor from the units of the table to those of the metric; 0.01 for percent.
+      tolerance: largest difference that passes; raised to two published deviations if given.
     """
     found = table(name)
     cell = number(row_of(found, label)[found.columns.index(column)])

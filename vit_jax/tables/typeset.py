@@ -1,6 +1,6 @@
-"""A published table with what was measured beside it: printed, as Markdown, CSV, LaTeX or HTML.
+"""Formats a published table with results beside it: as text, Markdown, CSV, LaTeX or HTML.
 
-Rows are those of tables.grid_of: (label, [Cell or a text for each column]).
+Rows are those of tables.grid_of: (label, [Cell or text per column]).
 """
 
 import csv
@@ -25,7 +25,7 @@ def cells_of(rows):
 
 
 def used(rows):
-    """Runs of a grid, one line each: workdir, seed and costs."""
+    """Rows of the list of runs of a grid: workdir, seed, steps, images/s and costs."""
     runs = {m.run: m for cell in cells_of(rows) for m in cell.found}
     lines = []
     for path, one in sorted(runs.items()):
@@ -38,19 +38,19 @@ def used(rows):
 
 
 def plain(value):
-    """A cell of the list of runs as text."""
+    """Formats a cell of the list of runs."""
     if value is None:
         return ''
     return f'{value:,.4g}' if isinstance(value, float) else texts.printable(value)
 
 
 def head(table):
-    """The lines above a table."""
+    """The line above a table."""
     return f'{table.title}. Published: {table.source}; below it what was measured.'
 
 
 def markdown(table, rows):
-    """A table of Markdown: published and, below, measured ± deviation (seeds), difference."""
+    """A table in Markdown: published and, below, measured ± deviation (seeds), difference."""
 
     def text(cell):
         return cell if isinstance(cell, str) else f'{cell.text}<br>{cell.beside()}'.rstrip()
@@ -67,7 +67,7 @@ def markdown(table, rows):
 
 
 def comma_separated(table, rows):
-    """One line a number: published, measured, deviation, difference, seeds, costs, runs, recipe."""
+    """CSV with a line per number: published, measured, deviation, difference, seeds, costs ..."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator='\n')
     write.writerow([
@@ -89,7 +89,7 @@ def comma_separated(table, rows):
 
 
 def latex(table, rows):
-    """A tabular; measured numbers stand behind a slash."""
+    """A LaTeX tabular; results follow the published numbers after a slash."""
 
     def text(cell):
         words = cell if isinstance(cell, str) else f'{cell.text} / {cell.beside()}'.rstrip(' /')
@@ -110,7 +110,7 @@ STYLE = (
 
 
 def web(table, rows):
-    """A page of its own."""
+    """An HTML page."""
 
     def text(cell):
         if isinstance(cell, str):
@@ -144,7 +144,7 @@ def shown(table, rows):
 
 
 def printed(grid, width):
-    """Prints a grid, as wide as the terminal or as `width` where there is none."""
+    """Prints a grid as wide as the terminal, or `width` characters wide if there is none."""
     out = console.Console(highlight=False, emoji=False, markup=False)
     if not out.is_terminal:
         out = console.Console(highlight=False, emoji=False, markup=False, width=width)
