@@ -1,18 +1,21 @@
-"""AugReg pre-training (arXiv:2106.10270): FILE:MODEL-DATA[-AUGMENTATION-wd_DECAY-do_RATE], as its
-checkpoints are named: s/16-i21k300-light1-wd_0.03-do_0.0.
+"""AugReg pre-training (arXiv:2106.10270): FILE:MODEL-DATA[-AUGMENTATION-wd_DECAY-do_RATE].
 
-MODEL is one of ti/16, s/32, s/16, b/32, b/16, l/16, r+ti/16, r26+s/32, r50+l/32; DATA i1k300,
-i21k30 or i21k300 (ImageNet for 300 epochs, ImageNet-21k for 30 or 300); the augmentations are none,
-light1, light2, medium1, medium2, strong1, strong2; the decay 0.1 or 0.03; the rate, of dropout and
-of stochastic depth, 0.0 or 0.1. That is the whole grid: 28 runs for each MODEL-DATA; one command:
+Published accuracy on ImageNet without fine-tuning (table 3, best of the grid): 79.00% (s/16-i1k300)
+and 79.84% (b/16-i1k300). Not yet run here.
+
+Arguments follow the names of AugReg's checkpoints: s/16-i21k300-light1-wd_0.03-do_0.0. MODEL is one
+of ti/16, s/32, s/16, b/32, b/16, l/16, r+ti/16, r26+s/32, r50+l/32; DATA is i1k300, i21k30 or
+i21k300 (ImageNet for 300 epochs, ImageNet-21k for 30 or 300); AUGMENTATION is none, light1, light2,
+medium1, medium2, strong1 or strong2; DECAY, the weight decay, is 0.1 or 0.03; RATE, that of dropout
+and stochastic depth, is 0.0 or 0.1. The whole grid has 28 runs for each MODEL-DATA. A sweep takes
+one command:
 
     bash launch.sh slurm ... experiments/augreg.py:s/16-i1k300 --sweep optim.weight_decay=0.1,0.03
 
-Left out, the last three are those of the best public checkpoint where one tells (`BEST`), else
-medium1, 0.1 and 0.0. Adam, batches of 4,096, a rate of 0.001 that falls with a cosine after 10,000
-steps of warm-up, gradients clipped at norm 1, 224 px. Published without fine-tuning (table 3, the
-best of the grid), on ImageNet: 79.00% (s/16-i1k300), 79.84% (b/16-i1k300). Here: not yet run.
-Fine-tuned: experiments/finetune.py:imagenet2012,augreg:s/16-i1k300,384.
+The last three default to those of the best public checkpoint if there is one (`BEST`), else to
+medium1, 0.1 and 0.0. The recipe has Adam, batches of 4,096, a learning rate of 0.001 with cosine
+decay after 10,000 steps of warm-up, gradients clipped at norm 1, and 224 px. To fine-tune:
+experiments/finetune.py:imagenet2012,augreg:s/16-i1k300,384.
 """
 
 import itertools
@@ -30,7 +33,7 @@ DATA = {  # TFDS, training, validation, epochs
     'i21k30': ('imagenet21k', 'full[0.4%:]', 'full[:0.4%]', 30),
     'i21k300': ('imagenet21k', 'full[0.4%:]', 'full[:0.4%]', 300),
 }
-BEST = {  # by the names of google-research/vision_transformer's recommended checkpoints
+BEST = {  # from the names of google-research/vision_transformer's recommended checkpoints
     'l/16-i21k300': 'strong1-wd_0.1-do_0.0', 'b/16-i21k300': 'medium1-wd_0.1-do_0.0',
     's/16-i21k300': 'light1-wd_0.03-do_0.0', 'r50+l/32-i21k300': 'medium1-wd_0.1-do_0.1',
     'r26+s/32-i21k300': 'light1-wd_0.1-do_0.0', 'ti/16-i21k300': 'none-wd_0.03-do_0.0',

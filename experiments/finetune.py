@@ -1,21 +1,6 @@
-"""Fine-tuning by the protocol of arXiv:2010.11929 (appendix B.1.1): FILE:DATASET and
---config.init_from=ANYTHING that vit_jax.load takes. Here: not yet run on these data sets.
+"""Fine-tuning by the protocol of arXiv:2010.11929 (appendix B.1.1): FILE:DATASET[,UPSTREAM,WORDS].
 
-SGD with momentum 0.9 in batches of 512, cosine decay, gradients clipped at norm 1, no weight decay,
-384 px (378 for patches of 14), a new head of zeros. Steps are those of table 4 there; warm-up,
-learning rate, splits and crops those of big_vision's transfer recipe, which took the rate by
-validation accuracy for AugReg's B/32 (arXiv:2106.10270). Any other TFDS name, or the path of a
-folder of images, has 2,500 steps, as VTAB has: vtab:caltech101 and its other tasks, images squeezed
-to the size.
-
-FILE:DATASET,UPSTREAM is a cell of a published table. UPSTREAM is what experiments/pretrain.py
-takes, h/14 or r50x1-sgd or b/16-i1k, and begins from that run's workdir, runs/pretrain/h_14, or for
-b/16, b/32, l/16, l/32, r50+b/16 and h/14 with -i21k from the paper's public checkpoint; or it is a
-public checkpoint: augreg/s_16-i21k, mixer/b_16-i1k; or a run of experiments/augreg.py,
-augreg:s/16-i1k300. More words, each after a comma: 512 or 224 (pixels), polyak (averaged
-parameters: table 2), dropout, steps=500, v2 (ImageNet V2 as a test, too: AugReg's column i21kv2 has
-of all points of the grid, augreg:s/16-i21k300-light1-wd_0.03-do_0.0, that of the highest
-v2/accuracy; here stands one for each model). Published, from ImageNet-21k (table 5), in percent:
+Published from ImageNet-21k (table 5), in percent; not yet run here on these data sets:
 
                         B/16    B/32    L/16    L/32    H/14
     cifar10            98.95   98.79   99.16   99.13   99.27
@@ -24,8 +9,27 @@ v2/accuracy; here stands one for each model). Published, from ImageNet-21k (tabl
     oxford_flowers102  99.38   99.11   99.61   99.19   99.51
     oxford_iiit_pet    94.43   93.02   94.73   93.09   94.82
 
-One flag each: --config.optim.layer_decay=0.75 (layer-wise rates), --config.optim.only=head (linear
-probe), --config.optim.freeze=embedding, --config.model.drop_path=0.1, --config.keep_head=true.
+FILE:DATASET starts from --config.init_from=X, for any X that vit_jax.load accepts. The recipe has
+SGD with momentum 0.9, batches of 512, cosine decay, gradients clipped at norm 1, no weight decay,
+384 px (378 for patches of 14) and a new head of zeros. Steps are those of table 4; warm-up,
+learning rate, splits and crops are those of big_vision's transfer recipe, which chose the rate by
+validation accuracy for AugReg's B/32 (arXiv:2106.10270). Any other TFDS name, or the path of a
+folder of images, has 2,500 steps, as in VTAB: vtab:caltech101 and its other tasks, with images
+resized regardless of aspect ratio.
+
+FILE:DATASET,UPSTREAM is a cell of a published table. UPSTREAM is one of
+- an argument of experiments/pretrain.py (h/14, r50x1-sgd, b/16-i1k): starts from the workdir of
+  that run, runs/pretrain/h_14; b/16, b/32, l/16, l/32, r50+b/16 and h/14 with -i21k start from the
+  paper's public checkpoint;
+- a public checkpoint: augreg/s_16-i21k, mixer/b_16-i1k;
+- a run of experiments/augreg.py: augreg:s/16-i1k300.
+WORDS are any of 512 or 224 (pixels), polyak (averaged parameters: table 2), dropout, steps=500 and
+v2 (tests on ImageNet V2 too: AugReg's column i21kv2 has the point of the grid with the highest
+v2/accuracy, such as augreg:s/16-i21k300-light1-wd_0.03-do_0.0; here one point per model is listed).
+
+Variations by one flag: --config.optim.layer_decay=0.75 (layer-wise rates), --config.optim.only=head
+(linear probe), --config.optim.freeze=embedding, --config.model.drop_path=0.1,
+--config.keep_head=true.
 """
 
 import os
@@ -38,7 +42,7 @@ from vit_jax.data.readers import vtab
 from vit_jax.errors import UserError
 from vit_jax.tables import published
 
-PRESETS = {  # the share of `train` to train on, the test split, steps, warm-up, rate, view
+PRESETS = {  # percent of `train` to train on, test split, steps, warm-up, learning rate, view
     'cifar10': (98, 'test', 10_000, 500, 0.003, 'random_crop'),
     'cifar100': (98, 'test', 10_000, 500, 0.01, 'random_crop'),
     'imagenet2012': (99, 'validation', 20_000, 500, 0.03, 'inception'),
@@ -47,8 +51,7 @@ PRESETS = {  # the share of `train` to train on, the test split, steps, warm-up,
 }
 CROP = 384 / 448  # of the smaller side
 
-# What the tables call a data set: its metric here, and its row in tables 5, 2 and 7, its column in
-# table 6, and the row of the official repository's README.
+# {data set: its rows in tables 5, 2 and 7, its column in table 6}; None: not in that table.
 NAMES = {
     'imagenet2012': ('ImageNet', 'ImageNet', 'ImageNet', 'ImageNet'),
     'cifar10': ('CIFAR-10', 'CIFAR-10', 'CIFAR10', 'CIFAR-10'),
@@ -81,20 +84,20 @@ MIXERS = {'mixer/b_16-i1k': ('ImageNet', 'Mixer-B/16'),
           'mixer/l_16-i1k': ('ImageNet', 'Mixer-L/16'),
           'mixer/b_16-i21k': ('ImageNet-21k', 'Mixer-B/16'),
           'mixer/l_16-i21k': ('ImageNet-21k', 'Mixer-L/16')}  # fmt: skip
-AUGREG = {  # the row of AugReg's table 3, its public checkpoint, the rate of its best fine-tuning
+AUGREG = {  # {row of AugReg's table 3: (public checkpoint, learning rate of its best fine-tuning)}
     'L/16': ('augreg/l_16-i21k', 0.01), 'B/16': ('augreg/b_16-i21k', 0.03),
     'S/16': ('augreg/s_16-i21k', 0.03), 'R50+L/32': ('augreg/r50_l_32-i21k', 0.01),
     'R26+S/32': ('augreg/r26_s_32-i21k', 0.03), 'Ti/16': ('augreg/ti_16-i21k', 0.03),
     'B/32': ('augreg/b_32-i21k', 0.01), 'S/32': ('augreg/s_32-i21k', 0.01),
     'R+Ti/16': ('augreg/r_ti_16-i21k', 0.03),
 }  # fmt: skip
-V2 = {  # the point of the grid that timm's checkpoint is named by, 87.10% there and 87.08 here
+V2 = {  # point of the grid in the name of timm's checkpoint, 87.10% there and 87.08% here
     'L/16': '-medium1-wd_0.1-do_0.1',
 }  # fmt: skip
 TRANSFER = {'imagenet2012': 'ImageNet', 'cifar10': 'Cifar10', 'cifar100': 'Cifar100',
             'oxford_iiit_pet': 'Pets', 'oxford_flowers102': 'Flowers'}  # fmt: skip
 WORDS = ('224', '384', '512', 'polyak', 'dropout', 'v2')
-SHORT = ('b/16-i21k', (500, 1000))  # steps of the README's short schedules for CIFAR
+SHORT = ('b/16-i21k', (500, 1000))  # model and steps of the README's short schedules for CIFAR
 
 ARGS = (
     *(f'{d},{m}' for m in TABLE_6 for d in NAMES),
@@ -116,8 +119,8 @@ ARGS = (
 
 
 def divided(arg):
-    """(data set, the words after it) of an argument; the path of a folder may have commas."""
-    parts = re.split(r',(?![^{]*\})', arg)  # shards x-{a,b}.tar may, too
+    """Splits an argument into (data set, words after it); the path of a folder may have commas."""
+    parts = re.split(r',(?![^{]*\})', arg)  # as may the shards x-{a,b}.tar
     names = ((n, os.path.expanduser(','.join(parts[:n]))) for n in range(len(parts), 1, -1))
     paths = (n for n, path in names if os.path.isdir(path))
     n = next(paths, 1)
@@ -128,7 +131,7 @@ def divided(arg):
 
 
 def splits(name):
-    """{evaluation: split}, the training split first."""
+    """{name: split}: 'train' first, then the evaluations."""
     if name.startswith('vtab:'):
         return {'train': 'train800val200', 'test': 'test'}
     if name in PRESETS:
@@ -139,7 +142,7 @@ def splits(name):
 
 
 def model_name(size):
-    """'vit-b/16', 'bit-r50x1', 'r50+vit-b/16' of 'b/16', 'r50x1', 'r50+b/16'."""
+    """Model name 'vit-b/16', 'bit-r50x1' or 'r50+vit-b/16' for 'b/16', 'r50x1' or 'r50+b/16'."""
     root, _, vit = size.rpartition('+')
     if root:
         return f'{root}+vit-{vit}'
@@ -147,7 +150,7 @@ def model_name(size):
 
 
 def upstream(name):
-    """(what to begin from, the model) of an UPSTREAM, see above."""
+    """(init_from, model name) of an UPSTREAM, see above."""
     if name.startswith(('augreg/', 'mixer/')):
         family, size = name.split('-')[0].split('/')
         root, _, vit = size.replace('_', '/').rpartition('/')  # 'r50/l', '32'
@@ -162,14 +165,14 @@ def upstream(name):
 
 
 def of_table_5(name):
-    """(row of the pre-training, column) of table 5, or None."""
+    """(pre-training data, column) of an UPSTREAM in table 5, or None."""
     size, _, data = name.partition('-')
     data = {'': 'JFT-300M', 'i21k': 'ImageNet-21k', 'i1k': 'ImageNet'}.get(data)
     return (data, f'ViT-{size.upper()}') if data and size in VITS else None
 
 
 def augreg_row(name):
-    """The row of AugReg's table 3 of an UPSTREAM, or None."""
+    """The row of an UPSTREAM in AugReg's table 3, or None."""
     for row, (checkpoint, _) in AUGREG.items():
         if name == checkpoint or name.startswith(f'augreg:{row.lower()}-'):
             return row
@@ -177,7 +180,7 @@ def augreg_row(name):
 
 
 def claims(dataset, name, words):
-    """The cells of published tables that a run is for, ImageNet's also with ReaL's labels."""
+    """Cells of published tables that a run reproduces; for ImageNet also with ReaL's labels."""
     rows, words = [], set(words)
     add = lambda *cell, **how: rows.append(published.expected(*cell, **how))  # noqa: E731
     if dataset.startswith('vtab:'):

@@ -1,9 +1,9 @@
 """ViT on a folder of images, PATH/class/*.jpg: --config experiments/folder.py:PATH.
 
-A start for one's own data, from scratch and small enough for a CPU; nothing published to compare
-with, so nothing is expected. With PATH/train/ and PATH/val/ (valid, validation, dev) or PATH/test/
-these are used, else a tenth of the images, chosen by a hash of their names, is held out. PATH may
-be any data set that data.source.name can be.
+A starting point for your own data: training from scratch, small enough for a CPU. There are no
+published results to compare with, so none are expected. Uses PATH/train/ and PATH/val/ (or valid,
+validation, dev) or PATH/test/ if they exist; else holds out a tenth of the images, chosen by a hash
+of their names. PATH can be any data set that data.source.name accepts.
 """
 
 from ml_collections import ConfigDict

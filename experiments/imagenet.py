@@ -1,20 +1,22 @@
-"""A classifier of ImageNet-1k on all its test sets, with vit_jax.evaluate --checkpoint X:
+"""Evaluates an ImageNet-1k classifier on all test sets: vit_jax.evaluate --checkpoint X.
 
-ImageNet, ReaL's labels (arXiv:2006.07159), V2 (arXiv:1902.10811), A (arXiv:1907.07174) and R
-(arXiv:2006.16241), which have 200 of the classes and are scored among these, and Sketch
-(arXiv:1905.13549); FILE:c has the 75 corrupted ones of C (arXiv:1903.12261) and their mean. Images
-are as the ViT papers' code has them, 256 by area and then 224; for others there are
---config.data.image_size=384 and --config.evals.X.view.name=central. TFDS names the sets; each is
-prepared once; its classes are named as n01440764, so a checkpoint that names them in words (tench)
-needs --labels=by_number. Published, for ViT-S/16 of arXiv:2205.01580 with 90 epochs: 76.5% on
-ImageNet, 83.1 on ReaL, 64.2 on V2. Here: not yet run.
+Published for ViT-S/16 of arXiv:2205.01580 with 90 epochs: 76.5% on ImageNet, 83.1% on ReaL, 64.2%
+on V2. Not yet run here.
+
+The sets are ImageNet, ReaL's labels (arXiv:2006.07159), V2 (arXiv:1902.10811), A (arXiv:1907.07174)
+and R (arXiv:2006.16241), which have 200 of the classes and are scored among these, and Sketch
+(arXiv:1905.13549). FILE:c evaluates the 75 corrupted sets of C (arXiv:1903.12261) and their mean.
+Images are resized as in the code of the ViT papers, to 256 by area, then cropped to 224; override
+with --config.data.image_size=384 and --config.evals.X.view.name=central. The sets have their names
+in TFDS, which prepares each once. Their classes are named like n01440764, so a checkpoint with
+names in words (tench) needs --labels=by_number.
 """
 
 from ml_collections import ConfigDict
 
 from vit_jax.errors import check_choice
 
-SETS = {  # TFDS, split, label, whether the classes are some of the 1,000
+SETS = {  # name in TFDS, split, label, whether the classes are a subset of the 1,000
     'val': ('imagenet2012', 'validation', 'label', False),
     'real': ('imagenet2012_real', 'validation', 'real_label', False),
     'v2': ('imagenet_v2/matched-frequency', 'test', 'label', False),
@@ -22,7 +24,7 @@ SETS = {  # TFDS, split, label, whether the classes are some of the 1,000
     'r': ('imagenet_r', 'test', 'label', True),
     'sketch': ('imagenet_sketch', 'test', 'label', False),
 }
-CORRUPTIONS = (  # arXiv:1903.12261 section 4.1, without its extra four
+CORRUPTIONS = (  # arXiv:1903.12261 section 4.1, without the four extra ones
     'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur',
     'zoom_blur', 'snow', 'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate',
     'jpeg_compression',
@@ -49,7 +51,7 @@ def get_config(arg='all'):
     config.evals = {
         name: dict(
             source=dict(name=data, split=split, label=label), subset=subset,
-            view='resize' if arg == 'c' else 'small_central',  # C's are 224 x 224 already
+            view='resize' if arg == 'c' else 'small_central',  # images of C are 224 x 224
         )
         for name, (data, split, label, subset) in sets.items()
     }  # fmt: skip

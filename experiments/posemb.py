@@ -1,5 +1,8 @@
-"""Position embeddings of ViT-B/16, FILE:none, 1d, 2d, rel, 1d-layers, 1d-shared, ...: table 8 of
-arXiv:2010.11929. Published, least squares on 5 images of each class of ImageNet, in percent:
+"""Position embeddings of ViT-B/16 (arXiv:2010.11929 table 8): FILE:none, 1d, 2d, rel, 1d-layers,
+2d-layers, 1d-shared, 2d-shared.
+
+Published accuracy of least squares on 5 images of each class of ImageNet, in percent; not yet run
+here:
 
                     at the stem   at each layer   at each layer, shared
     none               61.38
@@ -7,8 +10,8 @@ arXiv:2010.11929. Published, least squares on 5 images of each class of ImageNet
     2-D                64.00          64.05              64.02
     relative           64.03
 
-Here: not yet run. Pre-training is that of experiments/pretrain.py:b/16; the paper names no other
-data or length. JFT is not public: --config.data.source.name=PATH puts other data there.
+The pre-training is that of experiments/pretrain.py:b/16, as the paper names no other data or
+length. JFT is not public: --config.data.source.name=PATH sets other data.
 """
 
 from ml_collections import ConfigDict

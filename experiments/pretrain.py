@@ -1,26 +1,28 @@
 """Pre-training by arXiv:2010.11929 table 3: FILE:MODEL, FILE:MODEL-i21k, FILE:MODEL-i1k.
 
-Here: not yet run; made to be run where the machines are, and to be planned with before:
+Published after fine-tuning on ImageNet (table 2, experiments/finetune.py): 88.55 (h/14), 87.76
+(l/16) and 85.30% (l/16-i21k), for 2,500, 680 and 230 TPUv3-core-days. Not yet run here. To plan a
+run:
 
     python -m vit_jax.plan --config experiments/pretrain.py:h/14 --topology v4:8x8x16
 
 MODEL is one of b/32, b/16, l/32, l/16, h/14, the ResNets r50x1, r50x2, r101x1, r152x1, r152x2,
 r200x3 and the hybrids r50+b/32, r50+b/16, r50+l/32, r50+l/16: the rows of tables 5 and 6. It trains
-on JFT-300M with a sigmoid for each class, -i21k on ImageNet-21k, -i1k on ImageNet; -7ep or any
-other number of epochs where the paper has several. Batches of 4,096, Adam, 10,000 steps of warm-up,
-224 px. ResNets with -sgd are those of table 7: the paper names only arXiv:1912.11370, whose rate,
-0.03 for each 256 images, and decay of 1e-4 are taken; cosine in place of its steps is this file's.
+on JFT-300M with a sigmoid per class, with -i21k on ImageNet-21k, with -i1k on ImageNet. -7ep sets
+the number of epochs, as the paper has several for some models. The recipe has batches of 4,096,
+Adam, 10,000 steps of warm-up and 224 px. ResNets with -sgd are those of table 7: the paper only
+refers to arXiv:1912.11370, whose learning rate, 0.03 per 256 images, and weight decay, 1e-4, are
+used; cosine decay in place of its steps is a choice of this file.
 
-Fine-tuned on ImageNet (table 2) they have 88.55 (h/14), 87.76 (l/16) and 85.30% (l/16-i21k), for
-2,500, 680 and 230 TPUv3-core-days: experiments/finetune.py. h/14-i21k is not in table 3 and has the
-settings of l/16. G/14 is that of arXiv:2106.04560 (90.45% after fine-tuning): Adafactor with
-momentum in bfloat16, reciprocal square root schedule with warm-up and cool-down, pooling by
-attention; e/14 that of arXiv:2209.06794 with the same settings: 1,000,000 steps of 16,384 images.
-The epochs of G/14, the rate and the weight decay of both are choices of this file.
+h/14-i21k is not in table 3 and has the settings of l/16. G/14 is that of arXiv:2106.04560 (90.45%
+after fine-tuning): Adafactor with momentum in bfloat16, reciprocal square root schedule with
+warm-up and cool-down, attention pooling; e/14 is that of arXiv:2209.06794 with the same settings:
+1,000,000 steps of 16,384 images. The epochs of G/14 and the learning rate and weight decay of both
+are choices of this file.
 
-JFT is not public. In its place stand drawn images, as many and with as many classes, so that the
-recipes run as they are: --config.data.source.name=PATH puts other data there, of one label an image
-or of several.
+JFT is not public. Synthetic images, as many and with as many classes, replace it, so that the
+recipes run unchanged. --config.data.source.name=PATH sets other data, with one or several labels
+per image.
 """
 
 import re
@@ -32,19 +34,19 @@ from vit_jax.tables import published
 
 JFT_300M = 'jft_like:303000000x18291'  # arXiv:2010.11929 section 4.1
 JFT_3B = 'jft_like:3000000000x29593'  # arXiv:2106.04560 section 3
-DATA = {  # training, and some 13,000 to 60,000 images of validation
+DATA = {  # name, split for training, split of about 13,000 to 60,000 images for validation
     'jft': (JFT_300M, 'train', 'test[:0.1%]'),
     'jft3b': (JFT_3B, 'train', 'test[:0.01%]'),
     'i21k': ('imagenet21k', 'full[0.4%:]', 'full[:0.4%]'),
     'i1k': ('imagenet2012', 'train[:99%]', 'train[99%:]'),
 }
-JFT = {  # the row of tables 3 and 6, epochs, base rate
+JFT = {  # row of tables 3 and 6, epochs, base learning rate
     'b/32': ('ViT-B/32', 7, 8e-4), 'b/16': ('ViT-B/16', 7, 8e-4),
     'l/32': ('ViT-L/32', 7, 6e-4), 'l/16': ('ViT-L/16', 14, 4e-4),
     'h/14': ('ViT-H/14', 14, 3e-4), 'r50x1': ('ResNet50x1', 7, 1e-3),
     'r50x2': ('ResNet50x2', 7, 1e-3), 'r101x1': ('ResNet101x1', 7, 8e-4),
     'r152x1': ('ResNet152x1', 7, 6e-4), 'r152x2': ('ResNet152x2', 7, 6e-4),
-    'r200x3': ('ResNet200x3', 14, 6e-4),  # its rate is not in table 3: that of r152
+    'r200x3': ('ResNet200x3', 14, 6e-4),  # the rate of r152, as table 3 has none
     'r50+b/32': ('R50x1+ViT-B/32', 7, 8e-4), 'r50+b/16': ('R50x1+ViT-B/16', 7, 8e-4),
     'r50+l/32': ('R50x1+ViT-L/32', 7, 2e-4), 'r50+l/16': ('R50x1+ViT-L/16', 14, 4e-4),
 }  # fmt: skip
@@ -52,7 +54,7 @@ LARGE = dict(
     name='adafactor', schedule='rsqrt', warmup=10_000, cooldown=50_000, lr=8e-4,
     momentum_dtype='bfloat16', weight_decay=0.03, clip=1.0,
 )  # fmt: skip
-LATER = {  # data, length, batch, the mesh
+LATER = {  # data, length, batch size, mesh
     'G/14': ('jft3b', dict(epochs=5), 4096, dict(fsdp=8)),
     'e/14': ('jft3b', dict(steps=1_000_000), 16_384, dict(fsdp=16)),
 }
@@ -66,7 +68,7 @@ ARGS = (
 
 
 def model_name(model):
-    """'vit-b/16', 'bit-r50x1', 'r50+vit-b/16' of 'b/16', 'r50x1', 'r50+b/16'."""
+    """Model name 'vit-b/16', 'bit-r50x1' or 'r50+vit-b/16' for 'b/16', 'r50x1' or 'r50+b/16'."""
     root, _, size = model.rpartition('+')
     if root:
         return f'{root}+vit-{size}'
@@ -74,7 +76,7 @@ def model_name(model):
 
 
 def settings(model, data, sgd):
-    """(epochs, fields of the model, optimizer) by table 3."""
+    """(epochs, fields of the model, settings of the optimizer) by table 3."""
     row, epochs, lr = JFT[model]
     adam = dict(name='adamw', schedule='linear', warmup=10_000)
     if sgd:
@@ -89,7 +91,7 @@ def settings(model, data, sgd):
 
 
 def claims(model, data, epochs, sgd):
-    """What the paper has for the pre-training itself: its cost."""
+    """Published costs of the pre-training, as lines of `expected`."""
     rows = []
     if data == 'jft' and not sgd:
         cell = 'vit.table6', (JFT[model][0], epochs), 'exaFLOPs', 'exaflops'

@@ -1,18 +1,19 @@
-"""The scaling study of arXiv:2010.11929 (section 4.4, figures 3 to 5) in miniature, on two cores.
+"""A miniature of the scaling study of arXiv:2010.11929 (section 4.4, figures 3 to 5) on two cores.
 
     python -m vit_jax.data.jft_like runs/study/jft_like --examples 100000 --classes 1000 --cells 1
         --grey --image_size 32 --max_labels 1 --test_examples 5000 --shard_examples 5000
     python -m vit_jax.tables study --run local
     python -m vit_jax.figures runs/study --out docs/study
 
-FILE:MODEL,IMAGES pre-trains on the first 5k, 20k or all 100k of the drawn images, 1,600 steps of 64
-whatever their number, and ends with few shots on frozen features. FILE:DATASET,MODEL,IMAGES
+FILE:MODEL,IMAGES pre-trains on the first 5k, 20k or all 100k synthetic images for 1,600 steps of
+64 images, and ends with few-shot evaluations of frozen features. FILE:DATASET,MODEL,IMAGES
 fine-tunes that run for 200 steps on digits (1,437 images) or the first 2,000 of Fashion-MNIST; with
-none as IMAGES it begins from random weights. MODEL is one of vit, hybrid, resnet and mixer with 4
-to 6.5 (-s) or 7.5 to 9.7 MFLOP an image (-m).
+none as IMAGES it starts from random weights. MODEL is one of vit, hybrid, resnet and mixer with 4
+to 6.5 (-s) or 7.5 to 9.7 MFLOP per image (-m).
 
-Here, seed 0, 56 runs of 1.10 hours in all beside other work: accuracy in percent from random
-weights and from 5k, 20k and 100k images, standard errors 0.3 to 1.9 points (digits) and 0.4 to 0.5:
+Measured here, seed 0, 56 runs of 1.10 hours in all beside other work. Accuracy in percent from
+random weights and from 5k, 20k and 100k images; standard errors are 0.3 to 1.9 points (digits) and
+0.4 to 0.5 (Fashion-MNIST):
 
                digits                          Fashion-MNIST
     vit-m      85.52  90.53  85.52  91.92      67.57  70.24  69.47  69.26
@@ -20,13 +21,13 @@ weights and from 5k, 20k and 100k images, standard errors 0.3 to 1.9 points (dig
     resnet-m   99.44  99.16  99.44  99.72      76.79  79.99  79.60  78.45
     mixer-m    97.77  99.44  98.61  99.16      75.56  78.37  76.87  78.23
 
-Pre-training brings 1 to 5 points on Fashion-MNIST; 5k images 20 times are as good for it as 100k
-once. ResNets lead, as they do in the paper on its smallest sets; where ViTs overtake them is beyond
-these sizes. Few shots, and the small models: python -m vit_jax.tables study.
+Pre-training gains 1 to 5 points on Fashion-MNIST; 20 epochs of 5k images are as good as one of
+100k. ResNets lead, as in the paper on its smallest data sets; ViTs overtake them only beyond these
+sizes. For few shots and the small models: python -m vit_jax.tables study.
 
-Tried before, with a ViT of 11 MFLOP: objects that fill a quarter of an image at most, as with
---cells 2, teach nothing that digits can use. Fine-tuned by SGD at 0.03 for 200 steps that network
-knows 33% of them, and 23% where the images were grey; from random weights 87%.
+Objects that fill at most a quarter of an image, as with --cells 2, don't transfer to digits. A ViT
+of 11 MFLOP pre-trained on them and fine-tuned by SGD at 0.03 for 200 steps has 33%, or 23% with
+grey images, against 87% from random weights.
 """
 
 from ml_collections import ConfigDict
@@ -52,7 +53,7 @@ MODELS = {
 }  # fmt: skip
 IMAGES = {'5k': 'train[:5%]', '20k': 'train[:20%]', '100k': 'train'}
 JFT_LIKE = 'runs/study/jft_like'
-DATA = {  # what the table calls it, training, test, few shots' test, view
+DATA = {  # name in the table, training, test, test for few shots, view
     'fashion': (
         'Fashion-MNIST', ('fashion_mnist_debian', 'train_2k'), 'test', 'test_1k',
         dict(name='affine', degrees=5.0, scale=0.05, pixels=0.5, flip=True),
