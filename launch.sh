@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set-up and launch. Without arguments: the commands; COMMAND --help: what it takes.
-# shellcheck disable=SC2034  # launch/*.sh read what is set here
+# Set-up and launch. Without arguments, lists the commands; COMMAND --help shows its options.
+# shellcheck disable=SC2034  # launch/*.sh use variables that are set here
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -32,17 +32,17 @@ Exit status: that of the run (0 done, 2 a mistake, 3 not finite, 129, 130, 143 s
 EOS
 }
 
-fail() { # MESSAGE: the user's mistake
+fail() { # MESSAGE: exits after a mistake of the user
     echo "error: $1" >&2
     exit 2
 }
 
-die() { # MESSAGE: the fault of what was called
+die() { # MESSAGE: exits after a failure of a program that was called
     echo "error: $1" >&2
     exit 1
 }
 
-quoted() { # WORDS: one line that a shell reads as these words
+quoted() { # WORDS: prints a line that a shell splits into these words
     local word line=''
     for word in "$@"; do
         [[ $word =~ ^[A-Za-z0-9_./:=,@+-]+$ ]] || word=${word@Q}
@@ -51,29 +51,29 @@ quoted() { # WORDS: one line that a shell reads as these words
     printf '%s\n' "${line# }"
 }
 
-plain() { # WORDS: each is one line, so that it can not begin another one of a script or manifest
+plain() { # WORDS: fails at control characters, which could add a line to a script or manifest
     local word
     for word in "$@"; do
-        case $word in # the last ones are line breaks to YAML: U+0085, 2028, 2029, and U+FEFF
+        case $word in # YAML also breaks lines at U+0085, U+2028 and U+2029; U+FEFF is refused, too
         *[[:cntrl:]]* | *$'\xc2\x85'* | *$'\xe2\x80\xa8'* | *$'\xe2\x80\xa9'* | *$'\xef\xbb\xbf'*)
             fail "a control character in $(LC_ALL=C printf %q "$word")" ;;
         esac
     done
 }
 
-name_of() { # OPTION VALUE REGEX: the value is empty or like that
+name_of() { # OPTION VALUE REGEX: fails unless the value is empty or matches
     [[ -z $2 || $2 =~ ^$3$ ]] || fail "--$1 is $(LC_ALL=C printf %q "$2"), which no ${1//-/ } is"
 }
 
-secret() { # what the processes of a job know each other by, see vit_jax/distributed/talk.py
+secret() { # prints a new secret for the processes of a job, see vit_jax/distributed/talk.py
     head -c 16 /dev/urandom | od -An -v -tx1 | tr -d ' \n'
 }
 
-run() { # COMMAND: runs it; with --dry-run prints it
+run() { # COMMAND: runs it, or prints it with --dry-run
     if [ "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }
 
-setup() { # EXTRAS: $python, with the package and the versions that the tests passed with
+setup() { # EXTRAS: installs the package for $python, with the versions that the tests passed with
     python=${VIT_JAX_PYTHON:-.venv/bin/python}
     if [ "${VIT_JAX_PYTHON:-}" ]; then
         command -v "$python" >/dev/null || fail "VIT_JAX_PYTHON is $python, which is no program"
@@ -90,7 +90,7 @@ setup() { # EXTRAS: $python, with the package and the versions that the tests pa
         run "$base" -m venv .venv
     fi
     [ ! -e /usr/include/jpeglib.h ] || headers=1
-    # What is installed is not asked for again: that takes seconds, and a network.
+    # Skips pip if all is installed, as it takes seconds and a network.
     key="$(cat constraints.txt setup.cfg setup.py vit_jax/data/_jpeg.c | cksum) $headers"
     if [ "$dry_run" ] || ! grep -qsxF "$key $1" "$known"; then
         run "$python" -m pip install --quiet --disable-pip-version-check \
@@ -100,7 +100,7 @@ setup() { # EXTRAS: $python, with the package and the versions that the tests pa
     fi
 }
 
-parse() { # "VALUED OPTIONS" "SWITCHES" ARGUMENTS: sets variables of these names, and the below
+parse() { # "VALUED OPTIONS" "SWITCHES" ARGUMENTS: sets a variable for each, and those below
     local valued=" workdir ${1//[[:space:]]/ } " switches=" dry-run help $2 " arg option value
     shift 2
     while [ $# -gt 0 ]; do
@@ -138,7 +138,7 @@ parse() { # "VALUED OPTIONS" "SWITCHES" ARGUMENTS: sets variables of these names
     done
 }
 
-options() { # as parse; then checks what all commands need
+options() { # arguments of parse: parses, then checks what all commands need
     local file
     plain "${@:3}" "${VIT_JAX_PYTHON:-}"
     parse "$@"
@@ -156,18 +156,18 @@ options() { # as parse; then checks what all commands need
     workdir=${workdir%/}
 }
 
-count() { # OPTION VALUE: the value is a whole number above 0
+count() { # OPTION VALUE: fails unless the value is a whole number above 0
     [[ $2 =~ ^[1-9][0-9]{0,6}$ ]] ||
         fail "--$1 is '$2', not a whole number above 0 of at most seven digits"
 }
 
-shared_workdir() { # a run of several hosts, or one that moves, needs a folder that all of them see
+shared_workdir() { # fails unless all hosts can see the workdir, as if there are several or new ones
     [[ $workdir == *://* || $workdir == /* ]] ||
         fail "--workdir is $workdir, a folder of one host; give an address (gs://BUCKET/FOLDER) or \
 the absolute path of a disk that all hosts share"
 }
 
-training() { # WORKDIR FLAGS: sets words, the command that trains
+training() { # WORKDIR FLAGS: sets words, the command for training
     words=("${worker_python:-$python}" -m vit_jax.main --config "$experiment" --workdir "$@")
 }
 
@@ -177,7 +177,7 @@ log_folder() { # WORKDIR: sets logs, a folder on this machine
     [ "$dry_run" ] || mkdir -p "$logs"
 }
 
-each() { # FUNCTION: calls it with workdir and flags, for every run of a sweep that is not finished
+each() { # FUNCTION: calls it with workdir and flags for every unfinished run of a sweep
     local plan line row rc status=0 settings=() flag
     if [ ${#sweep[@]} = 0 ]; then
         "$1" "$workdir" "${flags[@]}"
@@ -209,7 +209,7 @@ show_table() {
     [ ${#sweep[@]} = 0 ] || run "${table[@]}"
 }
 
-pause() { # SECONDS: a signal is heard at once
+pause() { # SECONDS: sleeps; signals are handled at once
     sleep "$1" &
     child=$!
     wait "$child" || true
@@ -220,7 +220,7 @@ shift || true
 experiment='' workdir='' name='' dry_run='' help='' flags=() sweep=() others=()
 passed_on='' stopped='' child='' worker_python=''
 combination='^[A-Za-z_][A-Za-z0-9_.]*='
-poll=${VIT_JAX_POLL:-10} # seconds between looks at what runs elsewhere
+poll=${VIT_JAX_POLL:-10} # seconds between two queries of a remote run's state
 
 case $command,${1:-} in
 quickstart,--help | quickstart,-h | test,--help | test,-h | setup,--help | setup,-h)

@@ -1,4 +1,4 @@
-# TPU slices of a GKE cluster, as JobSets. Read by launch.sh.
+# TPU slices of a GKE cluster, as JobSets. Sourced by launch.sh.
 # shellcheck shell=bash disable=SC2034,SC2154
 
 help_gke() {
@@ -72,9 +72,9 @@ launch_gke() {
     exit "$status"
 }
 
-# The slices and machines that there are:
+# Source of the slices and machine types:
 # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
-count_hosts() { # sets accelerator, chips_per_host and hosts; refuses what no node pool can have
+count_hosts() { # sets accelerator, chips_per_host and hosts; fails if no node pool can be so
     local chips known='1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16'
     [[ $topology =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
         fail "--topology is $(quoted "$topology"); write it as 4x4x8 or 4x8"
@@ -111,9 +111,9 @@ ascending_fours() {
     [[ $topology == *x*x* ]]
 }
 
-# GKE gives each pod TPU_WORKER_ID and TPU_WORKER_HOSTNAMES, which jax.distributed finds. A JobSet
-# stands for one slice: the annotation keeps other jobs out of its node pool. The rules (JobSet 0.6)
-# end it where a pod ends with status 2 or 3; after any other failure all pods begin again.
+# GKE sets TPU_WORKER_ID and TPU_WORKER_HOSTNAMES in each pod, which jax.distributed reads. A JobSet
+# is one slice: the annotation keeps other jobs out of its node pool. The rules (JobSet 0.6) end it
+# if a pod exits with status 2 or 3; after any other failure all pods restart.
 manifest() { # NAME SECRET
     cat <<EOS
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -171,13 +171,13 @@ $(for word in "${words[@]}"; do printf '%s\n' "              - $(text "$word")";
 EOS
 }
 
-text() { # WORD: as a string of YAML for Kubernetes
+text() { # WORD: prints it as a YAML string for Kubernetes
     local word=${1//\\/\\\\}
     word=${word//\"/\\\"}
-    printf '%s\n' "\"${word//\$/\$\$}\"" # $(NAME) would be a variable of Kubernetes, $$ is a $
+    printf '%s\n' "\"${word//\$/\$\$}\"" # Kubernetes expands $(NAME), and $$ to $
 }
 
-kube() { # ARGUMENTS: kubectl; $scratch/out has what it says, its errors $scratch/err
+kube() { # ARGUMENTS: runs kubectl, with its output in $scratch/out and errors in $scratch/err
     kubectl ${namespace:+"--namespace=$namespace"} "$@" >"$scratch/out" 2>"$scratch/err" &
     child=$!
     wait "$child"
@@ -194,14 +194,14 @@ apply() { # WORKDIR FLAGS
         echo END
         return
     fi
-    # A JobSet that has ended can not begin again, one with this name makes room.
+    # A JobSet that has ended can't restart, so one of this name is deleted.
     kube get jobset "$jobset" --ignore-not-found '--output=jsonpath={.status.terminalState}' ||
         { explain "can not look for JobSet $jobset" && return 1; }
     if [ -s "$scratch/out" ]; then
         kube delete jobset "$jobset" --wait ||
             { explain "can not delete JobSet $jobset" && return 1; }
     fi
-    # One that runs keeps its secret: another manifest would be refused.
+    # A running JobSet keeps its secret, as changes of its manifest are rejected.
     secret='{..env[?(@.name=="VIT_JAX_JOB_SECRET")].value}'
     kube get jobset "$jobset" --ignore-not-found "--output=jsonpath=$secret" || true
     secret=$(cat "$scratch/out")
@@ -211,7 +211,7 @@ apply() { # WORKDIR FLAGS
     echo "# JobSet $jobset: $hosts pods of $chips_per_host chips"
 }
 
-await_jobsets() { # shows what the first pod of a single one says; the first status that is not 0
+await_jobsets() { # shows the log of a single JobSet's first pod; returns the first nonzero status
     local jobset rc status=0
     for jobset in "${jobsets[@]}"; do
         rc=0
@@ -229,7 +229,7 @@ await_jobset() { # NAME
             end=$(cat "$scratch/out")
         elif grep -q NotFound "$scratch/err"; then
             die "JobSet $1 is not there (any more)"
-        fi # else the cluster does not answer, which says nothing of the JobSet
+        fi # else the cluster does not answer, and the state of the JobSet is unknown
         if kube get pods "--selector=$first" --sort-by=.metadata.creationTimestamp \
             '--output=jsonpath={range .items[*]}{.metadata.name} {.status.phase}{"\n"}{end}'; then
             read -r pod phase < <(tail -n 1 "$scratch/out") || pod=$1 phase='no pod yet'
@@ -248,7 +248,7 @@ await_jobset() { # NAME
     return "${codes[0]:-1}"
 }
 
-show() { # POD PHASE: its log, in the background; again from where a connection was lost
+show() { # POD PHASE: follows its log in the background, resuming after a lost connection
     local from=()
     if [ "$1" = "$shown" ]; then
         [ "$2" = Running ] && ! kill -0 "$follower" 2>/dev/null || return 0
@@ -271,14 +271,14 @@ delete() {
     done
 }
 
-abandon() { # STATUS: at a signal; another one leaves without waiting
+abandon() { # STATUS: on a signal; a second signal exits without waiting
     trap 'exit 130' INT TERM
     kill "$child" 2>/dev/null || true
     delete
     exit "$1"
 }
 
-explain() { # WHAT FAILED: with kubectl's reason and the way out, in one line
+explain() { # WHAT FAILED: prints it with kubectl's reason and a hint, in one line
     local hint
     case $(cat "$scratch/err") in
     *'no matches for kind'* | *'resource type "jobset"'*)

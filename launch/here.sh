@@ -1,4 +1,4 @@
-# Runs on this machine: `local` and `hosts`. Read by launch.sh.
+# Runs on this machine: `local` and `hosts`. Sourced by launch.sh.
 # shellcheck shell=bash disable=SC2154
 
 help_local() {
@@ -84,7 +84,7 @@ free_port() {
     "$python" -c 'import socket; print(socket.create_server(("localhost", 0)).getsockname()[1])'
 }
 
-supervise() { # LINES: runs these shell commands side by side; the status of the first that failed
+supervise() { # LINES: runs shell commands in parallel; returns the status of the first that failed
     local line i rc status=0 deadline=''
     if [ "$dry_run" ]; then
         for line in "${@:2}"; do echo "$line &"; done
@@ -93,7 +93,7 @@ supervise() { # LINES: runs these shell commands side by side; the status of the
         return
     fi
     pids=() stopped=''
-    set -m # a process group each: Ctrl-C comes to them from here alone, as twice would be a kill
+    set -m # a process group each, so that Ctrl-C reaches them once, from here; a second one kills
     for line in "$@"; do
         bash -c "exec $line" </dev/null &
         pids+=($!)
@@ -114,7 +114,7 @@ supervise() { # LINES: runs these shell commands side by side; the status of the
                     echo "process $i ended with status $rc, see $logs/process_$i.log" >&2
             fi
         done
-        # SECONDS counts whole ones: past the deadline, as at it the grace could be a second short
+        # SECONDS counts whole seconds: at the deadline itself grace may be a second short
         [ ! "$stopped" ] || deadline=${deadline:-$((SECONDS + grace))}
         if [ "$deadline" ] && [ "$SECONDS" -gt "$deadline" ] && [ ${#pids[@]} -gt 0 ]; then
             echo "killed after $grace s: process ${!pids[*]}" >&2

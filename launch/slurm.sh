@@ -1,7 +1,7 @@
-# Batch jobs of SLURM. Read by launch.sh.
+# Batch jobs of SLURM. Sourced by launch.sh.
 # shellcheck shell=bash disable=SC2034,SC2154
 
-# Options of sbatch that take a value; others are given as --OPTION=VALUE.
+# Options of sbatch that may be given as --OPTION VALUE; others only as --OPTION=VALUE.
 sbatch_options='partition time account qos constraint reservation mem cpus-per-task exclude
     nodelist'
 
@@ -56,13 +56,13 @@ launch_slurm() {
     exit "$status"
 }
 
-# One process a GPU, because that is what jax.distributed makes of SLURM's variables: process
-# SLURM_PROCID of SLURM_NTASKS takes the device SLURM_LOCALID of its node and no other. So each must
-# see all devices of its node: no --gpus-per-task, no binding.
-# When one process ends the others notice, save if they can, and end on their own: srun gives them
-# five minutes and kills none before. --signal goes to the processes, not to this script; TERM here
-# means that the job is cancelled, or preempted and then queued again by SLURM itself.
-job_script() { # WORKDIR FLAGS: what sbatch gets
+# One process per GPU, as jax.distributed reads SLURM's variables: process SLURM_PROCID of
+# SLURM_NTASKS uses only the device SLURM_LOCALID of its node. So each process must see all devices
+# of its node: no --gpus-per-task, no binding.
+# When one process ends, the others detect it, save if they can, and exit; srun waits five minutes
+# before it kills any. --signal is sent to the processes, not to this script; TERM here means that
+# the job is cancelled, or preempted and then requeued by SLURM itself.
+job_script() { # WORKDIR FLAGS: prints the script for sbatch
     local option job_name
     training "$@"
     job_name=$(basename "$1")
@@ -120,11 +120,11 @@ sacctmgr show associations the accounts" >&2
     echo "# job $job, log $logs/slurm-$job.log"
 }
 
-reason() { # FILE: the last error that a command wrote there, as one line
+reason() { # FILE: prints the last error in a file of a command's errors, as one line
     grep -v '^ *$' "$1" | sed -n 's/^[a-z_]*: error: //; $p'
 }
 
-await_jobs() { # follows a single job; the status of the first that failed
+await_jobs() { # follows the log of a single job; returns the status of the first that failed
     local entry job logs rc status=0
     if [ ${#jobs[@]} = 1 ]; then
         read -r job logs <<<"${jobs[0]}"
@@ -135,7 +135,7 @@ await_jobs() { # follows a single job; the status of the first that failed
     for entry in "${jobs[@]}"; do
         read -r job logs <<<"$entry"
         await "$job"
-        [ -z "$follower" ] || pause "$poll" # for its last words
+        [ -z "$follower" ] || pause "$poll" # for the end of its log
         rc=1
         if [ -e "$logs/slurm-$job.status" ]; then
             rc=$(cat "$logs/slurm-$job.status")
@@ -148,7 +148,7 @@ before it could save): see sacct -j $job; the same command goes on from its last
     return "$status"
 }
 
-await() { # JOB: returns when it is no longer queued or running; says when that changes
+await() { # JOB: waits until it is neither queued nor running; prints changes of its state
     local state before=''
     while :; do
         if state=$(squeue --noheader --jobs="$1" --format=%T 2>&1); then
@@ -157,12 +157,12 @@ await() { # JOB: returns when it is no longer queued or running; says when that 
             before=$state
         elif [[ $state == *'Invalid job id'* ]]; then
             return 0
-        fi # else the controller does not answer, which says nothing of the job
+        fi # else the controller does not answer, and the state of the job is unknown
         pause "$poll"
     done
 }
 
-cancel() { # STATUS: cancels what was submitted, waits until it is gone and exits
+cancel() { # STATUS: cancels the submitted jobs, waits until they have ended and exits
     local entry
     trap '' INT TERM
     for entry in "${jobs[@]}"; do

@@ -1,4 +1,4 @@
-# Cloud TPUs, through gcloud. Read by launch.sh.
+# Cloud TPUs, through gcloud. Sourced by launch.sh.
 # shellcheck shell=bash disable=SC2034,SC2154
 
 help_tpu() {
@@ -24,8 +24,8 @@ the end of worker 0.
 EOS
 }
 
-# No flags of XLA: libtpu hides what it can of the exchanges as it comes. Those that others set
-# (async collective fusion, data parallel all-reduce) changed nothing in the compiled step, see
+# No XLA flags: libtpu overlaps communication by default. Flags that other projects set (async
+# collective fusion, data parallel all-reduce) don't change the compiled step, see
 # benchmarks/RESULTS.md.
 launch_tpu() {
     local status=0
@@ -67,9 +67,9 @@ launch_tpu() {
     exit "$status"
 }
 
-gone=254 # the status of what ran on a TPU that is there no more
+gone=254 # status of a run whose TPU is gone
 
-run_tpu() { # WORKDIR FLAGS: the exit status of the run
+run_tpu() { # WORKDIR FLAGS: returns the exit status of the run
     local status
     training "$@"
     if [ "$dry_run" ]; then
@@ -94,7 +94,7 @@ run_tpu() { # WORKDIR FLAGS: the exit status of the run
             echo "# TPU $name is $state; the run goes on when it is there again" >&2
             continue
         fi
-        [ "$status" != "$gone" ] || status=1 # there again before it was missed, and empty
+        [ "$status" != "$gone" ] || status=1 # recreated before its loss was detected, and empty
         if [ "$status" != 0 ]; then
             stop_workers stop || true
         elif stop_workers finish && grep -v ': 0$' "$scratch/out" >&2; then
@@ -105,7 +105,7 @@ run_tpu() { # WORKDIR FLAGS: the exit status of the run
     done
 }
 
-gcloud_tpu() { # GROUP VERB ARGUMENTS; $scratch/out has what it says, its errors $scratch/err
+gcloud_tpu() { # GROUP VERB ARGUMENTS: output goes to $scratch/out, errors to $scratch/err
     local words=(gcloud --quiet compute tpus "$1" "$2" "$name" "--zone=$zone"
         ${project:+"--project=$project"} "${@:3}")
     [ "$1 $2" != 'tpu-vm scp' ] || words=(gcloud --quiet compute tpus tpu-vm scp "${@:3}"
@@ -114,7 +114,7 @@ gcloud_tpu() { # GROUP VERB ARGUMENTS; $scratch/out has what it says, its errors
         quoted "${words[@]}"
         return
     fi
-    # In the background, so that a signal is heard at once.
+    # In the background, so that signals are handled at once.
     "${words[@]}" >"$scratch/out" 2>"$scratch/err" </dev/null &
     child=$!
     wait "$child"
@@ -128,7 +128,7 @@ ssh_to() { # WORKERS COMMAND
 
 ask_worker_0() { ssh_to 0 "bash vit_jax/launch/worker.sh read $1"; } # OFFSET
 
-look() { # sets state: that of the TPU, or NOT_FOUND; false where gcloud can not say
+look() { # sets state, that of the TPU or NOT_FOUND; false if gcloud can't tell
     if describe; then
         state=$(cat "$scratch/out")
     elif grep -q NOT_FOUND "$scratch/err"; then
@@ -139,14 +139,14 @@ look() { # sets state: that of the TPU, or NOT_FOUND; false where gcloud can not
     fi
 }
 
-make_ready() { # returns when the TPU is READY
+make_ready() { # waits until the TPU is READY
     local said=''
     while look; do
         case $state in
         READY) return ;;
         STOPPED) gcloud_tpu tpu-vm start || { explain "can not start TPU $name" && return 1; } ;;
         NOT_FOUND | PREEMPTED | TERMINATED) have_made || return 1 ;;
-        esac # else it is on its way
+        esac # else it is being created
         [ "$state" = "$said" ] || echo "# TPU $name: $state"
         said=$state
         pause "$poll"
@@ -154,7 +154,7 @@ make_ready() { # returns when the TPU is READY
     return 1
 }
 
-have_made() { # one step towards a TPU in the place of one that is not there; state says which
+have_made() { # one step towards a new TPU in place of a missing one; `state` selects which
     local node=$state
     if [ ! "$type" ]; then
         echo "error: TPU $name in $zone: $state; give --type (v4-256 say) to have it made" >&2
@@ -171,10 +171,10 @@ queued-resources describe $name --zone=$zone says why. Take another --zone or --
             fi
             ;;
         SUSPENDED) ;;
-        ACTIVE) # a TPU that came up between the two looks is no TPU that is missing
+        ACTIVE) # unless the TPU has come up since it was last looked at
             look && [ "$state" = "$node" ] || return 0
             ;;
-        *) return 0 ;; # it waits for its turn, or is being made or deleted
+        *) return 0 ;; # queued, or being created or deleted
         esac
         gcloud_tpu queued-resources delete --force ||
             { explain "can not delete what is left of TPU $name" && return 1; }
@@ -203,11 +203,11 @@ request() {
         "--runtime-version=$version" ${spot:+--spot}
 }
 
-ship() { # this folder to every worker, and what it needs
+ship() { # copies this folder to every worker and sets it up
     local archive=runs/$name.tgz
     [ "$dry_run" ] || echo "# setting up every worker of $name"
     run mkdir -p "runs/$name.job"
-    # What the workers know each other by; worker.sh takes it at the start of a run.
+    # The secret of the job, which worker.sh reads at the start of a run.
     run bash -c "$(declare -f secret); umask 077; secret >runs/$name.job/job_secret"
     run tar --exclude=__pycache__ --exclude='*.so' -czf "$archive" launch.sh launch setup.cfg \
         setup.py pyproject.toml constraints.txt README.md vit_jax experiments benchmarks \
@@ -215,7 +215,7 @@ ship() { # this folder to every worker, and what it needs
     gcloud_tpu tpu-vm scp ${internal_ip:+--internal-ip} --worker=all "$archive" \
         "$name:vit_jax.tgz" ||
         { explain "can not copy to every worker of $name" && return 1; }
-    # The first time there is no worker.sh yet; tar never touches .venv.
+    # On the first start there is no worker.sh yet; the archive does not contain .venv.
     ssh_to all "mkdir -p vit_jax && tar -xzf vit_jax.tgz -C vit_jax launch/worker.sh && \
 bash vit_jax/launch/worker.sh setup $extras" ||
         { explain "can not set up every worker of $name" && return 1; }
@@ -227,7 +227,7 @@ begin() {
         { explain "can not start every worker of $name" && return 1; }
 }
 
-follow() { # shows what worker 0 says; the exit status of its run, or $gone
+follow() { # shows the log of worker 0; returns the exit status of its run, or $gone
     local offset=0 size ended said=''
     while :; do
         if ask_worker_0 "$offset"; then
@@ -249,7 +249,7 @@ follow() { # shows what worker 0 says; the exit status of its run, or $gone
     done
 }
 
-taken_away() { # whether the TPU is, or within six looks becomes, anything but READY
+taken_away() { # whether the TPU is not READY, now or in one of six queries
     local i
     for i in 1 2 3 4 5 6; do
         look && [ "$state" != READY ] && return
@@ -258,7 +258,7 @@ taken_away() { # whether the TPU is, or within six looks becomes, anything but R
     return 1
 }
 
-stop_workers() { # HOW: stop, or finish where they should end by themselves
+stop_workers() { # HOW: stop, or finish if they should end by themselves
     ssh_to all "[ ! -e vit_jax/launch/worker.sh ] || bash vit_jax/launch/worker.sh $1 $grace" || {
         explain "can not stop every worker of $name; again with: bash launch.sh tpu --name $name \
 --zone $zone --stop"
@@ -266,7 +266,7 @@ stop_workers() { # HOW: stop, or finish where they should end by themselves
     }
 }
 
-abandon() { # STATUS: at a signal; another one leaves without waiting
+abandon() { # STATUS: on a signal; a second signal exits without waiting
     trap 'exit 130' INT TERM
     kill "$child" 2>/dev/null || true
     echo "# stopping every worker of $name" >&2
@@ -274,11 +274,11 @@ abandon() { # STATUS: at a signal; another one leaves without waiting
     exit "$1"
 }
 
-explain() { # WHAT FAILED: with gcloud's reason and the way out, in one line
+explain() { # WHAT FAILED: prints it with gcloud's reason and a hint, in one line
     local why hint list workers
     why=$(sed -n 's/^ERROR: ([^)]*) //p' "$scratch/err" | tail -n 1)
     why=${why:-$(grep -Ev '^ *$|^#####|^S(SH|CP): |^Retrying: ' "$scratch/err" | tail -n 1)}
-    # gcloud names a worker whose command failed; to one without ssh it connects again and again.
+    # gcloud names a worker whose command failed; it retries to connect to one without ssh.
     list=$(sed -n 's/.* on worker \([0-9]*\) failed with exit status.*/\1/p' "$scratch/err")
     list+=" $(sed -n 's/.*connect to worker \([0-9]*\).*/\1/p' "$scratch/err" | sort -n | uniq -d)"
     read -r -d '' -a workers <<<"$list" || true

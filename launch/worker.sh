@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The run on one worker of a pod, which outlives the connection that began it; for launch/tpu.sh.
-#   setup EXTRAS       the package, and a Python for it where there is none; nothing during a run
-#   start COMMAND      in the background, unless that very command runs already
-#   read OFFSET        what it has said from that byte on; then, on a line, @ and its state
-#   stop SECONDS       SIGTERM, and SIGKILL to what is left after so long; then the state
-#   finish SECONDS     leaves it so long to end by itself, then as stop
-# A state is: nothing, running, or the exit status.
+# Manages the run on one worker of a pod, which outlives the ssh connection; for launch/tpu.sh.
+#   setup EXTRAS       installs the package, and Python if there is none; does nothing during a run
+#   start COMMAND      starts it in the background, unless the same command is running already
+#   read OFFSET        prints its log from that byte on, then a line with @ and the state
+#   stop SECONDS       sends SIGTERM, after SECONDS SIGKILL; then prints the state
+#   finish SECONDS     waits SECONDS for its end, then acts as stop
+# The state is: nothing, running, or the exit status.
 set -euo pipefail
 folder=$HOME/.vit_jax_run
 mkdir -p "$folder"
 cd "$folder"
 
-left() { # any process of the run
+left() { # whether any process of the run is left
     [ -s group ] && kill -0 -- "-$(cat group)" 2>/dev/null
 }
 
@@ -28,7 +28,7 @@ clear_up() {
 
 state() {
     if alive; then echo running; elif [ -s status ]; then cat status
-    elif [ -e group ]; then echo 137; else echo nothing; fi # 137: killed, as who watched it
+    elif [ -e group ]; then echo 137; else echo nothing; fi # 137: killed, like its supervisor
 }
 
 begin() { # COMMAND
@@ -57,7 +57,7 @@ begin() { # COMMAND
     for _ in {1..100}; do [ ! -s process ] || break; sleep 0.1; done
 }
 
-ended() { # SECONDS: waits for it
+ended() { # SECONDS: waits so long for its end
     local deadline=$((SECONDS + $1))
     while alive && [ $SECONDS -le $deadline ]; do sleep 0.2; done
 }
@@ -76,12 +76,12 @@ install() { # EXTRAS
     find vit_jax experiments benchmarks -type f ! -name '*.so' -delete 2>/dev/null || true
     tar -xzf ~/vit_jax.tgz
     if [ ! -x .venv/bin/python ] && ! command -v python3.1{1..4} >/dev/null; then
-        # Ubuntu 22.04, that of the TPUs' runtimes, has 3.10.
+        # Ubuntu 22.04, the system of TPU runtimes, has Python 3.10.
         uv=$(grep '^uv==' constraints.txt)
         python3 -m pip install --quiet --user "$uv"
         PATH=$HOME/.local/bin:$PATH uv python install 3.11
     fi
-    if [ ! -e /usr/include/jpeglib.h ]; then # for fast JPEGs; without it Pillow decodes them
+    if [ ! -e /usr/include/jpeglib.h ]; then # for fast JPEG decoding; else Pillow decodes
         sudo -n apt-get -o DPkg::Lock::Timeout=300 install -y gcc libjpeg-dev || true
     fi
     PATH=$HOME/.local/bin:$PATH bash launch.sh setup "$1"
@@ -93,7 +93,7 @@ case $1 in
 setup) install "$2" ;;
 start) begin "${@:2}" ;;
 read)
-    now=$(state) # before the log is read, so that the last words are not missed
+    now=$(state) # before the log is read, so that its end is not missed
     [ ! -e log ] || tail -c "+$(($2 + 1))" log
     printf '\n@%s' "$now"
     ;;
