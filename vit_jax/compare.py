@@ -21,7 +21,7 @@ from vit_jax.io.text import number, printable
 from vit_jax.run import history, workdir
 
 LEAST = 5  # lines in a window
-SIGMAS = 4.0  # exceeded by chance in one window of 16,000
+SIGMAS = 4.0  # exceeded by chance in one window out of 16,000
 
 
 class Parting(NamedTuple):

@@ -1,7 +1,7 @@
 """Facts of a run's start besides its config, data and settings of JAX, stored in facts.json.
 
 A resumed run equals an uninterrupted one only with the same examples in the same order, the same
-names of classes and the same random numbers. Other versions, devices and XLA flags change rounding.
+names of labels and the same random numbers. Other versions, devices and XLA flags change rounding.
 """
 
 import os
