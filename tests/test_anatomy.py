@@ -98,6 +98,7 @@ def figures(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_drawn(tmp_path):
     for i in range(2):
         pixels = RNG.integers(0, 255, (40, 60, 3), np.uint8)

@@ -66,6 +66,7 @@ def command(*args):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_says_what_differs_and_draws_it(tmp_path):
     a, b = curves(2000, 0.5)
     written(tmp_path / 'a', a, 0.001, 'one')

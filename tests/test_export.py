@@ -137,6 +137,7 @@ def by_view(model, params, images, view='central', size=SIZE):
     return np.asarray(jax.nn.softmax(logits.astype(np.float32)))
 
 
+@pytest.mark.slow
 def test_it_gives_what_predict_gives_where_there_is_only_jax(checkpoint, photographs, tmp_path):
     """To 1e-5 on images of the model's size: the pixels are the same."""
     file, view = tmp_path / 'model.jaxexport', augment.resize
@@ -353,6 +354,7 @@ def test_its_blocks_are_a_loop_wherever_it_is_made(name, monkeypatch):
     assert loops() == here == 1 + loops(unroll=3)
 
 
+@pytest.mark.slow
 def test_the_compiler_of_tpus_takes_it():
     """As it is in the file, which is for other platforms, too."""
     pytest.importorskip('libtpu')

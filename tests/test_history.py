@@ -98,6 +98,7 @@ def test_the_best_checkpoint_outlives_damage(lost, stopped, folder, tmp_path, ca
 @pytest.mark.parametrize('kept, best', [
     ('4', 4), ('12', 12), ('best', 4), (None, 12),
 ])
+@pytest.mark.slow
 def test_a_checkpoint_by_its_name(kept, best, folder, tmp_path_factory, capsys):
     path = finished(folder, tmp_path_factory)
     name = f'{path}@{kept}' if kept else str(path)
@@ -152,6 +153,7 @@ class Killed(Exception):
 @pytest.mark.parametrize('owner, name', [
     (report.Report, 'evaluation'), (checkpoint.Checkpoints, 'score')
 ])
+@pytest.mark.slow
 def test_a_kill_beside_an_evaluation_costs_no_score(owner, name, folder, tmp_path, monkeypatch):
     run(folder, tmp_path / 'whole', *FIRST)
 

@@ -441,6 +441,7 @@ DIFFERENCES = {
 @pytest.mark.parametrize('key', [
     'data.class_names', *(pytest.param(k, marks=pytest.mark.slow) for k in list(DIFFERENCES)[1:]),
 ])
+@pytest.mark.slow
 def test_processes_whose_data_differ_end_before_they_train(key, tmp_path):
     cwd = copies(tmp_path, None, None, DIFFERENCES[key])
     workdir = tmp_path / 'run'

@@ -223,6 +223,7 @@ def shuffled(folder, path, split, own, kind='parquet'):
     return kinds.write(kind, path, rows, own, split)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_a_kept_head_see_the_classes_of_their_names(pretrained, tmp_path):
     checkpoint, folder = pretrained
     own = ['cat', 'ant', 'bee']

@@ -59,6 +59,7 @@ def test_it_shows_what_the_step_trains_on(tmp_path):
         assert abs(trained - unmixed) > 1e-3 * trained
 
 
+@pytest.mark.slow
 def test_the_command_names_each_example_and_draws_it(tmp_path):
     folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 1})
     experiment, picture = f'{launched.TINY}:{folder}', tmp_path / 'batch.png'

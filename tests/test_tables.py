@@ -224,6 +224,7 @@ def test_check_is_the_exit_status(tmp_path):
     assert command(*args, '--check', cwd=root).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_neither_data_nor_checkpoint(tmp_path):
     root = tables.EXPERIMENTS.parent
     run = command('vit_jax.main', '--config', 'experiments/finetune.py:cifar100,h/14', '--workdir',

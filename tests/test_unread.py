@@ -118,6 +118,7 @@ def dangling(folder):
     pytest.param('val', deleted, 0, marks=pytest.mark.slow),
     pytest.param('val', dangling, 1, marks=pytest.mark.slow),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_images_that_go_away_lose_nothing_that_was_trained(part, loss, workers, tmp_path):
     folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 8})
     every = 3 if part == 'val' else 0
