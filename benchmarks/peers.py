@@ -48,8 +48,15 @@ class PlainVit(nn.Module):
 
     like: nn.Module  # a model of this package, for sizes and normalisation
 
+    mean = property(lambda self: self.like.mean)
+    std = property(lambda self: self.like.std)
+    num_classes = property(lambda self: self.like.num_classes)
+
     def normalise(self, images):
         return self.like.normalise(images)
+
+    def flops(self, image_shape):
+        return self.like.flops(image_shape)
 
     @nn.compact
     def __call__(self, images, *, train=False):
