@@ -73,8 +73,8 @@ def check_page(page, workdir, result):
     assert 'class=bad>FAIL' in page  # 120 steps are not enough for what the recipe expects
     model, params = vit_jax.load(workdir, ema=True)
     images = sources.load(name='digits', split='test', data_dir=workdir.parent / 'tfds').records
-    labels = [int(images[i][1]) for i in range(len(images))]
-    pixels = np.stack([np.array(Image.open(io.BytesIO(images[i][0])).convert('RGB'))
+    labels = [int(images[i]['label']) for i in range(len(images))]
+    pixels = np.stack([np.array(Image.open(io.BytesIO(images[i]['image'])).convert('RGB'))
                        for i in range(len(images))])  # fmt: skip
     logits, _ = model.apply({'params': params}, model.normalise(pixels))
     counts = confusion_matrix(labels, np.argmax(logits, axis=1))

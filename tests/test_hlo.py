@@ -132,7 +132,11 @@ def forward(model, image, batch):
     params = step.abstract_state(classifier(model, image), tx, mesh).params
     split = jax.NamedSharding(mesh, sharding.BATCH)
     images = jax.ShapeDtypeStruct((batch, *image), jnp.uint8, sharding=split)
-    run = sharding.on(mesh, lambda params, images: model.apply({'params': params}, images)[0])
+
+    def logits(params, images):
+        return model.apply({'params': params}, model.normalise(images))[0]
+
+    run = sharding.on(mesh, logits)
     return jax.jit(run).lower(params, images).compile().as_text()
 
 

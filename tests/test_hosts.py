@@ -391,14 +391,34 @@ def test_an_unreadable_image_ends_all_and_loses_nothing(tmp_path):
     launched.assert_same_bits(launched.state(workdir, 11), launched.state(whole, 11))
 
 
+WAITS = """
+import os, time
+from functools import partial
+from vit_jax.data import tasks
+
+def waits(source, *, view, image_size, gate):
+    task = tasks.classify(source, view=view, image_size=image_size)
+    return task._replace(read=partial(read, own=task.read, gate=gate))
+
+def read(record, rng, *, own, gate):
+    '''For ever, where the gate is there and holds the bytes of this image.'''
+    while os.path.exists(gate) and open(gate, 'rb').read() == record['image']:
+        time.sleep(0.1)
+    return own(record, rng)
+"""
+
+
 @pytest.mark.slow
 def test_a_process_that_waits_for_its_data_is_named(tmp_path):
     folder = launched.write_images(tmp_path / 'images', {'train': 30, 'val': 2})
-    os.mkfifo(tmp_path / 'pipe')  # no one will ever write to it
-    flags = ('--config.steps=6000', '--config.checkpoint.every=0', '--peer_timeout=10')
+    task, gate = tmp_path / 'waits.py', tmp_path / 'gate'
+    task.write_text(WAITS)
+    flags = ('--config.steps=6000', '--config.checkpoint.every=0', '--peer_timeout=10',
+             f'--config.data.task={task}:waits', f'--config.data.gate={gate}')  # fmt: skip
     with Run(folder, tmp_path / 'run', 2, 1, *flags) as run:
         run.wait_for(lambda: launched.last_step(tmp_path / 'run') >= 3)
-        os.replace(tmp_path / 'pipe', folder / 'train' / 'bee' / '7.png')
+        shutil.copy(folder / 'train' / 'bee' / '7.png', tmp_path / 'part')
+        os.replace(tmp_path / 'part', gate)
         assert run.ended() == {0: 4, 1: 4}, run.says()
         for i in range(2):
             (error,) = run.errors(i)

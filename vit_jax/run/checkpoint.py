@@ -110,7 +110,9 @@ class Checkpoints:
         except Exception as e:
             if not kind:
                 raise
-            print(printable(e), file=sys.stderr, flush=True)  # in addition to the block's error
+            told = str(exception[0])  # the block's error, which may have the same reason
+            if not any(os.strerror(n) in told and os.strerror(n) in str(e) for n in REFUSALS):
+                print(printable(e), file=sys.stderr, flush=True)
 
     def steps(self):
         """Steps of the checkpoints, ascending."""

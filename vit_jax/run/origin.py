@@ -62,6 +62,13 @@ def settle(path, parts, now, begun, *, allow_change):
         known = workdir.read_names(path / f'{kind}.json')
         if known is not None and known != list(names):
             told[kind] = difference(known, list(names))
+            outputs = getattr(parts.model, f'num_{kind}', None)  # of a head: num_classes
+            if len(known) != len(names) == outputs:
+                raise UserError(
+                    f'the {kind} differ from those that {path} was begun with: {told[kind]}. Its '
+                    f'head has {len(known)} outputs; name another workdir, and '
+                    f'--config.init_from={path} to begin from what is trained'
+                )
     if (told or any(meaning for *_, meaning in changes)) and not allow_change:
         table = [workdir.table(changes)] if changes else []
         raise UserError(
