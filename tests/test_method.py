@@ -121,6 +121,7 @@ def test_its_settings_are_checked_as_all_others(folder):
         ('objective.noise', -1, 'objective.noise is -1'),
         ('data.lenght', 1, 'valid key is .*length'),
         ('evals.val.k', 1, 'unknown key evals.val.k'),
+        ('evals.val.image_size', 9, 'evals.val.image_size is 9, data.image_size 8: '),
         ('checkpoint.best', 'val/accuracy', 'no metric of the evals; there are val/'),
         ('objective.name', f'{FILE}:no', 'has no function no'),
         ('objective.name', 'nosuch', "is 'nosuch'; there are supervised, and your own as FILE.py"),

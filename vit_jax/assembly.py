@@ -10,6 +10,7 @@ from vit_jax.convert import load as weights
 from vit_jax.data import mixture, sources, tasks
 from vit_jax.data.readers import names
 from vit_jax.errors import UserError, choices
+from vit_jax.io.text import brief
 from vit_jax.objectives import Examples, Objective
 from vit_jax.run import workdir
 
@@ -102,13 +103,14 @@ def check_evaluations(config, objective, spec, params):
         size = (*tasks.size_of(settings.image_size), image.shape[-1])
         if size == image.shape:
             continue
-        images = jax.ShapeDtypeStruct((1, *size), image.dtype)
+        resized = spec | {'image': jax.ShapeDtypeStruct(size, image.dtype)}
         try:
-            jax.eval_shape(objective.predict, params, {'image': images})
-        except UserError as e:
+            jax.eval_shape(objective.predict, params, evaluators.one_example(resized))
+        except (UserError, TypeError, ValueError) as e:  # the last two where shapes do not fit
             raise UserError(
                 f'config evals.{name}.image_size is {settings.image_size}, data.image_size '
-                f'{config.data.image_size}: {e} (python -m vit_jax.evaluate resizes positions)'
+                f'{config.data.image_size}: {brief(e)} (python -m vit_jax.evaluate resizes '
+                'positions)'
             ) from e
 
 

@@ -38,10 +38,24 @@ class Subject(NamedTuple):
     settings: dict
 
 
-def subject(objective, params, spec, mesh, names):
-    """Makes the Subject of an objective, for parameters (or their shapes) and an example's spec."""
+def one_example(spec):
+    """Shapes of a batch of one example of a spec {name: ShapeDtypeStruct}."""
     batch = {k: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for k, x in spec.items()}
-    outputs = jax.eval_shape(objective.predict, params, batch)
+    marks = {'mask': np.float32, 'id': np.int32}
+    return batch | {k: jax.ShapeDtypeStruct((1,), dtype) for k, dtype in marks.items()}
+
+
+def subject(objective, params, spec, mesh, names):
+    """Makes the Subject of an objective.
+
+    Args:
+      objective: what was trained, an objectives.Objective.
+      params: its parameters, or their shapes.
+      spec: {name: ShapeDtypeStruct} of one example.
+      mesh: where batches and parameters lie.
+      names: names of what is numbered, {'classes': (...)}.
+    """
+    outputs = jax.eval_shape(objective.predict, params, one_example(spec))
     return Subject(objective.predict, mesh, outputs, names, objective.settings)
 
 

@@ -119,7 +119,7 @@ def opened(file):
 
 
 class Rows:
-    """Examples (image bytes, label) in parquet or arrow files; picklable, thread-safe.
+    """Records {'image': bytes, 'label': ...} in parquet or arrow files; picklable, thread-safe.
 
     A label is an int, or int32 [L] padded with -1 if the column has lists. The column of labels is
     read at once, that of images by row groups.

@@ -1,6 +1,5 @@
 """Examples that are byte ranges of files, local or at an address, and indices of them."""
 
-import collections
 import concurrent.futures
 import contextlib
 import json
@@ -24,7 +23,7 @@ ATTEMPTS = 4  # to read from an address, one, two and four seconds apart
 SLACK = 2**20  # bytes by which an index may be larger than its file
 
 
-class Ranges:
+class Ranges(records.OpenFiles):
     """Byte ranges of many files (paths or addresses); picklable, thread-safe.
 
     File k has examples ends[k - 1] to ends[k]; example i is `sizes[i]` bytes at `offsets[i]`. Only
@@ -36,27 +35,8 @@ class Ranges:
         self.offsets, self.sizes = offsets, sizes
         self.close()
 
-    def close(self):
-        """Closes all files; the next example opens one again."""
-        self.readers, self.lock = collections.OrderedDict(), threading.Lock()
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ('readers', 'lock')}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self.close()
-
     def __len__(self):
         return len(self.offsets)
-
-    def locate(self, i):
-        """(index of the file, position in it) of example i; raises IndexError."""
-        i = int(i)
-        if not 0 <= i < len(self):
-            raise IndexError(f'no example {i} among {len(self)}')
-        k = int(np.searchsorted(self.ends, i, side='right'))
-        return k, i - (int(self.ends[k - 1]) if k else 0)
 
     def name(self, i):
         k, position = self.locate(i)

@@ -162,13 +162,39 @@ def wrong_shard(shard, seen):
     return None
 
 
-class Records:
-    """One split of a prepared folder (a path or an address) at any index: (bytes, label).
+class OpenFiles:
+    """Examples in several files, of which some stay open; thread-safe.
+
+    Pickled without the open files: another process opens them again. `ends` int64 [files] counts
+    the examples up to the end of each file, `readers` are the open files by index, under `lock`.
+    """
+
+    def close(self):
+        """Closes all files; the next example opens one again."""
+        self.readers, self.lock = collections.OrderedDict(), threading.Lock()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ('readers', 'lock')}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.close()
+
+    def locate(self, i):
+        """(index of the file, position in it) of example i; raises IndexError."""
+        i = int(i)
+        if not 0 <= i < len(self):
+            raise IndexError(f'no example {i} among {len(self)}')
+        k = int(np.searchsorted(self.ends, i, side='right'))
+        return k, i - (int(self.ends[k - 1]) if k else 0)
+
+
+class Records(OpenFiles):
+    """Records {'image': bytes, 'label': ...} of one split of a prepared folder, or an address.
 
     A label is an int if the data set has one per image, else int32 [max_labels], padded with -1.
-    Picklable: another process reopens the files. Thread-safe. Memory is proportional to the number
-    of shards, not of examples. A shard at an address is downloaded when its first record is read,
-    and kept in the cache.
+    Memory is proportional to the number of shards, not of examples. A shard at an address is
+    downloaded when its first record is read, and kept in the cache.
     """
 
     def __init__(self, folder, split='train', *, manifest=None):
@@ -185,27 +211,8 @@ class Records:
         self.ends = np.cumsum(np.array([shard['examples'] for shard in shards], np.int64))
         self.close()
 
-    def close(self):
-        """Closes all shards; the next record opens one again."""
-        self.readers, self.lock = collections.OrderedDict(), threading.Lock()
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ('readers', 'lock')}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self.close()
-
     def __len__(self):
         return int(self.ends[-1])
-
-    def locate(self, i):
-        """(index of the shard, position in it) of example i; raises IndexError."""
-        i = int(i)
-        if not 0 <= i < len(self):
-            raise IndexError(f'no example {i} among {len(self)}')
-        k = int(np.searchsorted(self.ends, i, side='right'))
-        return k, i - (int(self.ends[k - 1]) if k else 0)
 
     def read(self, i):
         """(bytes, labels, name) of example i; raises UserError with the shard if it is damaged."""

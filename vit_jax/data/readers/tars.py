@@ -1,4 +1,4 @@
-"""WebDataset's tar shards at any index: (image bytes, label).
+"""WebDataset's tar shards at any index: {'image': bytes, 'label': ...}.
 
 The index has the places of the images, and their labels. It is built once, from the headers and
 labels alone, and stored as NAME.tar.index.npz beside the shard, or in the cache where that can't be

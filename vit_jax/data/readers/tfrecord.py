@@ -76,7 +76,7 @@ def scan(stream, file, size):
 
 
 class TfRecords(ranges.Ranges):
-    """(image bytes, label) of some records of files: of each file, `take` after the first `skip`.
+    """Images and labels in TFRecord files: of each file, `take` records after the first `skip`.
 
     `counts` are the numbers of records that the files should have.
     """
