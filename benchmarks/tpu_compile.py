@@ -71,7 +71,9 @@ def lowered(model, peer, mesh):
         return advance.lower(abstract, batch, {})
     placed = jax.NamedSharding(mesh, sharding.BATCH)
     images = jax.ShapeDtypeStruct((size, *shape), jnp.uint8, sharding=placed)
-    forward = sharding.on(mesh, lambda params, images: model.apply({'params': params}, images)[0])
+    forward = sharding.with_mesh(
+        mesh, lambda params, images: model.apply({'params': params}, images)[0]
+    )
     return jax.jit(forward, out_shardings=placed).lower(abstract.params, images)
 
 

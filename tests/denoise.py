@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vit_jax import evaluators, sharding
 from vit_jax.data import images, mixture, pipeline, tasks
 from vit_jax.io.bounds import NonNegative, Positive, Rate, Size
-from vit_jax.models.layers import by_example
+from vit_jax.models.layers import shard_batch
 from vit_jax.objectives import Objective
 
 METRICS = {'loss': 'min', 'error': 'min', 'agreement': 'min'}
@@ -78,15 +78,15 @@ def denoise(
 
     def restored(params, flat, name):
         code = jnp.tanh(flat @ params['encode']['kernel'] + params['encode']['bias'])
-        code = by_example(code + params['letters'][name.astype(int)].mean(axis=1))  # [B, D]
+        code = shard_batch(code + params['letters'][name.astype(int)].mean(axis=1))  # [B, D]
         return code @ params['decode']['kernel'] + params['decode']['bias'], code
 
     def flat(batch):
-        return by_example(batch['image'].reshape(len(batch['image']), -1) / 255 - 0.5)
+        return shard_batch(batch['image'].reshape(len(batch['image']), -1) / 255 - 0.5)
 
     def loss(params, extra, frozen, batch, key, step):
         clean, mask = flat(batch), batch['mask'].astype(jnp.float32)
-        noisy = by_example(clean + noise * jax.random.normal(key, clean.shape))
+        noisy = shard_batch(clean + noise * jax.random.normal(key, clean.shape))
         made, code = restored(params, noisy, batch['name'])
         target, _ = restored(extra['teacher'], clean, batch['name'])
         look = frozen['look']['kernel']
@@ -135,8 +135,10 @@ class restoration:
 
         self.step = evaluators.compiled(sums, self.mesh)
 
-    def __call__(self, params, stop=None, at=lambda phase: None, advance=lambda images: None):
-        total = evaluators.totals(self.step, self.feed, params, self.mesh, stop, at, advance)
+    def __call__(
+        self, params, stop=None, set_phase=lambda phase: None, advance=lambda images: None
+    ):
+        total = evaluators.totals(self.step, self.feed, params, self.mesh, stop, set_phase, advance)
         return total and {
             'error': float(total['error'] / total['examples']), 'examples': int(total['examples'])
         }  # fmt: skip

@@ -90,7 +90,7 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
     grad, places = jax.value_and_grad(loss), {}
     if mesh:
         mesh = sharding.make_mesh(**mesh)
-        grad = sharding.on(mesh, grad)
+        grad = sharding.with_mesh(mesh, grad)
         specs = jax.sharding.PartitionSpec(), sharding.BATCH
         places = dict(in_shardings=tuple(jax.sharding.NamedSharding(mesh, s) for s in specs))
     found = jax.jit(grad, **places)(params, images)
@@ -221,7 +221,7 @@ def test_the_tpus_compiler_takes_the_kernel_and_its_bytes_are_counted(
             lambda x: attention.pallas(x.reshape(shape), bias).astype(jnp.float32).sum()
         )(qkv)  # fmt: skip
 
-    text = jax.jit(sharding.on(mesh, gradient)).lower(qkv).compile().as_text()
+    text = jax.jit(sharding.with_mesh(mesh, gradient)).lower(qkv).compile().as_text()
     # Forward, whose result nobody reads, is left out; backward has 3 D and D in, and 3 D out, and
     # the bias's gradient by image.
     lanes = -(-3 * width // 128) * 128

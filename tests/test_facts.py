@@ -87,7 +87,7 @@ class Soon(Stop):
 
 def run(folder, path, stop=None, steps=60, **options):
     pairs = [('steps', str(steps)), ('evals.val.batch_size', '8')]
-    with workdir.held(str(path)) as path:
+    with workdir.lock_workdir(str(path)) as path:
         settings = config.load(f'{launched.TINY}:{folder}', pairs)
         return train.train(settings, path, Stop() if stop is None else stop, **options)
 

@@ -136,7 +136,7 @@ def forward(model, image, batch):
     def logits(params, images):
         return model.apply({'params': params}, model.normalise(images))[0]
 
-    run = sharding.on(mesh, logits)
+    run = sharding.with_mesh(mesh, logits)
     return jax.jit(run).lower(params, images).compile().as_text()
 
 

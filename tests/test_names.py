@@ -208,7 +208,7 @@ def pretrained(tmp_path_factory):
 
 def run(file, path, *overrides):
     pairs = [('evals.val.batch_size', '8'), *(o.split('=', 1) for o in overrides)]
-    with workdir.held(str(path)) as path:
+    with workdir.lock_workdir(str(path)) as path:
         begun = workdir.read_json(path / 'config.json')
         assert train.train(config.load(file, pairs, begun), path, Stop())['steps']
     return path

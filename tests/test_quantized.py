@@ -187,7 +187,7 @@ def gradients(model, params, mesh=None, parts=1):
     def run(params, batch):
         return step.accumulated(grad, params, batch, jax.random.key(0), parts)[2]
 
-    found = jax.jit(sharding.on(mesh, run), in_shardings=(places, None))(
+    found = jax.jit(sharding.with_mesh(mesh, run), in_shardings=(places, None))(
         params, sharding.put(batch, mesh)
     )
     return jax.device_get(found)

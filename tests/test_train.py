@@ -38,7 +38,7 @@ def run(folder, path, *overrides, stop=None, **options):
     fixed = ('steps=12', 'evals.val.batch_size=8', 'evals.val.every=4', 'checkpoint.every=4')
     pairs = [o.split('=', 1) for o in fixed + overrides]
     stop = Stop() if stop is None else stop
-    with workdir.held(str(path)) as path:
+    with workdir.lock_workdir(str(path)) as path:
         return train.train(config.load(f'{launched.TINY}:{folder}', pairs), path, stop, **options)
 
 

@@ -88,7 +88,7 @@ def test_other_processes_get_every_batch_of_an_evaluation(source):
     stop.shared = True
     bad = sources.Source(Records(source, OSError('gone')), source.classes)
     feed = feeds.examples(bad, view='resize', image_size=8, batch_size=2, threads=1, stop=stop)
-    batches = [(stop.within(batch), stop.trouble) for batch in feed]
+    batches = [(stop.add_vote(batch), stop.trouble) for batch in feed]
     assert [trouble is not None for _, trouble in batches] == [False, False, True, True, True]
     assert isinstance(stop.trouble, UserError) and 'shard[4]' in str(stop.trouble)
     for batch, trouble in batches:

@@ -105,13 +105,13 @@ def run(overrides, stop):
             COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=START.value
         )
         hosts.expect(where, EXPECT_PROCESSES.value)
-        with hosts.joined(where, hosts.facts(settings), **limits) as (at, agree):
+        with hosts.joined(where, hosts.facts(settings), **limits) as (set_phase, agree):
             hosts.expect_devices(EXPECT_DEVICES.value)
             stop.shared = where is not None
-            with workdir.held(WORKDIR.value) as path:
+            with workdir.lock_workdir(WORKDIR.value) as path:
                 try:
                     result = train.train(
-                        settings, path, stop, at, agree, allow_config_change=ALLOW.value,
+                        settings, path, stop, set_phase, agree, allow_config_change=ALLOW.value,
                         profile=PROFILE.value,
                     )  # fmt: skip
                 except report.NotFinite as e:  # raised at the same step in all processes

@@ -197,7 +197,7 @@ def put(batch, mesh):
     return {k: array(v) for k, v in batch.items()}
 
 
-def on(mesh, function):
+def with_mesh(mesh, function):
     """Wraps a function to be traced with a mesh set, by which models shard their activations."""
 
     @functools.wraps(function)

@@ -138,7 +138,7 @@ def compiled(objective, tx, abstract, mesh, *, seed=0, accumulate=1):
     places = sharding.places(abstract)
     advance = partial(train_step, objective=objective, tx=tx, seed=seed, accumulate=accumulate)
     return jax.jit(
-        sharding.on(mesh, advance),
+        sharding.with_mesh(mesh, advance),
         donate_argnums=0,
         in_shardings=(
             places,

@@ -14,7 +14,7 @@ from vit_jax.run.checkpoint import Checkpoints
 
 
 def train(
-    config, path, stop, at=lambda phase: None, agree=lambda facts: None, *,
+    config, path, stop, set_phase=lambda phase: None, agree=lambda facts: None, *,
     allow_config_change=False, profile=None,
 ):  # fmt: skip
     """Trains in the folder `path` to the last step, or until `stop` is true.
@@ -25,7 +25,7 @@ def train(
       config: a config that `config.complete` returned.
       path: workdir of the run.
       stop: distributed.stop.Stop.
-      at: called with the name of each phase as it begins, see hosts.joined.
+      set_phase: called with the name of each phase as it begins, see hosts.joined.
       agree: called with the facts of the data, which must be equal in all processes.
       allow_config_change: resume even if config or data differ from those of the run's start.
       profile: steps to trace, as STEP:COUNT. None: none.
@@ -33,7 +33,7 @@ def train(
     Returns:
       The contents of result.json; None if stopped.
     """
-    at('start')
+    set_phase('start')
     first = jax.process_index() == 0
     with Checkpoints(path, **config.checkpoint) as checkpoints:
         begun = bool(checkpoints.steps())
@@ -48,7 +48,7 @@ def train(
             print(f'{printable(path)} is finished: {parts.steps} steps are done.', flush=True)
             return result
         changes += origin.settle(path, parts, facts, begun, allow_change=allow_config_change)
-        at('restore')
+        set_phase('restore')
         state, account = checkpoints.resume(parts.abstract), None
         if state is None:
             state, account = assembly.first_state(config, parts)
@@ -63,7 +63,7 @@ def train(
                 log.say(f'what has changed since the run was begun:\n{workdir.table(changes)}')
             tracer = profiling.Profile(profile, path, parts.steps, start, log.say)
             with contextlib.closing(tracer):
-                loop(config, parts, state, stop, at, checkpoints, log, tracer)
+                loop(config, parts, state, stop, set_phase, checkpoints, log, tracer)
             if stop:
                 return None
             result = log.result()
@@ -77,7 +77,7 @@ def train(
             return result
 
 
-def loop(config, parts, state, stop, at, checkpoints, log, tracer):
+def loop(config, parts, state, stop, set_phase, checkpoints, log, tracer):
     """Trains from `state` to the last step, or to the next step after `stop` becomes true."""
     data = configs.settings_of(config.data, pipeline.batches)
     frozen = step.frozen(parts.objective, parts.mesh)
@@ -87,7 +87,7 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
     )  # fmt: skip
 
     def save():
-        at(f'save, of step {n}')
+        set_phase(f'save, of step {n}')
         log.sync()  # raises NotFinite, so that a non-finite state is never saved
         checkpoints.save(n, state, log.history(config.checkpoint.best))
 
@@ -109,7 +109,7 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
             if due and name not in log.evaluated(n, parts.evals) and not stop:
                 log.sync()
                 with saved(), log.pause():
-                    metrics = evaluation(optim.averaged(state), stop, at)
+                    metrics = evaluation(optim.averaged(state), stop, set_phase)
                 if metrics is not None:
                     # If the run is killed in between, the line is missing and the evaluation runs
                     # again.
@@ -120,19 +120,19 @@ def loop(config, parts, state, stop, at, checkpoints, log, tracer):
     rows = sharding.rows(data['batch_size'], parts.mesh)
     feed = pipeline.batches(parts.source, parts.task, config.seed, n, rows, **data)
     if stop.shared:
-        feed = pipeline.foreseen(itertools.islice(feed, parts.steps - n), stop)
+        feed = pipeline.read_ahead(itertools.islice(feed, parts.steps - n), stop)
     try:
         evaluate()  # in case the run ended between a save and its evaluation
         while n < parts.steps and not stop:
-            at(f'step {n + 1}, waiting for data')
+            set_phase(f'step {n + 1}, waiting for data')
             try:
                 with saved(), log.waiting():
                     batch = next(feed)
             except StopIteration:  # among several processes: stop.trouble ended the feed
                 raise stop.trouble from None
-            at(f'step {n + 1}' if n > begun else 'compile, of the step')
+            set_phase(f'step {n + 1}' if n > begun else 'compile, of the step')
             with tracer.step(n + 1):
-                batch = sharding.put(stop.within(batch), parts.mesh)
+                batch = sharding.put(stop.add_vote(batch), parts.mesh)
                 state, metrics = advance(state, batch, frozen)
             n += 1
             log.write(n, metrics)

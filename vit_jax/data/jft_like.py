@@ -28,7 +28,7 @@ from PIL import Image
 from vit_jax import cli
 from vit_jax.data import memory
 from vit_jax.data.readers import example, names, records, splits
-from vit_jax.data.workers import deaf, end_with_parent
+from vit_jax.data.workers import end_with_parent, ignore_signals
 from vit_jax.errors import UserError
 
 COLOURS = {
@@ -275,7 +275,7 @@ def make(
         workers, mp_context=context, initializer=end_with_parent
     ) as pool:
         work = plan(drawn, shard_examples)
-        with deaf():
+        with ignore_signals():
             jobs = [(split, pool.submit(write, dst, drawn[split], *rest)) for split, *rest in work]
         try:
             for done, (split, job) in enumerate(jobs):

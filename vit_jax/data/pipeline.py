@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from vit_jax.data.reading import example, unbroken, usable
+from vit_jax.data.reading import example, skip_unreadable, unbroken
 from vit_jax.data.workers import prefetched
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Positive, Prefetch, Rate, Threads, Workers
@@ -121,7 +121,7 @@ def batches(
     data = grain.MapDataset.range(start, sys.maxsize).map(make)
     if workers is None:
         workers = min(cores() // 4, 16) if cores() > 4 else 0
-    return usable(stream(data, threads, workers, prefetch), source, tolerance)
+    return skip_unreadable(stream(data, threads, workers, prefetch), source, tolerance)
 
 
 def training_batch(step, *, source, task, seed, batch_size, repeats, rows):
@@ -185,7 +185,7 @@ def examples(
     make = partial(evaluation_batch, source=source, task=task, batch_size=batch_size, rows=rows)
     count = -(-len(source) // batch_size)
     data = grain.MapDataset.range(count).map(make)
-    feed = usable(stream(data, threads, workers, prefetch), source, tolerance)
+    feed = skip_unreadable(stream(data, threads, workers, prefetch), source, tolerance)
     if stop is None or not stop.shared:
         return feed
     return unbroken(feed, blank(task, len(rows)), count, stop)
@@ -227,7 +227,7 @@ def stream(data, threads, workers, prefetch):
     return prefetched(data, workers) if workers else iter(data)
 
 
-def foreseen(feed, stop, ahead=2):
+def read_ahead(feed, stop, ahead=2):
     """Yields the batches of `feed`; sets `stop.trouble` to an error up to `ahead` batches early.
 
     A process that ended at once would be missing in the step that the others have begun. They read

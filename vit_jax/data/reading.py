@@ -45,7 +45,7 @@ def why(error):
     return reason if isinstance(error, OSError) or name == reason else f'{name}: {reason}'
 
 
-def usable(feed, source, tolerance):
+def skip_unreadable(feed, source, tolerance):
     """Yields batches; UserError once the unusable share of the data set is above the tolerance."""
     bad = set()
     for batch in feed:

@@ -22,7 +22,7 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 @contextlib.contextmanager
-def deaf():
+def ignore_signals():
     """Blocks SIGNALS, which go to the whole group, in threads and processes started in the block.
 
     They inherit the signal mask of this thread, so there is no moment at which a signal reaches
@@ -37,7 +37,7 @@ def deaf():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def deafly(call):
+def call_ignoring_signals(call):
     """Runs a call in a thread that blocks signals; this thread handles them while it waits."""
     result = Future()
 
@@ -47,7 +47,7 @@ def deafly(call):
         except BaseException as e:
             result.set_exception(e)
 
-    with deaf():
+    with ignore_signals():
         threading.Thread(target=work, daemon=True).start()
     return result.result()
 
@@ -86,7 +86,8 @@ def begin_worker(index, count, *, prefix):
 def watched(feed):
     """Yields the elements of `feed`; raises UserError if one of its worker processes has died."""
     others = set(multiprocessing.active_children())
-    take, workers = partial(deafly, partial(next, feed)), []  # the first call starts the workers
+    take = partial(call_ignoring_signals, partial(next, feed))  # the first call starts the workers
+    workers = []
     # At exit Python sends SIGTERM to the workers that Grain leaves, which ignore it, and waits.
     at_exit = util.Finalize(None, end, args=(workers,), exitpriority=0)
     try:

@@ -74,8 +74,9 @@ def joined(place, facts, *, timeout, start_timeout):
       start_timeout: the same for a process that the others wait for in one of the phases LONG.
 
     Yields:
-      (at, agree), which all processes call in the same order: at(phase) as a phase begins, and
-      agree(facts), which raises UserError in all of them if one has other facts than process 0.
+      (set_phase, agree), which all processes call in the same order: set_phase(phase) as a phase
+      begins, and agree(facts), which raises UserError in all of them if one has other facts than
+      process 0.
 
     Raises:
       Lost, UserError: before the block.
@@ -95,7 +96,7 @@ def joined(place, facts, *, timeout, start_timeout):
         )  # fmt: skip
         watch.begin(distributed.global_state.client)
     try:
-        yield watch.at, watch.agree
+        yield watch.set_phase, watch.agree
     except BaseException as e:
         watch.leave(e)
     watch.end()
@@ -116,7 +117,7 @@ class Watch:
         self.kept = ctypes.CFUNCTYPE(None, ctypes.c_int)(self.aborted)
         ctypes.CDLL(None).signal(signal.SIGABRT, self.kept)
 
-    def at(self, phase):
+    def set_phase(self, phase):
         """Records that this process begins a phase, and reports a LONG one at once."""
         self.mine |= {'moves': self.mine['moves'] + 1, 'phase': phase}
         if phase.startswith(LONG):
@@ -132,7 +133,7 @@ class Watch:
 
     def agree(self, facts):
         """Raises UserError in all processes if one has other facts than process 0."""
-        self.at('start, data compared')
+        self.set_phase('start, data compared')
         self.put(FACTS, {'host': self.mine['host'], 'facts': facts})
         self.client.wait_at_barrier('vit_jax/agree', 1000 * self.start_timeout)
         found = self.all(FACTS)
@@ -287,7 +288,7 @@ class Watch:
 
     def end(self):
         """Waits until all processes have reached the end, and shuts down."""
-        self.at('end')
+        self.set_phase('end')
         self.client.wait_at_barrier('vit_jax/end', 1000 * self.start_timeout)
         self.over = True
         jax.distributed.shutdown()

@@ -20,19 +20,19 @@ class Stop:
         self.signum = None
         self.shared = False  # whether the run has several processes
         self.agreed = False
-        self.trouble = None  # an exception of the data a few batches ahead, see pipeline.foreseen
+        self.trouble = None  # an exception of the data a few batches ahead, see pipeline.read_ahead
 
     def __bool__(self):
         return self.agreed if self.shared else self.signum is not None
 
-    def within(self, batch):
+    def add_vote(self, batch):
         """Adds this process's vote to a batch if the run has several processes."""
         if not self.shared:
             return batch
         wish = self.signum is not None or self.trouble is not None
         return batch | {'stop': np.full(len(batch['mask']), wish, np.float32)}
 
-    def hear(self, sums):
+    def read_votes(self, sums):
         """Removes the sum of all votes from the metrics of a step and records it."""
         self.agreed |= bool(sums.pop('stop', 0))
         return sums

@@ -2,10 +2,10 @@
 
 An evaluator is a function or class of (subject, *, settings). Its settings are in a section of
 `evals`, with `type`, its name, and `every`, the steps between evaluations. It returns a callable of
-(params, stop, at, advance) that returns {metric: number}, or None once `stop` is true. The callable
-has `sources`, {name: Source}: the data sets that it reads. The evaluator's module declares whether
-more or less is better, as METRICS = {metric: 'max' or 'min'} or as a function `metrics` of the
-settings.
+(params, stop, set_phase, advance) that returns {metric: number}, or None once `stop` is true. The
+callable has `sources`, {name: Source}: the data sets that it reads. The evaluator's module declares
+whether more or less is better, as METRICS = {metric: 'max' or 'min'} or as a function `metrics` of
+the settings.
 """
 
 from collections.abc import Callable
@@ -65,12 +65,12 @@ def compiled(sums, mesh):
     It includes the votes to stop that processes put in the batch, see distributed.stop.
     """
     return jax.jit(
-        sharding.on(mesh, lambda params, batch: sums(params, batch) | stop_votes(batch)),
+        sharding.with_mesh(mesh, lambda params, batch: sums(params, batch) | stop_votes(batch)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
 
-def totals(step, feed, params, mesh, stop, at, advance):
+def totals(step, feed, params, mesh, stop, set_phase, advance):
     """Sums over all batches of `feed`: {name: float64 array}; `step` is what `compiled` returns.
 
     Returns None if `stop` becomes true before the end. Calls `at` with the phase of each batch (as
@@ -79,8 +79,8 @@ def totals(step, feed, params, mesh, stop, at, advance):
     stop = Stop() if stop is None else stop
     total = {}
     for i, batch in enumerate(feed(stop=stop)):
-        at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
-        sums = stop.hear(step(params, sharding.put(stop.within(batch), mesh)))
+        set_phase(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
+        sums = stop.read_votes(step(params, sharding.put(stop.add_vote(batch), mesh)))
         if stop:
             return None
         total = {k: total.get(k, 0) + np.asarray(v, np.float64) for k, v in sums.items()}

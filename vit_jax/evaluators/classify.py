@@ -141,7 +141,7 @@ class Classify:
         self.metrics = {k: v for k, v in METRICS.items() if k != 'top5' or not few}
         loss = loss or subject.settings.get('loss') or 'softmax'
         self.step = jax.jit(
-            sharding.on(
+            sharding.with_mesh(
                 mesh,
                 partial(eval_step, predict=subject.predict, loss=loss, among=among),
             ),
@@ -149,7 +149,7 @@ class Classify:
         )
 
     def __call__(
-        self, params, stop=None, at=lambda phase: None, advance=lambda images: None
+        self, params, stop=None, set_phase=lambda phase: None, advance=lambda images: None
     ):  # fmt: skip
         """{metric: mean}, see `summary`; None if `stop` becomes true before the end.
 
@@ -158,7 +158,7 @@ class Classify:
         def sums(params, batch):
             return self.step(params, batch)[0]
 
-        total = totals(sums, self.feed, params, self.mesh, stop, at, advance)
+        total = totals(sums, self.feed, params, self.mesh, stop, set_phase, advance)
         return None if total is None else summary(total)
 
     def predictions(self, params, advance=lambda images: None):
@@ -168,9 +168,9 @@ class Classify:
         """
         parts = []
         for batch in self.feed():
-            _, by_example = self.step(params, sharding.put(batch, self.mesh))
-            by_example = jax.device_get(by_example) | {k: batch[k] for k in ('id', 'label')}
-            parts.append({k: v[batch['mask'] > 0] for k, v in by_example.items()})
+            _, per_example = self.step(params, sharding.put(batch, self.mesh))
+            per_example = jax.device_get(per_example) | {k: batch[k] for k in ('id', 'label')}
+            parts.append({k: v[batch['mask'] > 0] for k, v in per_example.items()})
             advance(len(parts[-1]['id']))
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 

@@ -238,17 +238,17 @@ class Probe:
             out_shardings=replicated,
         )  # fmt: skip
 
-    def gathered(self, params, source, stop, at, advance=lambda images: None):
+    def gathered(self, params, source, stop, set_phase, advance=lambda images: None):
         """`features` and `labels` [N] of all images, and `pixels` [N, H * W * 3] if measured.
 
         Returns None if `stop` becomes true.
         """
         parts = []
         for i, batch in enumerate(self.feed(source, self.task(source), stop=stop)):
-            at(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
-            batch = sharding.put(stop.within(batch), self.mesh)
-            values, mask, wishes = self.step(params, batch)
-            stop.hear(wishes)
+            set_phase(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
+            batch = sharding.put(stop.add_vote(batch), self.mesh)
+            values, mask, votes = self.step(params, batch)
+            stop.read_votes(votes)
             if stop:
                 return None
             kept = np.asarray(mask) > 0
@@ -276,20 +276,20 @@ class Probe:
         return results
 
     def __call__(
-        self, params, stop=None, at=lambda phase: None, advance=lambda images: None
+        self, params, stop=None, set_phase=lambda phase: None, advance=lambda images: None
     ):  # fmt: skip
         """{metric: accuracy} and `examples`; None if `stop` becomes true.
 
         Calls `at` and `advance` as `evaluators.totals` does.
         """
         stop = Stop() if stop is None else stop
-        train = self.gathered(params, self.train_source, stop, at, advance)
+        train = self.gathered(params, self.train_source, stop, set_phase, advance)
         if train is None:
             return None
-        test = self.gathered(params, self.source, stop, at, advance)
+        test = self.gathered(params, self.source, stop, set_phase, advance)
         if test is None:
             return None
-        at('compile, of a classifier')
+        set_phase('compile, of a classifier')
         labels, wanted, classes = train['labels'], test['labels'], len(self.train_source.classes)
         results = {}
         if self.l2 is not None:

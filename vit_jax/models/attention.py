@@ -76,7 +76,7 @@ def target():
     return device.platform, device.device_kind
 
 
-def settled(x):
+def keep_layout(x):
     """Fixes the layout of x on CPUs, whose compiler would choose slower transposes."""
     return jax.lax.optimization_barrier(x) if target()[0] == 'cpu' else x
 

@@ -22,7 +22,8 @@ Gelu = Literal['tanh', 'exact', 'quick']
 # Width from which the TPU compiler is kept from fusing an MLP's two products in a forward pass: it
 # recomputes the first for each tile of the second, which pays off for narrow ones (RESULTS.md).
 WIDE = 512
-KEPT = ('qkv', 'logits', 'attended', 'projected', 'middle', 'hidden')  # names in blocks, see `kept`
+# Names in blocks, see `saved_names`.
+KEPT = ('qkv', 'logits', 'attended', 'projected', 'middle', 'hidden')
 
 
 def sincos2d(h, w, width, *, temperature=10_000.0):
@@ -82,7 +83,7 @@ def normalise(images, mean, std):
     return (images - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def by_example(x, *, whole=True):
+def shard_batch(x, *, whole=True):
     """Shards x [B, ...] by example over the mesh axes data and fsdp, if a mesh is set.
 
     With `whole`, no other axis is sharded: left free, the partitioner would shard activations by
@@ -99,7 +100,7 @@ def by_example(x, *, whole=True):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(('data', 'fsdp'), *rest))
 
 
-def in_a_row(unroll, depth, loop):
+def unroll_length(unroll, depth, loop):
     """Unroll length of the scan over depth: `unroll` or, if that is None, the fastest.
 
     A scan copies the weights of each block out of their stack, and saved activations into stacked
@@ -113,7 +114,7 @@ def in_a_row(unroll, depth, loop):
     return 1 if loop or fsdp > 1 or attention.target()[0] == 'cpu' else depth
 
 
-def kept(primitive, *avals, **params):
+def saved_names(primitive, *avals, **params):
     """Policy of `jax.checkpoint`: saves KEPT, sums of norms and softmax, outputs of cuDNN."""
     if primitive.name in ('reduce_sum', 'reduce_max', 'dot_product_attention_fwd_wrapper'):
         return True
@@ -129,7 +130,7 @@ def recomputed(block, remat, loops):
     """
     if remat == 'none' and not loops:
         return block
-    policies = {'none': kept, 'full': None}
+    policies = {'none': saved_names, 'full': None}
     policy = policies[remat] if remat in policies else getattr(jax.checkpoint_policies, remat)
     # Without a scan between the two passes, the compiler would merge what is computed twice.
     return nn.remat(block, policy=policy, prevent_cse=not loops)
@@ -205,10 +206,10 @@ class Projection(nn.Module):
         if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:
             n = len(self.inputs)
             axes = tuple(range(2, 2 + n)), tuple(range(n))
-            y = by_example(dot(by_example(x, whole=False), kernel, (axes, ((), ()))), whole=False)
+            y = shard_batch(dot(shard_batch(x, whole=False), kernel, (axes, ((), ()))), whole=False)
         else:
-            x = by_example(x.reshape(*x.shape[:2], matrix[0]))
-            y = by_example(dot(x, kernel.reshape(matrix), (((2,), (0,)), ((), ()))))
+            x = shard_batch(x.reshape(*x.shape[:2], matrix[0]))
+            y = shard_batch(dot(x, kernel.reshape(matrix), (((2,), (0,)), ((), ()))))
             y = y.reshape(*y.shape[:2], *self.features)
         return (y, bias) if self.apart else y + bias.astype(self.dtype)
 
@@ -258,7 +259,7 @@ class Mlp(nn.Module):
             dtype=self.dtype,
             dot_general=quantized.dot_general(self.quantize),
         )
-        y = by_example(nn.Dense(self.mlp_dim, **dense, name='fc1')(x), whole=False)
+        y = shard_batch(nn.Dense(self.mlp_dim, **dense, name='fc1')(x), whole=False)
         y = checkpoint_name(y, 'hidden')
         if self.glu:
             gate = nn.Dense(self.mlp_dim, **dense, name='gate')(x)
@@ -271,7 +272,7 @@ class Mlp(nn.Module):
         if self.deterministic and width >= WIDE and attention.target()[0] == 'tpu':
             x = jax.lax.optimization_barrier(x)
         x = Dropout(self.dropout, deterministic=self.deterministic)(x)
-        x = checkpoint_name(by_example(nn.Dense(width, **dense, name='fc2')(x)), 'projected')
+        x = checkpoint_name(shard_batch(nn.Dense(width, **dense, name='fc2')(x)), 'projected')
         return Dropout(self.dropout, deterministic=self.deterministic)(x)
 
 
@@ -286,7 +287,7 @@ def cudnn(q, k, v):
     if t % 2 == 0:
         return attend(q, k, v)
     q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
-    lengths = by_example(jnp.full(b, t, jnp.int32))
+    lengths = shard_batch(jnp.full(b, t, jnp.int32))
     return attend(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :t]
 
 
@@ -320,7 +321,7 @@ class Attention(nn.Module):
             qkv, bias = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(bias)
         x, captured = self.attend(qkv, bias)
         out = Projection(heads, (width,), **dense, name='out')(x)
-        return checkpoint_name(by_example(out), 'projected'), captured
+        return checkpoint_name(shard_batch(out), 'projected'), captured
 
     def attend(self, qkv, bias):
         """Attends: [B, T, 3, H, C], bias [3, H, C] -> ([B, T, H, C], probabilities or None)."""
@@ -336,7 +337,7 @@ class Attention(nn.Module):
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
         if kind == 'cudnn':
             return cudnn(q, k, v), None
-        q, k, v = (attention.settled(x.swapaxes(1, 2)) for x in (q, k, v))  # [B, H, T, C]
+        q, k, v = (attention.keep_layout(x.swapaxes(1, 2)) for x in (q, k, v))  # [B, H, T, C]
         q = q * q.shape[-1] ** -0.5
         logits = jnp.einsum('bhqc,bhkc->bhqk', q, k)
         if self.relative:
@@ -347,7 +348,7 @@ class Attention(nn.Module):
         probs = rounded(nn.softmax(logits.astype(jnp.float32)).astype(self.dtype))
         captured = probs if self.capture else None  # before dropout: what the model attends to
         probs = Dropout(self.dropout, deterministic=self.deterministic)(probs)
-        x = attention.settled(jnp.einsum('bhqk,bhkc->bhqc', probs, v))
+        x = attention.keep_layout(jnp.einsum('bhqk,bhkc->bhqc', probs, v))
         return checkpoint_name(x.swapaxes(1, 2), 'attended'), captured
 
 
@@ -394,7 +395,7 @@ class Block(nn.Module):
             shared = positions(self, *self.positions, x.shape[-1])  # [1, T, D]
         if shared is not None:
             x = x + shared.astype(x.dtype)
-        x = by_example(x)
+        x = shard_batch(x)
         y = nn.LayerNorm(**norm, name='norm1')(x)
         y, probabilities = Attention(
             self.num_heads,
@@ -440,13 +441,13 @@ class MapHead(nn.Module):
         dense = dict(kernel_init=xavier, dtype=self.dtype)
         probe = self.param('probe', xavier, (1, 1, width)).astype(self.dtype)
         q = nn.DenseGeneral(heads, **dense, name='query')(probe)
-        q = by_example(jnp.tile(q, (b, 1, 1, 1)), whole=False)
-        k = by_example(nn.DenseGeneral(heads, **dense, name='key')(x), whole=False)
-        v = by_example(nn.DenseGeneral(heads, **dense, name='value')(x), whole=False)
+        q = shard_batch(jnp.tile(q, (b, 1, 1, 1)), whole=False)
+        k = shard_batch(nn.DenseGeneral(heads, **dense, name='key')(x), whole=False)
+        v = shard_batch(nn.DenseGeneral(heads, **dense, name='value')(x), whole=False)
         logits = jnp.einsum('bqhc,bkhc->bhqk', q * q.shape[-1] ** -0.5, k)
         probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         x = jnp.einsum('bhqk,bkhc->bqhc', probs, v)
-        x = by_example(nn.DenseGeneral(width, axis=(-2, -1), **dense, name='out')(x))
+        x = shard_batch(nn.DenseGeneral(width, axis=(-2, -1), **dense, name='out')(x))
         y = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
         x = x + Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name='mlp')(y)
         return x[:, 0]

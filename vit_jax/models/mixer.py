@@ -49,7 +49,7 @@ class MixerBlock(nn.Module):
                 return x + y
             return x + layers.dropped(y, drop_path, self.make_rng('dropout'))
 
-        x = layers.by_example(x)
+        x = layers.shard_batch(x)
         y = nn.LayerNorm(**norm, name='norm1')(x).swapaxes(1, 2)  # [B, N, D] -> [B, D, N]
         y = layers.Mlp(self.tokens_mlp_dim, **mlp, name='token_mixing')(y)
         x = residual(x, y.swapaxes(1, 2))
@@ -143,8 +143,8 @@ class Mixer(nn.Module):
             dtype=self.dtype, name='embedding',
         )(images.astype(self.dtype))  # fmt: skip
         x = x.reshape(-1, h * w, self.width)  # [B, h, w, D] -> [B, N, D]
-        x = out['tokens'] = layers.by_example(x)
-        unroll = layers.in_a_row(self.unroll, self.depth, self.is_initializing())
+        x = out['tokens'] = layers.shard_batch(x)
+        unroll = layers.unroll_length(self.unroll, self.depth, self.is_initializing())
         stack = nn.scan(
             layers.recomputed(MixerBlock, 'none', unroll < self.depth),
             variable_axes={'params': 0},
@@ -166,9 +166,9 @@ class Mixer(nn.Module):
             out['normed_by_block'] = last_norm(by_block)
         x = last_norm(x)
         out['encoded'] = x
-        x = out['pre_logits'] = layers.by_example(x.mean(axis=1))
+        x = out['pre_logits'] = layers.shard_batch(x.mean(axis=1))
         if self.num_classes is None:
             return x, out
         head = layers.head(self.num_classes, self.head_bias, self.dtype)
-        out['logits'] = layers.by_example(head(x))
+        out['logits'] = layers.shard_batch(head(x))
         return out['logits'], out

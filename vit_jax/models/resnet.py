@@ -93,7 +93,7 @@ class StdConv(nn.Module):
         kernel = kernel - kernel.mean(axis=(0, 1, 2))
         kernel = kernel / (kernel.std(axis=(0, 1, 2)) + 1e-5)
         padding = ((self.size // 2,) * 2,) * 2 if self.centred else 'SAME'
-        return layers.by_example(jax.lax.conv_general_dilated(
+        return layers.shard_batch(jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, padding,
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         ))  # fmt: skip
@@ -243,12 +243,12 @@ class Bit(nn.Module):
                 )
                 x = unit(x)
         b, h, w, f = x.shape
-        out = {'tokens': layers.by_example(x.reshape(b, h * w, f))}
+        out = {'tokens': layers.shard_batch(x.reshape(b, h * w, f))}
         x = nn.relu(nn.GroupNorm(GROUPS, epsilon=1e-5, dtype=self.dtype, name='norm')(x))
-        x = out['encoded'] = layers.by_example(x.reshape(b, h * w, f))  # [B, H, W, F] -> [B, N, F]
-        x = out['pre_logits'] = layers.by_example(x.mean(axis=1))
+        x = out['encoded'] = layers.shard_batch(x.reshape(b, h * w, f))  # [B, H, W, F] -> [B, N, F]
+        x = out['pre_logits'] = layers.shard_batch(x.mean(axis=1))
         if self.num_classes is None:
             return x, out
         head = layers.head(self.num_classes, self.head_bias, self.dtype)
-        out['logits'] = layers.by_example(head(x))
+        out['logits'] = layers.shard_batch(head(x))
         return out['logits'], out

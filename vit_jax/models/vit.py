@@ -204,7 +204,7 @@ class Vit(nn.Module):
             name='embedding',
         )(x)
         b, _, _, d = x.shape
-        x = layers.by_example(x.reshape(b, h * w, d))  # [B, h, w, D] -> [B, N, D]
+        x = layers.shard_batch(x.reshape(b, h * w, d))  # [B, h, w, D] -> [B, N, D]
         if self.posemb_at != 'stem' or self.posemb in ('none', 'relative'):
             return x, None
         if self.posemb == 'sincos2d':
@@ -263,12 +263,12 @@ class Vit(nn.Module):
         if 'cls' in self.prefix:
             out['cls'] = first[:, 0]
         dist = first[:, list(self.prefix).index('dist')] if self.dist_head else None
-        x = layers.by_example(self.pooled(out, first))
+        x = layers.shard_batch(self.pooled(out, first))
         x = out['pre_logits'] = self.represented(last_norm(x) if self.fc_norm else x)
         if self.num_classes is None:
             return x, out
         head = self.num_classes, self.head_bias, self.dtype
-        logits = layers.by_example(layers.head(*head)(x))
+        logits = layers.shard_batch(layers.head(*head)(x))
         if self.dist_head:
             logits = (logits + layers.head(*head, name='dist_head')(dist)) / 2
         out['logits'] = logits
@@ -284,7 +284,7 @@ class Vit(nn.Module):
         if self.posemb_at == 'shared':
             shared = layers.positions(self, *places, self.width)
         loop = self.is_initializing() or (train and self.remat != 'none')
-        unroll = layers.in_a_row(self.unroll, self.depth, loop)
+        unroll = layers.unroll_length(self.unroll, self.depth, loop)
         stack = nn.scan(
             layers.recomputed(layers.Block, self.remat, unroll < self.depth),
             variable_axes={'params': 0},

@@ -67,10 +67,10 @@ def supervised(
             mix_shift=mix_shift,
         )  # fmt: skip
         logits, _ = model.apply({'params': params}, images, train=True, rngs={'dropout': key})
-        by_example = losses.LOSSES[loss](logits, labels, label_smoothing=label_smoothing)
+        per_example = losses.LOSSES[loss](logits, labels, label_smoothing=label_smoothing)
         hit = losses.hits(logits, losses.heaviest(labels) if mixup or cutmix else labels)
         mask = batch['mask'].astype(jnp.float32)
-        mean = masked_mean(by_example, mask)
+        mean = masked_mean(per_example, mask)
         return mean, ({'loss': mean, 'accuracy': masked_mean(hit, mask)}, {})
 
     def predict(params, batch):

@@ -29,9 +29,9 @@ from vit_jax.run.fingerprints import (
     Contents,
     ContentsRestore,
     ContentsSave,
-    coming,
     contents,
     named,
+    start_fingerprint,
 )
 
 REFUSALS = (  # of a file system; the libraries raise them as exceptions of several types
@@ -132,7 +132,7 @@ class Checkpoints:
         if step in self.steps():
             return
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), contents=ContentsSave(coming(state))
+            state=ocp.args.PyTreeSave(state), contents=ContentsSave(start_fingerprint(state))
         )
         with self.explained(step):
             check_space(self.path, state)

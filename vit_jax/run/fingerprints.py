@@ -39,10 +39,10 @@ def named(tree):
 
 def contents(state):
     """{name: [shape, dtype, fingerprint]} of a state, as stored in JSON."""
-    return coming(state)()
+    return start_fingerprint(state)()
 
 
-def coming(state):
+def start_fingerprint(state):
     """Starts to compute `contents` and returns a function that waits for it.
 
     The arrays may be donated as soon as this returns.

@@ -18,7 +18,7 @@ from vit_jax.run import workdir
 
 FILE = 'facts.json'
 ROUNDING = ('evals.', 'jaxlib', 'jax.version', 'jax.default_matmul', 'device_kind', 'xla_flags')
-UNHEARD = ('--xla_force_host_platform_device_count', '--xla_dump', '--xla_gpu_enable_latency')
+IGNORED_FLAGS = ('--xla_force_host_platform_device_count', '--xla_dump', '--xla_gpu_enable_latency')
 MOST_NAMED = 10
 
 
@@ -41,7 +41,7 @@ def of(parts):
         'jax.version': jax.__version__,
         'jaxlib': jaxlib.__version__,
         'device_kind': jax.devices()[0].device_kind,
-        'xla_flags': ' '.join(sorted(f for f in flags if not f.startswith(UNHEARD))),
+        'xla_flags': ' '.join(sorted(f for f in flags if not f.startswith(IGNORED_FLAGS))),
     }
 
 

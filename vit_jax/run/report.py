@@ -146,7 +146,7 @@ class Report:
             self.file.sync()
 
     def read(self, step, metrics):
-        metrics = {k: float(v) for k, v in self.stop.hear(jax.device_get(metrics)).items()}
+        metrics = {k: float(v) for k, v in self.stop.read_votes(jax.device_get(metrics)).items()}
         if not all(math.isfinite(metrics[k]) for k in ('loss', 'grad_norm', 'param_norm')):
             raise NotFinite(step, metrics)
         if skipped := int(metrics.pop('skipped', 0)):

@@ -25,7 +25,7 @@ HARMLESS = (
 
 
 @contextlib.contextmanager
-def held(workdir):
+def lock_workdir(workdir):
     """Creates the workdir and locks it; the kernel releases the lock when the process ends.
 
     Of several processes of a run the first takes the lock; call this after they have joined.

@@ -6,7 +6,7 @@ import sys
 import time
 from multiprocessing import connection
 
-from vit_jax.data.workers import deaf, end
+from vit_jax.data.workers import end, ignore_signals
 from vit_jax.errors import UserError
 
 
@@ -18,7 +18,7 @@ def distributed(work, job, tasks, workers, bar):
         for _ in range(min(workers, len(tasks))):
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(job, theirs), daemon=True)
-            with deaf():
+            with ignore_signals():
                 process.start()
             theirs.close()  # so that the pipe ends when the worker dies
             give(tasks, crew, ours, process)
