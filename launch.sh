@@ -11,6 +11,7 @@ usage: bash launch.sh COMMAND
                        FLAGS are those of vit_jax.main
   test [PYTEST ARGS]   make .venv if need be, install the test extra, check style, run the tests;
                        with -m slow the longer ones
+  docs                 make .venv if need be, build the site of docs/ in build/site
   setup EXTRAS         make .venv with the versions of constraints.txt: tpu,remote say
   local EXPERIMENT     train on this machine, with all its devices
   hosts EXPERIMENT     several processes on this machine, with simulated devices
@@ -223,7 +224,8 @@ combination='^[A-Za-z_][A-Za-z0-9_.]*='
 poll=${VIT_JAX_POLL:-10} # seconds between two queries of a remote run's state
 
 case $command,${1:-} in
-quickstart,--help | quickstart,-h | test,--help | test,-h | setup,--help | setup,-h)
+quickstart,--help | quickstart,-h | test,--help | test,-h | docs,--help | docs,-h | \
+    setup,--help | setup,-h)
     usage
     exit
     ;;
@@ -238,6 +240,10 @@ test)
     setup test
     "$python" -m ruff check .
     "$python" -m pytest "$@"
+    ;;
+docs)
+    setup docs
+    NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict --quiet
     ;;
 setup)
     known=$(sed -n '/extras_require/,/^\[/s/^\([a-z]*\) *=.*/\1/p' setup.cfg | tr '\n' ' ')
