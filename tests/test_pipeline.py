@@ -221,7 +221,7 @@ def test_lists_of_labels_have_one_shape_whatever_is_damaged():
     assert next(feed(ones))['label'].shape == (16,)
     several = [np.array([i % 3, -1], np.int32) for i in range(6)]
     damaged = sources.Source(Damaged(6, labels=several), ('a', 'b', 'c'))
-    for source in (damaged, sources.Source(sources.Part(damaged.records, 1, 5), damaged.classes)):
+    for source in (damaged, sources.Source(sources.Slice(damaged.records, 1, 5), damaged.classes)):
         gone = 3 - (len(source) == 4)
         batch = next(feed(source, tolerance=1 / 4))
         assert batch['label'].shape == (16, 2)

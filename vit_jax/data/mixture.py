@@ -21,7 +21,7 @@ class Part(NamedTuple):
     labels: Any  # int32 [classes]: maps its labels to those of the mixture; None: the same
 
 
-class Records:
+class Mixture:
     """The records of all parts, concatenated; pipeline.order applies the weights."""
 
     def __init__(self, parts, max_labels):
@@ -85,7 +85,7 @@ def load(*, mixture: dict | None = None, **source):
         offset += len(source)
         most = max(most, getattr(source.records, 'max_labels', None) or 1)
     numbered = all(source.labels == 'by_number' for source in loaded.values())
-    return sources.Source(Records(parts, most), classes, 'by_number' if numbered else 'by_name')
+    return sources.Source(Mixture(parts, most), classes, 'by_number' if numbered else 'by_name')
 
 
 def all_classes(loaded):

@@ -29,7 +29,7 @@ class Source(NamedTuple):
         return self.records.name(i)
 
 
-class Part:
+class Slice:
     """Examples `start` to `stop` of other records."""
 
     def __init__(self, whole, start, stop):
@@ -195,7 +195,7 @@ def portion(found, classes, split):
     _, low, high = splits.share(split)
     if (low, high) != (0, 100):
         start, stop = (round(len(found) * percent / 100) for percent in (low, high))
-        found = Part(found, start, stop)
+        found = Slice(found, start, stop)
     if not len(found):
         raise UserError(f'split {split!r} has no examples')
     return Source(found, tuple(classes))
