@@ -38,30 +38,71 @@ def example_of(record):
     return image, tuple(feature['label'].int64_list.value), name.decode()
 
 
+def decoded(record):
+    """(image, labels, name) of a record, by the package."""
+    features = example.decode(record)
+    name = example.one_bytes(features, 'name').decode() if 'name' in features else ''
+    return example.one_bytes(features, 'image'), example.integers(features, 'label'), name
+
+
 @hypothesis.given(st.binary(max_size=500), LABELS, NAMES)
-def test_records_are_what_protobuf_reads_and_writes(image, labels, name):
+def test_records_are_what_tfds_reads_and_writes(image, labels, name):
     record = example.encode(image, labels, name)
-    assert example_of(record) == (image, tuple(labels), name) == example.parse(record)
+    assert example_of(record) == (image, tuple(labels), name) == decoded(record)
     theirs = tf_example_pb2.Example()
     feature = theirs.features.feature
     feature['other'].float_list.value.extend([1.5, 2.5])
     feature['name'].bytes_list.value.append(name.encode())
     feature['label'].int64_list.value.extend(labels)
     feature['image'].bytes_list.value.append(image)
-    assert example.parse(theirs.SerializeToString()) == (image, tuple(labels), name)
+    assert decoded(theirs.SerializeToString()) == (image, tuple(labels), name)
+    assert list(example.decode(theirs.SerializeToString())['other']) == [1.5, 2.5]
+
+
+def field(number, *parts):
+    """A field of bytes of less than 128 bytes, by protobuf's wire format."""
+    value = b''.join(parts)
+    assert len(value) < 128
+    return bytes([number << 3 | 2, len(value)]) + value
+
+
+def test_bytes_are_those_of_the_wire_format_and_equal_for_equal_input():
+    def entry(name, kind, values):
+        return field(1, field(1, name), field(2, field(kind, values)))
+
+    written = field(
+        1, entry(b'image', 1, field(1, b'abc')), entry(b'label', 3, field(1, b'\x05\xac\x02')),
+        entry(b'name', 1, field(1, b'a\xff')),
+    )  # fmt: skip
+    assert example.encode(b'abc', [5, 300], 'a\udcff') == written
+    bare = field(
+        1, entry(b'image', 1, field(1, b'')), entry(b'label', 3, b''),
+        entry(b'name', 1, field(1, b'')),
+    )  # fmt: skip
+    assert example.encode(b'', [], '') == bare
 
 
 def test_unpacked_labels_and_unknown_fields_are_read():
-    unpacked = b''.join(b'\x08' + example.varint(n) for n in (5, -1, 300))
-    label = example.feature(b'label', example.INT64_LIST, unpacked)
-    image = example.feature(b'image', example.BYTES_LIST, example.field(1, b'abc'))
-    unknown = b'\x10\x07' + example.field(9, b'later') + b'\x1d1234' + b'\x2112345678'
-    record = unknown + example.field(1, label, unknown, image) + unknown
-    assert example.parse(record) == (b'abc', (5, -1, 300), '')
-    feature = tf_example_pb2.Example.FromString(record).features.feature
-    assert list(feature['label'].int64_list.value) == [5, -1, 300]
-    long = example.feature(b'label', example.INT64_LIST, b'\x08' + b'\xff' * 9 + b'\x7f')
-    assert example.parse(example.field(1, image, long))[1] == (-1,)  # of 70 bits the lowest 64
+    def entry(name, kind, values):
+        return field(1, field(1, name), field(2, field(kind, values)))
+
+    minus_one = b'\xff' * 9 + b'\x01'
+    label = entry(b'label', 3, b'\x08\x05\x08' + minus_one + b'\x08\xac\x02')
+    image = entry(b'image', 1, field(1, b'abc'))
+    unknown = b'\x10\x07' + field(9, b'later') + b'\x1d1234' + b'\x2112345678'
+    record = unknown + field(1, label, unknown, image) + unknown
+    assert decoded(record) == (b'abc', (5, -1, 300), '')
+    long = entry(b'label', 3, b'\x08' + b'\xff' * 9 + b'\x7f')
+    assert decoded(field(1, image, long))[1] == (-1,)  # of 70 bits the lowest 64
+    for wrong, words in (
+        (entry(b'image', 3, b'\x08\x05'), 'feature image is not bytes'),
+        (entry(b'image', 1, field(1, b'a') + field(1, b'b')), 'image has 2 values, not one'),
+        (entry(b'other', 1, field(1, b'a')), 'it has no feature image'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            decoded(field(1, wrong, label))
+    with pytest.raises(ValueError, match='feature label is not int64'):
+        decoded(field(1, image, entry(b'label', 1, field(1, b'5'))))
 
 
 @hypothesis.given(st.data())
@@ -71,7 +112,7 @@ def test_damaged_records_are_a_value_error(data):
         record[data.draw(st.integers(0, len(record) - 1))] = data.draw(st.integers(0, 255))
     record = bytes(record[: data.draw(st.integers(0, len(record)))]) + data.draw(st.binary())
     try:
-        image, labels, name = example.parse(record)
+        image, labels, name = decoded(record)
     except ValueError:
         return
     assert type(image) is bytes and type(name) is str and all(type(n) is int for n in labels)

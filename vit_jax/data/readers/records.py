@@ -218,7 +218,11 @@ class Records(OpenFiles):
         """(bytes, labels, name) of example i; raises UserError with the shard if it is damaged."""
         k, position = self.locate(i)
         try:
-            return example.parse(self.reader(k).read([position])[0])
+            features = example.decode(self.reader(k).read([position])[0])
+            labels = example.integers(features, 'label') if 'label' in features else ()
+            name = example.one_bytes(features, 'name') if 'name' in features else b''
+            image = example.one_bytes(features, 'image')
+            return image, labels, name.decode('utf-8', 'surrogateescape')
         except (RuntimeError, ValueError) as e:
             if isinstance(e, UserError):
                 raise

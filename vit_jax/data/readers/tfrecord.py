@@ -94,7 +94,7 @@ class TfRecords(ranges.Ranges):
             np.concatenate([one[key][part] for one, part in zip(found, parts, strict=True)])
             for key in ('offsets', 'sizes')
         )
-        self.image, self.key = image.encode(), label.encode()
+        self.image, self.key = image, label
         super().__init__(files, takes, offsets, sizes + FOOTER)
 
     def locate(self, i):
@@ -125,20 +125,11 @@ class TfRecords(ranges.Ranges):
 
 def image_and_label(record, image, label):
     """(bytes of the image, label) of a tf.train.Example; raises ValueError if it is none."""
-    found = {}
-    for number, kind, start, stop in example.fields(record, 0, len(record)):
-        if number == 1 and kind == example.BYTES:
-            for inner, inner_kind, begin, end in example.fields(record, start, stop):
-                if inner == 1 and inner_kind == example.BYTES:
-                    key, span = example.entry(record, begin, end)
-                    found[key] = span
-    for key in (image, label):
-        if key not in found:
-            raise ValueError(f'it has no feature {key.decode()}')
-    labels = example.integers(record, *found[label])
+    features = example.decode(record)
+    labels = example.integers(features, label)
     if len(labels) != 1:
         raise ValueError(f'it has {len(labels)} labels, not one')
-    return example.one_bytes(record, *found[image], 'image'), labels[0]
+    return example.one_bytes(features, image), labels[0]
 
 
 def of_builder(builder, split, *, image='image', label='label'):
