@@ -62,8 +62,8 @@ def cases(draw):
 
 @needs_extension
 @settings(max_examples=400, deadline=None)
-@given(cases())
-def test_windows_have_the_bits_of_the_whole_image(case):
+@given(cases(), st.booleans())
+def test_windows_have_the_bits_of_the_whole_image(case, own):
     data, box = case
     image = images.read(data)
     assert isinstance(image, images.Encoded)
@@ -72,7 +72,7 @@ def test_windows_have_the_bits_of_the_whole_image(case):
     assert image.shape == whole.shape
     window = np.empty((h, w, 3), np.uint8)
     # this raises where `resized` would fall back on Pillow
-    images._jpeg.view(data, window, *images.scaled(box, 1), 1, 0, True, False)
+    images._jpeg.view(data, window, *images.scaled(box, 1), 1, 0, True, False, own)
     np.testing.assert_array_equal(window, whole[y : y + h, x : x + w])
     mirrored = images.resized(image, box, (h, w), flip=True)
     np.testing.assert_array_equal(mirrored, window[:, ::-1])
@@ -90,9 +90,9 @@ SAMPLINGS = [
 @given(
     st.sampled_from(SAMPLINGS + [[factors] for factors in FACTORS]),
     st.integers(17, 90), st.integers(17, 90), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**32),
-    st.sampled_from([None, 0, 1]),
+    st.sampled_from([None, 0, 1]), st.booleans(),
 )  # fmt: skip
-def test_windows_are_right_at_every_scale_and_sampling(sampling, h, w, scale, seed, adobe):
+def test_windows_are_right_at_every_scale_and_sampling(sampling, h, w, scale, seed, adobe, own):
     """Those of the whole image at this scale, as libjpeg-turbo in Pillow decodes it."""
     rng = np.random.default_rng(seed)
     data = pictures.jpeg(h, w, sampling, rng, adobe=adobe)
@@ -110,7 +110,7 @@ def test_windows_are_right_at_every_scale_and_sampling(sampling, h, w, scale, se
         y, x = int(rng.integers(height)), int(rng.integers(width))
         box = y, x, int(rng.integers(1, height - y + 1)), int(rng.integers(1, width - x + 1))
         window = np.empty((*box[2:], 3), np.uint8)
-        images._jpeg.view(data, window, box, (0, 0, *box[2:]), scale, 0, True, False)
+        images._jpeg.view(data, window, box, (0, 0, *box[2:]), scale, 0, True, False, own)
         np.testing.assert_array_equal(window, whole[y : y + box[2], x : x + box[3]])
 
 
@@ -255,10 +255,12 @@ def test_the_extension_refuses_what_is_no_image_or_no_window():
     frozen.flags.writeable = False
     for bad in (out[..., 0], out.astype(np.float32), out[..., :2], out[:, ::2], frozen, b'x'):
         with pytest.raises((ValueError, BufferError)):
-            images._jpeg.view(data, bad, *images.scaled((0, 0, 8, 8), 1), 1, 0, True, False)
+            images._jpeg.view(data, bad, *images.scaled((0, 0, 8, 8), 1), 1, 0, True, False, True)
     for box in ((0, 0, 21, 30), (-1, 0, 5, 5), (0, 28, 5, 5), (0, 0, 0, 5), (19, 0, 2**31 - 1, 1)):
         for call in (
-            lambda box: images._jpeg.view(data, out, *images.scaled(box, 1), 1, 0, True, False),
+            lambda box: images._jpeg.view(
+                data, out, *images.scaled(box, 1), 1, 0, True, False, True
+            ),
             lambda box: images._jpeg.resize(np.zeros((20, 30, 3), np.uint8), out, box, 0, 1, 0),
         ):
             with pytest.raises(ValueError, match='is not inside'):
@@ -272,7 +274,7 @@ def test_a_code_that_is_none_is_an_error():
     ones = data[:scan] + b'\xff\x00' * 200 + b'\xff\xd9'  # no code is all ones
     out, window = np.empty((8, 8, 3), np.uint8), images.scaled((0, 0, 40, 40), 1)
     with pytest.raises(ValueError, match='no such Huffman code'):
-        images._jpeg.view(ones, out, *window, 1, 0, True, False)
+        images._jpeg.view(ones, out, *window, 1, 0, True, False, True)
 
 
 FUZZ = """
@@ -296,7 +298,10 @@ while time.time() < end:
         y, x = int(rng.integers(h)), int(rng.integers(w))
         box = y, x, int(rng.integers(1, h - y + 1)), int(rng.integers(1, w - x + 1))
         d = int(rng.choice([1, 1, 2, 4, 8]))
-        images._jpeg.view(data, out, *images.scaled(box, d), d, int(rng.integers(3)), d > 1, False)
+        images._jpeg.view(
+            data, out, *images.scaled(box, d), d, int(rng.integers(3)), d > 1, False,
+            bool(rng.random() < 0.8),
+        )
         read += 1
     except ValueError:
         refused += 1

@@ -7,6 +7,9 @@
    - blocks outside of the window are skipped by look-ups that take several coefficients at once.
    Data that seem damaged are an error; the caller then decodes the file by Pillow.
 
+   Entropy decoding here needs members of a private struct of libjpeg. native.py checks that it
+   gives libjpeg's own bits, and else has `view` leave it to libjpeg.
+
    `view` and `resize` release the GIL. All functions raise ValueError. */
 
 #define PY_SSIZE_T_CLEAN
@@ -40,6 +43,9 @@
 #else
 #define FAST
 #endif
+
+#define TEXT(x) #x
+#define QUOTE(x) TEXT(x)
 
 typedef float pixel __attribute__((vector_size(16)));
 typedef int32_t integers __attribute__((vector_size(16)));
@@ -473,8 +479,9 @@ typedef struct {
    its place there. Returns the pixels per row there. The window is bit-identical to that of the whole
    image, decoded with libjpeg's accurate inverse DCT, or its fast one, which is TensorFlow's. A
    scaled image with a sampling factor above 2 is decoded whole down to the end of the window:
-   libjpeg-turbo upsamples some of these windows with wrong neighbours. */
-static int decode(decoder *d, window *w, int denominator, int fast) {
+   libjpeg-turbo upsamples some of these windows with wrong neighbours. Entropy decoding is that
+   of this file if `entropy`, else libjpeg's; the bits are the same. */
+static int decode(decoder *d, window *w, int denominator, int fast, int entropy) {
     j_decompress_ptr jpeg = &d->jpeg;
     int part = denominator == 1 || (jpeg->max_h_samp_factor <= 2 && jpeg->max_v_samp_factor <= 2);
     jpeg->out_color_space = JCS_EXT_RGBX;
@@ -492,7 +499,7 @@ static int decode(decoder *d, window *w, int denominator, int fast) {
     int mcu = jpeg->num_components == 1 ? 8 / denominator : step;
     d->first_column = left / mcu;
     d->last_column = (left + width - 1) / mcu;
-    take_over(d);
+    if (entropy) take_over(d);
     int stride = (width + 15) / 16 * 16;
     int skipped = part ? w->y : 0, last = w->y + w->height - skipped;
     size_t size = (size_t)last * stride * 4;
@@ -694,10 +701,10 @@ static PyObject *py_view(PyObject *self, PyObject *args) {
     PyObject *array;
     window w;
     part p;
-    int denominator, kind, antialias, flip, ok = 0;
-    if (!PyArg_ParseTuple(args, "y*O(iiii)(dddd)iipp", &data, &array, &w.y, &w.x, &w.height,
+    int denominator, kind, antialias, flip, entropy, ok = 0;
+    if (!PyArg_ParseTuple(args, "y*O(iiii)(dddd)iippp", &data, &array, &w.y, &w.x, &w.height,
                           &w.width, &p.y, &p.x, &p.height, &p.width, &denominator, &kind,
-                          &antialias, &flip))
+                          &antialias, &flip, &entropy))
         return NULL;
     if (!get_image(array, &out, PyBUF_WRITABLE)) {
         PyBuffer_Release(&data);
@@ -711,7 +718,7 @@ static PyObject *py_view(PyObject *self, PyObject *args) {
                       (d->jpeg.image_width + denominator - 1) / denominator)) {
         Py_BEGIN_ALLOW_THREADS;
         if (!setjmp(d->escape)) {
-            int stride = decode(d, &w, denominator, !antialias);
+            int stride = decode(d, &w, denominator, !antialias, entropy);
             if (!resize(d->rows, stride, w, p, out.buf, out.shape[0], out.shape[1], kind,
                         antialias, flip))
                 fail(d, "out of memory");
@@ -771,10 +778,26 @@ static PyObject *py_resize(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* The compiled version, as '2.1.5', and the last year of the loaded library's copyright, '2023'; it
+   tells no version. '' if it is not libjpeg-turbo. */
+static PyObject *py_versions(PyObject *self, PyObject *args) {
+    struct jpeg_error_mgr errors;
+    const char *loaded = "";
+    jpeg_std_error(&errors);
+    for (int i = 0; i <= errors.last_jpeg_message; i++) {
+        const char *start = "Copyright (C) 1991-", *text = errors.jpeg_message_table[i];
+        if (text && !strncmp(text, start, strlen(start)) && strstr(text, "libjpeg-turbo"))
+            loaded = text + strlen(start);
+    }
+    return Py_BuildValue("ss#", QUOTE(LIBJPEG_TURBO_VERSION), loaded, (Py_ssize_t)strcspn(loaded, " "));
+}
+
 static PyMethodDef methods[] = {
+    {"versions", py_versions, METH_NOARGS, "versions() -> (compiled, year of the loaded)"},
     {"size", py_size, METH_VARARGS, "size(data) -> (height, width, EXIF data)"},
     {"view", py_view, METH_VARARGS,
-     "view(data, out, (y, x, height, width), part of it, denominator, kind, antialias, flip)"},
+     "view(data, out, (y, x, height, width), part of it, denominator, kind, antialias, flip, "
+     "entropy decoding by this extension)"},
     {"resize", py_resize, METH_VARARGS,
      "resize(image, out, (y, x, height, width), kind, antialias, flip)"},
     {NULL, NULL, 0, NULL},

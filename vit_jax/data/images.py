@@ -1,12 +1,12 @@
 """Decodes image files to arrays, as an image viewer would show them, and resizes windows of them.
 
 The extension `_jpeg.c` decodes a JPEG as far as a window needs it. Pillow decodes all other files,
-and JPEGs where the extension was not built, as a whole.
+and JPEGs where the extension is not built, as a whole.
 """
 
 import numpy as np
 
-from vit_jax.data import metadata
+from vit_jax.data import entropy, metadata
 from vit_jax.data.decoding import FORMATS, Unreadable, decode
 from vit_jax.errors import UserError
 
@@ -14,6 +14,10 @@ try:
     from vit_jax.data import _jpeg
 except ImportError:
     _jpeg = None
+
+if not hasattr(_jpeg, 'versions'):  # it is not built, or from another version of its source
+    _jpeg = None
+OWN_ENTROPY = _jpeg is not None and entropy.is_exact(_jpeg)
 
 __all__ = ['FORMATS', 'Unreadable', 'decode', 'read', 'resized']
 CUT = 2**-10  # added before truncation, so that 255 less a rounding error stays 255
@@ -36,7 +40,7 @@ class Encoded:
         try:
             _jpeg.view(
                 self.data, out, *scaled(box, denominator), denominator, METHODS.index(method),
-                antialias, flip,
+                antialias, flip, OWN_ENTROPY,
             )  # fmt: skip
         except ValueError:
             return resized(decode(self.data), box, size, method, antialias, flip)
