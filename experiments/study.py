@@ -1,7 +1,8 @@
 """A miniature of the scaling study of arXiv:2010.11929 (section 4.4, figures 3 to 5) on two cores.
 
-    python -m vit_jax.data.jft_like runs/study/jft_like --examples 100000 --classes 1000 --cells 1
-        --grey --image_size 32 --max_labels 1 --test_examples 5000 --shard_examples 5000
+    python -m vit_jax.data.prepare
+        jft_like:100000x1000@32,max_labels=1,cells=1,grey=true,test_examples=5000
+        runs/study/jft_like --shard_examples 5000
     python -m vit_jax.tables study --run local
     python -m vit_jax.figures runs/study --out docs/study
 
@@ -25,7 +26,7 @@ Pre-training gains 1 to 5 points on Fashion-MNIST; 20 epochs of 5k images are as
 100k. ResNets lead, as in the paper on its smallest data sets; ViTs overtake them only beyond these
 sizes. For few shots and the small models: python -m vit_jax.tables study.
 
-Objects that fill at most a quarter of an image, as with --cells 2, don't transfer to digits. A ViT
+Objects that fill at most a quarter of an image, as with cells=2, don't transfer to digits. A ViT
 of 11 MFLOP pre-trained on them and fine-tuned by SGD at 0.03 for 200 steps has 33%, or 23% with
 grey images, against 87% from random weights.
 """

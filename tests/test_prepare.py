@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -374,6 +375,34 @@ def test_killed_and_resumed_it_is_the_same_data_set(src, whole, tmp_path):
     assert status == 0, output
     assert content(dst) == content(whole)
     assert kept == {p: p.stat().st_mtime_ns for p in dst.glob('train-00000*')}
+
+
+def test_drawn_images_are_prepared_like_any_other(tmp_path):
+    """On a full disk it stops; afterwards it resumes, and the records are those that are drawn."""
+    name, dst = 'jft_like:60x50@128,max_labels=3,test_examples=3', tmp_path / 'set'
+    options = ('--shard_examples=25', '--split=test,train')
+    limited = 'ulimit -f 150; ' + shlex.join(
+        command(name, dst, '--workers=1', *options)
+    )  # the shard of test fits 150 KiB, those of train do not
+    done = subprocess.run(
+        ['bash', '-c', limited], cwd=HERE, timeout=100, text=True, capture_output=True
+    )
+    assert done.returncode == 2 and 'can not write' in done.stderr, done.stderr
+    assert finished(dst) == 1 and not list(dst.glob('*.part'))
+    (shard,) = dst.glob('test-*')
+    before = shard.stat().st_mtime_ns
+    for folder, workers in ((dst, 2), (tmp_path / 'undisturbed', 1)):
+        status, output = run(name, folder, f'--workers={workers}', *options)
+        assert status == 0 and 'train: 60 images' in output, output
+    assert content(dst) == content(tmp_path / 'undisturbed') and len(content(dst)) == 5
+    assert shard.stat().st_mtime_ns == before
+    for split in ('train', 'test'):
+        drawn, source = (sources.load(name=str(x), split=split) for x in (name, dst))
+        assert len(drawn) == len(source) and drawn.classes == source.classes
+        for i in range(len(drawn)):
+            (data, label), (own, own_label) = source.records[i].values(), drawn.records[i].values()
+            assert data == own and label.tolist() == own_label.tolist()
+    assert 'seed=1' in refused(f'{name},seed=1', dst, *options)
 
 
 def test_interrupted_as_workers_start_it_says_one_line(src, tmp_path):

@@ -1,35 +1,33 @@
 """Synthetic images with many labels, like those of JFT; example i is a function of (seed, i).
 
-    python -m vit_jax.data.jft_like DST --examples N --classes K [--image_size 224] [--seed 0]
-        [--max_labels 4] [--cells 2] [--grey] [--test_examples N/10] [--shard_examples 2000]
-        [--workers N]
+A data set is named by all that determines it:
+
+    jft_like:EXAMPLESxCLASSES[@SIZE][,seed=0][,max_labels=4][,cells=2][,grey=true][,test_examples=N]
+
+Images of SIZE x SIZE pixels (224) are drawn when they are read; `python -m vit_jax.data.prepare
+jft_like:100000x1000@32 DST` writes them to shards. The split test has a tenth as many examples as
+train, unless stated.
 
 A class is a pair of colours, a texture, its frequency and a shape. An image shows one object per
 label on a cloudy background. The probability of class c is proportional to 1 / (c + 1), that of n
-labels to 1 / n^2. No class depends on left and right, so a flip keeps the labels. DST becomes a
-folder of records with splits train and test, identical to the byte for any number of workers. A run
-that was stopped resumes where it stopped.
+labels to 1 / n^2. No class depends on left and right, so a flip keeps the labels.
 """
 
-import concurrent.futures
 import functools
-import hashlib
+import inspect
 import io
 import json
-import multiprocessing
-import os
-import pathlib
 import re
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import numpy as np
-from absl import flags
 from PIL import Image
 
-from vit_jax import cli
-from vit_jax.data import memory
-from vit_jax.data.readers import example, names, records, splits
-from vit_jax.data.workers import end_with_parent, ignore_signals
-from vit_jax.errors import UserError
+from vit_jax.data.readers import names, splits
+from vit_jax.errors import UserError, check_choice
+from vit_jax.io import bounds
+from vit_jax.io.bounds import Positive, Range, Seed
 
 COLOURS = {
     'red': (220, 30, 30), 'blue': (40, 60, 220), 'yellow': (245, 225, 40), 'green': (30, 150, 50),
@@ -45,11 +43,12 @@ CYCLES = (2, 3, 4, 5, 6, 8, 10, 13)  # across an object
 MOST_CLASSES = len(PAIRS) * len(SHAPES) * len(TEXTURES) * len(CYCLES)  # 31,680
 MOST_LABELS = 16
 GRAIN = 6  # standard deviation of the noise; it makes files as large as those of photos
+QUALITY = 90  # of the JPEGs
 SPLITS = ('train', 'test')
-SETTINGS = 'jft_like.json'  # settings of a folder that is being written
+FORM = re.compile(r'jft_like:(\d{1,18})x(\d{1,9})(?:@(\d{1,4}))?((?:,\w+=[\w.-]{1,30})*)', re.ASCII)
 
 
-def parts(label):
+def design(label: int) -> tuple[int, int, int, int]:
     """(colour pair, shape, texture, cycles) of a class, as indices; unique to each class.
 
     The first 132, the frequent ones, each have their own colours; shapes and textures vary in all.
@@ -65,14 +64,14 @@ def parts(label):
     )
 
 
-def class_name(label):
+def class_name(label: int) -> str:
     """Describes a class: 'red on blue checks, 4 across, in a disk'."""
-    pair, shape, texture, cycles = parts(label)
+    pair, shape, texture, cycles = design(label)
     a, b = (list(COLOURS)[colour] for colour in PAIRS[pair])
     return f'{a} on {b} {TEXTURES[texture]}, {CYCLES[cycles]} across, in a {SHAPES[shape]}'
 
 
-def inside(shape, y, x):
+def shape_mask(shape: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Mask of a shape: bool [h, w] for y [h, 1] and x [1, w] in [-1, 1]."""
     if shape == 'disk':
         return y * y + x * x <= 1
@@ -85,7 +84,7 @@ def inside(shape, y, x):
     return np.minimum(abs(y), abs(x)) <= 0.4  # a cross
 
 
-def upper(texture, y, x, cycles):
+def texture_mask(texture: str, y: np.ndarray, x: np.ndarray, cycles: int) -> np.ndarray:
     """Mask of the first colour of a texture, on about two thirds of the area: bool [h, w]."""
     sy, sx = np.sin(np.pi * cycles * y), np.sin(np.pi * cycles * x)
     if texture == 'rows':
@@ -102,12 +101,14 @@ def upper(texture, y, x, cycles):
 
 
 @functools.cache
-def grain(size):
+def noise(size: int) -> np.ndarray:
     """Noise that windows are cut from: int16 [2 size, 2 size, 1]."""
     return np.random.default_rng(0).normal(0, GRAIN, (2 * size, 2 * size, 1)).astype(np.int16)
 
 
-def draw(rng, labels, size, cells=2):
+def draw(
+    rng: np.random.Generator, labels: Sequence[int], size: int, cells: int = 2
+) -> np.ndarray:
     """Draws an image uint8 [size, size, 3] with an object per label; objects do not overlap.
 
     Each object has a cell of at least `cells` x `cells`, and fills 0.65 or more of the cell's side.
@@ -117,235 +118,137 @@ def draw(rng, labels, size, cells=2):
     image = np.array(Image.fromarray(ground).resize((size, size), Image.Resampling.BICUBIC))
     side = max(cells, int(np.ceil(np.sqrt(len(labels)))))
     cell = size / side
-    places = rng.permutation(side * side)
-    for label, place in zip(labels, places, strict=False):
-        pair, shape, texture, cycles = parts(int(label))
+    order = rng.permutation(side * side)
+    for label, position in zip(labels, order, strict=False):
+        pair, shape, texture, cycles = design(int(label))
         extent = int(cell * rng.uniform(0.65, 1.0))
-        top, left = (int(cell * k + rng.uniform(0, cell - extent)) for k in divmod(place, side))
-        at = np.linspace(-1, 1, extent, dtype=np.float32)
-        y, x = at[:, None], at[None]
+        top, left = (int(cell * k + rng.uniform(0, cell - extent)) for k in divmod(position, side))
+        axis = np.linspace(-1, 1, extent, dtype=np.float32)
+        y, x = axis[:, None], axis[None]
         shift = rng.uniform(0, 1, 2).astype(np.float32)
-        over = upper(TEXTURES[texture], y + shift[0], x + shift[1], CYCLES[cycles])
+        first = texture_mask(TEXTURES[texture], y + shift[0], x + shift[1], CYCLES[cycles])
         colours = RGB[list(PAIRS[pair])] + rng.normal(0, 8, (2, 3))
         colours = np.clip(colours, 0, 255).astype(np.uint8)
         window = image[top : top + extent, left : left + extent]
-        mask = np.broadcast_to(inside(SHAPES[shape], y, x), over.shape)
-        np.copyto(window, colours[np.where(over, 0, 1)], where=mask[..., None])
+        mask = np.broadcast_to(shape_mask(SHAPES[shape], y, x), first.shape)
+        np.copyto(window, colours[np.where(first, 0, 1)], where=mask[..., None])
     top, left = rng.integers(0, size, 2)
-    noise = grain(size)[top : top + size, left : left + size]
-    return np.clip(image + noise, 0, 255).astype(np.uint8)
+    grain = noise(size)[top : top + size, left : left + size]
+    return np.clip(image + grain, 0, 255).astype(np.uint8)
 
 
 class Drawn:
-    """Records (JPEG bytes, label) that are drawn when they are read, and take no disk space.
+    """Records {'image': JPEG bytes, 'label': ...} that are drawn when they are read.
 
     A label is int32 [max_labels], padded with -1, or an int where max_labels is 1.
+
+    Args:
+      examples: how many examples the split has.
+      classes: how many classes the data set has.
+      split: 'train' or 'test', whose examples differ.
+      image_size: height and width in pixels.
+      seed: what example i looks like.
+      max_labels: most labels of an image. None: 4, or as many as there are classes.
+      cells: least number of cells along a side, with one object in each.
+      grey: whether images have shades of grey, in three channels, in place of colours.
     """
 
     def __init__(
-        self, examples, classes, *, split='train', image_size=224, seed=0, max_labels=4, quality=90,
-        cells=2, grey=False,
-    ):  # fmt: skip
-        if not 2 <= classes <= MOST_CLASSES:
-            raise UserError(f'{classes} classes; jft_like has 2 to {MOST_CLASSES:,}')
-        if not 1 <= max_labels <= min(MOST_LABELS, classes):
-            raise UserError(
-                f'max_labels is {max_labels}, not 1 to {min(MOST_LABELS, classes)} of {classes} '
-                'classes'
-            )
+        self,
+        examples: Positive[int],
+        classes: Annotated[int, Range(2, MOST_CLASSES)],
+        *,
+        split: str = 'train',
+        image_size: Annotated[int, Range(8, 9999)] = 224,
+        seed: Seed = 0,
+        max_labels: Annotated[int, Range(1, MOST_LABELS)] | None = None,
+        cells: Annotated[int, Range(1, 64)] = 2,
+        grey: bool = False,
+    ):
+        max_labels = min(4, classes) if max_labels is None else max_labels
+        if max_labels > classes:
+            raise UserError(f'jft_like: {max_labels} labels of an image of {classes} classes')
         self.examples, self.classes, self.split = examples, classes, split
         self.image_size, self.seed, self.max_labels = image_size, seed, max_labels
-        self.quality, self.cells, self.grey = quality, cells, grey
+        self.cells, self.grey = cells, grey
         shares = 1 / np.arange(1, classes + 1)
-        self.shares = np.cumsum(shares / shares.sum())
+        self.class_cdf = np.cumsum(shares / shares.sum())
         counts = 1 / np.arange(1, max_labels + 1) ** 2
-        self.counts = np.cumsum(counts / counts.sum())
+        self.count_cdf = np.cumsum(counts / counts.sum())
 
     def __len__(self):
         return self.examples
 
-    def rng(self, i):
+    def rng(self, i: int) -> np.random.Generator:
+        """Generator that draws example i; raises IndexError."""
         if not 0 <= i < self.examples:
             raise IndexError(f'no example {i} among {self.examples}')
         return np.random.default_rng((self.seed, SPLITS.index(self.split), int(i)))
 
-    def labels(self, rng):
-        """Draws different labels, the frequent ones more often: a list of 1 to max_labels ints."""
-        count = 1 + int(np.searchsorted(self.counts[:-1], rng.random(), side='right'))
-        found = []
-        while len(found) < count:
-            label = int(np.searchsorted(self.shares[:-1], rng.random(), side='right'))
-            if label not in found:
-                found.append(label)
-        return found
-
-    def read(self, i):
-        """(JPEG bytes, list of labels) of example i."""
-        rng = self.rng(i)
-        labels = self.labels(rng)
-        out = io.BytesIO()
-        image = Image.fromarray(draw(rng, labels, self.image_size, self.cells))
-        if self.grey:  # with three channels still, as all the others
-            image = image.convert('L').convert('RGB')
-        image.save(out, 'JPEG', quality=self.quality)
-        return out.getvalue(), labels
+    def labels(self, rng: np.random.Generator) -> list[int]:
+        """Draws 1 to max_labels different labels, the frequent ones more often."""
+        count = 1 + int(np.searchsorted(self.count_cdf[:-1], rng.random(), side='right'))
+        drawn = []
+        while len(drawn) < count:
+            label = int(np.searchsorted(self.class_cdf[:-1], rng.random(), side='right'))
+            if label not in drawn:
+                drawn.append(label)
+        return drawn
 
     def __getitem__(self, i):
-        data, labels = self.read(i)
-        return {'image': data, 'label': names.padded(labels, self.max_labels)}
+        rng = self.rng(i)
+        labels = self.labels(rng)
+        image = Image.fromarray(draw(rng, labels, self.image_size, self.cells))
+        if self.grey:
+            image = image.convert('L').convert('RGB')
+        out = io.BytesIO()
+        image.save(out, 'JPEG', quality=QUALITY)
+        return {'image': out.getvalue(), 'label': names.padded(labels, self.max_labels)}
 
-    def traits(self):
+    def traits(self) -> tuple[list, list]:
+        """See `readers.facts`."""
         settings = (self.examples, self.classes, self.split, self.image_size, self.seed,
-                    self.max_labels, self.quality, self.cells, self.grey)  # fmt: skip
+                    self.max_labels, QUALITY, self.cells, self.grey)  # fmt: skip
         return [str(settings)], []
 
-    def name(self, i):
+    def name(self, i: int) -> str:
+        """Name of example i for messages."""
         return f'jft_like:{self.examples}x{self.classes}/{self.split}[{i}]'
 
 
-def tenth(examples):
-    """Default number of test examples: a tenth of the training examples, 1 to 50,000."""
-    return max(1, min(examples // 10, 50_000))
+def parse(name: str) -> dict[str, Any]:
+    """Settings that a name states: arguments of `Drawn`, and test_examples. Raises UserError."""
+    match = FORM.fullmatch(name)
+    if not match:
+        raise UserError(
+            f'{name!r} is not of the form jft_like:EXAMPLESxCLASSES[@SIZE][,KEY=VALUE]...'
+        )
+    settings = {'examples': int(match[1]), 'classes': int(match[2])}
+    if match[3]:
+        settings['image_size'] = int(match[3])
+    parameters = inspect.signature(Drawn).parameters
+    annotations = {key: parameter.annotation for key, parameter in parameters.items()}
+    annotations['test_examples'] = Positive[int]
+    keys = [key for key in annotations if key not in ('split', 'examples', 'classes', 'image_size')]
+    for setting in match[4].split(',')[1:]:
+        key, _, text = setting.partition('=')
+        check_choice('key of jft_like', key, keys)
+        try:
+            settings[key] = json.loads(text.lower())
+        except ValueError:
+            settings[key] = text
+    for key, value in settings.items():
+        bounds.check(f'{key} of {name}', value, annotations[key])
+    return settings
 
 
-def class_names(classes):
-    return tuple(map(class_name, range(classes)))
-
-
-def named(name, split):
-    """(records, class names) of 'jft_like:10000x1000', or at another image size '...x1000@64'."""
-    match = re.fullmatch(r'jft_like:(\d{1,18})x(\d{1,9})(?:@(\d{1,4}))?', name)
-    if not match or not int(match[1]) or int(match[3] or 224) < 8:
-        raise UserError(f'{name!r} is not of the form jft_like:EXAMPLESxCLASSES[@SIZE]')
+def load(name: str, split: str) -> tuple[Drawn, tuple[str, ...]]:
+    """(records, class names) of a split of the data set of that name; raises UserError."""
+    settings = parse(name)
     if split not in SPLITS:
         raise splits.missing(name, split, SPLITS)
-    examples, classes, size = int(match[1]), int(match[2]), int(match[3] or 224)
-    examples = examples if split == 'train' else tenth(examples)
-    found = Drawn(
-        examples, classes, split=split, image_size=size, max_labels=min(4, classes)
-    )
-    return found, class_names(classes)
-
-
-def plan(drawn, shard_examples):
-    """[(split, index of the shard, number of shards, first example, one past the last)]."""
-    work = []
-    for split, one in drawn.items():
-        count = -(-len(one) // shard_examples)
-        for k in range(count):
-            stop = min((k + 1) * shard_examples, len(one))
-            work.append((split, k, count, k * shard_examples, stop))
-    return work
-
-
-def write(dst, one, k, count, start, stop):
-    """Draws a shard unless it exists, and returns its entry in the manifest."""
-    path = pathlib.Path(dst) / records.shard_name(one.split, k, count)
-    if path.exists():  # complete: a shard is given this name once it is
-        size = path.stat().st_size
-        with path.open('rb') as file:
-            digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    else:
-        examples = (
-            example.encode(*one.read(i), f'{one.split}/{i}') for i in range(start, stop)
-        )
-        _, size, digest = records.write_shard(path, examples)
-    return {'file': path.name, 'examples': stop - start, 'bytes': size, 'sha256': digest}
-
-
-def make(
-    dst, *, examples, classes, test_examples=None, image_size=224, seed=0, max_labels=4,
-    cells=2, grey=False, shard_examples=2000, workers=1, told=lambda done, of: None,
-):  # fmt: skip
-    """Writes a folder of records; calls told(shards done, shards in all) after each shard."""
-    counts = {'train': examples, 'test': test_examples or tenth(examples)}
-    options = dict(
-        image_size=image_size, seed=seed, max_labels=max_labels, cells=cells, grey=grey
-    )
-    drawn = {
-        split: Drawn(count, classes, split=split, **options) for split, count in counts.items()
-    }
-    dst = pathlib.Path(dst).expanduser()
-    settings = {**options, **counts, 'classes': classes, 'shard_examples': shard_examples}
-    begin(dst, json.dumps(settings) + '\n')
-    splits = {split: [] for split in drawn}
-    context = multiprocessing.get_context('spawn')  # not fork: threads hold locks
-    memory.claim()
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=end_with_parent
-    ) as pool:
-        work = plan(drawn, shard_examples)
-        with ignore_signals():
-            jobs = [(split, pool.submit(write, dst, drawn[split], *rest)) for split, *rest in work]
-        try:
-            for done, (split, job) in enumerate(jobs):
-                splits[split].append(job.result())
-                told(done + 1, len(jobs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    finish(dst, {
-        'format': records.FORMAT, 'version': records.VERSION, 'max_labels': max_labels,
-        'classes': list(class_names(classes)), 'splits': splits,
-    })  # fmt: skip
-
-
-def begin(dst, settings):
-    """Creates the folder, or resumes one with the same settings; raises UserError otherwise."""
-    try:
-        dst.mkdir(parents=True, exist_ok=True)
-        path = dst / SETTINGS
-        if path.exists():
-            if path.read_text() != settings:
-                raise UserError(f'{path} has other settings than these; choose another folder')
-        elif any(dst.iterdir()):
-            raise UserError(f'{dst} is not empty; choose another folder')
-        else:
-            path.write_text(settings)
-    except OSError as e:
-        raise UserError(f'can not write to {dst}: {e.strerror or e}') from e
-
-
-def finish(dst, manifest):
-    """Writes the manifest, which makes the folder complete."""
-    part = dst / f'.{records.MANIFEST}.part'
-    with part.open('w') as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, dst / records.MANIFEST)
-
-
-def define_flags():
-    """Not at import, since `sources` imports this and other commands have flags of these names."""
-    flags.DEFINE_integer('examples', None, 'Examples of the split train.', lower_bound=1)
-    flags.DEFINE_integer(
-        'test_examples', None, 'Examples of the split test, else a tenth.', lower_bound=1
-    )
-    flags.DEFINE_integer('classes', None, f'Classes, up to {MOST_CLASSES:,}.', lower_bound=2)
-    flags.DEFINE_integer('image_size', 224, 'Height and width in pixels.', lower_bound=8)
-    flags.DEFINE_integer(
-        'max_labels', 4, 'Most labels of an image.', lower_bound=1, upper_bound=MOST_LABELS
-    )
-    flags.DEFINE_integer('cells', 2, 'Least cells along a side, one object in each.', lower_bound=1)
-    flags.DEFINE_bool('grey', False, 'Greyscale images, in which colours are but shades.')
-    flags.DEFINE_integer('seed', 0, 'What example i looks like.', lower_bound=0)
-    flags.DEFINE_integer('shard_examples', 2000, 'Examples in a shard.', lower_bound=1)
-    flags.DEFINE_integer('workers', os.cpu_count(), 'Processes that draw.', lower_bound=1)
-
-
-def main(argv):
-    options = flags.FLAGS
-    if len(argv) != 2 or options.examples is None or options.classes is None:
-        raise UserError('usage: python -m vit_jax.data.jft_like DST --examples N --classes K')
-    names = (
-        'examples', 'classes', 'test_examples', 'image_size', 'seed', 'max_labels', 'cells', 'grey',
-        'shard_examples', 'workers',
-    )  # fmt: skip
-    settings = {name: getattr(options, name) for name in names}
-    make(argv[1], **settings, told=lambda done, of: print(f'{done} of {of} shards', flush=True))
-
-
-if __name__ == '__main__':
-    define_flags()
-    cli.run(main)
+    tenth = max(1, min(settings['examples'] // 10, 50_000))
+    test_examples = settings.pop('test_examples', tenth)
+    if split == 'test':
+        settings['examples'] = test_examples
+    return Drawn(**settings, split=split), tuple(map(class_name, range(settings['classes'])))

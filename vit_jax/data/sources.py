@@ -71,7 +71,8 @@ def load(
       in train/ and val/
     - parquet files, named likewise or in data/; arrow files of Hugging Face's `save_to_disk`
     - any other folder: images in class/, or in train/class/ and val/class/
-    - `jft_like:EXAMPLESxCLASSES`: synthetic images, drawn as they are read
+    - `jft_like:EXAMPLESxCLASSES[@SIZE][,KEY=VALUE]...`: synthetic images, drawn as they are read,
+      see data/jft_like.py
     - `vtab:TASK`: a task of VTAB-1k, from TFDS
     - any other name: a TFDS data set that is prepared in `data_dir`
 
@@ -103,7 +104,7 @@ def found_by(name, split, data_dir, image, label):
         return Source(*tfds.vtab_task(name, split, home(data_dir)))
     part, _, _ = splits.share(split)
     if kind == 'drawn':
-        return portion(*jft_like.named(name, part), split)
+        return portion(*jft_like.load(name, part), split)
     if kind == 'pattern':
         return sharded({'train': shards.expanded(address)}, address, split, image, label)
     files, inner = shards.listed(address)
