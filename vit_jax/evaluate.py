@@ -23,11 +23,11 @@ from vit_jax import assembly, cli, evaluators, sharding
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.data import tasks
-from vit_jax.data.prepare import crew
 from vit_jax.data.readers import names
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import experiment, storage
+from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable, to_json
 from vit_jax.objectives import Examples, supervised
 from vit_jax.run import workdir
@@ -51,14 +51,14 @@ def evaluate(checkpoint, config, ema=None, by_class=False):
         evaluation = assembly.evaluation(subject_of(found, size, mesh, loss), kwargs)
         images = sum(map(len, evaluation.sources.values()))
         began = time.perf_counter()
-        with crew.Bar(printable(name), images, brief=True) as bar:
+        with Bar(printable(name), images, brief=True) as bar:
             metrics = evaluation(found.params, advance=bar.add)
         seconds = time.perf_counter() - began
         metrics |= {'images_per_s': round(metrics['examples'] / seconds, 1)}
         text = None
         if by_class and kwargs.type == 'classify':
             classes = found.classes or evaluation.source.classes
-            with crew.Bar(f'{printable(name)} by class', images, brief=True) as bar:
+            with Bar(f'{printable(name)} by class', images, brief=True) as bar:
                 predicted = evaluation.predictions(found.params, bar.add)
             text = classify.by_class(predicted, classes, found.model.num_classes)
         yield name, metrics, text

@@ -27,10 +27,10 @@ from vit_jax import cli
 from vit_jax.convert import load as weights
 from vit_jax.convert.save import complete
 from vit_jax.data import files, tasks
-from vit_jax.data.prepare import crew
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import storage
+from vit_jax.io.progress import Bar
 from vit_jax.io.text import printable, to_json
 from vit_jax.models import interface
 from vit_jax.objectives import losses
@@ -148,7 +148,7 @@ def progress(total):
     if total == 1 or sys.stdout.isatty() or not sys.stderr.isatty():
         yield lambda count: None
         return
-    with crew.Bar('images', total) as bar:
+    with Bar('images', total) as bar:
         yield bar.add
 
 

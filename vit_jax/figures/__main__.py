@@ -23,11 +23,11 @@ from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.data import files, mixture, pipeline, tasks
-from vit_jax.data.prepare import crew
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.figures import model_page, page, plates, scaling, summary
 from vit_jax.io import storage
+from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable
 from vit_jax.models import interface
 from vit_jax.run import checkpoint, history, report, workdir
@@ -87,7 +87,7 @@ def of_run(path, out):
 def of_predictions(config, parts, name, evaluation, state, lines, out):
     """Draws the predictions of a run's first evaluation; yields the parts of its page."""
     params = optim.averaged(state)
-    with crew.Bar(printable(name), len(evaluation.source), brief=True) as bar:
+    with Bar(printable(name), len(evaluation.source), brief=True) as bar:
         found = evaluation.predictions(params, bar.add)
     found['label'] = classify.one_label(found['label'], found['prediction'])
     images = Images(

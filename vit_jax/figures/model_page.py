@@ -11,10 +11,10 @@ import numpy as np
 
 from vit_jax import models
 from vit_jax.data import files, tasks
-from vit_jax.data.prepare import crew
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.figures import anatomy, page, plates
+from vit_jax.io.progress import Bar
 from vit_jax.io.text import flop, printable
 from vit_jax.objectives import losses
 
@@ -115,7 +115,7 @@ class Looks:
         self.found, self.paths, self.failed = found, [], 0
         self.images, self.logits, self.distances, self.rollouts, self.heads = [], [], [], [], []
         see, view = seeing(found.model), tasks.fixed_view(found.view, size_of(found))
-        with crew.Bar('images', len(paths)) as bar:
+        with Bar('images', len(paths)) as bar:
             for path in paths:
                 try:
                     image = files.pixels(path, view)

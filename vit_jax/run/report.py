@@ -5,12 +5,10 @@ import math
 import os
 import socket
 import statistics
-import sys
 import time
 
 import jax
 from etils import epath
-from rich import progress
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -20,6 +18,7 @@ from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.io import storage
 from vit_jax.io.bounds import Positive
+from vit_jax.io.progress import Bar
 from vit_jax.io.text import finite, flop, number, printable, to_json
 from vit_jax.run import history
 
@@ -79,7 +78,9 @@ class Report:
         self.clock = None  # (time, step, seconds spent waiting for data) at the last line
         self.waited = 0.0
         self.writes = jax.process_index() == 0
-        self.bar = Bar(steps, start, shown=self.writes)
+        self.bar = Bar(
+            'step', steps, start, text='compiling', stream='stdout', shown=self.writes
+        )
         if self.writes:
             self.open(start)
 
@@ -157,7 +158,7 @@ class Report:
             self.clock = time.time(), step, self.waited
         elif self.clock is None:
             self.clock = time.time(), step, self.waited  # compilation is over
-        self.bar.show(step, metrics, speed.get('images_per_s'))
+        self.bar.update(step, progress_text(metrics, speed.get('images_per_s')))
 
     def speed(self, step):
         """Throughput since the last line: images/s, share of time waiting for data, MFU."""
@@ -204,7 +205,7 @@ class Report:
         return {step: math.nan if value is None else value for step, value in values.items()}
 
     def say(self, text):
-        self.bar.say(text)
+        self.bar.print(text)
 
     def result(self):
         """The part of result.json about the run as a whole."""
@@ -244,50 +245,11 @@ def costs(result):
     return found
 
 
-class Bar:
-    """A progress bar on a terminal, a plain line every ten seconds otherwise."""
-
-    def __init__(self, steps, start, shown):
-        self.steps, self.start, self.shown = steps, start, shown
-        self.began = self.said = None
-        self.bar = None
-        if shown and sys.stdout.isatty():
-            self.bar = progress.Progress(
-                progress.TextColumn('step'),
-                progress.MofNCompleteColumn(),
-                progress.BarColumn(bar_width=24),
-                progress.TextColumn('{task.fields[text]}'),
-                progress.TimeRemainingColumn(compact=True),
-                progress.TextColumn('left'),
-            )
-            self.task = self.bar.add_task('', total=steps, completed=start, text='compiling')
-            self.bar.start()
-
-    def show(self, step, metrics, images_per_s):
-        named = sorted(metrics.items(), key=lambda item: item[0] != 'loss')  # the loss first
-        text = '  '.join(f'{k} {v:.3f}' for k, v in named if k not in OF_EACH)
-        text += f'  {images_per_s:,.0f} images/s' if images_per_s else ''
-        now = time.time()
-        if self.bar:
-            self.bar.update(self.task, completed=step, text=text)
-        elif self.shown and (self.said is None or step == self.steps or now - self.said >= 10):
-            self.said = now
-            line = f'step {step}/{self.steps}  {text}'
-            if self.began:
-                left = (now - self.began[0]) / (step - self.began[1]) * (self.steps - step)
-                line += f'  {left:,.0f} s left'
-            print(line, flush=True)
-        self.began = self.began or (now, step)
-
-    def say(self, text):
-        if self.bar:
-            self.bar.console.print(printable(text, '\n'), highlight=False, markup=False)
-        elif self.shown:
-            print(printable(text, '\n'), flush=True)
-
-    def close(self):
-        if self.bar:
-            self.bar.stop()
+def progress_text(metrics, images_per_s):
+    """Metrics of a step and its throughput for the progress bar, the loss first."""
+    named = sorted(metrics.items(), key=lambda item: item[0] != 'loss')
+    text = [f'{k} {v:.3f}' for k, v in named if k not in OF_EACH]
+    return '  '.join([*text, f'{images_per_s:,.0f} images/s'] if images_per_s else text)
 
 
 def title(config):

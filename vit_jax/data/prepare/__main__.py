@@ -32,6 +32,7 @@ from vit_jax.data.readers import names, records
 from vit_jax.data.readers.splits import KNOWN
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
+from vit_jax.io.progress import Bar
 from vit_jax.io.text import printable
 
 SPLIT = flags.DEFINE_list(
@@ -214,7 +215,7 @@ def know(job, workers):
         for k in range(-(-len(source) // 1024))
     ]
     order = {(name, k): at for at, (_, name, k) in enumerate(tasks)}
-    with crew.Bar('test images', sum(map(len, job.against.values()))) as bar:
+    with Bar('test images', sum(map(len, job.against.values()))) as bar:
         found = list(crew.distributed(writing.work, job, tasks, workers, bar))
     found.sort(key=lambda result: order[result['which'], result['shard']])
     rows = [row for result in found for row in result['rows']]
@@ -235,7 +236,7 @@ def write(job, wanted, classes, max_labels, workers):
               for split in job.sources}  # fmt: skip
     total = sum(map(len, job.sources.values()))
     with (
-        crew.Bar('images', total, sum(line['read'] for line in done)) as bar,
+        Bar('images', total, sum(line['read'] for line in done)) as bar,
         (job.dst / records.JOURNAL).open('a') as file,
     ):
         for line in crew.distributed(writing.work, job, tasks, workers, bar):

@@ -2,8 +2,6 @@
 
 import contextlib
 import multiprocessing
-import sys
-import time
 from multiprocessing import connection
 
 from vit_jax.data.workers import end, ignore_signals
@@ -14,6 +12,7 @@ def distributed(work, job, tasks, workers, bar):
     """Yields the workers' results as they arrive; raises UserError if one refuses or dies."""
     context = multiprocessing.get_context('spawn')
     tasks, crew = list(reversed(tasks)), {}
+    done, under_way = bar.done, {}  # images of finished tasks, and by pipe of those under way
     try:
         for _ in range(min(workers, len(tasks))):
             ours, theirs = context.Pipe()
@@ -27,10 +26,12 @@ def distributed(work, job, tasks, workers, bar):
                 process, task = crew[pipe]
                 kind, value = answer(pipe, process, task)
                 if kind == 'at':
-                    bar.at(pipe, value)
+                    under_way[pipe] = value
+                    bar.update(done + sum(under_way.values()))
                     continue
-                bar.at(pipe, 0)
-                bar.add(value['read'])
+                under_way.pop(pipe, None)
+                done += value['read']
+                bar.update(done + sum(under_way.values()))
                 if tasks:
                     give(tasks, crew, pipe, process)
                 else:
@@ -63,57 +64,3 @@ def answer(pipe, process, task):
     if kind == 'broken':
         raise RuntimeError(f'in a worker process:\n{value}')
     return kind, value
-
-
-class Bar:
-    """Progress bar on a terminal, else a plain line every ten seconds; on stderr.
-
-    The first line is printed at once and the last one at the end, or, if `brief`, none before ten
-    seconds have passed.
-    """
-
-    def __init__(self, title, total, done=0, brief=False):
-        self.title, self.total, self.done, self.brief = title, total, done, brief
-        self.under_way, self.began = {}, (time.time(), done)
-        self.said = time.time() if brief else 0.0
-        self.bar = None
-        if sys.stderr.isatty():
-            import rich.console
-            from rich import progress
-
-            self.bar = progress.Progress(
-                progress.TextColumn(title, markup=False),
-                progress.MofNCompleteColumn(),
-                progress.BarColumn(bar_width=24),
-                progress.TextColumn('{task.fields[text]}'),
-                progress.TimeRemainingColumn(compact=True),
-                progress.TextColumn('left'),
-                console=rich.console.Console(stderr=True),
-            )
-            self.task = self.bar.add_task('', total=total, completed=done, text='')
-            self.bar.start()
-
-    def at(self, worker, count):
-        """Updates the progress of a worker within its task."""
-        self.under_way[worker] = count
-        self.show()
-
-    def add(self, count):
-        self.done += count
-        self.show()
-
-    def show(self):
-        now, done = time.time(), self.done + sum(self.under_way.values())
-        rate = (done - self.began[1]) / max(now - self.began[0], 1e-3)
-        if self.bar:
-            self.bar.update(self.task, completed=done, text=f'{rate:,.0f} images/s')
-        elif now - self.said >= 10 or self.done == self.total and not self.brief:
-            self.said = now
-            print(f'{self.title} {done:,}/{self.total:,}  {rate:,.0f} images/s', file=sys.stderr)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.bar:
-            self.bar.stop()
