@@ -314,7 +314,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(checkpoint, tmp_path):
 def test_what_can_not_be_exported_is_refused():
     model, params = small()
     for view in ('inception', dict(name='small_central'), dict(name='central', method='area')):
-        with pytest.raises(UserError, match='can not be exported; central, resize, small_cent'):
+        with pytest.raises(UserError, match='cannot be exported; central, resize, small_cent'):
             export.exported(model, params, (SIZE, SIZE), view=view)
     huge = {'kernel': jax.ShapeDtypeStruct((2**29,), jnp.float32)}
     with pytest.raises(UserError, match='the weights are 2.1 GB'):

@@ -14,14 +14,18 @@ number of images, its accuracy and how often it was predicted as each of all cla
 """
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from vit_jax import assembly, cli, evaluators, sharding
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
+from vit_jax.convert import run
 from vit_jax.data import tasks
 from vit_jax.data.readers import names
 from vit_jax.errors import UserError
@@ -33,35 +37,62 @@ from vit_jax.objectives import Examples, supervised
 from vit_jax.run import workdir
 
 
-def evaluate(checkpoint, config, ema=None, by_class=False):
-    """Yields (name, {metric: value}, CSV text) for each evaluation of a complete config.
+def evaluate(
+    checkpoint: str, config: ConfigDict, ema: bool | None = None, by_class: bool = False
+) -> Iterator[tuple[str, dict[str, float], str | None]]:
+    """Runs the evaluations of a complete config: yields (name, {metric: value}, CSV of classes).
 
-    The text is for --out; None unless `by_class` is set and the evaluation is of a classifier.
+    Args:
+      checkpoint: what to evaluate, as for vit_jax.load; for another objective than supervised
+        classification, a run.
+      config: complete config whose evaluations run.
+      ema: whether to evaluate the moving average of a run's parameters. None: if the run saved one.
+      by_class: whether to make the CSV, for each evaluation of the type classify; else it is None.
     """
     if not config.evals:
         raise UserError('the config has no evals')
-    mesh = sharding.make_mesh(**config.mesh)
-    loaded = {}
-    for name, kwargs in config.evals.items():
-        size = tasks.size_of(kwargs.image_size)
+    for name, evaluation, subject, params in evaluations(checkpoint, config, ema):
+        images = sum(map(len, evaluation.sources.values()))
+        began = time.perf_counter()
+        with Bar(printable(name), images, brief=True) as bar:
+            metrics = evaluation(params, advance=bar.add)
+        seconds = time.perf_counter() - began
+        if 'examples' in metrics:
+            metrics |= {'images_per_s': round(metrics['examples'] / seconds, 1)}
+        text = None
+        if by_class and config.evals[name].type == 'classify':
+            classes = subject.names.get('classes') or evaluation.source.classes
+            with Bar(f'{printable(name)} by class', images, brief=True) as bar:
+                predicted = evaluation.predictions(params, bar.add)
+            text = classify.by_class(predicted, classes, subject.outputs['logits'].shape[-1])
+        yield name, metrics, text
+
+
+def evaluations(
+    checkpoint: str, config: ConfigDict, ema: bool | None
+) -> Iterator[tuple[str, Callable, evaluators.Subject, Any]]:
+    """Yields (name, evaluation, subject, params) for each section of `evals`.
+
+    A run of another objective is made as it was for training. Any other checkpoint is a
+    classifier, whose positions are resized for each evaluation; no training data is read.
+    """
+    if config.objective.name != 'supervised' and run.is_run(str(checkpoint)):
+        parts, params = assembly.restored(str(checkpoint), config, ema)
+        subject = evaluators.subject(
+            parts.objective, params, parts.spec, parts.mesh, parts.task.names
+        )
+        for name, evaluation in parts.evals.items():
+            yield name, evaluation, subject, params
+        return
+    mesh, loaded = sharding.make_mesh(**config.mesh), {}
+    for name, settings in config.evals.items():
+        size = tasks.size_of(settings.image_size)
         if size not in loaded:
             loaded = {size: read(checkpoint, size, config.model, ema)}
         found = loaded[size]
         loss = found.loss or config.objective.get('loss') or 'softmax'
-        evaluation = assembly.evaluation(subject_of(found, size, mesh, loss), kwargs)
-        images = sum(map(len, evaluation.sources.values()))
-        began = time.perf_counter()
-        with Bar(printable(name), images, brief=True) as bar:
-            metrics = evaluation(found.params, advance=bar.add)
-        seconds = time.perf_counter() - began
-        metrics |= {'images_per_s': round(metrics['examples'] / seconds, 1)}
-        text = None
-        if by_class and kwargs.type == 'classify':
-            classes = found.classes or evaluation.source.classes
-            with Bar(f'{printable(name)} by class', images, brief=True) as bar:
-                predicted = evaluation.predictions(found.params, bar.add)
-            text = classify.by_class(predicted, classes, found.model.num_classes)
-        yield name, metrics, text
+        subject = subject_of(found, size, mesh, loss)
+        yield name, assembly.evaluation(subject, settings), subject, found.params
 
 
 def subject_of(found, image_size, mesh, loss):
@@ -77,18 +108,22 @@ def read(checkpoint, image_size, model, ema):
     return weights.read(checkpoint, image_size=image_size, ema=ema, **how)
 
 
-def settings_of(path, checkpoint, overrides):
+def settings_of(
+    path: str | None, checkpoint: str, overrides: Sequence[tuple[str, str]]
+) -> ConfigDict:
     """The complete config of a file or, without one, of the run that made the checkpoint."""
-    if path is not None:
-        needs_model = not any(key in ('init_from', 'model.name') for key, _ in overrides)
-        given = experiment.read(path)
-        if needs_model and not given.get('model', {}).get('name'):
-            overrides = [*overrides, ('init_from', checkpoint)]
-        return configs.load(path, overrides)
-    found = weights.read(checkpoint, values=False, ema=None)
-    if found.config is None:
-        raise UserError(f'nothing tells of a run that {checkpoint} came from; give --config')
-    return configs.changed(found.config, overrides)
+    given = run.config_of(checkpoint)[1] if run.is_run(checkpoint) else None
+    if path is None:
+        if given is None:
+            given = weights.read(checkpoint, values=False, ema=None).config
+        if given is None:
+            raise UserError(f'{checkpoint} is not the checkpoint of a run; give --config')
+        return configs.changed(given, overrides)
+    has_model = given is None or given.get('model', {}).get('name') is not None
+    named = any(key in ('init_from', 'model.name') for key, _ in overrides)
+    if has_model and not named and not experiment.read(path).get('model', {}).get('name'):
+        overrides = [*overrides, ('init_from', checkpoint)]
+    return configs.load(path, overrides)
 
 
 def compare(config, labels):

@@ -1,4 +1,4 @@
-"""Classifies images: python -m vit_jax.predict --checkpoint X IMAGE...
+"""Predicts from images: python -m vit_jax.predict --checkpoint X IMAGE...
 
 X is anything that vit_jax.load takes. Images are files, folders of them, or their addresses. Prints
 the most likely classes of each image and their probabilities (of a softmax, or of a sigmoid where
@@ -8,6 +8,10 @@ skipped; the exit status is then 2.
 
 --features FILE.npz writes, instead of classes, the input of the head for each image, even if the
 checkpoint has no head: `features` float32 [images, D] and `files`, their names.
+
+--out FILE.npz writes, instead of classes, all named arrays that the checkpoint predicts: of a run,
+what its objective's `predict` returns (docs/extending.md); of any other checkpoint, the model's
+intermediates (pre_logits, logits, tokens, ...). `files` are the names of the images.
 """
 
 import collections
@@ -16,14 +20,18 @@ import contextlib
 import itertools
 import pathlib
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from vit_jax import cli
+from vit_jax import assembly, cli
+from vit_jax.convert import fit
 from vit_jax.convert import load as weights
 from vit_jax.convert.save import complete
 from vit_jax.data import files, tasks
@@ -36,7 +44,9 @@ from vit_jax.models import interface
 from vit_jax.objectives import losses
 
 
-def read_ahead(paths, view, count):
+def read_ahead(
+    paths: Sequence[str], view: Callable, count: int
+) -> Iterator[tuple[str, Any]]:
     """Yields (path, uint8 [H, W, 3]) in order, `count` of them read ahead by threads.
 
     For an image that can't be read, yields its UserError instead of pixels.
@@ -59,91 +69,162 @@ def read_ahead(paths, view, count):
             yield path, image.result()
 
 
-def predicted(model, params, images, batch_size, loss=None, features=False):
-    """Yields (path, probabilities float32 [K]), or (path, UserError), for pairs of `read_ahead`.
+class Predictor(NamedTuple):
+    """What a checkpoint makes of images.
 
-    All batches have one size, so that the step is compiled once. `loss` is the training loss. With
-    `features`, yields pre_logits, float32 [D], instead of probabilities.
+    Attributes:
+      compute: (params, images uint8 [B, H, W, C]) -> an array or {name: array}, all [B, ...].
+      params: parameters.
+      image_size: (height, width) of the images.
+      view: how a file becomes such an image, as `tasks.make_view` takes it.
+      classes: names by label; None if unknown.
+    """
+
+    compute: Callable[[Any, jax.Array], Any]
+    params: Any
+    image_size: tuple[int, int]
+    view: str | dict
+    classes: Sequence[str] | None = None
+
+
+def classifier(options: flags.FlagValues) -> Predictor:
+    """Loads a checkpoint; it predicts probabilities [B, K], or what --features or --out write."""
+    found = weights.read(
+        options.checkpoint, image_size=options.image_size, ema=None if options.ema else False,
+        as_input=True,
+    )  # fmt: skip
+    model = found.model
+    if model.num_classes is None and not (options.features or options.out):
+        raise UserError(f'{options.checkpoint} has no head, so it knows no classes')
+    interface.check_output(model)
+
+    def compute(params, images):
+        logits, out = model.apply({'params': params}, model.normalise(images))
+        if options.out:
+            return out
+        return out['pre_logits'] if options.features else losses.probabilities(logits, found.loss)
+
+    size = found.image_size or (files.DEFAULT_SIZE,) * 2
+    return Predictor(compute, found.params, size, found.view, found.classes)
+
+
+def method(options: flags.FlagValues) -> Predictor | None:
+    """Restores a run of another objective than `supervised`; None for any other checkpoint.
+
+    It predicts what the objective does, for --out. Without --out, a run whose parameters are those
+    of a model of the package counts as any other checkpoint.
+    """
+    config = assembly.config_of_method(options.checkpoint, with_model=bool(options.out))
+    if config is None:
+        return None
+    if not options.out:
+        raise UserError(
+            f'objective {config.objective.name} has a network of its own, which need not predict '
+            'classes; --out=FILE.npz writes what it predicts'
+        )
+    parts, params = assembly.restored(
+        options.checkpoint, config, None if options.ema else False, jax.devices()[:1]
+    )
+    size = tasks.size_of(config.data.get('image_size', options.image_size or files.DEFAULT_SIZE))
+    if options.image_size and (options.image_size,) * 2 != size:
+        raise UserError(
+            f'--image_size is {options.image_size}, but objective {config.objective.name} takes '
+            f'images of {size[0]} x {size[1]} pixels alone'
+        )
+    compute = assembly.predict_images(config, parts)
+    return Predictor(compute, params, size, fit.view_of(config.to_dict()) or 'central')
+
+
+def predicted(
+    predictor: Predictor, images: Iterator[tuple[str, Any]], batch_size: int
+) -> Iterator[tuple[str, Any]]:
+    """Yields (path, the path's rows of what is predicted), or (path, UserError).
+
+    All batches have one size, so that `compute` is compiled once. Floats are float32.
+
+    Args:
+      predictor: the checkpoint.
+      images: pairs of `read_ahead`.
+      batch_size: images in a batch.
     """
 
     @jax.jit
-    def step(params, batch):
-        logits, out = model.apply({'params': params}, model.normalise(batch))
-        if features:
-            return out['pre_logits'].astype(np.float32)
-        return losses.probabilities(logits, loss)
+    def compute(params, batch):
+        outputs = predictor.compute(params, batch)
+        return jax.tree.map(
+            lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, outputs
+        )
 
     while group := list(itertools.islice(images, batch_size)):
         yield from (pair for pair in group if isinstance(pair[1], UserError))
-        paths, batch = [], []
-        for path, image in group:
-            if not isinstance(image, UserError):
-                paths.append(path)
-                batch.append(image)
-        if batch:
-            batch += batch[-1:] * (batch_size - len(batch))
-            yield from zip(paths, np.asarray(step(params, np.stack(batch))), strict=False)
+        pairs = [pair for pair in group if not isinstance(pair[1], UserError)]
+        if not pairs:
+            continue
+        paths, batch = zip(*pairs, strict=True)
+        batch += batch[-1:] * (batch_size - len(batch))
+        outputs = jax.device_get(compute(predictor.params, np.stack(batch)))
+        for i, path in enumerate(paths):
+            yield path, jax.tree.map(lambda x, i=i: x[i], outputs)
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     if not argv[1:]:
         raise UserError('no image is named; give paths of images or folders')
-    if options.features:
-        check_output(options.features)
+    if options.features and options.out:
+        raise UserError('--features and --out are both given; --out writes pre_logits, too')
+    out = options.features or options.out
+    if out:
+        check_output('features' if options.features else 'out', out)
     paths = files.found(argv[1:])
-    ema = None if options.ema else False
-    found = weights.read(
-        options.checkpoint, image_size=options.image_size, ema=ema, as_input=True
+    predictor = method(options) or classifier(options)
+    view = tasks.fixed_view(
+        predictor.view if options.view is None else options.view, predictor.image_size
     )
-    if found.model.num_classes is None and not options.features:
-        raise UserError(f'{options.checkpoint} has no head, so it knows no classes')
-    interface.check_output(found.model)
-    size = found.image_size or (files.DEFAULT_SIZE,) * 2
-    view = tasks.fixed_view(found.view if options.view is None else options.view, size)
     batch_size = min(options.batch_size, len(paths))
     images = read_ahead(paths, view, 2 * batch_size)
-    results = predicted(
-        found.model, found.params, images, batch_size, found.loss, bool(options.features)
-    )
     failed, rows = 0, []
     with progress(len(paths)) as advance:
-        for path, values in results:
-            if isinstance(values, UserError):
+        for path, outputs in predicted(predictor, images, batch_size):
+            if isinstance(outputs, UserError):
                 if len(paths) == 1:
-                    raise values
-                print(f'skipped: {printable(values)}', file=sys.stderr)
+                    raise outputs
+                print(f'skipped: {printable(outputs)}', file=sys.stderr)
                 failed += 1
-            elif options.features:
-                rows.append((path, values))
+            elif out:
+                rows.append((path, {'features': outputs} if options.features else outputs))
             else:
-                show(path, values, found.classes, options.top)
+                show(path, outputs, predictor.classes, options.top)
             advance(1)
     if rows:
-        write_features(options.features, rows)
+        write_arrays(out, rows)
     if failed:
         raise UserError(f'{failed:,} of {len(paths):,} images can not be read')
 
 
-def check_output(path):
-    """Raises UserError if the file of features can't be written, before any computation."""
+def check_output(flag: str, path: str) -> None:
+    """Raises UserError if the file that a flag names can't be written, before any computation."""
     if not path.endswith('.npz') or '://' in path:
-        raise UserError(f'--features={path}: name a file here that ends in .npz')
+        raise UserError(f'--{flag}={path}: name a file here that ends in .npz')
     path = pathlib.Path(path).absolute()
     storage.check_free(path, flags.FLAGS.force)
     storage.file(path)
 
 
-def write_features(path, rows):
-    """Writes [(name, float32 [D])] as an .npz in one step: complete, or as it was."""
-    names, features = zip(*rows, strict=True)
+def write_arrays(path: str, rows: Sequence[tuple[str, dict[str, np.ndarray]]]) -> None:
+    """Writes [(file name, {name: array})] as an .npz in one step: complete, or as it was.
+
+    Its arrays are those of all rows, stacked, and `files`, the file names.
+    """
+    files, outputs = zip(*rows, strict=True)
+    arrays = {name: np.stack([one[name] for one in outputs]) for name in outputs[0]}
     with complete(pathlib.Path(path)) as part, part.open('wb') as file:
-        np.savez(file, features=np.stack(features), files=np.array(list(map(str, names))))
-    print(f'Written: {printable(path)}: features of {len(rows):,} images')
+        np.savez(file, files=np.array(list(map(str, files))), **arrays)
+    print(f'Written: {printable(path)}: {", ".join(arrays)} of {len(rows):,} images')
 
 
 @contextlib.contextmanager
-def progress(total):
+def progress(total: int) -> Iterator[Callable[[int], None]]:
     """Yields `advance(count)`; shows a bar if stderr is a terminal and stdout is not."""
     if total == 1 or sys.stdout.isatty() or not sys.stderr.isatty():
         yield lambda count: None
@@ -152,10 +233,12 @@ def progress(total):
         yield bar.add
 
 
-def show(path, values, classes, top):
+def show(
+    path: str, probabilities: np.ndarray, classes: Sequence[str] | None, top: int
+) -> None:
     """Prints the `top` classes of an image by their probabilities [K]."""
-    best = np.argsort(-values, kind='stable')[:top]
-    rows = [(int(i), classify.class_name(classes, i), float(values[i])) for i in best]
+    best = np.argsort(-probabilities, kind='stable')[:top]
+    rows = [(int(i), classify.class_name(classes, i), float(probabilities[i])) for i in best]
     if flags.FLAGS.json:
         found = [dict(index=i, name=n, probability=p) for i, n, p in rows]
         print(to_json({'image': str(path), 'top': found}), flush=True)
@@ -184,7 +267,8 @@ if __name__ == '__main__':
         '(squeeze). Of a run: as its first evaluation does.',
     )  # fmt: skip
     flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
-    flags.DEFINE_string('features', None, 'An .npz to write: what the head reads of each image.')
-    flags.DEFINE_bool('force', False, 'Replace a file of --features that is there.')
+    flags.DEFINE_string('features', None, 'Write the input of the head to this .npz file.')
+    flags.DEFINE_string('out', None, 'Write all arrays that are predicted to this .npz file.')
+    flags.DEFINE_bool('force', False, 'Replace the file of --features or --out if it exists.')
     flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
     cli.run(main)

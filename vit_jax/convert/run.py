@@ -7,6 +7,7 @@ best saved one by the metric in the run's setting checkpoint.best.
 import re
 import sys
 
+import numpy as np
 from etils import epath
 
 from vit_jax import models
@@ -62,12 +63,14 @@ def is_run(address):
 
 def found(address, ema):
     """Reads a checkpoint of a run as `fit.Found`: the newest intact one if none is named."""
-    root, step = parts(address)
-    config = workdir.read_json(root / 'config.json')
-    arrays = sound(root, best(root, config) if step == 'best' else step, ema)
+    root, config = config_of(address)
+    arrays = arrays_of(address, ema)
     try:
         if config['model']['name'] is None:
-            raise UserError(f'{root}: its method has a network of its own, which is no model here')
+            raise UserError(
+                f'{address}: objective {config["objective"]["name"]} has a network of its own, '
+                'which is not a model of this package; evaluate, predict and export take its runs'
+            )
         name, size = config['model']['name'], config['data']['image_size']
         values = {k: v for k, v in config['model'].items() if k != 'name'}
         values['num_classes'] = None
@@ -85,6 +88,23 @@ def found(address, ema):
         'vit_jax', models.KINDS[type(model)], fields, entries,
         lambda m: own_pieces(m, arrays), rows, {}, size, class_names(classes), config,
     )  # fmt: skip
+
+
+def config_of(address: str) -> tuple[epath.Path, dict]:
+    """(workdir, contents of its config.json) of the run at an address."""
+    root, _ = parts(address)
+    return root, workdir.read_json(root / 'config.json')
+
+
+def arrays_of(address: str, ema: bool | None) -> dict[str, np.ndarray]:
+    """{name: array} of the parameters in the checkpoint at an address.
+
+    Arguments, and the choice of the checkpoint, are as in `found`.
+    """
+    root, step = parts(address)
+    if step == 'best':
+        step = best(root, workdir.read_json(root / 'config.json'))
+    return sound(root, step, ema)
 
 
 def best(root, config):

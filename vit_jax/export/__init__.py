@@ -12,7 +12,10 @@ Shapes: B batch, H W image, C channels, T tokens, K classes, D width.
 import inspect
 import io
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -27,48 +30,78 @@ LIMIT = 2**31 - 2**24  # bytes of weights: the format addresses two gigabytes
 CUT = 2**-10  # as in data/images.py
 
 
-def exported(model, params, size, *, view='central', loss=None, platforms=PLATFORMS):
-    """Exports a model as jax.export.Exported: uint8 [B, H, W, C] -> probabilities, float32 [B, K].
+def exported(
+    model: nn.Module,
+    params: Any,
+    size: tuple[int, int],
+    *,
+    view: str | Mapping[str, Any] = 'central',
+    loss: str | None = None,
+    platforms: Sequence[str] = PLATFORMS,
+) -> jax.export.Exported:
+    """Exports a model: uint8 [B, H, W, C] -> probabilities, float32 [B, K].
 
-    B, H and W are symbolic. Without a head, the output is pre_logits [B, D]; with pool='none' both
-    are per token, [B, T, K] and [B, T, D]. On all platforms attention is XLA's, as a kernel runs on
-    one alone, and blocks are scanned unless `model.unroll` is set, as unrolled ones are slow on
-    CPUs.
+    Without a head, the output is pre_logits [B, D]; with pool='none' both are per token, [B, T, K]
+    and [B, T, D]. Attention is XLA's on all platforms, as a kernel runs on one alone. Blocks are
+    scanned unless `model.unroll` is set, as unrolled ones are slow on CPUs.
 
     Args:
+      model: the model.
+      params: its parameters.
       size: (height, width) to which the view resizes images.
       view: a view of data/augment.py, one of VIEWS: a name or dict(name=..., its arguments).
       loss: training loss of the head, which selects a softmax or a sigmoid.
+      platforms: where the file is to run, of PLATFORMS.
 
     Raises:
       UserError: the view, a platform or the model can't be exported.
     """
-    platforms = check_platforms(platforms)
-    weight = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    if weight > LIMIT:
-        raise UserError(
-            f'the weights are {weight / 1e9:.1f} GB, and an exported file holds {LIMIT / 1e9:.1f}'
-        )
-    name, arguments = checked_view(view, size)
     if hasattr(model, 'attention'):
         model = model.clone(attention='xla')
     if hasattr(model, 'unroll'):
         model = model.clone(unroll=model.unroll or 1)
 
-    def classify(images):
-        images = squared(images, size, name, **arguments)
+    def classify(params, images):
         output, _ = model.apply({'params': params}, model.normalise(images))
         if model.num_classes is None:
             return output.astype(jnp.float32)
         return losses.probabilities(output, loss)
 
     channels = len(model.mean)
+    return exported_function(classify, params, size, channels, view=view, platforms=platforms)
+
+
+def exported_function(
+    function: Callable[[Any, jax.Array], Any],
+    params: Any,
+    size: tuple[int, int],
+    channels: int,
+    *,
+    view: str | Mapping[str, Any],
+    platforms: Sequence[str] = PLATFORMS,
+) -> jax.export.Exported:
+    """Exports uint8 [B, H, W, channels] -> function(params, what the view makes of it).
+
+    B, H and W are symbolic. `function` takes uint8 [B, *size, channels]; other arguments are as in
+    `exported`.
+    """
+    platforms = check_platforms(platforms)
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    if num_bytes > LIMIT:
+        raise UserError(
+            f'the weights are {num_bytes / 1e9:.1f} GB; an exported file holds {LIMIT / 1e9:.1f}'
+        )
+    name, arguments = checked_view(view, size)
+
+    def call(images):
+        return function(params, squared(images, size, name, **arguments))
+
     shape = jax.export.symbolic_shape(f'b, h, w, {channels}')
     images = jax.ShapeDtypeStruct(shape, jnp.uint8)
-    return jax.export.export(jax.jit(classify), platforms=platforms)(images)
+    return jax.export.export(jax.jit(call), platforms=platforms)(images)
 
 
-def check_platforms(platforms):
+def check_platforms(platforms: Sequence[str]) -> list[str]:
     """`platforms` as a list without duplicates; raises UserError unless all are in PLATFORMS."""
     for platform in platforms:
         if platform not in PLATFORMS:
@@ -78,7 +111,7 @@ def check_platforms(platforms):
     return list(dict.fromkeys(platforms))
 
 
-def serialised(exported, metadata):
+def serialised(exported: jax.export.Exported, metadata: Mapping[str, Any]) -> bytes:
     """Bytes for jax.export.deserialize, with `metadata` as JSON in a zip archive at the end."""
     file = io.BytesIO(exported.serialize(vjp_order=0))
     with zipfile.ZipFile(file, 'a') as archive:
@@ -87,7 +120,9 @@ def serialised(exported, metadata):
     return file.getvalue()
 
 
-def checked_view(view, size):
+def checked_view(
+    view: str | Mapping[str, Any], size: tuple[int, int]
+) -> tuple[str, dict[str, Any]]:
     """(name, {argument: value}) of a view, with defaults; raises UserError if not exportable."""
     given = dict(name=view) if isinstance(view, str) else dict(view)
     name = given.pop('name', None)
@@ -98,9 +133,9 @@ def checked_view(view, size):
         values.pop('size')
     ways = (('bilinear', True), ('bilinear', False), ('bicubic', True))
     if (values.get('method'), values.get('antialias')) not in ways:
-        said = ', '.join(f'{k}={v!r}' for k, v in {'name': name, **(values or given)}.items())
+        text = ', '.join(f'{k}={v!r}' for k, v in {'name': name, **(values or given)}.items())
         raise UserError(
-            f'the view {said} can not be exported; {", ".join(VIEWS)} can, bilinear or, '
+            f'the view {text} cannot be exported; {", ".join(VIEWS)} can, bilinear or, '
             'antialiased, bicubic (--view=central)'
         )
     if values.get('smaller', max(size)) < max(size):
@@ -108,7 +143,17 @@ def checked_view(view, size):
     return name, values
 
 
-def squared(images, size, name, *, crop=1.0, smaller=None, method, antialias, rounding=None):
+def squared(
+    images: jax.Array,
+    size: tuple[int, int],
+    name: str,
+    *,
+    crop: float = 1.0,
+    smaller: int | None = None,
+    method: str,
+    antialias: bool,
+    rounding: str | None = None,
+) -> jax.Array:
     """Applies the view `name`: uint8 [B, H, W, C] -> uint8 [B, *size, C].
 
     H and W may be symbolic. All but the products is constant, and computed, at compile time.
@@ -132,7 +177,7 @@ def squared(images, size, name, *, crop=1.0, smaller=None, method, antialias, ro
     return jnp.clip(out + (0.5 if antialias else CUT), 0, 255).astype(jnp.uint8)
 
 
-def quotient(number, by, rounding):
+def quotient(number: Any, by: Any, rounding: str | None) -> Any:
     """Integer division, rounded half to even if `rounding` is 'tensorflow', else down."""
     down, rest = number // by, number % by
     if rounding != 'tensorflow':
@@ -140,7 +185,9 @@ def quotient(number, by, rounding):
     return down + ((2 * rest > by) | ((2 * rest == by) & (down % 2 == 1)))
 
 
-def window(h, w, size, crop):
+def window(
+    h: jax.Array, w: jax.Array, size: tuple[int, int], crop: float
+) -> tuple[jax.Array, jax.Array]:
     """augment.window, in float64 like there, for sides that are known at compile time.
 
     For every eighth side, the value to be rounded lies halfway between two pixels. XLA folds
@@ -155,7 +202,15 @@ def window(h, w, size, crop):
         )
 
 
-def weights(side, length, whole, size, method, antialias, rounding):
+def weights(
+    side: Any,
+    length: jax.Array | int,
+    whole: jax.Array | int,
+    size: int,
+    method: str,
+    antialias: bool,
+    rounding: str | None,
+) -> jax.Array:
     """Weights, float32 [size, side], of one axis: images.weights for the view's windows.
 
     The central `length` of `side` pixels are resized to `whole`, of which the central `size` are
@@ -176,7 +231,7 @@ def weights(side, length, whole, size, method, antialias, rounding):
     return near / jnp.sum(near, axis=1, keepdims=True)
 
 
-def cubic(x):
+def cubic(x: jax.Array) -> jax.Array:
     """Keys' cubic kernel (a = -0.5) at distances x, as images.keys."""
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))

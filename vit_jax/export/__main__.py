@@ -21,21 +21,26 @@ ones), so keep the checkpoint.
 
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
 
 import vit_jax
-from vit_jax import cli, export, models
+from vit_jax import assembly, cli, export, models
+from vit_jax.convert import fit
 from vit_jax.convert import load as weights
 from vit_jax.convert.save import complete
+from vit_jax.data import files
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import storage
-from vit_jax.io.text import printable
-from vit_jax.run import workdir
-
-DEFAULT_SIZE = 224  # for a model that takes any size
+from vit_jax.io.text import brief, printable
+from vit_jax.run import report, workdir
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'What to export: a path, an address, a name of the catalogue.',
@@ -61,14 +66,14 @@ FORCE = flags.DEFINE_bool('force', False, 'Replace a file that is there.')
 EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
 
 
-def target(name):
+def target(name: str) -> pathlib.Path | epath.Path:
     """The path of the file to write; makes its folder. Raises UserError if it can't be written."""
     if storage.remote(name):
         return workdir.located(name)
     return storage.file(pathlib.Path(os.path.abspath(os.path.expanduser(name))))
 
 
-def write(path, data):
+def write(path: pathlib.Path | epath.Path, data: bytes) -> None:
     """Writes the bytes in one step: the file is complete, or as it was."""
     if storage.remote(path):
         storage.write(path, data)
@@ -77,45 +82,102 @@ def write(path, data):
         part.write_bytes(data)
 
 
-def metadata(found, size, view, platforms):
-    """What JAX does not store in the file, as a JSON object."""
+def classifier(
+    checkpoint: str,
+    ema: bool | None,
+    *,
+    size: int | None,
+    dtype: str | None,
+    view: str | None,
+    platforms: Sequence[str],
+) -> tuple[jax.export.Exported, dict[str, Any]]:
+    """Exports a checkpoint as a classifier: (the function, what JAX does not store of it)."""
+    fields = {} if dtype is None else dict(dtype=dtype)
+    found = weights.read(checkpoint, image_size=size, ema=ema, as_input=True, **fields)
+    size = found.image_size or (size or files.DEFAULT_SIZE,) * 2
+    view = view or found.view
+    exported = export.exported(
+        found.model, found.params, size, view=view, loss=found.loss, platforms=platforms
+    )
     outputs = range(found.model.num_classes or 0)  # some outputs of a run have no name
-    return dict(
+    return exported, dict(
         classes=found.classes and [classify.class_name(found.classes, i) for i in outputs],
         output='pre_logits' if found.model.num_classes is None else 'probabilities',
         loss=found.loss,  # training loss of the head: softmax or sigmoid
-        image_size=list(size), view=view, platforms=platforms, dtype=found.model.dtype,
-        model=models.describe(found.model)['name'], checkpoint=CHECKPOINT.value,
-        versions=dict(vit_jax=vit_jax.__version__, jax=jax.__version__),
+        image_size=list(size), view=view, dtype=found.model.dtype,
+        model=models.describe(found.model)['name'],
     )  # fmt: skip
 
 
-def main(argv):
+def method(
+    checkpoint: str,
+    config: ConfigDict,
+    ema: bool | None,
+    *,
+    size: int | None,
+    dtype: str | None,
+    view: str | None,
+    platforms: Sequence[str],
+) -> tuple[jax.export.Exported, dict[str, Any]]:
+    """Exports what the objective of a run with this config predicts; returns as `classifier`."""
+    objective = config.objective.name
+    for flag, value in (('dtype', dtype), ('image_size', size)):
+        if value is not None:
+            raise UserError(
+                f'--{flag} is {value}, but objective {objective} has a network of its own, which '
+                'does not take it'
+            )
+    parts, params = assembly.restored(checkpoint, config, ema, jax.devices()[:1])
+    params = jax.tree.map(jnp.asarray, jax.device_get(params))  # without a mesh
+    predict = assembly.predict_images(config, parts)
+    *size, channels = parts.spec['image'].shape
+    view = view or fit.view_of(config.to_dict()) or 'central'
+    try:
+        exported = export.exported_function(
+            predict, params, tuple(size), channels, view=view, platforms=platforms
+        )
+    except (TypeError, ValueError, NotImplementedError) as e:  # of JAX, at symbolic shapes
+        raise UserError(
+            f'objective {objective} cannot be exported, as its `predict` needs a known number of '
+            f'images ({brief(e)}); vit_jax.predict --out=FILE.npz runs it'
+        ) from e
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    return exported, dict(
+        classes=None, output=list(outputs), loss=None, image_size=size, view=view, dtype=None,
+        model=report.title(config),
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}')
     path = target(OUTPUT.value)
     with storage.explained(path, 'read'):
         storage.check_free(path, FORCE.value)
     platforms = export.check_platforms(PLATFORMS.value)
-    fields = {} if DTYPE.value is None else dict(dtype=DTYPE.value)
-    found = weights.read(
-        CHECKPOINT.value, image_size=SIZE.value, ema=None if EMA.value else False, as_input=True,
-        **fields,
+    config = assembly.config_of_method(CHECKPOINT.value, with_model=False)
+    ema = None if EMA.value else False
+    options = dict(size=SIZE.value, dtype=DTYPE.value, view=VIEW.value, platforms=platforms)
+    exported, about = (
+        method(CHECKPOINT.value, config, ema, **options) if config
+        else classifier(CHECKPOINT.value, ema, **options)
     )  # fmt: skip
-    size = found.image_size or (SIZE.value or DEFAULT_SIZE,) * 2
-    view = VIEW.value or found.view
-    exported = export.exported(
-        found.model, found.params, size, view=view, loss=found.loss, platforms=platforms
-    )
-    about = metadata(found, size, view, platforms)
+    about |= dict(
+        platforms=platforms, checkpoint=CHECKPOINT.value,
+        versions=dict(vit_jax=vit_jax.__version__, jax=jax.__version__),
+    )  # fmt: skip
     data = export.serialised(exported, about)
     write(path, data)
-    (images,), (output,) = exported.in_avals, exported.out_avals
+    (images,), outputs = exported.in_avals, exported.out_avals
+    names = [about['output']] if isinstance(about['output'], str) else about['output']
+    text = ', '.join(
+        f'{name} {output.dtype}{list(output.shape)}'
+        for name, output in zip(names, outputs, strict=True)
+    )
     print(
         f'Written: {printable(path)} ({len(data) / 1e6:.1f} MB, for {", ".join(platforms)}): '
-        f'{images.dtype}{list(images.shape)} -> {about["output"]} {output.dtype}'
-        f'{list(output.shape)}'
-        + ('; the checkpoint has no head' if found.model.num_classes is None else '')
+        f'{images.dtype}{list(images.shape)} -> {text}'
+        + ('; the checkpoint has no head' if about['output'] == 'pre_logits' else '')
     )
 
 

@@ -1,0 +1,148 @@
+"""evaluate, predict and export take the runs of a method of one's own."""
+
+import types
+
+import denoise
+import jax
+import launched
+import numpy as np
+import pytest
+
+from vit_jax import assembly, config, evaluate, export, predict, train
+from vit_jax.distributed.stop import Stop
+from vit_jax.errors import UserError
+from vit_jax.export import __main__ as export_command
+from vit_jax.run import workdir
+
+# The same method without names, so that image files have all that it predicts from.
+NAMELESS = '''
+import denoise
+import jax.numpy as jnp
+
+METRICS, restoration, image_and_name = denoise.METRICS, denoise.restoration, denoise.image_and_name
+
+def nameless(model=None, examples=None, *, width: int = 16):
+    whole = denoise.denoise(None, examples, width=width)
+
+    def predict(params, batch):
+        name = jnp.zeros((batch['image'].shape[0], 8), jnp.uint8)
+        flat = batch['image'].reshape(-1, 8 * 8 * 3) / 255 - 0.5
+        code = jnp.tanh(flat @ params['encode']['kernel'] + params['encode']['bias'])
+        code = code + params['letters'][name.astype(int)].mean(axis=1)
+        made = code @ params['decode']['kernel'] + params['decode']['bias']
+        return {'restored': made.reshape(batch['image'].shape) + 0.5, 'code': code}
+
+    return whole._replace(predict=predict)
+'''
+
+
+def run(folder, path, **changes):
+    """Trains denoise.py's method for a few steps in this process; returns the workdir's path."""
+    given = config.experiment.read(f'{denoise.__file__}:{folder}')
+    changes |= {'steps': 6, 'evals.val.every': 3, 'checkpoint.every': 3}
+    with workdir.lock_workdir(str(path)) as path:
+        full = config.changed(given, [(key, str(value)) for key, value in changes.items()])
+        assert train.train(full, path, Stop())['steps'] == 6
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 5})
+
+
+@pytest.fixture(scope='module')
+def trained(folder, tmp_path_factory):
+    return run(folder, tmp_path_factory.mktemp('run') / 'run')
+
+
+@pytest.fixture(scope='module')
+def nameless(folder, tmp_path_factory):
+    where = tmp_path_factory.mktemp('nameless')
+    file = where / 'nameless.py'
+    file.write_text(NAMELESS)
+    return run(folder, where / 'run', **{'objective.name': f'{file}:nameless'})
+
+
+def options(checkpoint, **changes):
+    values = dict(checkpoint=checkpoint, out=None, features=None, image_size=None, ema=True)
+    return types.SimpleNamespace(**values | changes)
+
+
+def test_its_evaluations_give_what_the_run_logged_at_that_step(folder, trained):
+    logged = {x['step']: x for x in launched.metrics(trained) if 'val/error' in x}
+    assert set(logged) == {3, 6} and logged[3]['val/error'] != logged[6]['val/error']
+    file = f'{denoise.__file__}:{folder}'
+    for path, address, step in (
+        (None, trained, 6), (None, f'{trained}@3', 3), (file, f'{trained}@3', 3),
+    ):  # fmt: skip
+        settings = evaluate.settings_of(path, address, [('steps', '6')])
+        (name, metrics, text), = evaluate.evaluate(address, settings)
+        assert name == 'val' and text is None
+        assert metrics['error'] == logged[step]['val/error']  # to the bit
+        assert metrics['examples'] == logged[step]['val/examples'] == 15
+    # Without the moving average, the number is another.
+    (_, last, _), = evaluate.evaluate(trained, settings, ema=False)
+    assert last['error'] != logged[6]['val/error']
+    # On other devices it is the same.
+    settings = evaluate.settings_of(None, trained, [('mesh.fsdp', '8')])
+    (_, other, _), = evaluate.evaluate(trained, settings)
+    np.testing.assert_allclose(other['error'], logged[6]['val/error'], rtol=1e-5)
+
+
+def test_parameters_of_another_objective_are_refused(trained):
+    settings = evaluate.settings_of(None, trained, [('objective.width', '8')])
+    with pytest.raises(UserError, match=r'run: parameter .* is \[16.*the config has \[8'):
+        list(evaluate.evaluate(trained, settings))
+    with pytest.raises(UserError, match='denoise.py:denoise has a network of its own'):
+        evaluate.weights.read(trained)
+
+
+def test_predict_writes_what_the_objective_does(nameless, tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
+    pairs = ((str(i), image) for i, image in enumerate(images))
+    predictor = predict.method(options(nameless, out='x.npz'))
+    assert predictor.image_size == (8, 8)
+    rows = list(predict.predicted(predictor, pairs, 2))
+    predict.write_arrays(str(tmp_path / 'x.npz'), rows)
+    written = np.load(tmp_path / 'x.npz')
+    assert written['files'].tolist() == list('01234')
+    full = assembly.config_of_method(nameless, with_model=False)
+    parts, params = assembly.restored(nameless, full)
+    expected = parts.objective.predict(params, {'image': images})
+    assert set(written) == {'files', 'restored', 'code'}
+    for name in expected:
+        np.testing.assert_allclose(written[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_export_writes_what_the_objective_does(nameless, tmp_path):
+    full = assembly.config_of_method(nameless, with_model=False)
+    settings = dict(size=None, dtype=None, view='resize', platforms=['cpu'])
+    exported, about = export_command.method(nameless, full, None, **settings)
+    assert about['output'] == ['code', 'restored'] and about['image_size'] == [8, 8]
+    loaded = jax.export.deserialize(bytearray(export.serialised(exported, about)))
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    parts, params = assembly.restored(nameless, full)
+    expected = parts.objective.predict(params, {'image': images})
+    found = loaded.call(images)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match='--dtype is bfloat16, but objective .*nameless has a netw'):
+        export_command.method(nameless, full, None, **settings | dict(dtype='bfloat16'))
+
+
+def test_what_image_files_lack_is_named(trained):
+    with pytest.raises(UserError, match='denoise has a network of its own.*--out=FILE.npz'):
+        predict.method(options(trained))
+    with pytest.raises(UserError, match='--image_size is 9, but .* of 8 x 8 pixels alone'):
+        predict.method(options(trained, out='x.npz', image_size=9))
+    words = 'denoise predicts from name, too, which an image file does not have; .*evaluate'
+    with pytest.raises(UserError, match=words):
+        predict.method(options(trained, out='x.npz'))
+    full = assembly.config_of_method(trained, with_model=False)
+    with pytest.raises(UserError, match=words):
+        export_command.method(
+            trained, full, None, size=None, dtype=None, view=None, platforms=['cpu']
+        )
