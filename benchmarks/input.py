@@ -34,6 +34,7 @@ from absl import flags
 
 from vit_jax import cli
 from vit_jax.errors import UserError
+from vit_jax.io import atomic
 
 CONFIG = flags.DEFINE_string('config', None, 'Experiment whose pipeline is to be measured.')
 FOLDER = flags.DEFINE_string('folder', 'runs/input', 'Where the images are made and kept.')
@@ -175,11 +176,10 @@ def measure_tf(folder, cores):
 
     path = str(folder / 'train.tfrecord')
     if not os.path.exists(path):
-        with tf.io.TFRecordWriter(f'{path}.part') as writer:
+        with atomic.replace_file(path) as part, tf.io.TFRecordWriter(str(part)) as writer:
             source = source_of(folder)
             for i in range(len(source)):
                 writer.write(example.encode(*source.records.read(i)))
-        os.replace(f'{path}.part', path)
     features = dict(
         image=tf.io.FixedLenFeature([], tf.string), label=tf.io.FixedLenFeature([], tf.int64)
     )

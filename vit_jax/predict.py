@@ -33,11 +33,10 @@ from rich.table import Table
 from vit_jax import assembly, cli
 from vit_jax.convert import fit
 from vit_jax.convert import load as weights
-from vit_jax.convert.save import complete
 from vit_jax.data import files, tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
-from vit_jax.io import storage
+from vit_jax.io import atomic, storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import printable, to_json
 from vit_jax.models import interface
@@ -218,7 +217,7 @@ def write_arrays(path: str, rows: Sequence[tuple[str, dict[str, np.ndarray]]]) -
     """
     files, outputs = zip(*rows, strict=True)
     arrays = {name: np.stack([one[name] for one in outputs]) for name in outputs[0]}
-    with complete(pathlib.Path(path)) as part, part.open('wb') as file:
+    with storage.writing(path), atomic.replace_file(path) as part, part.open('wb') as file:
         np.savez(file, files=np.array(list(map(str, files))), **arrays)
     print(f'Written: {printable(path)}: {", ".join(arrays)} of {len(rows):,} images')
 

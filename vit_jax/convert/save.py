@@ -1,11 +1,7 @@
 """Saves a model and its parameters as a checkpoint that other libraries load."""
 
-import contextlib
-import ctypes
-import glob
 import os
 import pathlib
-import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +21,7 @@ from vit_jax.convert.files import zip_digest
 from vit_jax.convert.fit import loss_of, size_of, view_of
 from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError, shown
-from vit_jax.io.fetch import alive
+from vit_jax.io import atomic, storage
 from vit_jax.io.text import to_json
 from vit_jax.models import layers, mixer, resnet
 from vit_jax.models.interface import Metadata
@@ -230,39 +226,13 @@ def record_of(model, size, classes, config, loss, view):
 def write_npz(path, arrays, record):
     """Writes the .json and then the .npz; each replaces the former file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete(path) as part:
+    atomic.remove_leftovers(path.parent, path.name)
+    with storage.writing(path), atomic.replace_file(path) as part:
         with part.open('wb') as file:
             np.savez(file, **arrays)
         record = record | {'arrays': zip_digest(part)}
-        with complete(path.with_suffix('.json')) as beside:
-            beside.write_text(to_json(record, indent=2) + '\n')
-
-
-def part_of(path):
-    """A temporary name beside `path`; removes what killed exports left under such names."""
-    for part in path.parent.glob(f'.{glob.escape(path.name)}.*.part'):
-        pid = part.name.split('.')[-2]
-        if pid.isdigit() and not alive(int(pid)):
-            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-    return path.with_name(f'.{path.name}.{os.getpid()}.part')
-
-
-@contextlib.contextmanager
-def complete(path):
-    """Yields a temporary file, which replaces `path` when complete and is removed on errors.
-
-    Turns errors of the file system into UserError.
-    """
-    part = part_of(path)
-    try:
-        yield part
-        with part.open('rb') as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as e:
-        raise UserError(f'can not write {path}: {e.strerror or e}; it is as it was') from e
-    finally:
-        part.unlink(missing_ok=True)
+        text = to_json(record, indent=2) + '\n'
+        storage.write(path.with_suffix('.json'), text.encode(), sync=True)
 
 
 def documents_of(format, model, size, classes, config, loss, view):
@@ -291,37 +261,14 @@ def write_folder(path, arrays, documents):
                 f'{path} holds {strange[0]!r}, which no export wrote; name another folder'
             )
     path = path.absolute()
-    part = part_of(path)
+    atomic.remove_leftovers(path.parent, path.name)
     try:
-        part.mkdir(parents=True)
-        save_file(arrays, part / 'model.safetensors', metadata={'format': 'pt'})
-        for name, value in documents.items():
-            (part / name).write_text(to_json(value, indent=2) + '\n')
-        # safetensors makes files for their owner alone; config.json has the umask's mode
-        mode = stat.S_IMODE((part / 'config.json').stat().st_mode)
-        (part / 'model.safetensors').chmod(mode)
-        for file in part.iterdir():
-            with file.open('rb') as stream:
-                os.fsync(stream.fileno())
-        exchange(part, path) if path.exists() else part.rename(path)
-    except (OSError, SafetensorError) as e:
-        why = getattr(e, 'strerror', None) or e
-        raise UserError(f'can not write {path}: {why}; it is as it was') from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def exchange(a, b):
-    """Swaps the names of two folders, atomically where the system can."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):  # not Linux
-        done = -1
-    else:
-        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        done = renameat2(here, os.fsencode(a), here, os.fsencode(b), swap)
-    if done:
-        aside = b.with_name(b.name + '.old')
-        b.rename(aside)
-        a.rename(b)
-        aside.rename(a)
+        with storage.writing(path), atomic.replace_folder(path) as part:
+            save_file(arrays, part / 'model.safetensors', metadata={'format': 'pt'})
+            for name, value in documents.items():
+                (part / name).write_text(to_json(value, indent=2) + '\n')
+            # safetensors makes files for their owner alone; config.json has the umask's mode
+            mode = stat.S_IMODE((part / 'config.json').stat().st_mode)
+            (part / 'model.safetensors').chmod(mode)
+    except SafetensorError as e:
+        raise UserError(f'can not write {path}: {e}') from e

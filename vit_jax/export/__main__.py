@@ -34,7 +34,6 @@ import vit_jax
 from vit_jax import assembly, cli, export, models
 from vit_jax.convert import fit
 from vit_jax.convert import load as weights
-from vit_jax.convert.save import complete
 from vit_jax.data import files
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -71,15 +70,6 @@ def target(name: str) -> pathlib.Path | epath.Path:
     if storage.remote(name):
         return workdir.located(name)
     return storage.file(pathlib.Path(os.path.abspath(os.path.expanduser(name))))
-
-
-def write(path: pathlib.Path | epath.Path, data: bytes) -> None:
-    """Writes the bytes in one step: the file is complete, or as it was."""
-    if storage.remote(path):
-        storage.write(path, data)
-        return
-    with complete(path) as part:
-        part.write_bytes(data)
 
 
 def classifier(
@@ -167,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
         versions=dict(vit_jax=vit_jax.__version__, jax=jax.__version__),
     )  # fmt: skip
     data = export.serialised(exported, about)
-    write(path, data)
+    storage.write(path, data, sync=True)
     (images,), outputs = exported.in_avals, exported.out_avals
     names = [about['output']] if isinstance(about['output'], str) else about['output']
     text = ', '.join(

@@ -26,7 +26,7 @@ from fsspec.callbacks import Callback
 from rich import progress
 
 from vit_jax.errors import UserError
-from vit_jax.io import storage
+from vit_jax.io import atomic, storage
 from vit_jax.io.reasons import foreign, reason, silent
 from vit_jax.io.text import printable
 
@@ -83,7 +83,7 @@ def local(address, companions=()):
         fs, path = backend(address)
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder, address):
-            remove_leftovers(folder)
+            atomic.remove_leftovers(folder)
             try:
                 find = files_beside if is_file else files_in
                 with unreachable():
@@ -222,28 +222,6 @@ def held(folder, address):
         os.close(lock)
 
 
-def part(folder, name, pid):
-    return folder / f'.{name}.{pid}.part'
-
-
-def remove_leftovers(folder):
-    """Removes partial downloads of killed processes, whose ids are unused or this process's."""
-    for path in folder.glob('.*.part'):
-        pid = path.name.split('.')[-2]
-        if int(pid) == os.getpid() or not alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def stamp(path):
     """Size and time of a file, which identify the one that was downloaded."""
     stat = path.stat()
@@ -282,26 +260,19 @@ def update(fs, files, folder, address):
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(f'{address} has {size:,} bytes, and {folder} has room for {free:,}')
-    parts = {f.name: part(folder, f.name, os.getpid()) for f in late}
-    try:
-        with shown(address, late, size) as show:
-            for file in late:
-                download(fs, file, parts[file.name], address, functools.partial(show, file))
-        for name, path in parts.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in parts.values():
-            path.unlink(missing_ok=True)
+    with contextlib.ExitStack() as replaced, shown(address, late, size) as show:
+        for file in late:
+            part = replaced.enter_context(atomic.replace_file(folder / file.name))
+            download(fs, file, part, address, functools.partial(show, file))
     entries = {f.name: {'said': f.said, 'file': stamp(folder / f.name)} for f in files}
-    record = part(folder, 'fetched', os.getpid())
-    record.write_text(json.dumps(entries, indent=2) + '\n')
-    os.replace(record, folder / '.fetched')
+    with atomic.replace_file(folder / '.fetched', sync=False) as part:
+        part.write_text(json.dumps(entries, indent=2) + '\n')
     for name in cached.keys() - entries.keys():  # gone from the server
         (folder / safe_name(name, address)).unlink(missing_ok=True)
 
 
 def download(fs, file, path, address, show):
-    """Downloads a file and flushes it to disk; raises UserError if its size is not as announced."""
+    """Downloads a file to a path; raises UserError if its size is not as announced."""
     meter = Meter(file, address, show)
     try:
         fs.get_file(file.path, str(path), callback=meter)
@@ -311,8 +282,6 @@ def download(fs, file, path, address, show):
         raise UserError(
             f'{address}: {file.name} broke off after {meter.value:,} bytes: {reason(e)}'
         ) from e
-    with open(path, 'rb+') as f:
-        os.fsync(f.fileno())
     got = path.stat().st_size
     if file.size not in (None, got):
         raise UserError(f'{address}: {file.name} has {got:,} bytes of {file.size:,} announced')

@@ -19,6 +19,7 @@ import time
 import fsspec
 
 from vit_jax.errors import UserError
+from vit_jax.io import atomic
 from vit_jax.io.reasons import chain, foreign, reason, silent, status
 from vit_jax.io.text import brief, printable
 
@@ -206,21 +207,16 @@ def local_bytes(path, most=2**30):
     return pathlib.Path(path).read_bytes()
 
 
-def write(path, data):
-    """Writes bytes to a file, atomically; raises UserError."""
+def write(path, data, sync=False):
+    """Writes bytes to a file in one step, flushed to disk if `sync`; raises UserError."""
     check_file(path)
     with writing(path):
         if remote(path):
             path.write_bytes(data)
             return
-        part = path.with_name(path.name + '.part')
-        try:
+        atomic.remove_leftovers(path.parent, path.name)
+        with atomic.replace_file(path, sync) as part:
             part.write_bytes(data)
-            part.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
 
 
 class Growing:

@@ -31,7 +31,7 @@ from vit_jax.data.prepare import crew, duplicates, writing
 from vit_jax.data.readers import names, records
 from vit_jax.data.readers.splits import KNOWN
 from vit_jax.errors import UserError
-from vit_jax.io import bounds
+from vit_jax.io import bounds, storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import printable
 
@@ -157,16 +157,6 @@ def held(dst):
         os.close(folder)
 
 
-def replaced(path, text):
-    """Writes a file atomically, and flushes it to disk."""
-    part = path.with_name(f'.{path.name}.part')
-    with part.open('w') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def journal(dst, wanted, job):
     """Lines of the finished shards, each verified; starts the journal if there is none.
 
@@ -176,7 +166,7 @@ def journal(dst, wanted, job):
     if not path.exists():
         if any(p.name[0] != '.' for p in dst.iterdir()):
             raise UserError(f'{dst} holds other files; name a new folder')
-        replaced(path, json.dumps(wanted) + '\n')
+        storage.write(path, f'{json.dumps(wanted)}\n'.encode(), sync=True)
         return []
     lines = []
     for line in path.read_text().splitlines():
@@ -189,7 +179,8 @@ def journal(dst, wanted, job):
             'begun, or name a new folder'
         )
     done = [line for line in lines[1:] if sound(dst / job.file(line['split'], line['shard']), line)]
-    replaced(path, ''.join(json.dumps(line) + '\n' for line in (wanted, *done)))
+    text = ''.join(json.dumps(line) + '\n' for line in (wanted, *done))
+    storage.write(path, text.encode(), sync=True)
     return done
 
 
@@ -276,12 +267,14 @@ def finish(job, wanted, classes, max_labels, done):
                 for line in sorted(done, key=lambda line: line['shard']) if line['split'] == split
                 for row in line[key]]  # fmt: skip
         if rows:
-            replaced(job.dst / f'{key}.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+            text = ''.join(json.dumps(row) + '\n' for row in rows)
+            storage.write(job.dst / f'{key}.jsonl', text.encode(), sync=True)
     manifest = {
         'format': records.FORMAT, 'version': records.VERSION, 'classes': list(classes),
         'max_labels': max_labels, 'counts': counts, **wanted, 'splits': splits,
     }  # fmt: skip
-    replaced(job.dst / records.MANIFEST, json.dumps(manifest, indent=1) + '\n')
+    text = json.dumps(manifest, indent=1) + '\n'
+    storage.write(job.dst / records.MANIFEST, text.encode(), sync=True)
     clean(job.dst)
     return manifest
 

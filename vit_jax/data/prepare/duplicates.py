@@ -30,12 +30,12 @@ and its mirror image take 0.3 ms on one core; digest and hashes of 500 x 375 pix
 
 import hashlib
 import json
-import os
 
 import numpy as np
 from PIL import Image
 
 from vit_jax.data import images
+from vit_jax.io import atomic
 
 SIDE, KEPT = 32, 16  # pixels of the grey image; frequencies per axis
 DISTANCE = 48  # bits of 255
@@ -116,17 +116,13 @@ class Known:
 
 def save(path, names, digests, hashes):
     """Writes the arguments of Known to an .npz file, atomically."""
-    part = f'{path}.part'
-    with open(part, 'wb') as file:
+    with atomic.replace_file(path) as part, part.open('wb') as file:
         np.savez(
             file,
             names=np.frombuffer(json.dumps(names).encode(), np.uint8),
             digests=np.frombuffer(b''.join(digests), np.uint8).reshape(-1, 32),
             hashes=np.asarray(hashes, np.uint64).reshape(-1, 4),
         )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def read(path):

@@ -15,7 +15,7 @@ import numpy as np
 
 from vit_jax.data.readers import records
 from vit_jax.errors import UserError
-from vit_jax.io import fetch, reasons
+from vit_jax.io import atomic, fetch, reasons
 from vit_jax.io.text import brief, printable
 
 THREADS = 8  # to index files; they wait for the disk or the network
@@ -176,13 +176,8 @@ def store(place, stamp, arrays):
     """Writes an index atomically; raises OSError if the disk refuses."""
     if place.name == 'index.npz':
         place.parent.mkdir(parents=True, exist_ok=True)
-    part = fetch.part(place.parent, place.name, os.getpid())
-    try:
-        with part.open('wb') as out:
-            np.savez(out, stamp=np.frombuffer(stamp.encode(), np.uint8), **arrays)
-        os.replace(part, place)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic.replace_file(place, sync=False) as part, part.open('wb') as out:
+        np.savez(out, stamp=np.frombuffer(stamp.encode(), np.uint8), **arrays)
 
 
 def load(place, stamp, size):

@@ -22,7 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from vit_jax.data.readers import example, names, splits
 from vit_jax.errors import UserError
-from vit_jax.io import fetch
+from vit_jax.io import atomic, fetch
 from vit_jax.io.text import brief
 
 FORMAT, VERSION = 'vit_jax records', 1
@@ -43,28 +43,21 @@ def shard_name(split, index, count):
 def write_shard(path, records):
     """Writes records (bytes) as one shard; returns (records, bytes of the file, sha256).
 
-    The write is atomic: to .NAME.PROCESS.part, flushed to disk, then renamed. Raises UserError if
-    the disk refuses.
+    The shard is complete or does not exist. Raises UserError if the disk refuses.
     """
-    path = pathlib.Path(path)
-    part, count = path.with_name(f'.{path.name}.{os.getpid()}.part'), 0
+    count = 0
     try:
-        writer = ArrayRecordWriter(str(part), WRITER)
-        for record in records:
-            writer.write(record)
-            count += 1
-        writer.close()
-        with part.open('rb+') as file:
-            digest = hashlib.file_digest(file, 'sha256').hexdigest()
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        os.replace(part, path)
+        with atomic.replace_file(path) as part:
+            writer = ArrayRecordWriter(str(part), WRITER)
+            for record in records:
+                writer.write(record)
+                count += 1
+            writer.close()
+            with part.open('rb') as file:
+                digest = hashlib.file_digest(file, 'sha256').hexdigest()
+            size = part.stat().st_size
     except (RuntimeError, OSError) as e:
-        part.unlink(missing_ok=True)
         raise UserError(f'can not write {path}: {brief(getattr(e, "strerror", None) or e)}') from e
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
     return count, size, digest
 
 
@@ -315,7 +308,7 @@ def cached(address, size, digest):
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder / '.lock'):
             if not path.exists():  # else another thread or process has just fetched it
-                fetch.remove_leftovers(folder)
+                atomic.remove_leftovers(folder)
                 download(address, path, size, digest)
     return path
 
@@ -335,13 +328,9 @@ def alone(lock):
 def download(address, path, size, digest):
     """Downloads a shard, verifies it against the manifest and moves it into place."""
     fs, remote = fetch.backend(address)
-    part = fetch.part(path.parent, path.name, os.getpid())
     file = fetch.File(path.name, remote, {'size': size})
-    try:
+    with atomic.replace_file(path) as part:
         fetch.download(fs, file, part, address, lambda value: None)
         with part.open('rb') as f:
             if hashlib.file_digest(f, 'sha256').hexdigest() != digest:
                 raise UserError(f'{address} is not the shard that its {MANIFEST} names (sha256)')
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
