@@ -140,12 +140,12 @@ def by_view(model, params, images, view='central', size=SIZE):
 @pytest.mark.slow
 def test_it_gives_what_predict_gives_where_there_is_only_jax(checkpoint, photographs, tmp_path):
     """To 1e-5 on images of the model's size: the pixels are the same."""
-    file, view = tmp_path / 'model.jaxexport', augment.resize
+    file, view = tmp_path / 'model.jaxexport', tasks.make_view('resize', SIZE)
     about = exported(checkpoint, file, '--view=resize')
     assert about['classes'] == list(CLASSES) and about['output'] == 'probabilities'
     assert about['image_size'] == [SIZE, SIZE] and about['view'] == 'resize'
     assert about['platforms'] == ['cpu', 'cuda', 'tpu'] and about['dtype'] == 'float32'
-    seen = np.stack([view(image, None, size=(SIZE, SIZE)) for image in photographs])
+    seen = np.stack([view(image, None) for image in photographs])
     found = alone(file, tmp_path, seven=seen, three=seen[:3], one=seen[:1])
     wanted = predicted(checkpoint, tmp_path, seen, '--view=resize')
     assert np.ptp(wanted, axis=0).max() > 0.01  # or else nothing is compared

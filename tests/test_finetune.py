@@ -16,7 +16,7 @@ from PIL import Image
 import vit_jax
 from vit_jax import config, models, train
 from vit_jax.convert import load
-from vit_jax.data import augment
+from vit_jax.data import tasks
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.run import workdir
@@ -199,7 +199,7 @@ def test_predict_says_what_the_model_says_with_names(folder, pretrained, tmp_pat
     assert [line['image'] for line in lines] == [str(path) for path in images]
     model, params = vit_jax.load(pretrained, ema=True)
     for path, line in zip(images, lines, strict=True):
-        pixels = augment.resize(np.asarray(Image.open(path)), None, size=(8, 8))  # the run's view
+        pixels = tasks.make_view('resize', 8)(np.asarray(Image.open(path)), None)  # the run's view
         logits, _ = model.apply({'params': params}, model.normalise(pixels[None]))
         probabilities = np.asarray(jax.nn.softmax(logits[0]))
         assert [row['name'] for row in line['top']] == [

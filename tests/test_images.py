@@ -87,7 +87,8 @@ def test_the_rest_is_refused(data):
 def test_views_have_the_size_and_repeat(name, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     a, b = (
-        augment.VIEWS[name](image, np.random.default_rng(3), size=(12, 8)) for _ in range(2)
+        augment.VIEWS[name](shape, np.random.default_rng(3), size=(12, 8)).image(image)
+        for _ in range(2)
     )
     assert a.shape == (12, 8, 3) and a.dtype == np.uint8
     np.testing.assert_array_equal(a, b)
@@ -96,13 +97,15 @@ def test_views_have_the_size_and_repeat(name, shape):
 def test_central_is_the_middle():
     image = np.zeros((16, 32, 3), np.uint8)
     image[4:12, 12:20] = 255
-    view = augment.central(image, None, size=(8, 8), crop=0.5)
+    view = augment.central((16, 32), None, size=(8, 8), crop=0.5).image(image)
     assert view.min() == 255
 
 
 def test_shift_moves_and_keeps_the_rest():
     image = ramp(8, 8)
-    views = [augment.shift(image, np.random.default_rng(i), size=(8, 8)) for i in range(60)]
+    views = [
+        augment.shift((8, 8), np.random.default_rng(i), size=(8, 8)).image(image) for i in range(60)
+    ]
     assert len({v.tobytes() for v in views}) == 9
     assert any(np.array_equal(v[:-1, :-1], image[1:, 1:]) and not v[-1].any() for v in views)
 
@@ -122,9 +125,8 @@ def test_affine_turns_scales_and_moves_about_the_centre(degrees, scale, shear, p
     y, x = np.mgrid[:20, :20]
     image = np.uint8(128 + 60 * np.sin(x / 3) + 60 * np.cos(y / 4 + x / 9))
     view = augment.affine(
-        np.repeat(image[..., None], 3, 2), Most(), size=(20, 20), degrees=degrees, scale=scale,
-        shear=shear, pixels=pixels,
-    )  # fmt: skip
+        (20, 20), Most(), size=(20, 20), degrees=degrees, scale=scale, shear=shear, pixels=pixels
+    ).image(np.repeat(image[..., None], 3, 2))
     # In (y, x): where the centres of the output's pixels come from in the input.
     a = np.deg2rad(degrees)
     turn = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
@@ -141,8 +143,8 @@ def test_affine_draws_within_its_bounds():
     image[7, 7] = 255
     centres = []
     for i in range(300):
-        view = augment.affine(image, np.random.default_rng(i), size=(15, 15), pixels=2)[..., 0]
-        centres.append(ndimage.center_of_mass(view.astype(float)))
+        view = augment.affine((15, 15), np.random.default_rng(i), size=(15, 15), pixels=2)
+        centres.append(ndimage.center_of_mass(view.image(image)[..., 0].astype(float)))
     moved = np.array(centres) - 7
     assert 1.5 < np.abs(moved).max() < 2.6 and np.abs(moved.mean(0)).max() < 0.3
 

@@ -126,9 +126,10 @@ def test_preprocessing_is_that_of_tensorflow(i):
     mean = 0.5 if images._jpeg else 1.5
     image = images.read(TF[f'jpeg{i}'].tobytes())
     whole, window = (0, 0, *image.shape[:2]), tuple(map(int, TF[f'window{i}']))
+    small = augment.small_central(image.shape[:2], None, size=(224, 224))
     plain = dict(size=(224, 224), antialias=False)
     for ours, theirs in (
-        (augment.small_central(image, None, size=(224, 224)), 'resize_small256_area_central224_'),
+        (small.image(image), 'resize_small256_area_central224_'),
         (images.resized(image, window, **plain), 'window_bilinear224_'),
         (images.resized(image, whole, **plain) + 0.5, 'resize224_bilinear'),  # not cut off
     ):

@@ -20,7 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_jax import assembly, config, models, train
-from vit_jax.data import augment
+from vit_jax.data import tasks
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators.classify import Classify
@@ -144,7 +144,7 @@ def test_evaluation_uses_the_average_and_counts_each_example_once(folder, tmp_pa
     assert not np.allclose(params['head']['bias'], launched.state(tmp_path, 12)['params/head/bias'])
     hits, losses = [], []
     for path in sorted((folder / 'val').rglob('*.png')):
-        image = augment.resize(np.asarray(Image.open(path)), None, size=(8, 8))
+        image = tasks.make_view('resize', 8)(np.asarray(Image.open(path)), None)
         label = ('ant', 'bee', 'cat').index(path.parent.name)
         logits, _ = model.apply({'params': params}, model.normalise(image[None]))
         logits = np.asarray(logits[0], np.float64)

@@ -144,10 +144,10 @@ import tiny
 from ml_collections import ConfigDict
 from vit_jax.data import augment
 
-def mistaken(image, rng, *, size):
+def mistaken(shape, rng, *, size):
     if pathlib.Path({sign!r}).exists():
         raise ZeroDivisionError('a mistake')
-    return augment.resize(image, rng, size=size)
+    return augment.resize(shape, rng, size=size)
 
 augment.VIEWS['mistaken'] = mistaken
 

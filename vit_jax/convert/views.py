@@ -18,12 +18,18 @@ ORDER = 'the image is resized there before it is cut, which moves edges by less 
 PIXELS = 'half pixels beside the window are rounded another way there (see rounding of {})'
 
 
+def annotations(name: str) -> dict[str, Any]:
+    """Annotations of the settings of a view."""
+    view = VIEWS[name]
+    return {key: view.__annotations__[key] for key in view.__kwdefaults__}
+
+
 def checked(view: Any) -> str | dict | None:
     """Returns a view that a file states, unchanged; None unless it is valid in data/augment.py."""
     given = dict(name=view) if isinstance(view, str) else view
     if not isinstance(given, dict) or str(given.get('name')) not in VIEWS:
         return None
-    known = VIEWS[given['name']].__annotations__
+    known = annotations(given['name'])
     values = {k: v for k, v in given.items() if k != 'name'}
     sound = all(k in known and bounds.allows(known[k], v) for k, v in values.items())
     return view if sound else None
@@ -37,7 +43,7 @@ def given(view: Any) -> str | dict | None:
     if not isinstance(values, dict):
         raise UserError(f'view is {shown(view)}, not a name or dict(name=..., arguments)')
     check_choice('view', values.get('name'), sorted(VIEWS))
-    known = VIEWS[values['name']].__annotations__
+    known = annotations(values['name'])
     for key, value in values.items():
         if key != 'name':
             check_choice(f'argument of the view {values["name"]}', key, sorted(known))

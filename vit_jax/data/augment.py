@@ -1,8 +1,8 @@
-"""Views: (image [H, W, 3], rng, size=(height, width)) -> uint8 [height, width, 3].
+"""Views: (shape (H, W) of an image, rng, size=(height, width), settings) -> geometry.Geometry.
 
 A view draws all random numbers from `rng` (numpy.random.Generator), so that it is a function of the
-example and the generator alone; views of evaluation ignore it. The image is a uint8 array, or an
-images.Encoded, which is decoded as far as the view needs it.
+example and the generator alone; views of evaluation ignore it. The geometry then applies it to the
+image and to all that has a place in it.
 
 `method` and `antialias` are those of images.resized. Published recipes of TensorFlow have
 antialias=False; True improves images that are cropped from large windows.
@@ -11,9 +11,8 @@ antialias=False; True improves images that are cropped from large windows.
 from typing import Annotated, Literal
 
 import numpy as np
-from PIL import Image
 
-from vit_jax.data.images import resized
+from vit_jax.data.geometry import Geometry, Size
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Interval, NonNegative, Pixels, Positive, Range, Share
 
@@ -22,18 +21,19 @@ Rounding = Literal['tensorflow', 'torchvision', 'transformers']
 Crop = Annotated[float, Range(0, 1, '(]')]
 Part = Annotated[float, Range(0.1, 1)]  # of a side: the whole is resized first, and takes memory
 Shift = Annotated[int, Range(0, 1024)]
+Generator = np.random.Generator
 
 
 def resize(
-    image,
-    rng,
+    shape: Size,
+    rng: Generator | None,
     *,
-    size,
+    size: Size,
     crop: Part = 1.0,
     method: Method = 'bilinear',
     antialias: bool = True,
     rounding: Rounding = 'tensorflow',
-):
+) -> Geometry:
     """Resizes the image to size / crop, whatever its aspect ratio, and takes the central window.
 
     Args:
@@ -43,14 +43,19 @@ def resize(
         recipes of TensorFlow have False.
       rounding: library whose rounding of the window's place is used, see `small_central`.
     """
-    whole = tuple(round(n / crop) for n in size)
-    out = resized(image, (0, 0, *image.shape[:2]), whole, method, antialias)
-    return middle(out, size, rounding)
+    whole = round(size[0] / crop), round(size[1] / crop)
+    return middle(shape, whole, size, method, antialias, rounding)
 
 
 def central(
-    image, rng, *, size, crop: Crop = 0.875, method: Method = 'bilinear', antialias: bool = True
-):
+    shape: Size,
+    rng: Generator | None,
+    *,
+    size: Size,
+    crop: Crop = 0.875,
+    method: Method = 'bilinear',
+    antialias: bool = True,
+) -> Geometry:
     """Resizes a central window that has the aspect ratio of the size.
 
     Args:
@@ -59,22 +64,22 @@ def central(
       antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
         recipes of TensorFlow have False.
     """
-    h, w = image.shape[:2]
+    h, w = shape
     ch, cw = window(h, w, size, crop)
     box = (h - ch) // 2, (w - cw) // 2, ch, cw
-    return resized(image, box, size, method, antialias)
+    return Geometry(box, size, size, method=method, antialias=antialias)
 
 
 def small_central(
-    image,
-    rng,
+    shape: Size,
+    rng: Generator | None,
     *,
-    size,
+    size: Size,
     smaller: Pixels = 256,
     method: Method = 'area',
     antialias: bool = False,
     rounding: Rounding = 'tensorflow',
-):
+) -> Geometry:
     """Resizes the image so that its smaller side is `smaller`, and takes the central window.
 
     The code of the ViT papers evaluates ImageNet so, with 256 by area, then 224.
@@ -88,40 +93,39 @@ def small_central(
         transformers truncate it; torchvision rounds the window's place half to even, the others
         truncate it.
     """
-    h, w = image.shape[:2]
+    h, w = shape
     # the smaller side to the pixel, whatever the rounding of the product
     larger = smaller * max(h, w) / min(h, w)
     larger = round(larger) if rounding == 'tensorflow' else int(larger)
     whole = (smaller, larger) if h < w else (larger, smaller)
     if whole[0] < size[0] or whole[1] < size[1]:
         raise UserError(f'smaller is {smaller}, less than the image size {size[0]} x {size[1]}')
-    out = resized(image, (0, 0, h, w), whole, method, antialias)
-    return middle(out, size, rounding)
+    return middle(shape, whole, size, method, antialias, rounding)
 
 
-def middle(image, size, rounding):
-    """Central window of a size, at the place that `rounding` gives, see `small_central`."""
+def middle(shape, whole, size, method, antialias, rounding):
+    """Resizes an image to `whole` and takes the central window of a size, see `small_central`."""
     half = round if rounding == 'torchvision' else int
-    y, x = half((image.shape[0] - size[0]) / 2), half((image.shape[1] - size[1]) / 2)
-    return image[y : y + size[0], x : x + size[1]]
+    offset = half((whole[0] - size[0]) / 2), half((whole[1] - size[1]) / 2)
+    return Geometry((0, 0, *shape), whole, size, offset, method=method, antialias=antialias)
 
 
-def window(h, w, size, crop):
+def window(h: int, w: int, size: Size, crop: float) -> Size:
     """Sides of the largest window of the size's aspect in an image [h, w], times `crop`."""
     scale = crop * min(h / size[0], w / size[1])
     return min(max(round(size[0] * scale), 1), h), min(max(round(size[1] * scale), 1), w)
 
 
 def random_crop(
-    image,
-    rng,
+    shape: Size,
+    rng: Generator,
     *,
-    size,
+    size: Size,
     crop: Crop = 0.875,
     flip: bool = True,
     method: Method = 'bilinear',
     antialias: bool = True,
-):
+) -> Geometry:
     """Resizes a window at a random place, as large as that of `central`.
 
     Args:
@@ -131,13 +135,20 @@ def random_crop(
       antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
         recipes of TensorFlow have False.
     """
-    h, w = image.shape[:2]
+    h, w = shape
     ch, cw = window(h, w, size, crop)
     box = int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1)), ch, cw
-    return resized(image, box, size, method, antialias, mirror(rng, flip))
+    mirrored = mirror(rng, flip)
+    return Geometry(box, size, size, flip=mirrored, method=method, antialias=antialias)
 
 
-def random_box(shape, rng, *, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3)):
+def random_box(
+    shape: Size,
+    rng: Generator,
+    *,
+    area: tuple[float, float] = (0.05, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
     """A random window (y, x, height, width) of an image [H, W].
 
     `area` is the range of its share of the image, `aspect` that of width / height. The distribution
@@ -164,16 +175,16 @@ def random_box(shape, rng, *, area=(0.05, 1.0), aspect=(3 / 4, 4 / 3)):
 
 
 def inception(
-    image,
-    rng,
+    shape: Size,
+    rng: Generator,
     *,
-    size,
+    size: Size,
     area: Interval[Share] = (0.05, 1.0),
     aspect: Interval[Positive[float]] = (3 / 4, 4 / 3),
     flip: bool = True,
     method: Method = 'bilinear',
     antialias: bool = True,
-):
+) -> Geometry:
     """Resizes a window of random size, aspect ratio and place: the usual ImageNet training view.
 
     Args:
@@ -184,34 +195,35 @@ def inception(
       antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
         recipes of TensorFlow have False.
     """
-    box = random_box(image.shape[:2], rng, area=area, aspect=aspect)
-    return resized(image, box, size, method, antialias, mirror(rng, flip))
+    box = random_box(shape, rng, area=area, aspect=aspect)
+    mirrored = mirror(rng, flip)
+    return Geometry(box, size, size, flip=mirrored, method=method, antialias=antialias)
 
 
-def shift(image, rng, *, size, pixels: Shift = 1, flip: bool = False):
+def shift(
+    shape: Size, rng: Generator, *, size: Size, pixels: Shift = 1, flip: bool = False
+) -> Geometry:
     """Resizes the image and translates it at random; what comes in at the border is black.
 
     Args:
       pixels: largest translation along each axis, in pixels.
       flip: whether to mirror left to right with probability 1/2.
     """
-    framed = np.zeros((size[0] + 2 * pixels, size[1] + 2 * pixels, 3), np.uint8)
-    framed[pixels : pixels + size[0], pixels : pixels + size[1]] = resize(image, rng, size=size)
-    y, x = rng.integers(2 * pixels + 1, size=2)
-    return flipped(framed[y : y + size[0], x : x + size[1]], rng, flip)
+    y, x = (rng.integers(2 * pixels + 1, size=2) - pixels).tolist()
+    return Geometry((0, 0, *shape), size, size, (y, x), flip=mirror(rng, flip))
 
 
 def affine(
-    image,
-    rng,
+    shape: Size,
+    rng: Generator,
     *,
-    size,
+    size: Size,
     degrees: Annotated[float, Range(0, 180)] = 10.0,
     scale: Annotated[float, Range(0, 10)] = 0.1,
     shear: NonNegative[float] = 0.0,
     pixels: NonNegative[float] = 1.0,
     flip: bool = False,
-):
+) -> Geometry:
     """Resizes the image, then rotates, shears, scales and translates it at random; black outside.
 
     Args:
@@ -221,7 +233,6 @@ def affine(
       pixels: the translation along each axis is uniform in [-pixels, pixels].
       flip: whether to mirror left to right with probability 1/2.
     """
-    image = Image.fromarray(np.ascontiguousarray(resize(image, rng, size=size)))
     angle = np.deg2rad(rng.uniform(-degrees, degrees))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     slant = np.array([[1, rng.uniform(-shear, shear)], [0, 1]])
@@ -229,19 +240,13 @@ def affine(
     to_input = turn @ slant * np.exp(rng.uniform(-scale, scale, 2))
     centre = np.array(size[::-1]) / 2
     start = centre - to_input @ (centre + rng.uniform(-pixels, pixels, 2))
-    matrix = np.concatenate([to_input, start[:, None]], axis=1).ravel()
-    warped = image.transform(size[::-1], Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-    return flipped(np.asarray(warped), rng, flip)
+    warp = np.concatenate([to_input, start[:, None]], axis=1)
+    return Geometry((0, 0, *shape), size, size, warp=warp, flip=mirror(rng, flip))
 
 
 def mirror(rng, flip):
     """Whether to mirror the image: with probability 1/2 where `flip` is true."""
     return bool(flip and rng.integers(2))
-
-
-def flipped(image, rng, flip):
-    """The image, mirrored left to right with probability 1/2 where `flip` is true."""
-    return image[:, ::-1] if mirror(rng, flip) else image
 
 
 VIEWS = {

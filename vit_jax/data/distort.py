@@ -322,3 +322,4 @@ AUGMENTATIONS = {
         randaugment, randaugment_torchvision, autoaugment, three_augment, color_jitter, erase
     )
 }  # fmt: skip
+MOVING = ('randaugment', 'randaugment_torchvision', 'autoaugment')  # some operations move pixels

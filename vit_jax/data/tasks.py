@@ -3,7 +3,7 @@
 A task is a function (source, *, settings) -> `Task`; its settings are in the section `data`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -94,27 +94,69 @@ def check_name(kind, name, known):
     return name
 
 
-def make_view(view, image_size, augmentations=()):
-    """Makes (image, rng) -> image of a view and augmentations, each by name or as a dict."""
+class View(NamedTuple):
+    """A view and augmentations: (image, rng) -> uint8 [H, W, 3], or in two steps.
+
+    A task whose examples have label maps or boxes draws the geometry and applies it to each:
+
+        geometry = view.place(image.shape[:2], rng)
+        image = view.distort(geometry.image(image), rng)
+        label_map = geometry.label_map(label_map, fill=255)
+
+    Attributes:
+      place: (shape, rng) -> geometry.Geometry.
+      steps: augmentations (image, rng) -> image.
+    """
+
+    place: Callable
+    steps: tuple = ()
+
+    def __call__(
+        self, image: np.ndarray | images.Encoded, rng: np.random.Generator | None
+    ) -> np.ndarray:
+        return self.distort(self.place(image.shape[:2], rng).image(image), rng)
+
+    def distort(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """Applies the augmentations to a resized image."""
+        for step in self.steps:
+            image = step(image, rng)
+        return image
+
+
+def make_view(
+    view: str | dict,
+    image_size: int | tuple[int, int],
+    augmentations: Sequence[str | dict] = (),
+    in_place: bool = False,
+) -> View:
+    """Makes a view with augmentations, each by name or as a dict of its name and settings.
+
+    Args:
+      view: one of augment.VIEWS.
+      image_size: a side in pixels, or (height, width).
+      augmentations: some of distort.AUGMENTATIONS.
+      in_place: whether to raise UserError for augmentations that move pixels: label maps and boxes
+        do not follow them.
+    """
     view = dict(name=view) if isinstance(view, str) else dict(view)
     name = check_view(view.pop('name', None))
-    steps = [partial(VIEWS[name], size=size_of(image_size), **view)]
+    place, steps = partial(VIEWS[name], size=size_of(image_size), **view), []
     for step in augmentations:
         step = dict(name=step) if isinstance(step, str) else dict(step)
         name = check_augmentation(step.pop('name', None))
+        if in_place and name in distort.MOVING:
+            fixed = ', '.join(sorted(distort.AUGMENTATIONS.keys() - set(distort.MOVING)))
+            raise UserError(
+                f'the augmentation {name} moves pixels, which label maps and boxes do not follow; '
+                f'{fixed} do not'
+            )
         steps.append(partial(distort.AUGMENTATIONS[name], **step))
-    return steps[0] if len(steps) == 1 else partial(one_after_another, steps=steps)
+    return View(place, tuple(steps))
 
 
-def fixed_view(view, image_size):
+def fixed_view(view: str | dict, image_size: int | tuple[int, int]) -> View:
     """`make_view` for evaluation; raises UserError for a random view."""
     name = view if isinstance(view, str) else dict(view).get('name')
     if check_view(name) not in FIXED:
         raise UserError(f'the view {name} draws at random; give one of {", ".join(FIXED)}')
     return make_view(view, image_size)
-
-
-def one_after_another(image, rng, *, steps):
-    for step in steps:
-        image = step(image, rng)
-    return image

@@ -1,0 +1,127 @@
+"""Where a view takes each pixel from: one value that moves images, label maps and boxes alike.
+
+Positions are in pixels; the first pixel reaches from 0 to 1, its centre is at 0.5.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vit_jax.data.images import Encoded, resized
+
+Size = tuple[int, int]  # (height, width)
+
+
+class Geometry(NamedTuple):
+    """What a view does to an image: resize, crop or pad, warp, mirror; in this order.
+
+    Attributes:
+      window: (y, x, height, width) of the part of the image that is resized.
+      resized: size of the resized window.
+      size: size of the output.
+      offset: (y, x) of the output in the resized window. Where the output is outside of the window
+        it is padded.
+      warp: [2, 3], maps a position (x, y, 1) in the output to that in the cropped window; where
+        this is outside, the output is padded. None: the identity.
+      flip: whether the output is mirrored left to right.
+      method, antialias: those of images.resized.
+    """
+
+    window: tuple[int, int, int, int]
+    resized: Size
+    size: Size
+    offset: tuple[int, int] = (0, 0)
+    warp: np.ndarray | None = None
+    flip: bool = False
+    method: str = 'bilinear'
+    antialias: bool = True
+
+    def image(self, image: np.ndarray | Encoded) -> np.ndarray:
+        """Applies the view to an image, uint8 [H, W, 3] -> [*size, 3]; padding is black.
+
+        Decodes no more of a JPEG than the window. Raises Unreadable.
+        """
+        whole = self.warp is None and self.offset == (0, 0) and self.resized == self.size
+        flip = self.flip and whole
+        out = resized(image, self.window, self.resized, self.method, self.antialias, flip)
+        if whole:
+            return out
+        out = cropped(out, self.offset, self.size)
+        if self.warp is not None:
+            picture = Image.fromarray(np.ascontiguousarray(out))
+            out = np.asarray(picture.transform(
+                self.size[::-1], Image.Transform.AFFINE, self.warp.ravel(),
+                Image.Resampling.BILINEAR,
+            ))  # fmt: skip
+        return out[:, ::-1] if self.flip else out
+
+    def label_map(self, labels: np.ndarray, fill: int) -> np.ndarray:
+        """Applies the view to labels or masks [..., H, W] of the image's pixels -> [..., *size].
+
+        Each output pixel has the label of the pixel under its centre, or `fill` in the padding.
+        """
+        rows, columns, inside = self.nearest()
+        return np.where(inside, labels[..., rows, columns], np.asarray(fill, labels.dtype))
+
+    def nearest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row and column of the image's pixel under each pixel's centre, and whether there is one.
+
+        All three broadcast to `size`.
+        """
+        (height, width), (top, left, h, w) = self.size, self.window
+        y, x = np.arange(height)[:, None] + 0.5, np.arange(width)[None] + 0.5
+        x = width - x if self.flip else x
+        inside = np.True_
+        if self.warp is not None:
+            x, y = (a * x + b * y + c for a, b, c in self.warp)
+            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        y, x = y + self.offset[0], x + self.offset[1]
+        inside = inside & (y >= 0) & (y < self.resized[0]) & (x >= 0) & (x < self.resized[1])
+        rows = np.floor(y * h / self.resized[0]).clip(0, h - 1).astype(int)
+        columns = np.floor(x * w / self.resized[1]).clip(0, w - 1).astype(int)
+        return top + rows, left + columns, inside
+
+    def boxes(self, boxes: np.ndarray, least: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Moves boxes [N, 4], (x0, y0, x1, y1), with the image and clips them to the output.
+
+        A warped box is the smallest upright one around it.
+
+        Args:
+          boxes: edges in pixels of the image.
+          least: share of a moved box's area that must be inside of the output for the box to be
+            kept. Boxes without any area are dropped.
+
+        Returns:
+          (float32 [M, 4] in pixels of the output, int [M]: indices of the boxes that are kept).
+        """
+        (height, width), (top, left, h, w) = self.size, self.window
+        corners = boxes.astype(np.float64).reshape(-1, 4)[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]
+        scale = self.resized[1] / w, self.resized[0] / h
+        moved = (corners - (left, top)) * scale - self.offset[::-1]  # [N, 4 corners, (x, y)]
+        if self.warp is not None:
+            moved = (moved - self.warp[:, 2]) @ np.linalg.inv(self.warp[:, :2]).T
+        if self.flip:
+            moved[..., 0] = width - moved[..., 0]
+        moved = np.concatenate([moved.min(1), moved.max(1)], axis=1)
+        clipped = np.clip(moved, 0, [width, height] * 2)
+        area, seen = area_of(moved), area_of(clipped)
+        kept = np.flatnonzero((seen > 0) & (seen >= least * area))
+        return clipped[kept].astype(np.float32), kept
+
+
+def area_of(boxes):
+    """Areas [N] of boxes [N, 4]."""
+    return np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+
+
+def cropped(image, offset, size):
+    """The part of an image [H, W, 3] at an offset, [*size, 3]; black outside of the image."""
+    (y, x), (h, w) = offset, size
+    part = image[max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)]
+    if part.shape[:2] == size:
+        return part
+    out = np.zeros((*size, 3), np.uint8)
+    top, left = max(-y, 0), max(-x, 0)
+    out[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return out
