@@ -22,7 +22,7 @@ from sklearn.datasets import load_sample_images
 from tensorflow_datasets.proto import tf_example_pb2
 
 from vit_jax.data import images, sources
-from vit_jax.data.prepare import duplicates, writing
+from vit_jax.data.prepare import duplicates, worker
 from vit_jax.data.readers import example, records
 from vit_jax.errors import UserError
 
@@ -328,7 +328,7 @@ def test_labels_and_bytes_are_those_of_the_source(src, whole):
 @pytest.mark.parametrize('side, kept', [(0, ('jpg', 'png')), (512, ('jpg',))])
 def test_small_jpegs_are_kept_byte_for_byte(src, side, kept):
     for path in sorted(src.glob('*/*')):
-        data, image = writing.converted(path.read_bytes(), side, 92)
+        data, image = worker.convert(path.read_bytes(), side, 92)
         assert image.shape == (40, 80, 3) and images.decode(data).shape == image.shape
         assert (data == path.read_bytes()) == (path.suffix[1:] in kept)
         assert path.suffix[1:] in kept or data[:2] == b'\xff\xd8'
@@ -370,7 +370,7 @@ def test_killed_and_resumed_it_is_the_same_data_set(src, whole, tmp_path):
     status, output = killed(
         src, dst, lambda: finished(dst) >= 3, '--workers=2', *options, number=signal.SIGINT
     )
-    assert status == 130 and 'Traceback' not in output and 'goes on where it was' in output
+    assert status == 130 and 'Traceback' not in output and 'the same command resumes' in output
     status, output = run(src, dst, '--workers=2', *options)
     assert status == 0, output
     assert content(dst) == content(whole)
@@ -484,7 +484,7 @@ def test_unreadable_images_and_duplicates_are_left_out(tmp_path):
 def test_the_nearest_hash_is_found_as_by_comparing_all():
     rng = np.random.default_rng(0)
     table = rng.integers(0, 2**64, (500, 4), dtype=np.uint64)
-    known = duplicates.Known([str(i) for i in range(500)], [], table)
+    known = duplicates.Index([str(i) for i in range(500)], [], table)
     for changed in (0, 1, 30, 48, 49, 100):
         bits = np.unpackbits(table[123].view(np.uint8))
         bits[rng.permutation(256)[:changed]] ^= 1

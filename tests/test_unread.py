@@ -13,7 +13,7 @@ import processes
 import pytest
 
 from vit_jax.data import images, reading, sources, tasks
-from vit_jax.data.prepare import writing
+from vit_jax.data.prepare import worker
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 
@@ -69,8 +69,8 @@ def test_whatever_a_reader_raises_is_an_example_less(source, error):
 def test_what_prepare_can_not_read_counts_as_unreadable(source, error):
     bad = sources.Source(Records(source, error), source.classes)
     with pytest.raises(images.Unreadable):
-        writing.raw(bad, 4)
-    assert writing.raw(bad, 3) == tuple(source.records[3].values())
+        worker.read_example(bad, 4)
+    assert worker.read_example(bad, 3) == tuple(source.records[3].values())
 
 
 def test_a_mistake_in_a_view_is_none_of_the_data(source):

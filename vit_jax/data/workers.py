@@ -69,7 +69,7 @@ def prefetched(data, workers):
 
     Raises UserError with the process and exit code of a worker that dies.
     """
-    import grain  # takes a second, and workers of `crew` do not need it
+    import grain  # takes a second, and workers of `prepare` do not need it
 
     if not flags.FLAGS.is_parsed():  # Grain reads flags even without an absl app
         flags.FLAGS.mark_as_parsed()

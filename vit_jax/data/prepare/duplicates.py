@@ -30,6 +30,9 @@ and its mirror image take 0.3 ms on one core; digest and hashes of 500 x 375 pix
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,70 +40,77 @@ from PIL import Image
 from vit_jax.data import images
 from vit_jax.io import atomic
 
-SIDE, KEPT = 32, 16  # pixels of the grey image; frequencies per axis
+SIDE, FREQUENCIES = 32, 16  # pixels of the grey image; frequencies per axis
 DISTANCE = 48  # bits of 255
-LEAST = 0.5  # least coefficient above rounding errors: 1 / 2,000 of a grey level per pixel
+MARGIN = 0.5  # least coefficient above rounding errors: 1 / 2,000 of a grey level per pixel
 
 
-def cosines(kept, side):
-    """First rows of the discrete cosine transform: float64 [kept, side]."""
-    return np.cos(np.pi * np.arange(kept)[:, None] * (2 * np.arange(side) + 1) / (2 * side))
+def cosines(rows: int, side: int) -> np.ndarray:
+    """First rows of the discrete cosine transform: float64 [rows, side]."""
+    return np.cos(np.pi * np.arange(rows)[:, None] * (2 * np.arange(side) + 1) / (2 * side))
 
 
-COSINES = cosines(KEPT, SIDE)
-MIRRORED = np.where(np.arange(KEPT) % 2, -1, 1)  # signs of the columns of a mirror image
+COSINES = cosines(FREQUENCIES, SIDE)
+MIRRORED = np.where(np.arange(FREQUENCIES) % 2, -1, 1)  # signs of the columns of a mirror image
 
 
-def hashes(image):
+def hashes(image: np.ndarray) -> np.ndarray:
     """Hashes of an image uint8 [H, W, 3] and of its mirror image: uint64 [2, 4]."""
     grey = Image.fromarray(np.ascontiguousarray(image)).convert('L')
     grey = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float64)
     coefficients = COSINES @ grey @ COSINES.T  # [rows, columns]
     coefficients[0, 0] = 0  # the mean, which is positive for every image
-    both = np.stack([coefficients, coefficients * MIRRORED]) > LEAST
+    both = np.stack([coefficients, coefficients * MIRRORED]) > MARGIN
     return np.packbits(both.reshape(2, -1), axis=1).view(np.uint64)
 
 
-def digest(image):
+def digest(image: np.ndarray) -> bytes:
     """SHA-256 of the shape and pixels of an image [H, W, 3], 32 bytes."""
-    found = hashlib.sha256(repr(image.shape).encode())
-    found.update(np.ascontiguousarray(image))
-    return found.digest()
+    sha256 = hashlib.sha256(repr(image.shape).encode())
+    sha256.update(np.ascontiguousarray(image))
+    return sha256.digest()
 
 
-def described(data):
+def fingerprint(data: bytes) -> tuple[bytes, np.ndarray]:
     """(digest, hash uint64 [4]) of an encoded image; raises Unreadable if it is damaged."""
     image = images.decode(data)
     return digest(image), hashes(image)[0]
 
 
-class Known:
+class Index:
     """Images to search for: their names, digests and hashes uint64 [N, 4]."""
 
-    def __init__(self, names, digests, hashes):
+    def __init__(self, names: Sequence[str], digests: Sequence[bytes], hashes: np.ndarray):
         self.names = names
         self.digests = {}
         for i, value in enumerate(digests):
             self.digests.setdefault(value, i)
         self.words = np.ascontiguousarray(np.asarray(hashes, np.uint64).reshape(-1, 4).T)  # [4, N]
 
-    def find(self, image, distance=DISTANCE):
-        """Finds what an image uint8 [H, W, 3] is a duplicate of, as a dict; None if of nothing.
+    def find(self, image: np.ndarray, distance: int = DISTANCE) -> dict[str, Any] | None:
+        """Finds what an image uint8 [H, W, 3] is a duplicate of.
 
         A negative `distance` finds exact duplicates only.
+
+        Returns:
+          {'of': name, 'kind': 'exact', 'near' or 'mirrored', 'distance': bits that differ}; None
+          if it is no duplicate.
         """
         same = self.digests.get(digest(image))
         if same is not None:
             return {'of': self.names[same], 'kind': 'exact', 'distance': 0}
         best = None
         for kind, words in zip(('near', 'mirrored'), hashes(image), strict=True):
-            found = self.nearest(words, distance if best is None else best['distance'] - 1)
-            if found:
-                best = {'of': self.names[found[0]], 'kind': kind, 'distance': found[1]}
+            nearest = self.nearest(words, distance if best is None else best['distance'] - 1)
+            if nearest:
+                best = {'of': self.names[nearest[0]], 'kind': kind, 'distance': nearest[1]}
         return best
 
-    def nearest(self, words, distance):
-        """(index, bits) of the first of the hashes nearest to uint64 [4]; None beyond distance."""
+    def nearest(self, words: np.ndarray, distance: int) -> tuple[int, int] | None:
+        """(index, bits that differ) of the first of the hashes nearest to uint64 [4].
+
+        None if all differ in more bits than `distance`.
+        """
         if distance < 0:
             return None
         bits = np.bitwise_count(self.words[0] ^ words[0])
@@ -114,8 +124,10 @@ class Known:
         return (int(left[i]), int(rest[i])) if rest[i] <= distance else None
 
 
-def save(path, names, digests, hashes):
-    """Writes the arguments of Known to an .npz file, atomically."""
+def save(
+    path: str | os.PathLike, names: Sequence[str], digests: Sequence[bytes], hashes: np.ndarray
+) -> None:
+    """Writes the arguments of Index to an .npz file, atomically."""
     with atomic.replace_file(path) as part, part.open('wb') as file:
         np.savez(
             file,
@@ -125,8 +137,8 @@ def save(path, names, digests, hashes):
         )
 
 
-def read(path):
-    """Reads Known from a file that `save` wrote."""
+def read(path: str | os.PathLike) -> Index:
+    """Reads an Index from a file that `save` wrote."""
     with np.load(path, allow_pickle=False) as file:
         names = json.loads(file['names'].tobytes())
-        return Known(names, [row.tobytes() for row in file['digests']], file['hashes'])
+        return Index(names, [row.tobytes() for row in file['digests']], file['hashes'])
