@@ -164,7 +164,7 @@ class Drawn:
         max_labels: Annotated[int, Range(1, MOST_LABELS)] | None = None,
         cells: Annotated[int, Range(1, 64)] = 2,
         grey: bool = False,
-    ):
+    ) -> None:
         max_labels = min(4, classes) if max_labels is None else max_labels
         if max_labels > classes:
             raise UserError(f'jft_like: {max_labels} labels of an image of {classes} classes')
@@ -176,7 +176,7 @@ class Drawn:
         counts = 1 / np.arange(1, max_labels + 1) ** 2
         self.count_cdf = np.cumsum(counts / counts.sum())
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.examples
 
     def rng(self, i: int) -> np.random.Generator:
@@ -195,7 +195,7 @@ class Drawn:
                 drawn.append(label)
         return drawn
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         rng = self.rng(i)
         labels = self.labels(rng)
         image = Image.fromarray(draw(rng, labels, self.image_size, self.cells))

@@ -3,11 +3,11 @@
 Papers remove images of downstream test sets from pre-training data, so that no accuracy is due to
 images seen before (arXiv:2010.11929 section 4.1, arXiv:1912.11370).
 
-Exact duplicates have the same pixels, by their SHA-256; so also those with the same bytes. Near
-duplicates have similar perceptual hashes. The image is converted to grey and resized to 32 x 32. Of
-its discrete cosine transform the signs of the 16 x 16 lowest frequencies but the mean are the hash,
-255 bits. Two images are near if at most `distance` bits differ, of the image or of its mirror
-image; unrelated ones differ in half of the bits.
+Exact duplicates have the same pixels, by their SHA-256. Near duplicates have similar perceptual
+hashes: the image is converted to grey and resized to 32 x 32, and the signs of the 16 x 16 lowest
+frequencies of its discrete cosine transform, without the mean, are the 255 bits of the hash. Two
+images are near if at most `distance` bits differ, for the image or its mirror image. Unrelated
+images differ in half of the bits.
 
 Measured with distance 48 on 400 windows of two photographs, of 64 to 260 pixels: share found of all
 windows, and of the two thirds with the most contrast (the others are sky, whose hash is noise):
@@ -20,12 +20,13 @@ windows, and of the two thirds with the most contrast (the others are sky, whose
     a third of the size, nearest pixel      85%          91%
     cropped by 1%, 2%, 5%, 10% on each side 98 83 5 0%   100 94 7 0%
 
-So it does not find crops. Of 119,480 pairs of windows that do not overlap, none is nearer than 90,
-and none is nearer than 62 when mirrored. If all images are alike (clothes of 28 x 28 pixels), read
+Crops are not found. Of 119,480 pairs of windows that do not overlap, none is nearer than 90, and
+none is nearer than 62 when mirrored. Where all images are alike (clothes of 28 x 28 pixels), check
 removed.jsonl.
 
-The search compares with all hashes and rules out most after 128 bits. Among 100,000 hashes an image
-and its mirror image take 0.3 ms on one core; digest and hashes of 500 x 375 pixels take 0.7 ms.
+The search compares an image with all hashes and rules out most after 128 bits. Among 100,000 hashes
+an image and its mirror image take 0.3 ms on one core; digest and hashes of 500 x 375 pixels take
+0.7 ms.
 """
 
 import hashlib
@@ -80,7 +81,7 @@ def fingerprint(data: bytes) -> tuple[bytes, np.ndarray]:
 class Index:
     """Images to search for: their names, digests and hashes uint64 [N, 4]."""
 
-    def __init__(self, names: Sequence[str], digests: Sequence[bytes], hashes: np.ndarray):
+    def __init__(self, names: Sequence[str], digests: Sequence[bytes], hashes: np.ndarray) -> None:
         self.names = names
         self.digests = {}
         for i, value in enumerate(digests):

@@ -16,10 +16,10 @@ from vit_jax.io import storage
 
 
 def resume(job: Job, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Entries of the finished shards, each verified against its file; begins a journal in a new
-    folder.
+    """Returns the entries of the finished shards, each verified against its file.
 
-    Raises UserError if the folder has other files, or was begun with another plan.
+    Begins the journal of an empty folder. Raises UserError if the folder has other files, or was
+    begun with another plan.
     """
     path = job.folder / records.JOURNAL
     if not path.exists():
@@ -54,4 +54,3 @@ def is_intact(path: pathlib.Path, entry: Mapping[str, Any]) -> bool:
             return hashlib.file_digest(file, 'sha256').hexdigest() == entry['sha256']
     except OSError:
         return False
-

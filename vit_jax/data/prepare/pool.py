@@ -70,12 +70,15 @@ def results(
         end([process for process, _ in busy.values()])
 
 
-def send_task(pipe, task):
-    with contextlib.suppress(OSError):  # the worker is dead: `receive` raises
+def send_task(pipe: connection.Connection, task: Any) -> None:
+    """Sends a task to a worker, unless the worker is dead."""
+    with contextlib.suppress(OSError):  # `receive` raises
         pipe.send(task)
 
 
-def receive(pipe, process, task):
+def receive(
+    pipe: connection.Connection, process: multiprocessing.Process, task: Any
+) -> tuple[str, Any]:
     """Receives (kind, value) from a worker; raises the error that it reports."""
     try:
         kind, value = pipe.recv()

@@ -31,7 +31,7 @@ class Task(NamedTuple):
     key: str
     index: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'{self.kind} {self.index} of {self.key}'
 
 
@@ -77,7 +77,7 @@ def work(job: Job, pipe: Connection) -> None:
     end_with_parent()
     known, reported = None, 0.0
 
-    def report(count):
+    def report(count: int) -> None:
         nonlocal reported
         if time.time() - reported > PERIOD:
             reported = time.time()
@@ -145,8 +145,7 @@ def hash_part(job: Job, task: Task, report: Callable[[int], None]) -> dict[str, 
 
 
 def read_example(source: Source, i: int) -> tuple[bytes, Any]:
-    """(bytes of the image, label) of an example; raises Unreadable for whatever its reader raises.
-    """
+    """(bytes of the image, label) of an example; whatever its reader raises becomes Unreadable."""
     try:
         record = source.records[i]
         return record['image'], record['label']
@@ -173,8 +172,7 @@ def convert(data: bytes, max_side: int, quality: int) -> tuple[bytes, np.ndarray
 
 
 def list_labels(label: Any, source: Source, i: int) -> list[int]:
-    """Lists the labels of an int, or of an array padded with -1; raises UserError if out of range.
-    """
+    """Lists a label, or those of an array padded with -1; raises UserError if out of range."""
     labels = [int(n) for n in np.atleast_1d(label) if n >= 0 or np.ndim(label) == 0]
     for number in labels:
         if not 0 <= number < len(source.classes):
