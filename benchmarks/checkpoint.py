@@ -95,12 +95,12 @@ def round_of_saves(checkpoints, abstract, state, n):
     began = time.perf_counter()
     row['held'], _ = seconds(lambda: checkpoints.save(n, state, {}))
     row['after'], state = step_seconds(state)
-    checkpoints.finish()
+    checkpoints.wait()
     row['write'] = time.perf_counter() - began
     checkpoints.save(n + 1, state, {})
     _, state = step_seconds(state)
     row['exit'], _ = seconds(
-        lambda: (checkpoints.save(n + 2, state, {}), checkpoints.finish())
+        lambda: (checkpoints.save(n + 2, state, {}), checkpoints.wait())
     )
     row['read'], _ = seconds(lambda: checkpoints.restore(n + 2, abstract))
     return row, state
@@ -132,7 +132,7 @@ def measure_devices(name, folder):
     found = {}
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(0, state, {})
-        checkpoints.finish()
+        checkpoints.wait()
         for devices in (8, 4, 2, 1):
             abstract = abstract_state(name, jax.devices()[:devices], fsdp=devices)
             restore = functools.partial(checkpoints.restore, 0, abstract)

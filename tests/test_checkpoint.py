@@ -18,7 +18,8 @@ from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
-from vit_jax.run import checkpoint, fingerprints
+from vit_jax.io import retries
+from vit_jax.run import checkpoint, fingerprints, orbax_errors
 from vit_jax.run.checkpoint import Checkpoints
 
 IMAGE = (8, 8, 3)
@@ -148,9 +149,9 @@ def test_the_newest_one_is_read_while_a_run_saves_and_deletes(tmp_path):
         try:
             while not any((tmp_path / 'checkpoints').glob('[0-9]')):
                 assert not running.done()
-            found = [checkpoint.newest(tmp_path, parts(1)[1])]
+            found = [checkpoint.restore_newest(tmp_path, parts(1)[1])]
             while found[-1].step < 7:
-                found.append(checkpoint.newest(tmp_path, parts(1)[1]))
+                found.append(checkpoint.restore_newest(tmp_path, parts(1)[1]))
         finally:
             over.set()
         running.result()
@@ -216,7 +217,7 @@ def test_what_is_kept(tmp_path, fields, scores, kept):
         for n in range(10, 60, 10):
             known = {k: v for k, v in scores.items() if k <= n}
             checkpoints.save(n, {'x': jnp.arange(3) + n}, known)
-            checkpoints.finish()
+            checkpoints.wait()
     for save in (False, True):  # a run that is opened again knows nothing of scores at first
         with Checkpoints(tmp_path, **fields) as checkpoints:
             if save:
@@ -227,7 +228,7 @@ def test_what_is_kept(tmp_path, fields, scores, kept):
 def test_the_last_one_stays_until_the_next_is_complete(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, {'x': jnp.arange(3)}, {})
-        checkpoints.finish()
+        checkpoints.wait()
         checkpoints.save(2, {'x': jnp.arange(3)}, {})
         assert (tmp_path / 'checkpoints' / '1' / 'state').exists()
     assert {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()} == {2}
@@ -240,7 +241,7 @@ def test_donated_arrays_are_saved_as_they_were(tmp_path):
         checkpoints.save(1, {'x': x}, {})
         for _ in range(5):
             x = double(x)
-        checkpoints.finish()
+        checkpoints.wait()
         target = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         restored = checkpoints.restore(1, {'x': target})
     np.testing.assert_array_equal(restored['x'], np.arange(1_000_000.0, dtype=np.float32))
@@ -252,7 +253,7 @@ def test_what_a_failed_save_leaves_behind_is_not_said(monkeypatch):
 
     with warnings.catch_warnings(record=True) as said:
         monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
-        checkpoint.quieten()
+        orbax_errors.silence_repeats()
         never_awaited()
     assert not said
     told, loop = [], object.__new__(asyncio.SelectorEventLoop)  # it got no file descriptor
@@ -262,6 +263,19 @@ def test_what_a_failed_save_leaves_behind_is_not_said(monkeypatch):
         which = dict(exc_type=type(e), exc_value=e, exc_traceback=e.__traceback__)
         for owner in (asyncio.BaseEventLoop.__del__, never_awaited):
             unraisable = types.SimpleNamespace(**which, object=owner)
-            checkpoint.unraisable(unraisable, told.append)
+            orbax_errors.drop_repeats(unraisable, told.append)
             assert len(told) == (owner is never_awaited)
     assert told
+
+
+def test_an_orbax_without_the_private_names_is_named_with_its_version(monkeypatch):
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    for name in retries.CONTEXTS:
+        monkeypatch.setattr(tensorstore_utils, name, {})
+    retries.limit_retries(3)
+    for name in retries.CONTEXTS:
+        assert getattr(tensorstore_utils, name)['gcs_request_retries']['max_retries'] == 3
+    monkeypatch.delattr(tensorstore_utils, retries.CONTEXTS[0])
+    with pytest.raises(UserError, match=rf'{retries.CONTEXTS[0]}.*pip install "orbax-checkpoint'):
+        retries.limit_retries(3)

@@ -1,5 +1,6 @@
 """What a run knows of its past, and what damage to it costs: no other line, no best checkpoint."""
 
+import functools
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ from test_train import StopAfter, run
 import vit_jax
 from vit_jax.convert import load
 from vit_jax.errors import UserError
-from vit_jax.run import checkpoint, history, report, workdir
+from vit_jax.run import checkpoint, history, report, retention, workdir
 from vit_jax.tables import __main__ as tables
 
 # Nothing is learnt, so all evaluations are equal, and the first of them is the best.
@@ -151,7 +152,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize('owner, name', [
-    (report.Report, 'evaluation'), (checkpoint.Checkpoints, 'score')
+    (report.Report, 'evaluation'), (checkpoint.Checkpoints, 'add_results')
 ])
 @pytest.mark.slow
 def test_a_kill_beside_an_evaluation_costs_no_score(owner, name, folder, tmp_path, monkeypatch):
@@ -174,9 +175,10 @@ def test_a_kill_beside_an_evaluation_costs_no_score(owner, name, folder, tmp_pat
 
 def test_what_is_kept_where_scores_are_lost():
     keep = dict(keep=1, keep_every=None, largest=True)
-    assert checkpoint.to_keep([4, 8, 12], {8: 0.5}, **keep) == {8, 12}
-    assert checkpoint.to_keep([4, 8, 12], {8: 0.5}, **keep, protected=[4, 8]) == {4, 8, 12}
-    assert checkpoint.to_keep([4, 8, 12], {8: 0.5, 4: 0.1}, **keep, protected=[4, 8]) == {8, 12}
+    kept = functools.partial(retention.steps_to_keep, [4, 8, 12], **keep)
+    assert kept({8: 0.5}) == {8, 12}
+    assert kept({8: 0.5}, protected=[4, 8]) == {4, 8, 12}
+    assert kept({8: 0.5, 4: 0.1}, protected=[4, 8]) == {8, 12}
 
 
 BROKEN = {

@@ -179,7 +179,7 @@ def test_a_full_disk_keeps_what_was_saved(folder, tmp_path):
         capture_output=True, text=True, env=launched.ENVIRONMENT,
     )  # fmt: skip
     assert 'status 2' in done.stdout, done.stdout + done.stderr
-    assert 'No space left on device; what was saved before is as it was' in done.stderr
+    assert 'No space left on device; what was saved before is unchanged' in done.stderr
     assert 'Traceback' not in done.stderr
     kept = launched.checkpoints(tmp_path / 'kept')
     assert kept and kept[0] == 7
@@ -235,7 +235,7 @@ def test_a_run_whose_files_are_removed_says_so(what, folder, tmp_path):
     assert status == 2 and 'Traceback' not in output, output
     last = output.splitlines()[-1]
     assert f'error: {workdir}/metrics.jsonl was removed' in last or not what and (
-        f'error: can not write checkpoint {workdir}' in last  # where it was being written
+        f'error: cannot write checkpoint {workdir}' in last  # where it was being written
     )
 
 
@@ -263,4 +263,4 @@ def test_a_folder_that_can_not_be_written(folder, tmp_path):
         capture_output=True, text=True, env=launched.ENVIRONMENT,
     )
     assert run.returncode == 2 and run.stderr.count('\n') == 1
-    assert f'can not write to workdir {tmp_path}/file/run: Not a directory' in run.stderr
+    assert f'cannot write to workdir {tmp_path}/file/run: Not a directory' in run.stderr

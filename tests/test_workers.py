@@ -223,11 +223,11 @@ if __name__ == '__main__':
 """
 
 
-@pytest.mark.parametrize('before', ['', 'from vit_jax.run import checkpoint'])
+@pytest.mark.parametrize('before', ['', 'from vit_jax.run import orbax_errors'])
 def test_ctrl_c_within_a_destructor_is_not_lost(before, tmp_path):
     script = tmp_path / 'script.py'
-    quieten = '    checkpoint.quieten()\n' * 2 if before else ''
-    text = IN_A_DESTRUCTOR.replace('    Array()\n', f'{quieten}    Array()\n')
+    silence = '    orbax_errors.silence_repeats()\n' * 2 if before else ''
+    text = IN_A_DESTRUCTOR.replace('    Array()\n', f'{silence}    Array()\n')
     script.write_text(f'{before}\n{text}')
     done = subprocess.run(
         [sys.executable, str(script)], text=True, capture_output=True, timeout=30,

@@ -46,6 +46,10 @@ def check_choice(kind: str, name: object, known: Iterable[str]) -> None:
         raise UserError(f'no {kind} {shown(name)}; {choices(name, known)}')
 
 
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or whose arrays differ from those that were saved."""
+
+
 class Lost(Exception):
     """Another process is missing, dead or stalled; the run can be restarted (exit status 4)."""
 

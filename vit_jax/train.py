@@ -113,7 +113,7 @@ def loop(config, parts, state, stop, set_phase, checkpoints, log, tracer):
                 if metrics is not None:
                     # If the run is killed in between, the line is missing and the evaluation runs
                     # again.
-                    checkpoints.score(n, {f'{name}/{k}': v for k, v in metrics.items()})
+                    checkpoints.add_results(n, {f'{name}/{k}': v for k, v in metrics.items()})
                     log.evaluation(n, name, metrics)
 
     n = begun = int(state.step)
@@ -138,7 +138,7 @@ def loop(config, parts, state, stop, set_phase, checkpoints, log, tracer):
             log.write(n, metrics)
             with saved():
                 tracer.end(n, metrics)
-            if checkpoints.due(n):
+            if checkpoints.is_due(n):
                 save()
             evaluate()
         save()

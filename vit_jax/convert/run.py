@@ -15,7 +15,7 @@ from vit_jax.convert.documents import class_names
 from vit_jax.convert.files import Array, brief
 from vit_jax.convert.fit import Found
 from vit_jax.convert.pieces import Piece
-from vit_jax.errors import UserError
+from vit_jax.errors import Damaged, UserError
 from vit_jax.io import fetch, storage
 from vit_jax.io.text import printable
 from vit_jax.run import checkpoint, history, workdir
@@ -161,8 +161,8 @@ def sound(root, step, ema):
         raise UserError(f'{root} has no checkpoint yet')
     for n in [int(step)] if step is not None else steps:
         try:
-            return checkpoint.weights(folder / str(n), average=ema)
-        except checkpoint.Damaged as e:
+            return checkpoint.read_params(folder / str(n), average=ema)
+        except Damaged as e:
             message = f'checkpoint {folder / str(n)} is damaged: {e}'
             if step is not None:
                 raise UserError(message) from e

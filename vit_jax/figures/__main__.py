@@ -23,7 +23,7 @@ from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.data import files, mixture, pipeline, tasks
-from vit_jax.errors import UserError
+from vit_jax.errors import Damaged, UserError
 from vit_jax.evaluators import classify
 from vit_jax.figures import model_page, page, plates, scaling, summary
 from vit_jax.io import storage
@@ -57,8 +57,8 @@ def of_run(path, out):
     config = configs.complete(workdir.read_json(path / 'config.json'))
     parts = assembly.make(config, classes=assembly.kept_classes(config, path, begun=True))
     try:
-        state = checkpoint.newest(path, parts.abstract)
-    except checkpoint.Damaged as e:
+        state = checkpoint.restore_newest(path, parts.abstract)
+    except Damaged as e:
         raise UserError(f'the newest checkpoint of {path} is damaged: {e}') from e
     if state is None:
         raise UserError(f'{path} has no checkpoint yet')

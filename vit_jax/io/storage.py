@@ -19,7 +19,7 @@ import time
 import fsspec
 
 from vit_jax.errors import UserError
-from vit_jax.io import atomic
+from vit_jax.io import atomic, retries
 from vit_jax.io.reasons import chain, foreign, reason, silent, status
 from vit_jax.io.text import brief, printable
 
@@ -60,12 +60,7 @@ def set_up():
     os.environ.setdefault('TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS', str(SILENCE))
     os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(SILENCE))
     os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
-    from orbax.checkpoint._src.serialization import tensorstore_utils  # takes seconds
-
-    # TensorStore's own default is a quarter of an hour, and Orbax has no setting for it.
-    retries = {'max_retries': RETRIES, 'initial_delay': '1s', 'max_delay': '16s'}
-    for context in ('_BASE_TS_CONTEXT', '_DEFAULT_OCDBT_TS_CONTEXT'):
-        getattr(tensorstore_utils, context)['gcs_request_retries'] = retries
+    retries.limit_retries(RETRIES)
 
 
 @contextlib.contextmanager

@@ -1,20 +1,26 @@
 """Checksums of the arrays of a state, saved beside them, which detect any changed bit."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import future
 
 from vit_jax.optim import leaf_name
 
 
 @jax.jit
-def fingerprint(state):
+def fingerprint(state: Any) -> Any:
     """A uint32 checksum of each array's bits and their positions, the same on any mesh.
 
-    Each word is weighted by its own odd number, so any single changed bit changes the sum.
+    Takes a tree of arrays and returns a tree of scalars.
+
+    Each word is weighted by its own odd number, so a single changed bit always changes the sum.
     """
 
     def of(x):
@@ -32,23 +38,23 @@ def fingerprint(state):
     return jax.tree.map(of, state)
 
 
-def named(tree):
+def leaves_by_name(tree: Any) -> dict[str, Any]:
     """Flattens a pytree to {'params/head/bias': leaf}."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def contents(state):
-    """{name: [shape, dtype, fingerprint]} of a state, as stored in JSON."""
+def contents(state: Any) -> dict[str, list]:
+    """{name: [shape, dtype, fingerprint]} of a tree of arrays, as stored in JSON."""
     return start_fingerprint(state)()
 
 
-def start_fingerprint(state):
+def start_fingerprint(state: Any) -> Callable[[], dict[str, list]]:
     """Starts to compute `contents` and returns a function that waits for it.
 
     The arrays may be donated as soon as this returns.
     """
-    prints = named(fingerprint(state))
-    kinds = {name: [list(x.shape), str(x.dtype)] for name, x in named(state).items()}
+    prints = leaves_by_name(fingerprint(state))
+    kinds = {name: [list(x.shape), str(x.dtype)] for name, x in leaves_by_name(state).items()}
 
     def wait():
         values = jax.device_get(prints)
@@ -60,17 +66,31 @@ def start_fingerprint(state):
 class Contents(ocp.JsonCheckpointHandler):
     """Saves the JSON that a function returns, called in the background while arrays are written."""
 
-    async def _save_fn(self, x, directory):
-        await super()._save_fn(x(), directory)
+    async def async_save(
+        self, directory: epath.Path, item: None = None, args: 'ContentsSave | None' = None
+    ) -> list[future.Future]:
+        """Starts to write; `item` is unused."""
+        del item
+
+        async def write():
+            value = args.item()
+            if jax.process_index() == 0:
+                (directory / 'metadata').write_text(json.dumps(value))
+
+        return [future.CommitFutureAwaitingContractedSignals(write(), name='contents')]
 
 
 @ocp.args.register_with_handler(Contents, for_save=True)
 @dataclasses.dataclass
 class ContentsSave(ocp.args.CheckpointArgs):
-    item: Callable[[], dict]
+    """The function whose result is saved."""
+
+    item: Callable[[], dict[str, list]]
 
 
 @ocp.args.register_with_handler(Contents, for_restore=True)
 @dataclasses.dataclass
 class ContentsRestore(ocp.args.CheckpointArgs):
+    """Restores the JSON."""
+
     item: None = None

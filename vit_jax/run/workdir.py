@@ -88,8 +88,8 @@ def explained(path):
         if e.filename is None or not str(e.filename).startswith(str(path)):
             raise
         raise UserError(
-            f'can not write to workdir {path}: {os.strerror(e.errno)}; '
-            'what was saved before is as it was'
+            f'cannot write to workdir {path}: {os.strerror(e.errno)}; '
+            'what was saved before is unchanged'
         ) from e
 
 
