@@ -11,6 +11,7 @@ from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.distributed import devices
+from vit_jax.models import parameters
 from vit_jax.plan import hlo, hlo_text
 
 IMAGE = (32, 32, 3)
@@ -175,9 +176,9 @@ def test_weights_are_gathered_by_layer_with_fsdp():
     model = models.build('vit-ti/16', num_classes=8, **FIELDS)
     found, abstract = program(model, chips=8, mesh=dict(fsdp=8))
     kernels = {
-        optim.leaf_name(path): x.size * 4
-        for path, x in jax.tree_util.tree_leaves_with_path(abstract.params)
-        if 'encoder' in optim.leaf_name(path) and 'kernel' in optim.leaf_name(path)
+        name: x.size * 4
+        for name, x in parameters.named_leaves(abstract.params).items()
+        if 'encoder' in name and 'kernel' in name
     }
     gathers = [c for c in found.collectives if c.kind == 'all-gather' and c.loops]
     assert gathers and {c.times for c in gathers} == {FIELDS['depth']}

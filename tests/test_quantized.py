@@ -176,7 +176,7 @@ def gradients(model, params, mesh=None, parts=1):
     mesh = sharding.make_mesh(jax.devices()[:1]) if mesh is None else sharding.make_mesh(**mesh)
     tx = optim.make(params, 10)
     abstract = step.abstract_state(classifier(model, IMAGE), tx, mesh)
-    places = sharding.places(abstract.params)
+    places = sharding.shardings_of(abstract.params)
     objective = classifier(model, IMAGE)
 
     def loss(params, batch, key):

@@ -8,6 +8,7 @@ from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
+from vit_jax.models import parameters
 from vit_jax.plan import hlo
 
 IMAGE, BATCH, DEPTH, WIDTH, TOKENS = (32, 32, 3), 16, 3, 64, 17
@@ -33,10 +34,7 @@ def program(devices=8, accumulate=1, name='vit-ti/8', mesh=None, **fields):
 
 def sizes(abstract):
     """{name: bytes} of the parameters."""
-    return {
-        optim.leaf_name(path): leaf.size * 4
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)
-    }
+    return {name: leaf.size * 4 for name, leaf in parameters.named_leaves(abstract.params).items()}
 
 
 def large(program, loops=None):

@@ -16,6 +16,7 @@ from vit_jax.data import mixture, sources, tasks
 from vit_jax.data.readers import names
 from vit_jax.errors import UserError, choices
 from vit_jax.io.text import brief
+from vit_jax.models import parameters
 from vit_jax.objectives import Examples, Objective
 from vit_jax.run import workdir
 
@@ -59,7 +60,7 @@ def make(config, source=None, devices=None, classes=None):
     model = model_of(config, task)
     objective = objective_of(config, model, task, spec)
     steps = steps_of(config, source)
-    tx = optim.make(step.abstract_params(objective), steps, **config.optim)
+    tx = optim.make(step.abstract_params(objective), steps, objective.rules, **config.optim)
     abstract = step.abstract_state(objective, tx, mesh)
     check_evaluations(config, objective, spec, abstract.params)
     subject = evaluators.subject(objective, abstract.params, spec, mesh, task.names)
@@ -176,7 +177,7 @@ def first_state(config, parts):
         num_classes=None if config.keep_head else parts.model.num_classes,
         keep_pre_logits=config.keep_pre_logits, **fields,
     )  # fmt: skip
-    optim.check_same(found.params, parts.abstract.params, config.init_from)
+    parameters.check_same(found.params, parts.abstract.params, config.init_from)
     state = step.begin(found.params, parts.objective, parts.tx, parts.abstract)
     return state, weights.table(found.account)
 

@@ -4,7 +4,7 @@ A frozen leaf is None in every tree of this module: it has no gradient and no op
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -13,21 +13,19 @@ import optax
 
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Float, NonNegative, Pattern, Positive, Range, Rate
+from vit_jax.models import parameters
 
 Schedule = Literal['cosine', 'linear', 'rsqrt', 'constant']
-FIRST = (  # before block 1
-    'embedding', 'posemb', 'posemb_y', 'posemb_x', 'cls', 'dist', 'registers', 'resnet', 'pre_norm',
-)  # fmt: skip
 
 
 class Optimizer(NamedTuple):
     """An optax transformation of the trainable leaves, with its schedule and a table of leaves."""
 
-    init: Callable
-    update: Callable
-    schedule: Callable  # step -> learning rate
-    trainable: Callable  # parameters -> the same tree, None at frozen leaves
-    table: tuple  # a row per leaf: name, shape, count, rate multiplier, weight decay, frozen
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    schedule: optax.Schedule  # step -> learning rate
+    trainable: Callable[[Any], Any]  # parameters -> the same tree, None at frozen leaves
+    table: tuple[tuple, ...]  # by leaf: name, shape, count, rate multiplier, weight decay, frozen
 
 
 class AveragedParams(NamedTuple):
@@ -36,16 +34,15 @@ class AveragedParams(NamedTuple):
     average: Any
 
 
-def leaf_name(path):
-    """Name of a leaf, such as 'encoder/attn/qkv/kernel', from its path in jax.tree_util."""
-    return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def make_schedule(kind, *, lr, steps, warmup=0, cooldown=0, timescale=10_000):
+def make_schedule(
+    kind: Schedule, *, lr: float, steps: int, warmup: int = 0, cooldown: int = 0,
+    timescale: int = 10_000,
+) -> optax.Schedule:
     """Makes a schedule, step -> rate: linear warm-up from 0, `kind`, linear cool-down to 0.
 
     cosine and linear reach 0 at `steps`; rsqrt falls as 1 / sqrt(1 + t / timescale) after the
-    warm-up (arXiv:2106.04560 section 3.5).
+    warm-up (arXiv:2106.04560 section 3.5). Raises UserError if warm-up and cool-down exceed
+    `steps`.
     """
     if warmup + cooldown > steps:
         raise UserError(f'optim.warmup {warmup} + optim.cooldown {cooldown} exceed {steps} steps')
@@ -68,22 +65,42 @@ def make_schedule(kind, *, lr, steps, warmup=0, cooldown=0, timescale=10_000):
     return rate
 
 
-def rate_multiplier(name, leaf, depth, layer_decay):
+def rate_multiplier(
+    layer: parameters.Layer, ndim: int, depth: int, layer_decay: float
+) -> jax.Array | float:
     """Layer-wise multiplier of the learning rate of a leaf (arXiv:2106.08254 section 3.1).
 
-    It is d^(L+1) at the embedding and 1 at the head, for `layer_decay` d and `depth` L: an array
-    [L, 1, ...] for stacked blocks, a float for every other leaf.
+    It is d^(L+1) in the stem and 1 in the head, for `layer_decay` d and `depth` L: an array
+    [L, 1, ...] of `ndim` dimensions for stacked blocks, a float for every other leaf.
     """
-    if name.startswith('encoder/'):
+    if layer == 'blocks':
         rates = layer_decay ** jnp.arange(depth, 0, -1)
-        return rates.reshape(depth, *[1] * (len(leaf.shape) - 1)).astype(jnp.float32)
-    if name.split('/')[0] in FIRST:
-        return layer_decay ** (depth + 1)
-    return 1.0
+        return rates.reshape(depth, *[1] * (ndim - 1)).astype(jnp.float32)
+    return layer_decay ** (depth + 1) if layer == 'stem' else 1.0
 
 
-def scale_by_tree(multipliers):
-    """Scales each update by its own multiplier."""
+def rate_multipliers(
+    leaves: dict[str, Any], layer_decay: float, rules: tuple
+) -> dict[str, jax.Array | float]:
+    """{name: layer-wise multiplier} of leaves by name, {} if `layer_decay` is 1.
+
+    Raises UserError unless the leaves have one depth, ValueError if a leaf has no rule.
+    """
+    if layer_decay == 1:
+        return {}
+    layers = {n: parameters.find_rule(n, tuple(x.shape), rules).layer for n, x in leaves.items()}
+    depths = sorted({x.shape[0] for n, x in leaves.items() if layers[n] == 'blocks'})
+    if len(depths) != 1:
+        blocks = f'stacks of {depths} blocks' if depths else 'no encoder blocks'
+        raise UserError(f'optim.layer_decay is {layer_decay}, but the model has {blocks}')
+    return {
+        n: rate_multiplier(layers[n], len(x.shape), depths[0], layer_decay)
+        for n, x in leaves.items()
+    }
+
+
+def scale_by_tree(multipliers: Any) -> optax.GradientTransformation:
+    """Scales each update by its own multiplier, of a tree like the updates."""
 
     def update(updates, state, params=None):
         return jax.tree.map(lambda u, m: (u * m).astype(u.dtype), updates, multipliers), state
@@ -91,7 +108,7 @@ def scale_by_tree(multipliers):
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def average_params(decay):
+def average_params(decay: float) -> optax.GradientTransformation:
     """Maintains an exponential moving average of the parameters after each update."""
 
     def update(updates, state, params):
@@ -105,36 +122,24 @@ def average_params(decay):
     )
 
 
-def merge(trainable, params):
+def merge(trainable: Any, params: Any) -> Any:
     """Replaces leaves of `params` by those of `trainable` that are not None."""
     return jax.tree.map(
         lambda t, p: p if t is None else t, trainable, params, is_leaf=lambda x: x is None
     )
 
 
-def check_same(params, wanted, origin):
-    """Raises UserError, naming a parameter, unless names and shapes equal those of `wanted`."""
-    here, there = (
-        {leaf_name(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (params, wanted)
-    )
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            raise UserError(
-                f'{origin}: parameter {name} is {here.get(name, "absent")}, the model of the '
-                f'config has {there.get(name, "none")}'
-            )
-
-
-def averaged(state):
-    """The moving average of the parameters if the state has one, else the parameters."""
+def averaged(state: Any) -> Any:
+    """The moving average of the parameters if a step.State has one, else the parameters."""
     nodes = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, AveragedParams))
     found = [x for x in nodes if isinstance(x, AveragedParams)]
     return merge(found[0].average, state.params) if found else state.params
 
 
-def core(name, *, b1, b2, eps, momentum, momentum_dtype):
-    """The optimizer itself, without learning rate, weight decay and clipping."""
+def update_rule(
+    name: str, *, b1: float, b2: float, eps: float, momentum: float, momentum_dtype: str | None
+) -> optax.GradientTransformation:
+    """The algorithm alone, without learning rate, weight decay and clipping; see `make`."""
     if name == 'adamw':
         return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=momentum_dtype)
     if name == 'sgd':
@@ -146,9 +151,34 @@ def core(name, *, b1, b2, eps, momentum, momentum_dtype):
     )
 
 
+def matches(patterns: tuple[str, ...], name: str) -> bool:
+    """Whether one of the regular expressions is found in a name."""
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def frozen_names(
+    names: Iterable[str], freeze: tuple[str, ...], only: tuple[str, ...]
+) -> set[str]:
+    """Names that `freeze` matches, or `only` does not. Raises UserError if they are all."""
+    names = set(names)
+    frozen = {n for n in names if matches(freeze, n) or (only and not matches(only, n))}
+    if frozen == names:
+        raise UserError(f'optim.freeze {freeze!r} leaves no parameter to train')
+    return frozen
+
+
+def check_patterns(names: Iterable[str], **patterns: tuple[str, ...]) -> None:
+    """Raises UserError, naming a setting, for a pattern that matches no name."""
+    for setting, values in patterns.items():
+        for pattern in values:
+            if not any(re.search(pattern, n) for n in names):
+                raise UserError(f'optim.{setting} {pattern!r} matches no parameter')
+
+
 def make(
-    params,
-    steps,
+    params: Any,
+    steps: int,
+    rules: tuple = (),
     *,
     name: Literal['adamw', 'sgd', 'adafactor'] = 'adamw',
     lr: Positive[float] = 1e-3,
@@ -168,7 +198,7 @@ def make(
     eps: Positive[float] = 1e-8,
     momentum: Rate = 0.9,
     momentum_dtype: Float | None = None,
-):
+) -> Optimizer:
     """Makes the optimizer of a run.
 
     Weight decay is decoupled and scales with the learning rate: p -= rate * (update +
@@ -176,8 +206,9 @@ def make(
     'encoder/attn/qkv/kernel'; one that matches no parameter raises UserError.
 
     Args:
-      params: parameters, or their shapes.
+      params: tree of parameters, or of their shapes.
       steps: length of the run in updates.
+      rules: the objective's own rows of `models.parameters.RULES`.
       name: optimization algorithm. adafactor is the variant of arXiv:2106.04560 section 3.4.
       lr: peak learning rate.
       schedule: decay of the learning rate after the warm-up. cosine and linear reach 0 at the last
@@ -206,62 +237,42 @@ def make(
     rate = make_schedule(
         schedule, lr=lr, steps=steps, warmup=warmup, cooldown=cooldown, timescale=timescale
     )
-    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    decay, freeze, only = ((p,) if isinstance(p, str) else p for p in (decay, freeze, only))
-    for field, patterns in (('decay', decay), ('freeze', freeze), ('only', only)):
-        for pattern in patterns:
-            if not any(re.search(pattern, n) for n in leaves):
-                raise UserError(f'optim.{field} {pattern!r} matches no parameter')
-    frozen = {n for n in leaves if any(re.search(pattern, n) for pattern in freeze)}
-    frozen |= {n for n in leaves if only and not any(re.search(p, n) for p in only)}
-    decayed = {n for n in leaves if weight_decay and any(re.search(p, n) for p in decay)} - frozen
-    if len(frozen) == len(leaves):
-        raise UserError(f'optim.freeze {tuple(freeze)!r} leaves no parameter to train')
-    depth = next((x.shape[0] for n, x in leaves.items() if n.startswith('encoder/')), 0)
-    if layer_decay != 1 and not depth:
-        raise UserError(f'optim.layer_decay is {layer_decay}, but the model has no encoder blocks')
+    leaves = parameters.named_leaves(params)
+    decay, freeze, only = ((p,) if isinstance(p, str) else tuple(p) for p in (decay, freeze, only))
+    check_patterns(leaves, decay=decay, freeze=freeze, only=only)
+    frozen = frozen_names(leaves, freeze, only)
+    decayed = {n for n in leaves if weight_decay and matches(decay, n)} - frozen
+    multipliers = rate_multipliers(leaves, layer_decay, rules)
+
+    def by_name(function, tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: function(parameters.leaf_name(path), x), tree
+        )
 
     def trainable(tree):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: None if leaf_name(path) in frozen else x, tree
-        )
-
-    def multipliers(tree):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: rate_multiplier(leaf_name(path), x, depth, layer_decay), tree
-        )
-
-    def decay_mask(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path) in decayed, tree)
+        return by_name(lambda name, x: None if name in frozen else x, tree)
 
     parts = [
-        core(name, b1=b1, b2=b2, eps=eps, momentum=momentum, momentum_dtype=momentum_dtype),
-    ]
-    if clip is not None:
-        parts.insert(0, optax.clip_by_global_norm(clip))
-    if decayed:
-        parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
-    if layer_decay != 1:
-        parts.append(scale_by_tree(multipliers(trainable(params))))
-    parts.append(optax.scale_by_learning_rate(rate))
-    if ema is not None:
-        parts.append(average_params(ema))
-    tx = optax.chain(*parts)
+        optax.clip_by_global_norm(clip) if clip is not None else None,
+        update_rule(name, b1=b1, b2=b2, eps=eps, momentum=momentum, momentum_dtype=momentum_dtype),
+        optax.add_decayed_weights(
+            weight_decay, mask=lambda tree: by_name(lambda name, _: name in decayed, tree)
+        ) if decayed else None,
+        scale_by_tree(by_name(lambda name, _: multipliers[name], trainable(params)))
+        if multipliers else None,
+        optax.scale_by_learning_rate(rate),
+        average_params(ema) if ema is not None else None,
+    ]  # fmt: skip
+    tx = optax.chain(*(part for part in parts if part is not None))
     table = tuple(
-        (
-            n,
-            tuple(x.shape),
-            int(x.size),
-            span(rate_multiplier(n, x, depth, layer_decay)),
-            weight_decay if n in decayed else 0.0,
-            n in frozen,
-        )
+        (n, tuple(x.shape), int(x.size), span(multipliers.get(n, 1.0)),
+         weight_decay if n in decayed else 0.0, n in frozen)
         for n, x in leaves.items()
-    )
+    )  # fmt: skip
     return Optimizer(tx.init, tx.update, rate, trainable, table)
 
 
-def span(multiplier):
+def span(multiplier: jax.Array | float) -> str:
     """Formats a rate multiplier: '0.75', or '0.056 ... 0.75' for an array."""
     values = jnp.ravel(jnp.asarray(multiplier))
     low, high = f'{float(values.min()):.3g}', f'{float(values.max()):.3g}'

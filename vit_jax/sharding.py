@@ -1,8 +1,8 @@
-"""Sharding: the mesh, an ordered table of rules by parameter name, global arrays of batches."""
+"""Sharding: the mesh, the placement of parameters by name, global arrays of batches."""
 
 import functools
-import re
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -11,44 +11,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Positive
-from vit_jax.optim import leaf_name
+from vit_jax.models.parameters import find_rule, leaf_name, named_leaves
 
 P = PartitionSpec
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
 
-# The first rule whose pattern matches the end of a parameter's name applies; it is an error if none
-# does. Dimensions: stacked layers first, then as in models.layers.
-RULES = (
-    (r'encoder/attn/qkv/kernel', P(None, 'fsdp', None, 'tensor', None)),  # [L, D, 3, H, C]
-    (r'encoder/attn/qkv/bias', P(None, None, 'tensor', None)),  # [L, 3, H, C]
-    (r'encoder/attn/out/kernel', P(None, 'tensor', None, 'fsdp')),  # [L, H, C, D]
-    (r'encoder/(mlp|channel_mixing)/(fc1|gate)/kernel', P(None, 'fsdp', 'tensor')),  # [L, D, M]
-    (r'encoder/(mlp|channel_mixing)/(fc1|gate)/bias', P(None, 'tensor')),  # [L, M]
-    (r'encoder/(mlp|channel_mixing)/fc2/kernel', P(None, 'tensor', 'fsdp')),  # [L, M, D]
-    (r'encoder/token_mixing/fc1/kernel', P(None, None, 'fsdp')),  # [L, N, M]
-    (r'encoder/token_mixing/fc2/kernel', P(None, 'fsdp', None)),  # [L, M, N]
-    (r'embedding/kernel', P(None, None, None, 'fsdp')),  # [P, P, C, D]
-    (r'(conv_root|conv_proj|conv\d)/kernel', P(None, None, None, 'fsdp')),  # [h, w, C, F]
-    (r'encoder/attn/relative', P(None, None, 'tensor', None)),  # [L, 2 T - 1, H, C]
-    (r'map_head/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D, H, C]
-    (r'map_head/(query|key|value)/bias', P('tensor', None)),  # [H, C]
-    (r'map_head/out/kernel', P('tensor', None, 'fsdp')),  # [H, C, D]
-    (r'map_head/mlp/fc1/kernel', P('fsdp', 'tensor')),  # [D, M]
-    (r'map_head/mlp/fc1/bias', P('tensor')),  # [M]
-    (r'map_head/mlp/fc2/kernel', P('tensor', 'fsdp')),  # [M, D]
-    (r'(pre_logits|head|dist_head)/kernel', P('fsdp', None)),  # [D, K]
-    (r'bias|scale|scale1|scale2|cls|dist|posemb(_[yx])?|registers|probe', P()),
-)
-
 
 def make_mesh(
-    devices=None,
+    devices: Sequence[jax.Device] | None = None,
     *,
     data: Literal[-1] | Positive[int] = -1,
     fsdp: Positive[int] = 1,
     tensor: Positive[int] = 1,
-):
+) -> Mesh:
     """Arranges devices in a mesh; the product of its axes is the number of devices.
 
     On several TPU slices only `data` spans slices, as the network between them is slow.
@@ -59,6 +35,9 @@ def make_mesh(
         the other axes leave.
       fsdp: devices along the axis that splits batches and parameters.
       tensor: devices along the axis that splits attention heads and hidden features of the MLPs.
+
+    Raises:
+      UserError: the axes do not cover the devices, or slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
@@ -85,7 +64,7 @@ def make_mesh(
     return Mesh(placed, AXES, axis_types=auto)
 
 
-def check_batch(batch_size, mesh, accumulate=1):
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Raises UserError unless each micro-batch divides evenly among the devices."""
     parts = mesh.shape['data'] * mesh.shape['fsdp']
     if batch_size % (parts * accumulate):
@@ -96,26 +75,24 @@ def check_batch(batch_size, mesh, accumulate=1):
         )
 
 
-def spec(name, shape, mesh, rules=()):
-    """The PartitionSpec of a parameter by its name; `rules` take precedence over RULES.
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: tuple = ()) -> PartitionSpec:
+    """The PartitionSpec of a parameter by its name; see `models.parameters.find_rule`.
 
     Raises ValueError if no rule matches, UserError if a dimension does not divide evenly.
     """
-    for pattern, rule in (*rules, *RULES):
-        if re.search(f'(^|/)({pattern})$', name):
-            for size, axis in zip(shape, rule, strict=False):
-                if axis and size % mesh.shape[axis]:
-                    fitting = [str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0]
-                    raise UserError(
-                        f'{name} {shape}: dimension {size} is not divisible by mesh axis '
-                        f'{axis}={mesh.shape[axis]}, but by {", ".join(fitting)}'
-                    )
-            return rule
-    raise ValueError(f'no sharding rule for {name} {shape}; an objective has its own in `rules`')
+    axes = find_rule(name, shape, rules).spec
+    for size, axis in zip(shape, axes, strict=False):
+        if axis and size % mesh.shape[axis]:
+            fitting = [str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0]
+            raise UserError(
+                f'{name} {shape}: dimension {size} is not divisible by mesh axis '
+                f'{axis}={mesh.shape[axis]}, but by {", ".join(fitting)}'
+            )
+    return axes
 
 
-def by_name(tree, mesh, rules=()):
-    """NamedShardings of arrays by their names; scalars are replicated."""
+def by_name(tree: Any, mesh: Mesh, rules: tuple = ()) -> Any:
+    """NamedShardings of a tree of arrays or shapes by their names; scalars are replicated."""
 
     def place(path, leaf):
         shape = np.shape(leaf)
@@ -125,24 +102,20 @@ def by_name(tree, mesh, rules=()):
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def shardings(state, mesh, rules=()):
-    """NamedShardings for a State of shapes.
+def shardings(state: Any, mesh: Mesh, rules: tuple = ()) -> Any:
+    """NamedShardings of a step.State of shapes, as a State.
 
     Optimizer state is sharded like the parameter that it mirrors; the rest (counts, Adafactor's
     factors) is replicated. `extra` of the objective is sharded by name, as parameters are.
     """
     params, extra = (by_name(tree, mesh, rules) for tree in (state.params, state.extra))
-    leaves = jax.tree_util.tree_leaves_with_path
-    known = {
-        leaf_name(path): (leaf.shape, place)
-        for (path, leaf), place in zip(leaves(state.params), jax.tree.leaves(params), strict=True)
-    }
+    shapes, placements = named_leaves(state.params), named_leaves(params)
 
     def mirrored(path, leaf):
         name = leaf_name(path)
-        for param, (shape, place) in known.items():
-            if name.endswith(f'/{param}') and leaf.shape == shape:
-                return place
+        for param, placement in placements.items():
+            if name.endswith(f'/{param}') and leaf.shape == shapes[param].shape:
+                return placement
         return NamedSharding(mesh, P())
 
     opt_state = jax.tree_util.tree_map_with_path(mirrored, state.opt_state)
@@ -150,54 +123,55 @@ def shardings(state, mesh, rules=()):
     return state.replace(step=step, params=params, opt_state=opt_state, extra=extra)
 
 
-def placed(shapes, where):
-    """Adds shardings to a tree of shapes."""
+def add_shardings(shapes: Any, shardings: Any) -> Any:
+    """Adds shardings to a tree of shapes; both trees are alike."""
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
-    )
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes, shardings,
+    )  # fmt: skip
 
 
-def places(tree):
+def shardings_of(tree: Any) -> Any:
     """The shardings of a tree of arrays or shapes."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 @functools.cache
-def shares(mesh):
+def local_parts(mesh: Mesh) -> tuple[int, list[int]]:
     """(number of equal parts of a batch, indices of the parts on this process's devices)."""
     parts = mesh.shape['data'] * mesh.shape['fsdp']
     places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((parts,))
     return parts, sorted({rows.start or 0 for (rows,) in places.values()})
 
 
-def rows(batch_size, mesh):
+def rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Rows int64 [b] of a global batch [B] that are on this process's devices.
 
     If `tensor` spans processes, several of them have the same rows.
     """
-    parts, held = shares(mesh)
+    parts, local = local_parts(mesh)
     size = batch_size // parts
-    return (np.array(held)[:, None] * size + np.arange(size)).ravel()
+    return (np.array(local)[:, None] * size + np.arange(size)).ravel()
 
 
-def put(batch, mesh):
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Makes global arrays, split over data and fsdp, from this process's rows as numpy arrays."""
     sharding = NamedSharding(mesh, BATCH)
-    parts, held = shares(mesh)
+    parts, local = local_parts(mesh)
 
-    def array(local):
-        size = len(local) // len(held)
+    def array(values):
+        size = len(values) // len(local)
 
-        def share(index):
-            begin = held.index((index[0].start or 0) // size) * size
-            return local[begin : begin + size]
+        def part(index):
+            begin = local.index((index[0].start or 0) // size) * size
+            return values[begin : begin + size]
 
-        return jax.make_array_from_callback((size * parts, *local.shape[1:]), sharding, share)
+        return jax.make_array_from_callback((size * parts, *values.shape[1:]), sharding, part)
 
     return {k: array(v) for k, v in batch.items()}
 
 
-def with_mesh(mesh, function):
+def with_mesh(mesh: Mesh, function: Callable) -> Callable:
     """Wraps a function to be traced with a mesh set, by which models shard their activations."""
 
     @functools.wraps(function)

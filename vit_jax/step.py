@@ -1,5 +1,6 @@
 """The state of a run and the pure functions that advance it."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax import optim, sharding
+from vit_jax.objectives import Objective
 
 
 @flax.struct.dataclass
@@ -23,43 +25,43 @@ class State:
     extra: Any = flax.struct.field(default_factory=dict)  # state of the objective
 
 
-def abstract_params(objective):
-    """Shapes and dtypes of the parameters."""
+def abstract_params(objective: Objective) -> Any:
+    """The tree of parameters, as shapes and dtypes."""
     return jax.eval_shape(objective.init, jax.random.key(0))
 
 
-def state_at_0(params, *, objective, tx):
+def state_at_0(params: Any, *, objective: Objective, tx: optim.Optimizer) -> State:
     """A state at step 0 with these parameters."""
     return State(jnp.int32(0), params, tx.init(tx.trainable(params)), objective.extra(params))
 
 
-def fresh(key, *, objective, tx):
+def fresh(key: jax.Array, *, objective: Objective, tx: optim.Optimizer) -> State:
     """A state at step 0 with random parameters."""
     return state_at_0(objective.init(key), objective=objective, tx=tx)
 
 
-def abstract_state(objective, tx, mesh):
+def abstract_state(objective: Objective, tx: optim.Optimizer, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state, without allocating it."""
     shapes = jax.eval_shape(partial(fresh, objective=objective, tx=tx), jax.random.key(0))
-    return sharding.placed(shapes, sharding.shardings(shapes, mesh, objective.rules))
+    return sharding.add_shardings(shapes, sharding.shardings(shapes, mesh, objective.rules))
 
 
-def init(objective, tx, seed, abstract):
+def init(objective: Objective, tx: optim.Optimizer, seed: int, abstract: State) -> State:
     """A state at step 0 with random parameters, each shard created on its device."""
     begin = partial(fresh, objective=objective, tx=tx)
-    make = jax.jit(begin, out_shardings=sharding.places(abstract))
+    make = jax.jit(begin, out_shardings=sharding.shardings_of(abstract))
     return make(jax.random.key(seed))
 
 
-def begin(params, objective, tx, abstract):
+def begin(params: Any, objective: Objective, tx: optim.Optimizer, abstract: State) -> State:
     """A state at step 0 with loaded parameters, numpy or JAX arrays, sharded as `abstract` is."""
-    where = sharding.places(abstract)
-    make = jax.jit(partial(state_at_0, objective=objective, tx=tx), out_shardings=where)
-    return make(on_devices(params, where.params))
+    shardings = sharding.shardings_of(abstract)
+    make = jax.jit(partial(state_at_0, objective=objective, tx=tx), out_shardings=shardings)
+    return make(on_devices(params, shardings.params))
 
 
-def on_devices(tree, where):
-    """Makes global arrays with the shardings `where` from arrays that each process has in full."""
+def on_devices(tree: Any, shardings: Any) -> Any:
+    """Makes global arrays with these shardings from arrays that each process has in full."""
 
     def place(x, sharding):
         if sharding.is_fully_addressable:
@@ -67,16 +69,18 @@ def on_devices(tree, where):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(place, tree, where)
+    return jax.tree.map(place, tree, shardings)
 
 
-def frozen(objective, mesh):
+def frozen(objective: Objective, mesh: Mesh) -> Any:
     """The objective's frozen arrays, on their devices."""
-    where = sharding.by_name(objective.frozen, mesh, objective.rules)
-    return on_devices(objective.frozen, where)
+    shardings = sharding.by_name(objective.frozen, mesh, objective.rules)
+    return on_devices(objective.frozen, shardings)
 
 
-def accumulated(grad_fn, trainable, batch, key, parts):
+def accumulated(
+    grad_fn: Callable, trainable: Any, batch: dict[str, jax.Array], key: jax.Array, parts: int
+) -> tuple[dict[str, jax.Array], Any, Any]:
     """(metrics, aux, gradients) of a batch, accumulated over `parts` micro-batches in sequence.
 
     Each is the mean weighted by the number of examples with mask 1 in a micro-batch.
@@ -87,17 +91,26 @@ def accumulated(grad_fn, trainable, batch, key, parts):
 
     def body(sums, xs):
         i, micro = xs
-        (_, found), grads = grad_fn(trainable, micro, jax.random.fold_in(key, i))
+        (_, outputs), grads = grad_fn(trainable, micro, jax.random.fold_in(key, i))
         weight = jnp.sum(micro['mask'].astype(jnp.float32)) / total
-        return jax.tree.map(lambda s, x: s + weight * x, sums, (*found, grads)), None
+        return jax.tree.map(lambda s, x: s + weight * x, sums, (*outputs, grads)), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    (_, found), grads = jax.eval_shape(grad_fn, trainable, first, key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (*found, grads))
+    (_, outputs), grads = jax.eval_shape(grad_fn, trainable, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (*outputs, grads))
     return jax.lax.scan(body, zeros, (jnp.arange(parts), split))[0]
 
 
-def train_step(state, batch, frozen, *, objective, tx, seed=0, accumulate=1):
+def train_step(
+    state: State,
+    batch: dict[str, jax.Array],
+    frozen: Any,
+    *,
+    objective: Objective,
+    tx: optim.Optimizer,
+    seed: int = 0,
+    accumulate: int = 1,
+) -> tuple[State, dict[str, jax.Array]]:
     """One update: (state, batch, frozen) -> (state, metrics).
 
     Metrics are float32 scalars: the objective's, lr, grad_norm (before clipping), param_norm (after
@@ -128,22 +141,30 @@ def train_step(state, batch, frozen, *, objective, tx, seed=0, accumulate=1):
     return State(state.step + 1, params, opt_state, extra), metrics
 
 
-def stop_votes(batch):
+def stop_votes(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """{'stop': number of rows that vote to stop} if the batch has votes (stop.Stop), else {}."""
     return {'stop': jnp.sum(batch['stop'])} if 'stop' in batch else {}
 
 
-def compiled(objective, tx, abstract, mesh, *, seed=0, accumulate=1):
+def compiled(
+    objective: Objective,
+    tx: optim.Optimizer,
+    abstract: State,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    accumulate: int = 1,
+) -> Callable[[State, dict[str, jax.Array], Any], tuple[State, dict[str, jax.Array]]]:
     """`train_step` as one jitted function: state donated, shardings from the mesh."""
-    places = sharding.places(abstract)
+    shardings = sharding.shardings_of(abstract)
     advance = partial(train_step, objective=objective, tx=tx, seed=seed, accumulate=accumulate)
     return jax.jit(
         sharding.with_mesh(mesh, advance),
         donate_argnums=0,
         in_shardings=(
-            places,
+            shardings,
             NamedSharding(mesh, sharding.BATCH),
             sharding.by_name(objective.frozen, mesh, objective.rules),
         ),
-        out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )

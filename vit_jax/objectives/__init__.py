@@ -35,7 +35,8 @@ class Objective(NamedTuple):
       update: (extra, params, aux, step) -> extra, after each update, with the new parameters.
       frozen: arrays that are read and never change, such as a teacher's. They are not saved; a
         resumed run compares them with those that it started with.
-      rules: rows as in sharding.RULES, for names of parameters that no row there matches.
+      rules: rows as in models.parameters.RULES, (pattern, spec) or (pattern, spec, layer), which
+        come before those.
       indivisible: why gradients of micro-batches do not add up to those of the batch; '' if they
         do. Then `aux` is averaged over micro-batches, weighted by their examples with mask 1.
       flops: FLOPs of a forward pass over one example; None if unknown.

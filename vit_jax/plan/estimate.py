@@ -114,7 +114,7 @@ def compiled(config, parts):
         accumulate=config.accumulate,
     )  # fmt: skip
     where = sharding.by_name(parts.objective.frozen, parts.mesh, parts.objective.rules)
-    frozen = sharding.placed(jax.eval_shape(lambda: parts.objective.frozen), where)
+    frozen = sharding.add_shardings(jax.eval_shape(lambda: parts.objective.frozen), where)
     return compile_or_refuse(
         advance.lower(parts.abstract, batch_of(config, parts), frozen)
     )

@@ -17,7 +17,7 @@ from vit_jax.errors import Damaged, Lost, UserError
 from vit_jax.io import storage
 from vit_jax.io.bounds import NonNegative, Positive
 from vit_jax.io.text import printable
-from vit_jax.optim import leaf_name
+from vit_jax.models.parameters import leaf_name
 from vit_jax.run.fingerprints import (
     Contents,
     ContentsRestore,

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import future
 
-from vit_jax.optim import leaf_name
+from vit_jax.models.parameters import leaf_name
 
 
 @jax.jit

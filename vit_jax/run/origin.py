@@ -13,7 +13,7 @@ import numpy as np
 from vit_jax.data.readers import facts
 from vit_jax.errors import UserError
 from vit_jax.io.text import printable
-from vit_jax.optim import leaf_name
+from vit_jax.models.parameters import leaf_name
 from vit_jax.run import workdir
 
 FILE = 'facts.json'

@@ -1,0 +1,99 @@
+"""Names of parameters, and what follows from a name: sharding, and place in layer-wise decay.
+
+A name is a path in the tree of parameters, such as 'encoder/attn/qkv/kernel'.
+"""
+
+import re
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from vit_jax.errors import UserError
+
+Layer = Literal['stem', 'blocks', 'head']
+
+
+class Rule(NamedTuple):
+    """Sharding and layer of the parameters whose names end with a match of `pattern`.
+
+    Attributes:
+      pattern: regular expression, which matches from the start of the name or from a slash on.
+      spec: mesh axes ('data', 'fsdp', 'tensor') of the dimensions; P() replicates.
+      layer: 'stem' lies before block 1, 'blocks' are stacked along the first dimension, 'head' lies
+        after them. Layer-wise decay of the learning rate depends on it.
+    """
+
+    pattern: str
+    spec: P
+    layer: Layer = 'head'
+
+
+# The first rule that matches applies. Shapes are as in models.layers; M is the hidden size of an
+# MLP, F the features of a convolution. Kernels of stacked MLPs are [L, D, M] and [L, M, D].
+RULES = (
+    # [L, D, 3, H, C]
+    Rule(r'encoder/attn/qkv/kernel', P(None, 'fsdp', None, 'tensor', None), 'blocks'),
+    Rule(r'encoder/attn/qkv/bias', P(None, None, 'tensor', None), 'blocks'),  # [L, 3, H, C]
+    Rule(r'encoder/attn/out/kernel', P(None, 'tensor', None, 'fsdp'), 'blocks'),  # [L, H, C, D]
+    Rule(r'encoder/attn/relative', P(None, None, 'tensor', None), 'blocks'),  # [L, 2 T - 1, H, C]
+    Rule(r'encoder/(mlp|channel_mixing)/(fc1|gate)/kernel', P(None, 'fsdp', 'tensor'), 'blocks'),
+    Rule(r'encoder/(mlp|channel_mixing)/(fc1|gate)/bias', P(None, 'tensor'), 'blocks'),  # [L, M]
+    Rule(r'encoder/(mlp|channel_mixing)/fc2/kernel', P(None, 'tensor', 'fsdp'), 'blocks'),
+    Rule(r'encoder/token_mixing/fc1/kernel', P(None, None, 'fsdp'), 'blocks'),  # [L, N, M]
+    Rule(r'encoder/token_mixing/fc2/kernel', P(None, 'fsdp', None), 'blocks'),  # [L, M, N]
+    Rule(r'encoder/(\w+/)*(bias|scale[12]?|posemb(_[yx])?)', P(), 'blocks'),
+    Rule(r'embedding/kernel', P(None, None, None, 'fsdp'), 'stem'),  # [P, P, C, D]
+    Rule(r'(conv_root|conv_proj|conv\d)/kernel', P(None, None, None, 'fsdp'), 'stem'),  # [h,w,C,F]
+    Rule(r'(embedding|pre_norm|gn_root|gn_proj|gn\d)/(bias|scale)', P(), 'stem'),
+    Rule(r'cls|dist|registers|posemb(_[yx])?', P(), 'stem'),
+    Rule(r'map_head/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D, H, C]
+    Rule(r'map_head/(query|key|value)/bias', P('tensor', None)),  # [H, C]
+    Rule(r'map_head/out/kernel', P('tensor', None, 'fsdp')),  # [H, C, D]
+    Rule(r'map_head/mlp/fc1/kernel', P('fsdp', 'tensor')),  # [D, M]
+    Rule(r'map_head/mlp/fc1/bias', P('tensor')),  # [M]
+    Rule(r'map_head/mlp/fc2/kernel', P('tensor', 'fsdp')),  # [M, D]
+    Rule(r'(pre_logits|head|dist_head)/kernel', P('fsdp', None)),  # [D, K]
+    Rule(r'bias|scale[12]?|probe', P()),  # all others, those of an objective's own layers included
+)
+
+
+def leaf_name(path: tuple) -> str:
+    """Name of a leaf, such as 'encoder/attn/qkv/kernel', from its path in jax.tree_util."""
+    return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """{name: leaf} of a tree."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def find_rule(name: str, shape: tuple[int, ...], rules: tuple = ()) -> Rule:
+    """The first of `rules`, (pattern, spec) or (pattern, spec, layer), then RULES that matches.
+
+    Raises ValueError if none does.
+    """
+    for rule in (*rules, *RULES):
+        if re.search(f'(^|/)({rule[0]})$', name):
+            return Rule(*rule)
+    raise ValueError(f'no sharding rule for {name} {shape}; an objective has its own in `rules`')
+
+
+def check_same(params: Any, expected: Any, origin: str) -> None:
+    """Raises UserError, naming a parameter, unless names and shapes equal those of `expected`.
+
+    Args:
+      params: tree of parameters, or of their shapes.
+      expected: the same of the model that a config describes.
+      origin: where `params` come from, for the message.
+    """
+    found, wanted = (
+        {name: list(x.shape) for name, x in named_leaves(tree).items()}
+        for tree in (params, expected)
+    )
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f'{origin}: parameter {name} is {found.get(name, "absent")}, the model of the '
+                f'config has {wanted.get(name, "none")}'
+            )
