@@ -215,8 +215,8 @@ def restored(
     root, _ = run.config_of(address)
     parts = make(config, devices=devices, classes=kept_classes(config, root, begun=True))
     params = unflatten_dict(run.arrays_of(address, ema), sep='/')
-    optim.check_same(params, parts.abstract.params, address)
-    return parts, step.on_devices(params, sharding.places(parts.abstract.params))
+    parameters.check_same(params, parts.abstract.params, address)
+    return parts, step.on_devices(params, sharding.shardings_of(parts.abstract.params))
 
 
 def predict_images(config: ConfigDict, parts: Parts) -> Callable[[Any, jax.Array], dict]:
