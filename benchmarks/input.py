@@ -179,7 +179,8 @@ def measure_tf(folder, cores):
         with atomic.replace_file(path) as part, tf.io.TFRecordWriter(str(part)) as writer:
             source = source_of(folder)
             for i in range(len(source)):
-                writer.write(example.encode(*source.records.read(i)))
+                record = source.records.decode(i)
+                writer.write(example.encode(record['image'], record['label'], record['name']))
     features = dict(
         image=tf.io.FixedLenFeature([], tf.string), label=tf.io.FixedLenFeature([], tf.int64)
     )

@@ -50,15 +50,15 @@ def measure(folder, step):
     from PIL import Image
 
     from vit_jax.data import pipeline, sources, tasks
-    from vit_jax.data.readers import records
+    from vit_jax.data.readers import prepared
 
     out = io.BytesIO()
     Image.new('RGB', (64, 64), 'grey').save(out, 'JPEG')
 
-    class Records(records.Records):
-        def read(self, i):
+    class Records(prepared.Prepared):
+        def decode(self, i):
             assert self.locate(i)[1] >= 0
-            return out.getvalue(), (0,), ''
+            return {'image': out.getvalue(), 'label': (0,), 'name': ''}
 
     begin = time.perf_counter()
     data = Records(folder)

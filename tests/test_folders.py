@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import reading, sources, tasks
-from vit_jax.data.readers import facts, folders, formats
+from vit_jax.data.readers import facts, folders, formats, walk
 from vit_jax.errors import UserError
 
 ODD = (b'caf\xe9', b'\xff\xfe', b'new\nline', b'\x1b[31m', 'Öl'.encode(), b'a b', b'x' * 100)
@@ -44,7 +44,7 @@ def test_images_in_sub_folders_and_of_every_suffix_are_there_and_the_rest_is_sai
     assert all(b['mask'].all() for b in feeds.examples(
         source, view='resize', image_size=4, batch_size=len(source)))  # fmt: skip
     said = capsys.readouterr().err
-    assert re.search(r'passed over 4 files that are no images by their names, 2 \.json, ', said)
+    assert re.search(r'skipped 4 files without the suffix of an image, 2 \.json, ', said)
     assert f'1 images outside of class folders ({tmp_path}/stray.png)' in said
     assert len(said.splitlines()) == 1 and 'DS_Store' not in said
 
@@ -53,7 +53,7 @@ def below(folder, seen):
     """By os alone: the image files below a folder, each real folder once."""
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if os.path.isfile(path) and name.lower().endswith(folders.SUFFIXES):
+        if os.path.isfile(path) and name.lower().endswith(walk.SUFFIXES):
             yield os.path.realpath(path)
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -133,8 +133,8 @@ def test_a_link_never_brings_the_images_of_another_class(tmp_path, capsys):
     source = sources.load(name=str(tmp_path))
     assert [os.path.basename(p) for p in source.records.paths] == ['ant.png', 'bee.png']
     said = capsys.readouterr().err
-    assert f'3 links to folders that are read already ({tmp_path}/ant/side)' in said
-    assert f'1 links that lead nowhere ({tmp_path}/bee/gone.png)' in said
+    assert f'3 links to folders that are read elsewhere ({tmp_path}/ant/side)' in said
+    assert f'1 dangling links ({tmp_path}/bee/gone.png)' in said
 
 
 def test_workdirs_in_the_data_folder_are_no_classes(tmp_path, capsys):
@@ -173,12 +173,12 @@ def test_arrow_files_of_a_cache_are_no_part_of_a_data_set(tmp_path, capsys):
             with pa.ipc.new_stream(out, more.schema) as stream:
                 stream.write_table(more)
     assert len(sources.load(name=str(path))) == len(sources.load(name=str(path / 'train'))) == 6
-    assert 'passed over 2 arrow files of a cache (cache-0' in capsys.readouterr().err
+    assert 'skipped 2 arrow files of a cache (cache-0' in capsys.readouterr().err
     (path / 'train' / 'tmpabc.arrow').unlink()
     (path / 'train' / 'state.json').unlink()
     assert len(sources.load(name=str(path))) == 6
     (path / 'train' / 'state.json').write_text('{"_data_files": [{"filename": "gone.arrow"}]}')
-    with pytest.raises(UserError, match='state.json names gone.arrow, which is not there'):
+    with pytest.raises(UserError, match='state.json names gone.arrow, which does not exist'):
         sources.load(name=str(path))
 
 
@@ -216,10 +216,10 @@ def test_a_folder_at_an_address_is_listed_by_one_request_a_folder(monkeypatch):
         listings = []
         before = type(fs).ls
         monkeypatch.setattr(type(fs), 'ls', lambda *a, **k: listings.append(a) or before(*a, **k))
-        passed = folders.Passed()
-        assert folders.images_of('memory://set/train', passed) == {
+        skipped = walk.Skipped()
+        assert folders.images_of('memory://set/train', skipped) == {
             'ant': ['ant/0.png', 'ant/sub/1.JPG'], 'bee': ['bee/2.png']
         }  # fmt: skip
-        assert len(listings) == 4 and dict(passed.counts) == {'..txt': 1}
+        assert len(listings) == 4 and dict(skipped.counts) == {'..txt': 1}
     finally:
         fs.store.clear()

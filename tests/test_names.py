@@ -93,8 +93,8 @@ def test_folders_of_numbers_are_classes_of_these_numbers(tmp_path, capsys):
     ('b x', 'a b c', 'not those: x; of those, it lacks a, c'),
     ('a b c d', 'a b', 'not those: c, d'),
     ('CAT dog', 'cat dog Cat', 'not those: CAT'),  # which of both
-    ('b a a', 'a b', "'a' is there twice"),
-    ('b a', 'a b b', "'b' is there twice"),
+    ('b a a', 'a b', "'a' occurs twice"),
+    ('b a', 'a b b', "'b' occurs twice"),
     ('a b b', 'a b b', None),
     ('4 5', 'a b', 'not those: 4, 5'),
     ('4 5', '0 1 2', 'not those: 4, 5'),

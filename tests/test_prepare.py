@@ -23,7 +23,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from vit_jax.data import images, sources
 from vit_jax.data.prepare import duplicates, worker
-from vit_jax.data.readers import example, records
+from vit_jax.data.readers import example, prepared, records
 from vit_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parents[1]
@@ -145,12 +145,12 @@ def save(path, manifest):
 
 @pytest.mark.parametrize('max_labels', [1, 2, 3])
 def test_each_example_is_read_with_its_labels(tmp_path, max_labels, monkeypatch):
-    monkeypatch.setattr(records, 'MOST_OPEN', 2)
-    data = records.Records(write_set(tmp_path / 'set', max_labels=max_labels))
+    monkeypatch.setattr(prepared.Prepared, 'limit', 2)
+    data = prepared.Prepared(write_set(tmp_path / 'set', max_labels=max_labels))
     data = pickle.loads(pickle.dumps(data))
     assert len(data) == 24
     for i in np.random.default_rng(0).permutation(24):
-        image, label = data[i].values()
+        image, label = data[i]['image'], data[i]['label']
         assert image == b'image %d' % i
         if max_labels == 1:
             assert type(label) is int and label == i % 5
@@ -170,21 +170,21 @@ def test_a_shard_that_is_not_the_manifests_is_named(tmp_path):
     shard['examples'] += 1
     save(path, manifest)
     with pytest.raises(UserError, match=rf'{shard["file"]} has 8 records, 9 by its'):
-        records.Records(path)[10]
+        prepared.Prepared(path)[10]
     file = path / shard['file']
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=rf'{shard["file"]} has [\d,]+ bytes'):
-        records.Records(path)[10]
+        prepared.Prepared(path)[10]
     shard['examples'] -= 1
     save(path, manifest)
     file.write_bytes(whole.replace(b'image 10', b'image 11'))
     with pytest.raises(UserError, match=rf'record 2 of .*{shard["file"]} is damaged'):
-        records.Records(path)[10]
-    assert records.Records(path)[9]['image'] == b'image 9'
+        prepared.Prepared(path)[10]
+    assert prepared.Prepared(path)[9]['image'] == b'image 9'
     file.unlink()
     with pytest.raises(UserError, match=rf'{shard["file"]}: No such file'):
-        records.Records(path)[10]
+        prepared.Prepared(path)[10]
 
 
 @pytest.mark.parametrize('key, value', [
@@ -203,7 +203,7 @@ def test_a_manifest_that_makes_no_sense_is_refused(tmp_path, key, value):
         manifest['splits']['train'][1][key] = value
     save(path, manifest)
     with pytest.raises(UserError) as error:
-        records.Records(path)
+        prepared.Prepared(path)
     text = str(error.value)
     assert text.startswith(f'{path}/manifest.json: ') and '\n' not in text
     assert key.rstrip('s') in text
@@ -226,7 +226,7 @@ def test_three_billion_examples_take_little_memory(tmp_path):
                         splits={'train': shards}))  # fmt: skip
     ends = np.cumsum([shard['examples'] for shard in shards])
     tracemalloc.start()
-    data = records.Records(tmp_path)
+    data = prepared.Prepared(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6 and len(data) == ends[-1] == 3_000_050_000
@@ -239,8 +239,8 @@ def test_an_address_is_fetched_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'cache'))
     fs, local = fsspec.filesystem('memory'), write_set(tmp_path / 'set')
     fs.put(str(local), '/records/set', recursive=True)
-    data = records.Records('memory://records/set')
-    assert data[9] == {'image': b'image 9', 'label': 4}
+    data = prepared.Prepared('memory://records/set')
+    assert dict(data[9]) == {'image': b'image 9', 'label': 4, 'name': 'name 9'}
     fs.rm('/records/set/train-00001-of-00003.array_record')
     assert pickle.loads(pickle.dumps(data))[10] == {'image': b'image 10', 'label': 0}
     wrong = bytearray((local / 'train-00002-of-00003.array_record').read_bytes())
@@ -253,7 +253,7 @@ def test_an_address_is_fetched_once_and_checked(tmp_path, monkeypatch):
         data[0]
     assert len(list((tmp_path / 'cache').rglob('*.array_record*'))) == 1
     with pytest.raises(UserError, match='no manifest.json'):
-        records.Records('memory://records/other')
+        prepared.Prepared('memory://records/other')
 
 
 # What follows starts `python -m vit_jax.data.prepare`.
@@ -311,11 +311,13 @@ def whole(src, tmp_path_factory):
 
 
 def test_labels_and_bytes_are_those_of_the_source(src, whole):
-    source, data = sources.load(name=str(src)), records.Records(whole)
+    source, data = sources.load(name=str(src)), prepared.Prepared(whole)
     assert data.classes == source.classes and len(data) == len(source) == 20
     assert len(data.files) == 7
     for i in range(20):
-        (before, label), (after, same) = source.records[i].values(), data[i].values()
+        (before, label), (after, same) = (
+            (one['image'], one['label']) for one in (source.records[i], data[i])
+        )
         assert same == label and data.name(i).endswith(f'({source.name(i)})')
         assert Image.open(io.BytesIO(after)).format == 'JPEG'
         assert images.decode(after).shape == (30, 60, 3)
@@ -359,7 +361,7 @@ def test_killed_and_resumed_it_is_the_same_data_set(src, whole, tmp_path):
     status, _ = killed(src, dst, lambda: finished(dst) >= 2, '--workers=1', *options)
     assert status == -signal.SIGKILL and 2 <= finished(dst) < 7
     with pytest.raises(UserError, match='not finished; run python -m vit_jax.data.prepare again'):
-        records.Records(dst)
+        prepared.Prepared(dst)
     assert 'quality is 92, not 80' in refused(src, dst, *options, '--quality=80')
     assert 'name is' in refused(write_images(tmp_path / 'other'), dst, *options)
     kept = {p: p.stat().st_mtime_ns for p in dst.glob('train-00000*')}
@@ -400,7 +402,9 @@ def test_drawn_images_are_prepared_like_any_other(tmp_path):
         drawn, source = (sources.load(name=str(x), split=split) for x in (name, dst))
         assert len(drawn) == len(source) and drawn.classes == source.classes
         for i in range(len(drawn)):
-            (data, label), (own, own_label) = source.records[i].values(), drawn.records[i].values()
+            (data, label), (own, own_label) = (
+                (one['image'], one['label']) for one in (source.records[i], drawn.records[i])
+            )
             assert data == own and label.tolist() == own_label.tolist()
     assert 'seed=1' in refused(f'{name},seed=1', dst, *options)
 

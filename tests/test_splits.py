@@ -57,7 +57,7 @@ def test_every_text_is_a_split_of_the_form_or_an_error(folder):
             assert (found == whole) == (low == 0 and high == 100), text
             good += 1
     assert good >= 4
-    with pytest.raises(UserError, match='counts of examples are read of TFDS alone'):
+    with pytest.raises(UserError, match='only TFDS data sets take counts of examples'):
         sources.load(name=str(folder), split='train[:500]')
 
 
@@ -96,7 +96,7 @@ def test_a_validation_and_a_test_set_are_both_used():
 def test_a_folder_divided_under_other_names_is_no_data_set_of_two_classes(tmp_path):
     kinds.write('folder', tmp_path, rows(8), NAMES, 'Train')
     kinds.write('folder', tmp_path, rows(8), NAMES, 'Val')
-    with pytest.raises(UserError, match='folders Train, Val, no classes by their names'):
+    with pytest.raises(UserError, match='folders Train, Val, which are splits by their names'):
         sources.load(name=str(tmp_path))
     (tmp_path / 'Train').rename(tmp_path / 'train')
     assert sources.splits_of(str(tmp_path)) == ('Val', 'train')

@@ -47,8 +47,13 @@ class Mixture:
     def __getitem__(self, i):
         part, k = self.find(i)
         record = part.records[k]
-        label = names.translated(np.asarray(record['label'], np.int32), part.labels)
-        return record | {'label': names.padded(label.ravel(), self.max_labels)}
+        fields = getattr(part.records, 'label_fields', ('label',))
+        if part.labels is not None:
+            record = names.with_labels(record, part.labels, fields)
+        if 'label' not in fields:
+            return record
+        label = np.asarray(record['label'], np.int32).ravel()
+        return record | {'label': names.padded(label, self.max_labels)}
 
     def name(self, i):
         part, k = self.find(i)

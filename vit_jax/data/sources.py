@@ -5,26 +5,48 @@ Folders of images, prepared records, tar shards (WebDataset), parquet files (Hug
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from vit_jax.data import jft_like
-from vit_jax.data.readers import facts, folders, parquet, records, shards, splits, tars, tfds, vtab
+from vit_jax.data.readers import (
+    coco,
+    facts,
+    folders,
+    hf_metadata,
+    pairs,
+    parquet,
+    prepared,
+    records,
+    shards,
+    splits,
+    tars,
+    tfds,
+    vtab,
+)
 from vit_jax.errors import UserError
 
 MOST_CLASSES = 2**20  # without names
 
 
 class Source(NamedTuple):
-    """A data set that can be read at any index; picklable, reopened in worker processes."""
+    """A data set that can be read at any index; picklable, reopened in worker processes.
 
-    records: Any  # len(records), records[i] -> {'image': bytes, 'label': int or int32 [L], ...}
+    Attributes:
+      records: sequence of raw fields by name, {'image': bytes, 'label': int or int32 [L], ...}; it
+        has `name(i)` and may have `traits()`, see `readers.facts`.
+      classes: names of the classes that `label` counts; empty without labels.
+      labels: how the classes are matched with a model's, see `readers.names`.
+    """
+
+    records: Any
     classes: tuple[str, ...]
-    labels: str = 'by_name'  # how they are matched with a model's, see `names`
+    labels: str = 'by_name'
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         """Name of example i for messages: a path, or data set, split and index."""
         return self.records.name(i)
 
@@ -32,27 +54,31 @@ class Source(NamedTuple):
 class Slice:
     """Examples `start` to `stop` of other records."""
 
-    def __init__(self, whole, start, stop):
-        self.whole, self.start, self.stop = whole, start, stop
-        self.max_labels = getattr(whole, 'max_labels', None)
+    def __init__(self, records: Any, start: int, stop: int):
+        self.records, self.start, self.stop = records, start, stop
+        self.max_labels = getattr(records, 'max_labels', None)
+        self.label_fields = getattr(records, 'label_fields', ('label',))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.stop - self.start
 
-    def at(self, i):
+    def shift(self, i: int) -> int:
+        """Index of example i in the other records; raises IndexError."""
         if not 0 <= i < len(self):
             raise IndexError(f'no example {i} among {len(self)}')
         return int(i) + self.start
 
-    def __getitem__(self, i):
-        return self.whole[self.at(i)]
+    def __getitem__(self, i: int) -> Any:
+        return self.records[self.shift(i)]
 
-    def traits(self):
-        order, contents = facts.traits(self.whole)
+    def traits(self) -> tuple[list, list]:
+        """See `readers.facts`."""
+        order, contents = facts.traits(self.records)
         return [str((self.start, self.stop)), *order], contents
 
-    def name(self, i):
-        return self.whole.name(self.at(i))
+    def name(self, i: int) -> str:
+        """Name of example i."""
+        return self.records.name(self.shift(i))
 
 
 def load(
@@ -61,15 +87,17 @@ def load(
     split: str = 'train',
     data_dir: str | None = None,
     image: str = 'image',
-    label: str = 'label',
+    label: str | None = 'label',
     labels: Literal['by_name', 'by_number'] = 'by_name',
-):
+) -> Source:
     """Opens a data set, whose format follows from its name and its files:
 
     - a folder with manifest.json: records, as written by `python -m vit_jax.data.prepare`
     - tar shards (WebDataset): `x-{0000..0146}.tar`, `x-*.tar`, or a folder that holds them, also
       in train/ and val/
     - parquet files, named likewise or in data/; arrow files of Hugging Face's `save_to_disk`
+    - a folder with images/ beside masks/, the masks with the names of their images
+    - a folder with a json of COCO beside its images, see `readers.coco`
     - any other folder: images in class/, or in train/class/ and val/class/
     - `jft_like:EXAMPLESxCLASSES[@SIZE][,KEY=VALUE]...`: synthetic images, drawn as they are read,
       see data/jft_like.py
@@ -87,15 +115,17 @@ def load(
       data_dir: folder where TFDS keeps prepared data sets. None: its default.
       image: TFDS feature, parquet column or file extension in a tar that holds the image.
       label: TFDS feature, parquet column, or file extension or json field in a tar that holds the
-        label.
+        label. None: the examples have no label, and the data set has no classes.
       labels: how classes are matched with those of a model or of other data sets: by their names
         or by their numbers.
     """
-    found = found_by(name, split, data_dir, image, label)
+    found = open_source(name, split, data_dir, image, label)
     return Source(found.records, found.classes, labels)
 
 
-def found_by(name, split, data_dir, image, label):
+def open_source(
+    name: str, split: str, data_dir: str | None, image: str, label: str | None
+) -> Source:
     """Same as `load`, with labels that are matched by name."""
     address, kind = os.path.expanduser(name), kind_of(name)
     if kind == 'tfds':
@@ -109,16 +139,20 @@ def found_by(name, split, data_dir, image, label):
         return sharded({'train': shards.expanded(address)}, address, split, image, label)
     files, inner = shards.listed(address)
     if {records.MANIFEST, records.JOURNAL} & files:
-        found = records.Records(address, part)
+        found = prepared.Prepared(address, part)
         return portion(found, found.classes, split)
     parts = shards.find_shards(address, files, inner)
     if parts:
         return sharded(parts, address, split, image, label)
     with images_at(address):
+        if parts := coco.find(address, files, inner):
+            return portion(*coco.read(address, parts, split), split)
+        if parts := pairs.find(address, inner):
+            return Source(pairs.read(address, parts, split), ())
         return Source(*folders.read(address, split))
 
 
-def kind_of(name):
+def kind_of(name: str) -> str:
     """Kind of a data set's name: 'drawn', 'vtab', 'pattern' (of shards), 'place' or 'tfds'."""
     for start, kind in (('jft_like:', 'drawn'), ('vtab:', 'vtab')):
         if name.startswith(start):
@@ -135,7 +169,7 @@ def kind_of(name):
     return 'place' if place else 'tfds'
 
 
-def is_workdir(folder):
+def is_workdir(folder: str) -> bool:
     """Whether a folder holds a run and nothing else, as `--workdir cifar10` makes it."""
     if not os.path.exists(os.path.join(folder, '.lock')):
         return False
@@ -144,12 +178,13 @@ def is_workdir(folder):
     return inner <= {'checkpoints', 'tensorboard', 'compiled', 'profile', 'logs'}
 
 
-def home(folder):
+def home(folder: str | None) -> str | None:
+    """Expands ~ in a folder's path."""
     return None if folder is None else os.path.expanduser(folder)
 
 
 @contextlib.contextmanager
-def images_at(address):
+def images_at(address: str) -> Iterator[None]:
     """Turns the error of an address that epath can't open into UserError."""
     try:
         yield
@@ -176,6 +211,7 @@ def splits_of(name: str, data_dir: str | None = None) -> tuple[str, ...]:
         return tuple(records.read_manifest(address)['splits'])
     parts = shards.find_shards(address, files, inner)
     with images_at(address):
+        parts = parts or coco.find(address, files, inner) or pairs.find(address, inner)
         return tuple(parts or folders.divided(address.rstrip('/')) or ('train',))
 
 
@@ -191,7 +227,7 @@ def held_out(name: str) -> tuple[str, dict[str, str]]:
     return splits.held_out(known)
 
 
-def portion(found, classes, split):
+def portion(found: Any, classes: Iterable[str], split: str) -> Source:
     """Makes a Source of records, or of a share of them by position."""
     _, low, high = splits.share(split)
     if (low, high) != (0, 100):
@@ -202,7 +238,9 @@ def portion(found, classes, split):
     return Source(found, tuple(classes))
 
 
-def sharded(parts, address, split, image, label):
+def sharded(
+    parts: dict[str, list[str]], address: str, split: str, image: str, label: str | None
+) -> Source:
     """Opens a split of tar, parquet or arrow files; `parts` is {split: files}."""
     part, _, _ = splits.share(split)
     if part not in parts:
@@ -212,8 +250,10 @@ def sharded(parts, address, split, image, label):
     if len(kinds) != 1 or not kinds <= set(shards.SHARDS):
         kinds = ', '.join(sorted(kinds))
         raise UserError(f'{address}: files are {kinds}, not one of {", ".join(shards.SHARDS)}')
-    kind, opened = (tars, tars.Tars) if kinds == {'.tar'} else (parquet, parquet.Rows)
-    found = opened(files, image=image, label=label)
+    kind, read = (tars, tars.Tars) if kinds == {'.tar'} else (hf_metadata, parquet.Table)
+    found = read(files, image=image, label=label)
+    if label is None:
+        return portion(found, (), split)
     places = [os.path.dirname(files[0])]
     if os.path.basename(places[0]) in (part, 'data'):
         places.append(os.path.dirname(places[0]))
@@ -221,7 +261,7 @@ def sharded(parts, address, split, image, label):
     if classes is None:
         highest = found.labels.max(initial=-1)
         if part != 'train' and 'train' in parts:  # the classes are those of train, too
-            others = opened(parts['train'], image=image, label=label)
+            others = read(parts['train'], image=image, label=label)
             highest = max(highest, others.labels.max(initial=-1))
         if highest >= MOST_CLASSES:
             raise UserError(f'{address} has a label {highest}, and no list of class names')

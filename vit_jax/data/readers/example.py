@@ -6,6 +6,7 @@ TensorFlow and TFDS may register theirs in the same process.
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 PACKAGE = 'vit_jax'
@@ -95,3 +96,10 @@ def integers(features: Mapping[str, Values], name: str) -> tuple[int, ...]:
     if len(values) and type(values[0]) is not int:
         raise ValueError(f'feature {name} is not int64')
     return tuple(values)
+
+
+def value(values: Values) -> bytes | list[bytes] | np.ndarray:
+    """A feature as a field of a record: its only bytes, a list of bytes, or numbers [n]."""
+    if len(values) and isinstance(values[0], bytes):
+        return values[0] if len(values) == 1 else list(values)
+    return np.array(values)

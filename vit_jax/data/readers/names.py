@@ -4,6 +4,8 @@ import functools
 import re
 import sys
 import unicodedata
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +18,17 @@ MOST_LISTED = 8  # names in a message
 
 
 @functools.cache
-def say(line):
+def say(line: str) -> None:
     """Prints a line to stderr, each line only once per process."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def are_numbers(names):
+def are_numbers(names: Collection[str]) -> bool:
     """Whether all names are integers, with a sign or not, as folders of ImageNet V2 are."""
     return all(re.fullmatch(r'[+-]?\d{1,18}', name, re.ASCII) for name in names)
 
 
-def in_order(names, title):
+def in_order(names: Sequence[str], title: str) -> list[str]:
     """Sorts names of class folders; integers by value, with a message if that is not text order."""
     if not are_numbers(names):
         return sorted(names)
@@ -40,12 +42,12 @@ def in_order(names, title):
     return found
 
 
-def tell_nothing(names):
+def tell_nothing(names: Sequence[str]) -> bool:
     """Whether names are 0, 1, 2, ... in order, as in a data set without class names."""
     return tuple(names) == tuple(map(str, range(len(names))))
 
 
-def spelled(name):
+def spelled(name: str) -> str:
     """Normalizes a name: case, Unicode's composition, spaces, leading zeros.
 
     File systems compose letters in different ways (APFS and HFS+: Unicode's NFD).
@@ -54,7 +56,7 @@ def spelled(name):
     return str(int(name)) if are_numbers([name]) else name
 
 
-def matched(names, known):
+def matched(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
     """Index in `known` of each of `names`, or None; both without duplicates.
 
     An equal name, or else the only one of the same normalized spelling among those that are left.
@@ -76,19 +78,21 @@ def matched(names, known):
     return found
 
 
-def doubled(names):
+def doubled(names: Sequence[str]) -> str | None:
     """First name that occurs twice, or None."""
     once = set()
     return next((name for name in names if name in once or once.add(name)), None)
 
 
-def listed(names):
+def listed(names: Sequence[str]) -> str:
     """Joins names for a message; of many, the first few."""
     more = f' and {len(names) - MOST_LISTED} more' if len(names) > MOST_LISTED else ''
     return ', '.join(names[:MOST_LISTED]) + more
 
 
-def places(names, classes, title, whose="the model's"):
+def places(
+    names: Sequence[str], classes: Sequence[str], title: str, whose: str = "the model's"
+) -> np.ndarray | None:
     """Maps labels of class `names` to those of `classes`: int32 [len(names)], or None.
 
     None: they are the same, or one of both has no names (0, 1, 2, ...), so that numbers decide.
@@ -115,7 +119,7 @@ def places(names, classes, title, whose="the model's"):
     if twice:
         raise UserError(
             f'classes of {title} are not numbered as {whose}, and names do not tell which is '
-            f'which: {twice!r} is there twice; {way_out}'
+            f'which: {twice!r} occurs twice; {way_out}'
         )
     other = [name for name, i in zip(names, found, strict=True) if i is None]
     left = [name for i, name in enumerate(classes) if i not in set(found)]
@@ -126,7 +130,9 @@ def places(names, classes, title, whose="the model's"):
     )
 
 
-def tell(names, classes, found, title, whose):
+def tell(
+    names: Sequence[str], classes: Sequence[str], found: Sequence[int], title: str, whose: str
+) -> None:
     """Reports in one line how names and numbers differ."""
     kinds = []
     if len(names) < len(classes):
@@ -140,7 +146,9 @@ def tell(names, classes, found, title, whose):
     say(f'{title} has {whose} {len(classes)} classes, {", ".join(kinds)}: mapped by name')
 
 
-def relabelled(source, classes, title, whose="the model's"):
+def relabelled(
+    source: Any, classes: Sequence[str], title: str, whose: str = "the model's"
+) -> Any:
     """A Source with the labels of `classes`, and their names if they have any."""
     kind, by = type(source), source.labels
     labels = None if by == 'by_number' else places(source.classes, classes, title, whose)
@@ -152,29 +160,38 @@ def relabelled(source, classes, title, whose="the model's"):
 
 
 class Mapped:
-    """Records whose label k becomes `labels[k]`, int32 [K]."""
+    """Records in which label k is replaced by `labels[k]`, int32 [K]."""
 
-    def __init__(self, records, labels):
+    def __init__(self, records: Any, labels: np.ndarray):
         self.records, self.labels = records, labels
+        self.label_fields = getattr(records, 'label_fields', ('label',))
         self.max_labels = getattr(records, 'max_labels', None)
         self.parts = getattr(records, 'parts', None)  # of a mixture, for the pipeline's order
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i):
-        record = self.records[i]
-        return record | {'label': translated(np.asarray(record['label'], np.int32), self.labels)}
+    def __getitem__(self, i: int) -> Any:
+        return with_labels(self.records[i], self.labels, self.label_fields)
 
-    def traits(self):
+    def traits(self) -> tuple[list, list]:
+        """See `facts`."""
         order, contents = facts.traits(self.records)
         return [self.labels, *order], contents
 
-    def name(self, i):
+    def name(self, i: int) -> str:
+        """Name of example i."""
         return self.records.name(i)
 
 
-def translated(label, labels):
+def with_labels(record: Any, labels: np.ndarray | None, fields: Sequence[str]) -> Any:
+    """A record with the numbers of classes in some of its fields mapped by a table."""
+    return record | {
+        name: translated(np.asarray(record[name], np.int32), labels) for name in fields
+    }
+
+
+def translated(label: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
     """Maps labels by a table (None: no change); labels out of range stay out of range."""
     if labels is None:
         return label
@@ -183,7 +200,7 @@ def translated(label, labels):
     return np.where(inside, labels[np.where(inside, label, 0)], outside).astype(np.int32)
 
 
-def padded(labels, most):
+def padded(labels: Sequence[int] | np.ndarray, most: int) -> int | np.ndarray:
     """The only label if `most` is 1; else int32 [most], padded with -1."""
     if most == 1:
         return labels[0]

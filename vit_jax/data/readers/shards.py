@@ -5,6 +5,8 @@ import glob
 import json
 import os
 import re
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from vit_jax.data.readers import names, ranges, records, splits
 from vit_jax.errors import UserError
@@ -18,7 +20,7 @@ OF = re.compile(r'-\d+-of-(\d+)(?=[-.])')
 MOST_SHARDS = 1_000_000
 
 
-def listed(address):
+def listed(address: str) -> tuple[set[str], set[str]]:
     """(names of the files, names of the folders) in a folder; both empty if there is no folder."""
     if '://' not in address:
         try:
@@ -42,7 +44,9 @@ def listed(address):
     return {n for n, is_dir in found if not is_dir}, {n for n, is_dir in found if is_dir}
 
 
-def find_shards(address, files, folders):
+def find_shards(
+    address: str, files: Collection[str], folders: set[str]
+) -> dict[str, list[str]]:
     """{split: shards} of a folder, of its folders train, val, ... or of data/; {} if none."""
     base = address.rstrip('/')
     for suffix in SHARDS:
@@ -64,7 +68,7 @@ def find_shards(address, files, folders):
     return {}
 
 
-def shards_in(folder, files, suffix):
+def shards_in(folder: str, files: Collection[str], suffix: str) -> list[str]:
     """Shards of a kind among the files of a folder, sorted.
 
     Arrow files are those that state.json of save_to_disk names. Files that map() and filter() of
@@ -76,14 +80,14 @@ def shards_in(folder, files, suffix):
         if own is None:
             own = [name for name in found if not name.startswith('cache-')]
         elif lost := [name for name in own if name not in files]:
-            raise UserError(f'{folder}/state.json names {lost[0]}, which is not there')
+            raise UserError(f'{folder}/state.json names {lost[0]}, which does not exist')
         if rest := sorted(set(found) - set(own)):
-            names.say(f'{folder}: passed over {len(rest)} arrow files of a cache ({rest[0]})')
+            names.say(f'{folder}: skipped {len(rest)} arrow files of a cache ({rest[0]})')
         found = own
     return [f'{folder}/{name}' for name in found]
 
 
-def state_files(folder):
+def state_files(folder: str) -> list[str] | None:
     """Files that a state.json names, in their order; None if it is invalid."""
     state = small_json(folder, 'state.json')
     files = state.get('_data_files') if isinstance(state, dict) else None
@@ -92,7 +96,7 @@ def state_files(folder):
     return files if plain else None
 
 
-def dict_splits(folder, files):
+def dict_splits(folder: str, files: Collection[str]) -> Sequence[str]:
     """Splits that dataset_dict.json of save_to_disk names; the usual ones without it."""
     found = small_json(folder, 'dataset_dict.json') if 'dataset_dict.json' in files else None
     listed = found.get('splits') if isinstance(found, dict) else None
@@ -101,14 +105,14 @@ def dict_splits(folder, files):
     return splits.KNOWN
 
 
-def small_json(folder, name):
+def small_json(folder: str, name: str) -> Any:
     """Content of a JSON file, None if there is none."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(small_file(folder, name) or b'null')
     return None
 
 
-def divided(paths):
+def divided(paths: Sequence[str]) -> dict[str, list[str]]:
     """{split: shards} by the splits in their names; all are 'train' if none has one."""
     parts = {}
     for path in paths:
@@ -119,7 +123,7 @@ def divided(paths):
     return {part or 'train': complete(found) for part, found in parts.items()}
 
 
-def complete(paths):
+def complete(paths: list[str]) -> list[str]:
     """Returns the shards; raises UserError if their names say that there are more."""
     counts = {int(m[1]) for p in paths if (m := OF.search(p.rpartition('/')[2]))}
     if len(counts) == 1 and len(paths) < min(counts):
@@ -127,7 +131,7 @@ def complete(paths):
     return paths
 
 
-def expanded(pattern):
+def expanded(pattern: str) -> list[str]:
     """Files of a pattern: expands {000..146} and {a,b}, and searches if there is a *."""
     found = ['']
     for fixed, _, inner in re.findall(r'([^{]*)(\{([^{}]*)\})?', pattern):
@@ -138,11 +142,11 @@ def expanded(pattern):
     if '*' in pattern:
         found = [file for one in found for file in globbed(one)]
     if not found:
-        raise UserError(f'no file is as {pattern}')
+        raise UserError(f'no file matches {pattern}')
     return found
 
 
-def spelled(inner, pattern):
+def spelled(inner: str, pattern: str) -> list[str]:
     """Expands a pair of braces: 08..11 to 08, 09, 10, 11, and a,b to a, b."""
     bounds = re.fullmatch(r'(\d{1,9})\.\.(\d{1,9})', inner)
     if not bounds:
@@ -153,7 +157,7 @@ def spelled(inner, pattern):
     return [str(number).zfill(len(bounds[1])) for number in range(low, high + 1)]
 
 
-def globbed(pattern):
+def globbed(pattern: str) -> list[str]:
     """Files that match a pattern with a *, sorted by name."""
     if '://' not in pattern:
         return sorted(glob.glob(pattern))
@@ -163,7 +167,7 @@ def globbed(pattern):
         return [f'{start}{found}' for found in sorted(fs.glob(path))]
 
 
-def small_file(folder, name):
+def small_file(folder: str, name: str) -> bytes | None:
     """Bytes of a file in a folder (a path or an address), None if there is none."""
     where = f'{folder.rstrip("/")}/{name}'
     with ranges.reading(where):

@@ -1,6 +1,7 @@
 """Splits of a data set: parses texts such as 'train[10%:90%]', and finds those that validate."""
 
 import re
+from collections.abc import Collection
 
 from vit_jax.errors import UserError
 from vit_jax.io.text import printable
@@ -18,18 +19,18 @@ def share(split: str) -> tuple[str, float, float]:
     low, high = (float(match[2] or 0), float(match[3] or 100)) if match else (0, 0)
     if not low < high <= 100:
         counts = re.fullmatch(r'[^\[\]]+\[\d*:\d*\]', split)
-        why = '; counts of examples are read of TFDS alone' if counts else ''
+        why = '; only TFDS data sets take counts of examples' if counts else ''
         raise UserError(f'split {split!r} is not of the form train or train[10%:90%]{why}')
     return match[1], low, high
 
 
-def missing(where: str, split: str, known) -> UserError:
+def missing(where: str, split: str, known: Collection[str]) -> UserError:
     """Error for a split that a data set does not have."""
     listed = ', '.join(map(printable, known))
     return UserError(f'{where} has no split {split!r}; it has {listed} (source.split)')
 
 
-def held_out(known) -> tuple[str, dict[str, str]]:
+def held_out(known: Collection[str]) -> tuple[str, dict[str, str]]:
     """(training split, {evaluation: split}) of a data set with the splits `known`.
 
     Evaluates on its validation set, its test set or both; without any, on a tenth of train.

@@ -5,10 +5,13 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from vit_jax.data.readers import splits, tfrecord, vtab
+from vit_jax.data.readers import facts, splits, tfrecord, vtab
+from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError
 
 BUILDERS = ('digits', 'fashion_mnist_debian')
@@ -17,65 +20,97 @@ SMALL = 2**28  # bytes; reading and parsing a record takes longer than decoding 
 
 
 class Tfds:
-    """A TFDS split in a random-access format; a `small` one stays in memory once it is read.
+    """Records of a TFDS split in a random-access format: `image`, `label` and all features by name.
 
-    `label` is a feature or a function of the example; a list of labels is padded with -1 to
-    `max_labels`. `change` is applied to the image's bytes.
+    Args:
+      data: sequence of examples, from `random_access`.
+      title: name of the data set for messages.
+      image: feature of the image.
+      label: feature of the label, or function of the example; None: there is none.
+      small: the records stay in memory once they are read.
+      max_labels: most labels of an image, to which a list of them is padded with -1. None: one.
+      change: function applied to the image's bytes.
     """
 
-    def __init__(self, data, title, image, label, small, max_labels=None, change=None):
+    def __init__(
+        self,
+        data: Any,
+        title: str,
+        image: str,
+        label: str | Callable[[Mapping], int] | None,
+        small: bool,
+        max_labels: int | None = None,
+        change: Callable[[bytes], bytes] | None = None,
+    ):
         self.data, self.title, self.image, self.label = data, title, image, label
         self.max_labels, self.change = max_labels, change
-        self.kept = {} if small else None
+        self.cache = {} if small else None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, i):
-        if self.kept is None:
+    def __getitem__(self, i: int) -> Record:
+        if self.cache is None:
             return self.read(i)
-        if i not in self.kept:
-            self.kept[i] = self.read(i)
-        return self.kept[i]
+        if i not in self.cache:
+            self.cache[i] = self.read(i)
+        return self.cache[i]
 
-    def read(self, i):
+    def read(self, i: int) -> Record:
+        """Reads example i from its file."""
         example = self.data[i]
         image = example[self.image]
+        fields = {**example, 'image': self.change(image) if self.change else image}
+        if self.label is None:
+            return Record(fields)
         label = self.label(example) if callable(self.label) else example[self.label]
         if self.max_labels is not None:
             if len(label) > self.max_labels:
                 raise UserError(f'{self.name(i)} has {len(label)} labels, above {self.max_labels}')
             label = np.pad(np.asarray(label, np.int32), (0, self.max_labels - len(label)),
                            constant_values=-1)  # fmt: skip
-        image = self.change(image) if self.change else image
-        return {**example, 'image': image, 'label': label}
+        return Record(fields | {'label': label})
 
-    def traits(self):
+    def traits(self) -> tuple[list, list]:
+        """See `facts`."""
         info, split = self.data.dataset_info, self.data.split
         files = info.splits[split].file_instructions
         parts = [(os.path.basename(f.filename), f.skip, f.take, f.examples_in_shard) for f in files]
         names = {str(part.name): part.num_bytes for part in info.splits.values()}
-        return [info.full_name, str(parts)], [str(sorted(names.items()))]
+        contents = [str(sorted(names.items()))]
+        if not any('://' in str(file.filename) for file in files):
+            contents.append(facts.sample_digest(lambda i: self.data[i][self.image], len(self)))
+        return [info.full_name, str(parts)], contents
 
-    def name(self, i):
+    def name(self, i: int) -> str:
+        """Data set, split and index of example i."""
         return f'{self.title}[{i}]'
 
 
-def load(name, split, *, data_dir=None, image='image', label='label'):
-    """(records, class names) of a split of a data set."""
+def load(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    image: str = 'image',
+    label: str | None = 'label',
+) -> tuple[Tfds | tfrecord.TfRecords, tuple[str, ...]]:
+    """(records, class names) of a split of a data set; without a `label` there are no classes."""
     import tensorflow_datasets as tfds_lib
 
     builder = builder_of(name, data_dir)
     features = builder.info.features
     for key in (image, label):
-        if key not in features:
+        if key is not None and key not in features:
             raise UserError(
                 f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}'
             )
-    one = getattr(features[label], 'feature', features[label])  # for a sequence of labels
-    if getattr(one, 'names', None) is None:
-        raise UserError(f'feature {label!r} of data set {name} is no class label')
-    most = None if one is features[label] else MOST_LABELS
+    classes, most = (), None
+    if label is not None:
+        one = getattr(features[label], 'feature', features[label])  # for a sequence of labels
+        if getattr(one, 'names', None) is None:
+            raise UserError(f'feature {label!r} of data set {name} is not a class label')
+        classes, most = tuple(one.names), None if one is features[label] else MOST_LABELS
     tfrecords = builder.info.available_file_formats() == {tfds_lib.core.FileFormat.TFRECORD}
     with explained(builder, name, split):
         if tfrecords and most is None:
@@ -84,10 +119,10 @@ def load(name, split, *, data_dir=None, image='image', label='label'):
             data = random_access(builder, split, image)
             small = builder.info.dataset_size < SMALL
             found = Tfds(data, f'{name}/{split}', image, label, small, most)
-    return found, tuple(one.names)
+    return found, classes
 
 
-def builder_of(name, data_dir):
+def builder_of(name: str, data_dir: str | None) -> Any:
     """Builder of a data set; data sets of this package are prepared at their first use."""
     if name not in BUILDERS:
         return prepared(name, data_dir)
@@ -106,7 +141,9 @@ def builder_of(name, data_dir):
     return builder
 
 
-def vtab_task(name, split, data_dir=None):
+def vtab_task(
+    name: str, split: str, data_dir: str | None = None
+) -> tuple[Tfds, tuple[str, ...]]:
     """(records, class names) of a split of a task of VTAB-1k."""
     task = vtab.task(name)
     builder = prepared(task.dataset, data_dir)
@@ -118,21 +155,23 @@ def vtab_task(name, split, data_dir=None):
         names = builder.info.features[task.label].names
     else:
         names = map(str, range(task.classes))
-    change = vtab.brightened if task.bright else None
+    change = vtab.brighten if task.bright else None
     small = builder.info.dataset_size < SMALL or split != 'test'
     found = Tfds(data, f'{name}/{split}', 'image', task.label, small, change=change)
     return found, tuple(names)
 
 
-def random_access(builder, split, image):
-    """A split as a sequence of examples, with images that are not decoded."""
+def random_access(builder: Any, split: str, image: str) -> Any:
+    """A split as a sequence of examples; all images are their encoded bytes."""
     import tensorflow_datasets as tfds_lib
 
-    return builder.as_data_source(split, decoders={image: tfds_lib.decode.SkipDecoding()})
+    images = [k for k, f in builder.info.features.items() if isinstance(f, tfds_lib.features.Image)]
+    decoders = {name: tfds_lib.decode.SkipDecoding() for name in {image, *images}}
+    return builder.as_data_source(split, decoders=decoders)
 
 
 @contextlib.contextmanager
-def explained(builder, name, split):
+def explained(builder: Any, name: str, split: str) -> Iterator[None]:
     """Raises UserError that says why a data set can't be opened, and what to do."""
     try:
         yield
@@ -147,7 +186,7 @@ def explained(builder, name, split):
         raise splits.missing(f'data set {name}', split, builder.info.splits) from e
 
 
-def prepared(name, data_dir):
+def prepared(name: str, data_dir: str | None) -> Any:
     """Builder of a data set that is prepared in data_dir, from the files alone."""
     import tensorflow_datasets as tfds_lib
 

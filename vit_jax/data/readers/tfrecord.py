@@ -7,10 +7,13 @@ is kept in the cache. A record is a tf.train.Example.
 
 import array
 import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from vit_jax.data.readers import example, ranges
+from vit_jax.data.readers import example, facts, indices, ranges
+from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -23,7 +26,7 @@ HEADER, FOOTER = 12, 4  # bytes around the data
 MASK = 0xA282EAD8
 
 
-def crc_table():
+def crc_table() -> np.ndarray:
     """CRC-32C of each byte (polynomial 0x1EDC6F41, reflected): uint32 [256]."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
@@ -34,7 +37,7 @@ def crc_table():
 TABLE = crc_table()
 
 
-def crc_of_rows(rows):
+def crc_of_rows(rows: np.ndarray) -> np.ndarray:
     """CRC-32C of each row of bytes: uint8 [n, b] to uint32 [n]."""
     crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
     for column in rows.T:
@@ -42,13 +45,13 @@ def crc_of_rows(rows):
     return ~crc
 
 
-def masked(crc):
+def masked(crc: np.ndarray) -> np.ndarray:
     """Masks CRCs as they are stored, so that data with CRCs in them have sound CRCs: uint32 [n]."""
     with np.errstate(over='ignore'):
         return (crc >> np.uint32(15) | crc << np.uint32(17)) + np.uint32(MASK)
 
 
-def scan(stream, file, size):
+def scan(stream: BinaryIO, file: str, size: int) -> indices.Index:
     """{offsets, sizes: int64 [n]} of a file's records; raises UserError with the position."""
     offsets, headers, at = array.array('q'), bytearray(), 0
     while at < size:
@@ -65,24 +68,40 @@ def scan(stream, file, size):
     if len(wrong):
         k = int(wrong[0])
         raise UserError(
-            f'{file} is damaged: no length of record {k} at byte {offsets[k] - HEADER:,} '
-            '(its CRC differs)'
+            f'{file} is damaged: the length of record {k} at byte {offsets[k] - HEADER:,} '
+            'has another CRC'
         )
     if at != size:
         k = max(0, len(offsets) - (at > size))
-        raise UserError(f'{file} breaks off at byte {size:,}, within record {k}')
+        raise UserError(f'{file} ends at byte {size:,}, within record {k}')
     sizes = np.ascontiguousarray(rows[:, :8]).view('<u8')[:, 0].astype(np.int64)
     return {'offsets': np.array(offsets, np.int64), 'sizes': sizes}
 
 
 class TfRecords(ranges.Ranges):
-    """Images and labels in TFRecord files: of each file, `take` records after the first `skip`.
+    """Records of a TFDS split in TFRecord files: of each file, `take` after the first `skip`.
 
-    `counts` are the numbers of records that the files should have.
+    Beside `image` and `label` they have the features of the data set by name. Nested ones are
+    named with a slash. Values are those of the file: an image's bytes, and numbers.
+
+    Args:
+      counts: numbers of records that the files should have.
+      image, label: features with the image, and with the label if there is one.
+      shapes: {feature: shape}; the numbers of others are an array [n].
     """
 
-    def __init__(self, files, counts, skips, takes, *, image='image', label='label'):
-        found = ranges.index(files, scan, {'format': 'tfrecord 1'}, beside=False)
+    def __init__(
+        self,
+        files: Sequence[str],
+        counts: Sequence[int],
+        skips: Sequence[int],
+        takes: Sequence[int],
+        *,
+        image: str = 'image',
+        label: str | None = 'label',
+        shapes: Mapping[str, tuple] | None = None,
+    ):
+        found = indices.build(files, scan, {'format': 'tfrecord 1'}, beside=False)
         for file, one, count in zip(files, found, counts, strict=True):
             if len(one['offsets']) != count:
                 raise UserError(
@@ -94,18 +113,22 @@ class TfRecords(ranges.Ranges):
             np.concatenate([one[key][part] for one, part in zip(found, parts, strict=True)])
             for key in ('offsets', 'sizes')
         )
-        self.image, self.key = image, label
+        self.image, self.label, self.shapes = image, label, shapes or {}
         super().__init__(files, takes, offsets, sizes + FOOTER)
 
-    def locate(self, i):
+    def locate(self, i: int) -> tuple[int, int]:
         k, position = super().locate(i)
         return k, position + int(self.skips[k])
 
-    def traits(self):
+    def traits(self) -> tuple[list, list]:
+        """See `facts`."""
         names = [file.rpartition('/')[2] for file in self.files]
-        return [*names, self.ends, self.skips], [self.sizes]
+        contents = [self.sizes]
+        if self.is_local():
+            contents.append(facts.sample_digest(self.read, len(self)))
+        return [*names, self.ends, self.skips], contents
 
-    def read(self, i):
+    def read(self, i: int) -> bytes:
         """Data of record i; verifies its CRC if google-crc32c is installed."""
         data = super().read(i)
         data, stored = data[:-FOOTER], int.from_bytes(data[-FOOTER:], 'little')
@@ -113,46 +136,67 @@ class TfRecords(ranges.Ranges):
             raise UserError(f'record {self.name(i)} is damaged (its CRC differs)')
         return data
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Record:
         try:
-            image, label = image_and_label(self.read(i), self.image, self.key)
+            features = example.decode(self.read(i))
+            fields = {'image': example.one_bytes(features, self.image)}
+            if self.label is not None:
+                labels = example.integers(features, self.label)
+                if len(labels) != 1:
+                    raise ValueError(f'it has {len(labels)} labels, not one')
+                fields['label'] = labels[0]
         except ValueError as e:
             if isinstance(e, UserError):
                 raise
             raise UserError(f'record {self.name(i)} is damaged: {brief(e)}') from e
-        return {'image': image, 'label': label}
+        return Record(fields, Features(features, self.shapes))
 
 
-def image_and_label(record, image, label):
-    """(bytes of the image, label) of a tf.train.Example; raises ValueError if it is none."""
-    features = example.decode(record)
-    labels = example.integers(features, label)
-    if len(labels) != 1:
-        raise ValueError(f'it has {len(labels)} labels, not one')
-    return example.one_bytes(features, image), labels[0]
+class Features:
+    """The features of a decoded record, as `Record` asks for them."""
+
+    def __init__(self, features: dict[str, example.Values], shapes: Mapping[str, tuple]):
+        self.features, self.shapes = features, shapes
+
+    def field_names(self, index: int) -> list[str]:
+        """All features."""
+        return sorted(self.features)
+
+    def read_field(self, index: int, name: str) -> Any:
+        """Bytes, a number, a list of bytes or an array."""
+        value = example.value(self.features[name])
+        shape = self.shapes.get(name)
+        if not isinstance(value, np.ndarray) or shape is None:
+            return value
+        return value[0] if shape == () and len(value) == 1 else value
 
 
-def of_builder(builder, split, *, image='image', label='label'):
+def of_builder(
+    builder: Any, split: str, *, image: str = 'image', label: str | None = 'label'
+) -> TfRecords:
     """Opens a split ('train', 'train[:90%]', 'train+test') of a TFDS builder prepared as TFRecord.
 
-    Reads features that TFDS stores unchanged: an Image of uint8 and a ClassLabel.
+    The feature `image` is an Image of uint8, whose bytes TFDS stores unchanged; `label` is a
+    ClassLabel.
     """
     import tensorflow_datasets as tfds
 
-    feature = builder.info.features[image]
+    features = builder.info.features
+    feature = features[image]
     if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
         raise UserError(
             f'feature {image!r} of data set {builder.info.full_name} is {feature!r}; of data sets '
-            'prepared as TFRecord only images of uint8 are read here; prepare it with: '
+            'prepared as TFRecord only images of uint8 are read; prepare it with: '
             f'tfds build {builder.info.name} --file_format=array_record'
         )
     chosen = builder.info.splits[split].file_instructions
-    files = [str(one.filename) for one in chosen]
+    shapes = {name: one.shape for name, one in features.items() if isinstance(one.shape, tuple)}
     return TfRecords(
-        files,
+        [str(one.filename) for one in chosen],
         [one.examples_in_shard for one in chosen],
         [one.skip for one in chosen],
         [one.take for one in chosen],
         image=image,
         label=label,
+        shapes=shapes,
     )

@@ -6,8 +6,8 @@ google-research/task_adaptation). Prepare once: tfds build NAME --file_format=ar
 """
 
 import io
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,34 +31,34 @@ class Task(NamedTuple):
     bright: bool = False  # pixels are 0 and 1
 
 
-def last_below(value, thresholds):
+def last_below(value: float, thresholds: np.ndarray) -> int:
     """Index of the last threshold below a value."""
     return int(np.flatnonzero(thresholds < value)[-1])
 
 
-def clevr_count(example):
+def clevr_count(example: Mapping[str, Any]) -> int:
     """Number of objects, which is 3 to 10."""
     return len(example['objects']['size']) - 3
 
 
-def clevr_distance(example):
+def clevr_distance(example: Mapping[str, Any]) -> int:
     """Distance of the closest object, in 6 classes."""
     return last_below(np.min(np.asarray(example['objects']['pixel_coords'])[:, 2]), CLEVR)
 
 
-def kitti_distance(example):
+def kitti_distance(example: Mapping[str, Any]) -> int:
     """Distance of the closest car, van or truck, in 3 classes, and one for no vehicle."""
     vehicles = np.asarray(example['objects']['type']) < 3
     depths = np.asarray(example['objects']['location']).reshape(-1, 3)[vehicles, 2]
     return last_below(np.min(depths, initial=1000.0), KITTI)
 
 
-def dsprites_location(example):
+def dsprites_location(example: Mapping[str, Any]) -> int:
     """Horizontal position: 32 positions in 16 classes."""
     return int(example['label_x_position']) // 2
 
 
-def dsprites_orientation(example):
+def dsprites_orientation(example: Mapping[str, Any]) -> int:
     """40 angles in 16 classes."""
     return int(example['label_orientation'] / 2.5)
 
@@ -95,7 +95,7 @@ TASKS = {
 }
 
 
-def task(name):
+def task(name: str) -> Task:
     """The task of a name 'vtab:NAME'; raises UserError for an unknown one."""
     found = TASKS.get(name.removeprefix('vtab:'))
     if found is None:
@@ -103,18 +103,18 @@ def task(name):
     return found
 
 
-def split_of(found, split, sizes):
+def split_of(task: Task, split: str, sizes: Mapping[str, int]) -> str:
     """TFDS split of one of `SPLITS`; `sizes` is {TFDS split: examples}."""
     if split not in SPLITS:
         raise UserError(f'VTAB has no split {split!r}; it has {", ".join(SPLITS)}')
-    name, percent = found.val
+    name, percent = task.val
     start = percent * sizes[name] // 100
     parts = {'train800': 'train[:800]', 'val200': f'{name}[{start}:{start + 200}]',
-             'test': found.test}  # fmt: skip
+             'test': task.test}  # fmt: skip
     return parts.get(split, f'{parts["train800"]}+{parts["val200"]}')
 
 
-def brightened(data):
+def brighten(data: bytes) -> bytes:
     """Converts a PNG of grey levels 0 and 1 to 0 and 255."""
     out = io.BytesIO()
     pixels = np.array(Image.open(io.BytesIO(data)))
@@ -122,7 +122,7 @@ def brightened(data):
     return out.getvalue()
 
 
-def means(accuracies):
+def means(accuracies: Mapping[str, float]) -> dict[str, float]:
     """Averages {task: accuracy} to {'natural', 'specialized', 'structured', 'mean': of all 19}."""
     missing = TASKS.keys() - accuracies.keys()
     if missing:

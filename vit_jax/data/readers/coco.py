@@ -1,0 +1,174 @@
+"""Images with boxes as COCO has them: a json of annotations beside a folder of images.
+
+The json is path/annotations/instances_NAME.json (or path/NAME.json) and the images are in path/NAME
+or path/images/NAME, the split being NAME without its year (train2017: train); or the json is
+path/SPLIT/_annotations.coco.json, with the images beside it. The format is that of cocodataset.org,
+"Data format", object detection.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.readers import facts, folders, ranges, splits, walk
+from vit_jax.data.readers.record import Record
+from vit_jax.errors import UserError
+from vit_jax.io import fetch, storage
+from vit_jax.io.text import brief
+
+MOST_JSON = 2**32  # bytes
+ANNOTATION = ('boxes', 'labels', 'crowd', 'areas', 'ids')
+BESIDE = '_annotations.coco.json'
+NAME = re.compile(r'(?:instances_)?(.+)\.json')
+
+
+class Coco:
+    """Records of images with boxes.
+
+    They have `image` (bytes), `image_id` (int), and of the n annotations of the image `boxes`
+    float32 [n, 4] (x, y, width, height in pixels), `labels` int32 [n] (indices of the class
+    names), `crowd` bool [n], `areas` float32 [n], `ids` int64 [n] and, when a task asks for it,
+    `segmentation`, a list of what the json has: polygons or run lengths.
+    """
+
+    label_fields = ('labels',)
+
+    def __init__(self, root: str, paths: Sequence[str], arrays: dict[str, np.ndarray]):
+        self.root, self.paths, self.arrays = root, paths, arrays
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Record:
+        own = self.annotations(i)
+        fields = {name: self.arrays[name][own] for name in ANNOTATION}
+        fields['image'] = folders.file_bytes(self.paths[i])
+        fields['image_id'] = int(self.arrays['image_ids'][i])
+        return Record(fields, self, i)
+
+    def annotations(self, i: int) -> slice:
+        """The annotations of example i."""
+        ends = self.arrays['ends']
+        return slice(int(ends[i - 1]) if i else 0, int(ends[i]))
+
+    def field_names(self, i: int) -> list[str]:
+        """The segmentation."""
+        return ['segmentation']
+
+    def read_field(self, i: int, name: str) -> list:
+        """The segmentation of each annotation."""
+        own, ends = self.annotations(i), self.arrays['text_ends']
+        bounds = [int(ends[own.start - 1]) if own.start else 0, *ends[own].tolist()]
+        text = self.arrays['text']
+        return [json.loads(text[a:b].tobytes()) for a, b in itertools.pairwise(bounds)]
+
+    def traits(self) -> tuple[list, list]:
+        """See `facts`."""
+        arrays = [self.arrays[name] for name in sorted(self.arrays)]
+        order = [folders.relative(self.root, self.paths), facts.digest(arrays)]
+        return order, folders.file_contents(self.paths)
+
+    def name(self, i: int) -> str:
+        """Path of the image of example i."""
+        return self.paths[i]
+
+
+def find(path: str, files: Iterable[str], inner: set[str]) -> dict[str, tuple[str, str]]:
+    """{split: (json, folder of its images)} of a folder with `files` and folders; {} if none."""
+    path, parts = path.rstrip('/'), {}
+    for part in sorted(set(splits.KNOWN) & inner):
+        if BESIDE in walk.listed(f'{path}/{part}')[0]:
+            parts[part] = f'{path}/{part}/{BESIDE}', f'{path}/{part}'
+    jsons = [f'{path}/{name}' for name in sorted(files) if name.endswith('.json')]
+    if 'annotations' in inner:
+        names = walk.listed(f'{path}/annotations')[0]
+        jsons += [f'{path}/annotations/{name}' for name in names if name.endswith('.json')]
+    images = set(walk.listed(f'{path}/images')[1]) if jsons and 'images' in inner else set()
+    for file in jsons:
+        stem = NAME.fullmatch(file.rpartition('/')[2])[1]
+        folder = f'{path}/{stem}' if stem in inner else f'{path}/images/{stem}'
+        if stem in inner | images and holds_images(folder):
+            parts.setdefault(re.sub(r'\d{4}$', '', stem), (file, folder))
+    return parts
+
+
+def holds_images(folder: str) -> bool:
+    """Whether a folder has images, and no folders in which classes could be."""
+    files, inner, _ = walk.listed(folder)
+    return not walk.shown(inner) and any(name.lower().endswith(walk.SUFFIXES) for name in files)
+
+
+def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> tuple[Coco, tuple[str, ...]]:
+    """(Coco, names of the categories) of a split."""
+    part, _, _ = splits.share(split)
+    if part not in parts:
+        raise splits.missing(path, part, parts)
+    file, folder = parts[part]
+    with ranges.reading(file):
+        if '://' in file:
+            fs, place = fetch.backend(file)
+            content = fs.cat_file(place)
+        else:
+            content = storage.local_bytes(file, MOST_JSON)
+    try:
+        names, arrays, classes = parse(json.loads(content))
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError, OverflowError) as e:
+        raise UserError(f'{file} is not a valid json of COCO: {brief(reason(e))}') from e
+    return Coco(path, [f'{folder}/{name}' for name in names], arrays), classes
+
+
+def reason(error: Exception) -> str:
+    return f'no field {error}' if isinstance(error, KeyError) else str(error)
+
+
+def parse(content: Any) -> tuple[list[str], dict[str, np.ndarray], tuple[str, ...]]:
+    """(file names, arrays by name, names of the categories) of COCO's json.
+
+    Raises ValueError, TypeError, KeyError, AttributeError or OverflowError if it is another one.
+    """
+    categories = {int(one['id']): str(one['name']) for one in content['categories']}
+    label_of = {number: label for label, number in enumerate(sorted(categories))}
+    names, index = [], {}
+    for image in content['images']:
+        if not plain(image['file_name']):
+            raise ValueError(f'file_name {image["file_name"]!r} is not a path below its folder')
+        if index.setdefault(int(image['id']), len(names)) != len(names):
+            raise ValueError(f'two images have the id {image["id"]}')
+        names.append(image['file_name'])
+    own = [[] for _ in names]
+    for annotation in content['annotations']:
+        k = index.get(int(annotation['image_id']))
+        if k is None or int(annotation['category_id']) not in label_of:
+            raise ValueError(f'annotation {annotation["id"]} has an unknown image or category')
+        own[k].append(annotation)
+    found = [annotation for one in own for annotation in one]
+    texts = [json.dumps(one.get('segmentation')).encode() for one in found]
+    boxes = np.array([one['bbox'] for one in found], np.float32).reshape(-1, 4)
+    if len(boxes) != len(found) or not np.isfinite(boxes).all():
+        raise ValueError('a bbox is not four finite numbers')
+    return names, {
+        'image_ids': np.array(list(index), np.int64),
+        'ends': np.cumsum([len(one) for one in own], dtype=np.int64),
+        'boxes': boxes,
+        'labels': np.array([label_of[int(one['category_id'])] for one in found], np.int32),
+        'crowd': np.array([bool(one.get('iscrowd', 0)) for one in found], bool),
+        'areas': np.array(
+            [one.get('area', box[2] * box[3]) for one, box in zip(found, boxes, strict=True)],
+            np.float32,
+        ),
+        'ids': np.array([int(one['id']) for one in found], np.int64),
+        'text': np.frombuffer(b''.join(texts), np.uint8),
+        'text_ends': np.cumsum([len(text) for text in texts], dtype=np.int64),
+    }, tuple(categories[number] for number in sorted(categories))
+
+
+def plain(name: Any) -> bool:
+    """Whether a file name stays within its folder."""
+    return isinstance(name, str) and bool(name) and not (
+        os.path.isabs(name) or '://' in name or '..' in name.split('/') or '\0' in name
+    )

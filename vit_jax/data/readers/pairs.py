@@ -1,0 +1,93 @@
+"""Images with masks of the same names: path/images/** beside path/masks/**, or in path/train/...
+
+A mask has the path of its image below the folder, but for the suffix. The folders of splits are
+above (path/train/images) or below (path/images/train).
+"""
+
+import os
+from collections.abc import Sequence
+
+from vit_jax.data.readers import folders, ranges, shares, splits, walk
+from vit_jax.data.readers.record import Record
+from vit_jax.errors import UserError
+
+IMAGES, MASKS = 'images', 'masks'
+
+
+class Pairs:
+    """Records of image files and their masks: `image`, and `mask` when a task asks for it."""
+
+    def __init__(self, root: str, images: Sequence[str], masks: Sequence[str]):
+        self.root, self.images, self.masks = root, images, masks
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Record:
+        return Record({'image': folders.file_bytes(self.images[i])}, self, i)
+
+    def field_names(self, i: int) -> list[str]:
+        """The mask."""
+        return ['mask']
+
+    def read_field(self, i: int, name: str) -> bytes:
+        """Bytes of the mask; raises UserError if it can't be read."""
+        with ranges.reading(self.masks[i]):
+            return folders.file_bytes(self.masks[i])
+
+    def traits(self) -> tuple[list, list]:
+        """See `facts`."""
+        order = [folders.relative(self.root, paths) for paths in (self.images, self.masks)]
+        contents = (folders.file_contents(paths) for paths in (self.images, self.masks))
+        return order, [trait for one in contents for trait in one]
+
+    def name(self, i: int) -> str:
+        """Path of the image of example i."""
+        return self.images[i]
+
+
+def find(path: str, inner: set[str]) -> dict[str, tuple[str, str]]:
+    """{split: (folder of images, folder of masks)} of a folder with folders `inner`; {} if none."""
+    path = path.rstrip('/')
+    if {IMAGES, MASKS} <= inner:
+        images, masks = f'{path}/{IMAGES}', f'{path}/{MASKS}'
+        below = set(walk.listed(images)[1]) & set(walk.listed(masks)[1]) & set(splits.KNOWN)
+        if below:
+            return {part: (f'{images}/{part}', f'{masks}/{part}') for part in sorted(below)}
+        return {'train': (images, masks)}
+    parts = {}
+    for part in sorted(set(splits.KNOWN) & inner):
+        if {IMAGES, MASKS} <= set(walk.listed(f'{path}/{part}')[1]):
+            parts[part] = f'{path}/{part}/{IMAGES}', f'{path}/{part}/{MASKS}'
+    return parts
+
+
+def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> Pairs:
+    """Pairs of a split, or of a share of one by a hash of the file names."""
+    part, low, high = splits.share(split)
+    if part not in parts:
+        raise splits.missing(path, part, parts)
+    top, skipped = parts[part], walk.Skipped()
+    images, masks = (by_stem(folder, skipped) for folder in top)
+    for folder, found in zip(top, (images, masks), strict=True):
+        for stem, files in found.items():
+            if len(files) > 1:
+                raise UserError(f'{folder}/{stem} stands for {len(files)} files: {files[0]} ...')
+    for stem in [stem for stem in images if stem not in masks]:
+        skipped.add('images without a mask', images.pop(stem)[0])
+    stems = shares.chosen(list(images), low, high)
+    if not stems:
+        raise UserError(f'no images with masks in {top[0]} and {top[1]} for split {split!r}')
+    skipped.report(path)
+    return Pairs(path, [images[stem][0] for stem in stems], [masks[stem][0] for stem in stems])
+
+
+def by_stem(folder: str, skipped: walk.Skipped) -> dict[str, list[str]]:
+    """{path below the folder without suffix: files of this name} of the images in a folder."""
+    root, _, name = folder.rpartition('/')
+    seen = set() if '://' in folder else {walk.identity(folder)}
+    found = {}
+    for file in walk.walk(root, name, skipped, seen):
+        stem = os.path.splitext(file.removeprefix(f'{name}/'))[0]
+        found.setdefault(stem, []).append(f'{root}/{file}')
+    return found
