@@ -1,13 +1,17 @@
 """What tells data sets apart: a copy has the same facts, a change other ones; and a resume."""
 
+import io
 import json
 import pickle
 import shutil
 
+import fsspec
 import jax
 import kinds
 import launched
+import numpy as np
 import pytest
+from PIL import Image
 
 from vit_jax import config, train
 from vit_jax.data import mixture, sources
@@ -56,6 +60,76 @@ def test_a_copy_has_the_same_facts_and_each_change_is_one_of_them(kind, tmp_path
     share = of(tmp_path / 'other', 'train[:50%]')
     assert {'examples', 'order'} <= changed(of(tmp_path / 'other'), share)
     json.dumps(first)
+
+
+def bmp(value, size=4):
+    """An image of one grey level, of as many bytes for every level."""
+    out = io.BytesIO()
+    Image.new('RGB', (size, size), (value,) * 3).save(out, 'BMP')
+    return out.getvalue()
+
+
+@pytest.mark.parametrize('kind', kinds.KINDS)
+def test_images_of_equal_size_that_change_places_or_bytes_are_a_change(kind, tmp_path):
+    before = [(bmp(i), i % 3) for i in range(9)]
+    kinds.write(kind, tmp_path / 'a', before, NAMES)
+    first = of(tmp_path / 'a')
+    swapped = [before[3], *before[1:3], before[0], *before[4:]]  # of one class
+    replaced = [(bmp(77), k) if i == 4 else (d, k) for i, (d, k) in enumerate(before)]
+    for name, some in (('swapped', swapped), ('replaced', replaced)):
+        path = kinds.write(kind, tmp_path / name, some, NAMES)
+        if kind == 'records':  # a shard of the same size in place of that which the manifest names
+            shutil.copy(tmp_path / 'a' / 'manifest.json', path)
+        assert changed(first, of(path)) == {'contents'}
+    kinds.write(kind, tmp_path / 'copy', before, NAMES)
+    assert of(tmp_path / 'copy') == first
+
+
+def test_a_sample_is_spread_evenly_and_all_of_a_small_set():
+    asked = []
+
+    def digest(length, size, other=None):
+        asked.clear()
+
+        def read(i):
+            asked.append(i)
+            return bytes([i == other]) * size
+
+        return facts.sample_digest(read, length)
+
+    digest(10**6, 10)
+    assert len(asked) == facts.SAMPLE and {0, 10**6 - 1} <= set(asked)
+    assert max(np.diff(sorted(asked))) < 2 * 10**6 / facts.SAMPLE
+    chosen = sorted(asked)
+    assert digest(10**6, 10) == digest(10**6, 10, other=chosen[5] + 1)
+    assert digest(10**6, 10) != digest(10**6, 10, other=chosen[5])
+    first = digest(4000, 1000)
+    assert sorted(asked) == list(range(4000)) and first != digest(4000, 1000, other=2345)
+    digest(4000, 2**18)  # a gigabyte
+    assert len(asked) == facts.SAMPLE
+    assert digest(3, 1) != digest(3, 2) and digest(0, 1) == digest(0, 2)
+
+    def fails(i):
+        if i == 1:
+            raise OSError('gone')
+        return b'x'
+
+    assert facts.sample_digest(fails, 3) != facts.sample_digest(lambda i: b'x', 3)
+
+
+@pytest.mark.parametrize('kind', ['tar', 'records', 'parquet'])
+def test_facts_read_no_example_at_an_address(kind, tmp_path, monkeypatch):
+    kinds.write(kind, tmp_path / 'a', rows(), NAMES)
+    fs = fsspec.filesystem('memory')
+    try:
+        for file in (tmp_path / 'a').rglob('*.*'):
+            fs.pipe_file(f'/facts/{file.relative_to(tmp_path / "a")}', file.read_bytes())
+        source = sources.load(name='memory://facts')
+        monkeypatch.setattr(type(source.records), '__getitem__', lambda *args: pytest.fail('read'))
+        monkeypatch.setattr(facts, 'sample_digest', lambda *args: pytest.fail('a sample'))
+        assert facts.of(source)['examples'] == 9
+    finally:
+        fs.store.clear()
 
 
 def test_facts_of_mixtures_and_drawn_sets_are_those_of_their_parts(tmp_path):
