@@ -66,7 +66,7 @@ name_of() { # OPTION VALUE REGEX: fails unless the value is empty or matches
     [[ -z $2 || $2 =~ ^$3$ ]] || fail "--$1 is $(LC_ALL=C printf %q "$2"), which no ${1//-/ } is"
 }
 
-secret() { # prints a new secret for the processes of a job, see vit_jax/distributed/talk.py
+secret() { # prints a new secret for the processes of a job, see vit_jax/distributed/connection.py
     head -c 16 /dev/urandom | od -An -v -tx1 | tr -d ' \n'
 }
 

@@ -14,6 +14,7 @@ from processes import Run
 
 from vit_jax import sharding
 from vit_jax.distributed import clusters, hosts
+from vit_jax.distributed.watch import EXIT_STATUS, Watch
 from vit_jax.errors import UserError
 
 STEPS = ('--config.steps=20', '--config.checkpoint.every=10')
@@ -77,11 +78,11 @@ def test_place(variables, flags, wanted, environment):
     ('', ('::1:8476', 4, 1), 'not of the form HOST:PORT, or [ADDRESS]:PORT for IPv6'),
     ('', ('a:99999', 4, 1), "'a:99999'; ports are from 1 to 65535"),
     ('', ('a:0', 4, 0), 'ports are from 1 to 65535'),
-    ('', ('a..b:1', 4, 1), "'a..b:1', whose host is no name"),
-    ('', ('a:1', 4, 4), '--process_id is 4; of 4 processes it is one of 0 to 3'),
+    ('', ('a..b:1', 4, 1), "'a..b:1', whose host is not a valid name"),
+    ('', ('a:1', 4, 4), '--process_id is 4; with --num_processes=4 it is from 0 to 3'),
     ('OMPI_COMM_WORLD_SIZE=four', (), "OMPI_COMM_WORLD_SIZE is 'four', not a number"),
     ('OMPI_COMM_WORLD_SIZE=4', (), "OMPI_COMM_WORLD_RANK is '', not a number"),
-    (OMPI, (), "this is process 3 of 4, but 'OMPI_MCA_orte_hnp_uri' is not set"),
+    (OMPI, (), "this is process 3 of 4, but 'OMPI_MCA_orte_hnp_uri', which says where"),
 ])  # fmt: skip
 def test_places_that_are_none(variables, flags, words, environment):
     environment(variables)
@@ -90,7 +91,7 @@ def test_places_that_are_none(variables, flags, words, environment):
 
 
 def test_a_tpu_slice(environment, monkeypatch):
-    monkeypatch.setattr(clusters.cloud_tpu_init, 'running_in_cloud_tpu_vm', True)
+    monkeypatch.setattr('jax._src.cloud_tpu_init.running_in_cloud_tpu_vm', True)
     monkeypatch.setattr('jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm', True)
     monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
     environment('MEGASCALE_COORDINATOR_ADDRESS= MEGASCALE_NUM_SLICES= MEGASCALE_SLICE_ID=')
@@ -100,15 +101,21 @@ def test_a_tpu_slice(environment, monkeypatch):
     assert clusters.place() is None  # one host needs none of this
 
 
+def test_a_jax_without_a_private_name_is_refused(monkeypatch):
+    monkeypatch.delattr('jax._src.cloud_tpu_init.running_in_cloud_tpu_vm')
+    with pytest.raises(UserError, match='lacks .*running_in_cloud_tpu_vm.*; jax 0.9.0 to 0.11.2'):
+        clusters.place()
+
+
 def test_what_is_expected_is_checked(environment):
     where = clusters.Place('a:1', 4, 0, None)
-    hosts.expect(where, 4)
-    hosts.expect(None, 1)
-    hosts.expect_devices(8)
+    hosts.check_processes(where, 4)
+    hosts.check_processes(None, 1)
+    hosts.check_devices(8)
     for call, words in (
-        (lambda: hosts.expect(where, 8), '--expect_processes is 8, but this is one of 4'),
-        (lambda: hosts.expect(None, 4), '--expect_processes is 4, but this is one of 1'),
-        (lambda: hosts.expect_devices(16), '--expect_devices is 16, but there are 8: 8 here'),
+        (lambda: hosts.check_processes(where, 8), '--expect_processes is 8, but this is one of 4'),
+        (lambda: hosts.check_processes(None, 4), '--expect_processes is 4, but this is one of 1'),
+        (lambda: hosts.check_devices(16), '--expect_devices is 16, but there are 8: 8 here'),
     ):
         with pytest.raises(UserError, match=words):
             call()
@@ -118,25 +125,25 @@ def test_what_is_expected_is_checked(environment):
 
 
 def watch(**fields):
-    found = hosts.Watch.__new__(hosts.Watch)
-    found.place, found.mine = clusters.Place('a:1', 3, 0, None), dict(moves=5, phase='step 3')
+    found = Watch.__new__(Watch)
+    found.place, found.heartbeat = clusters.Place('a:1', 3, 0, None), dict(phases=5, phase='step 3')
     found.interval, found.limit, found.start_timeout = 2, 50, 600
-    found.records, found.behind, found.leaving = {}, {}, False
-    found.heard = {i: 1000.0 for i in range(3)}
+    found.heartbeats, found.waited_since, found.failing = {}, {}, False
+    found.last_report = {i: 1000.0 for i in range(3)}
     vars(found).update(fields)
     return found
 
 
-def record(moves, phase='step 3', **fields):
-    return dict(moves=moves, phase=phase, host='h', beat=1, **fields)
+def record(phases, phase='step 3', **fields):
+    return dict(phases=phases, phase=phase, host='h', number=1, **fields)
 
 
 def test_silence_is_a_loss():
-    one = watch(records={1: record(5), 2: record(5, 'save, of step 2')})
-    assert one.lost(1049) is None
-    one.heard |= {0: 1049, 1: 1049}
-    words = r'process 2 of 3 \(h\) has not been heard of for 51 s; its last words: save, of step 2'
-    message, status = one.lost(1051)
+    one = watch(heartbeats={1: record(5), 2: record(5, 'save, of step 2')})
+    assert one.find_loss(1049) is None
+    one.last_report |= {0: 1049, 1: 1049}
+    words = r'process 2 of 3 \(h\) has not reported for 51 s; its last phase: save, of step 2'
+    message, status = one.find_loss(1051)
     assert status == 4 and message == words.replace('\\', '')
 
 
@@ -144,26 +151,26 @@ def test_silence_is_a_loss():
     ('step 3, waiting for data', 50), ('compile, of the step', 600), ('restore', 600),
 ])  # fmt: skip
 def test_whom_others_wait_for_is_lost(phase, patience):
-    one = watch(records={1: record(5), 2: record(4, phase)})
+    one = watch(heartbeats={1: record(5), 2: record(4, phase)})
     now = 2000.0
 
     def lost(after):
-        one.heard = {i: now + after for i in range(3)}
-        return one.lost(now + after)
+        one.last_report = {i: now + after for i in range(3)}
+        return one.find_loss(now + after)
 
     assert lost(0) is None and lost(patience - 1) is None
     message, status = lost(patience + 1)
-    assert status == 4 and 'for process 2 of 3 (h), which is at: ' + phase in message
-    one.records[2] = record(5, phase)  # it has come on
+    assert status == 4 and 'for process 2 of 3 (h), which is in phase: ' + phase in message
+    one.heartbeats[2] = record(5, phase)  # it has come on
     assert lost(patience + 2) is None
-    one.records[1], one.mine['moves'] = record(6), 6  # and is behind again: waited for anew
+    one.heartbeats[1], one.heartbeat['phases'] = record(6), 6  # it is behind again
     assert lost(patience + 3) is None and lost(2 * patience) is None
     assert lost(2 * patience + 4) is not None
 
 
 def test_all_even_is_never_a_loss():
-    one = watch(records={i: record(5) for i in range(3)}, heard={i: 9e9 for i in range(3)})
-    assert one.lost(9e9) is None
+    one = watch(heartbeats={i: record(5) for i in range(3)}, last_report={i: 9e9 for i in range(3)})
+    assert one.find_loss(9e9) is None
 
 
 # what a process holds of a batch
@@ -237,10 +244,10 @@ def test_one_that_dies_or_stalls_ends_all(signum, who, count, folder, tmp_path):
         run.processes[who].send_signal(getattr(signal, f'SIG{signum}'))
         statuses = run.ended(who, within=timeout + 5)
         for i, status in statuses.items():
-            assert status == hosts.STATUS, run.says()
+            assert status == EXIT_STATUS, run.says()
             (error,) = run.errors(i)
-            assert f'error: process {who} of {count} (' in error and 'its last words: ' in error
-            assert 'step' in error.partition('last words: ')[2]
+            assert f'error: process {who} of {count} (' in error and 'its last phase: ' in error
+            assert 'step' in error.partition('last phase: ')[2]
     assert 7 in launched.checkpoints(workdir)
 
 
@@ -273,7 +280,7 @@ def test_a_barrier_where_one_stalls(phase, folder, begun, tmp_path):
     with Run(folder, workdir, 2, 1, *flags, stop_in=(1, PHASES[phase])) as run:
         run.wait_for(lambda: run.stopped(1))
         statuses = run.ended(1, within=30)
-        assert statuses == {0: hosts.STATUS}, run.says()
+        assert statuses == {0: EXIT_STATUS}, run.says()
         (error,) = run.errors(0)
         assert 'process 1 of 2' in error, error
         assert ('did not start' if phase == 'start' else phase) in error
@@ -293,12 +300,12 @@ def test_one_lost_between_the_meeting_and_the_start_is_named(signum, who, count,
         if signum == 'KILL':
             run.processes[who].kill()
         statuses = run.ended(who)
-        assert set(statuses.values()) == {hosts.STATUS}, run.says()
+        assert set(statuses.values()) == {EXIT_STATUS}, run.says()
         for i in statuses:
             (error,) = run.errors(i)
             assert f'error: process {who} of {count} (' in error, run.says()
             assert 'Check failed' not in run.log(i)
-            assert ('ended before' if signum == 'KILL' else 'has not been heard of') in error
+            assert ('ended before' if signum == 'KILL' else 'has not reported') in error
 
 
 @pytest.mark.slow
@@ -361,7 +368,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_next_start(folder, tmp_path):
         data.write_bytes(data.read_bytes()[:16])
     flags = (*flags, '--config.steps=9', '--allow_config_change')
     with Run(folder, workdir, 2, 1, *flags) as run:
-        assert run.ended() == {0: hosts.STATUS, 1: hosts.STATUS}, run.says()
+        assert run.ended() == {0: EXIT_STATUS, 1: EXIT_STATUS}, run.says()
         for i in range(2):
             assert any('checkpoints/8 is damaged: ' in error for error in run.errors(i))
     assert launched.checkpoints(workdir) == [4]

@@ -3,6 +3,7 @@
 import ast
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -94,6 +95,14 @@ def test_no_files_import_each_other_in_a_circle():
     for name in MODULES:
         if name:
             follow(name, [])
+
+
+def test_private_names_of_a_library_are_imported_in_one_place():
+    modules = {name: path.read_text() for name, path in MODULES.items()}
+    for library in ('jax', 'orbax.checkpoint'):
+        form = re.compile(rf'\b{re.escape(library)}\._(?!_)')
+        users = [name for name, text in modules.items() if form.search(text)]
+        assert len(users) <= 1, users
 
 
 @pytest.mark.parametrize('rooms, refused', [

@@ -11,8 +11,9 @@ import time
 import pytest
 from processes import free_port
 
-from vit_jax.distributed import rendezvous, talk
+from vit_jax.distributed import rendezvous
 from vit_jax.distributed.clusters import Place
+from vit_jax.distributed.connection import SECRET, Connection, listen
 from vit_jax.distributed.rendezvous import meet
 from vit_jax.errors import Lost, UserError
 
@@ -21,7 +22,7 @@ SECRETS = pytest.mark.parametrize('secret', [None, 'of this job'])
 
 @pytest.fixture(autouse=True)
 def no_secret(monkeypatch):
-    monkeypatch.delenv(talk.SECRET, raising=False)
+    monkeypatch.delenv(SECRET, raising=False)
 
 
 def meeting(*places, port=None, facts=None, timeout=20, host='localhost'):
@@ -80,14 +81,14 @@ def test_a_name_that_is_not_known_is_said_while_it_is_waited_for(monkeypatch, ca
 @SECRETS
 def test_other_configs_and_equal_numbers_are_named_to_all(secret, monkeypatch):
     if secret:
-        monkeypatch.setenv(talk.SECRET, secret)
+        monkeypatch.setenv(SECRET, secret)
     for found in meeting((0, 3), (1, 3), (2, 3), facts={2: {'config': 'b\n'}}):
         assert isinstance(found, UserError) and '\n' not in str(found)
         assert 'process 2 (' in str(found) and 'has another config than process 0' in str(found)
     for found in meeting((0, 2), (1, 3)):
         assert isinstance(found, UserError) and 'has another processes than' in str(found)
     found = meeting((0, 3), (1, 3), (1, 3))
-    assert all(isinstance(f, UserError) and 'say that they are number 1' in str(f) for f in found)
+    assert all(isinstance(f, UserError) and 'have the index 1: on' in str(f) for f in found)
 
 
 # strangers
@@ -102,11 +103,11 @@ def connected(port):
 
 
 def shaken(port):
-    """A Talk with process 0 that has exchanged numbers, as whoever reaches the port can."""
-    one = talk.Talk(connected(port), 'i')
-    one.call()
-    line = one.read(20)[0]
-    one.theirs = json.loads(line.partition(b' ')[2])['nonce']
+    """A Connection to process 0 that has exchanged nonces, as whoever reaches the port can."""
+    one = Connection(connected(port), 'i')
+    one.send_nonce()
+    line = one.read_lines(20)[0]
+    one.peer_nonce = json.loads(line.partition(b' ')[2])['nonce']
     return one
 
 
@@ -126,9 +127,9 @@ def say_wrong_things(port):
         with contextlib.suppress(OSError):
             one = shaken(port)
             data = text.encode('utf-8', 'surrogatepass')
-            mac = one.mac('i', one.theirs, data.decode('utf-8', 'replace'))
-            one.connection.sendall(mac.encode() + b' ' + data + b'\n')
-            yield one.connection
+            mac = one.mac('i', one.peer_nonce, data.decode('utf-8', 'replace'))
+            one.socket.sendall(mac.encode() + b' ' + data + b'\n')
+            yield one.socket
 
 
 def say_anything(port):
@@ -150,10 +151,10 @@ def idle(port):
 
 def dribble(port):
     one = shaken(port)
-    yield one.connection
+    yield one.socket
     with contextlib.suppress(OSError):
         while True:
-            one.connection.sendall(b'x')
+            one.socket.sendall(b'x')
             time.sleep(0.2)
 
 
@@ -164,7 +165,7 @@ ATTACKS = [say_wrong_things, say_anything, idle, dribble]
 @pytest.mark.parametrize('attack', ATTACKS)
 def test_a_stranger_neither_holds_up_nor_ends_the_meeting(secret, attack, monkeypatch, capfd):
     if secret:
-        monkeypatch.setenv(talk.SECRET, secret)
+        monkeypatch.setenv(SECRET, secret)
     port, connections = free_port(), []
     begun = threading.Event()
 
@@ -185,49 +186,49 @@ def test_a_stranger_neither_holds_up_nor_ends_the_meeting(secret, attack, monkey
     for connection in connections:
         connection.close()
     said = capfd.readouterr().err
-    assert attack in (idle, dribble) or 'strangers: ' in said and said.count('\n') == 1
+    assert attack in (idle, dribble) or '; rejected ' in said and said.count('\n') == 1
 
 
 def sealed(number, key, monkeypatch, **body):
     """The line of a process with a key, or none, for a number of process 0."""
     with monkeypatch.context() as patch:
-        patch.setenv(talk.SECRET, key) if key else patch.delenv(talk.SECRET, raising=False)
+        patch.setenv(SECRET, key) if key else patch.delenv(SECRET, raising=False)
         text = json.dumps(body)
-        return f'{talk.Talk(None, "i").mac("i", number, text)} {text}\n'.encode()
+        return f'{Connection(None, "i").mac("i", number, text)} {text}\n'.encode()
 
 
 @pytest.mark.parametrize('key', ['', 'of another job', 'of this job'])
-def test_a_record_without_the_secret_or_said_again_is_a_strangers(key, monkeypatch, capfd):
+def test_a_record_without_the_secret_or_replayed_is_rejected(key, monkeypatch, capfd):
     """Its facts differ, which ends the run where a process of the job says so."""
-    monkeypatch.setenv(talk.SECRET, 'of this job')
+    monkeypatch.setenv(SECRET, 'of this job')
     port = free_port()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         first = pool.submit(meeting, (0, 2), port=port)
         one, other = shaken(port), shaken(port)
-        number = other.theirs if key == 'of this job' else one.theirs  # overheard, and said again
+        number = other.peer_nonce if key == 'of this job' else one.peer_nonce  # a replay
         facts = {'processes': 2, 'config': 'b'}
         line = sealed(number, key, monkeypatch, process=1, host='x', facts=facts)
-        one.connection.sendall(line)
+        one.socket.sendall(line)
         with pytest.raises(OSError):
-            one.read(20)  # process 0 has closed it
+            one.read_lines(20)  # process 0 has closed it
         assert all_met([*meeting((1, 2), port=port), *first.result()]) is True
-    assert '(without the VIT_JAX_JOB_SECRET of this job)' in capfd.readouterr().err
+    assert '(without this job\'s VIT_JAX_JOB_SECRET)' in capfd.readouterr().err
 
 
 def test_an_answer_without_the_secret_is_none(monkeypatch):
     """A process believes no one who only listens where process 0 should."""
     monkeypatch.setattr(rendezvous, 'CERTAIN', 1)
-    monkeypatch.setenv(talk.SECRET, 'of this job')
+    monkeypatch.setenv(SECRET, 'of this job')
     (found,) = with_program(false_process_0)
     assert isinstance(found, UserError)
     assert 'has another VIT_JAX_JOB_SECRET than this process, or belongs to' in str(found)
 
 
 def false_process_0(connection):
-    one = talk.Talk(connection, '0')
+    one = Connection(connection, '0')
     one.mac = lambda *words: '0' * 64
-    one.reply(one.read(5)[0], host='x')
-    one.say(mistake='not believed')
+    one.answer_nonce(one.read_lines(5)[0], host='x')
+    one.send(mistake='not believed')
     time.sleep(1)
 
 
@@ -259,7 +260,7 @@ def test_another_program_at_the_port_is_named_soon(banner, seconds, monkeypatch)
         time.sleep(seconds)
 
     (found,) = with_program(serve, timeout=600)
-    assert isinstance(found, UserError) and 'is held by another program, which says' in str(found)
+    assert isinstance(found, UserError) and 'is used by another program' in str(found)
 
 
 def test_a_port_that_says_nothing_is_not_waited_for_to_the_end(monkeypatch):
@@ -272,12 +273,12 @@ def test_a_port_that_says_nothing_is_not_waited_for_to_the_end(monkeypatch):
 def test_a_port_in_use_is_named():
     with socket.create_server(('', 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
         (found,) = meeting((0, 2), port=server.getsockname()[1])
-        assert isinstance(found, UserError) and 'can not listen at port' in str(found)
+        assert isinstance(found, UserError) and 'cannot listen at port' in str(found)
 
 
 def test_process_0_listens_where_others_find_it(monkeypatch, capfd):
     def bound(host):
-        servers, *_ = talk.listen(host, free_port(), 5)
+        servers, *_ = listen(host, free_port(), 5)
         found = {server.getsockname()[0] for server in servers}
         for server in servers:
             server.close()

@@ -87,7 +87,7 @@ def run(overrides, stop):
     # Imported here, so that a signal during the imports is handled.
     from vit_jax import config, train
     from vit_jax.data import memory
-    from vit_jax.distributed import clusters, hosts
+    from vit_jax.distributed import clusters, hosts, watch
     from vit_jax.run import compilation, report, workdir
 
     memory.sweep()
@@ -104,9 +104,9 @@ def run(overrides, stop):
         where = clusters.place(
             COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=START.value
         )
-        hosts.expect(where, EXPECT_PROCESSES.value)
-        with hosts.joined(where, hosts.facts(settings), **limits) as (set_phase, agree):
-            hosts.expect_devices(EXPECT_DEVICES.value)
+        hosts.check_processes(where, EXPECT_PROCESSES.value)
+        with hosts.join(where, hosts.facts(settings), **limits) as (set_phase, agree):
+            hosts.check_devices(EXPECT_DEVICES.value)
             stop.shared = where is not None
             with workdir.lock_workdir(WORKDIR.value) as path:
                 try:
@@ -119,7 +119,7 @@ def run(overrides, stop):
                     return 3
     except Lost as e:
         print('error:', printable(e, keep='\n'), file=sys.stderr)
-        return hosts.STATUS
+        return watch.EXIT_STATUS
     first = where is None or where.process == 0
     if result is None:
         if first:

@@ -25,7 +25,7 @@ def train(
       config: a config that `config.complete` returned.
       path: workdir of the run.
       stop: distributed.stop.Stop.
-      set_phase: called with the name of each phase as it begins, see hosts.joined.
+      set_phase: called with the name of each phase as it begins, see hosts.join.
       agree: called with the facts of the data, which must be equal in all processes.
       allow_config_change: resume even if config or data differ from those of the run's start.
       profile: steps to trace, as STEP:COUNT. None: none.

@@ -74,7 +74,7 @@ def totals(step, feed, params, mesh, stop, set_phase, advance):
     """Sums over all batches of `feed`: {name: float64 array}; `step` is what `compiled` returns.
 
     Returns None if `stop` becomes true before the end. Calls `at` with the phase of each batch (as
-    for hosts.joined) and `advance` with the number of images in it.
+    for hosts.join) and `advance` with the number of images in it.
     """
     stop = Stop() if stop is None else stop
     total = {}
