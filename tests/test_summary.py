@@ -9,7 +9,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from vit_jax.evaluators import classify
-from vit_jax.figures import model_page, summary
+from vit_jax.figures import model_page, style, summary
 
 pytestmark = pytest.mark.filterwarnings('error')
 
@@ -233,18 +233,18 @@ def test_texts_stay_on_the_page_and_apart(draw, monkeypatch, case):
 
 
 def test_long_names_are_cut_to_their_room():
-    text = summary.shorten('great white shark', 0.6, 7)
+    text = style.shorten('great white shark', 0.6, 7)
     assert text.endswith('…') and 'great white shark'.startswith(text[:-1])
-    assert 0.5 < summary.text_width(text, 7) <= 0.6
-    assert summary.shorten('ant', 0.6, 7) == 'ant'
+    assert 0.5 < style.text_width(text, 7) <= 0.6
+    assert style.shorten('ant', 0.6, 7) == 'ant'
 
 
 def test_cut_names_still_differ():
     names = [f'a long beginning that all names share, {c}' for c in 'abcd']
-    tail = summary.tail_of(names)
-    assert len({summary.shorten(name, 0.6, 7, tail=tail) for name in names}) == 4
-    assert all(summary.text_width(summary.shorten(n, 0.6, 7, tail=tail), 7) <= 0.6 for n in names)
-    assert summary.tail_of(['ant', 'bee']) == summary.tail_of(None) == 0
+    tail = style.distinct_tail(names)
+    assert len({style.shorten(name, 0.6, 7, tail=tail) for name in names}) == 4
+    assert all(style.text_width(style.shorten(n, 0.6, 7, tail=tail), 7) <= 0.6 for n in names)
+    assert style.distinct_tail(['ant', 'bee']) == style.distinct_tail(None) == 0
 
 
 @pytest.mark.parametrize('values, shown', [
@@ -252,7 +252,7 @@ def test_cut_names_still_differ():
     ([12500, 17500], ['12500', '17500']), ([], []), ([-1, 0], ['-1', '0']), ([0, 1e-17, 0.5], None),
 ])
 def test_ticks_are_numbers_in_full(values, shown):
-    found = summary.Plain().format_ticks(values)
+    found = style.PlainFormatter().format_ticks(values)
     assert shown is None or found == shown
     assert len(set(found)) == len(values)
 

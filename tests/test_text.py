@@ -55,3 +55,11 @@ def test_json_is_strict_and_exact():
         raise AssertionError(constant)
 
     assert json.loads(line, parse_constant=refuse) == {HOSTILE: [None, None, 1.5, [HOSTILE, True]]}
+
+
+def test_columns_are_aligned_to_either_side():
+    rows = [('name', 'count', 'x'), ('a', '1,000', ''), ('longer', '7', 'y')]
+    assert text.aligned(rows, right=(1,)).split('\n') == [
+        'name    count  x', 'a       1,000', 'longer      7  y',
+    ]  # fmt: skip
+    assert text.aligned(rows[1:]).split('\n')[1] == 'longer  7      y' and text.aligned([]) == ''

@@ -6,7 +6,6 @@ differences in settings and versions, and the last values of both; draws both cu
 difference.
 """
 
-import io
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +14,9 @@ from matplotlib.figure import Figure
 
 from vit_jax import cli
 from vit_jax.errors import UserError, choices, shown
-from vit_jax.figures import summary
+from vit_jax.figures import style
 from vit_jax.io import storage
-from vit_jax.io.text import number, printable
+from vit_jax.io.text import aligned, number, printable
 from vit_jax.run import history, workdir
 
 LEAST = 5  # lines in a window
@@ -123,10 +122,7 @@ def text(a, b, lines, metric, found):
     last = [{k: v for line in part for k, v in line.items()} for part in lines]
     names = [k for k in last[0] if k in last[1] and k not in ('step', 'seconds')]
     rows = [('', 'A', 'B')] + [(k, *(number(part[k]) for part in last)) for k in names]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    said.append('\nlast values')
-    for row in rows:
-        said.append('  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+    said.append('\nlast values\n' + aligned(rows))
     return '\n'.join(said)
 
 
@@ -134,32 +130,29 @@ def draw(path, names, curves, metric, found):
     """Draws a PNG: both curves above, their difference below, a line where they part."""
     figure = Figure(figsize=(8, 5), dpi=150, layout='constrained')
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    for name, one, colour, style in zip(
-        names, curves, (summary.RIGHT, summary.WRONG), ('-', '--'), strict=True
+    for name, one, colour, line in zip(
+        names, curves, (style.RIGHT, style.WRONG), ('-', '--'), strict=True
     ):
-        above.plot(list(one), list(one.values()), style, color=colour, lw=1.2, label=name)
+        above.plot(list(one), list(one.values()), line, color=colour, lw=1.2, label=name)
     steps = sorted(curves[0].keys() & curves[1].keys())
     below.plot(steps, [curves[1][s] - curves[0][s] for s in steps], color='black', lw=0.8)
-    below.axhspan(-2 * found.sigma, 2 * found.sigma, color=summary.GREY, alpha=0.2, lw=0)
+    below.axhspan(-2 * found.sigma, 2 * found.sigma, color=style.GREY, alpha=0.2, lw=0)
     if found.beyond is not None:
         for ax in (above, below):
-            ax.axvline(found.beyond, color=summary.GREY, lw=1, ls=':')
+            ax.axvline(found.beyond, color=style.GREY, lw=1, ls=':')
         above.annotate(
             f'part at step {found.beyond:,}', (found.beyond, 1), xycoords=('data', 'axes fraction'),
-            xytext=(4, -4), textcoords='offset points', va='top', fontsize=8, color=summary.GREY,
+            xytext=(4, -4), textcoords='offset points', va='top', fontsize=8, color=style.GREY,
         )  # fmt: skip
     above.set_ylabel(metric, parse_math=False)
     below.set_ylabel('B - A')
     below.set_xlabel('step')
     legend = figure.legend(loc='outside upper left', ncols=2, frameon=False, fontsize=8)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    style.disable_math(legend)
     for ax in (above, below):
-        ax.yaxis.set_major_formatter(summary.Plain())
+        ax.yaxis.set_major_formatter(style.PlainFormatter())
         ax.spines[['top', 'right']].set_visible(False)
-    png = io.BytesIO()
-    figure.savefig(png, format='png', facecolor='white', metadata={'Software': None})
-    storage.write(path, png.getvalue())
+    style.save(path, figure)
 
 
 def main(argv):
@@ -178,7 +171,7 @@ def main(argv):
     curves = [curve(part, options.metric) for part in lines]
     found = parting(*curves)
     print(printable(text(a, b, lines, options.metric, found), keep='\n'))
-    names = [summary.shorten(f'{k}  {name}', 3.5, 8) for k, name in (('A', a), ('B', b))]
+    names = [style.shorten(f'{k}  {name}', 3.5, 8) for k, name in (('A', a), ('B', b))]
     draw(out, names, curves, options.metric, found)
     print(f'\nPicture: {printable(out)}')
     return 0

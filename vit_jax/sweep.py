@@ -12,7 +12,7 @@ from absl import flags
 
 from vit_jax import cli, config
 from vit_jax.errors import UserError
-from vit_jax.io.text import number, printable
+from vit_jax.io.text import aligned, number, printable
 from vit_jax.run import history, workdir
 
 
@@ -92,11 +92,7 @@ def table(rows):
     for (combination, state, _), metrics in zip(rows, found, strict=True):
         values = (number(metrics[k]) if k in metrics else '' for k in names)
         cells.append((*(value for _, value in combination), state, *values))
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return '\n'.join(
-        '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+    return aligned(cells)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from vit_jax.convert import load, save
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import storage
-from vit_jax.io.text import printable
+from vit_jax.io.text import aligned, printable
 
 TO = flags.DEFINE_enum('to', None, list(save.FAMILIES), 'The format to write.')
 LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')
@@ -38,11 +38,7 @@ def catalogue():
     for name, row in load.catalogue().items():
         accuracy = '' if row['accuracy'] is None else f'{row["accuracy"]:.2f}%'
         rows.append((name, row['family'], str(row['image_size']), accuracy, row['address']))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return '\n'.join(
-        '  '.join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def size():

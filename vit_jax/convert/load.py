@@ -16,7 +16,7 @@ from vit_jax.convert import families, files, run, shards
 from vit_jax.convert.fit import fitted, size_of
 from vit_jax.errors import UserError, shown
 from vit_jax.io import fetch
-from vit_jax.io.text import printable
+from vit_jax.io.text import aligned, printable
 
 ARGUMENTS = ('image_size', 'num_classes', 'keep_pre_logits', 'ema', 'source_image_size')
 
@@ -223,9 +223,4 @@ def table(account):
     for (what, detail), members in groups.items():
         some = ', '.join(members[:3]) + (f', ... ({len(members)})' if len(members) > 3 else '')
         lines.append((what, some, detail))
-    lines = [tuple(map(printable, line)) for line in lines]
-    widths = [max((len(line[i]) for line in lines), default=0) for i in range(2)]
-    return '\n'.join(
-        f'{what.ljust(widths[0])}  {which.ljust(widths[1])}  {detail}'
-        for what, which, detail in lines
-    )
+    return aligned([tuple(map(printable, line)) for line in lines])

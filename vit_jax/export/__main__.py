@@ -134,7 +134,7 @@ def method(
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     return exported, dict(
         classes=None, output=list(outputs), loss=None, image_size=size, view=view, dtype=None,
-        model=report.title(config),
+        model=report.model_name(config),
     )  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def of_study(runs, out):
     for path, config, result in runs:
         value = scaling.accuracy(config, result)
         rows.append((
-            path, scaling.model_of(config, result), mixture.title(config['data']['source']),
+            path, scaling.label_of(config, result), mixture.title(config['data']['source']),
             '' if value is None else page.said(value), page.said(result['seconds']),
         ))  # fmt: skip
     yield 'Runs', f'{len(runs):,}; {hours:,.3g} device-hours in all.', rows

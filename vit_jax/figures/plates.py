@@ -3,47 +3,41 @@
 The pictures are readable in print and by colour-blind readers.
 """
 
-import io
+import os
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import ticker
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vit_jax.figures import summary
-from vit_jax.io import storage
+from vit_jax.figures import style
 
-DPI = 150
 MAP = 'cividis'  # looks the same to colour-blind readers (doi:10.1371/journal.pone.0199239)
 SHOWN = 7  # positions along a side, at most
 NAMED, WRITTEN = 40, 20  # classes of a confusion matrix up to which names and shares are legible
 UNDRAWN = ('step', 'seconds', 'examples')  # keys of a line of metrics
 
 
-def save(path, figure):
-    """Writes a figure as PNG; equal figures give equal bytes."""
-    png = io.BytesIO()
-    figure.savefig(png, format='png', dpi=DPI, facecolor='white', metadata={'Software': None})
-    storage.write(path, png.getvalue())
-
-
-def bare(axes):
+def hide_axes(axes: Axes | np.ndarray) -> None:
+    """Draws no frame, ticks or labels of one or several axes."""
     for ax in np.ravel(axes):
         ax.set_axis_off()
 
 
-def scaled(values):
+def scaled(values: np.ndarray) -> np.ndarray:
     """Scales values to [0, 1], with 0 in the middle and the largest magnitude at an end."""
     return 0.5 + values / (2 * np.abs(values).max() or 1)
 
 
-def curves(path, lines):
+def curves(path: os.PathLike, lines: Sequence[Mapping]) -> bool:
     """Draws all metrics of metrics.jsonl over the steps, a panel for each; returns False if none.
 
     A metric is drawn once it has two points in training or in an evaluation.
     """
     keys = dict.fromkeys(key.rpartition('/')[2] for line in lines for key in line)
-    found = {key: summary.history(lines, key) for key in keys if key not in UNDRAWN}
+    found = {key: style.series_of(lines, key) for key in keys if key not in UNDRAWN}
     names = [key for key, all_of in found.items() if any(len(s) > 1 for s, _ in all_of.values())]
     if not names:
         return False
@@ -54,7 +48,7 @@ def curves(path, lines):
     for ax in axes[len(names) :]:
         ax.set_axis_off()
     for ax, name in zip(axes, names, strict=False):
-        summary.draw_series(ax, found[name], '#.3g')
+        style.draw_series(ax, found[name], '#.3g')
         ax.set_title(name.replace('_', ' '), fontsize=9, loc='left')
         ax.tick_params(labelsize=7)
         ax.set_xlim(0, 1.02 * lines[-1]['step'])
@@ -64,13 +58,12 @@ def curves(path, lines):
             loc='upper left', bbox_to_anchor=(0, -0.14), borderaxespad=0, frameon=False, fontsize=6,
             ncols=2, columnspacing=1,
         )  # fmt: skip
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-    save(path, figure)
+        style.disable_math(legend)
+    style.save(path, figure)
     return True
 
 
-def confusion(path, counts, classes):
+def confusion(path: os.PathLike, counts: np.ndarray, classes: Sequence[str]) -> None:
     """Draws a confusion matrix [K, K] of counts as shares of each true class (row)."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     k = len(counts)
@@ -79,8 +72,8 @@ def confusion(path, counts, classes):
     ax = figure.subplots()
     drawn = ax.imshow(shares, cmap=MAP, vmin=0, vmax=1)
     if k <= NAMED:
-        tail = summary.tail_of(classes)
-        words = [summary.shorten(name, 1.3, 7, tail=tail) for name in classes]
+        tail = style.distinct_tail(classes)
+        words = [style.shorten(name, 1.3, 7, tail=tail) for name in classes]
         ax.set_xticks(range(k), words, rotation=90, fontsize=7, parse_math=False)
         ax.set_yticks(range(k), words, fontsize=7, parse_math=False)
     if k <= WRITTEN:
@@ -93,16 +86,16 @@ def confusion(path, counts, classes):
     bar = figure.colorbar(drawn, ax=ax, shrink=0.7, aspect=25)
     bar.set_label('share of the true class', fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    save(path, figure)
+    style.save(path, figure)
 
 
-def filters(path, components, shares):
+def filters(path: os.PathLike, components: np.ndarray, shares: np.ndarray) -> None:
     """Draws the first principal components [K, P, P, C] of patch filters; C is 1 or 3."""
     columns = 7
     rows = -(-len(components) // columns)
     figure = Figure(figsize=(6.3, 0.5 + 0.9 * rows), layout='constrained')
     axes = np.reshape(figure.subplots(rows, columns), -1)
-    bare(axes)
+    hide_axes(axes)
     for ax, component in zip(axes, components, strict=False):
         image = scaled(component)
         ax.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap='gray', vmin=0, vmax=1)
@@ -110,10 +103,10 @@ def filters(path, components, shares):
         f'Patch filters: the first {len(components)} principal components, '
         f'{shares.sum():.0%} of the variance', fontsize=9,
     )  # fmt: skip
-    save(path, figure)
+    style.save(path, figure)
 
 
-def positions(path, similarity):
+def positions(path: os.PathLike, similarity: np.ndarray) -> None:
     """Draws maps of the similarity [h, w, h, w] of some patches' positions to all others."""
     h, w = similarity.shape[:2]
     ys, xs = (np.unique(np.linspace(0, n - 1, min(n, SHOWN)).round().astype(int)) for n in (h, w))
@@ -133,28 +126,28 @@ def positions(path, similarity):
     bar.set_label('cosine similarity', fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle('Position embeddings, by row and column of the patch', fontsize=9)
-    save(path, figure)
+    style.save(path, figure)
 
 
-def distances(path, distance):
+def distances(path: os.PathLike, distance: np.ndarray) -> None:
     """Draws attention distance [L, H] in pixels by depth, with a point per head."""
     layers, heads = distance.shape
     figure = Figure(figsize=(6.3, 3.6), layout='constrained')
     ax = figure.subplots()
     depth = np.arange(1, layers + 1)
     for head in range(heads):
-        ax.plot(depth, distance[:, head], 'o', ms=4, mew=0, color=summary.RIGHT, alpha=0.5)
-    ax.plot(depth, distance.mean(axis=1), color=summary.WRONG, lw=1.5, label='mean of heads')
+        ax.plot(depth, distance[:, head], 'o', ms=4, mew=0, color=style.RIGHT, alpha=0.5)
+    ax.plot(depth, distance.mean(axis=1), color=style.WRONG, lw=1.5, label='mean of heads')
     ax.set_xlabel('layer')
     ax.set_ylabel('mean attention distance, pixels')
     ax.set_ylim(0, 1.15 * distance.max() or 1)
     ax.set_xticks(depth if layers <= 16 else depth[:: layers // 12])
     ax.spines[['top', 'right']].set_visible(False)
     figure.legend(loc='outside upper right', frameon=False, fontsize=8)
-    save(path, figure)
+    style.save(path, figure)
 
 
-def overlay(image, heat):
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Darkens an image [H, W, 3] where a map [h, w] is low (arXiv:2010.11929 figure 6).
 
     The highest 5% have full brightness. In large models a few uninformative patches may have most
@@ -167,33 +160,33 @@ def overlay(image, heat):
     return (image * weights[..., None]).astype(np.uint8)
 
 
-def rollouts(path, images, maps):
-    """Draws images beside their attention rollout, in one to four columns of pairs."""
+def rollouts(path: os.PathLike, images: Sequence[np.ndarray], maps: np.ndarray) -> None:
+    """Draws images beside their attention rollout [B, h, w], in one to four columns of pairs."""
     columns = min(4, -(-len(images) // 4))
     rows = -(-len(images) // columns)
     side = 2.3 if columns == 1 else 1.5
     figure = Figure(figsize=(2 * side * columns, 0.3 + side * rows), layout='constrained')
     axes = figure.subplots(rows, 2 * columns, squeeze=False)
-    bare(axes)
+    hide_axes(axes)
     for pair, image, heat in zip(axes.reshape(-1, 2), images, maps, strict=False):
         pair[0].imshow(image)
         pair[1].imshow(overlay(image, heat))
     for pair in axes[0].reshape(-1, 2):
         pair[0].set_title('input', fontsize=9)
         pair[1].set_title('attention rollout', fontsize=9)
-    save(path, figure)
+    style.save(path, figure)
 
 
-def heads(path, images, maps):
+def heads(path: os.PathLike, images: Sequence[np.ndarray], maps: np.ndarray) -> None:
     """Draws each image and the class token's attention by head [B, H, h, w] in one layer."""
     count = maps.shape[1]
     figure = Figure(figsize=(1.05 * (count + 1), 0.4 + 1.05 * len(images)), layout='constrained')
     axes = figure.subplots(len(images), count + 1, squeeze=False)
-    bare(axes)
+    hide_axes(axes)
     for row, image, by_head in zip(axes, images, maps, strict=True):
         row[0].imshow(image)
         for ax, heat in zip(row[1:], by_head, strict=True):
             ax.imshow(heat, cmap=MAP)
     for head in range(count):
         axes[0, head + 1].set_title(f'head {head + 1}', fontsize=8)
-    save(path, figure)
+    style.save(path, figure)

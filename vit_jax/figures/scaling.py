@@ -4,15 +4,19 @@ Works on any folder with runs that start from others in it. Runs from random wei
 comparison, and few-shot results of the pre-training runs.
 """
 
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib import ticker
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_jax.data import mixture
-from vit_jax.figures import plates, summary
+from vit_jax.figures import style
 from vit_jax.io.text import flop
+from vit_jax.run import report
 
 FAMILIES = ('ViT', 'hybrid', 'ResNet', 'Mixer')
 UNITS = (('exa', 1), ('peta', 1e-3), ('tera', 1e-6), ('giga', 1e-9))  # in exaFLOP
@@ -29,7 +33,7 @@ class Point(NamedTuple):
     value: float
 
 
-def family_of(model):
+def family_of(model: Mapping) -> str:
     """The family of a config's section `model`."""
     if model['name'].startswith('bit'):
         return 'ResNet'
@@ -38,17 +42,15 @@ def family_of(model):
     return 'ViT' if model.get('resnet') is None else 'hybrid'
 
 
-def model_of(config, result):
+def label_of(config: Mapping, result: Mapping) -> str:
     """Label of a model in a picture: its published name, else its family and compute."""
-    name = config['model']['name']
-    if name is None:  # an objective with its own network
-        return config['objective']['name'].rpartition(':')[2]
-    if '-' in name:
+    name = report.model_name(config)
+    if '-' in name or config['model']['name'] is None:
         return name
     return f'{family_of(config["model"])}, {flop(result["flops_per_image"])}'
 
 
-def points(runs):
+def points(runs: Sequence[tuple[str, dict, dict]]) -> list[Point]:
     """[Point] of finished runs [(workdir, config, result)], as returned by workdir.finished."""
     sizes, before, begun = {}, {}, {}
     for path, config, _ in runs:
@@ -56,7 +58,7 @@ def points(runs):
         found = [run for run in runs if begin and f'/{run[0]}'.endswith(f'/{begin}')]
         if found:
             before[path] = found[0]
-            begun[same(found[0][1])] = found[0]
+            begun[same_model(found[0][1])] = found[0]
     tasks = {mixture.title(config['data']['source']) for path, config, _ in runs if path in before}
     points = []
 
@@ -65,16 +67,16 @@ def points(runs):
         images = images_of(config, sizes) if images is None else images
         exaflops = result['costs']['exaflops'] if exaflops is None else exaflops
         family = family_of(config['model'])
-        points.append(Point(task, model_of(config, result), family, images, exaflops, value))
+        points.append(Point(task, label_of(config, result), family, images, exaflops, value))
 
     for path, config, result in runs:
         task, value = mixture.title(config['data']['source']), accuracy(config, result)
         if path in before:
             if value is not None:
                 add(f'{task}, fine-tuned', before[path], value)
-        elif task in tasks and same(config) in begun and not config.get('init_from'):
+        elif task in tasks and same_model(config) in begun and not config.get('init_from'):
             if value is not None:  # labelled as the pre-trained model, whose head may be larger
-                add(f'{task}, fine-tuned', begun[same(config)], value, 0, 0.0)
+                add(f'{task}, fine-tuned', begun[same_model(config)], value, 0, 0.0)
         else:
             for name, few in result['metrics'].items():
                 data, _, shots = name.rpartition('/')
@@ -84,28 +86,28 @@ def points(runs):
     return points
 
 
-def same(config):
+def same_model(config: Mapping) -> str:
     """Key that is equal for runs of the same model, whatever their number of classes."""
     return str(sorted((k, v) for k, v in config['model'].items() if k != 'num_classes'))
 
 
-def accuracy(config, result):
+def accuracy(config: Mapping, result: Mapping) -> float | None:
     """Accuracy in the run's first evaluation of type classify; None without one."""
     names = (name for name, given in config['evals'].items() if given['type'] == 'classify')
     values = (result['metrics'].get(f'{name}/accuracy') for name in names)
     return next((value for value in values if value is not None), None)
 
 
-def images_of(config, known):
-    """Number of images that a run was trained on."""
+def images_of(config: Mapping, counts: dict[str, int]) -> int:
+    """Number of images that a run was trained on; `counts` caches it by data set."""
     source = config['data']['source']
     key = str(source)
-    if key not in known:
-        known[key] = len(mixture.load(**source))
-    return known[key]
+    if key not in counts:
+        counts[key] = len(mixture.load(**source))
+    return counts[key]
 
 
-def draw_images(path, found):
+def draw_images(path: os.PathLike, found: Sequence[Point]) -> bool:
     """Draws accuracy against images of the pre-training: a line per model, a panel per task.
 
     Draws only models that were pre-trained on several numbers of images; returns False if none was.
@@ -123,7 +125,7 @@ def draw_images(path, found):
         for model in dict.fromkeys(p.model for p in of_task):
             line = curve((places[p.images], p.value) for p in of_task if p.model == model)
             family = next(p.family for p in of_task if p.model == model)
-            ax.plot(*line, lw=1.3, ms=5, label=model, **style(family))
+            ax.plot(*line, lw=1.3, ms=5, label=model, **family_style(family))
         ax.set_xticks(range(len(sizes)), [f'{s:,}' if s else 'none' for s in sizes])
         ax.set_xlim(-0.2, len(sizes) - 0.8)
 
@@ -131,7 +133,7 @@ def draw_images(path, found):
     return True
 
 
-def draw_compute(path, found):
+def draw_compute(path: os.PathLike, found: Sequence[Point]) -> None:
     """Draws accuracy against compute of the pre-training on the most images, a point per model."""
     most = max(p.images for p in found)
     chosen = [p for p in found if p.images == most]
@@ -143,7 +145,7 @@ def draw_compute(path, found):
         for family in FAMILIES:
             line = curve((p.exaflops / scale, p.value) for p in of_task if p.family == family)
             if line[0]:
-                ax.plot(*line, ls=':', lw=0.8, ms=5, label=family, **style(family))
+                ax.plot(*line, ls=':', lw=0.8, ms=5, label=family, **family_style(family))
         ax.set_xscale('log')
         ax.xaxis.set_minor_locator(ticker.NullLocator())
         ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
@@ -152,21 +154,26 @@ def draw_compute(path, found):
     panels(path, chosen, panel, f'compute of the pre-training on {most:,} images, {unit}FLOP')
 
 
-def curve(points):
+def curve(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
     """(xs, ys) of points (x, y), sorted; points with equal x, such as seeds, are averaged."""
-    at = {}
+    values = {}
     for x, y in points:
-        at.setdefault(x, []).append(y)
-    return sorted(at), [float(np.mean(at[x])) for x in sorted(at)]
+        values.setdefault(x, []).append(y)
+    return sorted(values), [float(np.mean(values[x])) for x in sorted(values)]
 
 
-def style(family):
+def family_style(family: str) -> dict[str, str]:
     """Colour and marker of a family, distinct in print and to colour-blind readers."""
     i = FAMILIES.index(family)
-    return dict(color=summary.LINES[i], marker=summary.MARKERS[i])
+    return dict(color=style.LINES[i], marker=style.MARKERS[i])
 
 
-def panels(path, found, panel, xlabel):
+def panels(
+    path: os.PathLike,
+    found: Sequence[Point],
+    panel: Callable[[Axes, list[Point]], None],
+    xlabel: str,
+) -> None:
     """Writes a PNG with a panel for each task, drawn by `panel(axes, points)`."""
     tasks = list(dict.fromkeys(p.task for p in found))
     columns = min(2, len(tasks))
@@ -186,4 +193,4 @@ def panels(path, found, panel, xlabel):
     figure.legend(handles, labels, loc='outside upper center', ncols=4, frameon=False, fontsize=8)
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel('accuracy', fontsize=9)
-    plates.save(path, figure)
+    style.save(path, figure)

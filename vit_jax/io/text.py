@@ -8,6 +8,7 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Container, Sequence
 
 # Control characters, surrogates, line and paragraph separators, and format characters: direction
 # marks, zero-width joiners, tags. The two joiners that spell words and emoji are kept.
@@ -83,3 +84,18 @@ def flop(count: float) -> str:
     """Formats a number of operations with its unit: '35.2 GFLOP'."""
     unit, scale = next((u, s) for u, s in UNITS if count >= s or s == UNITS[-1][1])
     return f'{count / scale:.3g} {unit}FLOP'
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
+    """Formats rows of text as lines with aligned columns, two spaces apart.
+
+    Columns whose index is in `right` are aligned to the right. Lines have no trailing spaces.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join(
+        '  '.join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

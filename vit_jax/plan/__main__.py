@@ -18,7 +18,7 @@ from vit_jax import cli
 from vit_jax import config as configs
 from vit_jax.distributed import devices
 from vit_jax.errors import UserError
-from vit_jax.io.text import to_json
+from vit_jax.io.text import aligned, to_json
 from vit_jax.plan import estimate, fitting
 from vit_jax.plan.estimate import size
 
@@ -53,10 +53,7 @@ def duration(seconds):
 
 def table(rows):
     """A table as text: the first column left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return '\n'.join(
-        '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )
+    return aligned(rows, right=range(1, len(rows[0])))
 
 
 def text(result):

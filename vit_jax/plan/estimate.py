@@ -161,7 +161,7 @@ def plan(config, source, found, title, *, efficiency, peaks=None):
     batch = config.data.batch_size
     image = parts.spec.get('image')
     result = {
-        'config': {'model': report.title(config),
+        'config': {'model': report.model_name(config),
                    'image_size': None if image is None else list(image.shape[:2]),
                    'batch_size': batch, 'accumulate': config.accumulate,
                    'dtype': config.model.get('dtype'), 'remat': config.model.get('remat'),

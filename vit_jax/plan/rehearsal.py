@@ -63,7 +63,7 @@ def model(config, parts, source):
     known = source is not None or config.model.num_classes
     leaves = [(name, count) for name, _, count, *_ in parts.tx.table]
     count = sum(count for name, count in leaves if known or 'head/' not in f'/{name}')
-    name = report.title(config)
+    name = report.model_name(config)
     text = f'{name}: {count:,} parameters{"" if known else " without the head"}'
     if parts.objective.flops is None:
         return text

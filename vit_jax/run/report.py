@@ -6,6 +6,8 @@ import os
 import socket
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from etils import epath
@@ -19,7 +21,7 @@ from vit_jax.errors import UserError
 from vit_jax.io import storage
 from vit_jax.io.bounds import Positive
 from vit_jax.io.progress import Bar
-from vit_jax.io.text import finite, flop, number, printable, to_json
+from vit_jax.io.text import aligned, finite, flop, number, printable, to_json
 from vit_jax.run import history
 
 OF_EACH = ('lr', 'grad_norm', 'param_norm')  # metrics of every step that the bar omits
@@ -252,16 +254,16 @@ def progress_text(metrics, images_per_s):
     return '  '.join([*text, f'{images_per_s:,.0f} images/s'] if images_per_s else text)
 
 
-def title(config):
-    """Name of what a run trains: its model, or an objective's function if that has its network."""
-    return config.model.name or config.objective.name.rpartition(':')[2]
+def model_name(config: Mapping[str, Any]) -> str:
+    """Name of a run's model, or of the objective's function if that has a network of its own."""
+    return config['model']['name'] or config['objective']['name'].rpartition(':')[2]
 
 
 def heading(parts, config, start):
     """Text printed at a run's start: optimizer by parameter, model, data, devices, steps."""
     params = sum(count for _, _, count, *_ in parts.tx.table)
     trained = sum(count for _, _, count, *_, frozen in parts.tx.table if not frozen)
-    flops, name = parts.objective.flops, title(config)
+    flops, name = parts.objective.flops, model_name(config)
     cost = '' if flops is None else f', {flop(flops)} an image forward'
     counts = [f'{len(parts.source):,} images']
     counts += [f'{len(names):,} {kind}' for kind, names in parts.task.names.items()]
@@ -286,14 +288,7 @@ def optimizer_table(rows):
     for name, shape, count, rate, decay, frozen in rows:
         state = 'frozen' if frozen else ''
         cells.append((name, 'x'.join(map(str, shape)), f'{count:,}', rate, f'{decay:g}', state))
-    widths = [max(len(row[i]) for row in cells) for i in range(6)]
-    return '\n'.join(
-        '  '.join(
-            cell.ljust(w) if i < 2 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+    return aligned(cells, right=range(2, 6))
 
 
 def print_result(path, result):

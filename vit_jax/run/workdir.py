@@ -15,7 +15,7 @@ from etils import epath
 
 from vit_jax.errors import UserError
 from vit_jax.io import storage
-from vit_jax.io.text import printable, to_json
+from vit_jax.io.text import aligned, printable, to_json
 
 # Settings that may differ when a run resumes: they affect neither batches, model nor optimizer.
 HARMLESS = (
@@ -285,11 +285,7 @@ def table(changes, before='before', now='now'):
         (key, json.dumps(old), json.dumps(new), 'changes the result' if meaning else '')
         for key, old, new, meaning in changes
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return '\n'.join(
-        '  '.join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def provenance():
