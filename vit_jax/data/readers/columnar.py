@@ -32,10 +32,11 @@ class Parquet:
         pa = library()
         if '://' in file:
             fs, path = fetch.backend(file)
-            file = fs.open(path, 'rb')
+            source = fs.open(path, 'rb')
         else:
             os.stat(file)  # its errors are shorter than those of pyarrow
-        self.file = pa.parquet.ParquetFile(file, pre_buffer=False)
+            source = file
+        self.file = pa.parquet.ParquetFile(source, pre_buffer=False)
         self.schema = self.file.schema_arrow
         self.lock = threading.Lock()
 

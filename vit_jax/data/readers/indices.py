@@ -52,8 +52,8 @@ class Announce:
     def __call__(self, file: str) -> None:
         with self.lock:
             if self.count:
-                line = f'indexing {self.count} files, {file} among them'
-                print(printable(line), file=sys.stderr)
+                more = f' and {self.count - 1} more files' if self.count > 1 else ''
+                print(printable(f'indexing {file}{more}'), file=sys.stderr)
             self.count = 0
 
 

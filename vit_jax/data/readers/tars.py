@@ -203,9 +203,9 @@ def scan(
 
     Raises UserError with shard and key.
     """
-    stream, skipped = LimitedStream(stream), []
+    limited, skipped = LimitedStream(stream), []
     groups = grouping.Grouping(file, image, label)
-    for member in headers(stream, file, size):
+    for member in headers(limited, file, size):
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
@@ -220,8 +220,8 @@ def scan(
             if member.size > MOST_TEXT:
                 long = f'{member.size:,} bytes, more than {MOST_TEXT:,}'
                 raise UserError(f'{file}: {brief(member.name)} has {long}')
-            stream.seek(member.offset_data)
-            text = stream.read(member.size)
+            limited.seek(member.offset_data)
+            text = limited.read(member.size)
         groups.add(key, kind, member.offset_data, member.size, text)
     if skipped:
         what = 'members without a key or an extension'

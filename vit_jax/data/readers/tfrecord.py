@@ -45,7 +45,7 @@ def crc_of_rows(rows: np.ndarray) -> np.ndarray:
     return ~crc
 
 
-def masked(crc: np.ndarray) -> np.ndarray:
+def mask(crc: np.ndarray | np.uint32) -> np.ndarray | np.uint32:
     """Masks CRCs as they are stored, so that data with CRCs in them have sound CRCs: uint32 [n]."""
     with np.errstate(over='ignore'):
         return (crc >> np.uint32(15) | crc << np.uint32(17)) + np.uint32(MASK)
@@ -64,7 +64,7 @@ def scan(stream: BinaryIO, file: str, size: int) -> indices.Index:
         at += HEADER + struct.unpack_from('<Q', header)[0] + FOOTER
     rows = np.frombuffer(bytes(headers), np.uint8).reshape(-1, HEADER)
     stored = np.ascontiguousarray(rows[:, 8:]).view('<u4')[:, 0]
-    wrong = np.flatnonzero(masked(crc_of_rows(rows[:, :8])) != stored)
+    wrong = np.flatnonzero(mask(crc_of_rows(rows[:, :8])) != stored)
     if len(wrong):
         k = int(wrong[0])
         raise UserError(
@@ -132,7 +132,7 @@ class TfRecords(ranges.Ranges):
         """Data of record i; verifies its CRC if google-crc32c is installed."""
         data = super().read(i)
         data, stored = data[:-FOOTER], int.from_bytes(data[-FOOTER:], 'little')
-        if crc32c is not None and masked(np.uint32(crc32c(data))) != stored:
+        if crc32c is not None and mask(np.uint32(crc32c(data))) != stored:
             raise UserError(f'record {self.name(i)} is damaged (its CRC differs)')
         return data
 

@@ -81,7 +81,7 @@ def is_class(folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def readable(folder: str) -> Iterator[None]:
+def readable(folder: str | os.PathLike) -> Iterator[None]:
     """Turns an error of the file system into UserError with the folder's name."""
     try:
         yield
@@ -89,7 +89,7 @@ def readable(folder: str) -> Iterator[None]:
         raise UserError(f'cannot read folder {folder}: {e.strerror or e}') from e
 
 
-def identity(folder: str) -> tuple[int, int]:
+def identity(folder: str | os.PathLike) -> tuple[int, int]:
     """Identifies a folder, whatever the path to it."""
     with readable(folder):
         status = os.stat(folder)
