@@ -283,7 +283,7 @@ def test_boxes_of_coco_are_fields(tmp_path, place, folder):
     assert first['segmentation'] == [{'counts': [0, 4], 'size': [2, 2]}, None]
     assert second['segmentation'] == [[[1, 2, 1.5, 2, 1.5, 3]]] and second['image_id'] == 3
     assert empty['boxes'].shape == (0, 4) and empty['segmentation'] == []
-    other = names.relabelled(source, ('bee', 'ant'), 'it')
+    other = names.relabel(source, ('bee', 'ant'), 'it')
     assert other.records[0]['labels'].tolist() == [1, 0]
     last = sources.load(name=str(tmp_path), split='train[67%:]')
     assert [last.records[i]['image_id'] for i in range(len(last))] == [9]

@@ -106,7 +106,7 @@ def test_folders_of_numbers_are_classes_of_these_numbers(tmp_path, capsys):
 ])  # fmt: skip
 def test_places(own, classes, wanted):
     def places():
-        return names.places(own.split(), classes.split(), 'it', 'those:'[:-1])
+        return names.label_table(own.split(), classes.split(), 'it', 'those:'[:-1])
 
     if isinstance(wanted, str):
         with pytest.raises(UserError, match=wanted) as e:
@@ -135,12 +135,12 @@ def test_a_mark_of_utf_8_is_no_part_of_the_first_name(tmp_path):
 
 
 def test_fewer_names_than_classes_without_any_are_said(capsys):
-    assert names.places(['b', 'a'], ['0', '1', '2'], 'data set one', 'those') is None
+    assert names.label_table(['b', 'a'], ['0', '1', '2'], 'data set one', 'those') is None
     assert 'compared by number, though it has 2 classes of 3' in capsys.readouterr().err
 
 
 def test_names_are_the_same_however_a_file_system_composes_them(capsys):
-    found = names.places(
+    found = names.label_table(
         [unicodedata.normalize('NFD', w) for w in ('Öl', 'Ähre')], ['Ähre', 'Öl ', 'x'], 'd', 'm'
     )
     assert found.tolist() == [1, 0]
@@ -172,7 +172,7 @@ def test_parts_of_a_mixture_are_put_together_by_name(tmp_path):
     with pytest.raises(UserError, match="twice of the mixture has a class 'ant' twice"):
         mixed('a', 'twice')
     # As one data set it is mapped to a model's classes, and keeps its parts' weights.
-    mapped = names.relabelled(mixed('a', 'b'), ('cat', 'bee', 'ant'), 'it')
+    mapped = names.relabel(mixed('a', 'b'), ('cat', 'bee', 'ant'), 'it')
     assert [int(mapped.records[i]['label']) for i in (0, 1, 2, 6)] == [2, 1, 0, 0]
     assert [part.weight for part in mapped.records.parts] == [1.0, 1.0]
 

@@ -54,7 +54,7 @@ def make(config, source=None, devices=None, classes=None):
     if config.keep_head and config.init_from and (classes or config.model.num_classes):
         classes = tuple(classes or map(str, range(config.model.num_classes)))
         title = f'data set {mixture.title(config.data.source)}'
-        source = names.relabelled(source, classes, title, "the kept head's")
+        source = names.relabel(source, classes, title, "the kept head's")
     task = task_of(config, source)
     spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in task.blank.items()}
     model = model_of(config, task)

@@ -203,7 +203,7 @@ class Drawn:
             image = image.convert('L').convert('RGB')
         out = io.BytesIO()
         image.save(out, 'JPEG', quality=QUALITY)
-        return {'image': out.getvalue(), 'label': names.padded(labels, self.max_labels)}
+        return {'image': out.getvalue(), 'label': names.pad_labels(labels, self.max_labels)}
 
     def traits(self) -> tuple[list, list]:
         """See `readers.facts`."""

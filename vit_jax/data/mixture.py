@@ -49,11 +49,11 @@ class Mixture:
         record = part.records[k]
         fields = getattr(part.records, 'label_fields', ('label',))
         if part.labels is not None:
-            record = names.with_labels(record, part.labels, fields)
+            record = names.translate_record(record, part.labels, fields)
         if 'label' not in fields:
             return record
         label = np.asarray(record['label'], np.int32).ravel()
-        return record | {'label': names.padded(label, self.max_labels)}
+        return record | {'label': names.pad_labels(label, self.max_labels)}
 
     def name(self, i):
         part, k = self.find(i)
@@ -84,7 +84,7 @@ def load(*, mixture: dict | None = None, **source):
             raise UserError(f'data set {name} of the mixture is empty')
         labels = None
         if source.labels == 'by_name':
-            labels = np.array(names.matched(source.classes, classes), np.int32)
+            labels = np.array(names.match(source.classes, classes), np.int32)
             labels = None if np.array_equal(labels, np.arange(len(labels))) else labels
         parts.append(Part(offset, len(source), weights[name], source.records, labels))
         offset += len(source)
@@ -102,16 +102,16 @@ def all_classes(loaded):
     if not named:
         return max((source.classes for source in loaded.values()), key=len)
     classes = []
-    bare = [k for k, own in named.items() if names.tell_nothing(own)]
+    bare = [k for k, own in named.items() if names.are_indices(own)]
     for name, own in named.items():
-        if twice := names.doubled(own):
+        if twice := names.first_duplicate(own):
             raise UserError(f'data set {name} of the mixture has a class {twice!r} twice')
         if 0 < len(bare) < len(named):
             raise UserError(
                 f'data set {bare[0]} of the mixture has no names of classes, others have; '
                 'labels=by_number in its section says that its numbers are theirs'
             )
-        places = names.matched(own, classes)
+        places = names.match(own, classes)
         classes += [own[k] for k, i in enumerate(places) if i is None]
     for name, source in loaded.items():
         if source.labels == 'by_number' and len(source.classes) > len(classes):

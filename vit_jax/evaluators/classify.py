@@ -82,7 +82,7 @@ def eval_step(params, batch, *, predict, loss='softmax', among=None):
 class Classify:
     """Measures accuracy, top-5 accuracy, loss and calibration error of a classifier.
 
-    Labels of the data set are matched with the model's classes by name (`names.relabelled`). Where
+    Labels of the data set are matched with the model's classes by name (`names.relabel`). Where
     the class names of the data set are a part of the model's, only these are predicted.
 
     Args:
@@ -118,14 +118,14 @@ class Classify:
         if len(getattr(subject.outputs.get('logits'), 'shape', (1, outputs))) != 2:
             raise UserError(interface.EACH_TOKEN)
         classes = subject.names.get('classes') or tuple(map(str, range(outputs)))
-        self.source = names.relabelled(own, classes, title) if outputs else own
+        self.source = names.relabel(own, classes, title) if outputs else own
         if len(self.source.classes) > outputs:
             raise UserError(
                 f'{title} has {len(own.classes)} classes, the model {outputs or "no head"} '
                 '(model.num_classes)'
             )
         among = None
-        if isinstance(self.source.records, names.Mapped) and len(own.classes) < len(classes):
+        if isinstance(self.source.records, names.Relabelled) and len(own.classes) < len(classes):
             among = np.sort(self.source.records.labels)
         elif subset:
             among = present(self.source)

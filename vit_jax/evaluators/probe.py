@@ -206,7 +206,7 @@ class Probe:
         self.k, self.pixels, self.l2 = k, pixels, l2
         self.temperature, self.shots, self.seeds, self.shot_l2 = temperature, shots, seeds, shot_l2
         own, self.train_source = mixture.load(**source), mixture.load(**train_source)
-        self.source = names.relabelled(
+        self.source = names.relabel(
             own, self.train_source.classes, f'data set {mixture.title(source)}', "train_source's"
         )
         if len(self.source.classes) > len(self.train_source.classes):

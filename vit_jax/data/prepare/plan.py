@@ -33,7 +33,7 @@ def load_splits(
             raise UserError(f'split {split!r} cannot be the name of a file; prepare a whole split')
         classes = loaded[splits[0]].classes
         title = f"split {splits[0]}'s"
-        loaded[split] = names.relabelled(source, classes, f'split {split}', title)
+        loaded[split] = names.relabel(source, classes, f'split {split}', title)
         if not len(source):
             raise UserError(f'split {split} of {name} has no examples')
     return loaded

@@ -108,7 +108,7 @@ def read(path: str, split: str) -> tuple[Files, tuple[str, ...]]:
             f'{top} has {len(own)} class folders; a data set needs two or more, or else '
             f'{records.MANIFEST}, *.tar or *.parquet'
         )
-    classes, skipped = names.in_order(own, top), walk.Skipped()
+    classes, skipped = names.sort_classes(own, top), walk.Skipped()
     found = images_of(root, skipped)
     if part == 'train' and (empty := [name for name in own if not found[name]]):
         raise UserError(
@@ -116,7 +116,7 @@ def read(path: str, split: str) -> tuple[Files, tuple[str, ...]]:
             'class that has none'
         )
     paths, labels, lacking = [], [], set(range(len(classes)))
-    for name, label in zip(found, names.matched(list(found), classes), strict=True):
+    for name, label in zip(found, names.match(list(found), classes), strict=True):
         if label is None and found[name]:
             raise UserError(f'{root}/{name} is a class that is missing in {top}')
         chosen = [f'{root}/{file}' for file in shares.chosen(found[name], low, high)]
@@ -127,8 +127,8 @@ def read(path: str, split: str) -> tuple[Files, tuple[str, ...]]:
         raise UserError(f'no images in {root}/*/ for split {split!r} ({", ".join(walk.SUFFIXES)})')
     skipped.report(root)
     if lacking:
-        some = names.listed([classes[label] for label in sorted(lacking)])
-        names.say(f'{path}: split {split} has no images of {some}')
+        some = names.join_names([classes[label] for label in sorted(lacking)])
+        names.print_once(f'{path}: split {split} has no images of {some}')
     return Files(root, paths, labels), tuple(classes)
 
 

@@ -18,7 +18,7 @@ MOST_LISTED = 8  # names in a message
 
 
 @functools.cache
-def say(line: str) -> None:
+def print_once(line: str) -> None:
     """Prints a line to stderr, each line only once per process."""
     print(printable(line), file=sys.stderr, flush=True)
 
@@ -28,26 +28,26 @@ def are_numbers(names: Collection[str]) -> bool:
     return all(re.fullmatch(r'[+-]?\d{1,18}', name, re.ASCII) for name in names)
 
 
-def in_order(names: Sequence[str], title: str) -> list[str]:
+def sort_classes(names: Sequence[str], title: str) -> list[str]:
     """Sorts names of class folders; integers by value, with a message if that is not text order."""
     if not are_numbers(names):
         return sorted(names)
     found, text = sorted(names, key=lambda name: (int(name), name)), sorted(names)
     if found != text:
         k = next(k for k, (a, b) in enumerate(zip(found, text, strict=True)) if a != b)
-        say(
+        print_once(
             f'{title}: class folders are numbers and sorted as such: label {k} is {found[k]} '
             f'(torchvision sorts text: {text[k]})'
         )
     return found
 
 
-def tell_nothing(names: Sequence[str]) -> bool:
+def are_indices(names: Sequence[str]) -> bool:
     """Whether names are 0, 1, 2, ... in order, as in a data set without class names."""
     return tuple(names) == tuple(map(str, range(len(names))))
 
 
-def spelled(name: str) -> str:
+def normalize(name: str) -> str:
     """Normalizes a name: case, Unicode's composition, spaces, leading zeros.
 
     File systems compose letters in different ways (APFS and HFS+: Unicode's NFD).
@@ -56,7 +56,7 @@ def spelled(name: str) -> str:
     return str(int(name)) if are_numbers([name]) else name
 
 
-def matched(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
+def match(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
     """Index in `known` of each of `names`, or None; both without duplicates.
 
     An equal name, or else the only one of the same normalized spelling among those that are left.
@@ -67,30 +67,30 @@ def matched(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
     alike = {}
     for i, name in enumerate(known):
         if i not in taken:
-            alike.setdefault(spelled(name), []).append(i)
+            alike.setdefault(normalize(name), []).append(i)
     wanting = {}
     for k, name in enumerate(names):
         if found[k] is None:
-            wanting.setdefault(spelled(name), []).append(k)
+            wanting.setdefault(normalize(name), []).append(k)
     for form, places in wanting.items():
         if len(places) == len(alike.get(form, ())) == 1:
             found[places[0]] = alike[form][0]
     return found
 
 
-def doubled(names: Sequence[str]) -> str | None:
+def first_duplicate(names: Sequence[str]) -> str | None:
     """First name that occurs twice, or None."""
     once = set()
     return next((name for name in names if name in once or once.add(name)), None)
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Joins names for a message; of many, the first few."""
     more = f' and {len(names) - MOST_LISTED} more' if len(names) > MOST_LISTED else ''
     return ', '.join(names[:MOST_LISTED]) + more
 
 
-def places(
+def label_table(
     names: Sequence[str], classes: Sequence[str], title: str, whose: str = "the model's"
 ) -> np.ndarray | None:
     """Maps labels of class `names` to those of `classes`: int32 [len(names)], or None.
@@ -100,20 +100,22 @@ def places(
     """
     if tuple(names) == tuple(classes):
         return None
-    if tell_nothing(names) and (tell_nothing(classes) or not are_numbers(classes)):
-        if not tell_nothing(classes):
-            say(f'{title} has no names of classes: its labels are compared by number')
+    if are_indices(names) and (are_indices(classes) or not are_numbers(classes)):
+        if not are_indices(classes):
+            print_once(f'{title} has no names of classes: its labels are compared by number')
         return None
     numbers = are_numbers(names)
-    twice = doubled(names) or doubled(classes)
-    found = [None] if twice else matched(names, classes)
+    twice = first_duplicate(names) or first_duplicate(classes)
+    found = [None] if twice else match(names, classes)
     if None not in found:
-        tell(names, classes, found, title, whose)
+        report_mapping(names, classes, found, title, whose)
         return np.array(found, np.int32)
-    if tell_nothing(classes) and (not numbers or len(names) == len(classes)):
+    if are_indices(classes) and (not numbers or len(names) == len(classes)):
         few = len(names) < len(classes)
         doubt = f', though it has {len(names)} classes of {len(classes)}' if few else ''
-        say(f'{whose} classes have no names: labels of {title} are compared by number{doubt}')
+        print_once(
+            f'{whose} classes have no names: labels of {title} are compared by number{doubt}'
+        )
         return None
     way_out = 'source.labels=by_number takes labels by their numbers'
     if twice:
@@ -123,14 +125,14 @@ def places(
         )
     other = [name for name, i in zip(names, found, strict=True) if i is None]
     left = [name for i, name in enumerate(classes) if i not in set(found)]
-    alone = f'; of {whose}, it lacks {listed(left)}' if left else ''
+    alone = f'; of {whose}, it lacks {join_names(left)}' if left else ''
     raise UserError(
-        f'{title} has classes that are not {whose}: {listed(other)}{alone}. Labels are compared by '
-        f'name; {way_out}'
+        f'{title} has classes that are not {whose}: {join_names(other)}{alone}. Labels are '
+        f'compared by name; {way_out}'
     )
 
 
-def tell(
+def report_mapping(
     names: Sequence[str], classes: Sequence[str], found: Sequence[int], title: str, whose: str
 ) -> None:
     """Reports in one line how names and numbers differ."""
@@ -143,23 +145,23 @@ def tell(
     other = [(a, classes[i]) for a, i in zip(names, found, strict=True) if a != classes[i]]
     if other:
         kinds.append(f'spelled otherwise, {other[0][0]!r} for {other[0][1]!r}')
-    say(f'{title} has {whose} {len(classes)} classes, {", ".join(kinds)}: mapped by name')
+    print_once(f'{title} has {whose} {len(classes)} classes, {", ".join(kinds)}: mapped by name')
 
 
-def relabelled(
+def relabel(
     source: Any, classes: Sequence[str], title: str, whose: str = "the model's"
 ) -> Any:
     """A Source with the labels of `classes`, and their names if they have any."""
     kind, by = type(source), source.labels
-    labels = None if by == 'by_number' else places(source.classes, classes, title, whose)
+    labels = None if by == 'by_number' else label_table(source.classes, classes, title, whose)
     if labels is not None:
-        return kind(Mapped(source.records, labels), tuple(classes), by)
-    if tell_nothing(classes) or len(source.classes) > len(classes):
+        return kind(Relabelled(source.records, labels), tuple(classes), by)
+    if are_indices(classes) or len(source.classes) > len(classes):
         return source
     return kind(source.records, tuple(classes), by)
 
 
-class Mapped:
+class Relabelled:
     """Records in which label k is replaced by `labels[k]`, int32 [K]."""
 
     def __init__(self, records: Any, labels: np.ndarray):
@@ -172,7 +174,7 @@ class Mapped:
         return len(self.records)
 
     def __getitem__(self, i: int) -> Any:
-        return with_labels(self.records[i], self.labels, self.label_fields)
+        return translate_record(self.records[i], self.labels, self.label_fields)
 
     def traits(self) -> tuple[list, list]:
         """See `facts`."""
@@ -184,14 +186,14 @@ class Mapped:
         return self.records.name(i)
 
 
-def with_labels(record: Any, labels: np.ndarray | None, fields: Sequence[str]) -> Any:
+def translate_record(record: Any, labels: np.ndarray | None, fields: Sequence[str]) -> Any:
     """A record with the numbers of classes in some of its fields mapped by a table."""
     return record | {
-        name: translated(np.asarray(record[name], np.int32), labels) for name in fields
+        name: translate(np.asarray(record[name], np.int32), labels) for name in fields
     }
 
 
-def translated(label: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+def translate(label: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
     """Maps labels by a table (None: no change); labels out of range stay out of range."""
     if labels is None:
         return label
@@ -200,7 +202,7 @@ def translated(label: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
     return np.where(inside, labels[np.where(inside, label, 0)], outside).astype(np.int32)
 
 
-def padded(labels: Sequence[int] | np.ndarray, most: int) -> int | np.ndarray:
+def pad_labels(labels: Sequence[int] | np.ndarray, most: int) -> int | np.ndarray:
     """The only label if `most` is 1; else int32 [most], padded with -1."""
     if most == 1:
         return labels[0]

@@ -84,7 +84,7 @@ class Prepared(open_files.OpenFiles):
             raise UserError(f'{self.place(i)} has {len(labels)} labels, not {self.max_labels}')
         if not all(0 <= label < count for label in labels):
             raise UserError(f'{self.place(i)} has labels {brief(labels)} among {count} classes')
-        fields['label'] = names.padded(labels, self.max_labels)
+        fields['label'] = names.pad_labels(labels, self.max_labels)
         return Record(fields)
 
     def traits(self) -> tuple[list, list]:

@@ -82,7 +82,7 @@ def shards_in(folder: str, files: Collection[str], suffix: str) -> list[str]:
         elif lost := [name for name in own if name not in files]:
             raise UserError(f'{folder}/state.json names {lost[0]}, which does not exist')
         if rest := sorted(set(found) - set(own)):
-            names.say(f'{folder}: skipped {len(rest)} arrow files of a cache ({rest[0]})')
+            names.print_once(f'{folder}: skipped {len(rest)} arrow files of a cache ({rest[0]})')
         found = own
     return [f'{folder}/{name}' for name in found]
 

@@ -225,5 +225,5 @@ def scan(
         groups.add(key, kind, member.offset_data, member.size, text)
     if skipped:
         what = 'members without a key or an extension'
-        names.say(f'{file}: skipped {len(skipped):,} {what} ({brief(skipped[0])})')
+        names.print_once(f'{file}: skipped {len(skipped):,} {what} ({brief(skipped[0])})')
     return groups.arrays()

@@ -39,7 +39,7 @@ class Skipped:
             parts.insert(0, f'{sum(others.values()):,} files without the suffix of an image, '
                             f'{kinds}{more} ({first})')  # fmt: skip
         if parts:
-            names.say(f'{root}: skipped {"; ".join(parts)}')
+            names.print_once(f'{root}: skipped {"; ".join(parts)}')
 
 
 def listed(folder: str) -> tuple[list[str], list[str], list[str]]:
