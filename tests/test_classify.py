@@ -217,7 +217,7 @@ def test_an_output_of_each_token_is_no_classifier_of_images(tmp_path):
 def test_a_probe_of_several_labels_is_a_mistake(tmp_path):
     path = folder(tmp_path / 'images', [0, 0, 0], names(1))
     source = dict(name=str(write_records(path, [[0, 1], [1], []], max_labels=2)))
-    with pytest.raises(UserError, match='several labels an image'):
+    with pytest.raises(UserError, match='several labels per image'):
         probe.Probe(
             subject(None, (4, 4, 3)), source=source, train_source=source, image_size=4,
             batch_size=8, k=(1,),

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from vit_jax import config, models
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.evaluators import probe
+from vit_jax.evaluators import classifiers, probe
 
 
 @pytest.fixture(scope='module')
@@ -28,7 +28,7 @@ def digits():
 def test_nearest_votes_as_scikit_learn_does(digits, k):
     x, y, test, _ = digits
     wanted = KNeighborsClassifier(k, algorithm='brute').fit(x, y).predict(test)
-    found = probe.nearest(x, y, test, k=k, classes=10, chunk=128)
+    found = classifiers.nearest(x, y, test, k=k, classes=10, chunk=128)
     assert found.shape == wanted.shape and np.mean(found == wanted) > 0.995  # ties may differ
     assert np.mean(found[::-1] == wanted) < 0.5
 
@@ -41,12 +41,13 @@ def test_cosine_votes_as_scikit_learn_does(digits, k):
         k, algorithm='brute', metric='cosine', weights=lambda d: np.exp((1 - d) / 0.5)
     )
     wanted = weighted.fit(x, y).predict(test)
-    found = probe.nearest(x, y, test, k=k, classes=10, temperature=0.5, chunk=128)
+    found = classifiers.nearest(x, y, test, k=k, classes=10, temperature=0.5, chunk=128)
     assert np.mean(found == wanted) > 0.998
     longer = x * np.arange(1, 901)[:, None]
-    scaled = probe.nearest(longer, y, test, k=k, classes=10, temperature=0.5)
+    scaled = classifiers.nearest(longer, y, test, k=k, classes=10, temperature=0.5)
     assert np.mean(found == scaled) > 0.998  # lengths do not count
-    near = probe.nearest(x, y, test, k=k, classes=10, temperature=1e-3)  # the nearest alone does
+    near = classifiers.nearest(x, y, test, k=k, classes=10, temperature=1e-3)
+    # only the nearest votes
     assert np.mean(near == weighted.set_params(n_neighbors=1).fit(x, y).predict(test)) > 0.998
 
 
@@ -54,30 +55,30 @@ def test_cosine_votes_as_scikit_learn_does(digits, k):
 @pytest.mark.parametrize('l2', [0.5, 1024.0])
 def test_least_squares_are_those_of_scikit_learn(digits, n, l2):
     x, y, test, _ = digits
-    train, held = (a + 2 for a in probe.standardised(x[:n], test))  # the bias has to undo it
+    train, held = (a + 2 for a in classifiers.standardise(x[:n], test))  # the bias has to undo it
     targets = 2 * np.eye(10)[y[:n]] - 1
     wanted = Ridge(alpha=l2).fit(train.astype(np.float64), targets)
-    weights, bias = probe.ridge(train, y[:n], classes=10, l2=l2)
+    weights, bias = classifiers.fit_ridge(train, y[:n], classes=10, l2=l2)
     np.testing.assert_allclose(weights, wanted.coef_.T, atol=1e-4)
     np.testing.assert_allclose(held @ weights + bias, wanted.predict(held), atol=2e-3, rtol=1e-3)
 
 
 def test_shots_are_drawn_of_each_class():
     labels = np.array([3] * 50 + [0] * 2 + [1] * 20)
-    five = probe.some_of_each(labels, 5, seed=1)
+    five = classifiers.sample_per_class(labels, 5, seed=1)
     assert len(set(five)) == 12 and np.bincount(labels[five]).tolist() == [2, 5, 0, 5]
-    assert set(five) < set(probe.some_of_each(labels, 10, seed=1))
-    assert set(five) != set(probe.some_of_each(labels, 5, seed=2))
+    assert set(five) < set(classifiers.sample_per_class(labels, 10, seed=1))
+    assert set(five) != set(classifiers.sample_per_class(labels, 5, seed=2))
 
 
 @pytest.mark.parametrize('l2', [0.1, 10.0])
 def test_logistic_regression_is_that_of_scikit_learn(digits, l2):
     x, y, test, labels = digits
-    train, held = probe.standardised(x, test)
+    train, held = classifiers.standardise(x, test)
     wanted = StandardScaler().fit_transform(x.astype(np.float64))
     np.testing.assert_allclose(train, wanted, atol=1e-5)
     model = LogisticRegression(C=1 / l2, max_iter=5000, tol=1e-6).fit(train, y)
-    weights, bias = probe.logistic(train, y, classes=10, l2=l2, tolerance=1e-6)
+    weights, bias = classifiers.fit_logistic(train, y, classes=10, l2=l2, tolerance=1e-6)
     # The same minimum: the gap to its loss is small beside the loss of no weights at all.
     np.testing.assert_allclose(weights, model.coef_.T, atol=0.02)
     predicted = np.argmax(held @ np.asarray(weights) + np.asarray(bias), axis=1)
@@ -107,7 +108,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
     evaluation, model, params = probe_of(data_dir, shots=(1, 25), seeds=2, shot_l2=1.0)
     result = evaluation(params)
     train, test = (
-        evaluation.gathered(params, source, Stop(), print)
+        evaluation.compute_features(params, source, Stop(), print)
         for source in (evaluation.train_source, evaluation.source)
     )
     declared = probe.metrics(k=(3,), pixels=True, l2=1.0, shots=(1, 25))
@@ -124,7 +125,7 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
         assert abs(result[name] - neighbours.score(test[kind], test['labels'])) < 0.01, name
     scores = []
     for seed in range(2):
-        some = probe.some_of_each(train['labels'], 25, seed)
+        some = classifiers.sample_per_class(train['labels'], 25, seed)
         scale = StandardScaler().fit(train['pre_logits'][some].astype(np.float64))
         model = Ridge(alpha=1.0).fit(
             scale.transform(train['pre_logits'][some]), 2 * np.eye(10)[train['labels'][some]] - 1
@@ -150,7 +151,7 @@ def test_mistakes_are_named(data_dir, changes, words):
 
 
 def test_more_neighbours_than_images_is_a_mistake(data_dir):
-    with pytest.raises(UserError, match=r'k is \(10, 5000\), of 1438 training images'):
+    with pytest.raises(UserError, match=r'k is \(10, 5000\); there are 1438 training'):
         source = dict(name='digits', split='test', data_dir=str(data_dir))
         full = config.complete_data('evals.p', dict(
             source=source, train_source={**source, 'split': 'train'}, image_size=8,

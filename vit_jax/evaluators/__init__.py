@@ -8,15 +8,16 @@ whether more or less is better, as METRICS = {metric: 'max' or 'min'} or as a fu
 the settings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax import sharding
 from vit_jax.distributed.stop import Stop
+from vit_jax.objectives import Objective
 from vit_jax.step import stop_votes
 
 
@@ -32,20 +33,26 @@ class Subject(NamedTuple):
     """
 
     predict: Callable
-    mesh: Any
+    mesh: Mesh
     outputs: dict
     names: dict
     settings: dict
 
 
-def one_example(spec):
-    """Shapes of a batch of one example of a spec {name: ShapeDtypeStruct}."""
+def one_example(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch of one example, whose own shapes are in `spec`."""
     batch = {k: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for k, x in spec.items()}
     marks = {'mask': np.float32, 'id': np.int32}
     return batch | {k: jax.ShapeDtypeStruct((1,), dtype) for k, dtype in marks.items()}
 
 
-def subject(objective, params, spec, mesh, names):
+def subject(
+    objective: Objective,
+    params: Any,
+    spec: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh,
+    names: dict,
+) -> Subject:
     """Makes the Subject of an objective.
 
     Args:
@@ -59,10 +66,10 @@ def subject(objective, params, spec, mesh, names):
     return Subject(objective.predict, mesh, outputs, names, objective.settings)
 
 
-def compiled(sums, mesh):
-    """Jits `sums`, (params, batch) -> {name: array}; the result is replicated.
+def compiled(sums: Callable, mesh: Mesh) -> Callable:
+    """Jits `sums`, (params, batch) -> {name: array}, with a replicated result.
 
-    It includes the votes to stop that processes put in the batch, see distributed.stop.
+    The result includes the votes to stop that processes put in the batch, see distributed.stop.
     """
     return jax.jit(
         sharding.with_mesh(mesh, lambda params, batch: sums(params, batch) | stop_votes(batch)),
@@ -70,11 +77,25 @@ def compiled(sums, mesh):
     )
 
 
-def totals(step, feed, params, mesh, stop, set_phase, advance):
-    """Sums over all batches of `feed`: {name: float64 array}; `step` is what `compiled` returns.
+def totals(
+    step: Callable,
+    feed: Callable,
+    params: Any,
+    mesh: Mesh,
+    stop: Stop | None,
+    set_phase: Callable[[str], None],
+    advance: Callable[[int], None],
+) -> dict[str, np.ndarray | np.float64] | None:
+    """Sums the results of `step` over a data set: {name: float64 array or number}.
 
-    Returns None if `stop` becomes true before the end. Calls `at` with the phase of each batch (as
-    for hosts.join) and `advance` with the number of images in it.
+    Args:
+      step: what `compiled` returns.
+      feed: (stop=...) -> iterator over batches.
+      params: parameters of the objective.
+      mesh: where batches and parameters lie.
+      stop: what ends the evaluation early; the result is then None. None: nothing does.
+      set_phase: receives the phase of each batch, as for hosts.join.
+      advance: receives the number of images in each batch.
     """
     stop = Stop() if stop is None else stop
     total = {}
@@ -88,6 +109,6 @@ def totals(step, feed, params, mesh, stop, set_phase, advance):
     return total
 
 
-def is_due(every, n, steps):
+def is_due(every: int, n: int, steps: int) -> bool:
     """Whether an evaluation is due after step n of `steps`; `every` 0 means at the end only."""
     return n == steps or (n > 0 and every > 0 and n % every == 0)

@@ -2,8 +2,9 @@
 
 import csv
 import io
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vit_jax import sharding
 from vit_jax.data import mixture, pipeline, tasks
 from vit_jax.data.readers import names
+from vit_jax.data.sources import Source
+from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.evaluators import totals
+from vit_jax.evaluators import Subject, totals
 from vit_jax.io.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.io.text import cell
 from vit_jax.models import interface
@@ -26,16 +29,16 @@ TOP = 5  # classes of the metric top5
 MOST_CONFUSED = 2000  # classes: 4 million numbers
 
 
-def present(source):
-    """Labels that occur in a data set, sorted."""
+def occurring_labels(source: Source) -> np.ndarray:
+    """Returns the labels that occur in a data set, sorted."""
     labels = (source.records[i]['label'] for i in range(len(source)))
     return np.unique(np.concatenate([np.ravel(label) for label in labels]))
 
 
-def calibration_error(bins):
-    """Expected calibration error of (examples, hits, confidence) by bin [3, N].
+def calibration_error(bins: np.ndarray) -> float:
+    """Computes the expected calibration error of (examples, hits, confidence) by bin [3, N].
 
-    The mean over examples of |accuracy - confidence| of their bin (arXiv:1706.04599 eq. 3).
+    It is the mean over examples of |accuracy - confidence| of their bin (arXiv:1706.04599 eq. 3).
     """
     examples, hits, confidence = bins
     return float(np.sum(np.abs(hits - confidence)) / np.sum(examples))
@@ -44,13 +47,28 @@ def calibration_error(bins):
 METRICS = {'accuracy': 'max', 'top5': 'max', 'loss': 'min', 'ece': 'min', 'class_accuracy': 'max'}
 
 
-def eval_step(params, batch, *, predict, loss='softmax', among=None):
-    """Evaluates a classifier on a batch: (sums over mask 1, values by example [B]).
+def eval_step(
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    predict: Callable,
+    loss: str = 'softmax',
+    among: jax.Array | None = None,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Evaluates a classifier on a batch.
 
-    The float32 sums are hits, losses and examples; hits among the best five, if more than five
-    classes can be predicted; examples, hits and confidence by bin of confidence [3, BINS]; hits and
-    examples by class [2, K], if an image has one label. Images without labels are not counted. Only
-    the classes in `among` [S] are predicted, None: all.
+    Args:
+      params: parameters of the objective.
+      batch: `image`, `label` int [B] or [B, L], `mask` [B]. Images without labels do not count.
+      predict: (params, batch) -> {'logits': [B, K]}.
+      loss: one of losses.LOSSES.
+      among: the classes [S] that can be predicted. None: all.
+
+    Returns:
+      (float32 sums over mask 1, {name: value by example [B]}). The sums are hits, losses and
+      examples; hits among the best five, if more than five classes can be predicted; examples, hits
+      and confidence by bin of confidence [3, BINS]; hits and examples by class [2, K], if an image
+      has one label.
     """
     logits, labels = predict(params, batch)['logits'].astype(jnp.float32), batch['label']
     classes = logits.shape[-1]
@@ -98,7 +116,7 @@ class Classify:
 
     def __init__(
         self,
-        subject,
+        subject: Subject,
         *,
         source: dict,
         image_size: Size,
@@ -110,7 +128,7 @@ class Classify:
         workers: Workers = 0,
         prefetch: Prefetch = 8,
         tolerance: Rate = 0.0,
-    ):
+    ) -> None:
         self.mesh = mesh = subject.mesh
         own, title = mixture.load(**source), f'data set {mixture.title(source)}'
         sharding.check_batch(batch_size, mesh)
@@ -128,7 +146,7 @@ class Classify:
         if isinstance(self.source.records, names.Relabelled) and len(own.classes) < len(classes):
             among = np.sort(self.source.records.labels)
         elif subset:
-            among = present(self.source)
+            among = occurring_labels(self.source)
         self.sources = {'source': self.source}
         task = tasks.classify(self.source, view=view, image_size=image_size)
         self.feed = partial(
@@ -149,11 +167,15 @@ class Classify:
         )
 
     def __call__(
-        self, params, stop=None, set_phase=lambda phase: None, advance=lambda images: None
-    ):  # fmt: skip
-        """{metric: mean}, see `summary`; None if `stop` becomes true before the end.
+        self,
+        params: Any,
+        stop: Stop | None = None,
+        set_phase: Callable[[str], None] = lambda phase: None,
+        advance: Callable[[int], None] = lambda images: None,
+    ) -> dict[str, float] | None:
+        """Measures {metric: mean}, see `summary`; returns None if `stop` becomes true.
 
-        Calls `at` and `advance` as `evaluators.totals` does.
+        Calls `set_phase` and `advance` as `evaluators.totals` does.
         """
         def sums(params, batch):
             return self.step(params, batch)[0]
@@ -161,8 +183,12 @@ class Classify:
         total = totals(sums, self.feed, params, self.mesh, stop, set_phase, advance)
         return None if total is None else summary(total)
 
-    def predictions(self, params, advance=lambda images: None):
-        """{'id', 'label', 'prediction', 'confidence': [N]} of all examples, in one process.
+    def predictions(
+        self, params: Any, advance: Callable[[int], None] = lambda images: None
+    ) -> dict[str, np.ndarray]:
+        """Predicts {'id', 'label', 'prediction', 'confidence': [N]} of all examples.
+
+        There must be one process.
 
         Calls `advance` with the number of images in each batch.
         """
@@ -178,8 +204,8 @@ class Classify:
 classify = Classify  # by its name in a config
 
 
-def summary(total):
-    """{'accuracy', 'top5', 'loss', 'ece', 'class_accuracy', 'examples'} of `eval_step`'s sums.
+def summary(total: Mapping[str, np.ndarray | np.float64]) -> dict[str, float]:
+    """Computes accuracy, top5, loss, ece, class_accuracy and examples from `eval_step`'s sums.
 
     `ece` is the expected calibration error of the probabilities; `class_accuracy` the mean accuracy
     of the classes that occur, where an image has one label. `top5` is left out where at most five
@@ -197,7 +223,7 @@ def summary(total):
     return results | {'examples': int(count)}
 
 
-def one_label(labels, predictions):
+def one_label(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     """Reduces labels [N], or [N, L] padded with -1, to one each: the predicted one if it is one."""
     if labels.ndim == 1:
         return labels
@@ -205,27 +231,31 @@ def one_label(labels, predictions):
     return np.where(hit, predictions, labels[:, 0])
 
 
-def class_name(classes, index):
-    """Name of a class; its number if it has none, as a head can have more outputs."""
-    known = classes is not None and 0 <= index < len(classes)
-    return classes[index] if known else f'class {index}'
+def class_name(classes: Sequence[str] | None, index: int) -> str:
+    """Names a class; by its number if it has no name, as a head can have more outputs."""
+    named = classes is not None and 0 <= index < len(classes)
+    return classes[index] if named else f'class {index}'
 
 
-def confusion(labels, predictions, classes):
-    """Confusion matrix [K, K], labels by row; labels below 0 are left out."""
+def confusion(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """Counts predictions by label: int64 [K, K], labels by row; labels below 0 are left out."""
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels[labels >= 0], predictions[labels >= 0]), 1)
     return counts
 
 
-def by_class(found, classes, count):
-    """CSV with a row for each of `count` classes: images, accuracy, row of the confusion matrix.
+def by_class(
+    predicted: Mapping[str, np.ndarray], classes: Sequence[str] | None, count: int
+) -> str:
+    """Writes CSV with a row for each class: images, accuracy, row of the confusion matrix.
 
-    The matrix is left out for more than MOST_CONFUSED classes. `found` is what
-    `Classify.predictions` returns, `classes` the names or None, written as by `text.cell`.
+    Args:
+      predicted: what `Classify.predictions` returns.
+      classes: names, written as by `text.cell`. None: numbers.
+      count: number of classes. The matrix is left out for more than MOST_CONFUSED.
     """
-    prediction = found['prediction']
-    labels = one_label(found['label'], prediction)
+    prediction = predicted['prediction']
+    labels = one_label(predicted['label'], prediction)
     images = np.bincount(labels[labels >= 0], minlength=count)
     hits = np.bincount(labels[labels == prediction], minlength=count)
     names = [cell(class_name(classes, i)) for i in range(count)]
@@ -239,11 +269,14 @@ def by_class(found, classes, count):
     return file.getvalue()
 
 
-def means(results):
-    """{'c/mean': {'accuracy': value}} of evaluations that have the same name before a slash."""
+def means(results: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Averages the accuracy of evaluations that have the same name before a slash.
+
+    {'c/blur': ..., 'c/fog': ...} give {'c/mean': {'accuracy': value}}.
+    """
     groups = {}
     for name, metrics in results.items():
         group, slash, _ = name.rpartition('/')
         if slash and 'accuracy' in metrics:
             groups.setdefault(f'{group}/mean', []).append(metrics['accuracy'])
-    return {name: {'accuracy': sum(found) / len(found)} for name, found in groups.items()}
+    return {name: {'accuracy': sum(group) / len(group)} for name, group in groups.items()}
