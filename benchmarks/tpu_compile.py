@@ -29,7 +29,7 @@ from absl import app, flags
 
 from benchmarks import peers
 from vit_jax import models, optim, sharding, step
-from vit_jax.distributed import devices
+from vit_jax.distributed import devices, topologies
 from vit_jax.plan import hlo
 
 MODEL = flags.DEFINE_list('model', 'vit-b/16', 'Models by name.')
@@ -79,7 +79,7 @@ def lowered(model, peer, mesh):
 
 def measure(name, topology, fields, peer=False):
     """The figures of one model on one topology, or of its peer's."""
-    found, _ = devices.topology(topology)
+    found, _ = topologies.get_devices(topology)
     model = models.build(name, num_classes=CLASSES.value, dtype='bfloat16', **fields)
     model = model.clone(unroll=fields.get('unroll', model.depth))
     if peer:

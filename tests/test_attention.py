@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vit_jax import models, sharding
-from vit_jax.distributed import devices
+from vit_jax.distributed import topologies
 from vit_jax.errors import UserError
 from vit_jax.models import attention
 from vit_jax.plan import hlo
@@ -203,7 +203,7 @@ def test_a_model_that_asks_for_what_can_not_be_is_refused():
 def test_the_tpus_compiler_takes_the_kernel_and_its_bytes_are_counted(
     topology, tokens, width, heads
 ):
-    found, _ = devices.topology(topology)
+    found, _ = topologies.get_devices(topology)
     mesh = sharding.make_mesh(found)
     batch = 2 * len(found)
     split = jax.sharding.NamedSharding(mesh, sharding.BATCH)

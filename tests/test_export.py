@@ -20,7 +20,7 @@ import vit_jax
 from vit_jax import export, models
 from vit_jax.convert import load
 from vit_jax.data import augment, tasks
-from vit_jax.distributed import devices
+from vit_jax.distributed import topologies
 from vit_jax.errors import UserError
 from vit_jax.models import attention
 
@@ -360,7 +360,7 @@ def test_the_compiler_of_tpus_takes_it():
     pytest.importorskip('libtpu')
     model, params = small()
     data = export.serialised(export.exported(model, params, (SIZE, SIZE)), {})
-    (device, *_), _ = devices.topology('v4:2x2x1')
+    (device, *_), _ = topologies.get_devices('v4:2x2x1')
     images = jax.ShapeDtypeStruct(
         (3, 100, 120, 3), jnp.uint8, sharding=jax.sharding.SingleDeviceSharding(device)
     )

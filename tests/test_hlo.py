@@ -10,7 +10,7 @@ import pytest
 from learners import classifier
 
 from vit_jax import models, optim, sharding, step
-from vit_jax.distributed import devices
+from vit_jax.distributed import topologies
 from vit_jax.models import parameters
 from vit_jax.plan import hlo, hlo_text
 
@@ -21,7 +21,7 @@ BATCH = 16
 
 def compiled(model, chips=1, mesh=None, batch=BATCH, accumulate=1, topology='cpu:8'):
     """The train step of a model on some chips, compiled, and its abstract state."""
-    mesh = sharding.make_mesh(devices.topology(topology)[0][:chips], **(mesh or {}))
+    mesh = sharding.make_mesh(topologies.get_devices(topology)[0][:chips], **(mesh or {}))
     tx = optim.make(step.abstract_params(classifier(model, IMAGE)), steps=10)
     abstract = step.abstract_state(classifier(model, IMAGE), tx, mesh)
     advance = step.compiled(
@@ -91,7 +91,7 @@ def test_each_tpu_draws_once_for_the_dropout_of_its_examples():
         rate: compiled(base.clone(dropout=rate), chips, topology='v5e:2x2')[0].cost_analysis()
         for rate in (0.0, 0.1)
     }
-    place = jax.sharding.SingleDeviceSharding(devices.topology('v5e:2x2')[0][0])
+    place = jax.sharding.SingleDeviceSharding(topologies.get_devices('v5e:2x2')[0][0])
     key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=place)
     draw = jax.jit(lambda k: jax.random.bits(jax.random.wrap_key_data(k), size, jnp.uint32))
     word = draw.lower(key).compile().cost_analysis()['flops'] / np.prod(size)
@@ -128,7 +128,7 @@ def test_by_default_blocks_come_in_a_row_on_accelerators_unless_a_loop_saves_mem
 def forward(model, image, batch):
     """The text of a forward pass on one chip of v5e, compiled."""
     pytest.importorskip('libtpu')
-    mesh = sharding.make_mesh(devices.topology('v5e:2x2')[0][:1])
+    mesh = sharding.make_mesh(topologies.get_devices('v5e:2x2')[0][:1])
     tx = optim.make(step.abstract_params(classifier(model, image)), steps=10)
     params = step.abstract_state(classifier(model, image), tx, mesh).params
     split = jax.NamedSharding(mesh, sharding.BATCH)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vit_jax import sharding
-from vit_jax.distributed import devices
+from vit_jax.distributed import topologies
 from vit_jax.objectives import losses
 from vit_jax.plan import hlo_text
 
@@ -52,7 +52,7 @@ def test_smoothing_adds_nothing_to_an_example_without_labels(name, without):
 @pytest.mark.parametrize('name', list(losses.LOSSES))
 def test_a_step_over_many_classes_makes_no_float32_copy_of_the_logits(name):
     """In the program for a TPU: of [B, K] there is what the head's product gives, bfloat16."""
-    found, _ = devices.topology('v4:2x2x1')
+    found, _ = topologies.get_devices('v4:2x2x1')
     mesh = sharding.make_mesh(found)
     batch, width = 128 * len(found), 256
 

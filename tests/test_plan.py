@@ -14,7 +14,7 @@ from absl import flags
 
 from vit_jax import assembly, sharding
 from vit_jax import config as configs
-from vit_jax.distributed import devices
+from vit_jax.distributed import devices, interconnect, topologies
 from vit_jax.errors import UserError
 from vit_jax.plan import estimate, fitting, hlo
 
@@ -122,16 +122,16 @@ def test_times_of_exchanges_by_hand():
     v5e, v4 = devices.DEVICES['TPU v5 lite'], devices.DEVICES['TPU v4']
     row = [Chip((x, 0, 0)) for x in range(4)]
     # 2 x 3/4 GB by one link of 50 GB/s, as a side of 4 of a v5e is no ring; on a v4 it is one
-    assert devices.exchange_seconds(collective(), row, v5e) == pytest.approx(1.5 / 50)
+    assert interconnect.exchange_seconds(collective(), row, v5e) == pytest.approx(1.5 / 50)
     cube = [Chip((x, y, z)) for z in range(4) for y in range(4) for x in range(4)]
-    assert devices.exchange_seconds(collective(), cube, v4) == pytest.approx(1.5 / 100)
+    assert interconnect.exchange_seconds(collective(), cube, v4) == pytest.approx(1.5 / 100)
     gather = collective('all-gather', group=64, members=tuple(range(64)))
-    assert devices.exchange_seconds(gather, cube, v4) == pytest.approx(63 / 64 / 300)
+    assert interconnect.exchange_seconds(gather, cube, v4) == pytest.approx(63 / 64 / 300)
     every_other = collective(group=2, members=(0, 2))  # shares its links with the group of 1 and 3
-    assert devices.exchange_seconds(every_other, row, v5e) == pytest.approx(1 / 25)
+    assert interconnect.exchange_seconds(every_other, row, v5e) == pytest.approx(1 / 25)
     # two slices of two: within, half by half, then 1/2 GB between, by 25 Gbit/s
     both = [Chip((x, 0, 0), s) for s in range(2) for x in range(2)]
-    assert devices.exchange_seconds(collective(), both, v5e) == pytest.approx(
+    assert interconnect.exchange_seconds(collective(), both, v5e) == pytest.approx(
         1 / 50 + 0.5 / 3.125
     )
 
@@ -221,11 +221,11 @@ def test_the_cheapest_is_tried_first(experiment, whole):
 
 @needs_compiler
 def test_meshes_of_any_degree_on_a_slice_and_on_two():
-    found, title = devices.topology('v4', 128)
+    found, title = topologies.get_devices('v4', 128)
     assert title == 'v4:4x4x8' and len(found) == 128  # both cores of a chip are one device
     for fsdp in (1, 2, 8, 32, 128):
         assert sharding.make_mesh(found, fsdp=fsdp).shape['fsdp'] == fsdp
-    two, title = devices.topology('v5e:4x4', slices=2)
+    two, title = topologies.get_devices('v5e:4x4', slices=2)
     mesh = sharding.make_mesh(two, fsdp=8)
     assert title == '2 slices of v5e:4x4'
     assert all(len({d.slice_index for d in group}) == 1 for group in mesh.devices[:, :, 0])
@@ -233,7 +233,7 @@ def test_meshes_of_any_degree_on_a_slice_and_on_two():
 
 @needs_compiler
 def test_the_tpu_compiler_counts_as_the_model_does(experiment):
-    found, title = devices.topology('v5e:2x2')
+    found, title = topologies.get_devices('v5e:2x2')
     config = configs.load(experiment, [
         ('model.dtype', 'bfloat16'), ('model.depth', '3'), ('optim.clip', 'None'),
     ])  # fmt: skip
@@ -249,7 +249,7 @@ def test_the_tpu_compiler_counts_as_the_model_does(experiment):
 
 @needs_compiler
 def test_the_tpu_compiler_says_what_does_not_fit():
-    found, _ = devices.topology('v5e:2x2')
+    found, _ = topologies.get_devices('v5e:2x2')
     place = jax.sharding.SingleDeviceSharding(found[0])
     x = jax.ShapeDtypeStruct((2**34,), jnp.bfloat16, sharding=place)
 

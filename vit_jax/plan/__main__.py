@@ -16,7 +16,7 @@ from absl import flags
 
 from vit_jax import cli
 from vit_jax import config as configs
-from vit_jax.distributed import devices
+from vit_jax.distributed import devices, topologies
 from vit_jax.errors import UserError
 from vit_jax.io.text import aligned, to_json
 from vit_jax.plan import estimate, fitting
@@ -122,7 +122,7 @@ def main(argv, overrides):
     if TOPOLOGY.value:
         if not TOPOLOGY.value.startswith('cpu'):
             jax.config.update('jax_platforms', 'cpu')
-        found, title = devices.topology(TOPOLOGY.value, CHIPS.value, SLICES.value)
+        found, title = topologies.get_devices(TOPOLOGY.value, CHIPS.value, SLICES.value)
     else:
         found = jax.devices()
         title = f'{len(found)} here'

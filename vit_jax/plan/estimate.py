@@ -17,7 +17,7 @@ from vit_jax import assembly, sharding, step
 from vit_jax import config as configs
 from vit_jax.data import mixture, sources
 from vit_jax.data.readers import splits, vtab
-from vit_jax.distributed import devices
+from vit_jax.distributed import devices, interconnect
 from vit_jax.errors import UserError
 from vit_jax.plan import hlo
 from vit_jax.run import report
@@ -241,7 +241,7 @@ def times(program, found, peaks, efficiency):
     """Seconds of a step by resource, and of its communication by kind."""
     kinds, exposed = {}, 0.0
     for c in program.collectives:
-        seconds = c.times * devices.exchange_seconds(c, found, peaks)
+        seconds = c.times * interconnect.exchange_seconds(c, found, peaks)
         kinds[c.kind] = kinds.get(c.kind, 0.0) + seconds
         exposed += 0 if c.hidden else seconds
     bounds = {
