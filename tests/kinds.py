@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import tarfile
 
 import numpy as np
@@ -104,3 +105,24 @@ WRITERS = {
     'folder': write_folder, 'tar': write_tar, 'parquet': write_parquet, 'arrow': write_arrow,
     'records': write_records,
 }  # fmt: skip
+
+
+def crc32c(data):
+    """Bit by bit, as the polynomial has it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def tf_record(data):
+    """A record of a TFRecord file: length, data, and masked CRCs of both."""
+
+    def masked(part):
+        crc = crc32c(part)
+        return struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    length = struct.pack('<Q', len(data))
+    return length + masked(length) + data + masked(data)

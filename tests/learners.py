@@ -1,10 +1,41 @@
-"""Objectives for tests of steps."""
+"""Small models, batches and objectives for tests of steps and evaluators."""
 
 import jax
 import numpy as np
+from flax import linen as nn
 
-from vit_jax import evaluators, sharding
+from vit_jax import evaluators, models, sharding
 from vit_jax.objectives import Examples, supervised
+
+IMAGE = (8, 8, 3)
+MODEL = models.build(
+    'vit-ti/16', num_classes=4, width=16, depth=2, num_heads=2, mlp_dim=32, patch_size=4
+)
+
+
+def batch(size=16, seed=0):
+    """Random images and labels for MODEL; a fifth of the examples is masked out."""
+    rng = np.random.default_rng(seed)
+    return {
+        'image': rng.integers(0, 256, (size, *IMAGE), dtype=np.uint8),
+        'label': rng.integers(0, 4, size),
+        'mask': (rng.random(size) < 0.8).astype(np.float32),
+    }
+
+
+class Table(nn.Module):
+    """Logits that the first pixel of an image chooses from a table, so that all is known."""
+
+    num_classes: int = 7
+
+    def normalise(self, images):
+        return images
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        table = self.param('table', nn.initializers.normal(3.0), (256, self.num_classes))
+        logits = table[images[:, 0, 0, 0].astype(int)]
+        return logits, {'logits': logits}
 
 
 def classifier(model, shape, **settings):
@@ -36,3 +67,7 @@ def subject(model, shape, classes=None, loss=None, mesh=None):
     shapes = {} if model is None else jax.eval_shape(outputs, jax.random.key(0))
     mesh = sharding.make_mesh() if mesh is None else mesh
     return evaluators.Subject(predict, mesh, shapes, {'classes': classes}, {'loss': loss})
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)

@@ -14,7 +14,6 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from fsspec.implementations.memory import MemoryFileSystem
-from test_sources import tf_record
 
 from vit_jax.data import pipeline, sources, tasks
 from vit_jax.data.readers import coco, columnar, example, facts, names, ranges, records
@@ -194,7 +193,7 @@ def test_features_of_tfds_are_fields_by_name(tmp_path, format):
     if format == 'tfrecord':
         (path,) = builder.data_path.glob('*array_record*')
         written = path.parent / path.name.replace('array_record', 'tfrecord')
-        written.write_bytes(b''.join(map(tf_record, ArrayRecordReader(str(path)).read_all())))
+        written.write_bytes(b''.join(map(kinds.tf_record, ArrayRecordReader(str(path)).read_all())))
         path.unlink()
         info = path.parent / 'dataset_info.json'
         info.write_text(info.read_text().replace('array_record', 'tfrecord'))

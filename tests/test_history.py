@@ -10,7 +10,7 @@ import sys
 
 import launched
 import pytest
-from test_train import StopAfter, run
+from in_process import StopAfter, run
 
 import vit_jax
 from vit_jax.convert import load

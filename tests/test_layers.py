@@ -105,6 +105,20 @@ def test_private_names_of_a_library_are_imported_in_one_place():
         assert len(users) <= 1, users
 
 
+def test_tests_import_helpers_and_no_other_tests():
+    found = {path.name: imported_tests(path) for path in (ROOT / 'tests').glob('*.py')}
+    wrong = {name: tests for name, tests in found.items() if tests}
+    assert len(found) > 80 and not wrong, wrong
+
+
+def imported_tests(path):
+    """Names of files of tests that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [node.module or '' for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name for name in names if name.rpartition('.')[2].startswith('test_')}
+
+
 @pytest.mark.parametrize('rooms, refused', [
     (['data.readers'], HEAVY), (LIGHT, ('orbax', 'tensorstore', 'grain', 'fsspec')),
 ])  # fmt: skip

@@ -12,6 +12,7 @@ import jax
 import launched
 import numpy as np
 import pytest
+from learners import assert_trees_close
 
 from vit_jax import assembly, config, errors, sharding, step
 from vit_jax.data import pipeline
@@ -77,10 +78,6 @@ def trained(folder, steps=3, **how):
     return jax.device_get(state), found
 
 
-def assert_close(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
-
-
 def test_eight_devices_are_one_on_any_mesh(folder):
     plain = {'optim.name': 'sgd', 'optim.lr': 0.1}  # Adam makes much of gradients that are noise
     one = trained(folder, **plain)
@@ -89,7 +86,7 @@ def test_eight_devices_are_one_on_any_mesh(folder):
     teacher = one[0].extra['teacher']['encode']['kernel']
     assert np.abs(teacher - one[0].params['encode']['kernel']).max() > 1e-4
     for mesh in ({}, {'mesh.fsdp': 8}, {'mesh.fsdp': 2, 'mesh.tensor': 2}):
-        assert_close(trained(folder, devices=8, **plain, **mesh), one, rtol=1e-4, atol=1e-6)
+        assert_trees_close(trained(folder, devices=8, **plain, **mesh), one, rtol=1e-4, atol=1e-6)
 
 
 def test_what_it_keeps_is_sharded_by_name_and_never_replicated_by_accident(folder):
@@ -110,7 +107,7 @@ def test_what_it_keeps_is_sharded_by_name_and_never_replicated_by_accident(folde
 def test_micro_batches_add_up_or_are_refused(folder):
     # The noise of a micro-batch is its own; without it they add up.
     plain, parts = trained(folder, **{'objective.noise': 0.0}), {'objective.noise': 0.0}
-    assert_close(trained(folder, accumulate=4, **parts), plain, rtol=1e-4, atol=1e-5)
+    assert_trees_close(trained(folder, accumulate=4, **parts), plain, rtol=1e-4, atol=1e-5)
     with pytest.raises(errors.UserError, match='accumulate is 2.*its codes are of the whole batch'):
         parts_of(folder, accumulate=2, **{'objective.whole': True})
 

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from learners import classifier, loss_of
+from learners import IMAGE, MODEL, assert_trees_close, batch, classifier, loss_of
 from scipy import stats
-from test_step import IMAGE, MODEL, assert_trees_close, batch
 
 from vit_jax import sharding, step
 from vit_jax.objectives import losses, mixing, supervised

@@ -8,8 +8,7 @@ import kinds
 import launched
 import numpy as np
 import pytest
-from learners import subject
-from test_classify import Table
+from learners import Table, subject
 
 from vit_jax import assembly, config, evaluate, train
 from vit_jax.data import mixture, sources

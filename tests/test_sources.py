@@ -18,6 +18,7 @@ import threading
 
 import feeds
 import fsspec
+import kinds
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -618,25 +619,6 @@ def test_what_is_wrong_in_parquet_files_is_named(tmp_path, monkeypatch):
         load()
 
 
-def crc32c(data):
-    """Bit by bit, as the polynomial has it."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
-
-
-def tf_record(data):
-    def masked(part):
-        crc = crc32c(part)
-        return struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-    length = struct.pack('<Q', len(data))
-    return length + masked(length) + data + masked(data)
-
-
 class Coins(tfds.core.GeneratorBasedBuilder):
     """A data set of TFDS in two shards, with a feature that is not asked for."""
 
@@ -668,7 +650,7 @@ def prepare_coins(folder, shards=2):
     for path in paths:
         reader = ArrayRecordReader(str(path))
         made.append(path.with_name(path.name.replace('array_record', 'tfrecord')))
-        made[-1].write_bytes(b''.join(map(tf_record, reader.read_all())))
+        made[-1].write_bytes(b''.join(map(kinds.tf_record, reader.read_all())))
         path.unlink()
     info = pathlib.Path(builder.data_dir) / 'dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
@@ -729,4 +711,4 @@ def test_crcs_are_those_of_the_standard():
     rows = np.frombuffer(bytes(32) + b'\xff' * 32 + bytes(range(32)), np.uint8).reshape(3, 32)
     assert tfrecord.crc_of_rows(rows).tolist() == [0x8A9136AA, 0x62A8AB43, 0x46DD794E]
     check = np.frombuffer(b'123456789', np.uint8)[None]
-    assert tfrecord.crc_of_rows(check).tolist() == [0xE3069283] == [crc32c(b'123456789')]
+    assert tfrecord.crc_of_rows(check).tolist() == [0xE3069283] == [kinds.crc32c(b'123456789')]

@@ -7,26 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from learners import classifier
+from learners import IMAGE, MODEL, assert_trees_close, batch, classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
 from vit_jax.models import parameters
 from vit_jax.objectives import losses
-
-IMAGE = (8, 8, 3)
-MODEL = models.build(
-    'vit-ti/16', num_classes=4, width=16, depth=2, num_heads=2, mlp_dim=32, patch_size=4
-)
-
-
-def batch(size=16, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        'image': rng.integers(0, 256, (size, *IMAGE), dtype=np.uint8),
-        'label': rng.integers(0, 4, size),
-        'mask': (rng.random(size) < 0.8).astype(np.float32),
-    }
 
 
 def random_params():
@@ -54,10 +40,6 @@ def run(steps=5, *, model=MODEL, devices=1, mesh=None, accumulate=1, keep=None, 
 
 def column(seen, name='loss'):
     return np.array([m[name] for m in seen])
-
-
-def assert_trees_close(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
 def test_losses_equal_optax():

@@ -16,12 +16,12 @@ import jax
 import launched
 import numpy as np
 import pytest
+from in_process import StopAfter, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_jax import assembly, config, models, train
+from vit_jax import assembly, config, models
 from vit_jax.data import tasks
-from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators.classify import Classify
 from vit_jax.run import history, profiling, report, workdir
@@ -31,26 +31,6 @@ from vit_jax.run.checkpoint import Checkpoints
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 5})
-
-
-def run(folder, path, *overrides, stop=None, **options):
-    """A run of 12 steps on eight devices."""
-    fixed = ('steps=12', 'evals.val.batch_size=8', 'evals.val.every=4', 'checkpoint.every=4')
-    pairs = [o.split('=', 1) for o in fixed + overrides]
-    stop = Stop() if stop is None else stop
-    with workdir.lock_workdir(str(path)) as path:
-        return train.train(config.load(f'{launched.TINY}:{folder}', pairs), path, stop, **options)
-
-
-class StopAfter(Stop):
-    """True once metrics.jsonl has a line of that step."""
-
-    def __init__(self, path, step):
-        super().__init__()
-        self.path, self.step = path, step
-
-    def __bool__(self):
-        return launched.last_step(self.path) >= self.step
 
 
 @pytest.mark.slow
