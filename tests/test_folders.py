@@ -212,7 +212,7 @@ def test_a_folder_at_an_address_is_listed_by_one_request_a_folder(monkeypatch):
                  'val/ant/3.png'):  # fmt: skip
         fs.pipe_file(f'/set/{name}', kinds.png(1))
     try:
-        assert folders.divided('memory://set') == ['train', 'val']
+        assert folders.split_folders('memory://set') == ['train', 'val']
         listings = []
         before = type(fs).ls
         monkeypatch.setattr(type(fs), 'ls', lambda *a, **k: listings.append(a) or before(*a, **k))

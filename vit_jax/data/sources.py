@@ -128,25 +128,26 @@ def open_source(
 ) -> Source:
     """Same as `load`, with labels that are matched by name."""
     address, kind = os.path.expanduser(name), kind_of(name)
+    data_dir = expand_home(data_dir)
     if kind == 'tfds':
-        return Source(*tfds.load(name, split, data_dir=home(data_dir), image=image, label=label))
+        return Source(*tfds.load(name, split, data_dir=data_dir, image=image, label=label))
     if kind == 'vtab':
-        return Source(*tfds.vtab_task(name, split, home(data_dir)))
-    part, _, _ = splits.share(split)
+        return Source(*tfds.load_vtab(name, split, data_dir))
+    part, _, _ = splits.parse(split)
     if kind == 'drawn':
-        return portion(*jft_like.load(name, part), split)
+        return take_share(*jft_like.load(name, part), split)
     if kind == 'pattern':
-        return sharded({'train': shards.expanded(address)}, address, split, image, label)
-    files, inner = shards.listed(address)
+        return open_shards({'train': shards.expand(address)}, address, split, image, label)
+    files, inner = shards.list_folder(address)
     if {records.MANIFEST, records.JOURNAL} & files:
         found = prepared.Prepared(address, part)
-        return portion(found, found.classes, split)
+        return take_share(found, found.classes, split)
     parts = shards.find_shards(address, files, inner)
     if parts:
-        return sharded(parts, address, split, image, label)
-    with images_at(address):
+        return open_shards(parts, address, split, image, label)
+    with explain_address(address):
         if parts := coco.find(address, files, inner):
-            return portion(*coco.read(address, parts, split), split)
+            return take_share(*coco.read(address, parts, split), split)
         if parts := pairs.find(address, inner):
             return Source(pairs.read(address, parts, split), ())
         return Source(*folders.read(address, split))
@@ -178,13 +179,13 @@ def is_workdir(folder: str) -> bool:
     return inner <= {'checkpoints', 'tensorboard', 'compiled', 'profile', 'logs'}
 
 
-def home(folder: str | None) -> str | None:
+def expand_home(folder: str | None) -> str | None:
     """Expands ~ in a folder's path."""
     return None if folder is None else os.path.expanduser(folder)
 
 
 @contextlib.contextmanager
-def images_at(address: str) -> Iterator[None]:
+def explain_address(address: str) -> Iterator[None]:
     """Turns the error of an address that epath can't open into UserError."""
     try:
         yield
@@ -205,14 +206,14 @@ def splits_of(name: str, data_dir: str | None = None) -> tuple[str, ...]:
     if kind == 'pattern':
         return ('train',)
     if kind == 'tfds':
-        return tuple(map(str, tfds.builder_of(name, home(data_dir)).info.splits))
-    files, inner = shards.listed(address)
+        return tuple(map(str, tfds.builder_of(name, expand_home(data_dir)).info.splits))
+    files, inner = shards.list_folder(address)
     if {records.MANIFEST, records.JOURNAL} & files:
         return tuple(records.read_manifest(address)['splits'])
     parts = shards.find_shards(address, files, inner)
-    with images_at(address):
+    with explain_address(address):
         parts = parts or coco.find(address, files, inner) or pairs.find(address, inner)
-        return tuple(parts or folders.divided(address.rstrip('/')) or ('train',))
+        return tuple(parts or folders.split_folders(address.rstrip('/')) or ('train',))
 
 
 def held_out(name: str) -> tuple[str, dict[str, str]]:
@@ -227,9 +228,9 @@ def held_out(name: str) -> tuple[str, dict[str, str]]:
     return splits.held_out(known)
 
 
-def portion(found: Any, classes: Iterable[str], split: str) -> Source:
+def take_share(found: Any, classes: Iterable[str], split: str) -> Source:
     """Makes a Source of records, or of a share of them by position."""
-    _, low, high = splits.share(split)
+    _, low, high = splits.parse(split)
     if (low, high) != (0, 100):
         start, stop = (round(len(found) * percent / 100) for percent in (low, high))
         found = Slice(found, start, stop)
@@ -238,11 +239,11 @@ def portion(found: Any, classes: Iterable[str], split: str) -> Source:
     return Source(found, tuple(classes))
 
 
-def sharded(
+def open_shards(
     parts: dict[str, list[str]], address: str, split: str, image: str, label: str | None
 ) -> Source:
     """Opens a split of tar, parquet or arrow files; `parts` is {split: files}."""
-    part, _, _ = splits.share(split)
+    part, _, _ = splits.parse(split)
     if part not in parts:
         raise splits.missing(address, part, sorted(parts))
     files = parts[part]
@@ -253,7 +254,7 @@ def sharded(
     kind, read = (tars, tars.Tars) if kinds == {'.tar'} else (hf_metadata, parquet.Table)
     found = read(files, image=image, label=label)
     if label is None:
-        return portion(found, (), split)
+        return take_share(found, (), split)
     places = [os.path.dirname(files[0])]
     if os.path.basename(places[0]) in (part, 'data'):
         places.append(os.path.dirname(places[0]))
@@ -266,4 +267,4 @@ def sharded(
         if highest >= MOST_CLASSES:
             raise UserError(f'{address} has a label {highest}, and no list of class names')
         classes = map(str, range(highest + 1))
-    return portion(found, classes, split)
+    return take_share(found, classes, split)

@@ -69,7 +69,7 @@ def data_set(settings, examples=None, classes=None):
     name = mixture.title(settings)
     split = settings.get('split', 'train')
     known = KNOWN.get(name.partition('/')[0].partition(':')[0], (None, None))
-    part, low, high = splits.share(split)
+    part, low, high = splits.parse(split)
     if examples is None and known[0] and part in ('train', 'full'):
         examples = round(known[0] * (high - low) / 100)
     classes = classes or known[1]

@@ -82,13 +82,13 @@ def find(path: str, files: Iterable[str], inner: set[str]) -> dict[str, tuple[st
     """{split: (json, folder of its images)} of a folder with `files` and folders; {} if none."""
     path, parts = path.rstrip('/'), {}
     for part in sorted(set(splits.KNOWN) & inner):
-        if BESIDE in walk.listed(f'{path}/{part}')[0]:
+        if BESIDE in walk.list_folder(f'{path}/{part}')[0]:
             parts[part] = f'{path}/{part}/{BESIDE}', f'{path}/{part}'
     jsons = [f'{path}/{name}' for name in sorted(files) if name.endswith('.json')]
     if 'annotations' in inner:
-        names = walk.listed(f'{path}/annotations')[0]
+        names = walk.list_folder(f'{path}/annotations')[0]
         jsons += [f'{path}/annotations/{name}' for name in names if name.endswith('.json')]
-    images = set(walk.listed(f'{path}/images')[1]) if jsons and 'images' in inner else set()
+    images = set(walk.list_folder(f'{path}/images')[1]) if jsons and 'images' in inner else set()
     for file in jsons:
         stem = NAME.fullmatch(file.rpartition('/')[2])[1]
         folder = f'{path}/{stem}' if stem in inner else f'{path}/images/{stem}'
@@ -99,13 +99,13 @@ def find(path: str, files: Iterable[str], inner: set[str]) -> dict[str, tuple[st
 
 def holds_images(folder: str) -> bool:
     """Whether a folder has images, and no folders in which classes could be."""
-    files, inner, _ = walk.listed(folder)
-    return not walk.shown(inner) and any(name.lower().endswith(walk.SUFFIXES) for name in files)
+    files, inner, _ = walk.list_folder(folder)
+    return not walk.visible(inner) and any(name.lower().endswith(walk.SUFFIXES) for name in files)
 
 
 def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> tuple[Coco, tuple[str, ...]]:
     """(Coco, names of the categories) of a split."""
-    part, _, _ = splits.share(split)
+    part, _, _ = splits.parse(split)
     if part not in parts:
         raise splits.missing(path, part, parts)
     file, folder = parts[part]

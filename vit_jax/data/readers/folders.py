@@ -69,10 +69,10 @@ def size_of(path: str) -> int:
         return -1
 
 
-def divided(path: str) -> list[str] | None:
+def split_folders(path: str) -> list[str] | None:
     """Split folders of a folder, `train` among them; None if the folder has only classes."""
-    inner = walk.shown(walk.listed(path)[1])
-    if 'train' in inner and walk.shown(walk.listed(f'{path}/train')[1]):
+    inner = walk.visible(walk.list_folder(path)[1])
+    if 'train' in inner and walk.visible(walk.list_folder(f'{path}/train')[1]):
         return inner
     others = [name for name in inner if name.casefold() in splits.WORDS]
     if len(inner) > 1 and len(others) == len(inner):
@@ -92,8 +92,8 @@ def read(path: str, split: str) -> tuple[Files, tuple[str, ...]]:
     path = path.rstrip('/')
     if not (epath.Path(path).is_dir() if '://' in path else os.path.isdir(path)):
         raise UserError(f'no folder {path}')
-    part, low, high = splits.share(split)
-    parts = divided(path)
+    part, low, high = splits.parse(split)
+    parts = split_folders(path)
     if parts is None and part != 'train':
         raise UserError(
             f'{path} is not divided into train and {part}; name a share of it as source.split, '
@@ -102,7 +102,8 @@ def read(path: str, split: str) -> tuple[Files, tuple[str, ...]]:
     if parts is not None and part not in parts:
         raise splits.missing(path, part, parts)
     top, root = (f'{path}/train', f'{path}/{part}') if parts else (path, path)
-    own = [name for name in walk.shown(walk.listed(top)[1]) if walk.is_class(f'{top}/{name}')]
+    inner = walk.visible(walk.list_folder(top)[1])
+    own = [name for name in inner if walk.is_class(f'{top}/{name}')]
     if len(own) < 2:
         raise UserError(
             f'{top} has {len(own)} class folders; a data set needs two or more, or else '
@@ -134,14 +135,14 @@ def read(path: str, split: str) -> tuple[Files, tuple[str, ...]]:
 
 def images_of(root: str, skipped: walk.Skipped) -> dict[str, list[str]]:
     """{class: paths from root} of the class folders in a folder; reads each real folder once."""
-    files, folders, odd = walk.listed(root)
-    for file in walk.shown(files):
+    files, folders, odd = walk.list_folder(root)
+    for file in walk.visible(files):
         if file.lower().endswith(walk.SUFFIXES):
             skipped.add('images outside of class folders', f'{root}/{file}')
-    for name in walk.shown(odd):
+    for name in walk.visible(odd):
         skipped.add('dangling links', f'{root}/{name}')
     classes = []
-    for name in walk.shown(folders):
+    for name in walk.visible(folders):
         if walk.is_class(f'{root}/{name}'):
             classes.append(name)
         else:

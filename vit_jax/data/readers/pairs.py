@@ -51,20 +51,21 @@ def find(path: str, inner: set[str]) -> dict[str, tuple[str, str]]:
     path = path.rstrip('/')
     if {IMAGES, MASKS} <= inner:
         images, masks = f'{path}/{IMAGES}', f'{path}/{MASKS}'
-        below = set(walk.listed(images)[1]) & set(walk.listed(masks)[1]) & set(splits.KNOWN)
+        below = set(splits.KNOWN)
+        below = below.intersection(*(walk.list_folder(folder)[1] for folder in (images, masks)))
         if below:
             return {part: (f'{images}/{part}', f'{masks}/{part}') for part in sorted(below)}
         return {'train': (images, masks)}
     parts = {}
     for part in sorted(set(splits.KNOWN) & inner):
-        if {IMAGES, MASKS} <= set(walk.listed(f'{path}/{part}')[1]):
+        if {IMAGES, MASKS} <= set(walk.list_folder(f'{path}/{part}')[1]):
             parts[part] = f'{path}/{part}/{IMAGES}', f'{path}/{part}/{MASKS}'
     return parts
 
 
 def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> Pairs:
     """Pairs of a split, or of a share of one by a hash of the file names."""
-    part, low, high = splits.share(split)
+    part, low, high = splits.parse(split)
     if part not in parts:
         raise splits.missing(path, part, parts)
     top, skipped = parts[part], walk.Skipped()

@@ -20,7 +20,7 @@ OF = re.compile(r'-\d+-of-(\d+)(?=[-.])')
 MOST_SHARDS = 1_000_000
 
 
-def listed(address: str) -> tuple[set[str], set[str]]:
+def list_folder(address: str) -> tuple[set[str], set[str]]:
     """(names of the files, names of the folders) in a folder; both empty if there is no folder."""
     if '://' not in address:
         try:
@@ -54,17 +54,17 @@ def find_shards(
         # A .tar beside folders of images is what they were unpacked from.
         images = suffix == '.tar' and ('train' in folders or len(folders) > 1)
         if own and not images:
-            return divided(own)
+            return group_by_split(own)
         parts = {}
         known = dict_splits(base, files) if suffix == '.arrow' else splits.KNOWN
         for part in sorted(set(known) & folders):
-            inner = shards_in(f'{base}/{part}', listed(f'{base}/{part}')[0], suffix)
+            inner = shards_in(f'{base}/{part}', list_folder(f'{base}/{part}')[0], suffix)
             if inner:
-                parts[part] = complete(inner)
+                parts[part] = check_complete(inner)
         if parts:
             return parts
     if 'data' in folders and 'train' not in folders:
-        return find_shards(f'{base}/data', *listed(f'{base}/data'))
+        return find_shards(f'{base}/data', *list_folder(f'{base}/data'))
     return {}
 
 
@@ -112,7 +112,7 @@ def small_json(folder: str, name: str) -> Any:
     return None
 
 
-def divided(paths: Sequence[str]) -> dict[str, list[str]]:
+def group_by_split(paths: Sequence[str]) -> dict[str, list[str]]:
     """{split: shards} by the splits in their names; all are 'train' if none has one."""
     parts = {}
     for path in paths:
@@ -120,10 +120,10 @@ def divided(paths: Sequence[str]) -> dict[str, list[str]]:
         parts.setdefault(match[1] if match else '', []).append(path)
     if len(parts) > 1 and '' in parts:
         raise UserError(f'{parts[""][0]} names no split ({", ".join(splits.KNOWN)}), as others do')
-    return {part or 'train': complete(found) for part, found in parts.items()}
+    return {part or 'train': check_complete(found) for part, found in parts.items()}
 
 
-def complete(paths: list[str]) -> list[str]:
+def check_complete(paths: list[str]) -> list[str]:
     """Returns the shards; raises UserError if their names say that there are more."""
     counts = {int(m[1]) for p in paths if (m := OF.search(p.rpartition('/')[2]))}
     if len(counts) == 1 and len(paths) < min(counts):
@@ -131,22 +131,22 @@ def complete(paths: list[str]) -> list[str]:
     return paths
 
 
-def expanded(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """Files of a pattern: expands {000..146} and {a,b}, and searches if there is a *."""
     found = ['']
     for fixed, _, inner in re.findall(r'([^{]*)(\{([^{}]*)\})?', pattern):
-        words = [''] if not inner else spelled(inner, pattern)
+        words = [''] if not inner else expand_braces(inner, pattern)
         if len(found) * len(words) > MOST_SHARDS:
             raise UserError(f'{pattern} stands for more than {MOST_SHARDS:,} files')
         found = [f'{start}{fixed}{word}' for start in found for word in words]
     if '*' in pattern:
-        found = [file for one in found for file in globbed(one)]
+        found = [file for one in found for file in glob_files(one)]
     if not found:
         raise UserError(f'no file matches {pattern}')
     return found
 
 
-def spelled(inner: str, pattern: str) -> list[str]:
+def expand_braces(inner: str, pattern: str) -> list[str]:
     """Expands a pair of braces: 08..11 to 08, 09, 10, 11, and a,b to a, b."""
     bounds = re.fullmatch(r'(\d{1,9})\.\.(\d{1,9})', inner)
     if not bounds:
@@ -157,7 +157,7 @@ def spelled(inner: str, pattern: str) -> list[str]:
     return [str(number).zfill(len(bounds[1])) for number in range(low, high + 1)]
 
 
-def globbed(pattern: str) -> list[str]:
+def glob_files(pattern: str) -> list[str]:
     """Files that match a pattern with a *, sorted by name."""
     if '://' not in pattern:
         return sorted(glob.glob(pattern))

@@ -13,7 +13,7 @@ PERCENT = r'\d{1,3}(?:\.\d{1,9})?'
 FORM = re.compile(rf'([^\[\]]+)(?:\[(?:({PERCENT})%)?:(?:({PERCENT})%)?\])?', re.ASCII)
 
 
-def share(split: str) -> tuple[str, float, float]:
+def parse(split: str) -> tuple[str, float, float]:
     """Parses 'train[10%:90%]' to ('train', 10, 90); raises UserError for any other form."""
     match = FORM.fullmatch(split)
     low, high = (float(match[2] or 0), float(match[3] or 100)) if match else (0, 0)

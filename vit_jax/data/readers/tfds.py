@@ -112,7 +112,7 @@ def load(
             raise UserError(f'feature {label!r} of data set {name} is not a class label')
         classes, most = tuple(one.names), None if one is features[label] else MOST_LABELS
     tfrecords = builder.info.available_file_formats() == {tfds_lib.core.FileFormat.TFRECORD}
-    with explained(builder, name, split):
+    with explain_errors(builder, name, split):
         if tfrecords and most is None:
             found = tfrecord.of_builder(builder, split, image=image, label=label)
         else:
@@ -125,7 +125,7 @@ def load(
 def builder_of(name: str, data_dir: str | None) -> Any:
     """Builder of a data set; data sets of this package are prepared at their first use."""
     if name not in BUILDERS:
-        return prepared(name, data_dir)
+        return prepared_builder(name, data_dir)
     import tensorflow_datasets as tfds_lib
 
     module = f'vit_jax.data.builders.{name}.{name}_dataset_builder'
@@ -141,15 +141,15 @@ def builder_of(name: str, data_dir: str | None) -> Any:
     return builder
 
 
-def vtab_task(
+def load_vtab(
     name: str, split: str, data_dir: str | None = None
 ) -> tuple[Tfds, tuple[str, ...]]:
     """(records, class names) of a split of a task of VTAB-1k."""
     task = vtab.task(name)
-    builder = prepared(task.dataset, data_dir)
+    builder = prepared_builder(task.dataset, data_dir)
     sizes = {part: info.num_examples for part, info in builder.info.splits.items()}
     part = vtab.split_of(task, split, sizes)
-    with explained(builder, task.dataset, part):
+    with explain_errors(builder, task.dataset, part):
         data = random_access(builder, part, 'image')
     if isinstance(task.label, str):
         names = builder.info.features[task.label].names
@@ -171,7 +171,7 @@ def random_access(builder: Any, split: str, image: str) -> Any:
 
 
 @contextlib.contextmanager
-def explained(builder: Any, name: str, split: str) -> Iterator[None]:
+def explain_errors(builder: Any, name: str, split: str) -> Iterator[None]:
     """Raises UserError that says why a data set can't be opened, and what to do."""
     try:
         yield
@@ -186,7 +186,7 @@ def explained(builder: Any, name: str, split: str) -> Iterator[None]:
         raise splits.missing(f'data set {name}', split, builder.info.splits) from e
 
 
-def prepared(name: str, data_dir: str | None) -> Any:
+def prepared_builder(name: str, data_dir: str | None) -> Any:
     """Builder of a data set that is prepared in data_dir, from the files alone."""
     import tensorflow_datasets as tfds_lib
 

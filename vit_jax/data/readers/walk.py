@@ -42,7 +42,7 @@ class Skipped:
             names.print_once(f'{root}: skipped {"; ".join(parts)}')
 
 
-def listed(folder: str) -> tuple[list[str], list[str], list[str]]:
+def list_folder(folder: str) -> tuple[list[str], list[str], list[str]]:
     """(names of files, names of folders, other names) in a folder, sorted."""
     files, folders, odd = [], [], []
     if '://' in folder:
@@ -109,18 +109,18 @@ def walk(
             return skipped.add(f'folders more than {DEEPEST} deep', folder)
         if is_run(folder):
             return skipped.add('workdirs of runs', folder)
-    files, folders, odd = listed(folder)
-    for file in shown(files):
+    files, folders, odd = list_folder(folder)
+    for file in visible(files):
         if file.lower().endswith(SUFFIXES):
             yield f'{name}/{file}'
         else:
             suffix = os.path.splitext(file)[1].lower() or 'without suffix'
             skipped.add(f'.{suffix}', f'{folder}/{file}')
-    for other in shown(odd):
+    for other in visible(odd):
         link = os.path.islink(f'{folder}/{other}')
         kind = 'dangling links' if link else 'special files'
         skipped.add(kind, f'{folder}/{other}')
-    for inner in shown(folders):
+    for inner in visible(folders):
         if '://' not in root:
             here = identity(f'{folder}/{inner}')
             if here in seen:
@@ -130,6 +130,6 @@ def walk(
         yield from walk(root, f'{name}/{inner}', skipped, seen, depth + 1)
 
 
-def shown(found: Iterable[str]) -> list[str]:
+def visible(found: Iterable[str]) -> list[str]:
     """Names that are not hidden."""
     return [name for name in found if not name.startswith('.')]
