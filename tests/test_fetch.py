@@ -22,7 +22,7 @@ import trustme
 from fsspec.implementations.memory import MemoryFileSystem
 
 from vit_jax.errors import UserError
-from vit_jax.io import fetch
+from vit_jax.io import addresses, fetch
 
 BODY = bytes(range(256)) * 4000  # about a megabyte
 CHILD = 'import sys\nfrom vit_jax.io import fetch\nprint(fetch.local(sys.argv[1]))'
@@ -183,17 +183,17 @@ def test_local_path_is_itself(tmp_path, monkeypatch):
 
 def test_cache_folder(tmp_path, monkeypatch):
     address = 'https://host/a/model.safetensors?download=true'
-    assert fetch.cache_folder(address).parent == tmp_path / 'cache'
-    assert fetch.cache_folder(address).name.startswith('model.safetensors-')
-    assert fetch.cache_folder(address) != fetch.cache_folder(address.replace('/a/', '/b/'))
+    assert addresses.cache_folder(address).parent == tmp_path / 'cache'
+    assert addresses.cache_folder(address).name.startswith('model.safetensors-')
+    assert addresses.cache_folder(address) != addresses.cache_folder(address.replace('/a/', '/b/'))
     monkeypatch.delenv('VIT_JAX_CACHE')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
-    assert fetch.cache_folder(address).parent == tmp_path / 'xdg' / 'vit_jax'
+    assert addresses.cache_folder(address).parent == tmp_path / 'xdg' / 'vit_jax'
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', str(tmp_path))
-    assert fetch.cache_folder(address).parent == tmp_path / '.cache' / 'vit_jax'
+    assert addresses.cache_folder(address).parent == tmp_path / '.cache' / 'vit_jax'
     for hostile in ('https://host/..', 'https://host/..?x=/', 'gs://', 'https://h/%2e%2e'):
-        folder = fetch.cache_folder(hostile)
+        folder = addresses.cache_folder(hostile)
         assert folder.resolve().parent == (tmp_path / '.cache' / 'vit_jax').resolve()
 
 
@@ -253,6 +253,14 @@ def test_changed_file_is_fetched_again(server):
     fetch.local(f'{server.url}/a.npz')
     server.pages['/a.npz'] = Page(BODY[::-1], etag='"2"')  # as long as before
     assert fetch.local(f'{server.url}/a.npz').read_bytes() == BODY[::-1]
+    assert server.count['GET', '/a.npz'] == 2
+
+
+def test_record_of_another_format_is_replaced(server):
+    server.pages['/a.npz'] = Page()
+    path = fetch.local(f'{server.url}/a.npz')
+    path.with_name('.fetched').write_text('{"a.npz": {}}')
+    assert fetch.local(f'{server.url}/a.npz').read_bytes() == BODY
     assert server.count['GET', '/a.npz'] == 2
 
 
@@ -383,7 +391,7 @@ def test_two_processes_at_once(server, cache):
 
 
 def test_two_processes_where_there_are_no_locks(server, cache, monkeypatch):
-    monkeypatch.setattr(fetch, 'held', lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(fetch, 'locked', lambda *args: contextlib.nullcontext())
     server.pages['/a.npz'] = Page(pause=0.5)
     process = child(f'{server.url}/a.npz')
     wait_for(lambda: leftovers(cache))
@@ -491,9 +499,9 @@ class Hostile(MemoryFileSystem):
 def test_hostile_names(name, cache, tmp_path, monkeypatch):
     fsspec.register_implementation('hostile', Hostile, clobber=True)
     monkeypatch.setattr(Hostile, 'name', name)
-    assert 'no plain file name' in refused('hostile://x')
+    assert 'not a plain file name' in refused('hostile://x')
     assert not [path for path in tmp_path.rglob('*') if path.is_file() and path.name != '.lock']
-    assert 'no plain file name' in refused('hostile://x/a.npz', name)
+    assert 'not a plain file name' in refused('hostile://x/a.npz', name)
     monkeypatch.setattr(Hostile, 'name', 'good.json')
     assert names(fetch.local('hostile://x')) == ['good.json', 'model.safetensors']
 
@@ -514,7 +522,7 @@ def test_backend_that_is_not_installed(address, module, monkeypatch):
 )
 def test_address_without_a_bucket_asks_nobody(address, monkeypatch):
     monkeypatch.setattr(fsspec.core, 'url_to_fs', None)  # which waits, and asks again
-    for call in (fetch.local, fetch.backend):
+    for call in (fetch.local, addresses.backend):
         with pytest.raises(UserError, match=f'^{address} has no (bucket|host|repository)$'):
             call(address)
 

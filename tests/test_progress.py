@@ -44,3 +44,15 @@ def test_a_text_of_its_own_a_stream_and_a_silent_bar(clock, capsys):
             bar.print('val: \x1b[31maccuracy')
     out, err = capsys.readouterr()
     assert (out, err) == ('step 1/3  loss 2.000\nval: \\x1b[31maccuracy\n', '')
+
+
+@pytest.mark.parametrize('total, lines', [
+    (4_000_000, ['a.npz 2,000,000/4,000,000 bytes  0.2 MB/s  10 s left']),
+    (None, ['a.npz 2,000,000 bytes  0.2 MB/s']),
+])  # fmt: skip
+def test_bytes_have_a_rate_and_perhaps_no_total(clock, capsys, total, lines):
+    with progress.Bar('a.npz', total, unit='bytes', brief=True) as bar:
+        bar.update(0)
+        clock[0] += 10
+        bar.update(2_000_000)
+    assert capsys.readouterr().err.splitlines() == lines

@@ -16,7 +16,7 @@ from vit_jax.convert.files import Array, brief
 from vit_jax.convert.fit import Found
 from vit_jax.convert.pieces import Piece
 from vit_jax.errors import Damaged, UserError
-from vit_jax.io import fetch, storage
+from vit_jax.io import addresses, storage
 from vit_jax.io.text import printable
 from vit_jax.run import checkpoint, history, workdir
 
@@ -55,9 +55,9 @@ def folders(address):
 
 def is_run(address):
     """Whether the address is a run of this project, on a disk or on gs://."""
-    if address.endswith(fetch.FILES) or ('://' in address and not address.startswith('gs://')):
+    if address.endswith(addresses.FILES) or ('://' in address and not address.startswith('gs://')):
         return False
-    with fetch.explained(address):
+    with addresses.explained(address):
         return parts(address) is not None
 
 

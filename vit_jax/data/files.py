@@ -10,7 +10,7 @@ import numpy as np
 from vit_jax.data import images
 from vit_jax.data.readers import formats
 from vit_jax.errors import UserError
-from vit_jax.io import fetch, storage
+from vit_jax.io import addresses, fetch, storage
 from vit_jax.io.text import printable
 
 DEFAULT_SIZE = 224  # pixels per side, for a model that accepts any
@@ -84,10 +84,10 @@ def walked(folder, above):
 
 def inside_address(address):
     """Image files below a folder at an address, or None for a file."""
-    with fetch.explained(address):
-        fs, path = fetch.backend(address)
+    with addresses.explained(address):
+        fs, path = addresses.backend(address)
         if address.startswith(('http://', 'https://')):
-            is_folder = fetch.last_name(address) == '' or address.partition('?')[0][-1:] == '/'
+            is_folder = addresses.last_name(address) == '' or address.partition('?')[0][-1:] == '/'
         else:
             is_folder = fs.info(path)['type'] == 'directory'
         if not is_folder:
@@ -96,7 +96,7 @@ def inside_address(address):
         names = sorted(fs.find(path, maxdepth=DEEPEST))
         return [
             fs.unstrip_protocol(name) for name in names
-            if fetch.last_name(name).lower().endswith(SUFFIXES)
+            if addresses.last_name(name).lower().endswith(SUFFIXES)
             and '/.' not in name.removeprefix(path)
         ]  # fmt: skip
 
@@ -130,9 +130,9 @@ def downloaded(address):
         if size > MOST_BYTES:
             raise UserError(f'{address} has more than {MOST_BYTES:,} bytes')
 
-    with fetch.explained(address), tempfile.TemporaryDirectory(prefix='vit_jax_') as folder:
-        fs, path = fetch.backend(address)
-        file = fetch.File(fetch.last_name(address), path, fetch.said(fs.info(path)))
+    with addresses.explained(address), tempfile.TemporaryDirectory(prefix='vit_jax_') as folder:
+        fs, path = addresses.backend(address)
+        file = addresses.File(addresses.last_name(address), path, addresses.version(fs.info(path)))
         check(file.size or 0)
         to = pathlib.Path(folder) / 'image'
         fetch.download(fs, file, to, address, check)

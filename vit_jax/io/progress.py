@@ -16,9 +16,10 @@ class Bar:
 
     Args:
       title: name of what is counted: 'step', 'images'.
-      total: the count at the end.
+      total: the count at the end; None: unknown.
       done: the count at the beginning.
       text: what the bar says before the first update.
+      unit: what is counted, for the rate; 'bytes' are shown as such.
       stream: where to write.
       brief: whether to print no plain line until ten seconds have passed.
       shown: whether to write anything.
@@ -27,16 +28,17 @@ class Bar:
     def __init__(
         self,
         title: str,
-        total: int,
+        total: int | None,
         done: int = 0,
         *,
         text: str = '',
+        unit: Literal['images', 'bytes'] = 'images',
         stream: Literal['stdout', 'stderr'] = 'stderr',
         brief: bool = False,
         shown: bool = True,
     ):
         self.title, self.total, self.done = title, total, done
-        self.stream, self.brief, self.shown = stream, brief, shown
+        self.unit, self.stream, self.brief, self.shown = unit, stream, brief, shown
         self.first = None  # (time, count) of the first update, which may follow a compilation
         self.printed = (time.time() if brief else 0.0), None  # (time, count) of the last line
         self.bar = None
@@ -46,7 +48,7 @@ class Bar:
 
             self.bar = progress.Progress(
                 progress.TextColumn(title, markup=False),
-                progress.MofNCompleteColumn(),
+                progress.DownloadColumn() if unit == 'bytes' else progress.MofNCompleteColumn(),
                 progress.BarColumn(bar_width=24),
                 progress.TextColumn('{task.fields[text]}', markup=False),
                 progress.TimeRemainingColumn(compact=True),
@@ -61,20 +63,23 @@ class Bar:
         self.update(self.done + count)
 
     def update(self, done: int, text: str | None = None) -> None:
-        """Shows a new count and a text; by default the text is the images per second."""
+        """Shows a new count and a text; by default the text is the rate."""
         now, self.done = time.time(), done
         self.first = self.first or (now, done)
         rate = (done - self.first[1]) / max(now - self.first[0], 1e-3)
         if text is None:
-            text = f'{rate:,.0f} images/s' if rate else ''
+            shown = f'{rate / 1e6:,.1f} MB/s' if self.unit == 'bytes' else f'{rate:,.0f} images/s'
+            text = shown if rate else ''
         if self.bar:
             self.bar.update(self.task, completed=done, text=text)
             return
         last = done == self.total and not self.brief and self.printed[1] != done
         if self.shown and (last or now - self.printed[0] >= PERIOD):
             self.printed = now, done
-            left = f'{(self.total - done) / rate:,.0f} s left' if rate else ''
-            parts = f'{self.title} {done:,}/{self.total:,}', text, left
+            known = self.total is not None
+            left = f'{(self.total - done) / rate:,.0f} s left' if known and rate else ''
+            count = f'{self.title} {done:,}' + (f'/{self.total:,}' if known else '')
+            parts = f'{count} bytes' if self.unit == 'bytes' else count, text, left
             self.print('  '.join(filter(None, parts)))
 
     def print(self, text: str) -> None:

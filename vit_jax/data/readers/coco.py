@@ -18,7 +18,7 @@ import numpy as np
 from vit_jax.data.readers import facts, folders, ranges, splits, walk
 from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError
-from vit_jax.io import fetch, storage
+from vit_jax.io import addresses, storage
 from vit_jax.io.text import brief
 
 MOST_JSON = 2**32  # bytes
@@ -111,7 +111,7 @@ def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> tuple[Coco
     file, folder = parts[part]
     with ranges.reading(file):
         if '://' in file:
-            fs, place = fetch.backend(file)
+            fs, place = addresses.backend(file)
             content = fs.cat_file(place)
         else:
             content = storage.local_bytes(file, MOST_JSON)

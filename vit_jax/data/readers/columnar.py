@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.io import fetch
+from vit_jax.io import addresses
 from vit_jax.io.text import brief
 
 
@@ -31,7 +31,7 @@ class Parquet:
     def __init__(self, file: str):
         pa = library()
         if '://' in file:
-            fs, path = fetch.backend(file)
+            fs, path = addresses.backend(file)
             source = fs.open(path, 'rb')
         else:
             os.stat(file)  # its errors are shorter than those of pyarrow

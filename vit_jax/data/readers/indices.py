@@ -16,7 +16,7 @@ import numpy as np
 
 from vit_jax.data.readers import ranges
 from vit_jax.errors import UserError
-from vit_jax.io import atomic, fetch
+from vit_jax.io import addresses, atomic
 from vit_jax.io.text import printable
 
 THREADS = 8  # to index files; they wait for the disk or the network
@@ -91,8 +91,8 @@ def index_file(
 def sidecars(file: str, beside: bool) -> list[pathlib.Path]:
     """Paths where the index of a file may be."""
     if '://' in file:
-        return [fetch.cache_folder(file) / 'index.npz']
-    cached = fetch.cache_folder(os.path.abspath(file)) / 'index.npz'
+        return [addresses.cache_folder(file) / 'index.npz']
+    cached = addresses.cache_folder(os.path.abspath(file)) / 'index.npz'
     return [pathlib.Path(f'{file}.index.npz'), cached] if beside else [cached]
 
 

@@ -14,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from vit_jax.data.readers import example, facts, names, open_files, records, splits
 from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError
-from vit_jax.io import atomic, fetch
+from vit_jax.io import addresses, atomic, fetch
 from vit_jax.io.text import brief
 
 READER = 'readahead_buffer_size:0,max_parallelism:0'  # the defaults read ahead: 40 times slower
@@ -143,11 +143,11 @@ def reader_error(reader: ArrayRecordReader) -> str:
 def cached(address: str, size: int, digest: str) -> pathlib.Path:
     """Local copy of a shard; the path exists only once it is complete and verified."""
     folder, _, name = address.rpartition('/')
-    folder = fetch.cache_folder(folder) / digest  # so that another version has another path
+    folder = addresses.cache_folder(folder) / digest  # so that another version has another path
     path = folder / name
     if path.exists():
         return path
-    with fetch.explained(address):
+    with addresses.explained(address):
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder / '.lock'):
             if not path.exists():  # else another thread or process has just fetched it
@@ -170,8 +170,8 @@ def file_lock(path: pathlib.Path) -> Iterator[None]:
 
 def download(address: str, path: pathlib.Path, size: int, digest: str) -> None:
     """Downloads a shard, verifies it against the manifest and moves it into place."""
-    fs, remote = fetch.backend(address)
-    file = fetch.File(path.name, remote, {'size': size})
+    fs, remote = addresses.backend(address)
+    file = addresses.File(path.name, remote, {'size': size})
     with atomic.replace_file(path) as part:
         fetch.download(fs, file, part, address, lambda value: None)
         with part.open('rb') as f:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vit_jax.data.readers import facts, open_files
 from vit_jax.errors import UserError
-from vit_jax.io import fetch, reasons
+from vit_jax.io import addresses, reasons
 from vit_jax.io.text import brief
 
 ATTEMPTS = 4  # to read from an address, one, two and four seconds apart
@@ -71,7 +71,7 @@ class Ranges(open_files.OpenFiles):
 def reader(file: str) -> Callable[[int, int], bytes]:
     """Function (start, size) -> bytes of a file, at a path or an address."""
     if '://' in file:
-        fs, path = fetch.backend(file)
+        fs, path = addresses.backend(file)
         return lambda start, size: fs.cat_file(path, start=start, end=start + size) if size else b''
     handle = open(file, 'rb', buffering=0)  # owned by the function, and closed with it
     return lambda start, size: os.pread(handle.fileno(), size, start)
@@ -105,8 +105,8 @@ def reading(file: str) -> Iterator[None]:
 def identity(file: str) -> dict[str, Any]:
     """Identifies a version of a file: its size and time, or what its server reports."""
     if '://' in file:
-        fs, path = fetch.backend(file)
-        return fetch.said(fs.info(path))
+        fs, path = addresses.backend(file)
+        return addresses.version(fs.info(path))
     stat = os.stat(file)
     return {'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
 
@@ -114,6 +114,6 @@ def identity(file: str) -> dict[str, Any]:
 def open_stream(file: str) -> BinaryIO:
     """Opens a binary stream of a file for scattered reads."""
     if '://' in file:
-        fs, path = fetch.backend(file)
+        fs, path = addresses.backend(file)
         return fs.open(path, 'rb')
     return open(file, 'rb', buffering=4096)  # a header, a label and the next header

@@ -17,7 +17,7 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from vit_jax.errors import UserError
-from vit_jax.io import atomic, fetch
+from vit_jax.io import addresses, atomic
 from vit_jax.io.text import brief
 
 FORMAT, VERSION = 'vit_jax records', 1
@@ -85,8 +85,8 @@ def manifest_text(folder: str, where: str) -> bytes:
         'python -m vit_jax.data.prepare again, which resumes it'
     )
     if '://' in folder:
-        with fetch.explained(where):
-            fs, path = fetch.backend(where)
+        with addresses.explained(where):
+            fs, path = addresses.backend(where)
             try:
                 if (fs.info(path).get('size') or 0) > MOST_MANIFEST:
                     raise UserError(f'{where} has more than {MOST_MANIFEST:,} bytes')

@@ -10,7 +10,7 @@ from typing import Any
 
 from vit_jax.data.readers import names, ranges, records, splits
 from vit_jax.errors import UserError
-from vit_jax.io import fetch
+from vit_jax.io import addresses
 
 MOST_CARD = 10_000_000  # bytes of a list of classes or of other metadata
 SHARDS = ('.tar', '.parquet', '.arrow')
@@ -29,8 +29,8 @@ def list_folder(address: str) -> tuple[set[str], set[str]]:
         except OSError:  # folders.read raises
             return set(), set()
     else:
-        with fetch.explained(address):
-            fs, path = fetch.backend(address)
+        with addresses.explained(address):
+            fs, path = addresses.backend(address)
             found = []
             if fs.exists(f'{path.rstrip("/")}/{records.MANIFEST}'):  # a server may list nothing
                 return {records.MANIFEST}, set()
@@ -161,8 +161,8 @@ def glob_files(pattern: str) -> list[str]:
     """Files that match a pattern with a *, sorted by name."""
     if '://' not in pattern:
         return sorted(glob.glob(pattern))
-    with fetch.explained(pattern):
-        fs, path = fetch.backend(pattern)
+    with addresses.explained(pattern):
+        fs, path = addresses.backend(pattern)
         start = pattern.removesuffix(path)
         return [f'{start}{found}' for found in sorted(fs.glob(path))]
 
@@ -173,7 +173,7 @@ def small_file(folder: str, name: str) -> bytes | None:
     with ranges.reading(where):
         try:
             if '://' in where:
-                fs, path = fetch.backend(where)
+                fs, path = addresses.backend(where)
                 return fs.cat_file(path, end=MOST_CARD)
             if os.path.getsize(where) > MOST_CARD:
                 return None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from vit_jax.data.readers import formats, names
 from vit_jax.errors import UserError
-from vit_jax.io import fetch
+from vit_jax.io import addresses
 
 SUFFIXES = tuple(f'.{suffix}' for suffix in formats.SUFFIXES)
 DEEPEST = 32  # levels of folders
@@ -46,8 +46,8 @@ def list_folder(folder: str) -> tuple[list[str], list[str], list[str]]:
     """(names of files, names of folders, other names) in a folder, sorted."""
     files, folders, odd = [], [], []
     if '://' in folder:
-        with fetch.explained(folder):
-            fs, path = fetch.backend(folder)
+        with addresses.explained(folder):
+            fs, path = addresses.backend(folder)
             for entry in fs.ls(path, detail=True):  # one request for all of them
                 name = entry['name'].rstrip('/')
                 if name != path.rstrip('/'):
