@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vit_jax import evaluators, sharding
 from vit_jax.data import images, mixture, pipeline, tasks
 from vit_jax.io.bounds import NonNegative, Positive, Rate, Size
-from vit_jax.models.layers import shard_batch
+from vit_jax.models.memory import shard_batch
 from vit_jax.objectives import Objective
 
 METRICS = {'loss': 'min', 'error': 'min', 'agreement': 'min'}

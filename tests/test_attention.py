@@ -10,7 +10,7 @@ import pytest
 from vit_jax import models, sharding
 from vit_jax.distributed import topologies
 from vit_jax.errors import UserError
-from vit_jax.models import attention
+from vit_jax.models import attention, memory
 from vit_jax.plan import hlo
 
 needs_compiler = pytest.mark.skipif(
@@ -86,7 +86,7 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
 
     wanted = jax.jit(jax.value_and_grad(loss))(params, images)
     monkeypatch.setattr(attention, 'pallas', interpreted)
-    monkeypatch.setattr(attention, 'target', lambda: V4)
+    monkeypatch.setattr(memory, 'target', lambda: V4)
     grad, places = jax.value_and_grad(loss), {}
     if mesh:
         mesh = sharding.make_mesh(**mesh)
@@ -152,7 +152,7 @@ def test_cudnn_is_given_an_even_number_of_tokens_and_told_how_many_count(monkeyp
         return jax.grad(loss, has_aux=True)(params)
 
     wanted = results()
-    monkeypatch.setattr(attention, 'target', lambda: HOPPER)
+    monkeypatch.setattr(memory, 'target', lambda: HOPPER)
     monkeypatch.setattr(attention, 'chosen', lambda *args, **kwargs: 'cudnn')
     monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -166,7 +166,7 @@ def test_cudnn_trains_on_197_tokens_and_its_forward_pass_is_not_made_again(monke
     """The program before compilation, as JAX makes it where it finds cuDNN."""
     from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
-    monkeypatch.setattr(attention, 'target', lambda: HOPPER)
+    monkeypatch.setattr(memory, 'target', lambda: HOPPER)
     monkeypatch.setattr(jax_cudnn, 'check_cudnn_version', lambda: 91000)
     monkeypatch.setattr(jax_cudnn, 'check_compute_capability', lambda _: True)
     model = models.build(
@@ -213,8 +213,8 @@ def test_the_tpus_compiler_takes_the_kernel_and_its_bytes_are_counted(
 
     def gradient(qkv):
         shape = (*qkv.shape[:2], 3, heads, width // heads)
-        assert attention.target() == ('tpu', found[0].device_kind)
-        attention.chosen('pallas', *attention.target(), **SHAPE | dict(
+        assert memory.target() == ('tpu', found[0].device_kind)
+        attention.chosen('pallas', *memory.target(), **SHAPE | dict(
             tokens=tokens, width=width, heads=heads))  # fmt: skip
         bias = jnp.zeros(shape[2:])
         return jax.grad(

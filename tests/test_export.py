@@ -22,7 +22,7 @@ from vit_jax.convert import load
 from vit_jax.data import augment, tasks
 from vit_jax.distributed import topologies
 from vit_jax.errors import UserError
-from vit_jax.models import attention
+from vit_jax.models import memory
 
 SIZE, CLASSES = 48, ('ant', 'bee', 'cat', 'dog', 'eel', 'fox', 'gnu')
 # In a process that has jax, what jax needs, and nothing else of what is installed.
@@ -350,7 +350,7 @@ def test_its_blocks_are_a_loop_wherever_it_is_made(name, monkeypatch):
         return made.mlir_module().count('stablehlo.while')
 
     here = loops()
-    monkeypatch.setattr(attention, 'target', lambda: ('tpu', 'TPU v4'))
+    monkeypatch.setattr(memory, 'target', lambda: ('tpu', 'TPU v4'))
     assert loops() == here == 1 + loops(unroll=3)
 
 

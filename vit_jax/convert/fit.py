@@ -13,7 +13,7 @@ from vit_jax.convert import official, pieces, surgery, views
 from vit_jax.convert.documents import Notes
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
-from vit_jax.models import layers
+from vit_jax.models import embedding
 from vit_jax.models.interface import Metadata
 
 WHOLE = (
@@ -262,7 +262,7 @@ def target_grid(found, model, grid, image_size):
     """
     if image_size is None or found.kind == 'bit':
         return grid
-    target = layers.grid(image_size, model.stride)
+    target = embedding.grid(image_size, model.stride)
     check_positions(found, model, target)
     if found.kind == 'mixer' and target != grid:
         count = mixer_tokens(found)
@@ -282,7 +282,7 @@ def target_grid(found, model, grid, image_size):
 def check_positions(found, model, target):
     """Raises UserError for positions that would be resized and are not a table of patches."""
     fixed = model.posemb in ('learn2d', 'relative') or getattr(model, 'posemb_at', '') == 'layers'
-    if fixed and found.image_size and target != layers.grid(found.image_size, model.stride):
+    if fixed and found.image_size and target != embedding.grid(found.image_size, model.stride):
         raise UserError(
             f'positions of model.posemb {model.posemb!r} at {model.posemb_at!r} are not resized; '
             f'the model works at {found.image_size[0]} x {found.image_size[1]} pixels alone'

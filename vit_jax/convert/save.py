@@ -23,7 +23,7 @@ from vit_jax.convert.pieces import extract
 from vit_jax.errors import UserError, shown
 from vit_jax.io import atomic, storage
 from vit_jax.io.text import to_json
-from vit_jax.models import layers, mixer, resnet
+from vit_jax.models import embedding, mixer, resnet
 from vit_jax.models.interface import Metadata
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
@@ -186,7 +186,7 @@ def folded(model, params, format, size):
     if model.posemb == 'sincos2d' and format != 'big_vision':
         if size is None:
             raise UserError('a table of sin-cos positions needs image_size=...')
-        params['posemb'] = np.asarray(layers.sincos2d(*model.grid(size), model.width))
+        params['posemb'] = np.asarray(embedding.sincos2d(*model.grid(size), model.width))
         model = model.clone(posemb='learn', cls_posemb=False, registers_posemb=False)
     wants = {'official': True, 'hf': True, 'big_vision': False}.get(format)
     if format == 'timm' and model.registers and not model.registers_posemb:

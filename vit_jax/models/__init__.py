@@ -3,6 +3,9 @@
 import dataclasses
 import difflib
 import re
+from typing import Any
+
+import flax.linen as nn
 
 from vit_jax.errors import UserError, shown
 from vit_jax.io import bounds
@@ -24,7 +27,7 @@ NAMES = (
 )
 
 
-def parts(name):
+def parts(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
     """(module, {field: value}) that a name stands for; raises UserError for an unknown name."""
     text = name if isinstance(name, str) else ''
     match = re.fullmatch(r'bit(?:-r(\d+)x(\d+))?', text)
@@ -51,7 +54,7 @@ def parts(name):
     return module, values
 
 
-def fields(name):
+def fields(name: str) -> dict[str, tuple[Any, Any]]:
     """{field: (annotation, default)} that `build` takes for the model of that name."""
     module, values = parts(name)
     rows = {f.name: f for f in dataclasses.fields(module) if f.name not in NO_SETTINGS}
@@ -61,7 +64,7 @@ def fields(name):
     return {'name': (str, name), **rows}
 
 
-def build(name, num_classes=1000, **values):
+def build(name: str, num_classes: int | None = 1000, **values: Any) -> nn.Module:
     """Builds a Flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16', 'bit-r50x1'.
 
     `values` override any field of the module (`width=96`, `pool='gap'`, `dtype='bfloat16'` or
@@ -89,7 +92,7 @@ def build(name, num_classes=1000, **values):
     return model
 
 
-def describe(model):
+def describe(model: nn.Module) -> dict[str, Any]:
     """{field: value} of a model and a `name`, with which `build` makes the same model."""
     values = {
         f.name: getattr(model, f.name)
@@ -99,7 +102,7 @@ def describe(model):
     return {'name': name_of(model, values), **values}
 
 
-def name_of(model, values):
+def name_of(model: nn.Module, values: dict[str, Any]) -> str:
     """The name that stands for all sizes, 'vit-b/16'; else 'vit/16', where sizes are fields."""
     if isinstance(model, resnet.Bit):
         depth = next((n for n, units in resnet.DEPTHS.items() if units == model.units), None)

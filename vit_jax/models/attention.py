@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from vit_jax.errors import UserError
+from vit_jax.models import memory
 
 ROWS = 256  # queries at a time, so that intermediates stay on the chip
 MIB = 2**20
@@ -64,21 +65,8 @@ def block_bytes(tokens, width, dtype, buffers=1):
 
 def buffers(tokens, width, dtype, device):
     """2 if the next image can be loaded during computation, 1 if only one fits, else 0."""
-    memory = SMALL.get(device, LARGE)
-    return next((n for n in (2, 1) if block_bytes(tokens, width, dtype, n) <= memory), 0)
-
-
-def target():
-    """(platform, device kind) that the traced function is for: of the mesh, if one is set."""
-    device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
-    if device is None:
-        device = jax.devices()[0]
-    return device.platform, device.device_kind
-
-
-def keep_layout(x):
-    """Fixes the layout of x on CPUs, whose compiler would choose slower transposes."""
-    return jax.lax.optimization_barrier(x) if target()[0] == 'cpu' else x
+    available = SMALL.get(device, LARGE)
+    return next((n for n in (2, 1) if block_bytes(tokens, width, dtype, n) <= available), 0)
 
 
 def products(q, k, dims):
@@ -144,7 +132,7 @@ def call(kernel, heads, matmuls, arrays, shapes, interpret):
     The kernel streams its inputs, so that the compiler need not copy them to the chip beforehand.
     """
     b, t, width = arrays[0].shape
-    device = target()[1]
+    device = memory.target()[1]
     ahead = pl.Buffered(buffers(t, width // 3, arrays[0].dtype, device) or 1)
     specs = [
         pl.BlockSpec((1, *x.shape[1:]), lambda i: (i, 0, 0), pipeline_mode=ahead)

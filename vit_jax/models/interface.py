@@ -1,7 +1,10 @@
 """What all models have in common: metadata, and checks of their inputs."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,12 +21,12 @@ class Metadata:
     loss: str | None = None  # training loss of the head, 'softmax' or 'sigmoid'; None: unknown
 
 
-def metadata():
+def metadata() -> Any:
     """The field `metadata` of a model, which its hash and equality leave out."""
     return dataclasses.field(default=None, compare=False, repr=False)
 
 
-def dtype_name(value):
+def dtype_name(value: Any) -> Any:
     """The name of a JAX or NumPy dtype, 'bfloat16'; returns anything else unchanged."""
     scalar = isinstance(value, type) and issubclass(value, np.generic)
     if scalar or isinstance(value, (np.dtype, type(jnp.bfloat16))):
@@ -31,7 +34,7 @@ def dtype_name(value):
     return value
 
 
-def check_images(images, channels):
+def check_images(images: Any, channels: int) -> None:
     """Raises UserError unless images are floats [B, H, W, channels]."""
     if not hasattr(images, 'shape'):
         raise UserError(
@@ -54,13 +57,13 @@ EACH_TOKEN = (
 )
 
 
-def check_output(model):
+def check_output(model: Any) -> None:
     """Raises UserError for a model with an output per token instead of one per image."""
     if getattr(model, 'pool', None) == 'none':
         raise UserError(EACH_TOKEN)
 
 
-def captures(capture, known):
+def captures(capture: str | Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
     """`capture`, a name or several, as a tuple; raises UserError for one that is not in `known`."""
     names = (capture,) if isinstance(capture, str) else capture
     if not isinstance(names, (tuple, list)):
@@ -72,7 +75,9 @@ def captures(capture, known):
     return tuple(names)
 
 
-def check_size(images, grid, params, before=0):
+def check_size(
+    images: jax.Array, grid: tuple[int, int], params: Mapping[str, Any], before: int = 0
+) -> None:
     """Raises UserError if the parameters have positions for another grid (h, w) than the images.
 
     `before` is the number of prefix tokens that have positions.

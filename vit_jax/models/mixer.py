@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Finite, Float, Positive, Rate
-from vit_jax.models import interface, layers, quantized
+from vit_jax.models import embedding, interface, layers, memory, quantized
 
 # arXiv:2105.01601 table 1
 SIZES = {
@@ -49,13 +49,13 @@ class MixerBlock(nn.Module):
                 return x + y
             return x + layers.dropped(y, drop_path, self.make_rng('dropout'))
 
-        x = layers.shard_batch(x)
+        x = memory.shard_batch(x)
         y = nn.LayerNorm(**norm, name='norm1')(x).swapaxes(1, 2)  # [B, N, D] -> [B, D, N]
         y = layers.Mlp(self.tokens_mlp_dim, **mlp, name='token_mixing')(y)
         x = residual(x, y.swapaxes(1, 2))
         y = nn.LayerNorm(**norm, name='norm2')(x)
         y = layers.Mlp(self.mlp_dim, **mlp, name='channel_mixing')(y)
-        x = layers.rounded(residual(x, y))
+        x = memory.rounded(residual(x, y))
         return x, x if self.keep else None
 
 
@@ -98,24 +98,24 @@ class Mixer(nn.Module):
         super().__post_init__()
 
     @property
-    def stride(self):
+    def stride(self) -> tuple[int, int]:
         """Pixels from one patch to the next: (vertical, horizontal)."""
         return self.patch_size
 
-    def grid(self, image_shape):
+    def grid(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
-        return layers.grid(image_shape, self.stride)
+        return embedding.grid(image_shape, self.stride)
 
-    def normalise(self, images):
+    def normalise(self, images: jax.Array) -> jax.Array:
         """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
-        return layers.normalise(images, self.mean, self.std)
+        return embedding.normalise(images, self.mean, self.std)
 
-    def check(self):
+    def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('model', self)
         quantized.dot_general(self.quantize)
 
-    def flops(self, image_shape):
+    def flops(self, image_shape: tuple[int, ...]) -> int:
         """FLOPs of a forward pass over one image [H, W, C], counted as in `vit.Vit.flops`."""
         h, w = self.grid(image_shape)
         n, d = h * w, self.width
@@ -135,24 +135,11 @@ class Mixer(nn.Module):
         self.check()
         interface.check_images(images, len(self.mean))
         capture = interface.captures(capture, self.captures)
-        h, w = self.grid(images.shape[1:])
-        interface.check_size(images, (h, w), self.variables.get('params', {}))
+        grid = self.grid(images.shape[1:])
+        interface.check_size(images, grid, self.variables.get('params', {}))
         out = {}
-        x = nn.Conv(
-            self.width, self.patch_size, strides=self.patch_size, padding='VALID',
-            dtype=self.dtype, name='embedding',
-        )(images.astype(self.dtype))  # fmt: skip
-        x = x.reshape(-1, h * w, self.width)  # [B, h, w, D] -> [B, N, D]
-        x = out['tokens'] = layers.shard_batch(x)
-        unroll = layers.unroll_length(self.unroll, self.depth, self.is_initializing())
-        stack = nn.scan(
-            layers.recomputed(MixerBlock, 'none', unroll < self.depth),
-            variable_axes={'params': 0},
-            split_rngs={'params': True, 'dropout': True},
-            length=self.depth,
-            unroll=unroll,
-        )
-        encoder = stack(
+        x = out['tokens'] = embedding.patches(images, self.width, self.patch_size, self.dtype)
+        encoder = memory.stacked(MixerBlock, self.depth, self.unroll, self.is_initializing())(
             self.tokens_mlp_dim, self.mlp_dim, self.gelu, self.epsilon, self.dropout,
             self.drop_path > 0, not train, bool(capture), self.dtype, self.quantize, name='encoder',
         )  # fmt: skip
@@ -166,9 +153,9 @@ class Mixer(nn.Module):
             out['normed_by_block'] = last_norm(by_block)
         x = last_norm(x)
         out['encoded'] = x
-        x = out['pre_logits'] = layers.shard_batch(x.mean(axis=1))
+        x = out['pre_logits'] = memory.shard_batch(x.mean(axis=1))
         if self.num_classes is None:
             return x, out
         head = layers.head(self.num_classes, self.head_bias, self.dtype)
-        out['logits'] = layers.shard_batch(head(x))
+        out['logits'] = memory.shard_batch(head(x))
         return out['logits'], out

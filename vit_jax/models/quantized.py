@@ -1,6 +1,7 @@
 """8-bit products of activations and kernels, by the library qwix."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ KINDS = {
 
 
 @functools.cache
-def dot_general(kind):
+def dot_general(kind: str) -> Callable[..., jax.Array]:
     """A replacement for `jax.lax.dot_general` within a Flax module.
 
     Each token of the activations and each output of the kernel is divided by a scale of its own,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Finite, Float, Positive
-from vit_jax.models import interface, layers
+from vit_jax.models import embedding, interface, layers, memory
 
 GROUPS = 32
 ROOT_STRIDE = 4
@@ -25,29 +25,29 @@ ROOT_STRIDE = 4
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 
 
-def stride(units):
+def stride(units: tuple[int, ...]) -> int:
     """Pixels from one feature to the next, in both directions."""
     return ROOT_STRIDE * 2 ** max(len(units) - 1, 0)
 
 
-def root_features(width):
+def root_features(width: float) -> int:
     """Features of the root block."""
     return int(64 * width)
 
 
-def channels(units, width):
+def channels(units: tuple[int, ...], width: float) -> int:
     """Features of the last stage."""
     return root_features(width) * (4 * 2 ** (len(units) - 1) if units else 1)
 
 
-def stages(units, width):
+def stages(units: tuple[int, ...], width: float) -> list[tuple[int, int, int]]:
     """[(units, features of their 3 x 3 convolution, stride of the first)] by stage."""
     return [
         (count, root_features(width) * 2**i, 1 if i == 0 else 2) for i, count in enumerate(units)
     ]
 
 
-def taps(length, size, by, centred):
+def taps(length: int, size: int, by: int, centred: bool) -> int:
     """Counts kernel elements that lie on the image, over all outputs along one axis.
 
     Products with padding are not counted, as in XLA and in the exaFLOPs of arXiv:2010.11929 table
@@ -59,7 +59,9 @@ def taps(length, size, by, centred):
     return sum(min(start + size, length) - max(start, 0) for start in starts)
 
 
-def multiply_adds(image_shape, units, width, centred=False):
+def multiply_adds(
+    image_shape: tuple[int, ...], units: tuple[int, ...], width: float, centred: bool = False
+) -> int:
     """Multiply-adds of the convolutions for one image [H, W, C]."""
     h, w, c = image_shape
     features = root_features(width)
@@ -93,7 +95,7 @@ class StdConv(nn.Module):
         kernel = kernel - kernel.mean(axis=(0, 1, 2))
         kernel = kernel / (kernel.std(axis=(0, 1, 2)) + 1e-5)
         padding = ((self.size // 2,) * 2,) * 2 if self.centred else 'SAME'
-        return layers.shard_batch(jax.lax.conv_general_dilated(
+        return memory.shard_batch(jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, padding,
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         ))  # fmt: skip
@@ -191,20 +193,20 @@ class Bit(nn.Module):
         super().__post_init__()
 
     @property
-    def stride(self):
+    def stride(self) -> tuple[int, int]:
         """Pixels from one feature to the next: (vertical, horizontal)."""
         return (stride(self.units),) * 2
 
-    def grid(self, image_shape):
+    def grid(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of features of an image [H, W, ...]."""
         y, x = self.stride
         return -(-image_shape[0] // y), -(-image_shape[1] // x)
 
-    def normalise(self, images):
+    def normalise(self, images: jax.Array) -> jax.Array:
         """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
-        return layers.normalise(images, self.mean, self.std)
+        return embedding.normalise(images, self.mean, self.std)
 
-    def check(self):
+    def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('model', self)
         if not self.units:
@@ -215,7 +217,7 @@ class Bit(nn.Module):
                 f'block, which do not divide into {GROUPS} groups; multiples of 0.5 do'
             )
 
-    def flops(self, image_shape):
+    def flops(self, image_shape: tuple[int, ...]) -> int:
         """FLOPs of a forward pass over one image [H, W, C], counted as in `vit.Vit.flops`."""
         adds = multiply_adds(image_shape, self.units, self.width, centred=True)
         return 2 * (adds + channels(self.units, self.width) * (self.num_classes or 0))
@@ -243,12 +245,12 @@ class Bit(nn.Module):
                 )
                 x = unit(x)
         b, h, w, f = x.shape
-        out = {'tokens': layers.shard_batch(x.reshape(b, h * w, f))}
+        out = {'tokens': memory.shard_batch(x.reshape(b, h * w, f))}
         x = nn.relu(nn.GroupNorm(GROUPS, epsilon=1e-5, dtype=self.dtype, name='norm')(x))
-        x = out['encoded'] = layers.shard_batch(x.reshape(b, h * w, f))  # [B, H, W, F] -> [B, N, F]
-        x = out['pre_logits'] = layers.shard_batch(x.mean(axis=1))
+        x = out['encoded'] = memory.shard_batch(x.reshape(b, h * w, f))  # [B, H, W, F] -> [B, N, F]
+        x = out['pre_logits'] = memory.shard_batch(x.mean(axis=1))
         if self.num_classes is None:
             return x, out
         head = layers.head(self.num_classes, self.head_bias, self.dtype)
-        out['logits'] = layers.shard_batch(head(x))
+        out['logits'] = memory.shard_batch(head(x))
         return out['logits'], out

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Finite, Float, NonNegative, Positive, Rate
-from vit_jax.models import interface, layers, quantized, resnet
+from vit_jax.models import (
+    block,
+    embedding,
+    interface,
+    layers,
+    memory,
+    pooling,
+    quantized,
+    resnet,
+)
 
 # arXiv:2010.11929 table 1 (b, l, h); arXiv:2106.10270 table 2 (ti, s); arXiv:2106.04560 table 2
 # (mu to G); arXiv:2305.13035 table 1 (so400m); arXiv:2209.06794 section 3.1 (e).
@@ -111,14 +120,14 @@ class Vit(nn.Module):
         super().__post_init__()
 
     @property
-    def prefix(self):
+    def prefix(self) -> dict[str, int]:
         """Tokens before the patches, by name of their parameter: {'cls': 1, 'registers': 4}."""
         cls = self.pool in ('cls', 'cls_gap') if self.cls_token is None else self.cls_token
         counts = {'cls': int(cls), 'dist': int(self.dist_token), 'registers': self.registers}
         return {name: count for name, count in counts.items() if count}
 
     @property
-    def prefix_posemb(self):
+    def prefix_posemb(self) -> dict[str, int]:
         """Those of `prefix` that have rows in the position table; they come first in it."""
         if self.posemb != 'learn':
             return {}
@@ -128,20 +137,20 @@ class Vit(nn.Module):
         return {name: count for name, count in self.prefix.items() if has[name]}
 
     @property
-    def stride(self):
+    def stride(self) -> tuple[int, int]:
         """Pixels from one patch to the next: (vertical, horizontal)."""
         by = 1 if self.resnet is None else resnet.stride(self.resnet)
         return self.patch_size[0] * by, self.patch_size[1] * by
 
-    def grid(self, image_shape):
+    def grid(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
-        return layers.grid(image_shape, self.stride)
+        return embedding.grid(image_shape, self.stride)
 
-    def normalise(self, images):
+    def normalise(self, images: jax.Array) -> jax.Array:
         """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
-        return layers.normalise(images, self.mean, self.std)
+        return embedding.normalise(images, self.mean, self.std)
 
-    def check(self):
+    def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('model', self)
         quantized.dot_general(self.quantize)
@@ -161,7 +170,7 @@ class Vit(nn.Module):
         if self.dist_head and not self.dist_token:
             raise UserError('model.dist_head needs model.dist_token')
 
-    def flops(self, image_shape):
+    def flops(self, image_shape: tuple[int, ...]) -> int:
         """FLOPs of a forward pass over one image [H, W, C]: two per multiply-add of a product.
 
         Norms, softmax, GELU and biases are not counted, as is usual.
@@ -189,31 +198,23 @@ class Vit(nn.Module):
         heads = 1 + self.dist_head
         return 2 * (adds + rows * features * (self.num_classes or 0) * heads)
 
-    def embed(self, images):
+    def embed(self, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Embeds patches with positions: [B, H, W, C] -> [B, N, D], and positions of the prefix."""
         h, w = self.grid(images.shape[1:])
         x = images.astype(self.dtype)
         if self.resnet is not None:
             x = resnet.ResNet(self.resnet, self.resnet_width, self.dtype, name='resnet')(x)
-        x = nn.Conv(
-            self.width,
-            self.patch_size,
-            strides=self.patch_size,
-            padding='VALID',
-            dtype=self.dtype,
-            name='embedding',
-        )(x)
-        b, _, _, d = x.shape
-        x = layers.shard_batch(x.reshape(b, h * w, d))  # [B, h, w, D] -> [B, N, D]
+        x = embedding.patches(x, self.width, self.patch_size, self.dtype)
         if self.posemb_at != 'stem' or self.posemb in ('none', 'relative'):
             return x, None
         if self.posemb == 'sincos2d':
-            return x + layers.sincos2d(h, w, d).astype(self.dtype), None
+            return x + embedding.sincos2d(h, w, self.width).astype(self.dtype), None
         before = sum(self.prefix_posemb.values())
-        table = layers.positions(self, self.posemb, (h, w), before, d).astype(self.dtype)
+        table = embedding.positions(self, self.posemb, (h, w), before, self.width)
+        table = table.astype(self.dtype)
         return x + table[:, before:], table[:, :before]
 
-    def prefix_tokens(self, positions):
+    def prefix_tokens(self, positions: jax.Array | None) -> list[jax.Array]:
         """Class token, distillation token and registers, as the model has them: each [1, *, D]."""
         tokens, start = [], 0
         for name, count in self.prefix.items():
@@ -263,37 +264,32 @@ class Vit(nn.Module):
         if 'cls' in self.prefix:
             out['cls'] = first[:, 0]
         dist = first[:, list(self.prefix).index('dist')] if self.dist_head else None
-        x = layers.shard_batch(self.pooled(out, first))
+        x = memory.shard_batch(self.pooled(out, first))
         x = out['pre_logits'] = self.represented(last_norm(x) if self.fc_norm else x)
         if self.num_classes is None:
             return x, out
         head = self.num_classes, self.head_bias, self.dtype
-        logits = layers.shard_batch(layers.head(*head)(x))
+        logits = memory.shard_batch(layers.head(*head)(x))
         if self.dist_head:
             logits = (logits + layers.head(*head, name='dist_head')(dist)) / 2
         out['logits'] = logits
         return logits, out
 
-    def encode(self, x, grid, train, capture):
+    def encode(
+        self, x: jax.Array, grid: tuple[int, int], train: bool, capture: tuple[str, ...]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Applies L blocks, their parameters stacked on a leading axis: [B, T, D] -> [B, T, D].
 
         Also returns {name: array} of what is captured.
         """
-        places = (self.posemb, grid, sum(self.prefix.values()))
+        table = (self.posemb, grid, sum(self.prefix.values()))
         shared = None
         if self.posemb_at == 'shared':
-            shared = layers.positions(self, *places, self.width)
-        loop = self.is_initializing() or (train and self.remat != 'none')
-        unroll = layers.unroll_length(self.unroll, self.depth, loop)
-        stack = nn.scan(
-            layers.recomputed(layers.Block, self.remat, unroll < self.depth),
-            variable_axes={'params': 0},
-            split_rngs={'params': True, 'dropout': True},
-            in_axes=(0, nn.broadcast),
-            length=self.depth,
-            unroll=unroll,
-        )
-        encoder = stack(
+            shared = embedding.positions(self, *table, self.width)
+        scan = self.is_initializing() or (train and self.remat != 'none')
+        encoder = memory.stacked(
+            block.Block, self.depth, self.unroll, scan, self.remat, (0, nn.broadcast)
+        )(
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             gelu=self.gelu,
@@ -301,7 +297,7 @@ class Vit(nn.Module):
             epsilon=self.epsilon,
             qk_norm=self.qk_norm,
             relative=self.posemb == 'relative',
-            positions=places if self.posemb_at == 'layers' else None,
+            positions=table if self.posemb_at == 'layers' else None,
             layer_scale=self.layer_scale,
             dropout=self.dropout,
             attention=self.attention,
@@ -314,14 +310,14 @@ class Vit(nn.Module):
             quantize=self.quantize,
             name='encoder',
         )
-        y, (attention, tokens) = encoder(x, jnp.linspace(0, self.drop_path, self.depth), shared)
-        found = {'attention': attention}
+        y, (probabilities, tokens) = encoder(x, jnp.linspace(0, self.drop_path, self.depth), shared)
+        arrays = {'attention': probabilities}
         if tokens is not None:
             tokens = jnp.concatenate([x[None], tokens])
-            found |= {'tokens_by_block': tokens, 'normed_by_block': tokens}
-        return y, {name: found[name] for name in capture}
+            arrays |= {'tokens_by_block': tokens, 'normed_by_block': tokens}
+        return y, {name: arrays[name] for name in capture}
 
-    def pooled(self, out, first):
+    def pooled(self, out: dict[str, jax.Array], first: jax.Array) -> jax.Array:
         """Pools tokens: [B, D], [B, 2 D] with cls_gap, or with none all tokens, [B, T, D]."""
         if self.pool == 'cls':
             return out['cls']
@@ -330,12 +326,12 @@ class Vit(nn.Module):
         if self.pool == 'cls_gap':  # the linear head of DINOv2, arXiv:2304.07193 section 7.1
             return jnp.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=-1)
         if self.pool == 'map':
-            return layers.MapHead(
+            return pooling.MapHead(
                 self.num_heads, self.mlp_dim, self.gelu, self.epsilon, self.dtype, name='map_head'
             )(out['encoded'])
         return jnp.concatenate([first, out['encoded']], axis=1) if self.prefix else out['encoded']
 
-    def represented(self, x):
+    def represented(self, x: jax.Array) -> jax.Array:
         """The input of the head: x, or the representation layer applied to it."""
         if self.representation_size is None:
             return x

@@ -1,0 +1,183 @@
+"""The encoder block: multi-head self-attention and an MLP, each with a norm before it.
+
+Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C), L depth.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from vit_jax.models import attention, embedding, memory
+from vit_jax.models.layers import Dropout, Dtype, Mlp, Projection, dropped
+from vit_jax.models.memory import rounded, shard_batch
+
+
+def qkv_init(
+    key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32
+) -> jax.Array:
+    """Xavier uniform for each of the three stacked D x D projections, not for D x 3D."""
+    fan_in, fan_out = shape[0], shape[1] // 3
+    limit = (6 / (fan_in + fan_out)) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def by_offset(x: jax.Array) -> jax.Array:
+    """Turns logits [..., T, 2 T - 1], by offset k - q from 1 - T, to [..., T, T] by q and k.
+
+    Row q starts at its element T - 1 - q. With one element of padding per row, cutting the
+    flattened rows anew into 2 T - 1 elements shifts each start by one more.
+    """
+    t = x.shape[-2]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
+    x = x.reshape(*x.shape[:-2], 2 * t * t)[..., t - 1 : -1]
+    return x.reshape(*x.shape[:-1], t, 2 * t - 1)[..., :t]
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention by cuDNN: q, k, v [B, T, H, C] -> [B, T, H, C].
+
+    JAX (0.10 and 0.11) refuses gradients for an odd T, as it checks even an absent bias, which
+    needs an even T. So an odd T is padded by one token, which the sequence lengths exclude.
+    """
+    attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+    b, t = q.shape[:2]
+    if t % 2 == 0:
+        return attend(q, k, v)
+    q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
+    lengths = shard_batch(jnp.full(b, t, jnp.int32))
+    return attend(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :t]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (arXiv:1706.03762 section 3.2): [B, T, D] -> [B, T, D].
+
+    Returns (output, probabilities [B, H, T, T], or None where `capture` is off).
+    """
+
+    num_heads: int
+    kind: str = 'auto'
+    qk_norm: bool = False
+    relative: bool = False  # a key per offset in the sequence, arXiv:2010.11929 app. D.4
+    epsilon: float = 1e-6
+    dropout: float = 0.0
+    deterministic: bool = True
+    capture: bool = False
+    dtype: Dtype = jnp.float32
+    quantize: str = 'none'
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        heads = (self.num_heads, width // self.num_heads)
+        dense = dict(dtype=self.dtype, quantize=self.quantize)
+        qkv, bias = Projection((width,), (3, *heads), qkv_init, True, **dense, name='qkv')(x)
+        if self.qk_norm:
+            q, k, v = jnp.split(qkv + bias.astype(self.dtype), 3, axis=2)
+            q = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='q_norm')(q)
+            k = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='k_norm')(k)
+            qkv, bias = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(bias)
+        x, captured = self.attend(qkv, bias)
+        out = Projection(heads, (width,), **dense, name='out')(x)
+        return checkpoint_name(shard_batch(out), 'projected'), captured
+
+    def attend(self, qkv: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Attends: [B, T, 3, H, C], bias [3, H, C] -> ([B, T, H, C], probabilities or None)."""
+        _, tokens, _, heads, channels = qkv.shape
+        kind = 'xla' if self.is_initializing() else attention.chosen(
+            self.kind, *memory.target(), tokens=tokens, width=heads * channels, heads=heads,
+            dtype=qkv.dtype, dropout=0.0 if self.deterministic else self.dropout,
+            capture=self.capture, relative=self.relative,
+        )  # fmt: skip
+        if kind == 'pallas':
+            return attention.pallas(qkv, bias), None
+        qkv = checkpoint_name(qkv + bias.astype(self.dtype), 'qkv')
+        q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
+        if kind == 'cudnn':
+            return cudnn(q, k, v), None
+        q, k, v = (memory.keep_layout(x.swapaxes(1, 2)) for x in (q, k, v))  # [B, H, T, C]
+        q = q * q.shape[-1] ** -0.5
+        logits = jnp.einsum('bhqc,bhkc->bhqk', q, k)
+        if self.relative:
+            init = nn.initializers.normal(channels**-0.5)
+            keys = self.param('relative', init, (2 * tokens - 1, heads, channels))
+            logits += by_offset(jnp.einsum('bhqc,rhc->bhqr', q, keys.astype(self.dtype)))
+        logits = checkpoint_name(logits, 'logits')
+        probs = rounded(nn.softmax(logits.astype(jnp.float32)).astype(self.dtype))
+        captured = probs if self.capture else None  # before dropout: what the model attends to
+        probs = Dropout(self.dropout, deterministic=self.deterministic)(probs)
+        x = memory.keep_layout(jnp.einsum('bhqk,bhkc->bhqc', probs, v))
+        return checkpoint_name(x.swapaxes(1, 2), 'attended'), captured
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block (arXiv:2010.11929 eq. 2 and 3), as the body of a scan over depth.
+
+    `drop_path` is the rate of this block (arXiv:1603.09382), `layer_scale` the initial value of
+    per-channel residual scales (arXiv:2103.17239 eq. 3; None: no scales). Positions, its own or
+    `shared` ones, are added to its input.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    gelu: str = 'tanh'
+    glu: bool = False
+    epsilon: float = 1e-6
+    qk_norm: bool = False
+    relative: bool = False
+    positions: tuple | None = None  # kind, grid and prefix of a table of its own
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    attention: str = 'auto'
+    attention_dropout: float = 0.0
+    stochastic_depth: bool = False
+    deterministic: bool = True
+    capture: bool = False
+    keep: bool = False
+    dtype: Dtype = jnp.float32
+    quantize: str = 'none'
+
+    def residual(
+        self, x: jax.Array, y: jax.Array, drop_path: jax.Array, name: str
+    ) -> jax.Array:
+        """x + y, with y scaled by channel and dropped by example."""
+        if self.layer_scale is not None:
+            init = nn.initializers.constant(self.layer_scale)
+            y = y * self.param(name, init, (y.shape[-1],)).astype(y.dtype)
+        if self.stochastic_depth and not self.deterministic:
+            y = dropped(y, drop_path, self.make_rng('dropout'))
+        return x + y
+
+    @nn.compact
+    def __call__(self, x, drop_path, shared=None):
+        norm = dict(epsilon=self.epsilon, dtype=self.dtype)
+        if self.positions is not None:
+            shared = embedding.positions(self, *self.positions, x.shape[-1])  # [1, T, D]
+        if shared is not None:
+            x = x + shared.astype(x.dtype)
+        x = shard_batch(x)
+        y = nn.LayerNorm(**norm, name='norm1')(x)
+        y, probabilities = Attention(
+            self.num_heads,
+            self.attention,
+            qk_norm=self.qk_norm,
+            relative=self.relative,
+            epsilon=self.epsilon,
+            dropout=self.attention_dropout,
+            deterministic=self.deterministic,
+            capture=self.capture,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            name='attn',
+        )(y)
+        y = Dropout(self.dropout, deterministic=self.deterministic)(y)
+        x = checkpoint_name(self.residual(x, y, drop_path, 'scale1'), 'middle')
+        y = nn.LayerNorm(**norm, name='norm2')(x)
+        y = Mlp(
+            self.mlp_dim, self.gelu, self.glu, self.dropout, self.deterministic, self.dtype,
+            self.quantize, name='mlp',
+        )(y)  # fmt: skip
+        x = rounded(self.residual(x, y, drop_path, 'scale2'))
+        return x, (probabilities, x if self.keep else None)

@@ -1,0 +1,71 @@
+"""From images to tokens: normalisation, patches, position embeddings.
+
+Shapes: B batch, H W image, C channels, h w grid of patches, N patches (h * w), D width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+from vit_jax.models.memory import shard_batch
+
+
+def normalise(
+    images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+    """Normalises uint8 [B, H, W, C] to floats; mean and std are those of images in [0, 1]."""
+    images = images.astype(jnp.float32) / 255
+    return (images - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def grid(image_shape: tuple[int, ...], stride: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
+    (h, w), (y, x) = image_shape[:2], stride
+    if h % y or w % x or not h or not w:
+        near = [f'{y * n} x {x * m}' for n, m in ((h // y, w // x), (-(-h // y), -(-w // x)))]
+        raise UserError(
+            f'image size {h} x {w} is not divisible by the patch size {y} x {x}; '
+            f'{" and ".join(near if h >= y and w >= x else near[1:])} would be'
+        )
+    return h // y, w // x
+
+
+def patches(
+    images: jax.Array, width: int, patch_size: tuple[int, int], dtype: str
+) -> jax.Array:
+    """Embeds patches, within a module: [B, H, W, C] -> [B, N, D]; the parameter is `embedding`."""
+    x = nn.Conv(
+        width, patch_size, strides=patch_size, padding='VALID', dtype=dtype, name='embedding'
+    )(images.astype(dtype))
+    b, h, w, d = x.shape
+    return shard_batch(x.reshape(b, h * w, d))
+
+
+def sincos2d(h: int, w: int, width: int, *, temperature: float = 10_000.0) -> jax.Array:
+    """Fixed 2-D sine-cosine positions, [1, h * w, D], rows first (arXiv:2205.01580 section 3)."""
+    if width % 4:
+        raise ValueError(f'sincos2d needs a width divisible by 4, not {width}')
+    y, x = jnp.mgrid[:h, :w]
+    omega = temperature ** -(jnp.arange(width // 4) / (width // 4 - 1))
+    y = y.reshape(-1, 1) * omega  # [N, D / 4]
+    x = x.reshape(-1, 1) * omega
+    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)[None]
+
+
+def positions(
+    scope: nn.Module, kind: str, grid: tuple[int, int], before: int, width: int
+) -> jax.Array:
+    """Learned positions of `scope`, [1, before + h * w, D], for prefix tokens, then patches.
+
+    'learn' has a vector per token; 'learn2d' one half of D per row and one per column of the grid,
+    and zeros for the prefix (arXiv:2010.11929 appendix D.4).
+    """
+    h, w = grid
+    init = nn.initializers.normal(width**-0.5)
+    if kind == 'learn':
+        return scope.param('posemb', init, (1, before + h * w, width))
+    y = scope.param('posemb_y', init, (1, h, width // 2))
+    x = scope.param('posemb_x', init, (1, w, width - width // 2))
+    table = jnp.concatenate([jnp.repeat(y, w, axis=1), jnp.tile(x, (1, h, 1))], axis=-1)
+    return jnp.pad(table, ((0, 0), (before, 0), (0, 0)))
