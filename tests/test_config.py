@@ -12,7 +12,7 @@ import pytest
 from vit_jax import config, models
 from vit_jax.errors import UserError
 from vit_jax.objectives import Examples, supervised
-from vit_jax.run import workdir
+from vit_jax.run import changes
 
 EXPERIMENTS = sorted((launched.TINY.parents[1] / 'experiments').glob('*.py'))
 CHECKPOINT = pathlib.Path(__file__).with_name('data') / 'official_vit_prelogits.npz'
@@ -68,7 +68,7 @@ def test_augmentations_and_mixtures_are_checked_as_the_view_is():
 def test_complete_reads_back_what_it_wrote():
     full = load()
     again = config.complete(json.loads(json.dumps(full.to_dict())))
-    assert workdir.differences(full.to_dict(), again.to_dict()) == []
+    assert changes.differences(full.to_dict(), again.to_dict(), config.may_change) == []
 
 
 @pytest.mark.parametrize('override, words', [
@@ -121,14 +121,15 @@ def test_steps_or_epochs_must_be_given():
 
 
 def test_differences_that_change_the_result_are_told_apart():
-    changes = workdir.differences(
-        load().to_dict(), load('optim.lr=1', 'report.every=2', 'evals.val.every=3').to_dict()
-    )
-    assert changes == [
+    found = changes.differences(
+        load().to_dict(), load('optim.lr=1', 'report.every=2', 'evals.val.every=3').to_dict(),
+        config.may_change,
+    )  # fmt: skip
+    assert found == [
         ('evals.val.every', 20, 3, False), ('optim.lr', 3e-3, 1, True),
         ('report.every', 1, 2, False),
     ]
-    table = workdir.table(changes).splitlines()
+    table = changes.table(found).splitlines()
     assert table[2].split() == ['optim.lr', '0.003', '1', 'changes', 'the', 'result']
 
 
@@ -184,3 +185,13 @@ def test_help_names_the_flags(command, words):
     )
     assert run.returncode == 0 and not run.stderr
     assert all(word in run.stdout for word in words)
+
+
+@pytest.mark.parametrize('key, may_change', [
+    ('data.threads', True), ('data.tolerance', True), ('data.source.data_dir', True),
+    ('data.source.mixture.a.data_dir', True), ('data.source.name', False), ('expected', True),
+    ('data.batch_size', False), ('data.view', False), ('seed', False), ('optim.lr', False),
+    ('mesh.fsdp', True), ('checkpoint.best', True), ('objective.loss', False), ('no.key', False),
+])
+def test_settings_that_may_change_when_a_run_resumes_are_marked(key, may_change):
+    assert config.may_change(key) == may_change

@@ -195,7 +195,7 @@ def test_a_run_goes_on_with_the_data_it_was_begun_with_or_says_what_differs(tmp_
     refused('data.contents', lambda: (train_ / 'cat' / '1.png').write_bytes(before))
     for folder in (train_, val):
         shutil.copytree(folder / 'bee', folder / 'yak')
-    for options in ({}, dict(allow_config_change=True)):
+    for options in ({}, dict(allow_change=True)):
         said = refused('added yak. Its head has 3 outputs', lambda: None, **options)
         assert 'opt_state' not in said
     for folder in (train_, val):
@@ -212,5 +212,5 @@ def test_a_run_goes_on_with_the_data_it_was_begun_with_or_says_what_differs(tmp_
     said = capsys.readouterr().out
     assert 'evals.val.examples' in said and 'jax.default_matmul_precision' in said
     (train_ / 'bee' / '0.png').unlink()
-    assert run(data, path, steps=20, allow_config_change=True)['steps'] == 20
+    assert run(data, path, steps=20, allow_change=True)['steps'] == 20
     assert json.loads((path / 'facts.json').read_text())['data.examples'] == 11

@@ -15,7 +15,7 @@ from in_process import StopAfter, run
 import vit_jax
 from vit_jax.convert import load
 from vit_jax.errors import UserError
-from vit_jax.run import checkpoint, history, report, retention, workdir
+from vit_jax.run import checkpoint, history, report, results, retention, workdir
 from vit_jax.tables import __main__ as tables
 
 # Nothing is learnt, so all evaluations are equal, and the first of them is the best.
@@ -152,7 +152,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize('owner, name', [
-    (report.Report, 'evaluation'), (checkpoint.Checkpoints, 'add_results')
+    (report.Report, 'write_evaluation'), (checkpoint.Checkpoints, 'add_results')
 ])
 @pytest.mark.slow
 def test_a_kill_beside_an_evaluation_costs_no_score(owner, name, folder, tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_a_damaged_row_of_what_was_expected_is_named(tmp_path):
         row = {**sound, key: other}
         if workdir.are_judged([row]):
             tables.measured([('run', {}, {'expected': [row]})])
-            report.print_result(tmp_path, {'metrics': {}, 'expected': [row], 'seconds': 1.0})
+            results.print_result(tmp_path, {'metrics': {}, 'expected': [row], 'seconds': 1.0})
         else:
             refused.add(key)
     assert refused == sound.keys()

@@ -14,7 +14,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.run import compilation, profiling, report
-from vit_jax.run.profiling import parsed
+from vit_jax.run.profiling import parse
 
 LONGER = ('--config.steps=8', '--allow_config_change')
 
@@ -62,18 +62,18 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
 
     def kept(wish, workdir='runs/a'):
         settings.clear()
-        compilation.keep(wish, workdir)
+        compilation.enable_cache(wish, workdir)
         return settings
 
     assert kept(None) == {}  # of this test's own environment
     monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
     assert kept('off') == {'jax_enable_compilation_cache': False}
-    assert kept(None)[key] == str(tmp_path / 'home/compiled' / compilation.cpu())
+    assert kept(None)[key] == str(tmp_path / 'home/compiled' / compilation.cpu_id())
     assert kept(None)['jax_compilation_cache_max_size'] == compilation.LIMIT
-    assert kept(str(tmp_path / 'b'))[key] == str(tmp_path / 'b' / compilation.cpu())
+    assert kept(str(tmp_path / 'b'))[key] == str(tmp_path / 'b' / compilation.cpu_id())
     assert kept(None, 'gs://bucket/run') == {key: 'gs://bucket/run/compiled'}
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match=r'--compilation_cache=.*file/x can not be used: .*or off'):
+    with pytest.raises(UserError, match=r'--compilation_cache=.*file/x cannot be used: .*or off'):
         kept(str(tmp_path / 'file' / 'x'))
     monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'file'))
     assert kept(None) == {}  # nobody asked for it: the run goes on without
@@ -96,7 +96,7 @@ def test_a_trace_has_the_steps_that_were_asked_for(folder, tmp_path):
 @pytest.mark.parametrize('wish', ['3', '0:1', '2:0', 'a:b', '2:-1'])
 def test_a_profile_that_says_nothing_is_refused(wish):
     with pytest.raises(UserError, match=f"--profile is '{wish}', not STEP:COUNT"):
-        parsed(wish, 10)
+        parse(wish, 10)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_a_libtpu_whose_profiler_would_crash_is_told(monkeypatch, platforms, ins
 
     monkeypatch.setattr(importlib.metadata, 'version', version)
     monkeypatch.setattr(importlib.metadata, 'requires', lambda name: ['libtpu==0.0.42.*; extra'])
-    strange = profiling.strange_libtpu(platforms)
+    strange = profiling.unsupported_libtpu(platforms)
     assert bool(strange) == refused
     assert not refused or f'libtpu is {installed}, and jax ' in strange and '0.0.42;' in strange
 
 
 def test_a_profile_beyond_the_end_is_refused(folder, tmp_path):
-    assert parsed('9:2', 10) == (9, 10)
+    assert parse('9:2', 10) == (9, 10)
     status, said = finish(folder, tmp_path / 'run', '--profile=5:3')
     assert status == 2 and said == (
         'error: --profile=5:3 asks for step 7, and the run ends at step 6\n'

@@ -13,7 +13,7 @@ from vit_jax import config
 from vit_jax.data.readers import vtab
 from vit_jax.errors import UserError
 from vit_jax.plan import rehearsal
-from vit_jax.run import report, workdir
+from vit_jax.run import results, workdir
 from vit_jax.tables import __main__ as tables
 from vit_jax.tables import published, typeset
 
@@ -32,8 +32,8 @@ def finished(folder, name, arg, metrics, seed=0, **result):
         metrics=metrics, steps=10, examples_seen=5120, seconds=7200.0, images_per_s=100.0,
         flops_per_image=1e12, device_kind='TPU v3', device_count=8,
     ) | result  # fmt: skip
-    result['costs'] = report.costs(result)
-    result['expected'] = workdir.judged(
+    result['costs'] = results.costs(result)
+    result['expected'] = results.judge(
         full.expected, metrics | result['costs'], config.better(full)
     )
     workdir.write_json(path / 'config.json', full.to_dict())
@@ -94,13 +94,13 @@ def test_costs_are_in_the_units_of_the_papers():
     """arXiv:2010.11929: 3 forward passes an image; a TPU v3 device is a core."""
     result = dict(seconds=86_400.0, device_count=8, device_kind='TPU v3', flops_per_image=35.2e9,
                   examples_seen=7 * 303_000_000)  # fmt: skip
-    costs = report.costs(result)
+    costs = results.costs(result)
     assert costs['exaflops'] == pytest.approx(224, rel=0.01)  # B/16, table 6
     assert costs['tpu_core_days'] == 8 and costs['device_hours'] == 192
-    v4 = report.costs(result | {'device_kind': 'TPU v4'})
-    assert v4.keys() == report.COSTS.keys()
+    v4 = results.costs(result | {'device_kind': 'TPU v4'})
+    assert v4.keys() == results.COSTS.keys()
     assert v4['tpu_core_days'] == 16  # two cores a device
-    assert 'tpu_core_days' not in report.costs(result | {'device_kind': 'cpu'})
+    assert 'tpu_core_days' not in results.costs(result | {'device_kind': 'cpu'})
 
 
 def test_the_mean_of_vtab_needs_all_its_tasks(tmp_path, known):

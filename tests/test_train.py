@@ -24,7 +24,7 @@ from vit_jax import assembly, config, models
 from vit_jax.data import tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators.classify import Classify
-from vit_jax.run import history, profiling, report, workdir
+from vit_jax.run import history, profiling, report, results
 from vit_jax.run.checkpoint import Checkpoints
 
 
@@ -84,7 +84,7 @@ def test_a_changed_config_stops_the_run_where_it_changes_the_result(folder, tmp_
             run(folder, tmp_path, override, 'report.every=3', 'data.batch_size=16')
         assert 'report.every' in str(e.value) and '--allow_config_change' in str(e.value)
     assert json.loads((tmp_path / 'config.json').read_text()) == before
-    result = run(folder, tmp_path, 'steps=20', 'optim.lr=1e-4', allow_config_change=True)
+    result = run(folder, tmp_path, 'steps=20', 'optim.lr=1e-4', allow_change=True)
     assert result['steps'] == 20
     lines = launched.metrics(tmp_path)
     assert 0 < max(x['lr'] for x in lines if 'lr' in x and x['step'] > 4) <= 1e-4
@@ -93,7 +93,7 @@ def test_a_changed_config_stops_the_run_where_it_changes_the_result(folder, tmp_
 def test_a_longer_run_goes_on_from_a_finished_one(folder, tmp_path):
     run(folder, tmp_path, 'optim.schedule=constant')
     first = launched.timeless(tmp_path)
-    result = run(folder, tmp_path, 'optim.schedule=constant', 'steps=16', allow_config_change=True)
+    result = run(folder, tmp_path, 'optim.schedule=constant', 'steps=16', allow_change=True)
     assert result['steps'] == 16 and launched.timeless(tmp_path)[: len(first)] == first
     assert launched.last_step(tmp_path) == 16
 
@@ -166,7 +166,7 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
     victim = folder / 'train' / 'bee' / '3.png'
     sound = victim.read_bytes()
     victim.write_bytes(sound[:50])
-    changed = dict(allow_config_change=True)  # the contents of the data set are others
+    changed = dict(allow_change=True)  # the contents of the data set are others
     with pytest.raises(UserError, match=f'{victim}: unreadable image'):
         run(folder, tmp_path / 'run', 'steps=12', **changed)
     assert launched.checkpoints(tmp_path / 'run')[-1] >= before
@@ -218,12 +218,12 @@ def test_judgement_of_what_was_expected():
         dict(metric='real/accuracy', value=0.5, tolerance=0.1, source='paper'),
     ]
     better = {'val/accuracy': 'max', 'val/loss': 'min', 'real/accuracy': 'max'}
-    rows = workdir.judged(expected, {'val/accuracy': 0.881, 'val/loss': 0.61}, better)
+    rows = results.judge(expected, {'val/accuracy': 0.881, 'val/loss': 0.61}, better)
     assert [r['pass'] for r in rows] == [True, False, None]
-    rows = workdir.judged(expected, {'val/accuracy': 0.879, 'val/loss': 0.1}, better)
+    rows = results.judge(expected, {'val/accuracy': 0.879, 'val/loss': 0.1}, better)
     assert [r['pass'] for r in rows] == [False, True, None]
     for loss, passes in (0.1, False), (0.45, True), (0.61, False):  # neither is better
-        rows = workdir.judged(expected, {'val/loss': loss}, {})
+        rows = results.judge(expected, {'val/loss': loss}, {})
         assert rows[1]['pass'] == passes
 
 

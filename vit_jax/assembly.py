@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
@@ -12,7 +14,7 @@ from vit_jax import config as configs
 from vit_jax import evaluators, models, optim, sharding, step
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
-from vit_jax.data import mixture, sources, tasks
+from vit_jax.data import mixture, pipeline, sources, tasks
 from vit_jax.data.readers import names
 from vit_jax.errors import UserError, choices
 from vit_jax.io.text import brief
@@ -137,6 +139,16 @@ def check_best(best, evals):
         )
 
 
+def of_run(
+    config: ConfigDict,
+    path: epath.Path,
+    begun: bool,
+    devices: Sequence[jax.Device] | None = None,
+) -> Parts:
+    """Builds the parts of the run in a workdir, which has checkpoints if it has `begun`."""
+    return make(config, devices=devices, classes=kept_classes(config, path, begun))
+
+
 def kept_classes(config, path, begun):
     """Names of the classes of the head that the run in `path` keeps; None if its head is new.
 
@@ -158,6 +170,14 @@ def steps_of(config, source):
             f'epochs is {config.epochs:g}, which makes {steps:g} steps, above {MOST_STEPS:,}'
         )
     return round(steps)
+
+
+def example_ids(config: ConfigDict, parts: Parts, number: int) -> np.ndarray:
+    """Indices [B] of the examples of a step, counted from 1."""
+    return pipeline.ids(
+        parts.source, batch_size=config.data.batch_size, seed=config.seed, step=number - 1,
+        repeats=config.data.repeats,
+    )  # fmt: skip
 
 
 def first_state(config, parts):
@@ -213,7 +233,7 @@ def restored(
       UserError: the checkpoint is damaged, or its parameters are not those of the objective.
     """
     root, _ = run.config_of(address)
-    parts = make(config, devices=devices, classes=kept_classes(config, root, begun=True))
+    parts = of_run(config, root, begun=True, devices=devices)
     params = unflatten_dict(run.arrays_of(address, ema), sep='/')
     parameters.check_same(params, parts.abstract.params, address)
     return parts, step.on_devices(params, sharding.shardings_of(parts.abstract.params))

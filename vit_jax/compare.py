@@ -13,11 +13,12 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from vit_jax import cli
+from vit_jax.config import may_change
 from vit_jax.errors import UserError, choices, shown
 from vit_jax.figures import style
 from vit_jax.io import storage
 from vit_jax.io.text import aligned, number, printable
-from vit_jax.run import history, workdir
+from vit_jax.run import changes, history, workdir
 
 LEAST = 5  # lines in a window
 SIGMAS = 4.0  # exceeded by chance in one window out of 16,000
@@ -106,9 +107,9 @@ def text(a, b, lines, metric, found):
         said.append(f'noise of the difference from line to line: {found.sigma:.3g}')
     (config_a, result_a), (config_b, result_b) = settings(a), settings(b)
     if config_a and config_b:
-        changes = workdir.differences(config_a, config_b)
-        differ = '\nsettings\n' + workdir.table(changes, 'A', 'B')
-        said.append(differ if changes else '\nsettings are equal')
+        differing = changes.differences(config_a, config_b, may_change)
+        differ = '\nsettings\n' + changes.table(differing, 'A', 'B')
+        said.append(differ if differing else '\nsettings are equal')
     if result_a and result_b:
         versions = [
             r.get('versions', {}) | {'commit': r.get('git_commit')} for r in (result_a, result_b)

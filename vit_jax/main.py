@@ -88,10 +88,10 @@ def run(overrides, stop):
     from vit_jax import config, train
     from vit_jax.data import memory
     from vit_jax.distributed import clusters, hosts, watch
-    from vit_jax.run import compilation, report, workdir
+    from vit_jax.run import compilation, report, results, workdir
 
     memory.sweep()
-    compilation.keep(CACHE.value, WORKDIR.value)
+    compilation.enable_cache(CACHE.value, WORKDIR.value)
     begun = workdir.read_json(workdir.located(WORKDIR.value) / 'config.json')
     settings = config.load(CONFIG.value, overrides, begun, absent=DRY_RUN.value)
     if DRY_RUN.value:
@@ -111,7 +111,7 @@ def run(overrides, stop):
             with workdir.lock_workdir(WORKDIR.value) as path:
                 try:
                     result = train.train(
-                        settings, path, stop, set_phase, agree, allow_config_change=ALLOW.value,
+                        settings, path, stop, set_phase, agree, allow_change=ALLOW.value,
                         profile=PROFILE.value,
                     )  # fmt: skip
                 except report.NotFinite as e:  # raised at the same step in all processes
@@ -127,7 +127,7 @@ def run(overrides, stop):
             print(f'Stopped and saved. To go on, {again}.')
         return 128 + (stop.signum or signal.SIGTERM)
     if first:
-        report.print_result(path, result)
+        results.print_result(path, result)
     return int(CHECK.value and not all(row['pass'] for row in result['expected']))
 
 

@@ -13,7 +13,7 @@ from absl import flags
 from vit_jax import cli, config
 from vit_jax.errors import UserError
 from vit_jax.io.text import aligned, number, printable
-from vit_jax.run import history, workdir
+from vit_jax.run import changes, history, workdir
 
 
 def split(text):
@@ -58,7 +58,8 @@ def look(path, settings):
     result = workdir.read_result(path)
     if begun is None:
         return 'not begun', None
-    if any(meaning for *_, meaning in workdir.differences(begun, settings.to_dict())):
+    differing = changes.differences(begun, settings.to_dict(), config.may_change)
+    if any(change.matters for change in differing):
         return 'another config', None
     if result is not None:
         return 'finished', result

@@ -24,10 +24,10 @@ from vit_jax.config.sections import (
     keys_of,
     section,
 )
-from vit_jax.data import pipeline
+from vit_jax.data import pipeline, sources
 from vit_jax.errors import UserError, choices, shown
-from vit_jax.io import experiment
-from vit_jax.run import report
+from vit_jax.io import bounds, experiment
+from vit_jax.run import report, results
 from vit_jax.run.checkpoint import Checkpoints
 
 INHERITED = ('image_size', 'batch_size')  # by evaluations, from the section data
@@ -42,6 +42,9 @@ SECTIONS = {  # sections whose keys are all arguments of one function
     'checkpoint': Checkpoints,
     'report': report.Report,
 }
+
+
+FREE_SECTIONS = ('checkpoint', 'evals', 'mesh', 'report')  # do not affect the result
 
 
 def load(path, overrides=(), begun=None, absent=False):
@@ -164,6 +167,19 @@ def settings_of(section, function):
     return {key: section[key] for key in keys_of(function) if key in section}
 
 
+def may_change(key: str) -> bool:
+    """Whether a dotted key affects neither batches, model nor optimizer, see bounds.MayChange."""
+    section, _, rest = key.partition('.')
+    if section in FREE_SECTIONS:
+        return True
+    if section == 'data':
+        function = sources.load if rest.startswith('source.') else pipeline.batches
+        known, name = keys_of(function), rest.rpartition('.')[2]
+    else:
+        known, name = keys_of(keys.scalars), key
+    return name in known and bounds.may_change(known[name][0])
+
+
 def metrics(evals):
     """{'val/accuracy': 'max', 'val/loss': 'min'} of a complete section: which value is better."""
     return {
@@ -177,7 +193,7 @@ def better(config):
     """Same as `metrics` for all that a run of a config measures, with its costs and training."""
     method = named('objective.name', config.objective.name)
     trained = method.metrics(settings_of(config.objective, method.function))
-    return metrics(config.evals) | trained | report.COSTS
+    return metrics(config.evals) | trained | results.COSTS
 
 
 def mode_of(full):

@@ -1,6 +1,8 @@
 """Settings that are arguments of no other function. Only the signatures and docstrings are used."""
 
-from vit_jax.io.bounds import Finite, NonNegative, Positive, Seed, Steps
+from typing import Annotated
+
+from vit_jax.io.bounds import Finite, MayChange, NonNegative, Positive, Seed, Steps
 
 
 def scalars(
@@ -12,7 +14,7 @@ def scalars(
     init_from: str | None = None,
     keep_head: bool = False,
     keep_pre_logits: bool = False,
-    expected: tuple[dict, ...] = (),
+    expected: Annotated[tuple[dict, ...], MayChange()] = (),
 ):
     """The keys outside of sections. Either `steps` or `epochs` is given.
 

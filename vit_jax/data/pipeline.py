@@ -8,6 +8,7 @@ import collections
 import os
 import sys
 from functools import partial
+from typing import Annotated
 
 import grain
 import numpy as np
@@ -16,7 +17,7 @@ from grain.experimental import index_shuffle
 from vit_jax.data.reading import example, skip_unreadable, unbroken
 from vit_jax.data.workers import prefetched
 from vit_jax.errors import UserError
-from vit_jax.io.bounds import Positive, Prefetch, Rate, Threads, Workers
+from vit_jax.io.bounds import MayChange, Positive, Prefetch, Rate, Threads, Workers
 
 
 def ids(source, *, batch_size, seed, step, repeats=1):
@@ -85,7 +86,7 @@ def batches(
     threads: Threads | None = None,
     workers: Workers | None = None,
     prefetch: Prefetch = 8,
-    tolerance: Rate = 0.0,
+    tolerance: Annotated[Rate, MayChange()] = 0.0,
 ):
     """Yields training batches without end.
 

@@ -6,7 +6,7 @@ Folders of images, prepared records, tar shards (WebDataset), parquet files (Hug
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from vit_jax.data import jft_like
 from vit_jax.data.readers import (
@@ -25,6 +25,7 @@ from vit_jax.data.readers import (
     vtab,
 )
 from vit_jax.errors import UserError
+from vit_jax.io.bounds import MayChange
 
 MOST_CLASSES = 2**20  # without names
 
@@ -85,7 +86,7 @@ def load(
     *,
     name: str,
     split: str = 'train',
-    data_dir: str | None = None,
+    data_dir: Annotated[str | None, MayChange()] = None,
     image: str = 'image',
     label: str | None = 'label',
     labels: Literal['by_name', 'by_number'] = 'by_name',

@@ -30,7 +30,7 @@ from vit_jax.io import storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable
 from vit_jax.models import interface
-from vit_jax.run import checkpoint, history, report, workdir
+from vit_jax.run import changes, checkpoint, history, results, workdir
 
 ATTENDED = 4  # images with an attention map
 MOST_CONFUSED = 200  # classes in a confusion matrix that is drawn
@@ -55,7 +55,7 @@ class Images:
 def of_run(path, out):
     """Draws a run from its newest checkpoint; yields the parts of its page (see `page`)."""
     config = configs.complete(workdir.read_json(path / 'config.json'))
-    parts = assembly.make(config, classes=assembly.kept_classes(config, path, begun=True))
+    parts = assembly.of_run(config, path, begun=True)
     try:
         state = checkpoint.restore_newest(path, parts.abstract)
     except Damaged as e:
@@ -72,7 +72,7 @@ def of_run(path, out):
             ('metric', 'expected', 'measured', '', 'source'),
             *((row['metric'], f'{row["value"]} \N{PLUS-MINUS SIGN} {row["tolerance"]}',
                '' if row['measured'] is None else number(row['measured']),
-               report.VERDICTS[row['pass']], row['source']) for row in result['expected']),
+               results.VERDICTS[row['pass']], row['source']) for row in result['expected']),
         ]  # fmt: skip
     classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
     if classifying and parts.model is not None:
@@ -140,13 +140,13 @@ def of_records(path):
     result = workdir.read_result(path)
     if result:
         names = ('seconds', 'images_per_s', 'examples_seen', 'device_kind', 'device_count')
-        costs = report.costs(result) | {name: result.get(name) for name in names}
+        costs = results.costs(result) | {name: result.get(name) for name in names}
         yield 'Costs', 'exaFLOPs: three forward passes an image (arXiv:2010.11929 table 6).', [
             ('', ''), *((k, page.said(v)) for k, v in costs.items())]
         versions = result.get('versions', {})
         versions |= {k: result.get(k) for k in ('git_commit', 'finished')}
         yield 'Versions', 'Of the process that ended the run.', [('', ''), *versions.items()]
-    settings = workdir.flat(workdir.read_json(path / 'config.json'))
+    settings = changes.flatten(workdir.read_json(path / 'config.json'))
     yield 'Settings', 'All, as --config.KEY=VALUE would change them.', [
         ('key', 'value'), *((k, page.said(v)) for k, v in settings.items())]
 
@@ -163,7 +163,7 @@ def of_study(runs, out):
         yield 'Transfer and the compute of the pre-training', (
             'Of the runs on most images; all their forward and backward passes (figure 5).'), (
             out / 'compute.png')
-    hours = sum(report.costs(result)['device_hours'] for _, _, result in runs)
+    hours = sum(results.costs(result)['device_hours'] for _, _, result in runs)
     rows = [('run', 'model', 'data', 'accuracy', 'seconds')]
     for path, config, result in runs:
         value = scaling.accuracy(config, result)

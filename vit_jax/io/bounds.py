@@ -64,6 +64,16 @@ class Regex(NamedTuple):
         return ' that is a regular expression'
 
 
+class MayChange(NamedTuple):
+    """Marks a setting that may differ when a run resumes, as it doesn't affect the result."""
+
+    def has(self, value):
+        return True
+
+    def __str__(self):
+        return ''
+
+
 Finite = Annotated[T, Range()]  # Finite[float]: any number, explicitly
 Positive = Annotated[T, Range(0, ends='(]')]
 NonNegative = Annotated[T, Range(0)]
@@ -76,9 +86,9 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 Steps = Annotated[int, Range(1, 2**31 - 1)]
 Pattern = Annotated[str, Regex()]
 Float = Literal['float32', 'bfloat16', 'float16']
-Threads = Annotated[int, Range(1, 1024)]
-Workers = Annotated[int, Range(0, 1024)]
-Prefetch = Annotated[int, Range(1, 65_536)]
+Threads = Annotated[int, Range(1, 1024), MayChange()]
+Workers = Annotated[int, Range(0, 1024), MayChange()]
+Prefetch = Annotated[int, Range(1, 65_536), MayChange()]
 
 
 def check(name, value, annotation):
@@ -119,6 +129,11 @@ def allows(annotation, value):
             return len(value) == len(of) and all(map(allows, of, value))
         return not of or all(allows(of[0], one) for one in value)
     return isinstance(value, kind)
+
+
+def may_change(annotation: object) -> bool:
+    """Whether an annotation has the mark MayChange."""
+    return isinstance(annotation, MayChange) or any(map(may_change, typing.get_args(annotation)))
 
 
 def describe(annotation):

@@ -13,44 +13,43 @@ GIB = 2**30
 LIMIT = 8 * GIB  # size of a local cache; the least recently used programs are evicted
 
 
-def keep(wish, workdir):
+def enable_cache(named: str | None, workdir: str) -> None:
     """Enables JAX's persistent compilation cache.
 
     Args:
-      wish: folder of the cache; 'off' disables it. None: JAX_COMPILATION_CACHE_DIR, else a folder
+      named: folder of the cache; 'off' disables it. None: JAX_COMPILATION_CACHE_DIR, else a folder
         below `workdir` if that is remote, because the machines of a pod are new after each
         preemption, else below `storage.cache()`.
       workdir: workdir of the run.
 
     Raises:
-      UserError: the folder `wish` can't be created or written.
+      UserError: the folder `named` can't be created or written.
     """
-    if wish == 'off':
+    if named == 'off':
         jax.config.update('jax_enable_compilation_cache', False)
         return
-    if wish is None and os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    if named is None and os.environ.get('JAX_COMPILATION_CACHE_DIR'):
         return
-    named = wish is not None
     home = workdir if storage.remote(workdir) else storage.cache()
-    folder = wish or f'{home}/compiled'
+    folder = named or f'{home}/compiled'
     if not storage.remote(folder):
         # Programs compiled for a CPU fit that kind only, and machines may share a home folder.
-        folder = pathlib.Path(folder).expanduser().absolute() / cpu()
+        folder = pathlib.Path(folder).expanduser().absolute() / cpu_id()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(f'no right to write in {folder}')
         except OSError as e:
-            if named:
+            if named is not None:
                 raise UserError(
-                    f'--compilation_cache={wish} can not be used: {e}; name another folder, or off'
+                    f'--compilation_cache={named} cannot be used: {e}; name another folder, or off'
                 ) from e
             return
         jax.config.update('jax_compilation_cache_max_size', LIMIT)
     jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
-def cpu():
+def cpu_id() -> str:
     """A short identifier of this machine's kind of processor."""
     try:
         text = pathlib.Path('/proc/cpuinfo').read_text()

@@ -6,11 +6,12 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -21,17 +22,16 @@ from vit_jax.errors import UserError
 from vit_jax.io import storage
 from vit_jax.io.bounds import Positive
 from vit_jax.io.progress import Bar
-from vit_jax.io.text import aligned, finite, flop, number, printable, to_json
-from vit_jax.run import history
+from vit_jax.io.text import aligned, finite, flop, number, to_json
+from vit_jax.run import changes, history
 
-OF_EACH = ('lr', 'grad_norm', 'param_norm')  # metrics of every step that the bar omits
-VERDICTS = {True: 'pass', False: 'FAIL', None: 'not measured'}  # of a line of `expected`
+OMITTED = ('lr', 'grad_norm', 'param_norm')  # metrics of every step that the bar omits
 
 
 class NotFinite(Exception):
     """A non-finite loss, gradient or parameter; `step` counts from 1."""
 
-    def __init__(self, step, metrics):
+    def __init__(self, step: int, metrics: Mapping[str, float]):
         self.step = step
         super().__init__(
             f'step {step}: not finite: loss {metrics["loss"]:g}, gradient norm '
@@ -39,7 +39,7 @@ class NotFinite(Exception):
             f'{metrics["lr"]:g}'
         )
 
-    def with_examples(self, ids):
+    def with_examples(self, ids: Iterable[int]) -> 'NotFinite':
         """Adds the ids of the step's examples to the message and returns self."""
         self.args = (f'{self}; example ids of the batch: {" ".join(map(str, ids))}',)
         return self
@@ -52,28 +52,33 @@ class Report:
     process writes; all of them read the metrics, which carry the votes to stop.
 
     Args:
+      workdir: workdir of the run.
+      steps: length of the run.
+      batch_size: examples a step.
       start: step that the run goes on from; lines of later steps are dropped and written again.
+      flops_per_image: of a forward pass. None: unknown.
+      stop: gets the votes to stop from the metrics. None: there are none.
       every: steps between two lines of training metrics.
     """
 
     def __init__(
         self,
-        workdir,
-        steps,
-        batch_size,
-        start,
-        flops_per_image,
-        stop=None,
+        workdir: os.PathLike | str,
+        steps: int,
+        batch_size: int,
+        start: int,
+        flops_per_image: float | None,
+        stop: Stop | None = None,
         *,
         every: Positive[int] = 50,
     ):
         self.path = epath.Path(workdir) / 'metrics.jsonl'
         self.steps, self.batch_size, self.every = steps, batch_size, every
         self.flops_per_image, self.stop = flops_per_image, Stop() if stop is None else stop
-        known = devices.DEVICES.get(jax.devices()[0].device_kind)
-        self.peak = known and known.flops  # unknown devices have no MFU
+        device = devices.DEVICES.get(jax.devices()[0].device_kind)
+        self.peak = device and device.flops  # unknown devices have no MFU
         self.pending = None
-        lines, self.damaged = history.split(storage.read(self.path) or b'')
+        lines, self.damaged = history.split_lines(storage.read(self.path) or b'')
         self.lines = [line for line in lines if line['step'] <= start]
         self.seconds = max((line.get('seconds', 0) for line in self.lines), default=0)
         self.began = time.time()
@@ -86,9 +91,9 @@ class Report:
         if self.writes:
             self.open(start)
 
-    def open(self, start):
+    def open(self, start: int) -> None:
         """Rewrites the lines to keep, atomically, and opens the file for appending."""
-        history.name_damaged(self.path, self.damaged)
+        history.report_damaged(self.path, self.damaged)
         history.set_aside(self.path, self.damaged)
         text = ''.join(to_json(line) + '\n' for line in self.lines)
         self.file = storage.Growing(self.path, text.encode())
@@ -96,19 +101,20 @@ class Report:
         storage.folder(folder)
         name = f'events.out.tfevents.{self.began:010.0f}.{socket.gethostname()}.{os.getpid()}'
         self.events = RecordWriter(storage.Growing(folder / name))
-        self.event(file_version='brain.Event:2')
+        self.write_event(file_version='brain.Event:2')
         if start:  # makes TensorBoard hide what an earlier process logged after this step
             log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self.event(step=start + 1, session_log=log)
+            self.write_event(step=start + 1, session_log=log)
 
-    def event(self, **fields):
+    def write_event(self, **fields: Any) -> None:
+        """Writes an event of TensorBoard."""
         event = event_pb2.Event(wall_time=time.time(), **fields)
         self.events.write(event.SerializeToString())
 
-    def __enter__(self):
+    def __enter__(self) -> 'Report':
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception) -> None:
         self.bar.close()
         if self.writes:
             try:
@@ -119,14 +125,14 @@ class Report:
                     raise  # else the first exception is reported
 
     @contextlib.contextmanager
-    def waiting(self):
+    def waiting(self) -> Iterator[None]:
         """Counts the time of the block as time spent waiting for data."""
         before = time.time()
         yield
         self.waited += time.time() - before
 
     @contextlib.contextmanager
-    def pause(self):
+    def pause(self) -> Iterator[None]:
         """Excludes the time of the block from images/s."""
         before = time.time()
         yield
@@ -134,13 +140,13 @@ class Report:
             then, step, waited = self.clock
             self.clock = then + time.time() - before, step, waited
 
-    def write(self, step, metrics):
+    def write(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Accepts the metrics of a step, still on the device; reads those of the step before."""
         previous, self.pending = self.pending, (step, metrics)
         if previous:
             self.read(*previous)
 
-    def sync(self):
+    def sync(self) -> None:
         """Reads the pending metrics and flushes the file; raises NotFinite."""
         previous, self.pending = self.pending, None
         if previous:
@@ -148,7 +154,8 @@ class Report:
         if self.writes:
             self.file.sync()
 
-    def read(self, step, metrics):
+    def read(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Waits for the metrics of a step and reports them; raises NotFinite."""
         metrics = {k: float(v) for k, v in self.stop.read_votes(jax.device_get(metrics)).items()}
         if not all(math.isfinite(metrics[k]) for k in ('loss', 'grad_norm', 'param_norm')):
             raise NotFinite(step, metrics)
@@ -162,7 +169,7 @@ class Report:
             self.clock = time.time(), step, self.waited  # compilation is over
         self.bar.update(step, progress_text(metrics, speed.get('images_per_s')))
 
-    def speed(self, step):
+    def speed(self, step: int) -> dict[str, float]:
         """Throughput since the last line: images/s, share of time waiting for data, MFU."""
         now = time.time()
         result = {'seconds': round(self.seconds + now - self.began, 3)}
@@ -175,41 +182,43 @@ class Report:
                 result['mfu'] = flops / (self.peak * jax.device_count())
         return result
 
-    def append(self, step, metrics):
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes a line of metrics."""
         line = finite({'step': step, **metrics})
         self.lines.append(line)
         if self.writes:
             self.file.write((to_json(line) + '\n').encode())
             values = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
-            self.event(step=step, summary=summary_pb2.Summary(value=values))
+            self.write_event(step=step, summary=summary_pb2.Summary(value=values))
 
-    def evaluation(self, step, name, metrics):
+    def write_evaluation(self, step: int, name: str, metrics: Mapping[str, float]) -> None:
         """Writes the result of an evaluation."""
         seconds = {'seconds': round(self.seconds + time.time() - self.began, 3)}
         self.append(step, {f'{name}/{k}': v for k, v in metrics.items()} | seconds)
         if self.writes:
             self.file.sync()
         text = '  '.join(f'{k} {number(v)}' for k, v in metrics.items())
-        self.say(f'step {step}  {name}: {text}')
+        self.print(f'step {step}  {name}: {text}')
 
-    def evaluated(self, step, names):
+    def evaluated(self, step: int, names: Collection[str]) -> set[str]:
         """The evaluations among `names` that have results at a step."""
         keys = {key for line in self.lines if line['step'] == step for key in line}
         owners = (
             max((n for n in names if key.startswith(f'{n}/')), key=len, default=None)
             for key in keys
         )  # fmt: skip
-        return set(owners)
+        return set(owners) - {None}
 
-    def history(self, key):
+    def history(self, key: str) -> dict[int, float]:
         """{step: value} of a metric, NaN if it was not finite."""
         values = {line['step']: line[key] for line in self.lines if key in line}
         return {step: math.nan if value is None else value for step, value in values.items()}
 
-    def say(self, text):
+    def print(self, text: str) -> None:
+        """Prints lines of text, above the progress bar if there is one."""
         self.bar.print(text)
 
-    def result(self):
+    def result(self) -> dict[str, Any]:
         """The part of result.json about the run as a whole."""
         metrics = {}
         for line in self.lines:
@@ -228,29 +237,10 @@ class Report:
         }
 
 
-COSTS = dict.fromkeys(('exaflops', 'device_hours', 'tpu_core_days'), 'min')  # lower is better
-
-
-def costs(result):
-    """{name: value} of the costs of a run, from its result.json, in the units of the papers.
-
-    exaflops: three forward passes for each image seen, in 1e18 (arXiv:2010.11929 table 6);
-    device_hours: devices as JAX counts them, evaluations included; tpu_core_days, on TPUs: table 2.
-    """
-    hours = result['seconds'] * result['device_count'] / 3600
-    found = {'device_hours': hours}
-    if result['flops_per_image'] is not None:
-        found['exaflops'] = 3 * result['flops_per_image'] * result['examples_seen'] / 1e18
-    kind = devices.DEVICES.get(result['device_kind'])
-    if kind is not None and kind.kind.startswith('TPU'):
-        found['tpu_core_days'] = hours / 24 * kind.cores
-    return found
-
-
-def progress_text(metrics, images_per_s):
+def progress_text(metrics: Mapping[str, float], images_per_s: float | None) -> str:
     """Metrics of a step and its throughput for the progress bar, the loss first."""
     named = sorted(metrics.items(), key=lambda item: item[0] != 'loss')
-    text = [f'{k} {v:.3f}' for k, v in named if k not in OF_EACH]
+    text = [f'{k} {v:.3f}' for k, v in named if k not in OMITTED]
     return '  '.join([*text, f'{images_per_s:,.0f} images/s'] if images_per_s else text)
 
 
@@ -259,8 +249,22 @@ def model_name(config: Mapping[str, Any]) -> str:
     return config['model']['name'] or config['objective']['name'].rpartition(':')[2]
 
 
-def heading(parts, config, start):
-    """Text printed at a run's start: optimizer by parameter, model, data, devices, steps."""
+def heading(
+    parts: Any,
+    config: ConfigDict,
+    start: int,
+    account: str | None = None,
+    differing: Sequence[changes.Change] = (),
+) -> str:
+    """Text printed at a run's start: optimizer by parameter, model, data, devices, steps.
+
+    Args:
+      parts: assembly.Parts.
+      config: the config of the run.
+      start: step from which the run goes on.
+      account: table of what was loaded from `config.init_from`.
+      differing: changes since the run's start.
+    """
     params = sum(count for _, _, count, *_ in parts.tx.table)
     trained = sum(count for _, _, count, *_, frozen in parts.tx.table if not frozen)
     flops, name = parts.objective.flops, model_name(config)
@@ -279,24 +283,17 @@ def heading(parts, config, start):
     ]
     if start:
         lines.append(f'resumed at step {start:,}')
+    if account:
+        lines.append(f'from    {config.init_from}\n{account}')
+    if differing:
+        lines.append(f'changed since the start of the run:\n{changes.table(differing)}')
     return '\n'.join(lines)
 
 
-def optimizer_table(rows):
-    """Table of parameters as text: shape, count, rate multiplier, weight decay, frozen or not."""
+def optimizer_table(rows: Iterable[tuple]) -> str:
+    """Formats `optim.Optimizer.table`: shape, count, rate multiplier, decay, frozen or not."""
     cells = [('parameter', 'shape', 'count', 'rate x', 'decay', '')]
     for name, shape, count, rate, decay, frozen in rows:
         state = 'frozen' if frozen else ''
         cells.append((name, 'x'.join(map(str, shape)), f'{count:,}', rate, f'{decay:g}', state))
     return aligned(cells, right=range(2, 6))
-
-
-def print_result(path, result):
-    """Prints the results at the end of a run."""
-    for key, value in result['metrics'].items():
-        if '/' in key:
-            print(f'{printable(key)}  {number(value)}')
-    for row in result['expected']:
-        expected = f'{row["metric"]} {row["value"]} +- {row["tolerance"]}'
-        print(f'expected {printable(expected)}: {VERDICTS[row["pass"]]}')
-    print(f'{result["seconds"]:.0f} s in all. Result: {printable(path / "result.json")}')

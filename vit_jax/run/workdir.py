@@ -1,27 +1,18 @@
 """The workdir of a run: its lock, config and result."""
 
 import contextlib
-import datetime
 import fcntl
-import importlib.metadata
 import json
 import os
-import pathlib
 import re
-import subprocess
 
 import jax
 from etils import epath
 
 from vit_jax.errors import UserError
 from vit_jax.io import storage
-from vit_jax.io.text import aligned, printable, to_json
-
-# Settings that may differ when a run resumes: they affect neither batches, model nor optimizer.
-HARMLESS = (
-    'checkpoint', 'evals', 'expected', 'mesh', 'report', 'data.source.data_dir',
-    'data.prefetch', 'data.threads', 'data.tolerance', 'data.workers',
-)  # fmt: skip
+from vit_jax.io.text import printable, to_json
+from vit_jax.run.history import is_number
 
 
 @contextlib.contextmanager
@@ -138,10 +129,6 @@ def brief(value):
     return re.sub(r'\s+', ' ', str(value))[:80]
 
 
-def is_number(value):
-    return type(value) is float or type(value) is int and abs(value) < 2**63
-
-
 def is_number_or_none(value):
     return value is None or is_number(value)
 
@@ -232,106 +219,3 @@ def finished(folders):
                 config = read_json(path / 'config.json', 'model', 'data', 'evals')
                 found.append((str(path), config, result))
     return found
-
-
-def settle_config(path, config, begun, *, allow_change):
-    """Writes config.json; returns its differences from that of the run's last start.
-
-    Raises UserError, with a table, if the run has checkpoints (`begun`) and the differences would
-    change its result, unless `allow_change`.
-    """
-    before = read_json(path / 'config.json') if begun else None
-    changes = [] if before is None else differences(before, config.to_dict())
-    if any(meaning for *_, meaning in changes) and not allow_change:
-        raise UserError(
-            f'the config differs from the one that {path} was begun with:\n{table(changes)}\n'
-            'Name another workdir, or give --allow_config_change to go on with the new values.',
-            several_lines=True,
-        )
-    if jax.process_index() == 0:
-        write_json(path / 'config.json', config.to_dict())
-    return changes
-
-
-def flat(config, prefix=''):
-    """Flattens a nested dict to {'optim.lr': 0.001}, with tuples as lists, as in JSON."""
-    items = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            items |= flat(value, f'{prefix}{key}.')
-        else:
-            items[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return items
-
-
-def differences(before, now):
-    """[(key, before, now, whether it changes the result)] of two nested dicts; None: absent."""
-    before, now = flat(before), flat(now)
-    return [
-        (key, before.get(key), now.get(key), not harmless(key))
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-
-
-def harmless(key):
-    return any(key == part or key.startswith(part + '.') for part in HARMLESS)
-
-
-def table(changes, before='before', now='now'):
-    """Formats rows of `differences` as a table."""
-    rows = [('key', before, now, '')]
-    rows += [
-        (key, json.dumps(old), json.dumps(new), 'changes the result' if meaning else '')
-        for key, old, new, meaning in changes
-    ]
-    return aligned(rows)
-
-
-def provenance():
-    """Versions, git commit and time, for result.json."""
-    names = ('vit_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-    return {
-        'versions': {name: importlib.metadata.version(name) for name in names},
-        'git_commit': git_commit(),
-        'finished': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    }
-
-
-def git_commit():
-    """The commit of this source tree, with '+' if files differ from it; None outside of git."""
-    folder = pathlib.Path(__file__).parents[1]
-
-    def git(*args):
-        return subprocess.run(
-            ['git', '-C', str(folder), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '.') else '')
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def judged(expected, metrics, better):
-    """Adds to the rows of `expected` the measured value and whether it passes.
-
-    Args:
-      expected: rows with a metric, a value, a tolerance, a source and perhaps the cell of a
-        published table.
-      metrics: {metric: measured value}.
-      better: {metric: 'max' or 'min'}, as declared beside the metrics' definitions. 'min' passes up
-        to value + tolerance, 'max' from value - tolerance on, others within both bounds.
-
-    Returns:
-      Rows with `measured` and `pass`, both None if not measured.
-    """
-    rows = []
-    for row in expected:
-        measured, passed = metrics.get(row['metric']), None
-        if measured is not None:
-            value, tolerance, which = row['value'], row['tolerance'], better.get(row['metric'])
-            low_enough = which == 'max' or measured <= value + tolerance
-            passed = low_enough and (which == 'min' or measured >= value - tolerance)
-        rows.append({**row, 'measured': measured, 'pass': passed})
-    return rows

@@ -13,7 +13,7 @@ from rich import box, console
 from rich.table import Table as Grid
 
 from vit_jax.io import text as texts
-from vit_jax.run import report
+from vit_jax.run import results
 
 COSTS = ('exaflops', 'device_hours', 'tpu_core_days')
 RUNS = ('run', 'seed', 'steps', 'images/s', 'exaFLOPs', 'device-hours', 'TPU-core-days')
@@ -29,7 +29,7 @@ def used(rows):
     runs = {m.run: m for cell in cells_of(rows) for m in cell.found}
     lines = []
     for path, one in sorted(runs.items()):
-        costs = report.costs(one.result)
+        costs = results.costs(one.result)
         lines.append([
             path, one.seed, one.result['steps'], one.result['images_per_s'],
             *(costs.get(name) for name in COSTS),
@@ -75,7 +75,7 @@ def comma_separated(table, rows):
         *COSTS, 'images_per_s', 'runs', 'recipe',
     ])  # fmt: skip
     for cell in cells_of(rows):
-        costs = [report.costs(m.result) for m in cell.found]
+        costs = [results.costs(m.result) for m in cell.found]
         sums = [sum(c[n] for c in costs if n in c) if costs else '' for n in COSTS]
         rates = [m.result['images_per_s'] for m in cell.found if m.result['images_per_s']]
         write.writerow([
