@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image
 
-from vit_jax.data.readers import names, splits
+from vit_jax.data.readers import facts, names, splits
 from vit_jax.errors import UserError, check_choice
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive, Range, Seed
@@ -205,11 +205,11 @@ class Drawn:
         image.save(out, 'JPEG', quality=QUALITY)
         return {'image': out.getvalue(), 'label': names.pad_labels(labels, self.max_labels)}
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `readers.facts`."""
         settings = (self.examples, self.classes, self.split, self.image_size, self.seed,
                     self.max_labels, QUALITY, self.cells, self.grey)  # fmt: skip
-        return [str(settings)], []
+        return facts.Traits([str(settings)])
 
     def name(self, i: int) -> str:
         """Name of example i for messages."""

@@ -31,14 +31,16 @@ class Mixture:
     def __len__(self):
         return self.parts[-1].offset + self.parts[-1].length
 
-    def traits(self):
-        order, contents = [], []
+    def traits(self) -> facts.Traits:
+        """See `readers.facts`."""
+        order, contents, sample = [], [], []
         for part in self.parts:
             own = facts.traits(part.records)
             labels = [] if part.labels is None else [part.labels]
-            order += [str((part.length, part.weight)), *labels, *own[0]]
-            contents += own[1]
-        return order, contents
+            order += [str((part.length, part.weight)), *labels, *own.order]
+            contents += own.contents
+            sample += own.sample
+        return facts.Traits(order, contents, sample)
 
     def find(self, i):
         part = self.parts[bisect.bisect_right(self.offsets, i) - 1]

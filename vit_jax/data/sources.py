@@ -72,10 +72,10 @@ class Slice:
     def __getitem__(self, i: int) -> Any:
         return self.records[self.shift(i)]
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `readers.facts`."""
-        order, contents = facts.traits(self.records)
-        return [str((self.start, self.stop)), *order], contents
+        own = facts.traits(self.records)
+        return own._replace(order=[str((self.start, self.stop)), *own.order])
 
     def name(self, i: int) -> str:
         """Name of example i."""

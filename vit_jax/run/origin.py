@@ -71,6 +71,7 @@ def record_facts(
         Change(key, before.get(key), now.get(key), matters=not key.startswith(ROUNDING))
         for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
         and not (key.startswith('evals.') and (key in before) != (key in now))
+        and not (key.endswith('.sample') and None in (before.get(key), now.get(key)))  # an address
     ]
     renamed = {}  # {kind of names: description of the difference}
     for kind, names in parts.task.names.items() if begun else ():

@@ -67,11 +67,11 @@ class Coco:
         text = self.arrays['text']
         return [json.loads(text[a:b].tobytes()) for a, b in itertools.pairwise(bounds)]
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `facts`."""
         arrays = [self.arrays[name] for name in sorted(self.arrays)]
         order = [folders.relative(self.root, self.paths), facts.digest(arrays)]
-        return order, folders.file_contents(self.paths)
+        return facts.Traits(order, *folders.file_contents(self.paths))
 
     def name(self, i: int) -> str:
         """Path of the image of example i."""

@@ -1,17 +1,17 @@
 """Fingerprints of data sets at little cost: classes, count, order, sizes and a sample of the bytes.
 
 The processes of a run compare them before they train, and a resumed run compares them with those
-of its start. Records (see `sources`) have `traits()`, a pair of lists of text, bytes or arrays:
-what determines the order of the examples, and what determines their contents. The latter are all
-sizes, or those of up to `MOST_SIZES` files, and `sample_digest` of local files. At an address (gs://,
-https://) no example is read, as each takes a request. The location of a data set is left out, as
-each host may have its copy at another path.
+of its start. Records (see `sources`) have `traits()`, from which the fingerprint is made. The
+contents of the examples are known by their sizes, and of local files by a sample of their bytes
+(`sample_digest`): a change beyond the sample that keeps every size goes unnoticed. At an address
+(gs://, https://) no example is read, as each takes a request. The location of a data set is left
+out, as each host may have its copy at another path.
 """
 
 import concurrent.futures
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,21 +22,37 @@ THREADS = 8  # to read them; they wait for the disk
 MOST_NAMED = 4  # classes that are named in full
 
 
+class Traits(NamedTuple):
+    """What determines the examples of records: lists of text, bytes or arrays.
+
+    Attributes:
+      order: names, labels, bounds of files.
+      contents: sizes of all examples or shards, or of up to `MOST_SIZES` files; digests that a
+        manifest has.
+      sample: `sample_digest` of local files. A resume from a copy without a sample ignores it.
+    """
+
+    order: Sequence
+    contents: Sequence = ()
+    sample: Sequence = ()
+
+
 def of(source: Any) -> dict[str, Any]:
     """{name: value} of a Source, equal for the same examples in the same order.
 
     `classes` (count), `class_names` (the first few, and a digest of all in their order), `examples`
-    (count), `order` and `contents` (digests).
+    (count), `order`, `contents` and, of local files, `sample` (digests).
     """
-    order, contents = traits(source.records)
+    own = traits(source.records)
     more = ', ...' if len(source.classes) > MOST_NAMED else ''
     names = ', '.join(source.classes[:MOST_NAMED]) + more
     return {
         'classes': len(source.classes),
         'class_names': f'{names} ({digest(source.classes)})',
         'examples': len(source),
-        'order': digest(order),
-        'contents': digest(contents),
+        'order': digest(own.order),
+        'contents': digest(own.contents),
+        **({'sample': digest(own.sample)} if len(own.sample) else {}),
     }
 
 
@@ -54,13 +70,13 @@ def of_run(source: Any, evaluations: Mapping[str, Any]) -> dict[str, Any]:
     return {f'{name}.{key}': value for name, one in sets.items() for key, value in of(one).items()}
 
 
-def traits(records: Any) -> tuple[list, list]:
+def traits(records: Any) -> Traits:
     """Traits of records; the names of some examples for a kind without traits."""
     if hasattr(records, 'traits'):
         return records.traits()
     if not hasattr(records, 'name'):
-        return [], []
-    return [records.name(i) for i in spaced(len(records))], []
+        return Traits(())
+    return Traits([records.name(i) for i in spaced(len(records))])
 
 
 def spaced(length: int, most: int = MOST_SIZES) -> list[int]:

@@ -31,10 +31,10 @@ class Files:
     def __getitem__(self, i: int) -> Record:
         return Record({'image': file_bytes(self.paths[i]), 'label': self.labels[i]})
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `facts`."""
         order = [np.array(self.labels, np.int32), relative(self.root, self.paths)]
-        return order, file_contents(self.paths)
+        return facts.Traits(order, *file_contents(self.paths))
 
     def name(self, i: int) -> str:
         """Path of example i."""
@@ -51,14 +51,14 @@ def relative(root: str, paths: Sequence[str]) -> str:
     return '\0'.join(path.removeprefix(root) for path in paths)
 
 
-def file_contents(paths: Sequence[str]) -> list:
-    """Traits of the contents of local files: sizes and a sample of bytes; none at an address."""
+def file_contents(paths: Sequence[str]) -> tuple[list, list]:
+    """(sizes, sample of the bytes) of local files, see `facts.Traits`; both empty at an address."""
     if not paths or '://' in paths[0]:  # one request per file
-        return []
+        return [], []
     with concurrent.futures.ThreadPoolExecutor(facts.THREADS) as pool:
         sizes = list(pool.map(size_of, (paths[i] for i in facts.spaced(len(paths)))))
     digest = facts.sample_digest(lambda i: file_bytes(paths[i]), len(paths))
-    return [np.array(sizes, np.int64), digest]
+    return [np.array(sizes, np.int64)], [digest]
 
 
 def size_of(path: str) -> int:

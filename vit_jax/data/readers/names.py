@@ -176,10 +176,10 @@ class Relabelled:
     def __getitem__(self, i: int) -> Any:
         return translate_record(self.records[i], self.labels, self.label_fields)
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `facts`."""
-        order, contents = facts.traits(self.records)
-        return [self.labels, *order], contents
+        own = facts.traits(self.records)
+        return own._replace(order=[self.labels, *own.order])
 
     def name(self, i: int) -> str:
         """Name of example i."""

@@ -7,7 +7,7 @@ above (path/train/images) or below (path/images/train).
 import os
 from collections.abc import Sequence
 
-from vit_jax.data.readers import folders, ranges, shares, splits, walk
+from vit_jax.data.readers import facts, folders, ranges, shares, splits, walk
 from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError
 
@@ -35,11 +35,11 @@ class Pairs:
         with ranges.reading(self.masks[i]):
             return folders.file_bytes(self.masks[i])
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `facts`."""
         order = [folders.relative(self.root, paths) for paths in (self.images, self.masks)]
-        contents = (folders.file_contents(paths) for paths in (self.images, self.masks))
-        return order, [trait for one in contents for trait in one]
+        images, masks = (folders.file_contents(paths) for paths in (self.images, self.masks))
+        return facts.Traits(order, images[0] + masks[0], images[1] + masks[1])
 
     def name(self, i: int) -> str:
         """Path of the image of example i."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.readers import columnar, hf_metadata, ranges, tars
+from vit_jax.data.readers import columnar, facts, hf_metadata, ranges, tars
 from vit_jax.data.readers.open_files import OpenFiles
 from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError
@@ -82,16 +82,16 @@ class Table(OpenFiles):
         row = int(i) - (int(self.group_ends[group - 1]) if group else 0)
         return k, group - int(self.first[k]), row
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `facts`."""
         order = [self.group_ends, self.labels, self.label_ends]
-        contents = []
+        sizes = []
         for file in self.files:
             with ranges.reading(file):
-                contents.append(ranges.identity(file).get('size'))
-        if not any('://' in file for file in self.files):
-            contents.append(ranges.blocks_digest(self.files))
-        return [array for array in order if array is not None], contents
+                sizes.append(ranges.identity(file).get('size'))
+        local = not any('://' in file for file in self.files)
+        sample = [ranges.blocks_digest(self.files)] if local else []
+        return facts.Traits([array for array in order if array is not None], sizes, sample)
 
     def name(self, i: int) -> str:
         """File and row of example i."""

@@ -87,12 +87,11 @@ class Prepared(open_files.OpenFiles):
         fields['label'] = names.pad_labels(labels, self.max_labels)
         return Record(fields)
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `facts`."""
-        contents = [self.digests]
-        if '://' not in self.folder:
-            contents.append(facts.sample_digest(self.read_bytes, len(self)))
-        return [self.split, self.ends], contents
+        local = '://' not in self.folder
+        sample = [facts.sample_digest(self.read_bytes, len(self))] if local else []
+        return facts.Traits([self.split, self.ends], [self.digests], sample)
 
     def place(self, i: int) -> str:
         """Shard and position of example i."""

@@ -88,13 +88,14 @@ class Tars(ranges.Ranges):
         """Bytes of the image and of all other members of example i."""
         return self.read(i) + b''.join(self.read_field(i, name) for name in self.field_names(i))
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `facts`."""
         arrays = [self.keys, self.key_ends, self.labels, self.label_ends]
-        contents = [self.sizes, self.member_sizes]
+        sample = [self.member_sizes]
         if self.is_local():
-            contents.append(facts.sample_digest(self.read_all, len(self)))
-        return [array for array in arrays if array is not None], contents
+            sample.append(facts.sample_digest(self.read_all, len(self)))
+        order = [array for array in arrays if array is not None]
+        return facts.Traits(order, [self.sizes], sample)
 
     def name(self, i: int) -> str:
         """Shard, position and key of example i."""

@@ -71,16 +71,19 @@ class Tfds:
                            constant_values=-1)  # fmt: skip
         return Record(fields | {'label': label})
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `facts`."""
         info, split = self.data.dataset_info, self.data.split
         files = info.splits[split].file_instructions
         parts = [(os.path.basename(f.filename), f.skip, f.take, f.examples_in_shard) for f in files]
         names = {str(part.name): part.num_bytes for part in info.splits.values()}
-        contents = [str(sorted(names.items()))]
-        if not any('://' in str(file.filename) for file in files):
-            contents.append(facts.sample_digest(lambda i: self.data[i][self.image], len(self)))
-        return [info.full_name, str(parts)], contents
+        local = not any('://' in str(file.filename) for file in files)
+        sample = [facts.sample_digest(self.read_image, len(self))] if local else []
+        return facts.Traits([info.full_name, str(parts)], [str(sorted(names.items()))], sample)
+
+    def read_image(self, i: int) -> bytes:
+        """Bytes of the image of example i, as they are in its file."""
+        return self.data[i][self.image]
 
     def name(self, i: int) -> str:
         """Data set, split and index of example i."""

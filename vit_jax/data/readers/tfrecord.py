@@ -120,13 +120,11 @@ class TfRecords(ranges.Ranges):
         k, position = super().locate(i)
         return k, position + int(self.skips[k])
 
-    def traits(self) -> tuple[list, list]:
+    def traits(self) -> facts.Traits:
         """See `facts`."""
         names = [file.rpartition('/')[2] for file in self.files]
-        contents = [self.sizes]
-        if self.is_local():
-            contents.append(facts.sample_digest(self.read, len(self)))
-        return [*names, self.ends, self.skips], contents
+        sample = [facts.sample_digest(self.read, len(self))] if self.is_local() else []
+        return facts.Traits([*names, self.ends, self.skips], [self.sizes], sample)
 
     def read(self, i: int) -> bytes:
         """Data of record i; verifies its CRC if google-crc32c is installed."""
