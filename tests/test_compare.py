@@ -24,30 +24,30 @@ def curves(part_at, size, count=400, noise=0.02, seed=0):
 
 
 @pytest.mark.parametrize('size', [0.05, 0.5])
-def test_a_parting_is_found_within_a_window(size):
+def test_a_divergence_is_found_within_a_window(size):
     a, b = curves(2000, size)
-    found = compare.parting(a, b)
+    found = compare.divergence(a, b)
     assert found.first == 10  # other bits from the start
-    assert 2000 - 10 * 20 <= found.beyond <= 2000 + 10 * 20
+    assert 2000 - 10 * 20 <= found.significant <= 2000 + 10 * 20
     assert found.sigma == pytest.approx(0.02 * 2**0.5, rel=0.2)
 
 
-def test_noise_alone_is_no_parting():
-    parted = [compare.parting(*curves(0, 0.0, seed=seed)).beyond for seed in range(40)]
-    assert sum(p is not None for p in parted) <= 2
+def test_noise_alone_is_no_divergence():
+    diverged = [compare.divergence(*curves(0, 0.0, seed=seed)).significant for seed in range(40)]
+    assert sum(p is not None for p in diverged) <= 2
 
 
 def test_equal_bits_and_a_single_other_one():
     a, _ = curves(0, 0.0)
-    assert compare.parting(a, dict(a)) == (None, None, 0.0)
+    assert compare.divergence(a, dict(a)) == (None, None, 0.0)
     b = dict(a)
     b[1500] = np.nextafter(b[1500], 9)
-    found = compare.parting(a, b)
-    assert found.first == 1500 and found.beyond is None  # rounding is no parting
+    found = compare.divergence(a, b)
+    assert found.first == 1500 and found.significant is None  # rounding is no divergence
     late = {s: v + (0.01 if s >= 3000 else 0) for s, v in a.items()}
-    assert compare.parting(a, late).first == 3000
-    assert 2800 <= compare.parting(a, late).beyond <= 3000
-    assert compare.parting({1: 0.5}, {2: 0.5}).first is None
+    assert compare.divergence(a, late).first == 3000
+    assert 2800 <= compare.divergence(a, late).significant <= 3000
+    assert compare.divergence({1: 0.5}, {2: 0.5}).first is None
 
 
 def written(path, curve, rate, commit):
@@ -75,7 +75,7 @@ def test_the_command_says_what_differs_and_draws_it(tmp_path):
     assert done.returncode == 0, done.stderr
     words = done.stdout
     assert 'loss at 400 common steps' in words and 'differ first at step 10' in words
-    assert 'part by more than noise from step ' in words
+    assert 'differ by more than noise from step ' in words
     assert 'optim.lr  0.001  0.003  changes the result' in words and 'optim.name' not in words
     assert 'jax  one  two' in words and 'numpy' not in words
     pixels = np.array(Image.open(tmp_path / 'x.png').convert('RGB'))

@@ -122,8 +122,9 @@ def test_the_mean_of_vtab_needs_all_its_tasks(tmp_path, known):
 def test_missing_runs_come_behind_those_that_they_begin_from(tmp_path, known, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = rows_of('vit.table5', tmp_path, known)
-    chosen = tables.empty(
-        tables.asked(published.table('vit.table5'), rows, 'JFT-300M, CIFAR', 'ViT-H/14'), known[1]
+    chosen = tables.missing(
+        tables.select_cells(published.table('vit.table5'), rows, 'JFT-300M, CIFAR', 'ViT-H/14'),
+        known[1],
     )
     assert [' '.join(one.words()) for one in chosen] == [
         'python -m vit_jax.main --config experiments/pretrain.py:h/14 '
@@ -137,8 +138,9 @@ def test_missing_runs_come_behind_those_that_they_begin_from(tmp_path, known, mo
     (tmp_path / 'runs/pretrain/h_14').mkdir(parents=True)
     (tmp_path / 'runs/pretrain/h_14/result.json').write_text('{}')
     rows = rows_of('vit.table5', tmp_path, known)
-    chosen = tables.empty(
-        tables.asked(published.table('vit.table5'), rows, 'JFT-300M, CIFAR', 'ViT-H/14'), known[1]
+    chosen = tables.missing(
+        tables.select_cells(published.table('vit.table5'), rows, 'JFT-300M, CIFAR', 'ViT-H/14'),
+        known[1],
     )
     assert [one.arg for one in chosen] == ['cifar100,h/14']
 
@@ -146,12 +148,12 @@ def test_missing_runs_come_behind_those_that_they_begin_from(tmp_path, known, mo
 @pytest.mark.parametrize('row, column, words', [
     ('ViT-L/61', None, r"--row 'ViT-L/61' is in none: there are 'ImageNet, CIFAR-10', "),
     ('ImageNet', 'zz', "--column 'zz' is in none: there are "),
-    (None, 'Pre-training', 'no recipe is for a number there'),
+    (None, 'Pre-training', 'no recipe reproduces these numbers'),
 ])
 def test_a_text_that_is_in_no_name_chooses_nothing(known, row, column, words):
     with pytest.raises(UserError, match=words):
         table = published.table('vit.table5')
-        tables.asked(table, tables.grid_of(table, {}, known[0]), row, column)
+        tables.select_cells(table, tables.grid_of(table, {}, known[0]), row, column)
 
 
 def command(*args, cwd):

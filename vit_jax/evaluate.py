@@ -1,9 +1,13 @@
 """Evaluates a checkpoint: python -m vit_jax.evaluate --checkpoint X [--config FILE[:ARG]].
 
-X is anything that vit_jax.load takes. The evaluations are those of the config's section `evals` (a
-run's config.json is a config, too); without --config, those of the run that made X. Any setting can
-be changed: --config.evals.test.batch_size=100. Of the section `model`, only dtype, quantize and
-unroll have an effect, as X determines the model.
+X is anything that vit_jax.load takes, or a run of any objective. The evaluations are those of the
+config's section `evals` (a run's config.json is a config, too); without --config, those of the run
+that made X. Any setting can be changed: --config.evals.test.batch_size=100. Of the section `model`,
+only dtype, quantize and unroll have an effect, as X determines the model.
+
+A run of another objective than `supervised` is evaluated as during training, at the image size of
+training, and its training data has to be at hand. Any other checkpoint is a classifier: its
+position embeddings are resized to the image size of each evaluation.
 
 Labels of the data are matched to the checkpoint's by class name, in any order, where both have
 names. A data set with some of the classes is scored among these; one with other classes is refused
@@ -14,18 +18,19 @@ number of images, its accuracy and how often it was predicted as each of all cla
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
 from vit_jax import assembly, cli, evaluators, sharding
 from vit_jax import config as configs
+from vit_jax.convert import fit, run
 from vit_jax.convert import load as weights
-from vit_jax.convert import run
 from vit_jax.data import tasks
 from vit_jax.data.readers import names
 from vit_jax.errors import UserError
@@ -95,14 +100,18 @@ def evaluations(
         yield name, assembly.evaluation(subject, settings), subject, found.params
 
 
-def subject_of(found, image_size, mesh, loss):
+def subject_of(
+    found: fit.Loaded, image_size: tuple[int, int], mesh: jax.sharding.Mesh, loss: str
+) -> evaluators.Subject:
     """Wraps a loaded classifier for the evaluators."""
     spec = {'image': jax.ShapeDtypeStruct((*image_size, 3), np.uint8)}
     objective = supervised.supervised(found.model, Examples(spec), loss=loss)
     return evaluators.subject(objective, found.params, spec, mesh, {'classes': found.classes})
 
 
-def read(checkpoint, image_size, model, ema):
+def read(
+    checkpoint: str, image_size: tuple[int, int], model: ConfigDict, ema: bool | None
+) -> fit.Loaded:
     """Loads the checkpoint at an image size, with the config's dtype, quantize and unroll."""
     how = {field: model[field] for field in ('dtype', 'quantize', 'unroll') if field in model}
     return weights.read(checkpoint, image_size=image_size, ema=ema, **how)
@@ -126,7 +135,7 @@ def settings_of(
     return configs.load(path, overrides)
 
 
-def compare(config, labels):
+def match_labels(config: ConfigDict, labels: str) -> None:
     """Sets how labels are matched to classes in all data sets of the evaluations."""
     for kwargs in config.evals.values():
         for key in kwargs.keys() & {'source', 'train_source'}:
@@ -134,13 +143,13 @@ def compare(config, labels):
                 part['labels'] = labels
 
 
-def main(argv, overrides):
+def main(argv: Sequence[str], overrides: Sequence[tuple[str, str]]) -> None:
     options = flags.FLAGS
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}; flags begin with --')
     config = settings_of(options.config, options.checkpoint, overrides)
     if options.labels:
-        compare(config, options.labels)
+        match_labels(config, options.labels)
     out = options.out and storage.folder(workdir.located(options.out))  # fails before evaluations
     results, texts, ema = {}, {}, None if options.ema else False
     try:
@@ -150,17 +159,17 @@ def main(argv, overrides):
                 texts[name] = text
         results |= classify.means(results)
     finally:  # results of earlier evaluations survive one that fails
-        tell(results, options)
+        print_results(results, options)
         write(out, texts)  # last, as the disk may be full
 
 
-def write(out, texts):
+def write(out: epath.Path | None, texts: Mapping[str, str]) -> None:
     """Writes {name: text} as out/NAME.csv; a slash in a name makes a folder."""
     for name, text in texts.items():
         storage.write(storage.file(out / f'{name}.csv'), text.encode())
 
 
-def tell(results, options):
+def print_results(results: Mapping[str, Mapping[str, float]], options: flags.FlagValues) -> None:
     """Prints {name: {metric: value}}, if there are any results."""
     if options.json and results:
         print(to_json({'checkpoint': options.checkpoint, **results}))
@@ -172,18 +181,18 @@ def tell(results, options):
 
 if __name__ == '__main__':
     flags.DEFINE_string(
-        'checkpoint', None, 'What to evaluate: a path, an address, a name of the catalogue.',
+        'checkpoint', None, 'Checkpoint to evaluate: a path, an address or a catalogue name.',
         required=True,
     )  # fmt: skip
-    flags.DEFINE_string('config', None, 'Experiment file, or a config.json, with evals.')
+    flags.DEFINE_string('config', None, 'Experiment file or config.json with evaluations.')
     flags.DEFINE_bool(
-        'ema', True, 'Of a run: the moving average of the parameters where one was kept, as its '
-        'own evaluations do.',
+        'ema', True, "Evaluate the moving average of a run's parameters if it was saved, as during "
+        'training.',
     )  # fmt: skip
     flags.DEFINE_enum(
-        'labels', None, list(names.BY), 'How labels of all data sets are compared with the '
-        "checkpoint's: by the names of the classes, the default, or as numbers.",
+        'labels', None, list(names.BY), 'How labels of all data sets are matched with the '
+        "checkpoint's: by class name (the default) or by number.",
     )  # fmt: skip
-    flags.DEFINE_string('out', None, 'Folder for the confusion of classes, a CSV an evaluation.')
-    flags.DEFINE_bool('json', False, 'Print one JSON object in place of a table.')
+    flags.DEFINE_string('out', None, 'Folder for results by class, one CSV file per evaluation.')
+    flags.DEFINE_bool('json', False, 'Print one JSON object instead of lines.')
     cli.run(main, 'config')

@@ -198,13 +198,13 @@ def main(argv: Sequence[str]) -> None:
     if rows:
         write_arrays(out, rows)
     if failed:
-        raise UserError(f'{failed:,} of {len(paths):,} images can not be read')
+        raise UserError(f'{failed:,} of {len(paths):,} images cannot be read')
 
 
 def check_output(flag: str, path: str) -> None:
     """Raises UserError if the file that a flag names can't be written, before any computation."""
     if not path.endswith('.npz') or '://' in path:
-        raise UserError(f'--{flag}={path}: name a file here that ends in .npz')
+        raise UserError(f'--{flag}={path}: name a local file that ends in .npz')
     path = pathlib.Path(path).absolute()
     storage.check_free(path, flags.FLAGS.force)
     storage.file(path)
@@ -252,22 +252,24 @@ def show(
 
 if __name__ == '__main__':
     flags.DEFINE_string(
-        'checkpoint', None, 'What to predict with: a path, an address, a name of the catalogue.',
+        'checkpoint', None, 'Checkpoint to predict with: a path, an address or a catalogue name.',
         required=True,
     )  # fmt: skip
-    flags.DEFINE_integer('top', 5, 'Classes to name for each image.', lower_bound=1)
-    flags.DEFINE_integer('batch_size', 32, 'Images a step.', lower_bound=1)
+    flags.DEFINE_integer('top', 5, 'Number of classes to print for each image.', lower_bound=1)
+    flags.DEFINE_integer('batch_size', 32, 'Number of images in a batch.', lower_bound=1)
     flags.DEFINE_integer(
-        'image_size', None, "Pixels a side, if not the checkpoint's own.", lower_bound=1,
+        'image_size', None, "Image size in pixels. Default: the checkpoint's.", lower_bound=1,
         upper_bound=65_536,
     )  # fmt: skip
     flags.DEFINE_string(
-        'view', None, 'How an image becomes a square: central (crop, the default) or resize '
-        '(squeeze). Of a run: as its first evaluation does.',
+        'view', None, 'How to make an image square: central (crop) or resize (squeeze). Default: '
+        "that of a run's first evaluation or of the checkpoint's documents, else central.",
     )  # fmt: skip
-    flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
+    flags.DEFINE_bool(
+        'ema', True, "Predict with the moving average of a run's parameters if it was saved."
+    )
     flags.DEFINE_string('features', None, 'Write the input of the head to this .npz file.')
     flags.DEFINE_string('out', None, 'Write all arrays that are predicted to this .npz file.')
     flags.DEFINE_bool('force', False, 'Replace the file of --features or --out if it exists.')
-    flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
+    flags.DEFINE_bool('json', False, 'Print one JSON object per image.')
     cli.run(main)

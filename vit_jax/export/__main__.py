@@ -11,12 +11,13 @@ normalisation and the view: a central crop or, with --view=resize, the whole ima
 leaves images of the model's size as they are. Each new shape [B, H, W] is compiled on its first
 call. The probabilities are float32 [B, K], of a softmax or, where the model was trained with one, a
 sigmoid, as in vit_jax.predict; a checkpoint without a head gives the features before the head,
-[B, D]. Names of the classes, and the origin of the file:
+[B, D]. A run whose objective has a network of its own gives {name: array}, what the objective's
+`predict` returns. Names of the classes, and the origin of the file:
 
     json.loads(zipfile.ZipFile(FILE).read('metadata.json'))['classes']
 
-JAX guarantees to read such a file for six months of its releases (from 0.11.1 on it refuses older
-ones), so keep the checkpoint.
+JAX guarantees to read such a file for six months of its releases, and from 0.11.1 on refuses older
+files. Keep the checkpoint.
 """
 
 import os
@@ -42,27 +43,29 @@ from vit_jax.io.text import brief, printable
 from vit_jax.run import report, workdir
 
 CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, 'What to export: a path, an address, a name of the catalogue.',
+    'checkpoint', None, 'Checkpoint to export: a path, an address or a catalogue name.',
     required=True,
 )  # fmt: skip
-OUTPUT = flags.DEFINE_string('output', None, 'The file to write, here or on gs://.', required=True)
+OUTPUT = flags.DEFINE_string('output', None, 'File to write, local or on gs://.', required=True)
 PLATFORMS = flags.DEFINE_list(
-    'platforms', list(export.PLATFORMS), 'Where the file is to run, one or several.'
+    'platforms', list(export.PLATFORMS), 'Platforms that the file runs on.'
 )
 SIZE = flags.DEFINE_integer(
-    'image_size', None, "Pixels a side, if not the checkpoint's own.", lower_bound=1,
+    'image_size', None, "Image size in pixels. Default: the checkpoint's.", lower_bound=1,
     upper_bound=65_536,
 )  # fmt: skip
 DTYPE = flags.DEFINE_enum(
-    'dtype', None, ['float32', 'bfloat16'], "Of the computation, if not the checkpoint's own; "
-    'weights and results are float32.',
+    'dtype', None, ['float32', 'bfloat16'], "Type of activations. Default: the checkpoint's. "
+    'Weights and results are float32.',
 )  # fmt: skip
 VIEW = flags.DEFINE_enum(
-    'view', None, ['central', 'resize'], 'How an image becomes a square: central (crop, the '
-    'default) or resize (squeeze). Of a run: as its first evaluation does.',
+    'view', None, ['central', 'resize'], 'How to make an image square: crop or squeeze. Default: '
+    "that of a run's first evaluation or of the checkpoint's documents, else central.",
 )  # fmt: skip
-FORCE = flags.DEFINE_bool('force', False, 'Replace a file that is there.')
-EMA = flags.DEFINE_bool('ema', True, 'Of a run: the moving average of the parameters, if kept.')
+FORCE = flags.DEFINE_bool('force', False, 'Replace the file if it exists.')
+EMA = flags.DEFINE_bool(
+    'ema', True, "Export the moving average of a run's parameters if it was saved."
+)
 
 
 def target(name: str) -> pathlib.Path | epath.Path:

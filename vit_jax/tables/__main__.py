@@ -13,11 +13,13 @@ A run that a recipe starts from is started first. Each run has its own workdir,
 runs/EXPERIMENT/ARGUMENT.
 """
 
+import os
 import pathlib
 import re
 import shlex
 import statistics
 import subprocess
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from absl import flags
@@ -34,6 +36,7 @@ from vit_jax.tables import published, typeset
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / 'experiments'
 LAUNCHERS = ('local', 'hosts', 'slurm')  # those with workdirs on a local file system
+Key = tuple[str, tuple, str]  # (table, label, column) of a number
 SECOND = {  # {row of table 9: its column of table 2}
     'ViT-H/14 (JFT)': 'Ours-JFT (ViT-H/14)', 'ViT-L/16 (JFT)': 'Ours-JFT (ViT-L/16)',
     'ViT-L/16 (I21k)': 'Ours-I21k (ViT-L/16)',
@@ -48,15 +51,15 @@ class Recipe(NamedTuple):
     begin: str | None  # workdir of the run that it starts from
 
     @property
-    def config(self):
+    def config(self) -> str:
         return f'{self.file}:{self.arg}'
 
     @property
-    def workdir(self):
+    def workdir(self) -> str:
         name = re.sub(r'[^\w.,=+-]+', '_', self.arg)
         return f'runs/{pathlib.PurePath(self.file).stem}/{name}'
 
-    def words(self, launcher=None, options=()):
+    def words(self, launcher: str | None = None, options: Sequence[str] = ()) -> list[str]:
         """Words of the command: vit_jax.main, or launch.sh with `launcher` and its `options`."""
         if launcher is None:
             start = ['python', '-m', 'vit_jax.main', '--config']
@@ -74,13 +77,13 @@ class Measure(NamedTuple):
     result: dict
 
 
-def key_of(cell):
+def key_of(cell: Sequence) -> Key:
     """(table, label, column) of a line of `expected`, hashable."""
     name, label, column = cell
     return name, tuple(label), column
 
 
-def recipes(folder=EXPERIMENTS):
+def recipes(folder: os.PathLike = EXPERIMENTS) -> tuple[dict[Key, Recipe], dict[str, Recipe]]:
     """({cell: Recipe}, {workdir: Recipe}) of all ARGS of the experiments."""
     cells, places = {}, {}
     for file in sorted(pathlib.Path(folder).glob('*.py')):
@@ -97,7 +100,7 @@ def recipes(folder=EXPERIMENTS):
     return cells, places
 
 
-def measured(runs):
+def measured(runs: Sequence[tuple[str, dict, dict]]) -> dict[Key, list[Measure]]:
     """{cell: [Measure]} of finished runs, with means over tasks if all of these are measured."""
     cells = {}
     for path, config, result in runs:
@@ -109,7 +112,7 @@ def measured(runs):
     return cells | means(cells)
 
 
-def means(cells):
+def means(cells: Mapping[Key, list[Measure]]) -> dict[Key, list[Measure]]:
     """Cells that are means of others: VTAB's in tables 9 and 2, the average of table 7."""
     found = {}
 
@@ -142,18 +145,18 @@ class Cell(NamedTuple):
     recipe: Recipe | None
 
     @property
-    def mean(self):
+    def mean(self) -> float | None:
         return statistics.mean(m.value for m in self.found) if self.found else None
 
     @property
-    def deviation(self):
+    def deviation(self) -> float | None:
         return statistics.stdev(m.value for m in self.found) if len(self.found) > 1 else None
 
     @property
-    def difference(self):
+    def difference(self) -> float | None:
         return None if self.mean is None else self.mean - self.value
 
-    def beside(self):
+    def beside(self) -> str:
         """The result as text, '98.80 ± 0.10 (3), -0.15'; '' without a run."""
         if self.mean is None:
             return ''
@@ -164,8 +167,12 @@ class Cell(NamedTuple):
         return f'{text}, {self.difference:+.{digits}f}'
 
 
-def grid_of(table, found, known):
-    """[(label, [Cell or text per column])] of a table.
+def grid_of(
+    table: published.Table,
+    found: Mapping[Key, Sequence[Measure]],
+    known: Mapping[Key, Recipe],
+) -> list[tuple[tuple, list[Cell | str]]]:
+    """[(label, [Cell or text per column])] of a table, with results `found`, recipes `known`.
 
     Numbers in columns with recipes or runs are Cells, all other entries texts.
     """
@@ -188,7 +195,9 @@ def grid_of(table, found, known):
     return rows
 
 
-def asked(table, rows, row=None, column=None):
+def select_cells(
+    table: published.Table, rows: typeset.Rows, row: str | None = None, column: str | None = None
+) -> list[Cell]:
     """Cells with a recipe, in rows and columns whose names contain these texts.
 
     Raises UserError, with the known names, if no name contains a text, or if there is no such cell.
@@ -204,11 +213,11 @@ def asked(table, rows, row=None, column=None):
         and (column or '').lower() in cell.column.lower()
     ]  # fmt: skip
     if not cells:
-        raise UserError('no recipe is for a number there; python -m vit_jax.tables --list has all')
+        raise UserError('no recipe reproduces these numbers; see python -m vit_jax.tables --list')
     return cells
 
 
-def empty(cells, places):
+def missing(cells: Sequence[Cell], places: Mapping[str, Recipe]) -> list[Recipe]:
     """Recipes of cells without a run, each once, after the recipe that it starts from."""
     chosen = {}
     for cell in cells:
@@ -220,17 +229,17 @@ def empty(cells, places):
     return list(chosen.values())
 
 
-def listed(cells, found):
+def print_list(cells: Mapping[Key, Recipe], found: Mapping[Key, Sequence[Measure]]) -> None:
     """Prints the list of tables with the counts of numbers, of recipes and of results."""
     grid = Grid('table', 'numbers', 'recipes', 'measured', 'title', 'source', box=box.SIMPLE_HEAD)
     for table in published.tables().values():
         numbers = [c for row in table.rows for c in row if published.number(c)]
         counts = [sum(key[0] == table.id for key in keys) for keys in (cells, found)]
         grid.add_row(table.id, str(len(numbers)), *map(str, counts), table.title, table.source)
-    typeset.printed(grid, 160)
+    typeset.print_grid(grid, 160)
 
 
-def words_of(text):
+def words_of(text: str) -> list[str]:
     """Splits a text into words as a shell does; raises UserError for an open quote."""
     try:
         return shlex.split(text)
@@ -238,13 +247,13 @@ def words_of(text):
         raise UserError(f'--launch={text}: {e}') from e
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     options = flags.FLAGS
     cells, places = recipes()
     folders = [*options.runs, *argv[2:]]
     found = measured(workdir.finished(folders))
     if len(argv) < 2 or options.list:
-        listed(cells, found)
+        print_list(cells, found)
         return 0
     table = published.table(argv[1])
     rows = grid_of(table, found, cells)
@@ -252,7 +261,7 @@ def main(argv):
     if launch and not options.run:
         raise UserError('--launch has options of launch.sh for --run, which is not given')
     if options.missing or options.run:
-        chosen = empty(asked(table, rows, options.row, options.column), places)
+        chosen = missing(select_cells(table, rows, options.row, options.column), places)
         for recipe in chosen:
             words = recipe.words(options.run, launch) + (['--dry-run'] if options.dry_run else [])
             print(shlex.join(words), flush=True)
@@ -261,11 +270,11 @@ def main(argv):
                 if status:
                     return status
         if not chosen:
-            print('Every such number that a recipe is for has been measured.')
+            print('All of these numbers that a recipe reproduces are measured.')
         return 0
     if options.row is not None or options.column is not None:
         raise UserError('--row and --column choose among --missing or --run; give one of these')
-    typeset.shown(table, rows)
+    typeset.print_table(table, rows)
     if options.out:
         out = storage.folder(workdir.located(options.out))
         for suffix, form in typeset.FORMATS.items():
@@ -275,15 +284,17 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    flags.DEFINE_multi_string('runs', [], 'Folders with finished runs; more may follow NAME')
-    flags.DEFINE_string('out', None, 'Folder for the table as Markdown, CSV, LaTeX and HTML.')
-    flags.DEFINE_bool('list', False, 'All tables, with how many of their numbers were measured.')
-    flags.DEFINE_bool('missing', False, 'The commands of the numbers that no run is for.')
-    flags.DEFINE_enum('run', None, LAUNCHERS, 'Start them by launch.sh, one after another.')
-    flags.DEFINE_string(
-        'launch', '', "With --run: options of launch.sh, as '--nodes=2 --gpus-per-node=8'."
+    flags.DEFINE_multi_string(
+        'runs', [], 'Folder with finished runs; repeat the flag, or list more after NAME.'
     )
-    flags.DEFINE_bool('dry_run', False, 'With --run: only print what launch.sh would do.')
-    flags.DEFINE_string('row', None, 'Only rows with this text in their label.')
-    flags.DEFINE_string('column', None, 'Only columns with this text in their name.')
+    flags.DEFINE_string('out', None, 'Folder for the table as Markdown, CSV, LaTeX and HTML.')
+    flags.DEFINE_bool('list', False, 'List all tables, with counts of numbers and results.')
+    flags.DEFINE_bool('missing', False, 'Print the commands for numbers without a result.')
+    flags.DEFINE_enum('run', None, LAUNCHERS, 'Start these commands with launch.sh, in sequence.')
+    flags.DEFINE_string(
+        'launch', '', "With --run: options for launch.sh, such as '--nodes=2 --gpus-per-node=8'."
+    )
+    flags.DEFINE_bool('dry_run', False, 'With --run: only print the commands of launch.sh.')
+    flags.DEFINE_string('row', None, 'With --missing, --run: rows whose label contains this text.')
+    flags.DEFINE_string('column', None, 'With --missing, --run: columns that contain this text.')
     cli.run(main)

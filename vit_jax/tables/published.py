@@ -4,7 +4,7 @@ import functools
 import importlib.resources
 import json
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vit_jax.errors import check_choice
 
@@ -28,7 +28,7 @@ class Number(NamedTuple):
 
 
 @functools.cache
-def tables():
+def tables() -> dict[str, Table]:
     """{id: Table} of all tables; their numbers were read in the named sources."""
     file = importlib.resources.files('vit_jax.tables') / 'published.json'
     return {
@@ -40,14 +40,14 @@ def tables():
     }  # fmt: skip
 
 
-def table(name):
+def table(name: str) -> Table:
     """The table with that id; raises UserError, with the nearest ids, if there is none."""
     known = tables()
     check_choice('table', name, known)
     return known[name]
 
 
-def number(cell):
+def number(cell: Any) -> Number | None:
     """Parses a cell such as 84.15, '99.50±0.06', '83.73%' or '2.5k'; None for words and blanks."""
     if isinstance(cell, bool) or cell is None:
         return None
@@ -60,7 +60,7 @@ def number(cell):
     return Number(float(found[1]) * factor, found[2] and float(found[2]) * factor)
 
 
-def row_of(found, label):
+def row_of(found: Table, label: str | tuple) -> tuple:
     """The only row that starts with the cells of `label`; raises LookupError otherwise."""
     label = label if isinstance(label, tuple) else (label,)
     rows = [row for row in found.rows if row[: len(label)] == label]
@@ -69,7 +69,15 @@ def row_of(found, label):
     return rows[0]
 
 
-def expected(name, label, column, metric, *, scale=0.01, tolerance=0.005):
+def expected(
+    name: str,
+    label: str | tuple,
+    column: str,
+    metric: str,
+    *,
+    scale: float = 0.01,
+    tolerance: float = 0.005,
+) -> dict[str, Any]:
     """Makes a line of an experiment's `expected` from a cell of a published table.
 
     Args:

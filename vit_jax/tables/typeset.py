@@ -8,23 +8,27 @@ import html
 import io
 import re
 import statistics
+from collections.abc import Sequence
+from typing import Any
 
 from rich import box, console
 from rich.table import Table as Grid
 
 from vit_jax.io import text as texts
 from vit_jax.run import results
+from vit_jax.tables.published import Table
 
+Rows = Sequence[tuple[tuple, list[Any]]]  # Any: a Cell or text
 COSTS = ('exaflops', 'device_hours', 'tpu_core_days')
 RUNS = ('run', 'seed', 'steps', 'images/s', 'exaFLOPs', 'device-hours', 'TPU-core-days')
 
 
-def cells_of(rows):
+def cells_of(rows: Rows) -> list[Any]:
     """All Cells of a grid, row by row."""
     return [cell for _, row in rows for cell in row if not isinstance(cell, str)]
 
 
-def used(rows):
+def runs_of(rows: Rows) -> list[list[Any]]:
     """Rows of the list of runs of a grid: workdir, seed, steps, images/s and costs."""
     runs = {m.run: m for cell in cells_of(rows) for m in cell.found}
     lines = []
@@ -37,19 +41,19 @@ def used(rows):
     return lines
 
 
-def plain(value):
+def plain(value: Any) -> str:
     """Formats a cell of the list of runs."""
     if value is None:
         return ''
     return f'{value:,.4g}' if isinstance(value, float) else texts.printable(value)
 
 
-def head(table):
+def head(table: Table) -> str:
     """The line above a table."""
-    return f'{table.title}. Published: {table.source}; below it what was measured.'
+    return f'{table.title}. Published: {table.source}. Below each number: measured here.'
 
 
-def markdown(table, rows):
+def markdown(table: Table, rows: Rows) -> str:
     """A table in Markdown: published and, below, measured ± deviation (seeds), difference."""
 
     def text(cell):
@@ -58,7 +62,7 @@ def markdown(table, rows):
     rule = '|---' * len(table.columns) + '|'
     lines = [head(table), '', '| ' + ' | '.join(table.columns) + ' |', rule]
     lines += ['| ' + ' | '.join(map(text, row)) + ' |' for _, row in rows]
-    runs = used(rows)
+    runs = runs_of(rows)
     if runs:
         lines += ['', '| ' + ' | '.join(RUNS) + ' |', '|---' * len(RUNS) + '|']
         cells = [[re.sub(r'([|<\\`*_\[])', r'\\\1', plain(value)) for value in run] for run in runs]
@@ -66,7 +70,7 @@ def markdown(table, rows):
     return '\n'.join(lines) + '\n'
 
 
-def comma_separated(table, rows):
+def comma_separated(table: Table, rows: Rows) -> str:
     """CSV with a line per number: published, measured, deviation, difference, seeds, costs ..."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator='\n')
@@ -88,7 +92,7 @@ def comma_separated(table, rows):
     return out.getvalue()
 
 
-def latex(table, rows):
+def latex(table: Table, rows: Rows) -> str:
     """A LaTeX tabular; results follow the published numbers after a slash."""
 
     def text(cell):
@@ -109,7 +113,7 @@ STYLE = (
 )
 
 
-def web(table, rows):
+def web(table: Table, rows: Rows) -> str:
     """An HTML page."""
 
     def text(cell):
@@ -121,7 +125,7 @@ def web(table, rows):
         return '<tr>' + ''.join(f'<{tag}>{cell}</{tag}>' for cell in cells) + '</tr>'
 
     body = [lines(map(html.escape, table.columns), 'th'), *(lines(map(text, r)) for _, r in rows)]
-    runs = used(rows)
+    runs = runs_of(rows)
     below = [lines(RUNS, 'th'), *(lines(html.escape(plain(v)) for v in run) for run in runs)]
     return (
         f'<!doctype html><meta charset=utf-8><title>{html.escape(table.id)}</title>'
@@ -134,16 +138,16 @@ def web(table, rows):
 FORMATS = {'md': markdown, 'csv': comma_separated, 'tex': latex, 'html': web}
 
 
-def shown(table, rows):
+def print_table(table: Table, rows: Rows) -> None:
     """Prints a table."""
     grid = Grid(*table.columns, box=box.SIMPLE_HEAD, title=head(table), title_justify='left')
     for _, row in rows:
         texts = (c if isinstance(c, str) else f'{c.text}\n{c.beside()}'.rstrip() for c in row)
         grid.add_row(*texts)
-    printed(grid, 200)
+    print_grid(grid, 200)
 
 
-def printed(grid, width):
+def print_grid(grid: Grid, width: int) -> None:
     """Prints a grid as wide as the terminal, or `width` characters wide if there is none."""
     out = console.Console(highlight=False, emoji=False, markup=False)
     if not out.is_terminal:
