@@ -81,7 +81,7 @@ def check_page(page, workdir, result):
     often = sorted(
         (-counts[i, j], i, j) for i in range(10) for j in range(10) if i != j and counts[i, j]
     )
-    start = rows.index(('true class', 'taken for', 'times', 'of')) + 1
+    start = rows.index(('true class', 'predicted', 'times', 'of')) + 1
     assert rows[start : start + min(len(often), 20)] == [
         (str(i), str(j), str(-n), str(counts[i].sum())) for n, i, j in often[:20]
     ]
@@ -101,7 +101,7 @@ def test_a_model_without_class_token_and_a_run_that_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    ([], 'usage: python -m vit_jax.figures X'), (['/nowhere'], '/nowhere is no workdir'),
+    ([], 'usage: python -m vit_jax.figures X'), (['/nowhere'], '/nowhere is not the workdir'),
     (['/nowhere.npz', '--out=/dev/null/x'], 'can not write /dev/null/x'),
     (['/nowhere.npz', '--out=/nowhere', '--images=/nowhere.png'], 'no image /nowhere.png'),
 ])

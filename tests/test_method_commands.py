@@ -1,7 +1,5 @@
 """evaluate, predict and export take the runs of a method of one's own."""
 
-import types
-
 import denoise
 import jax
 import launched
@@ -64,11 +62,6 @@ def nameless(folder, tmp_path_factory):
     return run(folder, where / 'run', **{'objective.name': f'{file}:nameless'})
 
 
-def options(checkpoint, **changes):
-    values = dict(checkpoint=checkpoint, out=None, features=None, image_size=None, ema=True)
-    return types.SimpleNamespace(**values | changes)
-
-
 def test_its_evaluations_give_what_the_run_logged_at_that_step(folder, trained):
     logged = {x['step']: x for x in launched.metrics(trained) if 'val/error' in x}
     assert set(logged) == {3, 6} and logged[3]['val/error'] != logged[6]['val/error']
@@ -102,7 +95,7 @@ def test_predict_writes_what_the_objective_does(nameless, tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
     pairs = ((str(i), image) for i, image in enumerate(images))
-    predictor = predict.method(options(nameless, out='x.npz'))
+    predictor = predict.method(nameless, 'all')
     assert predictor.image_size == (8, 8)
     rows = list(predict.predicted(predictor, pairs, 2))
     predict.write_arrays(str(tmp_path / 'x.npz'), rows)
@@ -133,14 +126,14 @@ def test_export_writes_what_the_objective_does(nameless, tmp_path):
         export_command.method(nameless, full, None, **settings | dict(dtype='bfloat16'))
 
 
-def test_what_image_files_lack_is_named(trained):
+def test_what_image_files_lack_is_named(trained, nameless):
     with pytest.raises(UserError, match='denoise has a network of its own.*--out=FILE.npz'):
-        predict.method(options(trained))
+        predict.method(trained, 'classes')
     with pytest.raises(UserError, match='--image_size is 9, but .* of 8 x 8 pixels alone'):
-        predict.method(options(trained, out='x.npz', image_size=9))
+        predict.method(nameless, 'all', image_size=9)
     words = 'denoise predicts from name, too, which an image file does not have; .*evaluate'
     with pytest.raises(UserError, match=words):
-        predict.method(options(trained, out='x.npz'))
+        predict.method(trained, 'all')
     full = assembly.config_of_method(trained, with_model=False)
     with pytest.raises(UserError, match=words):
         export_command.method(

@@ -79,13 +79,12 @@ def test_predict_figures_and_exported_files_agree(model, tmp_path, paths, loss):
     wanted = 1 / (1 + np.exp(-logits))
     if loss != 'sigmoid':
         wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    said = predict.predicted(
-        found.model, found.params, predict.read_ahead(paths, view, 2), 2, found.loss
-    )
-    np.testing.assert_allclose([values for _, values in said], wanted, rtol=1e-4)
+    predictor = predict.classifier(str(tmp_path / 'hf'), 'classes')
+    rows = predict.predicted(predictor, predict.read_ahead(paths, view, 2), 2)
+    np.testing.assert_allclose([values for _, values in rows], wanted, rtol=1e-4)
     file = export.exported(found.model, found.params, (SIZE, SIZE), view='resize', loss=found.loss)
     np.testing.assert_allclose(file.call(images), wanted, rtol=1e-4)
-    *_, table = next(model_page.Looks(found, paths).parts(tmp_path))
+    *_, table = next(model_page.ImageResults(found, paths).parts(tmp_path))
     best = [f'{x:.2%}' for row in -np.sort(-wanted)[:, :5] for x in row]
     assert [cells[2] for cells in table[1:]] == best
     config = json.loads((tmp_path / 'hf' / 'config.json').read_text())

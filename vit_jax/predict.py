@@ -21,7 +21,7 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ from vit_jax.io.progress import Bar
 from vit_jax.io.text import printable, to_json
 from vit_jax.models import interface
 from vit_jax.objectives import losses
+
+Output = Literal['classes', 'features', 'all']
 
 
 def read_ahead(
@@ -86,51 +88,58 @@ class Predictor(NamedTuple):
     classes: Sequence[str] | None = None
 
 
-def classifier(options: flags.FlagValues) -> Predictor:
-    """Loads a checkpoint; it predicts probabilities [B, K], or what --features or --out write."""
-    found = weights.read(
-        options.checkpoint, image_size=options.image_size, ema=None if options.ema else False,
-        as_input=True,
-    )  # fmt: skip
+def classifier(
+    checkpoint: str, output: Output, ema: bool | None = None, image_size: int | None = None
+) -> Predictor:
+    """Loads a checkpoint as a model of the package.
+
+    Args:
+      checkpoint: as for vit_jax.load.
+      output: what to predict: 'classes' (probabilities [B, K]), 'features' ({'features': the input
+        of the head [B, D]}) or 'all' (all intermediates by name).
+      ema: whether to read the moving average of a run's parameters. None: if the run saved one.
+      image_size: pixels per side. None: that of the checkpoint.
+    """
+    found = weights.read(checkpoint, image_size=image_size, ema=ema, as_input=True)
     model = found.model
-    if model.num_classes is None and not (options.features or options.out):
-        raise UserError(f'{options.checkpoint} has no head, so it knows no classes')
+    if model.num_classes is None and output == 'classes':
+        raise UserError(f'{checkpoint} has no head, so it knows no classes')
     interface.check_output(model)
 
     def compute(params, images):
         logits, out = model.apply({'params': params}, model.normalise(images))
-        if options.out:
-            return out
-        return out['pre_logits'] if options.features else losses.probabilities(logits, found.loss)
+        if output == 'classes':
+            return losses.probabilities(logits, found.loss)
+        return out if output == 'all' else {'features': out['pre_logits']}
 
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
     return Predictor(compute, found.params, size, found.view, found.classes)
 
 
-def method(options: flags.FlagValues) -> Predictor | None:
+def method(
+    checkpoint: str, output: Output, ema: bool | None = None, image_size: int | None = None
+) -> Predictor | None:
     """Restores a run of another objective than `supervised`; None for any other checkpoint.
 
-    It predicts what the objective does, for --out. Without --out, a run whose parameters are those
-    of a model of the package counts as any other checkpoint.
+    It predicts what the objective's `predict` returns, for the output 'all'. For other outputs, a
+    run whose parameters are those of a model of the package counts as any other checkpoint.
     """
-    config = assembly.config_of_method(options.checkpoint, with_model=bool(options.out))
+    config = assembly.config_of_method(checkpoint, with_model=output == 'all')
     if config is None:
         return None
-    if not options.out:
+    objective = config.objective.name
+    if output != 'all':
         raise UserError(
-            f'objective {config.objective.name} has a network of its own, which need not predict '
-            'classes; --out=FILE.npz writes what it predicts'
+            f'objective {objective} has a network of its own, which need not predict {output}; '
+            '--out=FILE.npz writes what it predicts'
         )
-    parts, params = assembly.restored(
-        options.checkpoint, config, None if options.ema else False, jax.devices()[:1]
-    )
-    size = tasks.size_of(config.data.get('image_size', options.image_size or files.DEFAULT_SIZE))
-    if options.image_size and (options.image_size,) * 2 != size:
+    parts, params = assembly.restored(checkpoint, config, ema, jax.devices()[:1])
+    compute, size = assembly.predict_images(config, parts), parts.spec['image'].shape[:2]
+    if image_size and (image_size,) * 2 != size:
         raise UserError(
-            f'--image_size is {options.image_size}, but objective {config.objective.name} takes '
-            f'images of {size[0]} x {size[1]} pixels alone'
+            f'--image_size is {image_size}, but objective {objective} takes images of {size[0]} x '
+            f'{size[1]} pixels alone'
         )
-    compute = assembly.predict_images(config, parts)
     return Predictor(compute, params, size, fit.view_of(config.to_dict()) or 'central')
 
 
@@ -176,7 +185,9 @@ def main(argv: Sequence[str]) -> None:
     if out:
         check_output('features' if options.features else 'out', out)
     paths = files.found(argv[1:])
-    predictor = method(options) or classifier(options)
+    output = 'features' if options.features else 'all' if options.out else 'classes'
+    arguments = (options.checkpoint, output, None if options.ema else False, options.image_size)
+    predictor = method(*arguments) or classifier(*arguments)
     view = tasks.fixed_view(
         predictor.view if options.view is None else options.view, predictor.image_size
     )
@@ -191,7 +202,7 @@ def main(argv: Sequence[str]) -> None:
                 print(f'skipped: {printable(outputs)}', file=sys.stderr)
                 failed += 1
             elif out:
-                rows.append((path, {'features': outputs} if options.features else outputs))
+                rows.append((path, outputs))
             else:
                 show(path, outputs, predictor.classes, options.top)
             advance(1)

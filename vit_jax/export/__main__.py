@@ -87,17 +87,17 @@ def classifier(
     """Exports a checkpoint as a classifier: (the function, what JAX does not store of it)."""
     fields = {} if dtype is None else dict(dtype=dtype)
     found = weights.read(checkpoint, image_size=size, ema=ema, as_input=True, **fields)
-    size = found.image_size or (size or files.DEFAULT_SIZE,) * 2
+    image_size = found.image_size or (size or files.DEFAULT_SIZE,) * 2
     view = view or found.view
     exported = export.exported(
-        found.model, found.params, size, view=view, loss=found.loss, platforms=platforms
+        found.model, found.params, image_size, view=view, loss=found.loss, platforms=platforms
     )
     outputs = range(found.model.num_classes or 0)  # some outputs of a run have no name
     return exported, dict(
         classes=found.classes and [classify.class_name(found.classes, i) for i in outputs],
         output='pre_logits' if found.model.num_classes is None else 'probabilities',
         loss=found.loss,  # training loss of the head: softmax or sigmoid
-        image_size=list(size), view=view, dtype=found.model.dtype,
+        image_size=list(image_size), view=view, dtype=found.model.dtype,
         model=models.describe(found.model)['name'],
     )  # fmt: skip
 
@@ -123,11 +123,11 @@ def method(
     parts, params = assembly.restored(checkpoint, config, ema, jax.devices()[:1])
     params = jax.tree.map(jnp.asarray, jax.device_get(params))  # without a mesh
     predict = assembly.predict_images(config, parts)
-    *size, channels = parts.spec['image'].shape
+    *image_size, channels = parts.spec['image'].shape
     view = view or fit.view_of(config.to_dict()) or 'central'
     try:
         exported = export.exported_function(
-            predict, params, tuple(size), channels, view=view, platforms=platforms
+            predict, params, tuple(image_size), channels, view=view, platforms=platforms
         )
     except (TypeError, ValueError, NotImplementedError) as e:  # of JAX, at symbolic shapes
         raise UserError(
@@ -136,7 +136,7 @@ def method(
         ) from e
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     return exported, dict(
-        classes=None, output=list(outputs), loss=None, image_size=size, view=view, dtype=None,
+        classes=None, output=list(outputs), loss=None, image_size=image_size, view=view, dtype=None,
         model=report.model_name(config),
     )  # fmt: skip
 

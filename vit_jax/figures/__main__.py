@@ -13,16 +13,21 @@ accuracy against the size and compute of their pre-training (figures 3 to 5).
 
 import itertools
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
 
 from vit_jax import assembly, cli, models, optim
 from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
-from vit_jax.data import files, mixture, pipeline, tasks
+from vit_jax.convert.fit import Loaded
+from vit_jax.data import files, mixture, pipeline, sources, tasks
 from vit_jax.errors import Damaged, UserError
 from vit_jax.evaluators import classify
 from vit_jax.figures import model_page, page, plates, scaling, summary
@@ -31,28 +36,31 @@ from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable
 from vit_jax.models import interface
 from vit_jax.run import changes, checkpoint, history, results, workdir
+from vit_jax.step import State
 
 ATTENDED = 4  # images with an attention map
 MOST_CONFUSED = 200  # classes in a confusion matrix that is drawn
 MOST_FREQUENT = 20  # pairs of classes in the table of mistakes
 
 
-class Images:
+class Images(Sequence):
     """Examples of a data set as model inputs, read on access."""
 
-    def __init__(self, source, ids, view, image_size):
+    def __init__(
+        self, source: sources.Source, ids: np.ndarray, view: Any, image_size: int | Sequence[int]
+    ) -> None:
         self.ids = ids
         task = tasks.classify(source, view=view, image_size=image_size)
         self.read = partial(pipeline.example, source=source, task=task)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> np.ndarray:
         return self.read(int(self.ids[i]), np.random.default_rng(0))['image']
 
 
-def of_run(path, out):
+def of_run(path: epath.Path, out: epath.Path) -> Iterator[page.Part]:
     """Draws a run from its newest checkpoint; yields the parts of its page (see `page`)."""
     config = configs.complete(workdir.read_json(path / 'config.json'))
     parts = assembly.of_run(config, path, begun=True)
@@ -68,7 +76,7 @@ def of_run(path, out):
     values = [(k, number(v)) for k, v in (result.get('metrics') or last).items() if '/' in k]
     yield 'Results', f'At step {int(state.step):,}.', [('metric', 'value'), *values]
     if result.get('expected'):
-        yield 'Expected', 'What the recipe was to come to.', [
+        yield 'Expected', 'The numbers that the recipe reproduces.', [
             ('metric', 'expected', 'measured', '', 'source'),
             *((row['metric'], f'{row["value"]} \N{PLUS-MINUS SIGN} {row["tolerance"]}',
                '' if row['measured'] is None else number(row['measured']),
@@ -80,11 +88,19 @@ def of_run(path, out):
             config, parts, *next(iter(classifying.items())), state, lines, out
         )
     if plates.curves(out / 'curves.png', lines):
-        yield 'Curves', 'All that was recorded, over the steps; evaluations are marked.', (
+        yield 'Curves', 'All metrics over the steps; evaluations have markers.', (
             out / 'curves.png')
 
 
-def of_predictions(config, parts, name, evaluation, state, lines, out):
+def of_predictions(
+    config: ConfigDict,
+    parts: assembly.Parts,
+    name: str,
+    evaluation: classify.Classify,
+    state: State,
+    lines: Sequence[Mapping],
+    out: epath.Path,
+) -> Iterator[page.Part]:
     """Draws the predictions of a run's first evaluation; yields the parts of its page."""
     params = optim.averaged(state)
     with Bar(printable(name), len(evaluation.source), brief=True) as bar:
@@ -108,7 +124,9 @@ def of_predictions(config, parts, name, evaluation, state, lines, out):
     yield from of_mistakes(found, evaluation.source.classes, parts.model.num_classes, out)
 
 
-def of_mistakes(found, classes, count, out):
+def of_mistakes(
+    found: Mapping[str, np.ndarray], classes: Sequence[str], count: int, out: epath.Path
+) -> Iterator[page.Part]:
     """Draws the confusion matrix of a model's `count` classes if they are few.
 
     Yields parts of the page: the picture and a table of the most frequent mistakes.
@@ -119,7 +137,7 @@ def of_mistakes(found, classes, count, out):
         plates.confusion(
             out / 'confusion.png', classify.confusion(label, prediction, count), names
         )
-        yield 'Confusion', 'By row what each class was taken for, in percent.', (
+        yield 'Confusion', 'Predictions for each true class (row), in percent.', (
             out / 'confusion.png')
     known = label >= 0
     images = np.bincount(label[known], minlength=count)
@@ -130,28 +148,30 @@ def of_mistakes(found, classes, count, out):
     if not rows:
         return
     yield 'Most frequent mistakes', 'Of all images of the true class.', [
-        ('true class', 'taken for', 'times', 'of'),
+        ('true class', 'predicted', 'times', 'of'),
         *((names[i], names[j], f'{n:,}', f'{images[i]:,}') for i, j, n in rows),
     ]  # fmt: skip
 
 
-def of_records(path):
+def of_records(path: epath.Path) -> Iterator[page.Part]:
     """Yields the parts of a run's page without a picture: costs, versions and settings."""
     result = workdir.read_result(path)
     if result:
         names = ('seconds', 'images_per_s', 'examples_seen', 'device_kind', 'device_count')
         costs = results.costs(result) | {name: result.get(name) for name in names}
         yield 'Costs', 'exaFLOPs: three forward passes an image (arXiv:2010.11929 table 6).', [
-            ('', ''), *((k, page.said(v)) for k, v in costs.items())]
+            ('', ''), *((k, page.format_value(v)) for k, v in costs.items())]
         versions = result.get('versions', {})
         versions |= {k: result.get(k) for k in ('git_commit', 'finished')}
         yield 'Versions', 'Of the process that ended the run.', [('', ''), *versions.items()]
     settings = changes.flatten(workdir.read_json(path / 'config.json'))
-    yield 'Settings', 'All, as --config.KEY=VALUE would change them.', [
-        ('key', 'value'), *((k, page.said(v)) for k, v in settings.items())]
+    yield 'Settings', 'All keys of the config; --config.KEY=VALUE changes one.', [
+        ('key', 'value'), *((k, page.format_value(v)) for k, v in settings.items())]
 
 
-def of_study(runs, out):
+def of_study(
+    runs: Sequence[tuple[str, dict, dict]], out: epath.Path
+) -> Iterator[page.Part]:
     """Draws the transfer of the runs of a folder; yields the parts of its page."""
     found = scaling.points(runs)
     if scaling.draw_images(out / 'images.png', found):
@@ -169,12 +189,12 @@ def of_study(runs, out):
         value = scaling.accuracy(config, result)
         rows.append((
             path, scaling.label_of(config, result), mixture.title(config['data']['source']),
-            '' if value is None else page.said(value), page.said(result['seconds']),
+            '' if value is None else page.format_value(value), page.format_value(result['seconds']),
         ))  # fmt: skip
     yield 'Runs', f'{len(runs):,}; {hours:,.3g} device-hours in all.', rows
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     if len(argv) != 2:
         raise UserError('usage: python -m vit_jax.figures X [--images FILE,...] [--out DIR]')
     options = flags.FLAGS
@@ -183,29 +203,31 @@ def main(argv):
     is_folder = path is None and os.path.isdir(argv[1])
     runs = workdir.finished([argv[1]]) if is_folder else []
     if not is_run and not options.out:
-        raise UserError(f'{argv[1]} is no workdir of a run; give --out, a folder for the pictures')
+        raise UserError(
+            f'{argv[1]} is not the workdir of a run; give --out, a folder for the pictures'
+        )
     out = workdir.located(options.out or path)
-    paths = files.found(listed(options.images), skip=out)
+    paths = files.found(split_names(options.images), skip=out)
     storage.folder(out)  # fails before anything is computed
-    title, looks = argv[1], None
+    title, drawings = argv[1], None
     if runs:
         stages = [of_study(runs, out)]
     elif is_run and not has_model(path):  # its objective has its own network
         if paths:
-            raise UserError(f'--images: {argv[1]} is the run of no model that is known here')
+            raise UserError(f'--images: the objective of {argv[1]} has a network of its own')
         stages = []
     else:
         found = weights.read(argv[1], image_size=options.image_size, as_input=True)
-        name = named(found)
+        name = name_of(found)
         title = f'{name}: {title}'
         stages = [model_page.of_model(found, out)]
         if paths:
             interface.check_output(found.model)
-            drawn = model_page.chosen(paths, options.max_images)
+            drawn = model_page.choose(paths, options.max_images)
             if len(drawn) < len(paths):
                 print(f'{len(drawn)} of {len(paths):,} images are drawn; --max_images=N draws more')
-            looks = model_page.Looks(found, drawn)
-            stages.append(looks.parts(out))
+            drawings = model_page.ImageResults(found, drawn)
+            stages.append(drawings.parts(out))
         stages.append([model_page.of_fields(found, name)])
     if is_run:
         stages = [of_run(path, out), *stages, of_records(path)]
@@ -217,26 +239,26 @@ def main(argv):
     text = page.document(title, 'Drawn by python -m vit_jax.figures.', parts)
     storage.write(out / 'page.html', text.encode())
     print(f'Page: {printable(out / "page.html")}')
-    if looks and looks.failed:
-        raise UserError(f'{looks.failed} of {len(drawn)} images can not be read')
+    if drawings and results.failed:
+        raise UserError(f'{drawings.failed} of {len(drawn)} images cannot be read')
 
 
-def has_model(path):
+def has_model(path: epath.Path) -> bool:
     """Whether a run's config names a model."""
     config = workdir.read_json(path / 'config.json', 'model') or {'model': {'name': None}}
     return config['model'].get('name') is not None
 
 
-def listed(texts):
+def split_names(texts: Sequence[str]) -> list[str]:
     """Splits texts at commas into names; an existing path is one name, commas included."""
     names = []
     for text in texts:
-        whole = os.path.exists(os.path.expanduser(text))
-        names += [text] if whole else [name for name in text.split(',') if name]
+        exists = os.path.exists(os.path.expanduser(text))
+        names += [text] if exists else [name for name in text.split(',') if name]
     return names
 
 
-def named(found):
+def name_of(found: Loaded) -> str:
     """Name of a model in its run's config, else the shortest name that builds it."""
     model = (found.config or {}).get('model')
     name = model.get('name') if isinstance(model, dict) else None
@@ -244,17 +266,17 @@ def named(found):
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('out', None, 'Folder for the pictures; the workdir if not given.')
+    flags.DEFINE_string('out', None, 'Folder for the pictures. Default: the workdir.')
     flags.DEFINE_multi_string(
-        'images', [], 'Images, folders of them or addresses, to see what the model makes of them: '
-        'several with commas between them, or by giving the flag again',
+        'images', [], 'Images for predictions and attention maps: files, folders or addresses, '
+        'separated by commas. The flag can be repeated.',
     )  # fmt: skip
     flags.DEFINE_integer(
-        'max_images', 16, 'Images to draw of these, at most, evenly spaced.',
+        'max_images', 16, 'Number of these images to draw at most, evenly spaced.',
         lower_bound=1, upper_bound=100,
     )  # fmt: skip
     flags.DEFINE_integer(
-        'image_size', None, "Pixels a side, if not the checkpoint's own.", lower_bound=1,
+        'image_size', None, "Image size in pixels. Default: the checkpoint's.", lower_bound=1,
         upper_bound=65_536,
     )  # fmt: skip
     cli.run(main)

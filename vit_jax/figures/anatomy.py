@@ -8,7 +8,7 @@ float64.
 import numpy as np
 
 
-def filter_components(kernel, count=28):
+def filter_components(kernel: np.ndarray, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
     """Principal components [count, P, P, C] of patch filters [P, P, C, D], and their shares.
 
     The filters are D points in P * P * C dimensions; a share is that of the variance about their
@@ -21,7 +21,7 @@ def filter_components(kernel, count=28):
     return components, (scale**2 / np.sum(scale**2))[:count]
 
 
-def position_similarity(table, grid):
+def position_similarity(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Cosine similarity [h, w, h, w] between the position embeddings of all patches.
 
     `table` is [1, prefix + N, D] (figure 7, middle).
@@ -32,7 +32,9 @@ def position_similarity(table, grid):
     return (unit @ unit.T).reshape(h, w, h, w)
 
 
-def attention_distance(attention, grid, stride):
+def attention_distance(
+    attention: np.ndarray, grid: tuple[int, int], stride: tuple[int, int]
+) -> np.ndarray:
     """Mean distance [L, H] in pixels between a patch and those it attends to (figure 7, right).
 
     `attention` is [L, B, H, T, T]; weights are restricted to patches and normalized to sum to 1.
@@ -46,7 +48,7 @@ def attention_distance(attention, grid, stride):
     return ((patches * distance).sum(axis=-1) / total).mean(axis=(1, 3))
 
 
-def rollout(attention, grid, token=0):
+def rollout(attention: np.ndarray, grid: tuple[int, int], token: int = 0) -> np.ndarray:
     """Attention rollout [B, h, w] to a token (figures 6 and 14; arXiv:2005.00928 section 3).
 
     Averages heads, gives half of the weight to the residual connection and multiplies the layers.
@@ -62,7 +64,9 @@ def rollout(attention, grid, token=0):
     return (row / row.sum(axis=1, keepdims=True)).reshape(-1, h, w)
 
 
-def head_maps(attention, grid, layer=-1, token=0):
+def head_maps(
+    attention: np.ndarray, grid: tuple[int, int], layer: int = -1, token: int = 0
+) -> np.ndarray:
     """Attention [B, H, h, w] of a token to the patches by head, in one layer, not normalized."""
     h, w = grid
     rows = np.asarray(attention, np.float64)[layer][:, :, token, -h * w :]

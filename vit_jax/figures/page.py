@@ -7,10 +7,13 @@ a list of rows of text, of which the first is the head of a table.
 import base64
 import html
 import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from vit_jax.io import storage
 from vit_jax.io.text import number, printable
 
+Part = tuple[str, str, os.PathLike | Sequence[Sequence[str]]]
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto;
        padding: 0 1rem }
@@ -27,37 +30,37 @@ th { white-space: nowrap } td + td { font-variant-numeric: tabular-nums }
 BAD = 'FAIL'  # cells with this text are highlighted
 
 
-def escaped(text):
+def escaped(text: str) -> str:
     """Escapes text for HTML and makes control characters visible."""
     return html.escape(printable(text))
 
 
-def said(value):
-    """Formats a value of a table."""
+def format_value(value: Any) -> str:
+    """Formats a value of a table: a number as `text.number`, anything else as str."""
     return number(value) if type(value) in (int, float) else str(value)
 
 
-def picture(path, words):
-    """An <img> with its PNG embedded; `words` is its alternative text."""
+def picture(path: os.PathLike, alt: str) -> str:
+    """An <img> with its PNG embedded; `alt` is its alternative text."""
     data = base64.b64encode(storage.read(path)).decode()
-    return f'<img alt="{escaped(words)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{escaped(alt)}" src="data:image/png;base64,{data}">'
 
 
-def table(rows):
+def table(rows: Sequence[Sequence[str]]) -> str:
     """A <table> of rows of text, the first of which is the head."""
 
     def line(cells, tag):
-        shown = ''.join(
+        html_cells = ''.join(
             f'<{tag}{" class=bad" if cell == BAD else ""}>{escaped(cell)}</{tag}>'
             for cell in cells
         )
-        return f'<tr>{shown}</tr>'
+        return f'<tr>{html_cells}</tr>'
 
     head, *body = rows
     return f'<table>{line(head, "th")}{"".join(line(row, "td") for row in body)}</table>'
 
 
-def document(title, subtitle, parts):
+def document(title: str, subtitle: str, parts: Iterable[Part]) -> str:
     """The HTML of a page with parts (heading, note, content)."""
     lines = [
         '<!doctype html><html lang=en><meta charset=utf-8>',

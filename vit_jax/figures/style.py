@@ -52,7 +52,7 @@ def series_of(lines: Iterable[Mapping], metric: str) -> dict[str, tuple[list[int
 class PlainFormatter(ticker.Formatter):
     """Formats ticks with enough digits to distinguish them and without an offset."""
 
-    def format_ticks(self, values: Sequence[float]) -> list[str]:
+    def format_ticks(self, values: Sequence[float] | np.ndarray) -> list[str]:
         values = np.asarray(values, np.float64)
         gaps = np.diff(np.unique(values))
         gap = float(gaps.min()) if len(gaps) else float(np.abs(values).max(initial=0)) or 1.0

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from vit_jax.evaluators import classify
 from vit_jax.figures import style
 
+Images = Sequence[np.ndarray] | np.ndarray  # of uint8 [H, W, 3]
 WIDTH, MARGIN, DPI = 9.0, 0.35, 200
 TITLE, HEADING, KEYS, KEY, CURVES, TICKS, SPACE = 0.55, 0.5, 0.36, 0.17, 1.8, 0.45, 0.25  # heights
 COLUMNS, ROWS, ROWS_ALONE = 9, 4, 6  # of the grid; ROWS_ALONE if there is no attention
@@ -38,7 +39,7 @@ def draw(
     title: str,
     evaluation: str,
     lines: Sequence[Mapping],
-    images: Sequence[np.ndarray],
+    images: Images,
     labels: np.ndarray,
     predictions: np.ndarray,
     confidences: np.ndarray,
@@ -226,17 +227,17 @@ def num_rows(count: int, columns: int) -> int:
     return -(-count // columns)
 
 
-def grid_tile(images: Sequence[np.ndarray]) -> tuple[float, float]:
+def grid_tile(images: Images) -> tuple[float, float]:
     """(width, height) of an image in the grid."""
     return tile_size(images, (WIDTH - 2 * MARGIN + GAP) / COLUMNS - GAP)
 
 
-def pair_tile(images: Sequence[np.ndarray]) -> tuple[float, float]:
+def pair_tile(images: Images) -> tuple[float, float]:
     """(width, height) of an image beside its attention map."""
     return tile_size(images, (WIDTH - 2 * MARGIN + 2 * GAP - PAIR_GAP) / (2 * PAIRS) - GAP)
 
 
-def tile_size(images: Sequence[np.ndarray], width: float) -> tuple[float, float]:
+def tile_size(images: Images, width: float) -> tuple[float, float]:
     """(width, height) of an image of that width, with extreme aspect ratios clipped."""
     h, w = images[0].shape[:2] if len(images) else (1, 1)
     return width, width * min(max(h / w, 0.3), 2)
