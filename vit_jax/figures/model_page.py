@@ -26,7 +26,7 @@ TOP = 5  # classes listed per image
 
 
 def class_attention(
-    attention: np.ndarray, grid: tuple[int, int], registers: int = 0
+    attention: np.ndarray | jax.Array, grid: tuple[int, int], registers: int = 0
 ) -> np.ndarray:
     """Attention of the class token to the patches in the last block, averaged over heads.
 
@@ -143,7 +143,7 @@ class ImageResults:
         if 'attention' not in intermediates:
             return
         model = self.found.model
-        attention, grid = intermediates['attention'], model.grid(size_of(self.found))
+        attention, grid = np.asarray(intermediates['attention']), model.grid(size_of(self.found))
         self.distances.append(anatomy.attention_distance(attention, grid, model.stride))
         if 'cls' in model.prefix:
             self.rollouts.append(anatomy.rollout(attention, grid))

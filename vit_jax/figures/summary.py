@@ -40,12 +40,12 @@ def draw(
     evaluation: str,
     lines: Sequence[Mapping],
     images: Images,
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    confidences: np.ndarray,
+    labels: Sequence[int] | np.ndarray,
+    predictions: Sequence[int] | np.ndarray,
+    confidences: Sequence[float] | np.ndarray,
     classes: Sequence[str] | None,
     attention: np.ndarray | None,
-    attended: np.ndarray,
+    attended: np.ndarray | None,
 ) -> None:
     """Writes a PNG of a run's loss and accuracy, the images of an evaluation and its attention.
 
@@ -62,7 +62,7 @@ def draw(
       confidences: probability of the predicted class [N].
       classes: names of the classes.
       attention: class_attention [M, h, w] of `attended`. None without a class token.
-      attended: uint8 [M, H, W, 3].
+      attended: uint8 [M, H, W, 3]; not read without `attention`.
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     confidences = np.asarray(confidences, np.float32)
@@ -75,7 +75,7 @@ def draw(
     legend = KEY * num_rows(max(len(loss), len(accuracy)), 2)
     grid = TITLE + KEYS + legend + CURVES + TICKS + SPACE
     tile, pair = grid_tile(images), pair_tile(attended)
-    mistakes = num_rows(wrong[order].sum(), COLUMNS)  # rows with one more line of caption
+    mistakes = num_rows(int(wrong[order].sum()), COLUMNS)  # rows with one more line of caption
     tops = [
         grid + HEADING + y * (tile[1] + CAPTION) + min(y, mistakes) * CAPTION_LINE
         for y in range(num_rows(len(order), COLUMNS) + 1)
