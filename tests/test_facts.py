@@ -157,7 +157,7 @@ def test_a_resume_compares_samples_where_both_have_one(tmp_path):
 
     def settle(begun=True, **found):
         now = {'data.order': 'a', **{f'data.{key}': value for key, value in found.items()}}
-        return origin.settle(epath.Path(tmp_path), parts, now, begun, allow_change=False)
+        return origin.record_facts(epath.Path(tmp_path), parts, now, begun, allow_change=False)
 
     settle(begun=False, sample='x')
     assert settle(sample='x') == []

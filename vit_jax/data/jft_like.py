@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.data.readers import facts, names, splits
+from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError, check_choice
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive, Range, Seed
@@ -195,7 +196,7 @@ class Drawn:
                 drawn.append(label)
         return drawn
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Record:
         rng = self.rng(i)
         labels = self.labels(rng)
         image = Image.fromarray(draw(rng, labels, self.image_size, self.cells))
@@ -203,7 +204,8 @@ class Drawn:
             image = image.convert('L').convert('RGB')
         out = io.BytesIO()
         image.save(out, 'JPEG', quality=QUALITY)
-        return {'image': out.getvalue(), 'label': names.pad_labels(labels, self.max_labels)}
+        label = names.pad_labels(labels, self.max_labels)
+        return Record({'image': out.getvalue(), 'label': label})
 
     def traits(self) -> facts.Traits:
         """See `readers.facts`."""

@@ -112,6 +112,8 @@ def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> tuple[Coco
     with ranges.reading(file):
         if '://' in file:
             fs, place = addresses.backend(file)
+            if (fs.info(place).get('size') or 0) > MOST_JSON:
+                raise UserError(f'{file} has more than {MOST_JSON:,} bytes')
             content = fs.cat_file(place)
         else:
             content = storage.local_bytes(file, MOST_JSON)
@@ -123,6 +125,7 @@ def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> tuple[Coco
 
 
 def reason(error: Exception) -> str:
+    """Says what is wrong, in words also for a missing key."""
     return f'no field {error}' if isinstance(error, KeyError) else str(error)
 
 
