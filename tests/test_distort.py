@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import ndimage, stats
 
-from vit_jax.data import distort
+from vit_jax.data import distort, randaugment
 from vit_jax.data import operations as ops
 from vit_jax.errors import UserError
 
@@ -167,9 +167,9 @@ def test_augmentations_repeat_and_leave_their_input(name):
 def recorded(monkeypatch, table):
     """A table whose operations note (name, arguments) in the list that is returned."""
     calls = []
-    for name, (_, *rest) in getattr(distort, table).items():
+    for name, (_, *rest) in getattr(randaugment, table).items():
         note = lambda image, *a, name=name: calls.append((name, a)) or image  # noqa: E731
-        monkeypatch.setitem(getattr(distort, table), name, (note, *rest))
+        monkeypatch.setitem(getattr(randaugment, table), name, (note, *rest))
     return calls
 
 
@@ -177,7 +177,7 @@ def test_randaugment_draws_evenly_with_the_papers_levels(monkeypatch):
     calls = recorded(monkeypatch, 'RANDAUGMENT')
     rng, count = np.random.default_rng(1), 3000
     for _ in range(count):
-        distort.randaugment(IMAGE, rng, layers=2, magnitude=15)
+        randaugment.randaugment(IMAGE, rng, layers=2, magnitude=15)
     names = collections.Counter(name for name, _ in calls)
     assert len(calls) == 2 * count and len(names) == 16
     assert stats.chisquare(list(names.values())).pvalue > 1e-3
@@ -207,7 +207,7 @@ def test_randaugment_draws_evenly_with_the_papers_levels(monkeypatch):
 def test_levels(monkeypatch, level, solarize, posterize, factor):
     calls = recorded(monkeypatch, 'RANDAUGMENT')
     for name in 'Solarize', 'Posterize', 'Color':
-        distort.operate(distort.RANDAUGMENT, name, IMAGE, None, level)
+        randaugment.operate(randaugment.RANDAUGMENT, name, IMAGE, None, level)
     assert [a[0] for _, a in calls] == [solarize, posterize, pytest.approx(factor)]
 
 
@@ -215,25 +215,25 @@ def test_autoaugment_applies_by_probability(monkeypatch):
     calls = recorded(monkeypatch, 'AUTOAUGMENT')
     rng, count = np.random.default_rng(2), 8000
     for _ in range(count):
-        distort.autoaugment(IMAGE, rng)
+        randaugment.autoaugment(IMAGE, rng)
     counts = collections.Counter(name for name, _ in calls)
     # Each of 25 pairs by the same chance, each of its two by a chance of its own.
     wanted = collections.Counter()
-    for name, probability, _ in [o for pair in distort.POLICIES for o in pair]:
+    for name, probability, _ in [o for pair in randaugment.POLICIES for o in pair]:
         wanted[name] += probability / 25
-    assert len(distort.POLICIES) == 25 and set(counts) == {n for n, p in wanted.items() if p}
+    assert len(randaugment.POLICIES) == 25 and set(counts) == {n for n, p in wanted.items() if p}
     for name, share in wanted.items():
         assert abs(counts[name] / count - share) < 4 * np.sqrt(2 * share / count)
     assert {a for n, a in calls if n == 'TranslateY'} == {(225.0,), (-225.0,)}
     assert {a for n, a in calls if n == 'Posterize'} == {(2,), (0,)}
     calls.clear()
     for name in 'TranslateX', 'Cutout':
-        distort.operate(distort.AUTOAUGMENT, name, IMAGE, rng, 5)
+        randaugment.operate(randaugment.AUTOAUGMENT, name, IMAGE, rng, 5)
     assert abs(calls[0][1][0]) == 125 and calls[1][1][2] == 50
     calls.clear()
-    monkeypatch.setattr(distort, 'POLICIES', [(('Color', 1.0, i),) for i in range(25)])
+    monkeypatch.setattr(randaugment, 'POLICIES', [(('Color', 1.0, i),) for i in range(25)])
     for _ in range(3000):
-        distort.autoaugment(IMAGE, rng)
+        randaugment.autoaugment(IMAGE, rng)
     drawn = collections.Counter(calls)
     assert len(drawn) == 25 and stats.chisquare(list(drawn.values())).pvalue > 1e-3
 
@@ -242,7 +242,7 @@ def test_torchvisions_magnitudes(monkeypatch):
     calls = recorded(monkeypatch, 'TORCHVISION')
     image = np.zeros((100, 331, 3), np.uint8)
     for seed in range(600):
-        distort.randaugment_torchvision(image, np.random.default_rng(seed))
+        randaugment.randaugment_torchvision(image, np.random.default_rng(seed))
     names = collections.Counter(name for name, _ in calls)
     assert len(names) == 14 and stats.chisquare(list(names.values())).pvalue > 1e-3
     seen = collections.defaultdict(set)
@@ -257,12 +257,12 @@ def test_torchvisions_magnitudes(monkeypatch):
         assert seen[name] == {(1.27,), (0.73,)}
     assert seen['Posterize'] == {(7,)}  # 8 - round(9 / 7.5)
     assert seen['Solarize'] == {(179,)}  # values not below 178.5
-    assert distort.TORCHVISION['Posterize'][1](14 / 30, None, None) == 6  # 8 - round(1.87)
+    assert randaugment.TORCHVISION['Posterize'][1](14 / 30, None, None) == 6  # 8 - round(1.87)
     assert seen['Identity'] == seen['Equalize'] == seen['AutoContrast'] == {()}
 
 
 def test_torchvisions_operations_are_pillows():
-    by_name = {name: row[0] for name, row in distort.TORCHVISION.items()}
+    by_name = {name: row[0] for name, row in randaugment.TORCHVISION.items()}
     shown = Image.fromarray(IMAGE)
     affine = dict(method=Image.Transform.AFFINE, resample=Image.Resampling.NEAREST)
     expected = {
@@ -398,4 +398,4 @@ def test_augreg_presets():
 
 def test_a_magnitude_beyond_the_bins_is_a_mistake():
     with pytest.raises(UserError, match='magnitude 31 of 31 bins'):
-        distort.randaugment_torchvision(IMAGE, np.random.default_rng(0), magnitude=31)
+        randaugment.randaugment_torchvision(IMAGE, np.random.default_rng(0), magnitude=31)

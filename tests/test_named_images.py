@@ -43,7 +43,7 @@ def test_folders_are_walked_down_and_links_do_not_lead_in_circles(tree, tmp_path
     (tree / 'z.png').symlink_to(tmp_path / 'nowhere')
     picture(tmp_path / 'elsewhere' / 'f.png', 9)
     (tree / 'linked').symlink_to(tmp_path / 'elsewhere')
-    found = files.found([tree])
+    found = files.find_images([tree])
     assert [os.path.relpath(path, tree) for path in found] == [
         'a/c.JFIF', 'a/deep/er/d.jpe', 'b.png', 'linked/f.png', 'x.jpg/e.bmp', 'z.png'
     ]  # fmt: skip
@@ -52,7 +52,7 @@ def test_folders_are_walked_down_and_links_do_not_lead_in_circles(tree, tmp_path
 
 
 def test_the_folder_of_the_output_is_left_out(tree):
-    found = files.found([tree, tree / 'b.png'], skip=tree / 'a' / 'deep')
+    found = files.find_images([tree, tree / 'b.png'], skip=tree / 'a' / 'deep')
     left = ['a/c.JFIF', 'b.png', 'x.jpg/e.bmp', 'b.png']
     assert [os.path.relpath(path, tree) for path in found] == left
 
@@ -64,10 +64,10 @@ def test_what_is_not_there_or_no_image_is_named(tree, tmp_path):
         ('nowhere://a/b.png', 'nowhere'),
     ):  # fmt: skip
         with pytest.raises(UserError, match=why):
-            files.found([path])
+            files.find_images([path])
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='no images in .*empty'):
-        files.found([tmp_path / 'empty'])
+        files.find_images([tmp_path / 'empty'])
     os.mkfifo(tree / 'pipe.png')
     for path in (tree / 'notes.txt', tree / 'pipe.png', tree / 'a', tmp_path / 'none.png'):
         with pytest.raises(images.Unreadable, match=f'unreadable image {path}: .'):
@@ -92,13 +92,13 @@ def address(tree):
 
 def test_addresses_of_a_web_server(address, monkeypatch):
     monkeypatch.setenv('NO_PROXY', '*')
-    found = files.found([f'{address}/b.png?a=1', f'{address}/a/'])
+    found = files.find_images([f'{address}/b.png?a=1', f'{address}/a/'])
     assert found == [
         f'{address}/{name}' for name in ('b.png?a=1', 'a/c.JFIF', 'a/deep/er/d.jpe')
     ]  # fmt: skip
     assert [files.pixels(path, view)[0, 0, 0] for path in found] == [0, 1, 2]
     with pytest.raises(UserError, match=f'{address}/none.png: .*(404|no such file)'):
-        files.found([f'{address}/none.png'])
+        files.find_images([f'{address}/none.png'])
     for name in ('none.png', 'notes.txt'):
         with pytest.raises(images.Unreadable, match=f'unreadable image {address}/{name}: .'):
             files.pixels(f'{address}/{name}', view)
@@ -110,12 +110,12 @@ def test_addresses_of_a_web_server(address, monkeypatch):
 def test_addresses_of_a_store(tree):
     store = fsspec.filesystem('memory')
     store.put(str(tree), '/shelf', recursive=True)
-    found = files.found(['memory://shelf', 'memory://shelf/b.png'])
+    found = files.find_images(['memory://shelf', 'memory://shelf/b.png'])
     wanted = [f'memory://shelf/{name}' for name in EXPECTED]
     assert [path.replace(':///', '://') for path in found] == [*wanted, wanted[2]]
     assert [files.pixels(path, view)[0, 0, 0] for path in found] == [*VALUES, 0]
     with pytest.raises(UserError, match='memory://shelf/none'):
-        files.found(['memory://shelf/none'])
+        files.find_images(['memory://shelf/none'])
     store.rm('/shelf', recursive=True)
     with pytest.raises(images.Unreadable, match='no such file'):
         files.pixels(found[0], view)

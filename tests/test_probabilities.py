@@ -38,7 +38,7 @@ def paths(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(3):
         Image.fromarray(rng.integers(0, 256, (20, 16, 3), np.uint8)).save(tmp_path / f'{i}.png')
-    return files.found([str(tmp_path)])
+    return files.find_images([str(tmp_path)])
 
 
 @pytest.mark.parametrize('loss', ['softmax', 'sigmoid', None])

@@ -29,7 +29,7 @@ state = state.replace(step=state.step + 5)
 rng = np.random.default_rng(0)  # the head is zeros: then the loss would say nothing of the images
 params = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), state.params)
 state = state.replace(params=params)
-batch, images, weights = show.trained_on(config, parts.source, 5)
+batch, images, weights = show.model_inputs(config, parts.source, 5)
 seen = (images / 255 - np.array(parts.model.mean)) / np.array(parts.model.std)
 logits, _ = parts.model.apply({'params': params}, jnp.float32(seen))
 shown = float(jnp.mean(losses.softmax_xent(logits, jnp.asarray(weights))))

@@ -59,7 +59,7 @@ def test_whatever_a_reader_raises_is_an_example_less(source, error):
         bad = sources.Source(Records(source, error, nameless), source.classes)
         (batch,) = feeds.examples(bad, tolerance=1 / 9, **options)
         np.testing.assert_array_equal(batch['mask'], np.arange(9) != 4)
-        with pytest.raises(UserError, match=f'^{called}: can not be read: .*1 of 9 examples'):
+        with pytest.raises(UserError, match=f'^{called}: cannot be read: .*1 of 9 examples'):
             next(feeds.batches(bad, 0, **options))
     (batch,) = feeds.examples(source, **options)
     assert batch['mask'].all()
@@ -182,6 +182,6 @@ def test_an_evaluation_that_one_process_can_not_read_ends_all_and_loses_nothing(
         (folder / 'val' / 'bee' / '3.png').unlink()  # in a row of one of the two
         assert run.ended() == {0: 2, 1: 2}, run.says()
         for i in range(2):
-            assert any('bee/3.png: can not be read' in error for error in run.errors(i)), run.says()
+            assert any('bee/3.png: cannot be read' in error for error in run.errors(i)), run.says()
     saved, last = launched.checkpoints(workdir / 'run'), launched.last_step(workdir / 'run')
     assert saved == [last] and last > 7

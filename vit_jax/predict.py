@@ -184,7 +184,7 @@ def main(argv: Sequence[str]) -> None:
     out = options.features or options.out
     if out:
         check_output('features' if options.features else 'out', out)
-    paths = files.found(argv[1:])
+    paths = files.find_images(argv[1:])
     output = 'features' if options.features else 'all' if options.out else 'classes'
     arguments = (options.checkpoint, output, None if options.ema else False, options.image_size)
     predictor = method(*arguments) or classifier(*arguments)

@@ -89,7 +89,7 @@ def described(source, image_size=None):
 def each(images):
     """A list of one image or several: files as text, folders replaced by the images in them."""
     if isinstance(images, (str, os.PathLike)):
-        return files.found([images])
+        return files.find_images([images])
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, (bytes, bytearray, Mapping)) or hasattr(images, 'read'):
@@ -100,7 +100,7 @@ def each(images):
         raise UserError(f'{type(images).__name__} is no image; {KINDS}')
     several = []
     for image in images:
-        several += files.found([image]) if isinstance(image, (str, os.PathLike)) else [image]
+        several += files.find_images([image]) if isinstance(image, (str, os.PathLike)) else [image]
     if not several:
         raise UserError('no image is given')
     return several
@@ -149,7 +149,7 @@ def of_picture(image):
         pixels = np.repeat(values[..., None], 3, axis=-1)
     else:
         pixels = np.asarray(decoding.to_rgb(decoding.eight_bits(image, b'')))
-    return decoding.turned(pixels, metadata.orientation(image.info.get('exif', b'')))
+    return decoding.apply_orientation(pixels, metadata.orientation(image.info.get('exif', b'')))
 
 
 def eight_bits(values):

@@ -9,15 +9,18 @@ as in --config.data.view=central.
 import functools
 import io
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from vit_jax import assembly, cli
 from vit_jax import config as configs
 from vit_jax.data import mixture, pipeline
+from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.io import storage
 from vit_jax.io.text import printable, to_json
@@ -32,8 +35,10 @@ COUNT = flags.DEFINE_integer('count', 64, 'Examples to show, from the first on.'
 JSON = flags.DEFINE_bool('json', False, 'Print JSON lines in place of text.')
 
 
-def trained_on(config, source, step):
-    """(batch of a step, images float32 [B, H, W, 3] in 0 to 255, label weights [B, K])."""
+def model_inputs(
+    config: ConfigDict, source: Source, step: int
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Computes (batch of a step, images float32 [B, H, W, 3] in 0 to 255, label weights [B, K])."""
     if (config.data.task, config.objective.name) != ('classify', 'supervised'):
         raise UserError(
             f'a batch of task {config.data.task} and objective {config.objective.name} has no '
@@ -60,7 +65,9 @@ def trained_on(config, source, step):
     return batch, images, weights
 
 
-def rows(batch, weights, source, count):
+def rows(
+    batch: Mapping[str, np.ndarray], weights: np.ndarray, source: Source, count: int
+) -> Iterator[dict]:
     """Yields the place, id, name, labels and use of each example of the batch, as dicts."""
     for k in range(min(count, len(weights))):
         labels = {
@@ -74,8 +81,8 @@ def rows(batch, weights, source, count):
         )
 
 
-def picture(name):
-    """(path, format) of the picture to write, in an existing folder; raises UserError."""
+def picture(name: str) -> tuple[pathlib.Path, str]:
+    """Checks (path, format) of the picture to write, in an existing folder; raises UserError."""
     path = pathlib.Path(name).expanduser().absolute()
     kind = path.suffix[1:].lower()
     if storage.remote(name) or kind not in KINDS:
@@ -87,26 +94,31 @@ def picture(name):
     return path, kind
 
 
-def draw(path, kind, images, found, title):
-    """Draws a grid of images [N, H, W, 3] with ids and labels above, to a file of a format."""
+def draw(
+    path: pathlib.Path, kind: str, images: np.ndarray, examples: Sequence[Mapping], title: str
+) -> None:
+    """Draws a grid of images [N, H, W, 3] with ids and labels above, to a file of a format.
+
+    `examples` are what `rows` yields.
+    """
     try:
         from matplotlib.figure import Figure
 
         from vit_jax.figures.summary import shorten
     except ModuleNotFoundError as e:
         raise UserError('--show needs matplotlib: pip install "vit_jax[figures]"') from e
-    columns = min(8, len(found))
-    lines = -(-len(found) // columns)
+    columns = min(8, len(examples))
+    lines = -(-len(examples) // columns)
     figure = Figure((1.9 * columns, 2.2 * lines + 0.5), layout='constrained')
     for k, axis in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
         axis.axis('off')
-        if k < len(found):
-            labels = found[k]['labels'].items()
+        if k < len(examples):
+            labels = examples[k]['labels'].items()
             words = [name if w == 1 else f'{name} {w:.2f}' for name, w in list(labels)[:2]]
             words += ['...'] if len(labels) > 2 else []
-            words = words if found[k]['used'] else ['not used']
+            words = words if examples[k]['used'] else ['not used']
             axis.imshow(np.clip(images[k] / 255, 0, 1), interpolation='nearest')
-            words = [str(found[k]['id']), *(shorten(word, 1.8, 7) for word in words)]
+            words = [str(examples[k]['id']), *(shorten(word, 1.8, 7) for word in words)]
             axis.set_title('\n'.join(words), fontsize=7, parse_math=False)
     figure.suptitle(title, fontsize=9, parse_math=False)
     file = io.BytesIO()
@@ -114,7 +126,7 @@ def draw(path, kind, images, found, title):
     storage.write(path, file.getvalue())
 
 
-def main(argv, changes):
+def main(argv: list[str], changes: Sequence) -> None:
     if len(argv) > 1:
         raise UserError(f'{argv[1]} is no flag')
     to = SHOW.value and picture(SHOW.value)
@@ -123,9 +135,9 @@ def main(argv, changes):
     steps = assembly.steps_of(config, source)
     if STEP.value >= steps:
         raise UserError(f'--step is {STEP.value}; there are 0 to {steps - 1:,}')
-    batch, images, weights = trained_on(config, source, STEP.value)
-    found = list(rows(batch, weights, source, COUNT.value))
-    for row in found:
+    batch, images, weights = model_inputs(config, source, STEP.value)
+    examples = list(rows(batch, weights, source, COUNT.value))
+    for row in examples:
         if JSON.value:
             print(to_json(row))
         else:
@@ -134,7 +146,7 @@ def main(argv, changes):
             print(f'{row["id"]:>10}  {printable(row["name"])}  {labels}{used}')
     if SHOW.value:
         title = f'{mixture.title(config.data.source)}, step {STEP.value}'
-        draw(*to, images, found, title)
+        draw(*to, images, examples, title)
 
 
 if __name__ == '__main__':

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from vit_jax.data.geometry import Geometry, Size
+from vit_jax.data.geometry import Geometry
+from vit_jax.data.images import Box, Size
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Interval, NonNegative, Pixels, Positive, Range, Share
 
@@ -103,7 +104,9 @@ def small_central(
     return middle(shape, whole, size, method, antialias, rounding)
 
 
-def middle(shape, whole, size, method, antialias, rounding):
+def middle(
+    shape: Size, whole: Size, size: Size, method: str, antialias: bool, rounding: str
+) -> Geometry:
     """Resizes an image to `whole` and takes the central window of a size, see `small_central`."""
     half = round if rounding == 'torchvision' else int
     offset = half((whole[0] - size[0]) / 2), half((whole[1] - size[1]) / 2)
@@ -148,7 +151,7 @@ def random_box(
     *,
     area: tuple[float, float] = (0.05, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
+) -> Box:
     """A random window (y, x, height, width) of an image [H, W].
 
     `area` is the range of its share of the image, `aspect` that of width / height. The distribution
@@ -244,8 +247,8 @@ def affine(
     return Geometry((0, 0, *shape), size, size, warp=warp, flip=mirror(rng, flip))
 
 
-def mirror(rng, flip):
-    """Whether to mirror the image: with probability 1/2 where `flip` is true."""
+def mirror(rng: Generator, flip: bool) -> bool:
+    """Draws whether to mirror the image: with probability 1/2 where `flip` is true."""
     return bool(flip and rng.integers(2))
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -36,14 +37,14 @@ def decode(data: bytes) -> np.ndarray:
         picture, exif = metadata.apart(data)
         with Image.open(io.BytesIO(picture), formats=FORMATS) as file:
             turn = metadata.orientation(exif or file.info.get('exif', b''))
-            return turned(np.asarray(shown(file, picture, data)), turn)
+            return apply_orientation(np.asarray(load_rgb(file, picture, data)), turn)
     except Unreadable:
         raise
     except Exception as e:  # Pillow's parsers raise any exception for damaged data
         raise Unreadable(reason(e)) from e
 
 
-def reason(error):
+def reason(error: Exception) -> str:
     """Explains in one line why a file can't be decoded."""
     text = str(error).replace(repr(io.BytesIO), 'the data').split(' <_io')[0]
     text = ' '.join(text.split()) or type(error).__name__
@@ -51,7 +52,7 @@ def reason(error):
     return text if known else f'{type(error).__name__}: {text}'
 
 
-def turned(image, orientation):
+def apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
     """Applies EXIF's orientation, 1 to 8, to an array [H, W, C]."""
     if orientation > 4:
         image = image.swapaxes(0, 1)
@@ -62,14 +63,14 @@ def turned(image, orientation):
     return np.ascontiguousarray(image)
 
 
-def shown(file, picture, data):
-    """Converts an opened image file to RGB over white; `picture` is `data` without metadata."""
+def load_rgb(file: Image.Image, picture: bytes, data: bytes) -> Image.Image:
+    """Loads an opened image file as RGB over white; `picture` is `data` without metadata."""
     check_work(file, picture)
     opaque = None  # bool [H, W], with a transparent colour or a frame smaller than its canvas
     if file.format == 'PNG':
-        opaque = unlike_key(file, picture)
+        opaque = opaque_by_key(file, picture)
     elif file.format == 'GIF':
-        opaque = within_frame(file)
+        opaque = opaque_by_frame(file)
     elif file.format == 'TIFF':
         check_tiff(file.tag_v2)
     file.load()
@@ -79,17 +80,18 @@ def shown(file, picture, data):
     return Image.composite(image, Image.new('RGB', image.size, 'white'), Image.fromarray(opaque))
 
 
-def check_work(file, picture):
+def check_work(file: Image.Image, picture: bytes) -> None:
     """Raises Unreadable for a small file that would take minutes to decode."""
     scans = len(SCAN.findall(picture)) if file.format in ('JPEG', 'MPO') else 0
     if scans * file.width * file.height > MAX_WORK:
         raise Unreadable(f'{scans} scans of {file.width} x {file.height} pixels are too many')
 
 
-def unlike_key(file, data):
-    """Where pixels of a PNG differ from the colour that its tRNS chunk makes transparent.
+def opaque_by_key(file: Image.Image, data: bytes) -> np.ndarray | None:
+    """Finds the pixels of a PNG that differ from the colour that its tRNS chunk makes transparent.
 
-    None if no single colour is transparent. All bits are compared, in 16-bit files too.
+    Returns bool [H, W]; None if no single colour is transparent. All bits are compared, in 16-bit
+    files too.
     """
     depth, colour = data[24], data[25]
     if colour not in (0, 2) or 'transparency' not in file.info:
@@ -108,8 +110,8 @@ def unlike_key(file, data):
     return values != (key if depth in (1, 16) else key * (255 // (2**depth - 1)))
 
 
-def within_frame(file):
-    """Where the first frame of a GIF lies, bool [H, W]; None if it fills the canvas."""
+def opaque_by_frame(file: Image.Image) -> np.ndarray | None:
+    """Finds the pixels of a GIF in its first frame: bool [H, W]; None if it fills the canvas."""
     x0, y0, x1, y1 = file.tile[0].extents
     if (x0, y0, x1, y1) == (0, 0, *file.size):
         return None
@@ -118,7 +120,7 @@ def within_frame(file):
     return within
 
 
-def check_tiff(tags):
+def check_tiff(tags: Mapping) -> None:
     """Raises Unreadable for a TIFF whose pixels Pillow misreads."""
     grey = tags.get(PHOTOMETRIC, 0) in (0, 1)
     bits, planes = tags.get(BITS, (1,)), tags.get(PLANES, 1) == 2
@@ -132,7 +134,7 @@ def check_tiff(tags):
             raise Unreadable('subsampled colours without compression are not read')
 
 
-def eight_bits(image, data):
+def eight_bits(image: Image.Image, data: bytes) -> Image.Image:
     """Converts an image to 8 bits per channel; raises Unreadable if their range is undefined."""
     tags = image.tag_v2 if image.format == 'TIFF' else {}
     if image.mode == 'F':
@@ -151,7 +153,7 @@ def eight_bits(image, data):
     return image
 
 
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """Converts any of Pillow's 8-bit modes to RGB, with transparency composited over white."""
     if image.mode == 'La':
         image = image.convert('LA')

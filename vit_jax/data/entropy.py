@@ -16,8 +16,9 @@ from PIL import Image
 # Versions of libjpeg-turbo to compile with, and the last year in the copyright of each, which is
 # all that a loaded library tells.
 TESTED = {
-    '2.1.5': '2023',
-}
+    '2.0.6': '2020', '2.1.2': '2021', '2.1.5': '2023', '2.1.5.1': '2023', '3.0.0': '2023',
+    '3.0.4': '2024', '3.1.0': '2024', '3.1.3': '2025', '3.1.4.1': '2026', '3.2.0': '2026',
+}  # fmt: skip
 # Windows (y, x, height, width) of the picture, with the denominator of its scale.
 WINDOWS = (((0, 0, 45, 75), 1), ((18, 35, 11, 17), 1), ((9, 0, 14, 30), 2))
 
@@ -57,7 +58,9 @@ def picture() -> bytes:
     return file.getvalue()
 
 
-def decode(extension, data, box, denominator, own):
+def decode(
+    extension: ModuleType, data: bytes, box: tuple, denominator: int, own: bool
+) -> np.ndarray | None:
     """Pixels of a window, [H, W, 3]; None if the data are refused."""
     out = np.empty((*box[2:], 3), np.uint8)
     try:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import stat
 import tempfile
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -20,7 +21,7 @@ DEEPEST = 32  # levels of folders
 SUFFIXES = tuple(f'.{suffix}' for suffix in formats.SUFFIXES)
 
 
-def found(paths: list[str | os.PathLike], *, skip: os.PathLike | None = None) -> list[str]:
+def find_images(paths: list[str | os.PathLike], *, skip: os.PathLike | None = None) -> list[str]:
     """Lists image files: those named, and those in folders and their sub-folders, sorted.
 
     A name is a path, or an address that fsspec supports: gs://, https://, hf://. An http(s) address
@@ -31,39 +32,39 @@ def found(paths: list[str | os.PathLike], *, skip: os.PathLike | None = None) ->
     for name in paths:
         name = os.path.expanduser(os.fspath(name))
         remote = '://' in name
-        inside = inside_address(name) if remote else inside_folder(name, above)
-        if inside is None:
+        images = find_in_address(name) if remote else find_in_folder(name, above)
+        if images is None:
             files.append(name)
-        elif not inside:
+        elif not images:
             raise UserError(f'no images in {printable(name)} ({", ".join(SUFFIXES)})')
-        files += inside or []
+        files += images or []
         if len(files) > MOST_FILES:
             raise UserError(f'{name} has more than {MOST_FILES:,} images; name a part of them')
     return files
 
 
-def identity(path):
+def identity(path: str | os.PathLike) -> tuple[int, int]:
     """Identifies a file or folder, whatever the path to it."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
-def inside_folder(name, above):
-    """Image files below a folder, or None for a file; raises UserError if there is neither."""
+def find_in_folder(name: str, above: set) -> list[str] | None:
+    """Lists image files below a folder; None for a file. Raises UserError if there is neither."""
     try:
         if stat.S_ISDIR(os.stat(name).st_mode):
-            return list(walked(name, above))
+            return list(walk(name, above))
     except FileNotFoundError as e:
         if e.filename == name:
             raise UserError(f'no image {printable(name)}') from e
-        raise UserError(f'can not read folder {e.filename}: {e.strerror}') from e
+        raise UserError(f'cannot read folder {e.filename}: {e.strerror}') from e
     except (OSError, ValueError) as e:  # ValueError: a null byte
         reason = getattr(e, 'strerror', None) or e
-        raise UserError(f'can not read {getattr(e, "filename", None) or name}: {reason}') from e
+        raise UserError(f'cannot read {getattr(e, "filename", None) or name}: {reason}') from e
     return None
 
 
-def walked(folder, above):
+def walk(folder: str, above: set) -> Iterator[str]:
     """Yields the image files below a folder, sorted; follows links, but not in cycles.
 
     `above` holds the identities of the folders that contain it, and of those to leave out.
@@ -77,13 +78,13 @@ def walked(folder, above):
         if entry.name.startswith('.'):
             continue
         if os.path.isdir(entry.path):
-            yield from walked(entry.path, here)
+            yield from walk(entry.path, here)
         elif entry.name.lower().endswith(SUFFIXES):
             yield entry.path
 
 
-def inside_address(address):
-    """Image files below a folder at an address, or None for a file."""
+def find_in_address(address: str) -> list[str] | None:
+    """Lists image files below a folder at an address, or None for a file."""
     with addresses.explained(address):
         fs, path = addresses.backend(address)
         if address.startswith(('http://', 'https://')):
@@ -101,10 +102,10 @@ def inside_address(address):
         ]  # fmt: skip
 
 
-def pixels(path: str | os.PathLike, view) -> np.ndarray:
+def pixels(path: str | os.PathLike, view: Callable) -> np.ndarray:
     """Reads an image file at a path or an address through `view`: uint8 [H, W, 3].
 
-    Raises images.Unreadable, a UserError, with its name.
+    `view` is what tasks.fixed_view returns. Raises images.Unreadable, a UserError, with its name.
     """
     path = os.fspath(path)
     try:
@@ -113,8 +114,8 @@ def pixels(path: str | os.PathLike, view) -> np.ndarray:
         raise images.Unreadable(f'unreadable image {printable(path)}: {e}') from e
 
 
-def content(path):
-    """Bytes of a file at a path or an address; raises images.Unreadable if it can't be read."""
+def content(path: str) -> bytes:
+    """Reads a file at a path or an address; raises images.Unreadable if it can't be read."""
     try:
         return downloaded(path) if '://' in path else storage.local_bytes(path, MOST_BYTES)
     except images.Unreadable:
@@ -123,8 +124,8 @@ def content(path):
         raise images.Unreadable(getattr(e, 'strerror', None) or str(e)) from e
 
 
-def downloaded(address):
-    """Bytes of a file at an address; raises UserError if it is missing, too large or truncated."""
+def downloaded(address: str) -> bytes:
+    """Downloads a file at an address; raises UserError if it is missing, too large or truncated."""
 
     def check(size):
         if size > MOST_BYTES:

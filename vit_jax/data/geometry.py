@@ -8,9 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vit_jax.data.images import Encoded, resized
-
-Size = tuple[int, int]  # (height, width)
+from vit_jax.data.images import Box, Encoded, Size, resized
 
 
 class Geometry(NamedTuple):
@@ -28,7 +26,7 @@ class Geometry(NamedTuple):
       method, antialias: those of images.resized.
     """
 
-    window: tuple[int, int, int, int]
+    window: Box
     resized: Size
     size: Size
     offset: tuple[int, int] = (0, 0)
@@ -110,12 +108,12 @@ class Geometry(NamedTuple):
         return clipped[kept].astype(np.float32), kept
 
 
-def area_of(boxes):
+def area_of(boxes: np.ndarray) -> np.ndarray:
     """Areas [N] of boxes [N, 4]."""
     return np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
 
 
-def cropped(image, offset, size):
+def cropped(image: np.ndarray, offset: tuple[int, int], size: Size) -> np.ndarray:
     """The part of an image [H, W, 3] at an offset, [*size, 3]; black outside of the image."""
     (y, x), (h, w) = offset, size
     part = image[max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)]

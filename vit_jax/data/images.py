@@ -4,6 +4,8 @@ The extension `_jpeg.c` decodes a JPEG as far as a window needs it. Pillow decod
 and JPEGs where the extension is not built, as a whole.
 """
 
+from typing import Any
+
 import numpy as np
 
 from vit_jax.data import entropy, metadata
@@ -22,18 +24,22 @@ OWN_ENTROPY = _jpeg is not None and entropy.is_exact(_jpeg)
 __all__ = ['FORMATS', 'Unreadable', 'decode', 'read', 'resized']
 CUT = 2**-10  # added before truncation, so that 255 less a rounding error stays 255
 METHODS = ('bilinear', 'bicubic', 'area')
+Box = tuple[int, int, int, int]  # (y, x, height, width) in pixels
+Size = tuple[int, int]  # (height, width)
 
 
 class Encoded:
     """A JPEG of shape [height, width, 3] that is decoded when a window of it is requested."""
 
-    def __init__(self, data, height, width):
+    def __init__(self, data: bytes, height: int, width: int) -> None:
         self.data, self.shape = data, (height, width, 3)
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return decode(self.data)
 
-    def resized(self, box, size, method, antialias, flip):
+    def resized(
+        self, box: Box, size: Size, method: str, antialias: bool, flip: bool
+    ) -> np.ndarray:
         """Same as `resized`; Pillow decodes what the extension finds damaged."""
         denominator = shrink(box, size) if antialias else 1
         out = np.empty((*size, 3), np.uint8)
@@ -47,13 +53,13 @@ class Encoded:
         return out
 
 
-def shrink(box, size):
+def shrink(box: Box, size: Size) -> int:
     """Factor by which JPEG's own scaling may reduce a window, leaving twice the size or more."""
     least = min(box[2] / size[0], box[3] / size[1])
     return max((d for d in (2, 4, 8) if least >= 2 * d), default=1)
 
 
-def scaled(box, denominator):
+def scaled(box: Box, denominator: int) -> tuple[Box, tuple[float, float, float, float]]:
     """Maps a window (y, x, height, width) to an image reduced by a denominator.
 
     Returns the box of whole pixels that it touches, and its place in the box in fractional pixels.
@@ -65,7 +71,7 @@ def scaled(box, denominator):
     return (top, left, bottom - top, right - left), part
 
 
-def read(data):
+def read(data: bytes) -> np.ndarray | Encoded:
     """Reads an image file to something of shape [H, W, 3] that `resized` takes.
 
     Raises Unreadable.
@@ -80,7 +86,14 @@ def read(data):
     return decode(data)
 
 
-def resized(image, box, size, method='bilinear', antialias=True, flip=False):
+def resized(
+    image: np.ndarray | Encoded,
+    box: Box,
+    size: Size,
+    method: str = 'bilinear',
+    antialias: bool = True,
+    flip: bool = False,
+) -> np.ndarray:
     """Resizes a window (y, x, height, width) of an image [H, W, 3] to uint8 [*size, 3].
 
     Args:
@@ -103,7 +116,9 @@ def resized(image, box, size, method='bilinear', antialias=True, flip=False):
     return resized_by_numpy(image, box, size, method, antialias, flip)
 
 
-def resized_by_numpy(image, box, size, method, antialias, flip):
+def resized_by_numpy(
+    image: np.ndarray, box: Box, size: Size, method: str, antialias: bool, flip: bool
+) -> np.ndarray:
     """`resized` without the extension: one product with a matrix of weights per axis."""
     y, x, h, w = box
     down = weights(h, size[0], method, antialias)
@@ -115,27 +130,27 @@ def resized_by_numpy(image, box, size, method, antialias, flip):
     return out[:, ::-1] if flip else out
 
 
-def weights(length, size, method, antialias):
+def weights(length: int, size: int, method: str, antialias: bool) -> np.ndarray:
     """Weight of each pixel of a row in each output pixel: float32 [size, length]."""
     scale = length / size
     edges = np.arange(size)[:, None] * scale
     if method == 'area':
         j = np.arange(length)
-        all = np.clip(np.minimum(edges + scale, j + 1) - np.maximum(edges, j), 0, None)
+        overlap = np.clip(np.minimum(edges + scale, j + 1) - np.maximum(edges, j), 0, None)
     else:
         stretch = max(scale, 1) if antialias else 1
         border = 0 if antialias else 2  # pixels outside repeat the border, or have no weight
         j = np.arange(-border, length + border)
         x = np.abs(j + 0.5 - edges - scale / 2) / stretch
-        all = np.clip(1 - x, 0, None) if method == 'bilinear' else keys(x)
+        overlap = np.clip(1 - x, 0, None) if method == 'bilinear' else keys_cubic(x)
         if border:
-            all[:, border] += all[:, :border].sum(1)
-            all[:, -border - 1] += all[:, -border:].sum(1)
-            all = all[:, border:-border]
-    return (all / all.sum(1, keepdims=True)).astype(np.float32)
+            overlap[:, border] += overlap[:, :border].sum(1)
+            overlap[:, -border - 1] += overlap[:, -border:].sum(1)
+            overlap = overlap[:, border:-border]
+    return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
 
 
-def keys(x):
+def keys_cubic(x: np.ndarray) -> np.ndarray:
     """Keys' cubic kernel (a = -0.5) at distances x."""
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x < 1, near, np.where(x < 2, far, 0))

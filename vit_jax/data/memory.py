@@ -21,7 +21,7 @@ NAME = re.compile(r'(?:sem\.)?(vit_jax-[0-9a-f]{16})[-.].*')
 
 
 @functools.cache
-def claim():
+def claim() -> str | None:
     """Claims a prefix for this process until it ends; returns None without /dev/shm.
 
     Removes what dead owners have left. Semaphores created from here on have the prefix.
@@ -41,7 +41,7 @@ def claim():
     return prefix
 
 
-def release(prefix):
+def release(prefix: str) -> None:
     """Removes the blocks of this process's prefix, which no worker uses any more, and its lock.
 
     Grain leaves the blocks of batches that were not consumed. Python's resource tracker, which has
@@ -58,24 +58,24 @@ def release(prefix):
         os.unlink(FOLDER / f'{prefix}.lock')
 
 
-def adopt(prefix):
+def adopt(prefix: str | None) -> None:
     """Makes this worker name its blocks with the prefix of the process that started it."""
     if prefix:
         shared_memory._make_filename = lambda: f'/{prefix}-{secrets.token_hex(8)}'
 
 
-def sweep():
+def sweep() -> None:
     """Removes the blocks and semaphores of dead owners; leaves those of other programs alone."""
     with contextlib.suppress(OSError):
         files = [(match[1], match[0]) for match in map(NAME.fullmatch, os.listdir(FOLDER)) if match]
-        alive = functools.cache(lives)
+        alive = functools.cache(has_owner)
         for prefix, name in sorted(files, key=lambda file: file[1].endswith('.lock')):
             if not alive(prefix):
                 with contextlib.suppress(OSError):  # another user's, or removed by another start
                     os.unlink(FOLDER / name)
 
 
-def lives(prefix):
+def has_owner(prefix: str) -> bool:
     """Whether a process holds the prefix; it takes the lock before it creates anything else."""
     try:
         descriptor = os.open(FOLDER / f'{prefix}.lock', os.O_RDONLY | os.O_NOFOLLOW)

@@ -7,6 +7,7 @@ given only what defines the pixels of the first image.
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 
 ORIENTATION = 0x0112  # tag of EXIF and TIFF; the tags below are TIFF's
 BITS, PHOTOMETRIC, SAMPLES = 258, 262, 277
@@ -35,7 +36,7 @@ def apart(data: bytes) -> tuple[bytes, bytes]:
     return data, b''
 
 
-def jpeg(data):
+def jpeg(data: bytes) -> tuple[bytes, bytes]:
     """Strips a JPEG of APP1 to APP13, APP15, comments, and bytes between its segments."""
     pieces, exif, at, begin = [], b'', 2, 0
     while 0 <= at <= len(data) - 4:
@@ -61,7 +62,7 @@ def jpeg(data):
     return joined(pieces, data, begin if begin >= 0 else len(data)), exif
 
 
-def png(data):
+def png(data: bytes) -> tuple[bytes, bytes]:
     """Strips a PNG of ancillary chunks but tRNS; damaged EXIF data and tRNS are ignored."""
     pieces, exif, at, begin, seen = [], b'', 8, 0, {}
     while at + 12 <= len(data):
@@ -69,11 +70,12 @@ def png(data):
         if end > len(data) or not kind.isalpha():
             break
         good = not kind[0] & 32
-        if kind == b'eXIf' and not exif and sound(data, at, end):
+        if kind == b'eXIf' and not exif and has_valid_checksum(data, at, end):
             exif = data[at + 8 : end - 4]
         if kind == b'tRNS' and b'IDAT' not in seen and b'tRNS' not in seen:
             colours = {0: (2,), 2: (6,), 3: range(1, seen.get(b'PLTE', 0) // 3 + 1)}
-            good = end - at - 12 in colours.get(data[25], ()) and sound(data, at, end)
+            good = end - at - 12 in colours.get(data[25], ())
+            good = good and has_valid_checksum(data, at, end)
         if not good:
             pieces.append(data[begin:at])
             begin = end
@@ -82,12 +84,12 @@ def png(data):
     return joined(pieces, data, begin), exif
 
 
-def sound(data, at, end):
+def has_valid_checksum(data: bytes, start: int, end: int) -> bool:
     """Whether the checksum of a PNG chunk is correct."""
-    return zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+    return zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
 
 
-def joined(pieces, data, begin):
+def joined(pieces: Sequence[bytes], data: bytes, begin: int) -> bytes:
     """Joins the pieces of a file and the rest of it from `begin` on."""
     return b''.join((*pieces, data[begin:])) if pieces else data
 
@@ -95,8 +97,8 @@ def joined(pieces, data, begin):
 BYTE_ORDERS = {b'II': '<', b'MM': '>'}
 
 
-def directory(data):
-    """(offset of the first TIFF directory, formats of its count, of an entry, of an offset).
+def directory(data: bytes) -> tuple[int, str, str, str] | None:
+    """Finds (offset of the first TIFF directory, formats of its count, of an entry, of an offset).
 
     None if the data is not a TIFF.
     """
@@ -109,8 +111,8 @@ def directory(data):
     return start, order + count, order + entry, order + offset
 
 
-def entries(data):
-    """[(tag, type, count, value or its offset as bytes)] of the first directory of a TIFF."""
+def entries(data: bytes) -> list[tuple[int, int, int, bytes]]:
+    """Lists (tag, type, count, value or its offset) of the first directory of a TIFF."""
     place = directory(data)
     if place is None or place[0] + struct.calcsize(place[1]) > len(data):
         return []
@@ -121,7 +123,7 @@ def entries(data):
     return [struct.unpack_from(entry, data, start + k * size) for k in range(length)]
 
 
-def tiff(data):
+def tiff(data: bytes) -> bytes:
     """Strips a TIFF of all entries but those of pixels, and of all directories but the first.
 
     Pillow reads more than 8 bits as if 0 were black; a file where 0 is white is marked as that.
@@ -138,11 +140,13 @@ def tiff(data):
     return b''.join((data[:start], packed, data[start + len(packed) :]))
 
 
-def number(data, tag, default, most=None):
-    """First value of a TIFF's tag of 16-bit numbers.
+def number(
+    data: bytes, tag: int, default: int | None, most: int | None = None
+) -> int | None:
+    """Reads the first value of a TIFF's tag of 16-bit numbers.
 
-    `default` if there is no such tag, it has more than `most` values, or they lie outside of the
-    file.
+    Returns `default` if there is no such tag, it has more than `most` values, or they lie outside
+    of the file.
     """
     for found, kind, count, value in entries(data):
         if found == tag and kind == 3 and 0 < count <= (most or count):
@@ -155,7 +159,7 @@ def number(data, tag, default, most=None):
     return default
 
 
-def white_is_zero(data):
+def white_is_zero(data: bytes) -> bool:
     """Whether 0 is white in a TIFF of one channel and more than 8 bits."""
     grey = number(data, SAMPLES, 1) == 1 and number(data, PHOTOMETRIC, None) == 0
     return grey and number(data, BITS, 1) > 8

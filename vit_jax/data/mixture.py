@@ -1,6 +1,7 @@
 """Several data sets as one; a batch takes examples from each by its weight."""
 
 import bisect
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +25,11 @@ class Part(NamedTuple):
 class Mixture:
     """The records of all parts, concatenated; pipeline.order applies the weights."""
 
-    def __init__(self, parts, max_labels):
+    def __init__(self, parts: Sequence[Part], max_labels: int) -> None:
         self.parts, self.max_labels = parts, max_labels
         self.offsets = [part.offset for part in parts]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.parts[-1].offset + self.parts[-1].length
 
     def traits(self) -> facts.Traits:
@@ -42,11 +43,12 @@ class Mixture:
             sample += own.sample
         return facts.Traits(order, contents, sample)
 
-    def find(self, i):
+    def find(self, i: int) -> tuple[Part, int]:
+        """Returns the part of example i and its index there."""
         part = self.parts[bisect.bisect_right(self.offsets, i) - 1]
         return part, i - part.offset
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         part, k = self.find(i)
         record = part.records[k]
         fields = getattr(part.records, 'label_fields', ('label',))
@@ -57,12 +59,13 @@ class Mixture:
         label = np.asarray(record['label'], np.int32).ravel()
         return record | {'label': names.pad_labels(label, self.max_labels)}
 
-    def name(self, i):
+    def name(self, i: int) -> str:
+        """Names example i for messages."""
         part, k = self.find(i)
         return part.records.name(k)
 
 
-def load(*, mixture: dict | None = None, **source):
+def load(*, mixture: dict | None = None, **source: Any) -> sources.Source:
     """Opens one data set, as `sources.load` does, or several as one.
 
     The classes are those of all parts. Classes of the same name are one class; a part with
@@ -95,10 +98,11 @@ def load(*, mixture: dict | None = None, **source):
     return sources.Source(Mixture(parts, most), classes, 'by_number' if numbered else 'by_name')
 
 
-def all_classes(loaded):
-    """Class names of all parts {name: Source}; raises UserError if they do not identify classes.
+def all_classes(loaded: Mapping[str, sources.Source]) -> tuple[str, ...]:
+    """Merges the class names of all parts {name: Source}.
 
-    A part with labels by number has the classes of the others, or of the part with the most.
+    Raises UserError if they do not identify classes. A part with labels by number has the classes
+    of the others, or of the part with the most.
     """
     named = {k: source.classes for k, source in loaded.items() if source.labels == 'by_name'}
     if not named:
@@ -124,7 +128,7 @@ def all_classes(loaded):
     return tuple(classes)
 
 
-def title(source):
-    """Name of the data set of a config's section for messages, in one line."""
+def title(source: Mapping[str, Any]) -> str:
+    """Names the data set of a config's section for messages, in one line."""
     names = ' + '.join(source['mixture']) if 'mixture' in source else source['name']
     return printable(names)

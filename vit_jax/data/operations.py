@@ -6,6 +6,8 @@ trained with them. `enhance`, `hue` and `blur` are Pillow's, which torchvision c
 the work wherever its arithmetic is the same: it is fast and lets other threads run meanwhile.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -16,7 +18,7 @@ Image.core.set_blocks_max(4)
 GREY = (0.2989, 0.5870, 0.1140)  # TensorFlow's weights of red, green and blue
 
 
-def autocontrast(image, dtype=np.float32):
+def autocontrast(image: np.ndarray, dtype: type = np.float32) -> np.ndarray:
     """Stretches each channel to 0..255, in float32 as TensorFlow or in float64 as Pillow does."""
     picture = Image.fromarray(image)
     low, high = np.array(picture.getextrema(), dtype).T[..., None]  # [3, 1] each
@@ -26,45 +28,45 @@ def autocontrast(image, dtype=np.float32):
     return np.asarray(picture.point(table.astype(np.uint8).ravel().tolist()))
 
 
-def equalize(image):
+def equalize(image: np.ndarray) -> np.ndarray:
     """Equalizes the histogram of each channel; Pillow and TensorFlow compute the same integers."""
     return np.asarray(ImageOps.equalize(Image.fromarray(image)))
 
 
-def invert(image):
+def invert(image: np.ndarray) -> np.ndarray:
     """Inverts each value: 255 - value."""
     return 255 - image
 
 
-def posterize(image, bits):
+def posterize(image: np.ndarray, bits: int) -> np.ndarray:
     """Keeps the upper `bits` of each value, at least one: TensorFlow shifts a byte by at most 7."""
     dropped = 8 - min(max(bits, 1), 8)
     return image >> dropped << dropped
 
 
-def solarize(image, threshold):
+def solarize(image: np.ndarray, threshold: int) -> np.ndarray:
     """Inverts values that are not below the threshold: all at 0, none at 256."""
     if threshold > 255:
         return image
     return image ^ ((image >= np.uint8(threshold)).view(np.uint8) * np.uint8(255))
 
 
-def solarize_add(image, addition):
+def solarize_add(image: np.ndarray, addition: int) -> np.ndarray:
     """Adds `addition` to values below 128, up to 255."""
     added = np.minimum(255 - image, np.uint8(min(addition, 255)))
     added *= (image < 128).view(np.uint8)
     return added + image
 
 
-def blend(degenerate, picture, factor):
-    """degenerate + factor * (picture - degenerate) of Pillow images, clipped and truncated.
+def blend(degenerate: Image.Image, picture: Image.Image, factor: float) -> np.ndarray:
+    """Computes degenerate + factor * (picture - degenerate), clipped and truncated.
 
     Pillow computes it in float32, as TensorFlow does.
     """
     return np.asarray(Image.blend(degenerate, picture, factor))
 
 
-def color(image, factor):
+def color(image: np.ndarray, factor: float) -> np.ndarray:
     """Blends the image with its grey values."""
     picture = Image.fromarray(image)
     # TensorFlow converts [0, 1] to bytes by floor(255.5 x); Pillow adds a half and truncates.
@@ -72,7 +74,7 @@ def color(image, factor):
     return blend(picture.convert('L', matrix).convert('RGB'), picture, factor)
 
 
-def contrast(image, factor):
+def contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blends the image with a uniform grey: pixels / 256, up to 255, whatever the image shows.
 
     The mean was intended, but the papers' code sums a histogram's counts instead of its values.
@@ -82,13 +84,13 @@ def contrast(image, factor):
     return blend(Image.new('RGB', picture.size, (mean,) * 3), picture, factor)
 
 
-def brightness(image, factor):
+def brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Blends the image with black."""
     picture = Image.fromarray(image)
     return blend(Image.new('RGB', picture.size), picture, factor)
 
 
-def smooth(image, add=0):
+def smooth(image: np.ndarray, add: int = 0) -> np.ndarray:
     """Averages 3 x 3 pixels (centre 5, others 1), (sum + add) // 13; leaves the border as it is.
 
     add=0 truncates as TensorFlow does (whose float32 is occasionally one less where 13 divides the
@@ -109,18 +111,24 @@ def smooth(image, add=0):
     return out
 
 
-def sharpness(image, factor, add=0):
+def sharpness(image: np.ndarray, factor: float, add: int = 0) -> np.ndarray:
     """Blends the image with its smoothed copy."""
     return blend(Image.fromarray(smooth(image, add)), Image.fromarray(image), factor)
 
 
-def warp(image, matrix, centre, shift=(0, 0), fill=128):
+def warp(
+    image: np.ndarray,
+    matrix: Sequence[Sequence[float]] | np.ndarray,
+    centre: tuple[float, float],
+    shift: tuple[float, float] = (0, 0),
+    fill: int = 128,
+) -> np.ndarray:
     """Takes each pixel from the one nearest to matrix @ (position - centre) + centre + shift.
 
     Where that is outside, the pixel is `fill`. Positions are those (x, y) of pixel centres: the
     first is (0.5, 0.5). Pillow computes them in steps of 1/65536 pixel.
     """
-    matrix = np.array(matrix, np.float64)
+    matrix = np.asarray(matrix, np.float64)
     offset = centre + np.array(shift) - matrix @ centre
     data = np.concatenate([matrix, offset[:, None]], axis=1).ravel().tolist()
     picture = Image.fromarray(image)
@@ -129,41 +137,45 @@ def warp(image, matrix, centre, shift=(0, 0), fill=128):
     return np.asarray(picture.transform(picture.size, affine, data, nearest, fillcolor=(fill,) * 3))
 
 
-def rotate(image, degrees, fill=128):
+def rotate(image: np.ndarray, degrees: float, fill: int = 128) -> np.ndarray:
     """Rotates the image about its centre."""
     a = np.deg2rad(degrees)
     turn = [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]
     return warp(image, turn, (image.shape[1] / 2, image.shape[0] / 2), fill=fill)
 
 
-def shear_x(image, slope, centre=0.5, fill=128):
+def shear_x(
+    image: np.ndarray, slope: float, centre: float = 0.5, fill: int = 128
+) -> np.ndarray:
     """Shifts row y by slope * (y - centre): centre 0.5 fixes the first row, 0 its upper edge."""
     return warp(image, [[1, slope], [0, 1]], (centre, centre), fill=fill)
 
 
-def shear_y(image, slope, centre=0.5, fill=128):
+def shear_y(
+    image: np.ndarray, slope: float, centre: float = 0.5, fill: int = 128
+) -> np.ndarray:
     """Shifts column x by slope * (x - centre)."""
     return warp(image, [[1, 0], [slope, 1]], (centre, centre), fill=fill)
 
 
-def translate_x(image, pixels, fill=128):
+def translate_x(image: np.ndarray, pixels: float, fill: int = 128) -> np.ndarray:
     """Shifts the image to the left."""
     return warp(image, [[1, 0], [0, 1]], (0, 0), (pixels, 0), fill)
 
 
-def translate_y(image, pixels, fill=128):
+def translate_y(image: np.ndarray, pixels: float, fill: int = 128) -> np.ndarray:
     """Shifts the image up."""
     return warp(image, [[1, 0], [0, 1]], (0, 0), (0, pixels), fill)
 
 
-def cutout(image, y, x, half, fill=128):
+def cutout(image: np.ndarray, y: int, x: int, half: int, fill: int = 128) -> np.ndarray:
     """Fills the square of side 2 * half about (y, x), as far as it is inside (arXiv:1708.04552)."""
     out = image.copy()
     out[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = fill
     return out
 
 
-def enhance(image, kind, factor):
+def enhance(image: np.ndarray, kind: str, factor: float) -> np.ndarray:
     """Applies Pillow's 'Brightness', 'Color', 'Contrast' or 'Sharpness'; blends as above.
 
     Here contrast is about the mean of the grey values.
@@ -173,18 +185,18 @@ def enhance(image, kind, factor):
     return np.asarray(getattr(ImageEnhance, kind)(Image.fromarray(image)).enhance(factor))
 
 
-def hue(image, turn):
+def hue(image: np.ndarray, turn: float) -> np.ndarray:
     """Rotates the hue by a share `turn` of the circle, in steps of 1/256, truncated toward 0."""
     h, s, v = Image.fromarray(image).convert('HSV').split()
     h = Image.fromarray(np.asarray(h) + np.uint8(int(turn * 255) % 256))
     return np.asarray(Image.merge('HSV', (h, s, v)).convert('RGB'))
 
 
-def greyscale(image):
+def greyscale(image: np.ndarray) -> np.ndarray:
     """Converts to the luma of ITU-R 601-2 (Pillow's), in all three channels."""
     return np.asarray(Image.fromarray(image).convert('L').convert('RGB'))
 
 
-def blur(image, radius):
+def blur(image: np.ndarray, radius: float) -> np.ndarray:
     """Gaussian blur with a standard deviation in pixels, which Pillow approximates by boxes."""
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))

@@ -7,41 +7,46 @@ which is 0 for padding and for unreadable examples.
 import collections
 import os
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from vit_jax.data.reading import example, skip_unreadable, unbroken
+from vit_jax.data.reading import continue_blank, example, skip_unreadable
+from vit_jax.data.sources import Source
+from vit_jax.data.tasks import Task
 from vit_jax.data.workers import prefetched
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import MayChange, Positive, Prefetch, Rate, Threads, Workers
 
 
-def ids(source, *, batch_size, seed, step, repeats=1):
-    """Examples [B] of the global batch of a step; the first step is 0."""
+def ids(
+    source: Source, *, batch_size: int, seed: int, step: int, repeats: int = 1
+) -> np.ndarray:
+    """Returns the examples int64 [B] of the global batch of a step; the first step is 0."""
     return order(source, np.arange(step * batch_size, (step + 1) * batch_size) // repeats, seed)
 
 
-def order(source, positions, seed):
-    """Examples int64 [N] at positions of an endless order, each epoch of which is a permutation.
+def order(source: Source, positions: np.ndarray, seed: int) -> np.ndarray:
+    """Returns the examples int64 [N] at positions of an endless order.
 
-    A mixture takes examples from each part by its weight, in a fixed pattern; each part has epochs
-    of its own.
+    Each epoch is a permutation. A mixture takes examples from each part by its weight, in a fixed
+    pattern; each part has epochs of its own.
     """
     parts = getattr(source.records, 'parts', None)
     if parts is None:
         return shuffled(positions, len(source), seed)
     which, within = interleaved(positions, [part.weight for part in parts])
-    found = np.empty(len(positions), np.int64)
+    chosen = np.empty(len(positions), np.int64)
     for k, part in enumerate(parts):
-        found[which == k] = part.offset + shuffled(within[which == k], part.length, seed, k)
-    return found
+        chosen[which == k] = part.offset + shuffled(within[which == k], part.length, seed, k)
+    return chosen
 
 
-def shuffled(positions, length, *seed):
+def shuffled(positions: np.ndarray, length: int, *seed: int) -> np.ndarray:
     """Maps positions to 0 ... length - 1, in another order each epoch, without any table."""
     epochs = (positions // length).tolist()
     seeds = {e: np.random.SeedSequence([*seed, e]).generate_state(1) for e in set(epochs)}
@@ -51,8 +56,10 @@ def shuffled(positions, length, *seed):
     ], np.int64)  # fmt: skip
 
 
-def interleaved(positions, weights):
-    """(part [N], position in it [N]) of positions that the parts share by weight.
+def interleaved(
+    positions: np.ndarray, weights: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divides positions among parts by weight: (part [N], position in it [N]).
 
     Each part in turn takes its share, evenly spaced, of the positions that those before it leave.
     """
@@ -60,7 +67,7 @@ def interleaved(positions, weights):
     which, within = np.full(len(left), len(weights) - 1), left.copy()
     for k in range(len(weights) - 1):
         share = round(2**32 * weights[k] / sum(weights[k:]))
-        before, after = (scaled_down(n, share) for n in (left, left + 1))
+        before, after = (multiply_share(n, share) for n in (left, left + 1))
         taken = (after > before) & (which == len(weights) - 1)
         which[taken], within[taken] = k, before[taken]
         left = left - before
@@ -68,18 +75,18 @@ def interleaved(positions, weights):
     return which, within.astype(np.int64)
 
 
-def scaled_down(n, share):
-    """floor(n x share / 2^32) of uint64 [N]."""
-    share, half = np.uint64(share), np.uint64(32)
-    return (n >> half) * share + ((n & np.uint64(2**32 - 1)) * share >> half)
+def multiply_share(n: np.ndarray, share: int) -> np.ndarray:
+    """Computes floor(n x share / 2^32) of uint64 [N]."""
+    factor, half = np.uint64(share), np.uint64(32)
+    return (n >> half) * factor + ((n & np.uint64(2**32 - 1)) * factor >> half)
 
 
 def batches(
-    source,
-    task,
-    seed,
-    start=0,
-    rows=None,
+    source: Source,
+    task: Task,
+    seed: int,
+    start: int = 0,
+    rows: np.ndarray | None = None,
     *,
     batch_size: Positive[int],
     repeats: Positive[int] = 1,
@@ -87,7 +94,7 @@ def batches(
     workers: Workers | None = None,
     prefetch: Prefetch = 8,
     tolerance: Annotated[Rate, MayChange()] = 0.0,
-):
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields training batches without end.
 
     The examples of a batch and their augmentation are functions of the seed and the step: they
@@ -114,7 +121,7 @@ def batches(
     if seed < 0:
         raise UserError(f'seed is {seed}; it must not be negative')
     if batch_size % repeats:
-        raise UserError(f'data.repeats is {repeats}, no divisor of batch_size {batch_size}')
+        raise UserError(f'data.repeats is {repeats}, not a divisor of batch_size {batch_size}')
     make = partial(
         training_batch, source=source, task=task, seed=seed, batch_size=batch_size,
         repeats=repeats, rows=np.arange(batch_size) if rows is None else rows,
@@ -125,34 +132,45 @@ def batches(
     return skip_unreadable(stream(data, threads, workers, prefetch), source, tolerance)
 
 
-def training_batch(step, *, source, task, seed, batch_size, repeats, rows):
-    """Rows of the global batch of a step, made together to keep the overhead of Python low."""
+def training_batch(
+    step: int,
+    *,
+    source: Source,
+    task: Task,
+    seed: int,
+    batch_size: int,
+    repeats: int,
+    rows: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Makes rows of the global batch of a step, together: the overhead of Python is low."""
     places = step * batch_size + rows
-    found = order(source, places // repeats, seed).tolist()
+    chosen = order(source, places // repeats, seed).tolist()
     bits = np.random.Philox()
     rng = np.random.Generator(bits)
 
     def load(k):
         bits.state = fresh_state(seed, places[k])
-        return example(found[k], rng, source=source, task=task)
+        return example(chosen[k], rng, source=source, task=task)
 
-    return gathered(load, len(places))
+    return collect(load, len(places))
 
 
-def fresh_state(seed, place):
-    """State of the Philox generator for a place in the order of a seed; each place has its own."""
+def fresh_state(seed: int, place: int | np.int64) -> dict:
+    """Returns the state of the Philox generator for a place in the order of a seed."""
     key = np.array([seed, place], np.uint64)
     return {
-        'bit_generator': 'Philox', 'state': {'counter': NOTHING, 'key': key}, 'buffer': NOTHING,
+        'bit_generator': 'Philox', 'state': {'counter': ZEROS, 'key': key}, 'buffer': ZEROS,
         'buffer_pos': 4, 'has_uint32': 0, 'uinteger': 0,
     }  # fmt: skip
 
 
-NOTHING = np.zeros(4, np.uint64)
+ZEROS = np.zeros(4, np.uint64)
 
 
-def gathered(load, size):
-    """A batch of load(0) ... load(size - 1), each copied to its place as soon as it is made.
+def collect(
+    load: Callable[[int], Mapping[str, np.ndarray]], size: int
+) -> dict[str, np.ndarray]:
+    """Makes a batch of load(0) ... load(size - 1), each copied to its place as soon as it is made.
 
     The memory of one example is then reused for the next one while it is still in the cache.
     """
@@ -166,21 +184,22 @@ def gathered(load, size):
 
 
 def examples(
-    source,
-    task,
-    rows=None,
+    source: Source,
+    task: Task,
+    rows: np.ndarray | None = None,
     *,
-    batch_size,
-    threads=None,
-    workers=0,
-    prefetch=8,
-    tolerance=0.0,
-    stop=None,
-):
+    batch_size: int,
+    threads: int | None = None,
+    workers: int = 0,
+    prefetch: int = 8,
+    tolerance: float = 0.0,
+    stop: Any = None,
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields batches of one pass, each example once; the last one is padded with mask 0.
 
-    `rows` are the rows of the global batch that this process needs (None: all). With a `stop` that
-    is shared with other processes, an error is passed to it and the remaining batches are blank.
+    `rows` are the rows of the global batch that this process needs (None: all). With a `stop`
+    (distributed.stop.Stop) that is shared with other processes, an error is passed to it and the
+    remaining batches are blank.
     """
     rows = np.arange(batch_size) if rows is None else rows
     make = partial(evaluation_batch, source=source, task=task, batch_size=batch_size, rows=rows)
@@ -189,34 +208,38 @@ def examples(
     feed = skip_unreadable(stream(data, threads, workers, prefetch), source, tolerance)
     if stop is None or not stop.shared:
         return feed
-    return unbroken(feed, blank(task, len(rows)), count, stop)
+    return continue_blank(feed, blank(task, len(rows)), count, stop)
 
 
-def blank(task, size):
-    """A batch of `size` examples with mask 0."""
+def blank(task: Task, size: int) -> dict[str, np.ndarray]:
+    """Makes a batch of `size` examples with mask 0."""
     one = task.blank | {'mask': np.float32(0), 'id': np.int64(-1)}
     return {name: np.stack([x] * size) for name, x in one.items()}
 
 
-def evaluation_batch(step, *, source, task, batch_size, rows):
-    """Rows of a global batch of examples in the order of the data set; past its end, mask is 0."""
+def evaluation_batch(
+    step: int, *, source: Source, task: Task, batch_size: int, rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Makes rows of a global batch, in the order of the data set; past its end, mask is 0."""
     rng = np.random.default_rng(0)
 
     def load(k):
         i = step * batch_size + int(rows[k])
         past = i >= len(source)
-        found = example(0 if past else i, rng, source=source, task=task)
-        return found | {'mask': np.float32(0), 'id': np.int64(-1)} if past else found
+        arrays = example(0 if past else i, rng, source=source, task=task)
+        return arrays | {'mask': np.float32(0), 'id': np.int64(-1)} if past else arrays
 
-    return gathered(load, len(rows))
+    return collect(load, len(rows))
 
 
-def cores():
-    """Number of CPU cores that this process may use."""
+def cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
-def stream(data, threads, workers, prefetch):
+def stream(
+    data: grain.MapDataset, threads: int | None, workers: int, prefetch: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields batches in order, read ahead by threads of this process or of worker processes.
 
     Raises UserError with the exit code of a worker that dies.
@@ -224,25 +247,25 @@ def stream(data, threads, workers, prefetch):
     threads = threads or max(1, cores() // max(workers, 1))
     ahead = max(threads, prefetch // max(workers, 1))  # batches per worker
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    data = data.to_iter_dataset(options)
-    return prefetched(data, workers) if workers else iter(data)
+    batches = data.to_iter_dataset(options)
+    return prefetched(batches, workers) if workers else iter(batches)
 
 
-def read_ahead(feed, stop, ahead=2):
+def read_ahead(feed: Iterator, stop: Any, ahead: int = 2) -> Iterator:
     """Yields the batches of `feed`; sets `stop.trouble` to an error up to `ahead` batches early.
 
     A process that ended at once would be missing in the step that the others have begun. They read
     its vote to stop once they have begun the step after the next.
     """
-    held = collections.deque()
+    waiting = collections.deque()
     while True:
-        while stop.trouble is None and len(held) <= ahead:
+        while stop.trouble is None and len(waiting) <= ahead:
             try:
-                held.append(next(feed))
+                waiting.append(next(feed))
             except StopIteration:
                 break
             except Exception as e:
                 stop.trouble = e
-        if not held:
+        if not waiting:
             return
-        yield held.popleft()
+        yield waiting.popleft()

@@ -1,42 +1,48 @@
 """Reads examples for a task, and masks out those that can't be read."""
 
 import errno
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from absl import logging
 
+from vit_jax.data.sources import Source
+from vit_jax.data.tasks import Task
 from vit_jax.errors import UserError, refusal
 from vit_jax.io import reasons
 from vit_jax.io.text import printable
 
 
-def example(i, rng, *, source, task):
+def example(
+    i: int, rng: np.random.Generator, *, source: Source, task: Task
+) -> dict[str, np.ndarray | np.generic]:
     """Reads example i, {name: array}; an unusable one has mask 0 and a reason in `error`.
 
     Whatever a reader raises makes its example unusable: disks and servers fail in many ways, and
     damaged files make parsers raise anything. What a task raises, but for UserError, is a bug in it
     and propagates.
     """
-    found, error = None, ''
+    arrays, error = None, ''
     try:
         record = source.records[i]
     except UserError as e:  # a damaged record
         error = str(e)
     except Exception as e:
-        error = f'can not be read: {why(e)}'
+        error = f'cannot be read: {why(e)}'
     try:
-        found = None if error else task.read(record, rng)
+        arrays = None if error else task.read(record, rng)
     except UserError as e:
         error = str(e)
     return {
-        **(task.blank if found is None else found),
+        **(task.blank if arrays is None else arrays),
         'mask': np.float32(not error),
         'id': np.int64(i),
         'error': np.array(error[:200], '<U200'),
     }
 
 
-def why(error):
+def why(error: Exception) -> str:
     """Explains in a few words why a reader failed."""
     if isinstance(error, OSError) and error.strerror:
         short = error.errno in (errno.EMFILE, errno.ENFILE)  # of descriptors: not the file's fault
@@ -45,8 +51,8 @@ def why(error):
     return reason if isinstance(error, OSError) or name == reason else f'{name}: {reason}'
 
 
-def skip_unreadable(feed, source, tolerance):
-    """Yields batches; UserError once the unusable share of the data set is above the tolerance."""
+def skip_unreadable(feed: Iterator[dict], source: Source, tolerance: float) -> Iterator[dict]:
+    """Yields batches; raises UserError once more of the data set is unusable than tolerated."""
     bad = set()
     for batch in feed:
         for i, error in zip(batch['id'], batch.pop('error'), strict=True):
@@ -61,15 +67,17 @@ def skip_unreadable(feed, source, tolerance):
         yield batch
 
 
-def name(source, i):
-    """Name of example i for messages, even if its reader can't tell it."""
+def name(source: Source, i: int) -> str:
+    """Names example i for messages, even if its reader can't tell its name."""
     try:
         return source.name(i)
     except Exception:  # the name may be in the file that can't be read
         return f'example {i}'
 
 
-def unbroken(feed, blank, count, stop):
+def continue_blank(
+    feed: Iterator[dict], blank: dict, count: int, stop: Any
+) -> Iterator[dict]:
     """Yields `count` batches of `feed`, and copies of `blank` once it has raised.
 
     Other processes wait for each batch of an evaluation. The exception is stored as `stop.trouble`,

@@ -55,7 +55,7 @@ class Source(NamedTuple):
 class Slice:
     """Examples `start` to `stop` of other records."""
 
-    def __init__(self, records: Any, start: int, stop: int):
+    def __init__(self, records: Any, start: int, stop: int) -> None:
         self.records, self.start, self.stop = records, start, stop
         self.max_labels = getattr(records, 'max_labels', None)
         self.label_fields = getattr(records, 'label_fields', ('label',))

@@ -3,14 +3,15 @@
 A task is a function (source, *, settings) -> `Task`; its settings are in the section `data`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vit_jax.data import distort, images
 from vit_jax.data.augment import FIXED, VIEWS
+from vit_jax.data.sources import Source
 from vit_jax.errors import UserError, check_choice
 from vit_jax.io.bounds import Size
 
@@ -33,7 +34,13 @@ class Task(NamedTuple):
     names: dict = {}
 
 
-def classify(source, *, view: str | dict, image_size: Size, augment: tuple[str | dict, ...] = ()):
+def classify(
+    source: Source,
+    *,
+    view: str | dict,
+    image_size: Size,
+    augment: tuple[str | dict, ...] = (),
+) -> Task:
     """An image and its class or classes: `image` uint8 [H, W, 3], `label` int32 [] or [L].
 
     Where examples have several labels, `label` is padded with -1.
@@ -58,8 +65,15 @@ def classify(source, *, view: str | dict, image_size: Size, augment: tuple[str |
     return Task(blank, read, {'classes': tuple(source.classes)})
 
 
-def image_and_label(record, rng, *, view, shape, classes):
-    """Makes the arrays of `classify`."""
+def image_and_label(
+    record: Mapping[str, Any],
+    rng: np.random.Generator,
+    *,
+    view: Callable,
+    shape: tuple[int, ...],
+    classes: int,
+) -> dict[str, np.ndarray]:
+    """Makes the arrays of `classify`; `shape` is that of the label."""
     label = np.asarray(record['label'], np.int32).reshape(shape)
     try:
         image = view(images.read(record['image']), rng)  # a JPEG is decoded here
@@ -74,22 +88,23 @@ def image_and_label(record, rng, *, view, shape, classes):
     return {'image': image, 'label': label}
 
 
-def size_of(image_size):
+def size_of(image_size: int | Sequence[int]) -> tuple[int, int]:
     """Converts an int or (height, width) to (height, width)."""
     return (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
 
 
-def check_view(name):
+def check_view(name: Any) -> str:
     """Returns the name of a view; raises UserError if it is unknown."""
     return check_name('view', name, VIEWS)
 
 
-def check_augmentation(name):
+def check_augmentation(name: Any) -> str:
     """Returns the name of an augmentation; raises UserError if it is unknown."""
     return check_name('augmentation', name, distort.AUGMENTATIONS)
 
 
-def check_name(kind, name, known):
+def check_name(kind: str, name: Any, known: Mapping[str, Callable]) -> str:
+    """Returns a name that is `known`; raises UserError for any other."""
     check_choice(kind, name, sorted(known))
     return name
 

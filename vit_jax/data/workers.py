@@ -9,20 +9,25 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from multiprocessing import resource_tracker, util
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from vit_jax.data import memory
 from vit_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import grain
+
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 @contextlib.contextmanager
-def ignore_signals():
+def ignore_signals() -> Iterator[None]:
     """Blocks SIGNALS, which go to the whole group, in threads and processes started in the block.
 
     They inherit the signal mask of this thread, so there is no moment at which a signal reaches
@@ -37,7 +42,7 @@ def ignore_signals():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def call_ignoring_signals(call):
+def call_ignoring_signals(call: Callable[[], Any]) -> Any:
     """Runs a call in a thread that blocks signals; this thread handles them while it waits."""
     result = Future()
 
@@ -52,19 +57,20 @@ def call_ignoring_signals(call):
     return result.result()
 
 
-def end_with_parent():
+def end_with_parent() -> None:
     """Makes this worker ignore signals and end as soon as its parent has ended."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=outlive_nobody, daemon=True).start()
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
-def outlive_nobody():
+def exit_after_parent() -> None:
+    """Waits for the end of the parent process and ends this one."""
     multiprocessing.parent_process().join()
     os._exit(1)  # Python's resource tracker or memory.sweep removes its shared memory
 
 
-def prefetched(data, workers):
+def prefetched(data: 'grain.IterDataset', workers: int) -> Iterator:
     """Iterates over a Grain data set in worker processes.
 
     Raises UserError with the process and exit code of a worker that dies.
@@ -78,12 +84,13 @@ def prefetched(data, workers):
     return watched(iter(data.mp_prefetch(options, worker_init_fn=begin)))
 
 
-def begin_worker(index, count, *, prefix):
+def begin_worker(index: int, count: int, *, prefix: str | None) -> None:
+    """Prepares a worker process of Grain; `prefix` is that of its shared memory."""
     end_with_parent()
     memory.adopt(prefix)
 
 
-def watched(feed):
+def watched(feed: Iterator) -> Iterator:
     """Yields the elements of `feed`; raises UserError if one of its worker processes has died."""
     others = set(multiprocessing.active_children())
     take = partial(call_ignoring_signals, partial(next, feed))  # the first call starts the workers
@@ -114,7 +121,7 @@ def watched(feed):
         at_exit.cancel()
 
 
-def end(workers):
+def end(workers: Sequence[multiprocessing.Process]) -> None:
     """Kills worker processes and waits for them."""
     for process in workers:
         process.kill()
@@ -122,7 +129,7 @@ def end(workers):
         process.join()
 
 
-def signal_name(code):
+def signal_name(code: int) -> str:
     """Describes an exit code: ' (SIGKILL; out of memory?)' for -9."""
     if code >= 0:
         return ''

@@ -232,6 +232,6 @@ def weights(
 
 
 def cubic(x: jax.Array) -> jax.Array:
-    """Keys' cubic kernel (a = -0.5) at distances x, as images.keys."""
+    """Keys' cubic kernel (a = -0.5) at distances x, as images.keys_cubic."""
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))

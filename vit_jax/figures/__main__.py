@@ -207,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
             f'{argv[1]} is not the workdir of a run; give --out, a folder for the pictures'
         )
     out = workdir.located(options.out or path)
-    paths = files.found(split_names(options.images), skip=out)
+    paths = files.find_images(split_names(options.images), skip=out)
     storage.folder(out)  # fails before anything is computed
     title, drawings = argv[1], None
     if runs:

@@ -53,7 +53,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             yield i, {'image': Image.fromarray(image), 'label': int(label)}
 
 
-def read_idx(path):
+def read_idx(path: pathlib.Path) -> np.ndarray:
     """Reads an IDX file to a uint8 array: two zero bytes, type 8, rank, big-endian sizes, data."""
     data = gzip.decompress(path.read_bytes())
     if data[:3] != b'\0\0\x08':
