@@ -209,7 +209,7 @@ def main(argv: Sequence[str]) -> None:
     out = workdir.located(options.out or path)
     paths = files.find_images(split_names(options.images), skip=out)
     storage.folder(out)  # fails before anything is computed
-    title, drawings = argv[1], None
+    title, image_results = argv[1], None
     if runs:
         stages = [of_study(runs, out)]
     elif is_run and not has_model(path):  # its objective has its own network
@@ -226,8 +226,8 @@ def main(argv: Sequence[str]) -> None:
             drawn = model_page.choose(paths, options.max_images)
             if len(drawn) < len(paths):
                 print(f'{len(drawn)} of {len(paths):,} images are drawn; --max_images=N draws more')
-            drawings = model_page.ImageResults(found, drawn)
-            stages.append(drawings.parts(out))
+            image_results = model_page.ImageResults(found, drawn)
+            stages.append(image_results.parts(out))
         stages.append([model_page.of_fields(found, name)])
     if is_run:
         stages = [of_run(path, out), *stages, of_records(path)]
@@ -239,8 +239,8 @@ def main(argv: Sequence[str]) -> None:
     text = page.document(title, 'Drawn by python -m vit_jax.figures.', parts)
     storage.write(out / 'page.html', text.encode())
     print(f'Page: {printable(out / "page.html")}')
-    if drawings and results.failed:
-        raise UserError(f'{drawings.failed} of {len(drawn)} images cannot be read')
+    if image_results and image_results.failed:
+        raise UserError(f'{image_results.failed} of {len(drawn)} images cannot be read')
 
 
 def has_model(path: epath.Path) -> bool:
