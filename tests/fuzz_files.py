@@ -256,7 +256,7 @@ def refusal(call):
 
 def each_array(path):
     """Reads every array of a file as the readers do."""
-    with files.opened(path) as arrays:
+    with files.open_arrays(path) as arrays:
         for name, array in arrays.items():
             refusal(lambda name=name, array=array: array.read(name))
 

@@ -557,13 +557,13 @@ def test_round_trip(name, format, tmp_path):
             assert back.image_size == tuple(size)
         assert back.classes == (tuple(options['classes']) if model.num_classes else None)
         assert back.config == {'seed': 3}
-        folding = save.folded(model, flatten_dict(params, sep='/'), format, size)
+        folding = save.fold_positions(model, flatten_dict(params, sep='/'), format, size)
         assert folding[0] == model  # there is nothing to fold
         assert_same_bits(folding[1], flatten_dict(params, sep='/'))
     else:
         with pytest.raises(UserError) as e:
             vit_jax.save(path, model, params, format, **options)
-        field = re.search(r'can not express (\w+)=', str(e.value))
+        field = re.search(r'cannot express (\w+)=', str(e.value))
         assert (field and hasattr(model, field[1])) or 'has no MLP-Mixer' in str(e.value)
         assert not any(tmp_path.iterdir())
     if format in folded:
@@ -574,7 +574,7 @@ def test_round_trip(name, format, tmp_path):
         a, b = (outputs(m, p, images)[0] for m, p in ((model, params), back[:2]))
         assert np.abs(a).max() > 0.1 and a.tobytes() == b.tobytes()
     elif format not in plain:
-        with pytest.raises(UserError, match='can not express|has no MLP-Mixer'):
+        with pytest.raises(UserError, match='cannot express|has no MLP-Mixer'):
             vit_jax.save(path, model, params, format, fold=True, **options)
 
 
@@ -586,7 +586,7 @@ def test_every_format_is_expressed_by_some_model_both_ways():
 
 
 @pytest.mark.parametrize('fields, format, words', [
-    (dict(gelu='exact'), 'official', "can not express gelu='exact' of this model, only 'tanh'"),
+    (dict(gelu='exact'), 'official', "cannot express gelu='exact' of this model, only 'tanh'"),
     (dict(epsilon=1e-5), 'big_vision', 'epsilon=1e-05 of this model, only 1e-06'),
     (IMAGENET, 'official', 'mean=(0.485, 0.456, 0.406)'),
     (dict(mean=(0.5,), std=(0.5,)), 'official', 'mean=(0.5,)'),
@@ -618,11 +618,11 @@ def test_what_save_refuses(tmp_path):
         ('a.npz', {}, dict(format='timm'), 'format timm is a folder, name it without .npz'),
         ('a.npz', {}, dict(format='npz'), "format 'npz' is none of official, big_vision, timm"),
         ('a.npz', {}, dict(classes=['ant']), '1 class names for a head of 5 classes'),
-        ('a.npz', bad, {}, 'parameter cls is [1, 2, 48], in the model it is [1, 1, 48]'),
-        ('a.npz', half, {}, 'parameter cls is of dtype bfloat16, not float32'),
-        ('a.npz', extra, {}, 'parameter more is [3], in the model it is absent'),
-        ('a.npz', {}, dict(image_size=64), 'parameter posemb is [1, 17, 48], in the model it is '
-                                           '[1, 65, 48]'),
+        ('a.npz', bad, {}, 'parameter cls is [1, 2, 48] in params, but [1, 1, 48] in the model'),
+        ('a.npz', half, {}, 'parameter cls has dtype bfloat16, not float32'),
+        ('a.npz', extra, {}, 'parameter more is [3] in params, but absent in the model'),
+        ('a.npz', {}, dict(image_size=64), 'parameter posemb is [1, 17, 48] in params, but '
+                                           '[1, 65, 48] in the model'),
     ):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(words)):
             vit_jax.save(tmp_path / path, model, changed or params, **options)

@@ -398,15 +398,15 @@ def test_the_index_tells_which_shards_are_meant(tmp_path):
     save_file(stale, folder / 'model-00003-of-00003.safetensors')
     assert set(rows(read(mapping).account, 'ignored')) == {'model-00003-of-00003.safetensors'}
     for change, words in (
-        ({'extra': 'model-00001-of-00002.safetensors'}, 'has array extra in it, which it has not'),
+        ({'extra': 'model-00001-of-00002.safetensors'}, 'lacks array extra, which .* lists'),
         ({'vit.layernorm.bias': 'model-00001-of-00002.safetensors'}, 'vit.layernorm.bias'),
-        ({'vit.layernorm.bias': '../model-00001-of-00002.safetensors'}, 'no name of'),
-        ({'vit.layernorm.bias': 3}, 'no name of'),
+        ({'vit.layernorm.bias': '../model-00001-of-00002.safetensors'}, 'not the name of'),
+        ({'vit.layernorm.bias': 3}, 'not the name of'),
         ({'more': 'model-00004-of-00004.safetensors'}, 'model-00004-of-00004.safetensors, which'),
     ):
         with pytest.raises(UserError, match=words):
             read(mapping | change)
-    with pytest.raises(UserError, match='vit.layernorm.bias, which .*index.json has nowhere'):
+    with pytest.raises(UserError, match='vit.layernorm.bias, which .*index.json lists nowhere'):
         read({n: f for n, f in mapping.items() if n != 'vit.layernorm.bias'})
     index.unlink()
     with pytest.raises(UserError, match='shards that are not 1 to n of n'):
@@ -467,7 +467,7 @@ def test_documents_with_strange_values_are_refused_or_read(tmp_path, monkeypatch
     ]
     seen, real = 0, families.read_json
     for folder, name, document in cases:
-        with files.opened(folder / 'model.safetensors') as arrays:
+        with files.open_arrays(folder / 'model.safetensors') as arrays:
             for changed in variants(document):
                 monkeypatch.setattr(
                     families, 'read_json',
@@ -475,7 +475,7 @@ def test_documents_with_strange_values_are_refused_or_read(tmp_path, monkeypatch
                 )  # fmt: skip
                 seen += 1
                 try:
-                    found = families.in_folder(arrays, folder)
+                    found = families.parse_folder(arrays, folder)
                     assert all(map(math.isfinite, found.fields['mean'] + found.fields['std']))
                     tasks.make_view(found.view or 'central', (32, 32))
                 except UserError as e:

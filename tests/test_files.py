@@ -163,7 +163,7 @@ IN_NPZ = {  # what stands in place of head/kernel.npy, and what the message says
     'too large for float32': (infinite(1e39, 'float64'), 'too large'),
     'too negative for float32': (infinite(-1e39, 'float64'), 'too large'),
     **{
-        dtype: (npy(np.zeros((24, 5), dtype)), 'which no weight is')
+        dtype: (npy(np.zeros((24, 5), dtype)), 'which no weight has')
         for dtype in ('int32', 'uint8', 'bool', 'complex64', 'S4', 'U4', '>f4', 'M8[s]', 'V3', PAIR,
                       'longdouble')
     },
@@ -211,7 +211,7 @@ def test_arrays_missing_extra_or_of_another_rank(seeds, tmp_path, format):
     """Of many arrays of the file in turn, but for those that a model may do without."""
     folder, original = seeds[format].is_dir(), seeds[format]
     original = original / 'model.safetensors' if folder else original
-    with files.opened(original) as arrays:
+    with files.open_arrays(original) as arrays:
         arrays = {name: array.read(name) for name, array in arrays.items()}
     path = tmp_path / original.name
 
@@ -312,7 +312,7 @@ def test_numbers_in_names(seeds, tmp_path, name):
 def test_sizes_that_no_model_has(seeds, tmp_path):
     value = npy(np.zeros(3, 'f4'))
     rows = members(seeds['official']) | {'conv_root/kernel.npy': npy(np.zeros((7, 7, 3, 7), 'f4'))}
-    refused(zipped(tmp_path / 'a.npz', rows.items()), 'can be built')
+    refused(zipped(tmp_path / 'a.npz', rows.items()), 'cannot be built')
     many = rows | {f'block{i}/unit1/x.npy': value for i in range(1, 200)}
     refused(zipped(tmp_path / 'a.npz', many.items()), 'block5/')
     many = rows | {f'block1/unit{i}/x.npy': value for i in range(1, 200)}
@@ -339,8 +339,8 @@ SAFETENSORS = {  # (bytes, what the message says)
     'three bytes': (b'abc', 'header'),
     'no JSON': (safetensors(b'{"a": nope}'), 'header'),
     'no text': (safetensors(b'\xff\xfe{}'), 'header'),
-    'a list': (safetensors([1]), 'no object'),
-    'a text': (safetensors('x'), 'no object'),
+    'a list': (safetensors([1]), 'not an object'),
+    'a text': (safetensors('x'), 'not an object'),
     'nothing': (safetensors({}), 'no arrays'),
     'deep nesting': (safetensors(b'{"a":' * 200_000 + b'1' + b'}' * 200_000), 'header'),
     'a huge number': (safetensors(b'{"a": ' + b'1' * 5000 + b'}'), 'header'),
@@ -413,7 +413,7 @@ def test_array_of_safetensors(seeds, tmp_path, format, dtype):
                 ]
         header[name]['dtype'] = kind
     (tmp_path / 'a.safetensors').write_bytes(safetensors(header, data))
-    word = 'finite' if 'N' in dtype or value is not None else 'which no weight is'
+    word = 'finite' if 'N' in dtype or value is not None else 'which no weight has'
     refused(tmp_path / 'a.safetensors', name.removeprefix('vit.'), word, num_heads=3)
 
 
@@ -600,7 +600,7 @@ def test_bombs(seeds, tmp_path):
         value, word = IN_NPZ[attack]
         path = zipped(tmp_path / f'{attack}.npz', (rows | {f'{HEAD}.npy': value}).items())
         words[path] = word
-    content = {'brackets': (safetensors(brackets), 'array a is not')} | SAFETENSORS
+    content = {'brackets': (safetensors(brackets), 'entry for array a')} | SAFETENSORS
     for attack in ('brackets', 'terabytes with their offsets', 'a header of 2 ** 63 bytes'):
         path = tmp_path / f'{attack}.safetensors'
         path.write_bytes(content[attack][0])
@@ -634,7 +634,7 @@ def test_what_is_legal_loads_bit_for_bit(seeds, tmp_path, format, kind):
         file = to = tmp_path / 'model.safetensors'
     else:
         file, to = path, tmp_path / 'a.npz'
-    with files.opened(file) as arrays:
+    with files.open_arrays(file) as arrays:
         arrays = {n: convert(a.read(n)) for n, a in arrays.items()}
     if path.is_dir():
         contiguous = {n: np.ascontiguousarray(a) for n, a in arrays.items()}

@@ -233,7 +233,7 @@ def test_convert_prints_the_catalogue_and_what_a_checkpoint_is(pretrained, tmp_p
     (foreign / 'thesis.txt').write_text('years of work')
     for arguments, words in (
         ((pretrained, tmp_path / 'x.npz', '--to=big_vision'),
-         'can not express cls_posemb=True of this model, only False; fold=True (--fold) writes'),
+         'cannot express cls_posemb=True of this model, only False; fold=True (--fold) writes'),
         ((pretrained, foreign, '--to=timm', '--force'), 'which no export wrote'),
         ((pretrained, tmp_path / 'x.npz'), 'usage'),
         ((pretrained, tmp_path / 'x', '--to=hf', '--model.gleu=exact'), "nearest is 'glu'"),

@@ -128,7 +128,7 @@ def test_names_of_no_checkpoint(stopped, folder, tmp_path_factory, tmp_path):
     other = shutil.copytree(stopped, tmp_path / 'run')
     config = json.loads((other / 'config.json').read_text())
     for best, words in ((None, 'no checkpoint.best; name a step, .*run@STEP: [0-9]+, 4$'),
-                        ('val/top1', 'no checkpoint of it has a val/top1 yet; name a step')):
+                        ('val/top1', 'no checkpoint has a val/top1 yet; name a step')):
         config['checkpoint']['best'] = best
         (other / 'config.json').write_text(json.dumps(config))
         with pytest.raises(UserError, match=words):

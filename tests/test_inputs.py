@@ -117,10 +117,11 @@ def test_what_is_no_image_is_refused_in_one_line(checkpoint, tmp_path):
         (colour > 3, 'dtype bool'), (colour.astype(np.uint16), 'as 8 bits have them'),
         (colour.transpose(2, 0, 1), '[3, 9, 7], not [H, W, 3]'), (colour[0, 0], '[3]'),
         (colour[:0], '[0, 7, 3]'), (np.zeros((9, 7, 5), np.uint8), '[9, 7, 5]'), ([], 'no image'),
-        ([[1, 2], [3, 4]], 'list is no image'), (None, 'NoneType is no image'), (3, 'int is no'),
+        ([[1, 2], [3, 4]], 'list is not an image'), (None, 'NoneType is not an image'),
+        (3, 'int is not an image'),
         (tmp_path / 'text.png', 'text.png'), (tmp_path / 'none.png', 'none.png'),
-        ({'a.png': 1}, 'dict is no image; give the path'), (b'...', 'bytes is no image'),
-        (io.BytesIO(b'...'), 'BytesIO is no image; give the path of a file, a PIL image'),
+        ({'a.png': 1}, 'dict is not an image; give the path'), (b'...', 'bytes is not an image'),
+        (io.BytesIO(b'...'), 'BytesIO is not an image; give the path of a file, a PIL image'),
     ]  # fmt: skip
     for image, words in cases:
         with pytest.raises(UserError, match=re.escape(words)) as e:
@@ -145,7 +146,7 @@ def test_an_opened_file_is_what_its_file_shows():
             continue
         with picture:
             wanted = decoding.decode(file.read_bytes())
-            np.testing.assert_array_equal(inputs.pixels_of(picture), wanted, err_msg=file.name)
+            np.testing.assert_array_equal(inputs.to_pixels(picture), wanted, err_msg=file.name)
             seen += 1
     assert seen >= 9
 
@@ -153,10 +154,10 @@ def test_an_opened_file_is_what_its_file_shows():
 def test_pictures_made_of_arrays_have_the_range_of_these():
     values = np.arange(16, dtype=np.int32).reshape(4, 4)
     picture = Image.fromarray(values * 4096)
-    np.testing.assert_array_equal(inputs.pixels_of(picture)[..., 0], values * 16)
+    np.testing.assert_array_equal(inputs.to_pixels(picture)[..., 0], values * 16)
     for wrong in (values, values * 16, values * 70_000, values - 1):
         with pytest.raises(UserError, match='has values from'):
-            inputs.pixels_of(Image.fromarray(wrong))
+            inputs.to_pixels(Image.fromarray(wrong))
 
 
 @pytest.mark.parametrize('view, words', [

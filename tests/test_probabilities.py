@@ -10,7 +10,7 @@ from PIL import Image
 
 import vit_jax
 from vit_jax import export, models, predict
-from vit_jax.convert import fit, load
+from vit_jax.convert import load, stages
 from vit_jax.data import files, tasks
 from vit_jax.figures import model_page
 from vit_jax.objectives import losses
@@ -55,17 +55,17 @@ def test_each_format_says_how_its_head_was_trained(model, tmp_path, format, loss
     assert load.read(by_config).loss == (loss or 'softmax')
 
 
-@pytest.mark.parametrize('said', [['sigmoid'], {}, 5, 'other'])
-def test_what_stands_beside_weights_is_untrusted(model, tmp_path, said):
+@pytest.mark.parametrize('stated', [['sigmoid'], {}, 5, 'other'])
+def test_what_stands_beside_weights_is_untrusted(model, tmp_path, stated):
     vit_jax.save(tmp_path / 'm.npz', *model, loss='sigmoid', image_size=SIZE)
     record = json.loads((tmp_path / 'm.json').read_text())
-    (tmp_path / 'm.json').write_text(json.dumps(record | {'loss': said}))
+    (tmp_path / 'm.json').write_text(json.dumps(record | {'loss': stated}))
     assert load.read(tmp_path / 'm.npz').loss is None
 
 
 @pytest.mark.parametrize('config', [None, {}, {'objective': 5}, {'objective': {'loss': ['x']}}])
 def test_a_config_that_says_nothing_leaves_it_unknown(config):
-    assert fit.loss_of(config) is None
+    assert stages.loss_of(config) is None
 
 
 @pytest.mark.parametrize('loss', ['softmax', 'sigmoid', None])

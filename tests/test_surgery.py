@@ -215,7 +215,7 @@ def test_other_classes_get_a_head_of_zeros():
     assert_equal_apart_from(whole.params, read.params, 'head', 'pre_logits', 'posemb')
     assert rows(read.account, 're-initialised') == {'head': 'zeros: 7 classes'}
     assert rows(read.account, 'unused') == {
-        'head/bias': 'another head is asked for', 'head/kernel': 'another head is asked for',
+        'head/bias': 'replaced by the new head', 'head/kernel': 'replaced by the new head',
         'pre_logits/bias': 'dropped with the head', 'pre_logits/kernel': 'dropped with the head',
     }  # fmt: skip
     table = 'Transformer/posembed_input/pos_embedding'
@@ -228,16 +228,16 @@ def test_other_classes_get_a_head_of_zeros():
     logits, out = read.model.apply({'params': read.params}, jnp.ones((1, 64, 64, 3)))
     assert logits.shape == (1, 7) and not logits.any() and out['pre_logits'].shape == (1, 48)
     account = [row for row in read.account if row[0] != 'guessed']
-    lines = load.table(account).splitlines()
+    lines = load.format_account(account).splitlines()
     assert [re.split(' {2,}', line) for line in lines] == [
         ['loaded', f'{len(loaded)} arrays', f'into {len(set(loaded.values()))} parameters'],
         ['resized', table, '4 x 4 -> 8 x 8, linear'],
         ['re-initialised', 'head', 'zeros: 7 classes'],
-        ['unused', 'head/bias, head/kernel', 'another head is asked for'],
+        ['unused', 'head/bias, head/kernel', 'replaced by the new head'],
         ['unused', 'pre_logits/bias, pre_logits/kernel', 'dropped with the head'],
     ]
     assert len({line.index(detail) for line, detail in (
-        (lines[0], 'into'), (lines[1], '4 x 4'), (lines[2], 'zeros'), (lines[3], 'another'),
+        (lines[0], 'into'), (lines[1], '4 x 4'), (lines[2], 'zeros'), (lines[3], 'replaced'),
     )}) == 1  # in columns
 
 
@@ -307,7 +307,7 @@ def changed(tmp_path, **arrays):
     (dict(head__kernel=noise(48, 10)), ['array head/kernel is [48, 10]', 'needs [40, 10]']),
     (dict(Transformer__posembed_input__pos_embedding=noise(1, 17, 47)),
      ['pos_embedding is [1, 17, 47]', 'needs [1, 17, 48]']),
-    (dict(cls=np.full((1, 1, 48), np.nan, np.float32)), ['array cls', 'no finite numbers']),
+    (dict(cls=np.full((1, 1, 48), np.nan, np.float32)), ['array cls', 'not finite']),
     (dict(cls=np.ones((1, 1, 48), np.int64)), ['array cls', 'int64']),
 ])  # fmt: skip
 def test_an_array_that_does_not_fit_is_named(arrays, words, tmp_path):
@@ -422,7 +422,7 @@ def test_the_average_of_a_run_is_loaded_unless_asked_otherwise(run):
             assert_is(load.read(path, ema=ema).params, wanted)
         assert_is(vit_jax.load(path)[1], average)
         assert not np.array_equal(average['head/kernel'], raw['head/kernel'])
-    with pytest.raises(UserError, match='no checkpoint of a run, so it has no moving average'):
+    with pytest.raises(UserError, match='not a checkpoint of a run, so it has no moving average'):
         vit_jax.load(PRE_LOGITS, ema=True)
 
 
@@ -438,7 +438,7 @@ def test_a_damaged_checkpoint_of_a_run_is_passed_over(run, tmp_path, capsys):
     with pytest.raises(UserError, match='checkpoints/60 is damaged'):
         vit_jax.load(newest)
     (copy / 'checkpoints' / '30' / 'state' / 'manifest.ocdbt').unlink()
-    with pytest.raises(UserError, match='none of the 2 checkpoints in .* is sound'):
+    with pytest.raises(UserError, match='none of the 2 checkpoints in .* is intact'):
         vit_jax.load(copy)
 
 

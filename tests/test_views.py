@@ -120,9 +120,9 @@ def test_the_pipeline_of_timm(network, photographs, tmp_path):
 def test_the_size_that_timm_resizes_to_is_the_one_that_was_meant():
     for size in (32, 48, 96, 224, 299, 384, 518):
         for crop in (0.5, 0.8, 0.857, 0.875, 0.9, 0.95, 0.965, 1.0):
-            settings, _ = views.pretrained(dict(name='central', crop=crop), (size, size))
+            settings, _ = views.pretrained_settings(dict(name='central', crop=crop), (size, size))
             assert math.floor(size / settings['crop_pct']) == round(size / crop), (size, crop)
-    settings, _ = views.pretrained('central', (224, 224))
+    settings, _ = views.pretrained_settings('central', (224, 224))
     assert settings == dict(crop_pct=0.875, crop_mode='center', interpolation='bilinear')
 
 
@@ -220,9 +220,9 @@ def test_a_view_comes_back(format, network, tmp_path):
 def test_a_view_that_a_file_states_is_checked():
     for view in ('nosuch', 5, [], {}, None, dict(name=['resize']), dict(name='resize', crop=7.0),
                  dict(name='resize', nosuch=1), dict(name='resize', size=(1, 1))):  # fmt: skip
-        assert views.checked(view) is None, view
+        assert views.valid_view(view) is None, view
     for view in ('resize', dict(name='central', crop=0.5)):
-        assert views.checked(view) is view
+        assert views.valid_view(view) is view
 
 
 @pytest.mark.parametrize('view, words', [
@@ -233,7 +233,7 @@ def test_a_view_that_a_file_states_is_checked():
     ('inception', ['inception has chance', 'central stands', 'before it is cut']),
 ])  # fmt: skip
 def test_what_they_can_not_express_is_said(view, words):
-    settings, notes = views.processor(view, (224, 224))
+    settings, notes = views.processor_settings(view, (224, 224))
     for word in words:
         assert word in '; '.join(notes)
     assert bool(notes) == bool(words)

@@ -24,7 +24,7 @@ __version__ = '0.1.0'
 __all__ = ['UserError', 'class_names', 'load', 'models', 'preprocess', 'save']
 
 # Imported on first use: training needs none of them.
-PLACES = {
+MODULES = {
     'UserError': 'vit_jax.errors',
     'class_names': 'vit_jax.convert.inputs',
     'load': 'vit_jax.convert.load',
@@ -39,8 +39,8 @@ if streams.is_command():  # before the other imports, which take seconds
 def __getattr__(name: str) -> object:
     if name == 'models':
         return importlib.import_module('vit_jax.models')
-    if name in PLACES:
-        return getattr(importlib.import_module(PLACES[name]), name)
+    if name in MODULES:
+        return getattr(importlib.import_module(MODULES[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

@@ -199,7 +199,7 @@ def first_state(config, parts):
     )  # fmt: skip
     parameters.check_same(found.params, parts.abstract.params, config.init_from)
     state = step.begin(found.params, parts.objective, parts.tx, parts.abstract)
-    return state, weights.table(found.account)
+    return state, weights.format_account(found.account)
 
 
 def config_of_method(address: str, with_model: bool) -> ConfigDict | None:

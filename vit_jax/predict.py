@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vit_jax import assembly, cli
-from vit_jax.convert import fit
 from vit_jax.convert import load as weights
+from vit_jax.convert import stages
 from vit_jax.data import files, tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -140,7 +140,7 @@ def method(
             f'--image_size is {image_size}, but objective {objective} takes images of {size[0]} x '
             f'{size[1]} pixels alone'
         )
-    return Predictor(compute, params, size, fit.view_of(config.to_dict()) or 'central')
+    return Predictor(compute, params, size, stages.view_of(config.to_dict()) or 'central')
 
 
 def predicted(

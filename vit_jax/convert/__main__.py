@@ -12,6 +12,7 @@ from absl import flags
 
 from vit_jax import cli, config, models
 from vit_jax.convert import load, save
+from vit_jax.convert.stages import Loaded
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import storage
@@ -32,7 +33,7 @@ FOLD = flags.DEFINE_bool(
 FORCE = flags.DEFINE_bool('force', False, 'Replace what an earlier export wrote at DST.')
 
 
-def catalogue():
+def catalogue() -> str:
     """Formats the catalogue of public checkpoints as a table."""
     rows = [('name', 'family', 'px', 'ImageNet', 'address')]
     for name, row in load.catalogue().items():
@@ -41,7 +42,7 @@ def catalogue():
     return aligned(rows)
 
 
-def size():
+def size() -> int | tuple[int, ...] | None:
     """Parses --image_size into an int, a tuple or None; raises UserError if it is not numbers."""
     if SIZE.value is None:
         return None
@@ -52,18 +53,18 @@ def size():
     return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
-def described(found):
+def describe(loaded: Loaded) -> str:
     """Describes a checkpoint as text: family, name, fields that are not the default, image size."""
-    fields = models.describe(found.model)
+    fields = models.describe(loaded.model)
     defaults = {k: default for k, (_, default) in models.fields(fields['name']).items()}
-    lines = [f'{found.source}: {fields["name"]}']
+    lines = [f'{loaded.source}: {fields["name"]}']
     lines += [f'  {k} = {v!r}' for k, v in fields.items() if v != defaults[k] and k != 'name']
-    if found.image_size:
-        lines.append(f'  for images of {found.image_size[0]} x {found.image_size[1]}')
+    if loaded.image_size:
+        lines.append(f'  for images of {loaded.image_size[0]} x {loaded.image_size[1]}')
     return '\n'.join(lines)
 
 
-def main(argv, changes):
+def main(argv: list[str], changes: list[tuple[str, str]]) -> None:
     if LIST.value:
         print(catalogue())
         return
@@ -77,18 +78,18 @@ def main(argv, changes):
     fields = {key: config.parsed(text) for key, text in changes}
     for key in fields.keys() & inspect.signature(load.read).parameters.keys():
         raise UserError(f'--model.{key} is no field of a model; see --help for flags')
-    found = load.read(
+    loaded = load.read(
         argv[1], image_size=size(), num_classes=CLASSES.value, keep_pre_logits=KEEP.value,
         ema=None if EMA.value else False, **fields,
     )  # fmt: skip
-    print(printable(described(found), keep='\n'))
-    print(load.table(found.account))
+    print(printable(describe(loaded), keep='\n'))
+    print(load.format_account(loaded.account))
     if len(argv) == 3:
-        outputs = range(found.model.num_classes or 0)  # some outputs of a run have no name
-        classes = found.classes and [classify.class_name(found.classes, i) for i in outputs]
+        outputs = range(loaded.model.num_classes or 0)  # some outputs of a run have no name
+        classes = loaded.classes and [classify.class_name(loaded.classes, i) for i in outputs]
         save.save(
-            argv[2], found.model, found.params, TO.value, image_size=found.image_size or size(),
-            classes=classes, config=found.config, loss=found.loss, view=found.view,
+            argv[2], loaded.model, loaded.params, TO.value, image_size=loaded.image_size or size(),
+            classes=classes, config=loaded.config, loss=loaded.loss, view=loaded.view,
             fold=FOLD.value,
         )  # fmt: skip
         print(f'Written: {printable(argv[2])} ({TO.value})')

@@ -1,6 +1,10 @@
 """Reads JSON files beside weights. They are untrusted, so each value is checked when it is read."""
 
-from typing import NamedTuple
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import flax.linen as nn
 
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
@@ -23,24 +27,26 @@ PROBLEMS = {  # transformers' problem_type, by the loss that a classifier is tra
 
 
 class Notes(NamedTuple):
-    """What documents leave open, and which of their keys have no effect."""
+    """What the JSON files leave open, and which of their keys have no effect."""
 
-    guessed: dict = {}  # {field: why}: nothing states its value
-    unsettled: dict = {}  # {field: why}: ambiguous, the caller must give the field as a keyword
-    ignored: tuple = ()  # (key, why): stated, but without effect here
-    unknown: tuple = ()  # keys that this package does not know
+    guessed: dict[str, str] = {}  # {field: why}: nothing states its value
+    unsettled: dict[str, str] = {}  # {field: why}: ambiguous, the caller must give it
+    ignored: tuple[tuple[str, str], ...] = ()  # (key, why): stated, but without effect here
+    unknown: tuple[str, ...] = ()  # keys that this package does not know
 
-    def rows(self, model, given):
+    def rows(self, model: nn.Module, given: Collection[str]) -> list[tuple[str, str, str]]:
         """Rows of the account, without guesses of fields that the caller has `given`."""
         rows = [
             ('guessed', f'{field}={getattr(model, field)!r}', f'{why}; {field}=... settles it')
             for field, why in self.guessed.items() if field not in given
         ]  # fmt: skip
         rows += [('ignored', key, why) for key, why in self.ignored]
-        return rows + [('ignored', key, 'a key that is not known here') for key in self.unknown]
+        return rows + [('ignored', key, 'an unknown key') for key in self.unknown]
 
 
-def option(config, key, kind, default=None, file='config.json'):
+def option(
+    config: dict[str, Any], key: str, kind: str, default: Any = None, file: str = 'config.json'
+) -> Any:
     """A value of a JSON file, or `default` if it is absent or null.
 
     Raises UserError unless the value is of `kind`, a key of KINDS.
@@ -53,7 +59,9 @@ def option(config, key, kind, default=None, file='config.json'):
     return value
 
 
-def by_channel(config, key, kind, channels, file='config.json'):
+def channel_values(
+    config: dict[str, Any], key: str, kind: str, channels: int, file: str = 'config.json'
+) -> tuple[float, ...] | None:
     """A number per channel, None if the key is absent; a single float applies to all channels.
 
     Raises UserError unless each number is of `kind`, a key of KINDS.
@@ -62,55 +70,60 @@ def by_channel(config, key, kind, channels, file='config.json'):
     if values is None:
         return None
     values = [values] * channels if isinstance(values, float) else values
-    sound = isinstance(values, list) and len(values) == channels and all(map(KINDS[kind], values))
-    if not sound:
-        wanted = f'{kind} for each of {channels} channels'
-        raise UserError(f'{file}: {key} is {brief(repr(values))}, not {wanted}')
+    valid = isinstance(values, list) and len(values) == channels and all(map(KINDS[kind], values))
+    if not valid:
+        expected = f'{kind} for each of {channels} channels'
+        raise UserError(f'{file}: {key} is {brief(repr(values))}, not {expected}')
     return tuple(map(float, values))
 
 
-def size_option(config, key, file='config.json'):
+def size_option(
+    config: dict[str, Any], key: str, file: str = 'config.json'
+) -> tuple[int, int] | None:
     """(height, width) from a number of pixels or a pair; None if the key is absent."""
     value = config.get(key)
     if value is None:
         return None
     pair = value if isinstance(value, list) else [value] * 2
     if len(pair) != 2 or not all(map(KINDS['a whole number above 0'], pair)):
-        wanted = 'a number of pixels or [height, width]'
-        raise UserError(f'{file}: {key} is {brief(repr(value))}, not {wanted}')
+        expected = 'a number of pixels or [height, width]'
+        raise UserError(f'{file}: {key} is {brief(repr(value))}, not {expected}')
     return tuple(pair)
 
 
-def loss_said(config: dict) -> str | None:
+def stated_loss(config: dict) -> str | None:
     """The training loss that problem_type in config.json implies; None if that is unknown."""
     return {v: k for k, v in PROBLEMS.items()}.get(str(config.get('problem_type')))
 
 
-def agree(stated, told, file='config.json'):
+def check_agreement(
+    stated: dict[str, Any], inferred: dict[str, Any], file: str = 'config.json'
+) -> None:
     """Raises UserError if a value stated in a JSON file differs from what the arrays imply.
 
-    `stated` and `told` are {key: value}. Keys that are absent from either, or stated as None, are
-    not compared.
+    Both are {key: value}. A key that either lacks, or that is stated as None, is not compared.
     """
-    for key in stated.keys() & told.keys():
-        if stated[key] is not None and stated[key] != told[key]:
+    for key in stated.keys() & inferred.keys():
+        if stated[key] is not None and stated[key] != inferred[key]:
             raise UserError(
                 f'{file}: {key} is {brief(repr(stated[key]))}, but the arrays have '
-                f'{brief(repr(told[key]))}'
+                f'{brief(repr(inferred[key]))}'
             )
 
 
-def labels(names, count, key, file='config.json'):
+def check_class_names(
+    names: Any, count: int | None, key: str, file: str = 'config.json'
+) -> tuple[str, ...] | None:
     """Class names as a tuple, None without any; raises UserError unless there is one per output."""
     if names is None or not count:
         return None
     if class_names(names) is None or len(names) != count:
-        some = f'{len(names)} values' if isinstance(names, (list, dict)) else brief(repr(names))
-        raise UserError(f'{file}: {key} has {some}, not a name for each of {count} outputs')
+        given = f'{len(names)} values' if isinstance(names, (list, dict)) else brief(repr(names))
+        raise UserError(f'{file}: {key} has {given}, not a name for each of {count} outputs')
     return tuple(names)
 
 
-def class_names(values):
+def class_names(values: Any) -> tuple[str, ...] | None:
     """Class names as a tuple; None unless they are a non-empty list of strings."""
-    sound = isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
-    return tuple(values) if sound and values else None
+    valid = isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
+    return tuple(values) if valid and values else None

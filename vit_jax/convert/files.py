@@ -13,8 +13,8 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -45,81 +45,81 @@ class Array(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-    fill: Callable  # (uint8 [bytes]) -> None: reads the stored bytes
+    fill: Callable[[np.ndarray], None]  # reads the stored bytes into uint8 [bytes]
     stored: np.dtype | None  # None: not floating-point
 
-    def read(self, name, out=None):
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """Reads the values in their stored dtype, into `out` if its dtype and layout allow it.
 
         Raises UserError for damaged data and for values that are not finite or too large for
         float32.
         """
         if self.stored is None:
-            raise UserError(f'array {name} is of dtype {self.dtype}, which no weight is')
+            raise UserError(f'array {name} has dtype {self.dtype}, which no weight has')
         direct = out is not None and out.dtype == self.stored and out.flags.c_contiguous
         values = out.reshape(-1) if direct else np.empty(math.prod(self.shape), self.stored)
-        with damage(name):
+        with explain_damage(name):
             self.fill(values.view(np.uint8))
         if values.size:
             with np.errstate(invalid='ignore'):
                 low, high = float(values.min()), float(values.max())
             if not (math.isfinite(low) and math.isfinite(high)):
-                raise UserError(f'array {name} has values that are no finite numbers')
+                raise UserError(f'array {name} has values that are not finite')
             if low < -MOST_VALUE or high > MOST_VALUE:
                 raise UserError(f'array {name} has values that are too large for float32')
         return values.reshape(self.shape)
 
 
-class Sparing(io.BufferedReader):
-    """A file that limits the size of a read, so that a false size in it can't exhaust memory."""
+class LimitedReader(io.BufferedReader):
+    """A file that limits the size of a read: a false size in it cannot exhaust memory."""
 
-    def read(self, size=-1):
+    def read(self, size: int = -1) -> bytes:
         if size > max(MOST_HEADER, CHUNK):
             raise UserError(f'its list of arrays claims {size:,} bytes; refused')
         return super().read(size)
 
 
 @contextlib.contextmanager
-def opened(path):
+def open_arrays(path: str | os.PathLike) -> Iterator[dict[str, Array]]:
     """Opens a file as {name: Array}, which can be read while the context is open.
 
     Raises UserError for a damaged or hostile file.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
-            raise UserError('it is no regular file')
-        with Sparing(io.FileIO(path)) as file:
-            reader = npz if str(path).endswith('.npz') else safetensors
-            arrays = reader(file)
+            raise UserError('it is not a regular file')
+        with LimitedReader(io.FileIO(path)) as file:
+            read = read_npz if str(path).endswith('.npz') else read_safetensors
+            arrays = read(file)
             if not arrays:
                 raise UserError('the file has no arrays')
             yield arrays
     except UserError as e:
         raise UserError(f'{path}: {e}') from e
     except OSError as e:
-        raise UserError(f'can not read {path}: {e.strerror or e}') from e
+        raise UserError(f'cannot read {path}: {e.strerror or e}') from e
 
 
-def plain(name):
+def check_name(name: str) -> str:
     """Returns the name of an array.
 
     Raises UserError if it is empty or too long, leads out of a folder, or has control characters.
     """
-    wrong = not name or '..' in name or name.startswith(('/', '\\')) or not name.isprintable()
-    if wrong or len(name) > MOST_NAME:
+    invalid = not name or '..' in name or name.startswith(('/', '\\')) or not name.isprintable()
+    if invalid or len(name) > MOST_NAME:
         raise UserError(f'array name {brief(ascii(name))} is refused')
     return name
 
 
-def sized(name, shape, itemsize):
+def count_bytes(name: str, shape: Sequence[Any], itemsize: int) -> int:
     """Size of an array in bytes; raises UserError for an impossible shape."""
-    sound = len(shape) <= MOST_AXES and all(type(n) is int and 0 <= n < MOST_VALUES for n in shape)
-    if not sound or math.prod(shape) >= MOST_VALUES:
+    valid = len(shape) <= MOST_AXES and all(type(n) is int and 0 <= n < MOST_VALUES for n in shape)
+    if not valid or math.prod(shape) >= MOST_VALUES:
         raise UserError(f'array {name} claims an impossible shape {brief(list(shape[:MOST_AXES]))}')
     return math.prod(shape) * itemsize
 
 
-def npz(file):
+def read_npz(file: BinaryIO) -> dict[str, Array]:
     """{name: Array} of an open .npz file."""
     size = os.fstat(file.fileno()).st_size
     try:
@@ -127,24 +127,24 @@ def npz(file):
     except UserError:
         raise
     except Exception as e:  # zipfile trusts what the file states: any error may result
-        raise UserError(f'no .npz file, or a damaged one ({brief(e)})') from e
+        raise UserError(f'not an .npz file, or a damaged one ({brief(e)})') from e
     members = archive.infolist()
     expanded = sum(m.file_size for m in members)
     if expanded > MOST_EXPANSION * size:
         raise UserError(f'its {size:,} bytes claim to hold {expanded:,}; refused')
-    apart(file, members, archive.start_dir)
+    check_no_overlap(file, members, archive.start_dir)
     arrays = {}
     for member in members:
-        name = plain(member.filename.removesuffix('.npy'))
+        name = check_name(member.filename.removesuffix('.npy'))
         if name in arrays:
-            raise UserError(f'array {name} is there twice')
+            raise UserError(f'array {name} occurs twice')
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f'array {name} is compressed in a way that NumPy does not write')
-        arrays[name] = npy(archive, member, name)
+        arrays[name] = read_npy(archive, member, name)
     return arrays
 
 
-def apart(file, members, end):
+def check_no_overlap(file: BinaryIO, members: Sequence[zipfile.ZipInfo], end: int) -> None:
     """Raises UserError if members overlap or extend past `end`, where the zip directory starts."""
     for member in sorted(members, key=lambda m: m.header_offset, reverse=True):
         start = member.header_offset
@@ -152,52 +152,49 @@ def apart(file, members, end):
             file.seek(start + 26)  # lengths of the text after the 30-byte local header
             text = sum(struct.unpack('<HH', file.read(4).ljust(4, b'\xff')))
         if start < 0 or start + 30 + text + member.compress_size > end:
-            name = plain(member.filename.removesuffix('.npy'))
+            name = check_name(member.filename.removesuffix('.npy'))
             raise UserError(f'array {name} claims bytes that are not its own')
         end = start
 
 
-def zip_digest(path):
+def zip_digest(path: str | os.PathLike) -> int:
     """Checksum of all arrays of an .npz, computed from the checksums that the file stores."""
     with zipfile.ZipFile(path) as archive:
         rows = sorted((m.filename, m.file_size, m.CRC) for m in archive.infolist())
     return zlib.crc32(repr(rows).encode())
 
 
-def npy(archive, member, name):
+def read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> Array:
     """A member of an .npz as an Array; reads only its header."""
-    with damage(name), archive.open(member) as stream:
-        shape, order, dtype = npy_header(stream)
+    with explain_damage(name), archive.open(member) as stream:
+        shape, fortran, dtype = read_npy_header(stream)
         start = stream.tell()
     if dtype.hasobject:
         raise UserError(f'array {name} is pickled, and pickles are refused')
     if dtype == np.dtype('V2'):  # as NumPy saves bfloat16
         dtype = np.dtype(ml_dtypes.bfloat16)
-    count = sized(name, shape, dtype.itemsize)
+    count = count_bytes(name, shape, dtype.itemsize)
     if count != member.file_size - start:
         raise UserError(
-            f'array {name} claims {count:,} bytes {list(shape)} {brief(dtype)}, it has '
+            f'array {name} claims {count:,} bytes {list(shape)} {brief(dtype)}, but has '
             f'{member.file_size - start:,}'
         )
 
     def fill(out):
         with archive.open(member) as stream:
             stream.read(start)
-            whole = np.empty_like(out) if order else out
-            fully(stream, whole)
-        if order:  # Fortran order: the first axis varies fastest
-            values = whole.view(dtype).reshape(shape[::-1]).T
+            values_read = np.empty_like(out) if fortran else out
+            read_fully(stream, values_read)
+        if fortran:  # Fortran order: the first axis varies fastest
+            values = values_read.view(dtype).reshape(shape[::-1]).T
             out.view(dtype).reshape(shape)[...] = values
 
-    stored = dtype.newbyteorder('=') if dtype.kind == 'f' and dtype.isnative else None
-    if dtype == ml_dtypes.bfloat16:
-        stored = dtype
-    if stored is not None and stored.itemsize > 8:
-        stored = None
+    is_float = dtype.kind == 'f' and dtype.isnative and dtype.itemsize <= 8
+    stored = dtype if is_float or dtype == ml_dtypes.bfloat16 else None
     return Array(tuple(shape), brief(dtype), fill, stored)
 
 
-def npy_header(stream):
+def read_npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Reads (shape, whether in Fortran order, dtype) from the start of a .npy stream."""
     version = np.lib.format.read_magic(stream)
     read = {
@@ -209,17 +206,17 @@ def npy_header(stream):
 
 
 @contextlib.contextmanager
-def damage(name):
+def explain_damage(name: str) -> Iterator[None]:
     """Turns any error of zipfile and NumPy over a damaged array into UserError."""
     try:
         yield
     except (UserError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise UserError(f'array {name} is damaged ({brief(e)})') from e
     except Exception as e:  # NumPy parses headers as Python literals: any error may result
-        raise UserError(f'array {name} can not be read ({type(e).__name__}: {brief(e)})') from e
+        raise UserError(f'array {name} cannot be read ({type(e).__name__}: {brief(e)})') from e
 
 
-def fully(stream, out):
+def read_fully(stream: BinaryIO, out: np.ndarray) -> None:
     """Fills `out`, uint8 [n], from a stream; raises UserError if the stream ends early."""
     view, done = memoryview(out), 0
     while done < len(view):
@@ -229,7 +226,7 @@ def fully(stream, out):
         done += count
 
 
-def safetensors(file):
+def read_safetensors(file: BinaryIO) -> dict[str, Array]:
     """{name: Array} of an open .safetensors file.
 
     The header is parsed here, by the rules of the format: offsets in order, without gaps or
@@ -239,65 +236,65 @@ def safetensors(file):
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), 'little')
     if size < 8 or length > size - 8:
-        raise UserError(f'its header claims {length:,} bytes, the file has {size:,}')
+        raise UserError(f'its header claims {length:,} bytes, but the file has {size:,}')
     try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=unique)
+        header = json.loads(file.read(length).decode(), object_pairs_hook=unique_dict)
     except UserError:
         raise
     except (ValueError, RecursionError) as e:
-        raise UserError(f'no .safetensors file, or a damaged one (header: {brief(e)})') from e
+        raise UserError(f'not a .safetensors file, or a damaged one (header: {brief(e)})') from e
     if not isinstance(header, dict):
-        raise UserError('no .safetensors file: its header is no object')
+        raise UserError('not a .safetensors file: its header is not an object')
     header.pop('__metadata__', None)
     spans, arrays = [], {}
     for name, entry in header.items():
-        shape, dtype, (begin, end) = safetensors_entry(name, entry)
+        shape, dtype, (begin, end) = parse_entry(name, entry)
         spans.append((begin, end, name))
-        arrays[name] = Array(shape, dtype, reader(file, 8 + length + begin), FLOATS.get(dtype))
-    at = 0
+        arrays[name] = Array(shape, dtype, reader_from(file, 8 + length + begin), FLOATS.get(dtype))
+    offset = 0
     for begin, end, name in sorted(spans):
-        if begin != at:
-            raise UserError(f'array {name} begins at byte {begin:,} in place of {at:,}')
-        at = end
-    room = size - 8 - length
-    if at != room:
-        raise UserError(f'its arrays take {at:,} bytes, the file has {room:,} for them')
+        if begin != offset:
+            raise UserError(f'array {name} begins at byte {begin:,} instead of {offset:,}')
+        offset = end
+    available = size - 8 - length
+    if offset != available:
+        raise UserError(f'its arrays take {offset:,} bytes, the file has {available:,} for them')
     return arrays
 
 
-def unique(pairs):
+def unique_dict(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Makes a dict from pairs; raises ValueError for a repeated name."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise ValueError('a name is there twice')
+        raise ValueError('a name occurs twice')
     return dict(pairs)
 
 
-def safetensors_entry(name, entry):
+def parse_entry(name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     """(shape, dtype, offsets) of a header entry; raises UserError if it is inconsistent."""
-    plain(name)
+    check_name(name)
     entry = entry if isinstance(entry, dict) else {}
     shape, dtype, offsets = (entry.get(key) for key in ('shape', 'dtype', 'data_offsets'))
-    sound = isinstance(shape, list) and isinstance(dtype, str) and isinstance(offsets, list)
-    if not sound or len(offsets) != 2:
-        raise UserError(f'the entry of array {name} is not as the format has it')
+    valid = isinstance(shape, list) and isinstance(dtype, str) and isinstance(offsets, list)
+    if not valid or len(offsets) != 2:
+        raise UserError(f'the header has an invalid entry for array {name}')
     if dtype not in SIZES:
-        raise UserError(f'array {name} is of an unknown dtype {brief(repr(dtype))}')
-    count = sized(name, shape, SIZES[dtype])
+        raise UserError(f'array {name} has an unknown dtype {brief(repr(dtype))}')
+    count = count_bytes(name, shape, SIZES[dtype])
     begin, end = offsets
     if not all(type(n) is int and 0 <= n < MOST_VALUES for n in offsets) or end - begin != count:
         raise UserError(
-            f'array {name} {shape} {dtype} takes {count:,} bytes, it claims those from '
+            f'array {name} {shape} {dtype} takes {count:,} bytes, but claims those from '
             f'{brief(begin)} to {brief(end)}'
         )
     return tuple(shape), dtype, (begin, end)
 
 
-def reader(file, offset):
+def reader_from(file: BinaryIO, offset: int) -> Callable[[np.ndarray], None]:
     """Makes a function that fills an array from `offset` in the file."""
 
     def fill(out):
         file.seek(offset)
-        fully(file, out)
+        read_fully(file, out)
 
     return fill

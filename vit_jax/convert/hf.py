@@ -5,16 +5,20 @@ preprocessor_config.json. Position tables are resized by bicubic interpolation, 
 DINOv2 with registers.
 """
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
 import numpy as np
 
 from vit_jax.convert import hf_config
 from vit_jax.convert.documents import option, size_option
+from vit_jax.convert.files import Array
 from vit_jax.convert.hf_config import TYPES
-from vit_jax.convert.official import half, need
-from vit_jax.convert.pieces import Piece, count, linear, norm, renamed
-from vit_jax.convert.timm import ratio
+from vit_jax.convert.official import half_normalisation, shape_of
+from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces, rename_arrays
 from vit_jax.convert.timm_config import IMAGENET
-from vit_jax.convert.timm_model import heads_of
+from vit_jax.convert.timm_model import guess_heads
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -23,69 +27,72 @@ GELUS = {
     'gelu': 'exact', 'gelu_python': 'exact', 'gelu_pytorch_tanh': 'tanh', 'gelu_new': 'tanh',
     'gelu_fast': 'tanh', 'quick_gelu': 'quick',
 }  # fmt: skip
-ACTS = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'quick': 'quick_gelu'}
 PATCHES = 'embeddings.patch_embeddings.projection.weight'
 TABLE = 'embeddings.position_embeddings'
 INTERPOLATION = {'dinov2_with_registers': 'bicubic_antialias'}
 
 
-def matches(names):
+def matches(names: Collection[str]) -> bool:
     """Whether the arrays are those of this family."""
     return any(name == PATCHES or name.endswith('.' + PATCHES) for name in names)
 
 
-def tidy(arrays):
+def without_prefix(arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Removes the prefix that arrays of a model inside a classifier have."""
     prefix = next((n.removesuffix(PATCHES) for n in arrays if n.endswith('.' + PATCHES)), '')
-    return renamed(arrays, {name: name.removeprefix(prefix) for name in arrays})
+    return rename_arrays(arrays, {name: name.removeprefix(prefix) for name in arrays})
 
 
-def model_type(arrays, config):
+def infer_model_type(arrays: Collection[str], config: dict[str, Any]) -> str:
     """One of TYPES, from config.json or else the arrays; raises UserError if they disagree."""
-    told = 'deit' if 'embeddings.distillation_token' in arrays else 'vit'
+    inferred = 'deit' if 'embeddings.distillation_token' in arrays else 'vit'
     if 'encoder.layer.0.mlp.fc2.weight' in arrays or 'encoder.layer.0.norm1.weight' in arrays:
         registers = 'embeddings.register_tokens' in arrays
-        told = 'dinov2_with_registers' if registers else 'dinov2'
-    kind = option(config, 'model_type', 'a text', told)
+        inferred = 'dinov2_with_registers' if registers else 'dinov2'
+    kind = option(config, 'model_type', 'a text', inferred)
     if kind not in TYPES:
-        some = ', '.join(TYPES)
-        raise UserError(f'config.json: model_type {brief(repr(kind))} is none of {some}')
-    if told != (kind if kind not in ('vit_mae', 'vit_msn') else 'vit'):
-        raise UserError(f'config.json: model_type is {kind!r}, but the arrays are those of {told}')
+        types = ', '.join(TYPES)
+        raise UserError(f'config.json: model_type {brief(repr(kind))} is none of {types}')
+    if inferred != (kind if kind not in ('vit_mae', 'vit_msn') else 'vit'):
+        raise UserError(
+            f'config.json: model_type is {kind!r}, but the arrays are those of {inferred}'
+        )
     return kind
 
 
-def hidden(arrays, kind):
+def mlp_size(arrays: Mapping[str, Array], kind: str) -> tuple[int, bool]:
     """(hidden size of the MLP, whether it is gated)."""
     if not kind.startswith('dinov2'):
-        return need(arrays, 'encoder.layer.0.intermediate.dense.weight', 2)[0], False
+        return shape_of(arrays, 'encoder.layer.0.intermediate.dense.weight', 2)[0], False
     if 'encoder.layer.0.mlp.weights_out.weight' in arrays:
-        return need(arrays, 'encoder.layer.0.mlp.weights_out.weight', 2)[1], True
-    return need(arrays, 'encoder.layer.0.mlp.fc1.weight', 2)[0], False
+        return shape_of(arrays, 'encoder.layer.0.mlp.weights_out.weight', 2)[1], True
+    return shape_of(arrays, 'encoder.layer.0.mlp.fc1.weight', 2)[0], False
 
 
-def channels(arrays):
+def channels(arrays: Mapping[str, Array]) -> int:
     """Number of channels of the images."""
-    return need(arrays, PATCHES, 4)[1]
+    return shape_of(arrays, PATCHES, 4)[1]
 
 
-def guess(kind, channels):
+def guess_normalisation(kind: str, channels: int) -> dict[str, tuple[float, ...]]:
     """{mean, std} to assume without a preprocessor_config.json."""
-    return IMAGENET if kind != 'vit' and channels == 3 else half(channels)
+    return IMAGENET if kind != 'vit' and channels == 3 else half_normalisation(channels)
 
 
-def describe(arrays, config):
+def describe(
+    arrays: Mapping[str, Array], config: dict[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
-    kind = model_type(arrays, config)
-    width, channels, *patch = need(arrays, PATCHES, 4)
-    depth = count(arrays, r'encoder\.layer\.(\d+)\.')
-    mlp_dim, glu = hidden(arrays, kind)
+    kind = infer_model_type(arrays, config)
+    width, channels, *patch = shape_of(arrays, PATCHES, 4)
+    depth = count_numbered(arrays, r'encoder\.layer\.(\d+)\.')
+    mlp_dim, glu = mlp_size(arrays, kind)
     act = option(config, 'hidden_act', 'a text', 'gelu')
     if act not in GELUS:
         raise UserError(f'config.json: hidden_act {brief(repr(act))} is none of {", ".join(GELUS)}')
     head = next((n for n in ('classifier', 'cls_classifier') if f'{n}.weight' in arrays), None)
-    shape = need(arrays, f'{head}.weight', 2) if head else (None, width)
-    heads = hf_config.HEADS if config else heads_of(width, depth)
+    shape = shape_of(arrays, f'{head}.weight', 2) if head else (None, width)
+    heads = hf_config.HEADS if config else guess_heads(width, depth)
     fields = dict(
         num_classes=shape[0], patch_size=tuple(patch), width=width, depth=depth,
         num_heads=option(config, 'num_attention_heads', 'a whole number above 0', heads),
@@ -99,13 +106,13 @@ def describe(arrays, config):
     if kind.startswith('dinov2'):
         fields['layer_scale'] = float(option(config, 'layerscale_value', 'a number', 1.0))
     if 'embeddings.register_tokens' in arrays:
-        fields['registers'] = need(arrays, 'embeddings.register_tokens', 3)[1]
+        fields['registers'] = shape_of(arrays, 'embeddings.register_tokens', 3)[1]
     if 'pooler.dense.weight' in arrays:
-        fields['representation_size'] = need(arrays, 'pooler.dense.weight', 2)[0]
+        fields['representation_size'] = shape_of(arrays, 'pooler.dense.weight', 2)[0]
         pooler = option(config, 'pooler_act', 'a text', 'tanh')
         if pooler != 'tanh':
             raise UserError(f'config.json: pooler_act {brief(repr(pooler))} is not tanh')
-    hf_config.check(config, arrays, kind, fields, channels)
+    hf_config.check_config(config, arrays, kind, fields, channels)
     hf_config.check_table(config, fields, table_rows(arrays)[1])
     guessed = {}
     if not config:
@@ -115,24 +122,17 @@ def describe(arrays, config):
     return kind, fields, guessed
 
 
-def table_rows(arrays):
+def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int]:
     """(name, rows) of the position table."""
-    return TABLE, need(arrays, TABLE, 3)[1]
+    return TABLE, shape_of(arrays, TABLE, 3)[1]
 
 
-def image_size(config):
+def image_size(config: dict[str, Any]) -> tuple[int, int] | None:
     """Image size (height, width) of the checkpoint; None if the config does not state it."""
     return size_option(config, 'image_size')
 
 
-def save_type(model):
-    """The model_type that a model is saved as."""
-    if model.layer_scale is not None:
-        return 'dinov2_with_registers' if model.registers else 'dinov2'
-    return 'deit' if model.dist_token else 'vit'
-
-
-def pieces(model):
+def pieces(model: nn.Module) -> list[Piece]:
     """Pieces of all arrays of a model's file, without the prefix of one inside a classifier."""
     dinov2 = model.layer_scale is not None
     names = {
@@ -147,35 +147,35 @@ def pieces(model):
         Piece(TABLE, 'posemb'),
     ]
     for i in range(model.depth):
-        rows += block(f'encoder.layer.{i}', (i,), model, dinov2)
-    rows += norm('layernorm.', 'norm', scale='weight')
+        rows += block_pieces(f'encoder.layer.{i}', (i,), model, dinov2)
+    rows += norm_pieces('layernorm.', 'norm', scale='weight')
     if model.representation_size is not None:
-        rows += linear('pooler.dense', 'pre_logits')
+        rows += linear_pieces('pooler.dense', 'pre_logits')
     if model.num_classes is not None:
-        rows += linear('cls_classifier' if model.dist_head else 'classifier', 'head')
-    return rows + (linear('distillation_classifier', 'dist_head') if model.dist_head else [])
+        rows += linear_pieces('cls_classifier' if model.dist_head else 'classifier', 'head')
+    return rows + (linear_pieces('distillation_classifier', 'dist_head') if model.dist_head else [])
 
 
-def block(theirs, index, model, dinov2):
+def block_pieces(theirs: str, index: tuple, model: nn.Module, dinov2: bool) -> list[Piece]:
     """Pieces of an encoder block."""
     norms = ('norm1', 'norm2') if dinov2 else ('layernorm_before', 'layernorm_after')
     mlp = ('mlp.fc1', 'mlp.fc2') if dinov2 else ('intermediate.dense', 'output.dense')
     rows = []
     for i, name in enumerate(norms):
-        rows += norm(f'{theirs}.{name}.', f'encoder/norm{i + 1}', index, scale='weight')
+        rows += norm_pieces(f'{theirs}.{name}.', f'encoder/norm{i + 1}', index, scale='weight')
     for i, name in enumerate(('query', 'key', 'value')):
-        rows += linear(
+        rows += linear_pieces(
             f'{theirs}.attention.attention.{name}', 'encoder/attn/qkv', index, at=(i,),
             optional=True,
         )  # fmt: skip
-    rows += linear(f'{theirs}.attention.output.dense', 'encoder/attn/out', index, inputs=2)
+    rows += linear_pieces(f'{theirs}.attention.output.dense', 'encoder/attn/out', index, inputs=2)
     if model.glu:
-        rows += linear(f'{theirs}.mlp.weights_in', 'encoder/mlp/gate', index, part=(0, 2))
-        rows += linear(f'{theirs}.mlp.weights_in', 'encoder/mlp/fc1', index, part=(1, 2))
-        rows += linear(f'{theirs}.mlp.weights_out', 'encoder/mlp/fc2', index)
+        rows += linear_pieces(f'{theirs}.mlp.weights_in', 'encoder/mlp/gate', index, part=(0, 2))
+        rows += linear_pieces(f'{theirs}.mlp.weights_in', 'encoder/mlp/fc1', index, part=(1, 2))
+        rows += linear_pieces(f'{theirs}.mlp.weights_out', 'encoder/mlp/fc2', index)
     else:
-        rows += linear(f'{theirs}.{mlp[0]}', 'encoder/mlp/fc1', index)
-        rows += linear(f'{theirs}.{mlp[1]}', 'encoder/mlp/fc2', index)
+        rows += linear_pieces(f'{theirs}.{mlp[0]}', 'encoder/mlp/fc1', index)
+        rows += linear_pieces(f'{theirs}.{mlp[1]}', 'encoder/mlp/fc2', index)
     if dinov2:
         rows += [
             Piece(f'{theirs}.layer_scale{n}.lambda1', f'encoder/scale{n}', index) for n in (1, 2)
@@ -183,7 +183,7 @@ def block(theirs, index, model, dinov2):
     return rows
 
 
-def limits(model):
+def limits(model: nn.Module) -> dict[str, tuple]:
     """{field: values that the format can express} for `save`."""
     dinov2 = model.layer_scale is not None
     pools = ('cls',)
@@ -201,7 +201,9 @@ def limits(model):
     )  # fmt: skip
 
 
-def with_both_pools(model, params):
+def with_both_pools(
+    model: nn.Module, params: dict[str, np.ndarray]
+) -> tuple[nn.Module, dict[str, np.ndarray]]:
     """Makes the head of a DINOv2 read the class token and the mean of the patches.
 
     transformers has no other head for it (arXiv:2304.07193 section 7.1): rows of the kernel for the
@@ -223,74 +225,18 @@ def with_both_pools(model, params):
     return model, params | {'head/kernel': kernel}
 
 
-def prefix_of(model):
-    """transformers' prefix of the arrays of a model inside a classifier; '' without a head."""
-    return f'{save_type(model)}.' if model.num_classes is not None else ''
+def with_prefix(
+    model: nn.Module, arrays: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Arrays, named as in `pieces`, under their names in the file, with all that is in it.
 
-
-def file_names(model):
-    """{name in `pieces`: name in the file}."""
+    Arrays of a model inside a classifier have a prefix. A DINOv2 with registers has a mask token,
+    which is zeros here.
+    """
     heads = ('classifier.', 'cls_classifier.', 'distillation_classifier.')
-    prefix = prefix_of(model)
-    names = [piece.theirs for piece in pieces(model)]
-    return {n: n if n.startswith(heads) else prefix + n for n in names}
-
-
-def config_of(model, size, classes):
-    """Content of config.json."""
-    kind = save_type(model)
-    stem = {'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2'}.get(kind, 'Dinov2WithRegisters')
-    suffix = 'Model' if model.num_classes is None else 'ForImageClassification'
-    if model.dist_head:
-        suffix += 'WithTeacher'
-    image = size[0] if size[0] == size[1] else list(size)
-    patch = model.patch_size
-    config = dict(
-        architectures=[stem + suffix], model_type=kind, dtype='float32',
-        hidden_size=model.width, num_hidden_layers=model.depth,
-        num_attention_heads=model.num_heads, image_size=image,
-        patch_size=patch[0] if patch[0] == patch[1] else list(patch),
-        num_channels=len(model.mean), layer_norm_eps=model.epsilon, qkv_bias=True,
-        hidden_act=ACTS[model.gelu],
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02,
-    )  # fmt: skip
-    if kind.startswith('dinov2'):
-        config |= dict(layerscale_value=model.layer_scale, use_swiglu_ffn=model.glu)
-        config['mlp_ratio'] = dinov2_ratio(model)
-        if model.registers:
-            config['num_register_tokens'] = model.registers
-        else:
-            config['use_mask_token'] = False
-    else:
-        config['intermediate_size'] = model.mlp_dim
-        if model.representation_size is not None:
-            config |= dict(pooler_output_size=model.representation_size, pooler_act='tanh')
-    if model.num_classes is not None:
-        names = classes or [f'LABEL_{i}' for i in range(model.num_classes)]
-        config |= dict(
-            id2label={str(i): name for i, name in enumerate(names)},
-            label2id={name: i for i, name in enumerate(names)},
-        )  # fmt: skip
-    return config
-
-
-def dinov2_ratio(model):
-    """The mlp_ratio that gives the MLP its hidden size; raises UserError if none does."""
-    if not model.glu:
-        return ratio(model.mlp_dim, model.width)
-    for value in (model.mlp_dim * 1.5 / model.width, round(model.mlp_dim * 1.5 / model.width)):
-        if (int(int(model.width * value) * 2 / 3) + 7) // 8 * 8 == model.mlp_dim:
-            return int(value) if value == int(value) else value
-    raise UserError(f'no mlp_ratio makes a gated MLP of {model.mlp_dim}')
-
-
-def processor_of(model, settings):
-    """Content of preprocessor_config.json; `settings` are those of `views.processor`."""
-    kind = 'DeiTImageProcessor' if model.dist_token else 'ViTImageProcessor'
-    if model.layer_scale is not None or settings['do_center_crop']:
-        kind = 'BitImageProcessor'  # the others of transformers 4 do not crop
-    return dict(
-        image_processor_type=kind, **settings, do_rescale=True, rescale_factor=1 / 255,
-        do_normalize=True, image_mean=list(model.mean), image_std=list(model.std),
-        do_convert_rgb=len(model.mean) == 3,
-    )  # fmt: skip
+    kind = hf_config.model_type(model)
+    prefix = f'{kind}.' if model.num_classes is not None else ''
+    arrays = {n if n.startswith(heads) else prefix + n: a for n, a in arrays.items()}
+    if kind == 'dinov2_with_registers':
+        arrays[f'{prefix}embeddings.mask_token'] = np.zeros((1, model.width), np.float32)
+    return arrays

@@ -1,9 +1,15 @@
-"""config.json of transformers: keys by model_type, defaults, and checks against the arrays.
+"""config.json of transformers: its keys and defaults, checks against the arrays, and writing it.
 
 A key that is left out has the default of its configuration class in transformers 5.24.
 """
 
-from vit_jax.convert.documents import KINDS, agree, option, size_option
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import flax.linen as nn
+
+from vit_jax.convert.documents import KINDS, check_agreement, option, size_option
+from vit_jax.convert.timm import mlp_ratio
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -13,6 +19,7 @@ EPSILON = {  # the default layer_norm_eps
     'dinov2_with_registers': 1e-6,
 }  # fmt: skip
 HEADS = 12  # the default num_attention_heads of each
+ACTS = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'quick': 'quick_gelu'}  # by kind of GELU
 READ = {
     'model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'hidden_act',
     'layer_norm_eps', 'image_size', 'patch_size', 'num_channels', 'qkv_bias', 'id2label',
@@ -39,13 +46,19 @@ IRRELEVANT = {
 }  # fmt: skip
 
 
-def unknown_keys(config):
+def unknown_keys(config: dict[str, Any]) -> tuple[str, ...]:
     """Keys that are neither read nor irrelevant."""
     known = READ | IRRELEVANT
     return tuple(f'config.json: {brief(key)}' for key in config if key not in known)
 
 
-def check(config, arrays, kind, fields, channels):
+def check_config(
+    config: dict[str, Any],
+    arrays: Collection[str],
+    kind: str,
+    fields: dict[str, Any],
+    channels: int,
+) -> None:
     """Raises UserError if the arrays contradict the config."""
     stated = {
         key: option(config, key, what) for key, what in (
@@ -56,31 +69,32 @@ def check(config, arrays, kind, fields, channels):
             ('qkv_bias', 'true or false'),
         )
     }  # fmt: skip
-    told = dict(
+    inferred = dict(
         hidden_size=fields['width'], num_hidden_layers=fields['depth'], num_channels=channels,
         qkv_bias='encoder.layer.0.attention.attention.query.bias' in arrays,
     )  # fmt: skip
     stated['patch_size'] = size_option(config, 'patch_size')
-    told['patch_size'] = fields['patch_size']
+    inferred['patch_size'] = fields['patch_size']
     if config and stated['qkv_bias'] is None:
         stated['qkv_bias'] = True
     if fields['num_classes'] is not None:
-        told['num_labels'] = fields['num_classes']
+        inferred['num_labels'] = fields['num_classes']
     if kind.startswith('dinov2'):
-        told |= dict(use_swiglu_ffn=fields['glu'], num_register_tokens=fields.get('registers', 0))
+        inferred['use_swiglu_ffn'] = fields['glu']
+        inferred['num_register_tokens'] = fields.get('registers', 0)
         check_ratio(config, fields)
     else:
-        told['intermediate_size'] = fields['mlp_dim']
+        inferred['intermediate_size'] = fields['mlp_dim']
         stated['intermediate_size'] = option(config, 'intermediate_size', 'a whole number above 0')
     if 'representation_size' in fields:
-        told['pooler_output_size'] = fields['representation_size']
+        inferred['pooler_output_size'] = fields['representation_size']
         stated['pooler_output_size'] = option(
             config, 'pooler_output_size', 'a whole number above 0'
         )
-    agree(stated, told)
+    check_agreement(stated, inferred)
 
 
-def check_ratio(config, fields):
+def check_ratio(config: dict[str, Any], fields: dict[str, Any]) -> None:
     """Raises UserError if mlp_ratio of a DINOv2 does not match the MLP in the arrays."""
     ratio = option(config, 'mlp_ratio', 'a number above 0')
     if ratio is None:
@@ -95,7 +109,7 @@ def check_ratio(config, fields):
         )
 
 
-def check_table(config, fields, rows):
+def check_table(config: dict[str, Any], fields: dict[str, Any], rows: int) -> None:
     """Raises UserError if the config's image_size and the position table differ in grid."""
     size = size_option(config, 'image_size')
     if size is None:
@@ -109,7 +123,7 @@ def check_table(config, fields, rows):
         )
 
 
-def class_names(config, count):
+def class_names(config: dict[str, Any], count: int | None) -> tuple[str, ...] | None:
     """Class names by label; None if the config has none or only transformers' placeholders."""
     labels = option(config, 'id2label', 'an object')
     if not labels or not count:
@@ -121,3 +135,60 @@ def class_names(config, count):
             f'outputs, 0 to {count - 1}'
         )
     return None if all(n == f'LABEL_{i}' for i, n in enumerate(names)) else tuple(names)
+
+
+def model_type(model: nn.Module) -> str:
+    """The model_type that a model is saved as."""
+    if model.layer_scale is not None:
+        return 'dinov2_with_registers' if model.registers else 'dinov2'
+    return 'deit' if model.dist_token else 'vit'
+
+
+def model_config(
+    model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
+) -> dict[str, Any]:
+    """Content of config.json."""
+    kind = model_type(model)
+    stem = {'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2'}.get(kind, 'Dinov2WithRegisters')
+    suffix = 'Model' if model.num_classes is None else 'ForImageClassification'
+    if model.dist_head:
+        suffix += 'WithTeacher'
+    image = size[0] if size[0] == size[1] else list(size)
+    patch = model.patch_size
+    config = dict(
+        architectures=[stem + suffix], model_type=kind, dtype='float32',
+        hidden_size=model.width, num_hidden_layers=model.depth,
+        num_attention_heads=model.num_heads, image_size=image,
+        patch_size=patch[0] if patch[0] == patch[1] else list(patch),
+        num_channels=len(model.mean), layer_norm_eps=model.epsilon, qkv_bias=True,
+        hidden_act=ACTS[model.gelu],
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02,
+    )  # fmt: skip
+    if kind.startswith('dinov2'):
+        config |= dict(layerscale_value=model.layer_scale, use_swiglu_ffn=model.glu)
+        config['mlp_ratio'] = dinov2_mlp_ratio(model)
+        if model.registers:
+            config['num_register_tokens'] = model.registers
+        else:
+            config['use_mask_token'] = False
+    else:
+        config['intermediate_size'] = model.mlp_dim
+        if model.representation_size is not None:
+            config |= dict(pooler_output_size=model.representation_size, pooler_act='tanh')
+    if model.num_classes is not None:
+        names = classes or [f'LABEL_{i}' for i in range(model.num_classes)]
+        config |= dict(
+            id2label={str(i): name for i, name in enumerate(names)},
+            label2id={name: i for i, name in enumerate(names)},
+        )  # fmt: skip
+    return config
+
+
+def dinov2_mlp_ratio(model: nn.Module) -> int | float:
+    """The mlp_ratio that gives the MLP its hidden size; raises UserError if none does."""
+    if not model.glu:
+        return mlp_ratio(model.mlp_dim, model.width)
+    for value in (model.mlp_dim * 1.5 / model.width, round(model.mlp_dim * 1.5 / model.width)):
+        if (int(int(model.width * value) * 2 / 3) + 7) // 8 * 8 == model.mlp_dim:
+            return int(value) if value == int(value) else value
+    raise UserError(f'no mlp_ratio makes a gated MLP of {model.mlp_dim}')

@@ -1,14 +1,16 @@
-"""Reads preprocessor_config.json of transformers: how images are prepared for a model.
+"""preprocessor_config.json of transformers: how images are prepared for a model.
 
-Also reads `image_processor` in processor_config.json, which transformers prefers, and files of
+Reads, too, `image_processor` in processor_config.json, which transformers prefers, and files of
 feature extractors, as processors were named before. Keys that a file leaves out have the default of
 their class in transformers 5.24.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vit_jax.convert.documents import KINDS, by_channel, option
+import flax.linen as nn
+
+from vit_jax.convert.documents import KINDS, channel_values, option
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -55,24 +57,26 @@ REFUSED = ('do_flip_channel_order', 'do_grayscale', 'rescale_offset', 'offset', 
 class Preprocessing(NamedTuple):
     """The preprocessing that a file describes."""
 
-    normalisation: dict  # {mean, std} of images in [0, 1]
-    size: tuple | None = None  # (height, width), None: that of the image, or unknown
+    normalisation: dict[str, tuple[float, ...]]  # {mean, std} of images in [0, 1]
+    size: tuple[int, int] | None = None  # (height, width), None: that of the image, or unknown
     view: dict | None = None  # resizes to that size
-    ignored: tuple = ()  # (key, why)
-    unknown: tuple = ()  # keys
+    ignored: tuple[tuple[str, str], ...] = ()  # (key, why)
+    unknown: tuple[str, ...] = ()  # keys
 
 
-def section(processor_config, preprocessor_config):
+def processor_settings(
+    processor_config: dict[str, Any], preprocessor_config: dict[str, Any]
+) -> tuple[dict[str, Any], str | None]:
     """(settings, name of the file that has them); ({}, None) if neither file has any."""
-    inner = option(
+    settings = option(
         processor_config, 'image_processor', 'an object', file='processor_config.json'
     )
-    if inner:
-        return inner, 'processor_config.json'
+    if settings:
+        return settings, 'processor_config.json'
     return preprocessor_config, 'preprocessor_config.json' if preprocessor_config else None
 
 
-def class_of(config, model_type, file):
+def processor_class(config: dict[str, Any], model_type: str, file: str) -> str:
     """A key of DEFAULTS, from the type that the file names or else the type of the model."""
     kind = option(config, 'image_processor_type', 'a text', file=file)
     kind = kind or option(config, 'feature_extractor_type', 'a text', file=file)
@@ -81,22 +85,22 @@ def class_of(config, model_type, file):
     short = kind.removesuffix('Fast').removesuffix('Pil')
     short = short.removesuffix('ImageProcessor').removesuffix('FeatureExtractor')
     if short not in DEFAULTS:
-        some = ', '.join(f'{name}ImageProcessor' for name in DEFAULTS)
+        names = ', '.join(f'{name}ImageProcessor' for name in DEFAULTS)
         raise UserError(
-            f'{file}: image_processor_type {brief(repr(kind))} is none that is known here, which '
-            f'are {some}; remove the file and give mean=(...) and std=(...), or name one of them'
+            f'{file}: image_processor_type {brief(repr(kind))} is unknown; the known ones '
+            f'are {names}. Remove the file and give mean=(...) and std=(...), or name one of these'
         )
     return short
 
 
-def read(config, file, model_type, channels):
+def read(config: dict[str, Any], file: str, model_type: str, channels: int) -> Preprocessing:
     """Parses the settings of `file`; raises UserError for a step that is not supported."""
     for key in REFUSED:
         if config.get(key):
             raise UserError(
-                f'{file}: {key} is {brief(repr(config[key]))}, and no image is made so here'
+                f'{file}: {key} is {brief(repr(config[key]))}, which is not supported'
             )
-    values = DEFAULTS[class_of(config, model_type, file)] | dict.fromkeys(SWITCHES, True)
+    values = DEFAULTS[processor_class(config, model_type, file)] | dict.fromkeys(SWITCHES, True)
     values = values | {k: v for k, v in config.items() if v is not None}
     for key in (*SWITCHES, 'do_center_crop', 'default_to_square'):
         option(values, key, 'true or false', file=file)
@@ -107,7 +111,7 @@ def read(config, file, model_type, channels):
     )
 
 
-def normalisation(values, channels, file):
+def normalisation(values: dict[str, Any], channels: int, file: str) -> dict[str, tuple[float, ...]]:
     """{mean, std} of images in [0, 1], equal to rescaling and normalising images in 0..255.
 
     With x in 0..255, y = x / 255 and factor f: (x f - m) / s = (y - m / (255 f)) / (s / (255 f)).
@@ -119,14 +123,14 @@ def normalisation(values, channels, file):
         for key in ('image_mean', 'image_std'):  # the default has three equal channels
             if values[key] is HALF:
                 values[key] = 0.5
-        mean = by_channel(values, 'image_mean', 'a number', channels, file)
-        std = by_channel(values, 'image_std', 'a number above 0', channels, file)
+        mean = channel_values(values, 'image_mean', 'a number', channels, file)
+        std = channel_values(values, 'image_std', 'a number above 0', channels, file)
     if math.isclose(scale, 1, rel_tol=1e-9):  # 1 / 255, to any number of digits
         return dict(mean=mean, std=std)
     return dict(mean=tuple(m / scale for m in mean), std=tuple(s / scale for s in std))
 
 
-def size_dict(values, key, square, file):
+def size_dict(values: dict[str, Any], key: str, square: bool, file: str) -> dict[str, int]:
     """A size as a dict of height and width, shortest_edge or other edges of transformers."""
     value = values[key]
     if isinstance(value, int):
@@ -142,14 +146,16 @@ def size_dict(values, key, square, file):
     return value
 
 
-def geometry(values, file):
+def geometry(
+    values: dict[str, Any], file: str
+) -> tuple[tuple[int, int] | None, dict[str, Any], list[tuple[str, str]]]:
     """((height, width) or None, view, [(key, why)] of settings that no view expresses)."""
     ignored, methods = [], {BILINEAR: 'bilinear', BICUBIC: 'bicubic'}
     method = methods.get(option(values, 'resample', 'a whole number', file=file))
     if method is None:
         method = 'bicubic'
         ignored.append(('resample', 'views here have bilinear and bicubic filters: bicubic'))
-    how = dict(method=method, antialias=True)
+    resampling = dict(method=method, antialias=True)
     crop = None
     if values['do_center_crop']:
         crop = values['crop_size'] if values['crop_size'] is not None else values['size']
@@ -157,15 +163,15 @@ def geometry(values, file):
         crop = (crop['height'], crop['width']) if crop.keys() == {'height', 'width'} else None
     if not values['do_resize']:
         ignored.append(('do_resize', 'false: images are made to fit the model here'))
-        return crop, dict(name='resize', **how), ignored
+        return crop, dict(name='resize', **resampling), ignored
     size = size_dict(values, 'size', values['default_to_square'], file)
     if size.keys() == {'height', 'width'}:
-        whole = size['height'], size['width']
-        target, name = crop or whole, 'resize'
-        shares = {t / w for t, w in zip(target, whole, strict=True)}
+        resized = size['height'], size['width']
+        target, name = crop or resized, 'resize'
+        shares = {t / w for t, w in zip(target, resized, strict=True)}
         if len(shares) == 1 and max(shares) <= 1:
-            part = {} if shares == {1.0} else {'crop': max(shares)}
-            return target, dict(name='resize', **part, **how), ignored
+            crop_argument = {} if shares == {1.0} else {'crop': max(shares)}
+            return target, dict(name='resize', **crop_argument, **resampling), ignored
         ignored.append(('crop_size', 'no view has such a part of the squeezed image: the whole'))
     elif size.keys() == {'shortest_edge'}:
         edge = size['shortest_edge']
@@ -173,10 +179,22 @@ def geometry(values, file):
         if crop is None:
             ignored.append(('size', "the image's aspect stays there; here its central square"))
         if max(target) <= edge:
-            how['rounding'] = 'transformers'
-            return target, dict(name='small_central', smaller=edge, **how), ignored
+            resampling['rounding'] = 'transformers'
+            return target, dict(name='small_central', smaller=edge, **resampling), ignored
         ignored.append(('crop_size', 'more than the image there, with black around it'))
     else:
         target, name = crop, 'central'
         ignored.append(('size', f'no view here has {brief(", ".join(size))}'))
-    return target, dict(name=name, **how), ignored
+    return target, dict(name=name, **resampling), ignored
+
+
+def processor_config(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """Content of preprocessor_config.json; `settings` are those of `views.processor_settings`."""
+    kind = 'DeiTImageProcessor' if model.dist_token else 'ViTImageProcessor'
+    if model.layer_scale is not None or settings['do_center_crop']:
+        kind = 'BitImageProcessor'  # the others of transformers 4 do not crop
+    return dict(
+        image_processor_type=kind, **settings, do_rescale=True, rescale_factor=1 / 255,
+        do_normalize=True, image_mean=list(model.mean), image_std=list(model.std),
+        do_convert_rgb=len(model.mean) == 3,
+    )  # fmt: skip

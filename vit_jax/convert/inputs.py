@@ -4,28 +4,34 @@ Shapes: B batch, H W image, C channels.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from PIL import Image
 
 from vit_jax.convert import load as weights
 from vit_jax.convert import views
-from vit_jax.convert.fit import size_of
+from vit_jax.convert.stages import size_of
 from vit_jax.data import decoding, files, metadata, tasks
 from vit_jax.errors import UserError
 from vit_jax.io.text import printable
 from vit_jax.models.interface import Metadata
 
+Source = nn.Module | tuple[nn.Module, Any] | str | os.PathLike
 UNKNOWN = Metadata()
 KINDS = 'give the path of a file, a PIL image (PIL.Image.open(...)) or an array'
 RANGES = 'give uint8 (0 to 255), uint16 (0 to 65535) or floats from 0 to 1'
 
 
 def preprocess(
-    source: Any, images: Any, *, image_size: int | Sequence[int] | None = None, view: Any = None
+    source: Source,
+    images: str | os.PathLike | Image.Image | np.ndarray | Iterable,
+    *,
+    image_size: int | Sequence[int] | None = None,
+    view: str | dict | None = None,
 ) -> jax.Array:
     """Prepares images for a model as `python -m vit_jax.predict` does: float32 [B, H, W, 3].
 
@@ -46,35 +52,37 @@ def preprocess(
         'resize' or dict(name='central', crop=0.9). None: as the checkpoint states.
 
     Raises:
-      UserError: an image is none of these, or can't be read; the message names it.
+      UserError: an image is none of these, or cannot be read; the message names it.
     """
-    model, about = described(source, image_size)
+    model, about = find_model(source, image_size)
     if len(model.mean) != 3:
-        raise UserError(f'this model is for images of {len(model.mean)} channels, not of 3')
+        raise UserError(f'this model takes images of {len(model.mean)} channels, not 3')
     size = size_of(image_size) or about.image_size
     if size is None and about is UNKNOWN:
         raise UserError("nothing tells the size of this model's images; give image_size=...")
     size = size or (files.DEFAULT_SIZE,) * 2
-    made = tasks.fixed_view(
-        views.given(view) or views.grown(about.view, about.image_size, size), size
+    resize = tasks.fixed_view(
+        views.check_view(view) or views.scale_view(about.view, about.image_size, size), size
     )
     pixels = [
-        files.pixels(image, made) if isinstance(image, str) else made(pixels_of(image), None)
-        for image in each(images)
+        files.pixels(image, resize) if isinstance(image, str) else resize(to_pixels(image), None)
+        for image in list_images(images)
     ]
     return model.normalise(np.stack(pixels))
 
 
-def class_names(source: Any) -> tuple[str, ...] | None:
+def class_names(source: Source) -> tuple[str, ...] | None:
     """Class names by label, or None if the checkpoint does not state them.
 
     `source` is that of `preprocess`: a model from `vit_jax.load`, or anything that `load` takes.
     """
-    model, about = described(source)
+    model, about = find_model(source)
     return about.classes if about.classes and len(about.classes) == model.num_classes else None
 
 
-def described(source, image_size=None):
+def find_model(
+    source: Any, image_size: int | Sequence[int] | None = None
+) -> tuple[nn.Module, Metadata]:
     """(model, Metadata) of a model, a pair (model, parameters), or anything that `load` takes."""
     if isinstance(source, tuple) and source and hasattr(source[0], 'normalise'):
         source = source[0]
@@ -82,22 +90,22 @@ def described(source, image_size=None):
         return source, source.metadata or UNKNOWN
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f'{type(source).__name__} is neither a model nor a checkpoint to load')
-    found = weights.read(source, image_size=image_size, values=False, as_input=True)
-    return found.model, found.metadata
+    loaded = weights.read(source, image_size=image_size, values=False, as_input=True)
+    return loaded.model, loaded.metadata
 
 
-def each(images):
+def list_images(images: Any) -> list[Any]:
     """A list of one image or several: files as text, folders replaced by the images in them."""
     if isinstance(images, (str, os.PathLike)):
         return files.find_images([images])
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, (bytes, bytearray, Mapping)) or hasattr(images, 'read'):
-        raise UserError(f'{type(images).__name__} is no image; {KINDS}')
+        raise UserError(f'{type(images).__name__} is not an image; {KINDS}')
     if hasattr(images, '__array__'):
         return list(images) if np.ndim(images) == 4 else [images]
     if not isinstance(images, Sequence) and not hasattr(images, '__iter__'):
-        raise UserError(f'{type(images).__name__} is no image; {KINDS}')
+        raise UserError(f'{type(images).__name__} is not an image; {KINDS}')
     several = []
     for image in images:
         several += files.find_images([image]) if isinstance(image, (str, os.PathLike)) else [image]
@@ -106,12 +114,12 @@ def each(images):
     return several
 
 
-def pixels_of(image):
+def to_pixels(image: Any) -> np.ndarray:
     """Converts a PIL image or an array to uint8 [H, W, 3]; raises UserError for anything else."""
     if isinstance(image, Image.Image):
-        return of_picture(image)
+        return from_pil(image)
     if not hasattr(image, '__array__'):
-        raise UserError(f'{printable(type(image).__name__)} is no image; {KINDS}')
+        raise UserError(f'{printable(type(image).__name__)} is not an image; {KINDS}')
     values = np.asarray(image)
     shape = list(values.shape)
     if values.ndim == 2:
@@ -120,13 +128,13 @@ def pixels_of(image):
         first = values.ndim == 3 and values.shape[0] in (1, 3, 4)
         why = '; channels come last: image.transpose(1, 2, 0)' if first else ''
         raise UserError(f'an image is {shape}, not [H, W, 3], [H, W, 4] or [H, W]{why}')
-    values = eight_bits(values)
+    values = to_uint8(values)
     if values.shape[-1] == 1:
         return np.repeat(values, 3, axis=-1)
     return np.asarray(decoding.to_rgb(Image.fromarray(values)))
 
 
-def of_picture(image):
+def from_pil(image: Image.Image) -> np.ndarray:
     """Converts a PIL image to uint8 [H, W, 3], from its file if that is open and not decoded yet.
 
     Pillow does not keep all that determines how a file looks (`decoding`), and its EXIF parser
@@ -137,22 +145,22 @@ def of_picture(image):
     file = getattr(image, 'fp', None)
     if file and getattr(image, 'tile', None) and image.tell() == 0:
         if image.format in (*decoding.FORMATS, 'MPO'):
-            at = file.tell()
+            position = file.tell()
             file.seek(0)
             data = file.read()
-            file.seek(at)
+            file.seek(position)
             return decoding.decode(data)
     if image.mode.startswith('I') and image.format is None:  # perhaps made from an array
         values = np.asarray(image)
-        whole = 0 <= values.min() and values.max() < 2**16
-        values = eight_bits(values.astype(np.uint16) if whole else values)
+        fits_uint16 = 0 <= values.min() and values.max() < 2**16
+        values = to_uint8(values.astype(np.uint16) if fits_uint16 else values)
         pixels = np.repeat(values[..., None], 3, axis=-1)
     else:
         pixels = np.asarray(decoding.to_rgb(decoding.eight_bits(image, b'')))
     return decoding.apply_orientation(pixels, metadata.orientation(image.info.get('exif', b'')))
 
 
-def eight_bits(values):
+def to_uint8(values: np.ndarray) -> np.ndarray:
     """Converts pixels to uint8 by dtype and range; raises UserError if these are ambiguous.
 
     Floats are rounded to the nearest of 256 levels. Of 16 bits the upper 8 are kept, as for files.
@@ -160,13 +168,13 @@ def eight_bits(values):
     if values.dtype == np.uint8:
         return values
     low, high = float(values.min()), float(values.max())
-    where = f'an image of dtype {values.dtype} has values from {low:g} to {high:g}'
+    description = f'an image of dtype {values.dtype} has values from {low:g} to {high:g}'
     if values.dtype == np.uint16:
         if 0 < high < 256:
-            raise UserError(f'{where}, as 8 bits have them; {RANGES}')
+            raise UserError(f'{description}, as 8 bits have them; {RANGES}')
         return (values >> 8).astype(np.uint8)
     if not jax.numpy.issubdtype(values.dtype, np.floating):
-        raise UserError(f'{where}; {RANGES}')
+        raise UserError(f'{description}; {RANGES}')
     if not (0 <= low and high <= 1):  # refuses NaN, too
-        raise UserError(f'{where}; {RANGES}. What is normalised already goes to model.apply')
+        raise UserError(f'{description}; {RANGES}. What is normalised already goes to model.apply')
     return np.round(values.astype(np.float32) * 255).astype(np.uint8)

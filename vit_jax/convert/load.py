@@ -1,19 +1,22 @@
 """Loads a checkpoint of any family, from any address, as a model and its parameters."""
 
+import contextlib
 import difflib
 import importlib.resources
 import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 from absl import logging
 
 from vit_jax.convert import families, files, run, shards
-from vit_jax.convert.fit import fitted, size_of
+from vit_jax.convert.files import Array
+from vit_jax.convert.fit import fit
+from vit_jax.convert.stages import Loaded, Parsed, size_of
 from vit_jax.errors import UserError, shown
 from vit_jax.io import fetch
 from vit_jax.io.text import aligned, printable
@@ -59,29 +62,29 @@ def load(
         near = difflib.get_close_matches(field, ARGUMENTS, 1, cutoff=0.8)
         if near and field not in ARGUMENTS:
             raise UserError(f'load has no argument {field!r}; the nearest is {near[0]!r}')
-    found = read(
+    loaded = read(
         path, image_size=image_size, num_classes=num_classes, keep_pre_logits=keep_pre_logits,
         ema=ema, as_input=True, **fields,
     )  # fmt: skip
-    logging.info('%s: %s\n%s', path, found.source, table(found.account))
+    logging.info('%s: %s\n%s', path, loaded.source, format_account(loaded.account))
     if image_size is None:
-        for _, name, why in (row for row in found.account if row[0] == 'resized'):
+        for _, name, why in (row for row in loaded.account if row[0] == 'resized'):
             logging.warning('%s: %s is resized, %s', printable(path), printable(name), why)
-    return found.model.clone(metadata=found.metadata), found.params
+    return loaded.model.clone(metadata=loaded.metadata), loaded.params
 
 
 def read(
-    path,
+    path: str | os.PathLike,
     *,
-    image_size=None,
-    num_classes=None,
-    keep_pre_logits=False,
-    ema=None,
-    values=True,
-    source_image_size=None,
-    as_input=False,
-    **fields,
-):
+    image_size: int | Sequence[int] | None = None,
+    num_classes: int | None = None,
+    keep_pre_logits: bool = False,
+    ema: bool | None = None,
+    values: bool = True,
+    source_image_size: int | Sequence[int] | None = None,
+    as_input: bool = False,
+    **fields: Any,
+) -> Loaded:
     """Loads a checkpoint as `Loaded`; arguments are those of `load`.
 
     Without `values` no parameters are read. Without `image_size` positions stay as in the file or,
@@ -89,51 +92,54 @@ def read(
     """
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise UserError(f'the checkpoint is {shown(path)}, not a path, an address or a name')
-    address, tower = split(resolve(str(path)))
-    surgery_of = dict(
+    address, tower = split_tower(resolve(str(path)))
+    options = dict(
         image_size=size_of(image_size), num_classes=num_classes, values=values,
         keep_pre_logits=keep_pre_logits, source_image_size=size_of(source_image_size),
         fields=fields,
     )  # fmt: skip
     if run.is_run(address):
-        return fitted(run.found(address, ema), str(path), **surgery_of)
+        return fit(run.parse_run(address, ema), str(path), **options)
     local = fetch.local(address)
     if ema:
-        raise UserError(f'{path} is no checkpoint of a run, so it has no moving average (ema)')
-    with understood(local, tower) as found:
+        raise UserError(f'{path} is not a checkpoint of a run, so it has no moving average (ema)')
+    with open_checkpoint(local, tower) as parsed:
         if as_input and image_size is None:
-            surgery_of['image_size'] = found.input_size
-        loaded = fitted(found, str(path), **surgery_of)
+            options['image_size'] = parsed.input_size
+        loaded = fit(parsed, str(path), **options)
         if as_input and image_size is None:
-            loaded = loaded._replace(account=[explained(row, found) for row in loaded.account])
-    warn(path, found, loaded.account)
+            account = [explain_resize(row, parsed) for row in loaded.account]
+            loaded = loaded._replace(account=account)
+    log_notes(path, parsed, loaded.account)
     return loaded
 
 
-def explained(row, found):
+def explain_resize(row: tuple[str, str, str], parsed: Parsed) -> tuple[str, str, str]:
     """Adds the reason to a row of the account on a resize that the caller did not ask for."""
     what, name, detail = row
     if what != 'resized':
         return row
-    why = '{} x {} images by the settings beside it'.format(*found.input_size)
-    size = found.image_size
+    why = '{} x {} images by the settings beside it'.format(*parsed.input_size)
+    size = parsed.image_size
     keep = '; image_size=({}, {}) keeps the table'.format(*size) if size else ''
     return what, name, f'{detail}, for {why}{keep}'
 
 
-def warn(path, found, account):
+def log_notes(
+    path: str | os.PathLike, parsed: Parsed, account: Sequence[tuple[str, str, str]]
+) -> None:
     """Logs keys without effect, unknown keys and guesses, in one line."""
     guesses = [name for what, name, _ in account if what == 'guessed']
-    parts = [f'{name}: {why}' for name, why in found.notes.ignored]
-    if found.notes.unknown:
-        parts.append(f'not known here and ignored: {", ".join(found.notes.unknown)}')
-    if guesses and found.family in ('timm', 'hf'):
+    parts = [f'{name}: {why}' for name, why in parsed.notes.ignored]
+    if parsed.notes.unknown:
+        parts.append(f'unknown and ignored: {", ".join(parsed.notes.unknown)}')
+    if guesses and parsed.family in ('timm', 'hf'):
         parts.append(f'guessed, as nothing states them: {", ".join(guesses)}')
     if parts:
         logging.warning('%s: %s', printable(path), '; '.join(map(printable, parts)))
 
 
-def resolve(path):
+def resolve(path: str) -> str:
     """The address of a name of the catalogue; returns anything else unchanged.
 
     Raises UserError for what is neither a file nor an address and resembles a name.
@@ -149,67 +155,65 @@ def resolve(path):
     return path
 
 
-def catalogue():
+def catalogue() -> dict[str, dict[str, Any]]:
     """{name: {address, family, image_size, source, metric, accuracy}} of public checkpoints."""
     file = importlib.resources.files('vit_jax.convert') / 'catalogue.json'
     return json.loads(file.read_text(encoding='utf-8'))
 
 
-def split(address):
+def split_tower(address: str) -> tuple[str, str | None]:
     """Splits 'file.npz:img' into ('file.npz', 'img'); the tower is None if none is given."""
     match = re.fullmatch(r'(.*\.npz):(\w+)', address)
     return (match[1], match[2]) if match else (address, None)
 
 
-class understood:
-    """Context manager that opens a local file or folder of any family as a `Found`."""
+@contextlib.contextmanager
+def open_checkpoint(local: str | os.PathLike, tower: str | None = None) -> Iterator[Parsed]:
+    """Opens a local file or folder of any family; its arrays can be read while it is open.
 
-    def __init__(self, local, tower=None):
-        self.local, self.tower, self.opened = pathlib.Path(local), tower, []
-
-    def __enter__(self):
-        try:
-            return self.find()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *exception):
-        for manager in reversed(self.opened):
-            manager.__exit__(None, None, None)
-        self.opened = []
-
-    def arrays_of(self, paths):
-        """{name: Array} of one or several files."""
-        arrays = {}
-        for path in paths:
-            manager = files.opened(path)
-            part = manager.__enter__()
-            self.opened.append(manager)
-            shards.check_index(path, part)
-            if arrays.keys() & part.keys():
-                raise UserError(f'{path}: array {min(arrays.keys() & part.keys())} is there twice')
-            arrays |= part
-        return arrays
-
-    def find(self):
-        """Parses the files by their family, which the names of the arrays determine."""
-        paths, folder, left = shards.weight_files(self.local)
-        try:
-            arrays = self.arrays_of(paths)
-            if str(paths[0]).endswith('.npz'):
-                return families.in_npz(arrays, self.tower, paths[0])
-            found = families.in_folder(arrays, folder)
-        except UserError as e:
-            raise UserError(e if str(self.local) in str(e) else f'{self.local}: {e}') from e
-        if found is None:
-            some = ', '.join(list(arrays)[:3])
-            raise UserError(f'{self.local}: no known family of ViTs has arrays named {some}, ...')
-        notes = found.notes
-        return found._replace(notes=notes._replace(ignored=(*notes.ignored, *left.items())))
+    `tower` names one tower of an .npz with several.
+    """
+    with contextlib.ExitStack() as stack:
+        yield parse(pathlib.Path(local), tower, stack)
 
 
-def table(account):
+def parse(local: pathlib.Path, tower: str | None, stack: contextlib.ExitStack) -> Parsed:
+    """Parses local files by their family, which the names of the arrays determine.
+
+    The files are open until `stack` closes.
+    """
+    paths, folder, ignored = shards.weight_files(local)
+    try:
+        arrays = open_shards(paths, stack)
+        if str(paths[0]).endswith('.npz'):
+            return families.parse_npz(arrays, tower, paths[0])
+        parsed = families.parse_folder(arrays, folder)
+    except UserError as e:
+        raise UserError(e if str(local) in str(e) else f'{local}: {e}') from e
+    if parsed is None:
+        names = ', '.join(list(arrays)[:3])
+        raise UserError(f'{local}: no known family of ViTs has arrays named {names}, ...')
+    notes = parsed.notes
+    return parsed._replace(notes=notes._replace(ignored=(*notes.ignored, *ignored.items())))
+
+
+def open_shards(
+    paths: Sequence[pathlib.Path], stack: contextlib.ExitStack
+) -> dict[str, Array]:
+    """{name: Array} of one or several files, which are open until `stack` closes."""
+    arrays = {}
+    for path in paths:
+        manager = files.open_arrays(path)
+        shard = manager.__enter__()
+        stack.callback(manager.__exit__, None, None, None)  # it explains errors of opening alone
+        shards.check_index(path, shard)
+        if arrays.keys() & shard.keys():
+            raise UserError(f'{path}: array {min(arrays.keys() & shard.keys())} occurs twice')
+        arrays |= shard
+    return arrays
+
+
+def format_account(account: Sequence[tuple[str, str, str]]) -> str:
     """Formats the account: a line for each kind of change, one for all arrays that are loaded."""
     lines = []
     loaded = [row for row in account if row[0] == 'loaded']
@@ -221,6 +225,6 @@ def table(account):
         if what != 'loaded':
             groups.setdefault((what, detail), []).append(name)
     for (what, detail), members in groups.items():
-        some = ', '.join(members[:3]) + (f', ... ({len(members)})' if len(members) > 3 else '')
-        lines.append((what, some, detail))
+        names = ', '.join(members[:3]) + (f', ... ({len(members)})' if len(members) > 3 else '')
+        lines.append((what, names, detail))
     return aligned([tuple(map(printable, line)) for line in lines])

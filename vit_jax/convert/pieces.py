@@ -1,16 +1,18 @@
 """Maps arrays of a file to parameters of a model: a `Piece` for each array, or part of one.
 
 A family of checkpoints makes a list of pieces from the fields of a model. Loading and saving both
-use this list, so they can't disagree.
+use this list, so they cannot disagree.
 """
 
 import itertools
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from vit_jax.convert.files import Array
 from vit_jax.errors import UserError
 
 ALL = slice(None)
@@ -32,7 +34,7 @@ class Piece(NamedTuple):
     part: tuple[int, int] | None = None  # (which, of how many)
     optional: bool = False
 
-    def shape(self, ours):
+    def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
         """The shape of the file's array for a slice of the parameter of shape `ours`."""
         if self.layout == 'vector':
             shape = (math.prod(ours),)
@@ -44,7 +46,7 @@ class Piece(NamedTuple):
             shape = (math.prod(ours[self.layout :]), math.prod(ours[: self.layout]))
         return shape if self.part is None else (shape[0] * self.part[1], *shape[1:])
 
-    def load(self, array, out):
+    def load(self, array: np.ndarray, out: np.ndarray) -> None:
         """Writes the file's array to its slice `out` of the parameter."""
         if self.part is not None:
             rows = array.shape[0] // self.part[1]
@@ -55,7 +57,7 @@ class Piece(NamedTuple):
             array = array.T
         out[...] = array.reshape(out.shape)
 
-    def save(self, ours):
+    def save(self, ours: np.ndarray) -> np.ndarray:
         """Converts a slice of the parameter to the file's array, or its part."""
         if self.layout == 'vector':
             return ours.reshape(-1)
@@ -66,7 +68,9 @@ class Piece(NamedTuple):
         return ours
 
 
-def check(pieces, arrays, shapes):
+def check_shapes(
+    pieces: Sequence[Piece], arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Raises UserError for an array that is missing or has another shape than the model needs.
 
     `arrays` is {name: files.Array}, `shapes` {parameter: shape}. Shapes are enough, so that a wrong
@@ -74,26 +78,28 @@ def check(pieces, arrays, shapes):
     """
     for piece in pieces:
         if piece.ours not in shapes:
-            raise UserError(f'array {piece.theirs} is for {piece.ours}, which the model has not')
+            raise UserError(f'array {piece.theirs} is for {piece.ours}, which the model lacks')
         shape, index = shapes[piece.ours], piece.index
-        kept = [n for n, i in zip(shape, index, strict=False) if isinstance(i, slice)]
-        ours = (*kept, *shape[len(index) :])
-        wanted = piece.shape(ours)
+        sliced = [n for n, i in zip(shape, index, strict=False) if isinstance(i, slice)]
+        ours = (*sliced, *shape[len(index) :])
+        expected = piece.shape(ours)
         if piece.theirs not in arrays:
             if piece.optional:
                 continue
             raise UserError(
-                f'the file has no array {piece.theirs} {list(wanted)}, which the model that '
-                f'its other arrays tell of needs for {piece.ours} {list(ours)}'
+                f'the file has no array {piece.theirs} {list(expected)}, which the model '
+                f'that its other arrays describe needs for {piece.ours} {list(ours)}'
             )
-        if arrays[piece.theirs].shape != wanted:
+        if arrays[piece.theirs].shape != expected:
             raise UserError(
-                f'array {piece.theirs} is {list(arrays[piece.theirs].shape)} in the file, and the '
-                f'model needs {list(wanted)} for {piece.ours} {list(shape)}'
+                f'array {piece.theirs} is {list(arrays[piece.theirs].shape)} in the file, but the '
+                f'model needs {list(expected)} for {piece.ours} {list(shape)}'
             )
 
 
-def fill(pieces, arrays, params):
+def fill_params(
+    pieces: Sequence[Piece], arrays: Mapping[str, Array], params: Mapping[str, np.ndarray]
+) -> list[str]:
     """Reads every piece into `params` {name: float32 array}; returns the names filled with zeros.
 
     `arrays` is {name: files.Array} and has passed `check`.
@@ -114,7 +120,7 @@ def fill(pieces, arrays, params):
     return sorted(set(zeros))
 
 
-def extract(pieces, params):
+def file_arrays(pieces: Sequence[Piece], params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Converts `params` {name: array} to the arrays {name: array} of a file."""
     parts = {}
     for piece in pieces:
@@ -125,7 +131,7 @@ def extract(pieces, params):
     }
 
 
-def norm(theirs, ours, index=(), *, scale='scale'):
+def norm_pieces(theirs: str, ours: str, index: tuple = (), *, scale: str = 'scale') -> list[Piece]:
     """Pieces of a norm: scale and bias."""
     return [
         Piece(f'{theirs}{scale}', f'{ours}/scale', index),
@@ -133,7 +139,7 @@ def norm(theirs, ours, index=(), *, scale='scale'):
     ]
 
 
-def dense(theirs, ours, index=()):
+def dense_pieces(theirs: str, ours: str, index: tuple = ()) -> list[Piece]:
     """Pieces of a dense layer in Flax's layout."""
     return [
         Piece(f'{theirs}/kernel', f'{ours}/kernel', index),
@@ -141,7 +147,16 @@ def dense(theirs, ours, index=()):
     ]
 
 
-def linear(theirs, ours, index=(), *, inputs=1, part=None, at=(), optional=False):
+def linear_pieces(
+    theirs: str,
+    ours: str,
+    index: tuple = (),
+    *,
+    inputs: int = 1,
+    part: tuple[int, int] | None = None,
+    at: tuple = (),
+    optional: bool = False,
+) -> list[Piece]:
     """Pieces of a dense layer in PyTorch's layout; `inputs` counts the kernel's input axes.
 
     `at` indexes output axes: it follows `index` in the bias, and the input axes in the kernel.
@@ -153,22 +168,22 @@ def linear(theirs, ours, index=(), *, inputs=1, part=None, at=(), optional=False
     ]
 
 
-def count(names, pattern, first=0):
+def count_numbered(names: Iterable[str], pattern: str, first: int = 0) -> int:
     """Counts the numbers from `first` on in the pattern's group; raises UserError for a gap."""
-    found = {int(m[1]) for m in map(re.compile(pattern).match, names) if m}
-    if found != set(range(first, first + len(found))):
-        missing = next(i for i in itertools.count(first) if i not in found)
+    numbers = {int(m[1]) for m in map(re.compile(pattern).match, names) if m}
+    if numbers != set(range(first, first + len(numbers))):
+        gap = next(i for i in itertools.count(first) if i not in numbers)
         start = pattern.partition('(')[0].replace('\\', '')
-        raise UserError(f'the file has arrays {start}{max(found)}, but none {start}{missing}')
-    return len(found)
+        raise UserError(f'the file has arrays {start}{max(numbers)}, but none {start}{gap}')
+    return len(numbers)
 
 
-def renamed(arrays, names):
+def rename_arrays(arrays: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
     """Renames arrays by {name: new}; raises UserError if two get the same name."""
     result = {}
     for name, array in arrays.items():
         new = names.get(name, name)
         if new in result:
-            raise UserError(f'array {name} and another one are both {new}')
+            raise UserError(f'array {name} and another array are both {new}')
         result[new] = array
     return result

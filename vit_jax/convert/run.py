@@ -4,17 +4,21 @@ RUN is the newest checkpoint, RUN@12000 (or RUN/checkpoints/12000) that of a ste
 best saved one by the metric in the run's setting checkpoint.best.
 """
 
+import os
 import re
 import sys
+from collections.abc import Collection
+from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from etils import epath
 
 from vit_jax import models
 from vit_jax.convert.documents import class_names
 from vit_jax.convert.files import Array, brief
-from vit_jax.convert.fit import Found
 from vit_jax.convert.pieces import Piece
+from vit_jax.convert.stages import Parsed
 from vit_jax.errors import Damaged, UserError
 from vit_jax.io import addresses, storage
 from vit_jax.io.text import printable
@@ -23,7 +27,7 @@ from vit_jax.run import checkpoint, history, workdir
 NUMBER = re.compile('[0-9]{1,18}')
 
 
-def parts(address):
+def split_address(address: str) -> tuple[epath.Path, str | None] | None:
     """Splits the address of a run into (workdir, checkpoint): a step as text, 'best' or None.
 
     A run is a workdir, its folder `checkpoints` or a checkpoint in that folder. Returns None for
@@ -31,18 +35,18 @@ def parts(address):
     step.
     """
     address = address.rstrip('/')
-    if (found := folders(address)) is not None:
-        return found
+    if (location := split_path(address)) is not None:
+        return location
     before, _, name = address.rpartition('@')
-    found = folders(before) if before else None
-    if found is None or found[1] is not None:
+    location = split_path(before) if before else None
+    if location is None or location[1] is not None:
         return None
     if name != 'best' and not NUMBER.fullmatch(name):
         raise UserError(f'{address}: after the @ comes best or the number of a step')
-    return found[0], name if name == 'best' else str(int(name))
+    return location[0], name if name == 'best' else str(int(name))
 
 
-def folders(address):
+def split_path(address: str) -> tuple[epath.Path, str | None] | None:
     """(workdir, step as text or None) of a path without @; None if it is not in a run."""
     path = workdir.located(address)
     for root, step in ((path, None), (path.parent, None), (path.parent.parent, path.name)):
@@ -53,16 +57,16 @@ def folders(address):
     return None
 
 
-def is_run(address):
+def is_run(address: str) -> bool:
     """Whether the address is a run of this project, on a disk or on gs://."""
     if address.endswith(addresses.FILES) or ('://' in address and not address.startswith('gs://')):
         return False
     with addresses.explained(address):
-        return parts(address) is not None
+        return split_address(address) is not None
 
 
-def found(address, ema):
-    """Reads a checkpoint of a run as `fit.Found`: the newest intact one if none is named."""
+def parse_run(address: str, ema: bool | None) -> Parsed:
+    """Reads a checkpoint of a run as `Parsed`: the newest intact one if none is named."""
     root, config = config_of(address)
     arrays = arrays_of(address, ema)
     try:
@@ -82,53 +86,53 @@ def found(address, ema):
         raise UserError(f'{root / "config.json"} is not the config of a run ({brief(e)})') from e
     classes = workdir.read_names(root / 'classes.json')
     fields = {k: v for k, v in models.describe(model).items() if k != 'name'}
-    entries = {name: in_memory(value) for name, value in arrays.items()}
+    entries = {name: array_in_memory(value) for name, value in arrays.items()}
     rows = ('posemb', arrays['posemb'].shape[1]) if 'posemb' in arrays else None
-    return Found(
+    return Parsed(
         'vit_jax', models.KINDS[type(model)], fields, entries,
-        lambda m: own_pieces(m, arrays), rows, {}, size, class_names(classes), config,
+        lambda m: run_pieces(m, arrays), rows, {}, size, class_names(classes), config,
     )  # fmt: skip
 
 
 def config_of(address: str) -> tuple[epath.Path, dict]:
     """(workdir, contents of its config.json) of the run at an address."""
-    root, _ = parts(address)
+    root, _ = split_address(address)
     return root, workdir.read_json(root / 'config.json')
 
 
 def arrays_of(address: str, ema: bool | None) -> dict[str, np.ndarray]:
     """{name: array} of the parameters in the checkpoint at an address.
 
-    Arguments, and the choice of the checkpoint, are as in `found`.
+    Arguments, and the choice of the checkpoint, are as in `parse_run`.
     """
-    root, step = parts(address)
+    root, step = split_address(address)
     if step == 'best':
-        step = best(root, workdir.read_json(root / 'config.json'))
-    return sound(root, step, ema)
+        step = best_step(root, workdir.read_json(root / 'config.json'))
+    return read_arrays(root, step, ema)
 
 
-def best(root, config):
+def best_step(root: str | os.PathLike, config: dict[str, Any]) -> str:
     """The step, as text, of the best saved checkpoint of a run.
 
     Raises UserError if the run has no checkpoint.best, or no checkpoint a value of that metric.
     """
     settings = config.get('checkpoint') or {}
     metric, steps = settings.get('best'), steps_in(epath.Path(root) / 'checkpoints')
-    way_out = f'name a step, {root}@STEP: {", ".join(map(str, steps)) or "none is saved yet"}'
+    advice = f'name a step, {root}@STEP: {", ".join(map(str, steps)) or "none is saved yet"}'
     if metric is None:
         raise UserError(
-            f'{root}@best: nothing says what is best, as the run has no checkpoint.best; {way_out}'
+            f'{root}@best: the run has no checkpoint.best, so no checkpoint is the best; {advice}'
         )
     scores = history.scores_of(root, metric)
     step = history.best(steps, scores, largest=settings.get('mode') != 'min')
     if step is None:
-        raise UserError(f'{root}@best: no checkpoint of it has a {metric} yet; {way_out}')
+        raise UserError(f'{root}@best: no checkpoint has a {metric} yet; {advice}')
     words = f'{root}@best is step {step}, with {metric} {scores[step]:.4g}'
     print(printable(words), file=sys.stderr, flush=True)
     return str(step)
 
 
-def own_pieces(model, arrays):
+def run_pieces(model: nn.Module, arrays: Collection[str]) -> list[Piece]:
     """A `Piece` for each array of the checkpoint that the model has, under the same name."""
     absent = set()
     if model.num_classes is None:
@@ -138,7 +142,7 @@ def own_pieces(model, arrays):
     return [Piece(name, name) for name in arrays if name.split('/')[0] not in absent]
 
 
-def in_memory(value):
+def array_in_memory(value: np.ndarray) -> Array:
     """Wraps an array in memory as a `files.Array`."""
 
     def fill(out):
@@ -147,7 +151,9 @@ def in_memory(value):
     return Array(value.shape, str(value.dtype), fill, value.dtype)
 
 
-def sound(root, step, ema):
+def read_arrays(
+    root: str | os.PathLike, step: str | None, ema: bool | None
+) -> dict[str, np.ndarray]:
     """{name: array} of the checkpoint at `step` or, if that is None, of the newest intact one.
 
     Raises UserError if there is none.
@@ -155,8 +161,8 @@ def sound(root, step, ema):
     folder = epath.Path(root) / 'checkpoints'
     steps = steps_in(folder)
     if step is not None and int(step) not in steps:
-        there = ', '.join(map(str, steps)) or 'none yet'
-        raise UserError(f'{folder} has no checkpoint {step}, but {there}')
+        saved = ', '.join(map(str, steps)) or 'none yet'
+        raise UserError(f'{folder} has no checkpoint {step}, but {saved}')
     if not steps:
         raise UserError(f'{root} has no checkpoint yet')
     for n in [int(step)] if step is not None else steps:
@@ -167,12 +173,12 @@ def sound(root, step, ema):
             if step is not None:
                 raise UserError(message) from e
             if steps_in(folder)[:1] != steps[:1]:  # the run goes on and deletes checkpoints
-                return sound(root, step, ema)
+                return read_arrays(root, step, ema)
             print(printable(message), file=sys.stderr, flush=True)
-    raise UserError(f'none of the {len(steps)} checkpoints in {folder} is sound')
+    raise UserError(f'none of the {len(steps)} checkpoints in {folder} is intact')
 
 
-def steps_in(folder):
+def steps_in(folder: epath.Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, newest first."""
     steps = [p for p in folder.iterdir() if p.name.isdigit()]
     if storage.remote(folder):  # Orbax' marker; on a disk the name is enough

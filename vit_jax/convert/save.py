@@ -4,7 +4,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,11 +15,11 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from vit_jax.convert import big_vision, hf, official, timm, views
+from vit_jax.convert import big_vision, hf, hf_config, hf_processor, official, timm, views
 from vit_jax.convert.documents import PROBLEMS, class_names
 from vit_jax.convert.files import zip_digest
-from vit_jax.convert.fit import loss_of, size_of, view_of
-from vit_jax.convert.pieces import extract
+from vit_jax.convert.pieces import file_arrays
+from vit_jax.convert.stages import loss_of, size_of, view_of
 from vit_jax.errors import UserError, shown
 from vit_jax.io import atomic, storage
 from vit_jax.io.text import to_json
@@ -32,10 +32,20 @@ FOLDER_FILES = (
 )  # fmt: skip
 
 
+class About(NamedTuple):
+    """What is written beside the weights."""
+
+    image_size: tuple[int, int] | None  # (height, width); None: unknown
+    classes: Sequence[str] | None  # names by label
+    config: dict[str, Any] | None  # of the run that made the weights
+    loss: str | None  # training loss of the head
+    view: str | dict
+
+
 def save(
     path: str | os.PathLike,
     model: nn.Module,
-    params: dict[str, Any],
+    params: Mapping[str, Any],
     format: str = 'official',
     *,
     image_size: int | Sequence[int] | None = None,
@@ -65,14 +75,44 @@ def save(
         with a position as one without it. Outputs stay the same.
 
     Raises:
-      UserError: the format can't express the model; the message names the field.
+      UserError: the format cannot express the model; the message names the field.
     """
+    path, params = check_arguments(path, model, params, format, config)
+    about = describe(model, params, image_size, classes, config, loss, view)
+    if fold:
+        model, params = fold_positions(model, params, format, about.image_size)
+    check_expressible(model, format, fold)
+    check_params(model, params, about.image_size)
+    if format == 'hf':
+        model, params = hf.with_both_pools(model, params)
+    arrays = file_arrays(FAMILIES[format].pieces(model), params)
+    if format in ('official', 'big_vision'):
+        if path.suffix != '.npz':
+            raise UserError(f'{path}: format {format} is one file, name it with .npz')
+        prefix = 'params/' if format == 'big_vision' else ''
+        write_npz(path, {prefix + n: a for n, a in arrays.items()}, npz_record(model, about))
+        return
+    if path.suffix in ('.npz', '.safetensors'):
+        raise UserError(f'{path}: format {format} is a folder, name it without {path.suffix}')
+    if about.image_size is None:
+        raise UserError(f'format {format} states an image size; give image_size=...')
+    complete = hf.with_prefix if format == 'hf' else timm.without_embedding_bias
+    documents, notes = folder_documents(format, model, about)
+    write_folder(path, complete(model, arrays), documents)
+    if notes:
+        logging.warning('%s: as %s prepares images: %s', path, format, '; '.join(notes))
+
+
+def check_arguments(
+    path: Any, model: Any, params: Any, format: str, config: Any
+) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
+    """(path, parameters by their name); raises UserError for other arguments of `save`."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(model, nn.Module):
         raise UserError('save takes a path, a model and its parameters, in this order')
     if not isinstance(params, Mapping) or params.keys() == {'params'}:
         raise UserError("give the parameters as load returns them: variables['params']")
     if '\0' in str(path):
-        raise UserError(f'{path}: no file has such a name')
+        raise UserError(f'{path}: a path has no null character')
     if config is not None and not isinstance(config, dict):
         raise UserError(f'config is {shown(config)}, not the dict of a config.json')
     path = pathlib.Path(os.path.expanduser(path))
@@ -84,47 +124,35 @@ def save(
         raise UserError(f'format {format} has no MLP-Mixer; official has')
     if isinstance(model, resnet.Bit):
         raise UserError(f'format {format} has no BiT ResNet; a workdir keeps one')
-    params = {k: np.asarray(v) for k, v in flatten_dict(params, sep='/').items()}
-    about = model.metadata or Metadata()
-    size = size_of(image_size) or about.image_size or table_size(model, params)
-    if classes is None and about.classes and len(about.classes) == model.num_classes:
-        classes = about.classes
-    loss = loss or about.loss
-    if fold:
-        model, params = folded(model, params, format, size)
-    check(model, format, fold)
-    expected(model, params, size)
-    if format == 'hf':
-        model, params = hf.with_both_pools(model, params)
-    loss = loss_of(config) if loss is None else loss
-    view = views.given(view) or view_of(config) or about.view
+    return path, {k: np.asarray(v) for k, v in flatten_dict(params, sep='/').items()}
+
+
+def describe(
+    model: nn.Module,
+    params: dict[str, np.ndarray],
+    image_size: int | Sequence[int] | None,
+    classes: Sequence[str] | None,
+    config: dict[str, Any] | None,
+    loss: str | None,
+    view: str | dict | None,
+) -> About:
+    """Completes arguments of `save` by the model's metadata and the config; checks them."""
+    metadata = model.metadata or Metadata()
+    size = size_of(image_size) or metadata.image_size or table_size(model, params)
+    if classes is None and metadata.classes and len(metadata.classes) == model.num_classes:
+        classes = metadata.classes
+    loss = loss or metadata.loss or loss_of(config)
     if loss is not None and loss not in PROBLEMS:
         raise UserError(f'loss is {loss!r}, not one of {", ".join(PROBLEMS)}')
     if classes is not None and len(classes) and class_names(classes) is None:
         raise UserError(f'classes is {shown(classes)}, not a list of names')
-    family = FAMILIES[format]
-    arrays = extract(family.pieces(model), params)
     if classes is not None and len(classes) != model.num_classes:
         raise UserError(f'{len(classes)} class names for a head of {model.num_classes} classes')
-    if format in ('official', 'big_vision'):
-        if path.suffix != '.npz':
-            raise UserError(f'{path}: format {format} is one file, name it with .npz')
-        prefix = 'params/' if format == 'big_vision' else ''
-        record = record_of(model, size, classes, config, loss, view)
-        write_npz(path, {prefix + n: a for n, a in arrays.items()}, record)
-        return
-    if path.suffix in ('.npz', '.safetensors'):
-        raise UserError(f'{path}: format {format} is a folder, name it without {path.suffix}')
-    if size is None:
-        raise UserError(f'format {format} states an image size; give image_size=...')
-    arrays = hf_arrays(model, arrays) if format == 'hf' else timm.unbiased(model, arrays)
-    documents, notes = documents_of(format, model, size, classes, config, loss, view)
-    write_folder(path, arrays, documents)
-    if notes:
-        logging.warning('%s: as %s prepares images: %s', path, format, '; '.join(notes))
+    view = views.check_view(view) or view_of(config) or metadata.view
+    return About(size, classes, config, loss, view)
 
 
-def table_size(model, params):
+def table_size(model: nn.Module, params: dict[str, np.ndarray]) -> tuple[int, int] | None:
     """Image size (height, width) of a square position table; None without one."""
     if 'posemb' not in params:
         return None
@@ -133,35 +161,41 @@ def table_size(model, params):
     return (side * model.stride[0], side * model.stride[1]) if side * side == count else None
 
 
-def check(model, format, fold=False):
-    """Raises UserError for a field of the model that the format can not express."""
-    at_stem = {'posemb_at': ('stem',)} if hasattr(model, 'posemb_at') else {}
-    for field, values in (FAMILIES[format].limits(model) | at_stem).items():
+def check_expressible(model: nn.Module, format: str, fold: bool = False) -> None:
+    """Raises UserError for a field of the model that the format cannot express."""
+    for field, values in limits_of(model, format).items():
         value = getattr(model, field)
         if value not in values:
             ways = ' or '.join(map(repr, values))
             foldable = field == 'cls_posemb' or (field, value) == ('posemb', 'sincos2d')
             ways += '; fold=True (--fold) writes it so' if foldable and not fold else ''
-            others = [other for other in FAMILIES if other != format and expresses(model, other)]
+            others = [other for other in FAMILIES if other != format and can_express(model, other)]
             ways += f'; format {" and ".join(others)} can' if others else ''
             raise UserError(
-                f'format {format} can not express {field}={value!r} of this model, only {ways}'
+                f'format {format} cannot express {field}={value!r} of this model, only {ways}'
             )
-    lengths = {'official': 3, 'big_vision': 3}
-    if len(model.mean) != lengths.get(format, len(model.mean)):
-        raise UserError(f'format {format} has images of 3 channels, not {len(model.mean)}')
+    channels = len(model.mean)
+    if channels != 3 and format in ('official', 'big_vision'):
+        raise UserError(f'format {format} has images of 3 channels, not {channels}')
 
 
-def expresses(model, format):
+def can_express(model: nn.Module, format: str) -> bool:
     """Whether the format can express every field of the model."""
     if isinstance(model, mixer.Mixer):
         return format == 'official'
-    at_stem = {'posemb_at': ('stem',)} if hasattr(model, 'posemb_at') else {}
-    limits = FAMILIES[format].limits(model) | at_stem
+    limits = limits_of(model, format)
     return all(getattr(model, field) in values for field, values in limits.items())
 
 
-def expected(model, params, size):
+def limits_of(model: nn.Module, format: str) -> dict[str, tuple]:
+    """{field: values that the format can express}."""
+    at_stem = {'posemb_at': ('stem',)} if hasattr(model, 'posemb_at') else {}
+    return FAMILIES[format].limits(model) | at_stem
+
+
+def check_params(
+    model: nn.Module, params: dict[str, np.ndarray], size: tuple[int, int] | None
+) -> None:
     """Raises UserError unless the parameters have the model's names and shapes, in float32."""
     if size is None:
         size = model.stride
@@ -172,15 +206,17 @@ def expected(model, params, size):
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
     shapes = {k: v.shape for k, v in flatten_dict(shapes, sep='/').items()}
     for name in sorted(shapes.keys() | params.keys()):
-        here = list(params[name].shape) if name in params else 'absent'
-        there = list(shapes[name]) if name in shapes else 'absent'
-        if here != there:
-            raise UserError(f'parameter {name} is {here}, in the model it is {there}')
+        given = list(params[name].shape) if name in params else 'absent'
+        expected = list(shapes[name]) if name in shapes else 'absent'
+        if given != expected:
+            raise UserError(f'parameter {name} is {given} in params, but {expected} in the model')
         if params[name].dtype != np.float32:
-            raise UserError(f'parameter {name} is of dtype {params[name].dtype}, not float32')
+            raise UserError(f'parameter {name} has dtype {params[name].dtype}, not float32')
 
 
-def folded(model, params, format, size):
+def fold_positions(
+    model: nn.Module, params: dict[str, np.ndarray], format: str, size: tuple[int, int] | None
+) -> tuple[nn.Module, dict[str, np.ndarray]]:
     """(model, params) with positions as the format has them; float32 outputs stay bitwise equal."""
     params = dict(params)
     if model.posemb == 'sincos2d' and format != 'big_vision':
@@ -204,26 +240,17 @@ def folded(model, params, format, size):
     return model, params
 
 
-def hf_arrays(model, arrays):
-    """Renames arrays as in transformers; adds a mask token of zeros if its model has one."""
-    names = hf.file_names(model)
-    arrays = {names[n]: a for n, a in arrays.items()}
-    if hf.save_type(model) == 'dinov2_with_registers':
-        zeros = np.zeros((1, model.width), np.float32)
-        arrays[hf.prefix_of(model) + 'embeddings.mask_token'] = zeros
-    return arrays
-
-
-def record_of(model, size, classes, config, loss, view):
+def npz_record(model: nn.Module, about: About) -> dict[str, Any]:
     """Metadata to write beside an .npz, as a JSON object."""
+    size, view = about.image_size, about.view
     return dict(
         image_size=list(size) if size else None, mean=list(model.mean), std=list(model.std),
-        classes=list(classes) if classes else None, loss=loss, config=config,
-        view=dict(name=view) if isinstance(view, str) else dict(view),
+        classes=list(about.classes) if about.classes else None, loss=about.loss,
+        config=about.config, view=dict(name=view) if isinstance(view, str) else dict(view),
     )  # fmt: skip
 
 
-def write_npz(path, arrays, record):
+def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
     """Writes the .json and then the .npz; each replaces the former file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.remove_leftovers(path.parent, path.name)
@@ -235,23 +262,28 @@ def write_npz(path, arrays, record):
         storage.write(path.with_suffix('.json'), text.encode(), sync=True)
 
 
-def documents_of(format, model, size, classes, config, loss, view):
+def folder_documents(
+    format: str, model: nn.Module, about: About
+) -> tuple[dict[str, Any], list[str]]:
     """({name: content} of the JSON files of a folder, notes on what they lack of the view)."""
-    documents = {'config.json': FAMILIES[format].config_of(model, size, classes)}
-    if loss is not None:
-        documents['config.json']['problem_type'] = PROBLEMS[loss]
+    model_config = {'timm': timm.model_config, 'hf': hf_config.model_config}[format]
+    documents = {'config.json': model_config(model, about.image_size, about.classes)}
+    if about.loss is not None:
+        documents['config.json']['problem_type'] = PROBLEMS[about.loss]
     if format == 'hf':
-        settings, notes = views.processor(view, size)
-        documents['preprocessor_config.json'] = hf.processor_of(model, settings)
+        settings, notes = views.processor_settings(about.view, about.image_size)
+        documents['preprocessor_config.json'] = hf_processor.processor_config(model, settings)
     else:
-        settings, notes = views.pretrained(view, size)
+        settings, notes = views.pretrained_settings(about.view, about.image_size)
         documents['config.json']['pretrained_cfg'] |= settings
-    if config is not None:
-        documents['run_config.json'] = config
+    if about.config is not None:
+        documents['run_config.json'] = about.config
     return documents, notes
 
 
-def write_folder(path, arrays, documents):
+def write_folder(
+    path: pathlib.Path, arrays: dict[str, np.ndarray], documents: dict[str, Any]
+) -> None:
     """Writes a folder with model.safetensors and its JSON files, in one step."""
     if path.exists():
         strange = [p.name for p in path.iterdir() if p.name not in FOLDER_FILES] if path.is_dir() \

@@ -3,17 +3,17 @@
 import numpy as np
 
 
-def linear_aligned(old, new):
+def linear_aligned(old: int, new: int) -> np.ndarray:
     """Weights [new, old] of linear interpolation, aligned corners: scipy.ndimage.zoom(order=1)."""
-    at = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
-    low = np.minimum(np.floor(at).astype(int), max(old - 2, 0))
+    position = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
+    low = np.minimum(np.floor(position).astype(int), max(old - 2, 0))
     weights = np.zeros((new, old))
-    weights[np.arange(new), low] = 1 - (at - low)
-    weights[np.arange(new), np.minimum(low + 1, old - 1)] += at - low
+    weights[np.arange(new), low] = 1 - (position - low)
+    weights[np.arange(new), np.minimum(low + 1, old - 1)] += position - low
     return weights
 
 
-def cubic(x, a):
+def cubic(x: np.ndarray, a: float) -> np.ndarray:
     """Keys' cubic kernel (doi:10.1109/TASSP.1981.1163711 eq. 4)."""
     x = np.abs(x)
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
@@ -21,19 +21,19 @@ def cubic(x, a):
     return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
-def bicubic(old, new):
+def bicubic(old: int, new: int) -> np.ndarray:
     """Weights [new, old] of PyTorch's bicubic interpolation: a = -3/4, borders repeated."""
-    at = (np.arange(new) + 0.5) * old / new - 0.5
+    position = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
-        place = np.floor(at).astype(int) + tap
+        index = np.floor(position).astype(int) + tap
         np.add.at(
-            weights, (np.arange(new), np.clip(place, 0, old - 1)), cubic(at - place, -0.75)
+            weights, (np.arange(new), np.clip(index, 0, old - 1)), cubic(position - index, -0.75)
         )
     return weights
 
 
-def bicubic_antialias(old, new):
+def bicubic_antialias(old: int, new: int) -> np.ndarray:
     """Weights [new, old] of PyTorch's antialiased bicubic interpolation: a = -1/2.
 
     The kernel widens by old / new where the table shrinks. Taps outside the table are dropped and
@@ -43,9 +43,9 @@ def bicubic_antialias(old, new):
     centre = (np.arange(new)[:, None] + 0.5) * old / new
     low = np.maximum((centre - 2 * scale + 0.5).astype(int), 0)
     high = np.minimum((centre + 2 * scale + 0.5).astype(int), old)
-    place = np.arange(old)[None]
-    weights = cubic((place - centre + 0.5) / scale, -0.5)
-    weights = np.where((place >= low) & (place < high), weights, 0)
+    index = np.arange(old)[None]
+    weights = cubic((index - centre + 0.5) / scale, -0.5)
+    weights = np.where((index >= low) & (index < high), weights, 0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
@@ -54,7 +54,9 @@ METHODS = {
 }  # fmt: skip
 
 
-def resize(table, old, new, method):
+def resize(
+    table: np.ndarray, old: tuple[int, int], new: tuple[int, int], method: str
+) -> np.ndarray:
     """Resizes a position table [1, prefix + h * w, D] from the grid `old` (h, w) to `new`.
 
     Rows of prefix tokens stay as they are. Equal grids return the table itself. `method` is a key

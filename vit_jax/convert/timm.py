@@ -4,36 +4,45 @@ GELU is exact, norms have epsilon 1e-6 and images are in [-1, 1], unless the arc
 Position tables are resized by antialiased bicubic interpolation.
 """
 
-from vit_jax.convert.official import need
-from vit_jax.convert.pieces import Piece, linear, norm
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from vit_jax.convert.files import Array
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
 from vit_jax.errors import UserError
 
 POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}
 GELUS = {'gelu': 'exact', 'gelu_tanh': 'tanh', 'quick_gelu': 'quick'}
 
 
-def matches(names):
+def matches(names: Collection[str]) -> bool:
     """Whether the arrays are those of this family."""
     return 'patch_embed.proj.weight' in names
 
 
-def table_rows(arrays):
+def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
     """(name, rows) of the position table; None without one."""
-    return ('pos_embed', need(arrays, 'pos_embed', 3)[1]) if 'pos_embed' in arrays else None
+    return ('pos_embed', shape_of(arrays, 'pos_embed', 3)[1]) if 'pos_embed' in arrays else None
 
 
-def unbiased(model, arrays):
-    """Drops the bias of a patch embedding before a norm, which timm lacks.
+def without_embedding_bias(
+    model: nn.Module, arrays: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Arrays without the bias of a patch embedding before a norm, which timm lacks.
 
     Raises UserError unless it is zero.
     """
     name = 'patch_embed.proj.bias'
     if model.pre_norm and arrays[name].any():
-        raise UserError('format timm can not express a patch embedding with bias before pre_norm')
+        raise UserError('format timm cannot express a patch embedding with bias before pre_norm')
     return {n: a for n, a in arrays.items() if n != name or not model.pre_norm}
 
 
-def pieces(model):
+def pieces(model: nn.Module) -> list[Piece]:
     """Pieces of all arrays of a model's file."""
     rows = [
         Piece('patch_embed.proj.weight', 'embedding/kernel', layout='conv'),
@@ -44,36 +53,37 @@ def pieces(model):
     if model.posemb == 'learn':
         rows.append(Piece('pos_embed', 'posemb'))
     if model.pre_norm:
-        rows += norm('norm_pre.', 'pre_norm', scale='weight')
+        rows += norm_pieces('norm_pre.', 'pre_norm', scale='weight')
     for i in range(model.depth):
-        rows += block(f'blocks.{i}', (i,), model)
-    rows += norm('fc_norm.' if model.fc_norm else 'norm.', 'norm', scale='weight')
+        rows += block_pieces(f'blocks.{i}', (i,), model)
+    rows += norm_pieces('fc_norm.' if model.fc_norm else 'norm.', 'norm', scale='weight')
     if model.pool == 'map':
-        rows += map_head('attn_pool', 'map_head')
+        rows += map_head_pieces('attn_pool', 'map_head')
     if model.representation_size is not None:
-        rows += linear('pre_logits.fc', 'pre_logits')
+        rows += linear_pieces('pre_logits.fc', 'pre_logits')
     if model.num_classes is not None:
-        rows += linear('head', 'head')
-    return rows + (linear('head_dist', 'dist_head') if model.dist_head else [])
+        rows += linear_pieces('head', 'head')
+    return rows + (linear_pieces('head_dist', 'dist_head') if model.dist_head else [])
 
 
-def block(theirs, index, model):
+def block_pieces(theirs: str, index: tuple, model: nn.Module) -> list[Piece]:
     """Pieces of an encoder block."""
     rows = [
-        *norm(f'{theirs}.norm1.', 'encoder/norm1', index, scale='weight'),
-        *linear(f'{theirs}.attn.qkv', 'encoder/attn/qkv', index, optional=True),
-        *linear(f'{theirs}.attn.proj', 'encoder/attn/out', index, inputs=2),
-        *norm(f'{theirs}.norm2.', 'encoder/norm2', index, scale='weight'),
-        *linear(f'{theirs}.mlp.fc2', 'encoder/mlp/fc2', index),
+        *norm_pieces(f'{theirs}.norm1.', 'encoder/norm1', index, scale='weight'),
+        *linear_pieces(f'{theirs}.attn.qkv', 'encoder/attn/qkv', index, optional=True),
+        *linear_pieces(f'{theirs}.attn.proj', 'encoder/attn/out', index, inputs=2),
+        *norm_pieces(f'{theirs}.norm2.', 'encoder/norm2', index, scale='weight'),
+        *linear_pieces(f'{theirs}.mlp.fc2', 'encoder/mlp/fc2', index),
     ]
     if model.glu:  # gate first
-        rows += linear(f'{theirs}.mlp.fc1', 'encoder/mlp/gate', index, part=(0, 2))
-        rows += linear(f'{theirs}.mlp.fc1', 'encoder/mlp/fc1', index, part=(1, 2))
+        rows += linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/gate', index, part=(0, 2))
+        rows += linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/fc1', index, part=(1, 2))
     else:
-        rows += linear(f'{theirs}.mlp.fc1', 'encoder/mlp/fc1', index)
+        rows += linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/fc1', index)
     if model.qk_norm:
-        for name in ('q_norm', 'k_norm'):
-            rows += norm(f'{theirs}.attn.{name}.', f'encoder/attn/{name}', index, scale='weight')
+        for name in ('attn.q_norm', 'attn.k_norm'):
+            ours = f'encoder/{name.replace(".", "/")}'
+            rows += norm_pieces(f'{theirs}.{name}.', ours, index, scale='weight')
     if model.layer_scale is not None:
         rows += [
             Piece(f'{theirs}.ls{n}.gamma', f'encoder/scale{n}', index) for n in (1, 2)
@@ -81,21 +91,21 @@ def block(theirs, index, model):
     return rows
 
 
-def map_head(theirs, ours):
+def map_head_pieces(theirs: str, ours: str) -> list[Piece]:
     """Pieces of attention pooling; timm stores key and value in one array."""
     return [
         Piece(f'{theirs}.latent', f'{ours}/probe'),
-        *linear(f'{theirs}.q', f'{ours}/query'),
+        *linear_pieces(f'{theirs}.q', f'{ours}/query'),
         *(p for i, name in enumerate(('key', 'value'))
-          for p in linear(f'{theirs}.kv', f'{ours}/{name}', part=(i, 2))),
-        *linear(f'{theirs}.proj', f'{ours}/out', inputs=2),
-        *norm(f'{theirs}.norm.', f'{ours}/norm', scale='weight'),
-        *linear(f'{theirs}.mlp.fc1', f'{ours}/mlp/fc1'),
-        *linear(f'{theirs}.mlp.fc2', f'{ours}/mlp/fc2'),
+          for p in linear_pieces(f'{theirs}.kv', f'{ours}/{name}', part=(i, 2))),
+        *linear_pieces(f'{theirs}.proj', f'{ours}/out', inputs=2),
+        *norm_pieces(f'{theirs}.norm.', f'{ours}/norm', scale='weight'),
+        *linear_pieces(f'{theirs}.mlp.fc1', f'{ours}/mlp/fc1'),
+        *linear_pieces(f'{theirs}.mlp.fc2', f'{ours}/mlp/fc2'),
     ]  # fmt: skip
 
 
-def limits(model):
+def limits(model: nn.Module) -> dict[str, tuple]:
     """{field: values that the format can express} for `save`."""
     return dict(
         epsilon=(1e-6,) if model.glu or model.dist_token else (1e-6, 1e-5),
@@ -114,13 +124,15 @@ def limits(model):
     )  # fmt: skip
 
 
-def config_of(model, size, classes):
+def model_config(
+    model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
+) -> dict[str, Any]:
     """Content of config.json for timm.create_model('local-dir:...')."""
     image = list(size)
     args = dict(
         img_size=image, patch_size=list(model.patch_size), embed_dim=model.width,
         depth=model.depth, num_heads=model.num_heads,
-        mlp_ratio=ratio(model.mlp_dim * (2 if model.glu else 1), model.width),
+        mlp_ratio=mlp_ratio(model.mlp_dim * (2 if model.glu else 1), model.width),
         num_classes=model.num_classes or 0,
         global_pool={v: k for k, v in POOLS.items()}[model.pool],
         class_token='cls' in model.prefix, reg_tokens=model.registers,
@@ -129,7 +141,7 @@ def config_of(model, size, classes):
         init_values=model.layer_scale, pos_embed='learn' if model.posemb == 'learn' else 'none',
         act_layer={v: k for k, v in GELUS.items()}[model.gelu],
     )  # fmt: skip
-    # JSON can't set epsilon and SwiGLU: start from architectures that have them.
+    # JSON cannot set epsilon and SwiGLU: start from architectures that have them.
     architecture = 'vit_base_patch16_clip_224' if model.epsilon == 1e-5 else 'vit_base_patch16_224'
     if model.glu:
         architecture = 'vit_giant_patch14_dinov2'
@@ -156,7 +168,7 @@ def config_of(model, size, classes):
     return config
 
 
-def ratio(mlp_dim, width):
+def mlp_ratio(mlp_dim: int, width: int) -> int | float:
     """A number with int(width * number) == mlp_dim, an integer if possible; raises UserError."""
     for value in (mlp_dim / width, (mlp_dim + 0.5) / width):
         if int(width * value) == mlp_dim:

@@ -9,8 +9,9 @@ import functools
 import importlib.resources
 import json
 import math
+from typing import Any
 
-from vit_jax.convert.documents import KINDS, by_channel, labels, option
+from vit_jax.convert.documents import KINDS, channel_values, check_class_names, option
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -67,25 +68,27 @@ READ = {
 
 
 @functools.cache
-def tables():
+def tables() -> dict[str, dict[str, Any]]:
     """{'architectures': {name: arguments}, 'renamed': {former name: name}}."""
     file = importlib.resources.files('vit_jax.convert') / 'timm_architectures.json'
     return json.loads(file.read_text(encoding='utf-8'))
 
 
-def setting(config, key, kind=None, default=None):
+def pretrained_setting(
+    config: dict[str, Any], key: str, kind: str | None = None, default: Any = None
+) -> Any:
     """A value of pretrained_cfg, else of the top level, as in older files, else `default`."""
     inner = option(config, 'pretrained_cfg', 'an object', {})
-    where = inner if inner.get(key) is not None else config
-    return where.get(key, default) if kind is None else option(where, key, kind, default)
+    section = inner if inner.get(key) is not None else config
+    return section.get(key, default) if kind is None else option(section, key, kind, default)
 
 
-def architecture(config):
+def architecture(config: dict[str, Any]) -> str | None:
     """The name of a known architecture; None if the config names none; else raises UserError.
 
     'vit' is the class itself, whose defaults apply to arguments that model_args leave out.
     """
-    name = setting(config, 'architecture', 'a text')
+    name = pretrained_setting(config, 'architecture', 'a text')
     if name is None:
         return None
     known = tables()
@@ -94,13 +97,12 @@ def architecture(config):
     if short != 'vit' and short not in known['architectures']:
         raise UserError(
             f'config.json: architecture {brief(repr(name))} is none of timm\'s VisionTransformer '
-            'that is known here, so nothing tells how its arrays are used; if it is one under '
-            "another name, put timm's name there"
+            "that is known here; if it is one of them under another name, put timm's name there"
         )
     return short
 
 
-def arguments(config):
+def arguments(config: dict[str, Any]) -> dict[str, Any]:
     """{argument: value} of the class: all of them if the config names an architecture.
 
     Otherwise only those in model_args. Raises UserError for an argument that is unknown or has an
@@ -111,19 +113,18 @@ def arguments(config):
     for key in given:
         if key not in DEFAULTS.keys() - {'epsilon', 'distilled'} | IRRELEVANT_ARGS:
             raise UserError(
-                f'config.json: model_args has {brief(repr(key))}, which is no argument of '
-                "timm's VisionTransformer that is known here; if no output depends on it, "
-                'remove it there'
+                f'config.json: model_args has {brief(repr(key))}, which is not a known argument '
+                "of timm's VisionTransformer; remove it if no output depends on it"
             )
     given = {k: v for k, v in given.items() if k not in IRRELEVANT_ARGS}
     for key, value in given.items():
         if value is None and DEFAULTS[key] is not None and key != 'pos_embed':
             raise UserError(f'config.json: {key} of model_args is null')
         option(given, key, KIND.get(key, 'anything'))
-    given = plain(given)
+    given = normalise_arguments(given)
     args = {}
     if name is not None:
-        args = DEFAULTS | from_settings(config) | tables()['architectures'].get(name, {})
+        args = DEFAULTS | pretrained_arguments(config) | tables()['architectures'].get(name, {})
     if 'norm_layer' in given and name is not None:
         args['epsilon'] = DEFAULTS['epsilon']
     args |= given
@@ -133,7 +134,7 @@ def arguments(config):
     return args
 
 
-def plain(given):
+def normalise_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Replaces names of default norms and attention by None, and lower-cases act_layer."""
     given = dict(given)
     if str(given.get('norm_layer', '')).replace('_', '').lower() == 'layernorm':
@@ -145,7 +146,7 @@ def plain(given):
     return given
 
 
-def from_settings(config):
+def pretrained_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """{argument: value} that timm takes from pretrained_cfg."""
     size = input_size(config)
     args = {} if size is None else {'in_chans': size[0], 'img_size': list(size[1:])}
@@ -153,28 +154,28 @@ def from_settings(config):
     return args if count is None else args | {'num_classes': count}
 
 
-def stated_classes(config):
+def stated_classes(config: dict[str, Any]) -> int | None:
     """num_classes outside of model_args; as in timm, the top level precedes pretrained_cfg."""
-    where = config if config.get('num_classes') is not None else option(
+    section = config if config.get('num_classes') is not None else option(
         config, 'pretrained_cfg', 'an object', {}
     )  # fmt: skip
-    return option(where, 'num_classes', 'a whole number')
+    return option(section, 'num_classes', 'a whole number')
 
 
-def refusal(key, value, name):
+def refusal(key: str, value: Any, name: str | None) -> str:
     """The error message for an unsupported argument."""
     if value == 'HybridEmbed':
         return (
             f'config.json: {name} is a hybrid of timm: its patches are of a ResNet\'s features, '
-            'which is read of the .npz files of google-research/vision_transformer alone'
+            'which only an .npz file of google-research/vision_transformer has here'
         )
     of = f' of architecture {name}' if name else ''
-    return f'config.json: {key}{of} is {brief(repr(value))}, which no model here has'
+    return f'config.json: {key}{of} is {brief(repr(value))}, which is not supported'
 
 
-def input_size(config):
+def input_size(config: dict[str, Any]) -> tuple[int, int, int] | None:
     """(channels, height, width) of pretrained_cfg, None where it has none."""
-    size = setting(config, 'input_size', 'a list')
+    size = pretrained_setting(config, 'input_size', 'a list')
     if size is None:
         return None
     if len(size) != 3 or not all(map(KINDS['a whole number above 0'], size)):
@@ -182,60 +183,62 @@ def input_size(config):
     return tuple(size)
 
 
-def unknown_keys(config):
+def unknown_keys(config: dict[str, Any]) -> tuple[str, ...]:
     """Keys of the config, and of its pretrained_cfg, that are neither read nor irrelevant."""
     inner = option(config, 'pretrained_cfg', 'an object', {})
     keys = [*config, *(key for key in inner if key not in config)]
     return tuple(f'config.json: {brief(key)}' for key in keys if key not in READ | IRRELEVANT)
 
 
-def has_settings(config):
+def has_settings(config: dict[str, Any]) -> bool:
     """Whether timm would take preprocessing from the config, if only by timm's defaults."""
     keys = ('pretrained_cfg', 'input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
     stated = any(config.get(key) is not None for key in keys)
     return bool(config) and (stated or 'model_args' not in config)
 
 
-def normalisation(config, channels):
+def stated_normalisation(config: dict[str, Any], channels: int) -> dict[str, tuple[float, ...]]:
     """{mean, std}, as far as the config states them."""
     stated = {}
     for key, kind in (('mean', 'a number'), ('std', 'a number above 0')):
-        values = setting(config, key)
+        values = pretrained_setting(config, key)
         if values is not None:
-            stated[key] = by_channel({key: values}, key, kind, channels)
+            stated[key] = channel_values({key: values}, key, kind, channels)
     return stated
 
 
-def view(config, size):
+def evaluation_view(
+    config: dict[str, Any], size: tuple[int, int]
+) -> tuple[dict[str, Any], tuple[tuple[str, str], ...]]:
     """(view of timm's evaluation at (height, width), ((key, why), ...) that it leaves out)."""
-    crop = setting(config, 'crop_pct', 'a number above 0') or 0.875
-    mode = setting(config, 'crop_mode', 'a text', 'center')
-    method = setting(config, 'interpolation', 'a text', 'bicubic')
+    crop = pretrained_setting(config, 'crop_pct', 'a number above 0') or 0.875
+    mode = pretrained_setting(config, 'crop_mode', 'a text', 'center')
+    method = pretrained_setting(config, 'interpolation', 'a text', 'bicubic')
     ignored = []
     method = {'box': 'area'}.get(method, method)
     if method not in ('bilinear', 'bicubic', 'area'):
         ignored.append(('interpolation', f'no view here has {brief(repr(method))}, but bicubic'))
         method = 'bicubic'
-    how = dict(method=method, antialias=True)
-    whole = [min(math.floor(n / crop), MOST_PIXELS + 1) for n in size]
-    sound = crop <= 1 and max(whole) <= MOST_PIXELS
-    if not sound or mode not in ('center', 'squash'):
-        what, value = ('crop_mode', mode) if sound else ('crop_pct', crop)
+    resampling = dict(method=method, antialias=True)
+    resized = [min(math.floor(n / crop), MOST_PIXELS + 1) for n in size]
+    supported = crop <= 1 and max(resized) <= MOST_PIXELS
+    if not supported or mode not in ('center', 'squash'):
+        what, value = ('crop_mode', mode) if supported else ('crop_pct', crop)
         ignored.append((what, f'no view here has {brief(repr(value))}, but the whole image'))
-        return dict(name='resize', **how), tuple(ignored)
+        return dict(name='resize', **resampling), tuple(ignored)
     if mode == 'squash':
-        part = dict(crop=size[0] / whole[0], rounding='torchvision') if crop < 1 else {}
-        return dict(name='resize', **part, **how), tuple(ignored)
+        crop_argument = dict(crop=size[0] / resized[0], rounding='torchvision') if crop < 1 else {}
+        return dict(name='resize', **crop_argument, **resampling), tuple(ignored)
     if size[0] != size[1]:
-        return dict(name='central', crop=crop, **how), tuple(ignored)
-    how['rounding'] = 'torchvision'
-    return dict(name='small_central', smaller=whole[0], **how), tuple(ignored)
+        return dict(name='central', crop=crop, **resampling), tuple(ignored)
+    resampling['rounding'] = 'torchvision'
+    return dict(name='small_central', smaller=resized[0], **resampling), tuple(ignored)
 
 
-def label_names(config, count):
+def label_names(config: dict[str, Any], count: int | None) -> tuple[str, ...] | None:
     """Class names by label; None if the config has none. Older files call them `labels`."""
     for key in ('label_names', 'labels'):
-        for where in (config, option(config, 'pretrained_cfg', 'an object', {})):
-            if where.get(key) is not None:
-                return labels(where[key], count, key)
+        for section in (config, option(config, 'pretrained_cfg', 'an object', {})):
+            if section.get(key) is not None:
+                return check_class_names(section[key], count, key)
     return None

@@ -3,10 +3,14 @@
 What neither determines is guessed, and listed as a guess in the account.
 """
 
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
 from vit_jax.convert import timm_config
-from vit_jax.convert.documents import Notes, agree, size_option
-from vit_jax.convert.official import half, need
-from vit_jax.convert.pieces import count
+from vit_jax.convert.documents import Notes, check_agreement, size_option
+from vit_jax.convert.files import Array
+from vit_jax.convert.official import half_normalisation, shape_of
+from vit_jax.convert.pieces import count_numbered
 from vit_jax.convert.timm import GELUS, POOLS
 from vit_jax.convert.timm_config import IMAGENET
 from vit_jax.errors import UserError
@@ -16,7 +20,7 @@ from vit_jax.models import vit
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
 
-def heads_of(width, depth):
+def guess_heads(width: int, depth: int) -> int | None:
     """Guesses the number of heads, which fused weights do not show; None without a guess."""
     for size in vit.SIZES.values():
         if (size['width'], size['depth']) == (width, depth):
@@ -24,27 +28,29 @@ def heads_of(width, depth):
     return width // 64 if width % 64 == 0 else None
 
 
-def gelu_of(args, glu):
+def gelu_of(args: dict[str, Any], glu: bool) -> str:
     """The kind of GELU in the arguments; 'exact' for a gated MLP, which has SiLU instead."""
-    known = {'silu': 'exact'} if glu else GELUS
+    kinds = {'silu': 'exact'} if glu else GELUS
     kind = args.get('act_layer', 'silu' if glu else None) or 'gelu'
-    if kind not in known:
-        some = ', '.join(known)
-        raise UserError(f'config.json: act_layer {brief(repr(kind))} is none of {some}')
-    return known[kind]
+    if kind not in kinds:
+        names = ', '.join(kinds)
+        raise UserError(f'config.json: act_layer {brief(repr(kind))} is none of {names}')
+    return kinds[kind]
 
 
-def family(arrays, channels):
+def guess_normalisation(arrays: Collection[str], channels: int) -> dict[str, tuple[float, ...]]:
     """{mean, std} that the arrays suggest where no config.json states them."""
     if channels != 3:
-        return half(channels)
+        return half_normalisation(channels)
     if 'norm_pre.weight' in arrays:
         return CLIP
     deit3 = 'blocks.0.ls1.gamma' in arrays and 'reg_token' not in arrays
-    return IMAGENET if 'dist_token' in arrays or deit3 else half(3)
+    return IMAGENET if 'dist_token' in arrays or deit3 else half_normalisation(3)
 
 
-def told(arrays, width, depth, channels, patch):
+def inferred_arguments(
+    arrays: Mapping[str, Array], width: int, depth: int, channels: int, patch: Sequence[int]
+) -> dict[str, Any]:
     """{argument: value} of timm's class, as far as names and shapes of arrays determine it."""
     block = 'blocks.0.'
     return dict(
@@ -52,15 +58,15 @@ def told(arrays, width, depth, channels, patch):
         qkv_bias=block + 'attn.qkv.bias' in arrays, proj_bias=block + 'attn.proj.bias' in arrays,
         qk_norm=block + 'attn.q_norm.weight' in arrays, pre_norm='norm_pre.weight' in arrays,
         class_token='cls_token' in arrays, distilled='dist_token' in arrays,
-        reg_tokens=need(arrays, 'reg_token', 3)[1] if 'reg_token' in arrays else 0,
+        reg_tokens=shape_of(arrays, 'reg_token', 3)[1] if 'reg_token' in arrays else 0,
         pos_embed='learn' if 'pos_embed' in arrays else 'none',
-        num_classes=need(arrays, 'head.weight', 2)[0] if 'head.weight' in arrays else 0,
+        num_classes=shape_of(arrays, 'head.weight', 2)[0] if 'head.weight' in arrays else 0,
         init_values='a layer scale' if block + 'ls1.gamma' in arrays else 'no layer scale',
     )  # fmt: skip
 
 
-def checked(args, known, hidden, glu):
-    """Raises UserError if an argument contradicts `known`, those that the arrays imply."""
+def check_arguments(args: dict[str, Any], inferred: dict[str, Any], hidden: int, glu: bool) -> None:
+    """Raises UserError if an argument contradicts `inferred`, those that the arrays imply."""
     stated = dict(args)
     if 'init_values' in args:
         stated['init_values'] = 'a layer scale' if args['init_values'] else 'no layer scale'
@@ -68,12 +74,12 @@ def checked(args, known, hidden, glu):
         stated['patch_size'] = size_option(args, 'patch_size')
     if 'pos_embed' in args:
         stated['pos_embed'] = args['pos_embed'] or 'none'
-    agree(stated, known)
+    check_agreement(stated, inferred)
     ratio = args.get('mlp_ratio')
-    if ratio is not None and int(known['embed_dim'] * ratio) != hidden:
+    if ratio is not None and int(inferred['embed_dim'] * ratio) != hidden:
         raise UserError(
             f'config.json: mlp_ratio is {ratio}, which makes an MLP of '
-            f'{int(known["embed_dim"] * ratio)}, but the arrays have {hidden}'
+            f'{int(inferred["embed_dim"] * ratio)}, but the arrays have {hidden}'
         )
     if 'mlp_layer' in args and glu != (args['mlp_layer'] is not None):
         kinds = {True: 'a gated MLP', False: 'a plain MLP'}
@@ -82,15 +88,15 @@ def checked(args, known, hidden, glu):
         )
 
 
-def settled(arrays, known):
+def check_unambiguous(arrays: Collection[str], inferred: dict[str, Any]) -> None:
     """Raises UserError if arrays without an architecture also fit another model of timm."""
     maps, other = 'attn_pool.latent' in arrays, None
-    if maps and known['pre_norm']:
+    if maps and inferred['pre_norm']:
         other = 'vit_pe_core_*, whose rotary positions leave no array'
-    elif maps and known['reg_tokens']:
+    elif maps and inferred['reg_tokens']:
         other = 'test_vit3, which pools its registers with the patches'
-    elif known['init_values'] == 'no layer scale' and not (
-        known['qkv_bias'] or known['class_token']
+    elif inferred['init_values'] == 'no layer scale' and not (
+        inferred['qkv_bias'] or inferred['class_token']
     ):
         other = 'vit_base_patch16_rpn_224, which has its norms behind attention and MLP'
     if other:
@@ -100,7 +106,7 @@ def settled(arrays, known):
         )
 
 
-def fits(pool, args, arrays):
+def fits_pooling(pool: str, args: dict[str, Any], arrays: Collection[str]) -> bool:
     """Whether a model with timm's pooling `pool` has these arrays."""
     fc_norm = args.get('fc_norm')
     fc_norm = pool in ('avg', 'avgmax', 'max') if fc_norm is None else fc_norm
@@ -111,101 +117,112 @@ def fits(pool, args, arrays):
     )
 
 
-def pooling(args, config, arrays):
+def pooling(
+    args: dict[str, Any], config: dict[str, Any], arrays: Collection[str]
+) -> tuple[str, dict[str, str], dict[str, str]]:
     """(timm's pooling, {'pool': why it is a guess}, {'pool': why it must be given})."""
     given = (config.get('model_args') or {}).get('global_pool')
-    stated = timm_config.setting(config, 'global_pool', 'a text')
+    stated = timm_config.pretrained_setting(config, 'global_pool', 'a text')
     pool = args.get('global_pool', stated)
     for value in (pool, stated):
         if value is not None and value not in POOLS:
-            some = ', '.join(map(repr, POOLS))
-            raise UserError(f'config.json: global_pool {brief(repr(value))} is none of {some}')
+            names = ', '.join(map(repr, POOLS))
+            raise UserError(f'config.json: global_pool {brief(repr(value))} is none of {names}')
     if pool is None:
         maps, cls = 'attn_pool.latent' in arrays, 'cls_token' in arrays
         pool = 'map' if maps else 'token' if cls and 'fc_norm.weight' not in arrays else 'avg'
         why = 'the arrays of a model with a class token are the same with another pooling'
         return pool, {} if maps or not cls else {'pool': why}, {}
-    if given is None and stated not in (None, pool) and fits(stated, args, arrays):
-        if fits(pool, args, arrays):
+    if given is None and stated not in (None, pool) and fits_pooling(stated, args, arrays):
+        if fits_pooling(pool, args, arrays):
             why = (
                 f'config.json: global_pool is {brief(repr(stated))}, but timm builds the '
                 f'architecture with {pool!r}, and the arrays fit both'
             )
             return stated, {}, {'pool': why}
         pool = stated
-    if not fits(pool, args, arrays):
+    if not fits_pooling(pool, args, arrays):
         raise UserError(
-            f'config.json: global_pool is {pool!r} with fc_norm {args.get("fc_norm")}, to which '
+            f'config.json: global_pool is {pool!r} with fc_norm {args.get("fc_norm")}, which '
             'the arrays (norm, fc_norm, attn_pool, cls_token) do not fit'
         )
     return pool, {}, {}
 
 
-def describe(arrays, config):
+def describe(
+    arrays: Mapping[str, Array], config: dict[str, Any]
+) -> tuple[str, dict[str, Any], Notes]:
     """(kind, {field: value}, Notes) of the model, from arrays (names, shapes) and config.json."""
     if any(name.startswith('patch_embed.backbone.') for name in arrays):
         raise UserError(timm_config.refusal('embed_layer', 'HybridEmbed', 'this'))
     args = timm_config.arguments(config)
-    width, channels, *patch = need(arrays, 'patch_embed.proj.weight', 4)
-    depth = count(arrays, r'blocks\.(\d+)\.')
-    hidden = need(arrays, 'blocks.0.mlp.fc1.weight', 2)[0]
-    mlp_dim = need(arrays, 'blocks.0.mlp.fc2.weight', 2)[1]
+    width, channels, *patch = shape_of(arrays, 'patch_embed.proj.weight', 4)
+    depth = count_numbered(arrays, r'blocks\.(\d+)\.')
+    hidden = shape_of(arrays, 'blocks.0.mlp.fc1.weight', 2)[0]
+    mlp_dim = shape_of(arrays, 'blocks.0.mlp.fc2.weight', 2)[1]
     glu = hidden == 2 * mlp_dim
-    known = told(arrays, width, depth, channels, patch)
-    if known['num_classes'] == 0 and timm_config.stated_classes(config) is None:
+    inferred = inferred_arguments(arrays, width, depth, channels, patch)
+    if inferred['num_classes'] == 0 and timm_config.stated_classes(config) is None:
         args.pop('num_classes', None)  # the file leaves out the head
-    checked(args, known, hidden, glu)
-    if known['distilled'] and 'fc_norm.weight' in arrays:
+    check_arguments(args, inferred, hidden, glu)
+    if inferred['distilled'] and 'fc_norm.weight' in arrays:
         raise UserError('fc_norm: the distilled model of timm has that norm and does not use it')
     if timm_config.architecture(config) is None:
-        settled(arrays, known)
-    agree({'num_features': config.get('num_features')}, {'num_features': width})
+        check_unambiguous(arrays, inferred)
+    check_agreement({'num_features': config.get('num_features')}, {'num_features': width})
     pool, guessed, unsettled = pooling(args, config, arrays)
-    prefix = known['class_token'] + known['distilled'] + known['reg_tokens']
+    prefix = inferred['class_token'] + inferred['distilled'] + inferred['reg_tokens']
     if args.get('pool_include_prefix') and pool in ('avg', 'map') and prefix:
         raise UserError('config.json: pool_include_prefix: pooling here is that of patches alone')
     fields = dict(
-        num_classes=known['num_classes'] or None, patch_size=tuple(patch), width=width, depth=depth,
-        mlp_dim=mlp_dim, num_heads=args.get('num_heads'), pool=POOLS[pool],
-        cls_token=known['class_token'], dist_token=known['distilled'],
-        dist_head='head_dist.weight' in arrays, registers=known['reg_tokens'],
-        posemb=known['pos_embed'], interpolation='bicubic_antialias', pre_norm=known['pre_norm'],
-        fc_norm='fc_norm.weight' in arrays,
+        num_classes=inferred['num_classes'] or None, patch_size=tuple(patch), width=width,
+        depth=depth, mlp_dim=mlp_dim, num_heads=args.get('num_heads'), pool=POOLS[pool],
+        cls_token=inferred['class_token'], dist_token=inferred['distilled'],
+        dist_head='head_dist.weight' in arrays, registers=inferred['reg_tokens'],
+        posemb=inferred['pos_embed'], interpolation='bicubic_antialias',
+        pre_norm=inferred['pre_norm'], fc_norm='fc_norm.weight' in arrays,
         layer_scale=float(args.get('init_values') or 1e-5)
-        if known['init_values'] == 'a layer scale' else None,
-        qk_norm=known['qk_norm'], gelu=gelu_of(args, glu), glu=glu,
-        epsilon=args.get('epsilon', 1e-5 if known['pre_norm'] else 1e-6),
+        if inferred['init_values'] == 'a layer scale' else None,
+        qk_norm=inferred['qk_norm'], gelu=gelu_of(args, glu), glu=glu,
+        epsilon=args.get('epsilon', 1e-5 if inferred['pre_norm'] else 1e-6),
     )  # fmt: skip
     if 'pre_logits.fc.weight' in arrays:
-        fields['representation_size'] = need(arrays, 'pre_logits.fc.weight', 2)[0]
+        fields['representation_size'] = shape_of(arrays, 'pre_logits.fc.weight', 2)[0]
     if 'no_embed_class' in args:
         fields |= dict.fromkeys(('cls_posemb', 'registers_posemb'), not args['no_embed_class'])
     if fields['num_heads'] is None:
-        fields['num_heads'] = heads_of(width, depth)
-        guessed = guessed | {'num_heads': 'fused weights do not tell it'}
+        fields['num_heads'] = guess_heads(width, depth)
+        guessed = guessed | {'num_heads': 'fused weights do not show it'}
     if 'epsilon' not in args:
-        guessed = guessed | {'epsilon': 'of the norms; arrays do not tell it'}
+        guessed = guessed | {'epsilon': 'of the norms; arrays do not show it'}
     if 'act_layer' not in args and not glu:
-        guessed = guessed | {'gelu': 'arrays do not tell its kind'}
-    fields, notes = normalised(fields, config, channels, arrays, guessed, unsettled)
-    if known['distilled'] and not known['num_classes']:
+        guessed = guessed | {'gelu': 'arrays do not show its kind'}
+    fields, notes = with_normalisation(fields, config, channels, arrays, guessed, unsettled)
+    if inferred['distilled'] and not inferred['num_classes']:
         why = "without a head timm gives the mean of both tokens, here it is the class token's"
         notes = notes._replace(ignored=(('dist_token', why),))
     return 'vit', fields, notes
 
 
-def normalised(fields, config, channels, arrays, guessed, unsettled):
+def with_normalisation(
+    fields: dict[str, Any],
+    config: dict[str, Any],
+    channels: int,
+    arrays: Collection[str],
+    guessed: dict[str, str],
+    unsettled: dict[str, str],
+) -> tuple[dict[str, Any], Notes]:
     """(fields with mean and std of the images, Notes)."""
-    default, why = family(arrays, channels), 'of the images; nothing states it'
+    default, why = guess_normalisation(arrays, channels), 'of the images; nothing states it'
     if timm_config.has_settings(config) and channels == 3:
         default, why = IMAGENET, "of the images; config.json leaves it out: timm's default"
-    stated = timm_config.normalisation(config, channels)
+    stated = timm_config.stated_normalisation(config, channels)
     guessed = guessed | {key: why for key in default if key not in stated}
     notes = Notes(guessed, unsettled, (), timm_config.unknown_keys(config))
     return fields | default | stated, notes
 
 
-def image_size(config):
+def image_size(config: dict[str, Any]) -> tuple[int, int] | None:
     """Image size (height, width) of the checkpoint; None if the config does not state it."""
     size = size_option(config.get('model_args') or {}, 'img_size')
     if size is None:

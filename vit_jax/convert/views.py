@@ -6,6 +6,7 @@ as notes for the user. hf_processor.py and timm_config.py read these settings ba
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from vit_jax.data.augment import VIEWS
@@ -18,24 +19,24 @@ ORDER = 'the image is resized there before it is cut, which moves edges by less 
 PIXELS = 'half pixels beside the window are rounded another way there (see rounding of {})'
 
 
-def annotations(name: str) -> dict[str, Any]:
-    """Annotations of the settings of a view."""
+def argument_types(name: str) -> dict[str, Any]:
+    """Annotations of the arguments that a view takes as settings."""
     view = VIEWS[name]
     return {key: view.__annotations__[key] for key in view.__kwdefaults__}
 
 
-def checked(view: Any) -> str | dict | None:
+def valid_view(view: Any) -> str | dict | None:
     """Returns a view that a file states, unchanged; None unless it is valid in data/augment.py."""
-    given = dict(name=view) if isinstance(view, str) else view
-    if not isinstance(given, dict) or str(given.get('name')) not in VIEWS:
+    values = dict(name=view) if isinstance(view, str) else view
+    if not isinstance(values, dict) or str(values.get('name')) not in VIEWS:
         return None
-    known = annotations(given['name'])
-    values = {k: v for k, v in given.items() if k != 'name'}
-    sound = all(k in known and bounds.allows(known[k], v) for k, v in values.items())
-    return view if sound else None
+    types = argument_types(values['name'])
+    given = {k: v for k, v in values.items() if k != 'name'}
+    valid = all(k in types and bounds.allows(types[k], v) for k, v in given.items())
+    return view if valid else None
 
 
-def given(view: Any) -> str | dict | None:
+def check_view(view: Any) -> str | dict | None:
     """Returns a caller's view, unchanged; raises UserError that names what is wrong with it."""
     if view is None:
         return None
@@ -43,55 +44,65 @@ def given(view: Any) -> str | dict | None:
     if not isinstance(values, dict):
         raise UserError(f'view is {shown(view)}, not a name or dict(name=..., arguments)')
     check_choice('view', values.get('name'), sorted(VIEWS))
-    known = annotations(values['name'])
+    types = argument_types(values['name'])
     for key, value in values.items():
         if key != 'name':
-            check_choice(f'argument of the view {values["name"]}', key, sorted(known))
-            bounds.check(f'view.{key}', value, known[key])
+            check_choice(f'argument of the view {values["name"]}', key, sorted(types))
+            bounds.check(f'view.{key}', value, types[key])
     return view
 
 
-def grown(view: str | dict, old: tuple | None, new: tuple | None) -> str | dict:
+def scale_view(
+    view: str | dict, old: tuple[int, int] | None, new: tuple[int, int] | None
+) -> str | dict:
     """A view for images of size `new`: scales the side before the crop from that for `old`."""
     if isinstance(view, str) or 'smaller' not in view or not old or not new or old == new:
         return view
-    by = max(n / m for n, m in zip(new, old, strict=True))
-    return dict(view) | {'smaller': max(round(view['smaller'] * by), *new)}
+    factor = max(n / m for n, m in zip(new, old, strict=True))
+    return dict(view) | {'smaller': max(round(view['smaller'] * factor), *new)}
 
 
-def arguments(view):
+def arguments(view: str | dict) -> tuple[dict[str, Any], list[str]]:
     """({argument: value}, notes) of a view; arguments are name, crop or smaller, method, antialias.
 
     A random view of training is replaced by the most similar view of evaluation.
     """
-    given = dict(name=view) if isinstance(view, str) else dict(view)
-    name, notes = given.get('name'), []
+    stated = dict(name=view) if isinstance(view, str) else dict(view)
+    name, notes = stated.get('name'), []
     if name not in ('resize', 'central', 'small_central'):
         nearest = 'central' if name in ('random_crop', 'inception') else 'resize'
         notes.append(f'the view {name} has chance in it; {nearest} stands for it')
-        given = {k: v for k, v in given.items() if k in ('method', 'antialias')} | dict(
+        stated = {k: v for k, v in stated.items() if k in ('method', 'antialias')} | dict(
             name=nearest
         )
-    defaults = VIEWS[given['name']].__kwdefaults__
-    values = {k: v for k, v in defaults.items() if k != 'size'} | given
+    defaults = VIEWS[stated['name']].__kwdefaults__
+    values = {k: v for k, v in defaults.items() if k != 'size'} | stated
     if not values['antialias'] and values['method'] != 'area':
         notes.append('resized with antialias there, without it here')
     return values, notes
 
 
-def note_rounding(values, whole, size, alike):
+def note_rounding(
+    values: dict[str, Any],
+    resized: Sequence[int] | None,
+    size: tuple[int, int],
+    same: Sequence[str],
+) -> list[str]:
     """Notes on a window whose offset may be half a pixel, which libraries round differently.
 
-    `size` is that of the window, `whole` that of the image around it (None: any), `alike` the
-    values of `rounding` that match the library.
+    Args:
+      values: arguments of the view.
+      resized: size (height, width) of the image around the window; None: any.
+      size: size (height, width) of the window.
+      same: the values of `rounding` that match the library.
     """
-    even = whole is not None and not any((n - m) % 2 for n, m in zip(whole, size, strict=True))
-    if even or values.get('rounding', alike[0]) in alike:
+    even = resized is not None and not any((n - m) % 2 for n, m in zip(resized, size, strict=True))
+    if even or values.get('rounding', same[0]) in same:
         return []
     return [PIXELS.format(values['name'])]
 
 
-def processor(view, size):
+def processor_settings(view: str | dict, size: tuple[int, int]) -> tuple[dict[str, Any], list[str]]:
     """({key: value} of preprocessor_config.json, notes) for images of `size` (height, width)."""
     values, notes = arguments(view)
     if values['method'] not in RESAMPLE:
@@ -102,11 +113,11 @@ def processor(view, size):
     )  # fmt: skip
     crop_size = dict(height=size[0], width=size[1])
     if values['name'] == 'resize':
-        whole = [round(n / values.get('crop', 1)) for n in size]
-        if whole != list(size):
-            cut = dict(height=whole[0], width=whole[1])
+        resized = [round(n / values.get('crop', 1)) for n in size]
+        if resized != list(size):
+            cut = dict(height=resized[0], width=resized[1])
             settings |= dict(size=cut, do_center_crop=True, crop_size=crop_size)
-            notes += note_rounding(values, whole, size, ('transformers', 'tensorflow'))
+            notes += note_rounding(values, resized, size, ('transformers', 'tensorflow'))
         return settings, notes
     notes += note_rounding(values, None, size, ('transformers',))
     edge = values.get('smaller')
@@ -119,28 +130,30 @@ def processor(view, size):
     return settings, notes
 
 
-def pretrained(view, size):
+def pretrained_settings(
+    view: str | dict, size: tuple[int, int]
+) -> tuple[dict[str, Any], list[str]]:
     """({key: value} of timm's pretrained_cfg, notes) for images of `size` (height, width)."""
     values, notes = arguments(view)
     settings = dict(interpolation=INTERPOLATION[values['method']], crop_mode='center')
     if values['name'] == 'small_central':
-        whole = values['smaller']
+        resized = values['smaller']
         if size[0] != size[1]:
             notes.append('resized by the aspect of the input there, by the shorter side here')
         notes += note_rounding(values, None, size, ('torchvision',))
     else:
-        whole = round(size[0] / values['crop'])
+        resized = round(size[0] / values['crop'])
     if values['name'] == 'central':
         notes.append(ORDER)
     if values['name'] == 'resize':
         settings['crop_mode'] = 'squash'
         pixels = [round(n / values['crop']) for n in size]
         notes += note_rounding(values, pixels, size, ('torchvision',))
-    return settings | dict(crop_pct=share(size[0], whole)), notes
+    return settings | dict(crop_pct=crop_share(size[0], resized)), notes
 
 
-def share(part, whole):
-    """The shortest decimal x with floor(part / x), which timm computes, equal to `whole`."""
+def crop_share(part: int, whole: int) -> float:
+    """The shortest decimal x with floor(part / x) == whole, as timm computes it."""
     for digits in range(1, 17):
         x = round(part / whole, digits)
         if x > 0 and math.floor(part / x) == whole:

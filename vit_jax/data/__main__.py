@@ -104,7 +104,7 @@ def draw(
     try:
         from matplotlib.figure import Figure
 
-        from vit_jax.figures.summary import shorten
+        from vit_jax.figures.style import shorten
     except ModuleNotFoundError as e:
         raise UserError('--show needs matplotlib: pip install "vit_jax[figures]"') from e
     columns = min(8, len(examples))

@@ -33,8 +33,8 @@ from ml_collections import ConfigDict
 
 import vit_jax
 from vit_jax import assembly, cli, export, models
-from vit_jax.convert import fit
 from vit_jax.convert import load as weights
+from vit_jax.convert import stages
 from vit_jax.data import files
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
@@ -124,7 +124,7 @@ def method(
     params = jax.tree.map(jnp.asarray, jax.device_get(params))  # without a mesh
     predict = assembly.predict_images(config, parts)
     *image_size, channels = parts.spec['image'].shape
-    view = view or fit.view_of(config.to_dict()) or 'central'
+    view = view or stages.view_of(config.to_dict()) or 'central'
     try:
         exported = export.exported_function(
             predict, params, tuple(image_size), channels, view=view, platforms=platforms

@@ -198,7 +198,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2:
         raise UserError('usage: python -m vit_jax.figures X [--images FILE,...] [--out DIR]')
     options = flags.FLAGS
-    path, step = run.parts(argv[1]) if run.is_run(argv[1]) else (None, None)
+    path, step = run.split_address(argv[1]) if run.is_run(argv[1]) else (None, None)
     is_run = path is not None and step is None  # not one of its checkpoints
     is_folder = path is None and os.path.isdir(argv[1])
     runs = workdir.finished([argv[1]]) if is_folder else []

@@ -22,6 +22,7 @@ from vit_jax.models import (
     quantized,
     resnet,
 )
+from vit_jax.models.prefix import prefix_counts, prefix_rows
 
 # arXiv:2010.11929 table 1 (b, l, h); arXiv:2106.10270 table 2 (ti, s); arXiv:2106.04560 table 2
 # (mu to G); arXiv:2305.13035 table 1 (so400m); arXiv:2209.06794 section 3.1 (e).
@@ -122,19 +123,13 @@ class Vit(nn.Module):
     @property
     def prefix(self) -> dict[str, int]:
         """Tokens before the patches, by name of their parameter: {'cls': 1, 'registers': 4}."""
-        cls = self.pool in ('cls', 'cls_gap') if self.cls_token is None else self.cls_token
-        counts = {'cls': int(cls), 'dist': int(self.dist_token), 'registers': self.registers}
-        return {name: count for name, count in counts.items() if count}
+        return prefix_counts(self.pool, self.cls_token, self.dist_token, self.registers)
 
     @property
     def prefix_posemb(self) -> dict[str, int]:
         """Those of `prefix` that have rows in the position table; they come first in it."""
-        if self.posemb != 'learn':
-            return {}
-        if self.posemb_at != 'stem':
-            return self.prefix
-        has = {'cls': self.cls_posemb, 'dist': self.cls_posemb, 'registers': self.registers_posemb}
-        return {name: count for name, count in self.prefix.items() if has[name]}
+        flags = self.cls_posemb, self.registers_posemb
+        return prefix_rows(self.prefix, self.posemb, self.posemb_at, *flags)
 
     @property
     def stride(self) -> tuple[int, int]:
