@@ -87,7 +87,7 @@ def test_the_command_says_what_differs_and_draws_it(tmp_path):
     before = (tmp_path / 'x.png').read_bytes()
     arguments = (tmp_path / 'a', curve, '--out', tmp_path / 'x.png')
     kept = command(*arguments)
-    assert kept.returncode == 2 and '/x.png is there already; --force' in kept.stderr
+    assert kept.returncode == 2 and '/x.png exists; --force' in kept.stderr
     assert (tmp_path / 'x.png').read_bytes() == before
     new = command(*arguments, '--force')
     assert new.returncode == 0 and new.stdout.splitlines()[:-1] == same.stdout.splitlines()[:-1]

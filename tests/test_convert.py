@@ -880,7 +880,7 @@ def test_a_full_disk_leaves_what_was_there(format, tmp_path):
     vit_jax.save(path, model, params, format)
     before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
     for size in (100_000, 0):
-        with full_after(size), pytest.raises(UserError, match=f'can not write {path}: '):
+        with full_after(size), pytest.raises(UserError, match=f'cannot write {path}: '):
             vit_jax.save(path, model, noise_like(params, seed=9), format)
         assert before == {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
         assert not list(tmp_path.glob('.*'))

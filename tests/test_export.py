@@ -275,8 +275,8 @@ def test_a_mistake_is_one_line_and_leaves_the_file_as_it_was(checkpoint, tmp_pat
         ((given, out, '--dtype=int8'), '--dtype=int8'),
         ((given, out, '--image_size=20'), 'is not divisible by the patch size'),
         ((out, f'--checkpoint={tmp_path}/none.npz'), 'none.npz'),
-        ((given, f'--output={folder}'), f'can not write {folder}: it is a folder'),
-        ((given, f'--output={plain}/x'), f'can not write {plain}/x'),
+        ((given, f'--output={folder}'), f'cannot write {folder}: it is a folder'),
+        ((given, f'--output={plain}/x'), f'cannot write {plain}/x'),
     ):
         status, said, error = command('export', *arguments, '--force')
         assert status == 2 and words in error and len(error.splitlines()) == 1, error
@@ -307,7 +307,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(checkpoint, tmp_path):
         capture_output=True, text=True, env=launched.ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert f'can not write {file}: No space left' in done.stderr
+    assert f'cannot write {file}: No space left' in done.stderr
     assert file.read_bytes() == b'before' and list(tmp_path.iterdir()) == [file]
 
 

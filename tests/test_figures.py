@@ -102,7 +102,7 @@ def test_a_model_without_class_token_and_a_run_that_goes_on(tmp_path):
 
 @pytest.mark.parametrize('arguments, words', [
     ([], 'usage: python -m vit_jax.figures X'), (['/nowhere'], '/nowhere is not the workdir'),
-    (['/nowhere.npz', '--out=/dev/null/x'], 'can not write /dev/null/x'),
+    (['/nowhere.npz', '--out=/dev/null/x'], 'cannot write /dev/null/x'),
     (['/nowhere.npz', '--out=/nowhere', '--images=/nowhere.png'], 'no image /nowhere.png'),
 ])
 def test_mistakes_are_named_and_make_no_folder(arguments, words):

@@ -162,7 +162,7 @@ def test_a_store_that_stays_away_ends_the_run_with_one_line(store, folder, tmp_p
     status, output = run.end()
     assert status == 2 and 'Traceback' not in output, output
     (line,) = [line for line in output.splitlines() if line.startswith('error:')]
-    assert re.match(r'error: can not write .*gs://bucket/run/(checkpoints/\d+|metrics.jsonl)', line)
+    assert re.match(r'error: cannot write .*gs://bucket/run/(checkpoints/\d+|metrics.jsonl)', line)
     store.trouble = lambda request: None
     last = committed(store)[-1]
     flags = (f'--config.steps={last + 1}', '--allow_config_change')
@@ -173,7 +173,7 @@ def test_a_store_that_stays_away_ends_the_run_with_one_line(store, folder, tmp_p
 def test_a_bucket_that_is_not_there(store, folder, tmp_path):
     status, output = train(store, folder, tmp_path, workdir='gs://buckt/run').end()
     assert status == 2
-    assert output == "error: can not write to gs://buckt/run: there is no bucket 'buckt'\n"
+    assert output == "error: cannot write to gs://buckt/run: there is no bucket 'buckt'\n"
 
 
 @pytest.mark.parametrize('methods', ['GET', 'POST PUT'])
@@ -182,7 +182,7 @@ def test_no_permission(store, folder, tmp_path, methods):
     status, output = train(store, folder, tmp_path).end()
     does = 'read' if methods == 'GET' else 'write to'
     path = 'gs://bucket/run' + ('/config.json' if does == 'read' else '')
-    assert output == f'error: can not {does} {path}: the server answers 403 Forbidden\n'
+    assert output == f'error: cannot {does} {path}: the server answers 403 Forbidden\n'
     assert status == 2 and not store.names()
 
 
@@ -199,7 +199,7 @@ def test_a_growing_file_is_whole_after_sync(store, here):
     file = storage.Growing(here / 'lines', b'0\n')
     store.trouble = lambda request: '403'
     file.write(b'1\n')  # tried in the background, in vain
-    with pytest.raises(UserError, match='can not write gs://bucket/run/lines: .* 403 Forbidden'):
+    with pytest.raises(UserError, match='cannot write gs://bucket/run/lines: .* 403 Forbidden'):
         file.sync()
     assert store.read('run/lines') == b'0\n'
     store.trouble = lambda request: None
@@ -235,5 +235,5 @@ def test_what_can_not_be_read_for_now_is_not_taken_for_absent(store, here, monke
     assert storage.read(here / 'config.json') is None
     storage.write(here / 'config.json', b'{}')
     store.trouble = lambda request: '403'
-    with pytest.raises(UserError, match='can not read gs://bucket/run/config.json'):
+    with pytest.raises(UserError, match='cannot read gs://bucket/run/config.json'):
         storage.read(here / 'config.json')

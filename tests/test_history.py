@@ -259,7 +259,7 @@ def test_metrics_are_printed_although_their_files_can_not_be_written(
         env=launched.ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 2 and 'val/accuracy  ' in done.stdout
-    assert done.stderr.startswith(f'error: can not write {tmp_path}/out/val.csv: ')
+    assert done.stderr.startswith(f'error: cannot write {tmp_path}/out/val.csv: ')
     assert done.stderr.count('\n') == 1
     assert [p.name for p in (tmp_path / 'out').iterdir()] == ['val.csv']
 

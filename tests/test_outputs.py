@@ -21,15 +21,15 @@ def test_a_file_takes_the_place_of_a_file_alone(tmp_path):
     (tmp_path / 'plain').write_text('before')
     os.mkfifo(tmp_path / 'pipe')
     for name, words in (
-        ('folder', 'it is a folder; name a file'), ('pipe', 'it is no regular file'),
+        ('folder', 'it is a folder; name a file'), ('pipe', 'it is not a regular file'),
         ('plain/x', ''), ('x' * 300, 'File name too long'),
     ):
         path = workdir.located(tmp_path / name)
-        for call in (storage.file, lambda path: storage.write(path, b'after')):
-            with pytest.raises(UserError, match=f'can not write {path}: {words}'):
+        for call in (storage.prepare_file, lambda path: storage.write(path, b'after')):
+            with pytest.raises(UserError, match=f'cannot write {path}: {words}'):
                 call(path)
     assert (tmp_path / 'pipe').is_fifo() and (tmp_path / 'plain').read_text() == 'before'
-    path = storage.file(workdir.located(tmp_path / 'new' / 'x'))
+    path = storage.prepare_file(workdir.located(tmp_path / 'new' / 'x'))
     storage.write(path, b'after')
     assert path.read_bytes() == b'after'
 
@@ -49,13 +49,13 @@ def test_each_evaluation_has_a_file_of_its_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('command, words', [
-    ('compare . . --out pipe.png', '/pipe.png: it is no regular file'),
+    ('compare . . --out pipe.png', '/pipe.png: it is not a regular file'),
     ('compare . . --out x.pdf', '--out=x.pdf: name a file that ends in .png'),
     ('data --config DIGITS --show x', '--show=x: name a png, pdf, svg file of this machine'),
-    ('data --config DIGITS --show pipe.png', '/pipe.png: it is no regular file'),
+    ('data --config DIGITS --show pipe.png', '/pipe.png: it is not a regular file'),
     ('data --config DIGITS --step 999999', '--step is 999999; there are 0 to '),
     ('export --checkpoint CHECKPOINT --force --output pipe.png', '/pipe.png: it is no regular'),
-    ('convert CHECKPOINT pipe.png --to timm --force', 'pipe.png: it is no regular file'),
+    ('convert CHECKPOINT pipe.png --to timm --force', 'pipe.png: it is not a regular file'),
     ('tables vit.table5 --out plain/x', '/plain/x: Not a directory'),
     ('tables vit.table5 --out=', 'flag --out is empty; give it a value'),
 ])

@@ -216,7 +216,7 @@ def test_a_refused_save_ends_the_run_at_once(how, folder, tmp_path):
     output = launched.log_of(workdir).read_text()
     assert status == 2 and 'Traceback' not in output, output
     assert 'Error' not in output and 'never awaited' not in output, output
-    assert re.search(f'^error: can not write .*{workdir}/checkpoints.*: {words}', output, re.M)
+    assert re.search(f'^error: cannot write .*{workdir}/checkpoints.*: {words}', output, re.M)
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_the_command_names_each_example_and_draws_it(tmp_path):
     kept = subprocess.run(
         [*command, f'--show={picture}'], text=True, capture_output=True, env=launched.ENVIRONMENT
     )
-    assert kept.returncode == 2 and f'{picture} is there already; --force' in kept.stderr
+    assert kept.returncode == 2 and f'{picture} exists; --force' in kept.stderr
     wrong = subprocess.run(
         [*command, '--show=/nowhere/x.png'], text=True, capture_output=True,
         env=launched.ENVIRONMENT,

@@ -317,7 +317,7 @@ def test_a_trace_that_can_not_be_written_loses_no_step(folder, tmp_path, monkeyp
     monkeypatch.setattr(profiling.jax.profiler, 'stop_trace', lambda: None)
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'profile').write_text('')
-    with pytest.raises(UserError, match=f'can not write {tmp_path}/run/profile: '):
+    with pytest.raises(UserError, match=f'cannot write {tmp_path}/run/profile: '):
         run(folder, tmp_path / 'run', profile='2:2')
     assert launched.checkpoints(tmp_path / 'run') == [3]
     assert run(folder, tmp_path / 'run')['steps'] == 12

@@ -172,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError('usage: python -m vit_jax.compare A B [--metric NAME] [--out FILE]')
     a, b = argv[1:]
     options = flags.FLAGS
-    out = storage.file(workdir.located(options.out))
+    out = storage.prepare_file(workdir.located(options.out))
     if out.suffix.lower() != '.png':
         raise UserError(f'--out={options.out}: name a file that ends in .png')
     with storage.explained(out, 'read'):

@@ -150,7 +150,8 @@ def main(argv: Sequence[str], overrides: Sequence[tuple[str, str]]) -> None:
     config = settings_of(options.config, options.checkpoint, overrides)
     if options.labels:
         match_labels(config, options.labels)
-    out = options.out and storage.folder(workdir.located(options.out))  # fails before evaluations
+    # Fails before anything is evaluated.
+    out = options.out and storage.make_folder(workdir.located(options.out))
     results, texts, ema = {}, {}, None if options.ema else False
     try:
         for name, metrics, text in evaluate(options.checkpoint, config, ema, bool(out)):
@@ -166,7 +167,7 @@ def main(argv: Sequence[str], overrides: Sequence[tuple[str, str]]) -> None:
 def write(out: epath.Path | None, texts: Mapping[str, str]) -> None:
     """Writes {name: text} as out/NAME.csv; a slash in a name makes a folder."""
     for name, text in texts.items():
-        storage.write(storage.file(out / f'{name}.csv'), text.encode())
+        storage.write(storage.prepare_file(out / f'{name}.csv'), text.encode())
 
 
 def print_results(results: Mapping[str, Mapping[str, float]], options: flags.FlagValues) -> None:

@@ -218,7 +218,7 @@ def check_output(flag: str, path: str) -> None:
         raise UserError(f'--{flag}={path}: name a local file that ends in .npz')
     path = pathlib.Path(path).absolute()
     storage.check_free(path, flags.FLAGS.force)
-    storage.file(path)
+    storage.prepare_file(path)
 
 
 def write_arrays(path: str, rows: Sequence[tuple[str, dict[str, np.ndarray]]]) -> None:

@@ -84,7 +84,7 @@ def of(level: int, title: str, function: Callable, *others: Callable) -> Section
 
 def components(kind: str) -> Iterator[tuple[str, Callable]]:
     """Yields (name, function) of the package's own functions of a kind in config.ROOMS."""
-    for name, found in experiment.of_package(config.ROOMS[kind][0]).items():
+    for name, found in experiment.package_components(config.ROOMS[kind][0]).items():
         yield name, found.function
 
 

@@ -181,6 +181,6 @@ def read_arrays(
 def steps_in(folder: epath.Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, newest first."""
     steps = [p for p in folder.iterdir() if p.name.isdigit()]
-    if storage.remote(folder):  # Orbax' marker; on a disk the name is enough
+    if storage.is_remote(folder):  # Orbax' marker; on a disk the name is enough
         steps = [p for p in steps if (p / 'commit_success.txt').exists()]
     return sorted((int(p.name) for p in steps), reverse=True)

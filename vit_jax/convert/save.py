@@ -303,4 +303,4 @@ def write_folder(
             mode = stat.S_IMODE((part / 'config.json').stat().st_mode)
             (part / 'model.safetensors').chmod(mode)
     except SafetensorError as e:
-        raise UserError(f'can not write {path}: {e}') from e
+        raise UserError(f'cannot write {path}: {e}') from e

@@ -85,11 +85,11 @@ def picture(name: str) -> tuple[pathlib.Path, str]:
     """Checks (path, format) of the picture to write, in an existing folder; raises UserError."""
     path = pathlib.Path(name).expanduser().absolute()
     kind = path.suffix[1:].lower()
-    if storage.remote(name) or kind not in KINDS:
+    if storage.is_remote(name) or kind not in KINDS:
         raise UserError(f'--show={name}: name a {", ".join(KINDS)} file of this machine')
     if not path.parent.is_dir():
         raise UserError(f'--show={name}: there is no such folder')
-    storage.file(path)
+    storage.prepare_file(path)
     storage.check_free(path, FORCE.value)
     return path, kind
 

@@ -117,7 +117,7 @@ def pixels(path: str | os.PathLike, view: Callable) -> np.ndarray:
 def content(path: str) -> bytes:
     """Reads a file at a path or an address; raises images.Unreadable if it can't be read."""
     try:
-        return downloaded(path) if '://' in path else storage.local_bytes(path, MOST_BYTES)
+        return downloaded(path) if '://' in path else storage.read_local(path, MOST_BYTES)
     except images.Unreadable:
         raise
     except (OSError, UserError) as e:

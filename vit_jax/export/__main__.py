@@ -70,9 +70,9 @@ EMA = flags.DEFINE_bool(
 
 def target(name: str) -> pathlib.Path | epath.Path:
     """The path of the file to write; makes its folder. Raises UserError if it can't be written."""
-    if storage.remote(name):
+    if storage.is_remote(name):
         return workdir.located(name)
-    return storage.file(pathlib.Path(os.path.abspath(os.path.expanduser(name))))
+    return storage.prepare_file(pathlib.Path(os.path.abspath(os.path.expanduser(name))))
 
 
 def classifier(

@@ -208,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
         )
     out = workdir.located(options.out or path)
     paths = files.find_images(split_names(options.images), skip=out)
-    storage.folder(out)  # fails before anything is computed
+    storage.make_folder(out)  # fails before anything is computed
     title, image_results = argv[1], None
     if runs:
         stages = [of_study(runs, out)]

@@ -15,7 +15,7 @@ import fsspec
 
 from vit_jax.errors import UserError
 from vit_jax.io import storage
-from vit_jax.io.reasons import foreign, reason, silent
+from vit_jax.io.reasons import is_external, is_unanswered, reason
 
 FILES = ('.npz', '.safetensors', '.json')  # an address that ends in none of these is a folder
 PICKLED = ('.bin', '.pt', '.pth', '.pkl')
@@ -128,7 +128,7 @@ def files_beside(
             with unreachable():
                 files.append(File(other, sibling, version(fs.info(sibling))))
         except Exception as e:
-            if not foreign(e):
+            if not is_external(e):
                 raise  # else it is missing: a store may answer 404, 403 or 401
     return files
 
@@ -166,7 +166,7 @@ def explained(address: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if isinstance(e, UserError) or not foreign(e):
+        if isinstance(e, UserError) or not is_external(e):
             raise
         raise UserError(f'{address}: {reason(e)}') from e
 
@@ -177,6 +177,6 @@ def unreachable() -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if isinstance(e, UserError) or not foreign(e) or not silent(e):
+        if isinstance(e, UserError) or not is_external(e) or not is_unanswered(e):
             raise
         raise Unreachable(reason(e)) from e

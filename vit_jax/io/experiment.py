@@ -66,7 +66,7 @@ def split(path):
 
 def read_json(path):
     """Reads the object in a config.json, on this machine or at gs://."""
-    if not storage.remote(path):
+    if not storage.is_remote(path):
         return storage.read_json(pathlib.Path(path))
     if not path.startswith('gs://'):
         raise UserError(f'{path} is not at gs://; download it first')

@@ -23,7 +23,7 @@ from vit_jax.errors import UserError
 from vit_jax.io import addresses, atomic
 from vit_jax.io.addresses import File
 from vit_jax.io.progress import Bar
-from vit_jax.io.reasons import foreign, reason
+from vit_jax.io.reasons import is_external, reason
 from vit_jax.io.text import printable
 
 
@@ -178,7 +178,7 @@ def download(
     try:
         fs.get_file(file.path, str(path), callback=meter)
     except Exception as e:
-        if isinstance(e, UserError) or not foreign(e):
+        if isinstance(e, UserError) or not is_external(e):
             raise
         raise UserError(
             f'{address}: {file.name} broke off after {meter.value:,} bytes: {reason(e)}'

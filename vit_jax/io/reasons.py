@@ -5,24 +5,25 @@ import http
 import os
 import socket
 import ssl
+from collections.abc import Iterator
 
 
-def foreign(error):
+def is_external(error: BaseException) -> bool:
     """Whether an error is external, rather than a bug in this package."""
     outside = isinstance(error, (OSError, ValueError, NotImplementedError))
     module = type(error).__module__
     return outside or not (module == 'builtins' or module.startswith('vit_jax'))
 
 
-def chain(error):
-    """Yields an error and those that led to it."""
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def status(error):
-    """HTTP status of an error or one of its causes, by the names that the backends use."""
+def http_status(error: BaseException) -> int | None:
+    """HTTP status of an error or of one of its causes, by the names that the backends use."""
     for e in chain(error):
         code = getattr(e, 'status', None) or getattr(getattr(e, 'response', None), 'status_code', 0)
         code = code or (getattr(e, 'code', None) if type(e).__name__ == 'HttpError' else None)
@@ -31,9 +32,9 @@ def status(error):
     return None
 
 
-def silent(error):
+def is_unanswered(error: BaseException) -> bool:
     """Whether there was no answer: no connection, no such host, a time-out, a failing server."""
-    code = status(error)
+    code = http_status(error)
     if code:
         return code >= 500 or code == 429
     kinds = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
@@ -44,9 +45,9 @@ def silent(error):
     )
 
 
-def reason(error):
+def reason(error: BaseException) -> str:
     """Reason of an error in one line: the status of the answer, else the innermost system error."""
-    code = status(error)
+    code = http_status(error)
     if code:
         phrase = http.HTTPStatus(code).phrase if code in set(http.HTTPStatus) else 'no such status'
         return f'the server answers {code} {phrase}'

@@ -15,21 +15,25 @@ import re
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import fsspec
+from etils import epath
 
 from vit_jax.errors import UserError
 from vit_jax.io import atomic, retries
-from vit_jax.io.reasons import chain, foreign, reason, silent, status
+from vit_jax.io.reasons import chain, http_status, is_external, is_unanswered, reason
 from vit_jax.io.text import brief, printable
 
 SILENCE = 30  # seconds without a byte, after which a request is retried
 RETRIES = 5  # of a request, after 1, 2, 4, 8, 16 s: gcsfs' default, for TensorStore too
 PERIOD = 10  # least seconds between two writes of a growing file
 MOST_JSON = 10_000_000  # bytes; parsed, they take 20 times that
+Path = pathlib.Path | epath.Path
 
 
-def cache():
+def cache() -> pathlib.Path:
     """Folder for what outlasts runs: $VIT_JAX_CACHE, else one in the user's cache folder."""
     chosen = os.environ.get('VIT_JAX_CACHE')
     if not chosen:
@@ -37,11 +41,12 @@ def cache():
     return pathlib.Path(chosen).expanduser().absolute()
 
 
-def remote(path):
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is an address."""
     return '://' in str(path)
 
 
-def set_up():
+def set_up() -> None:
     """Limits how long the libraries wait for an unreachable server; raises UserError."""
     # gcsfs queries a bucket's layout over gRPC, which hangs where only HTTPS gets through; it
     # reads this when it is imported.
@@ -64,75 +69,78 @@ def set_up():
 
 
 @contextlib.contextmanager
-def explained(path, doing):
-    """Turns an error of a server into UserError, in one line; errors of a disk propagate."""
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turns an error of a server into UserError, in one line; errors of a disk propagate.
+
+    `doing` is the verb of the message: 'read', 'write'.
+    """
     try:
         yield
     except Exception as e:
-        if not remote(path) or isinstance(e, UserError) or not foreign(e):
+        if not is_remote(path) or isinstance(e, UserError) or not is_external(e):
             raise
-        raise UserError(f'can not {doing} {path}: {why(e)}') from e
+        raise UserError(f'cannot {doing} {path}: {explain(e)}') from e
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path: str | Path) -> Iterator[None]:
     """Turns an error of a disk or a server, as `path` is written, into UserError, in one line."""
     try:
         with explained(path, 'write'):
             yield
     except OSError as e:
-        raise UserError(f'can not write {path}: {e.strerror or e}') from e
+        raise UserError(f'cannot write {path}: {e.strerror or e}') from e
 
 
-def check_file(path):
-    """Raises UserError if a folder or a device is in the place of a file to be written."""
-    if not remote(path):
+def check_file(path: str | Path) -> None:
+    """Raises UserError if a file to be written is an existing folder or device."""
+    if not is_remote(path):
         with writing(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             mode = os.stat(path).st_mode
             if not stat.S_ISREG(mode):
-                what = 'a folder; name a file' if stat.S_ISDIR(mode) else 'no regular file'
-                raise UserError(f'can not write {path}: it is {what}')
+                what = 'a folder; name a file' if stat.S_ISDIR(mode) else 'not a regular file'
+                raise UserError(f'cannot write {path}: it is {what}')
 
 
-def check_free(path, force):
-    """Raises UserError if anything but an empty folder is at `path`, unless `force`.
+def check_free(path: Path, force: bool) -> None:
+    """Raises UserError if `path` exists and is not an empty folder, unless `force`.
 
     A device or a pipe is never replaced.
     """
     empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not empty and not force:
-        raise UserError(f'{printable(path)} is there already; --force replaces it')
+        raise UserError(f'{printable(path)} exists; --force replaces it')
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f'can not write {printable(path)}: it is no regular file')
+        raise UserError(f'cannot write {printable(path)}: it is not a regular file')
 
 
-def file(path):
+def prepare_file(path: Path) -> Path:
     """Makes the folder of a path and returns the path; raises UserError if it can't be written."""
     check_file(path)
-    folder(path.parent, path)
+    make_folder(path.parent, path)
     return path
 
 
-def folder(path, named=None):
-    """Makes a folder, and its parents, and checks that files can be written in it.
+def make_folder(path: Path, named: Path | None = None) -> Path:
+    """Makes a folder, and its parents, checks that files can be written in it, and returns it.
 
     Raises UserError with the path `named`, or else with that of the folder.
     """
-    if not remote(path):
+    if not is_remote(path):
         with writing(named or path):
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
     return path
 
 
-def away(error):
+def is_unavailable(error: BaseException) -> bool:
     """Whether a server gave no answer, or none about the file, which may be intact there."""
     words = 'UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|Forbidden'
     texts = ' '.join(str(e) for e in chain(error))
-    return silent(error) or status(error) in (401, 403) or bool(re.search(words, texts))
+    return is_unanswered(error) or http_status(error) in (401, 403) or bool(re.search(words, texts))
 
 
-def why(error):
+def explain(error: BaseException) -> str:
     """Explains in one line why a server failed."""
     texts = [str(e) for e in chain(error)]
     for text in texts:
@@ -141,7 +149,7 @@ def why(error):
     return re.sub(r'\s*\[(source locations|tensorstore).*', '', reason(error))
 
 
-def check(path):
+def check_writable(path: Path) -> None:
     """Raises UserError unless an object can be written in the folder `path`.
 
     The object, .lock, names the last process that began.
@@ -152,30 +160,30 @@ def check(path):
             (path / '.lock').write_text(f'{os.uname().nodename} {os.getpid()}\n')
     except UserError as e:
         if any(isinstance(cause, FileNotFoundError) for cause in chain(e)):
-            raise UserError(f'can not write to {path}: there is no bucket {bucket!r}') from e
+            raise UserError(f'cannot write to {path}: there is no bucket {bucket!r}') from e
         raise
 
 
-def read(path, most=None):
+def read(path: Path, most: int | None = None) -> bytes | None:
     """Bytes of a file, None if it is missing; raises UserError, also for more than `most` bytes."""
     with explained(path, 'read'):
         try:
-            if not remote(path):
+            if not is_remote(path):
                 status = os.stat(path)
                 if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
                     raise UserError(f'{path} is a device or a pipe, not a file')
                 if most is not None and status.st_size > most:
-                    raise UserError(f'{path} has more than the {most:,} bytes that such a file may')
+                    raise UserError(f'{path} has more than {most:,} bytes')
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as e:
-            if remote(path):
+            if is_remote(path):
                 raise
-            raise UserError(f'can not read {path}: {e.strerror or e}') from e
+            raise UserError(f'cannot read {path}: {e.strerror or e}') from e
 
 
-def read_json(path):
+def read_json(path: Path) -> dict[str, Any]:
     """Object in a JSON file, {} if it is missing; raises UserError for any other content."""
     data = read(path, MOST_JSON)
     if data is None:
@@ -183,30 +191,31 @@ def read_json(path):
     try:
         value = json.loads(data.decode())
     except (ValueError, RecursionError) as e:
-        raise UserError(f'{path} is no JSON file ({brief(e)})') from e
+        raise UserError(f'{path} is not a JSON file ({brief(e)})') from e
     if not isinstance(value, dict):
-        raise UserError(f'{path} is no JSON object')
+        raise UserError(f'{path} is not a JSON object')
     return value
 
 
-def local_bytes(path, most=2**30):
+def read_local(path: str | os.PathLike, most: int = 2**30) -> bytes:
     """Bytes of a file on a disk.
 
-    Raises OSError; UserError for a pipe, a device, or more than `most`: reading may never end.
+    Raises OSError; UserError for more than `most` bytes, or for a pipe or a device, which may never
+    end.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise UserError('it is not a file')
+        raise UserError('it is not a regular file')
     if status.st_size > most:
         raise UserError(f'{status.st_size:,} bytes are more than {most:,}')
     return pathlib.Path(path).read_bytes()
 
 
-def write(path, data, sync=False):
+def write(path: Path, data: bytes, sync: bool = False) -> None:
     """Writes bytes to a file in one step, flushed to disk if `sync`; raises UserError."""
     check_file(path)
     with writing(path):
-        if remote(path):
+        if is_remote(path):
             path.write_bytes(data)
             return
         atomic.remove_leftovers(path.parent, path.name)
@@ -217,10 +226,10 @@ def write(path, data, sync=False):
 class Growing:
     """A file that grows: appended to on a disk; at an address written whole, periodically."""
 
-    def __init__(self, path, data=b''):
+    def __init__(self, path: Path, data: bytes = b''):
         write(path, data)
         self.path, self.file = path, None
-        if not remote(path):
+        if not is_remote(path):
             with writing(path):
                 self.file = open(path, 'ab', buffering=0)
             return
@@ -229,7 +238,7 @@ class Growing:
         self.running = None
         self.next = time.monotonic() + PERIOD
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         """Appends bytes: at once on a disk, at an address after a while or with `sync`.
 
         Raises UserError.
@@ -244,7 +253,8 @@ class Growing:
             # If it fails, the next one includes these bytes.
             self.running = self.uploads.submit(self.upload, bytes(self.data))
 
-    def upload(self, data):
+    def upload(self, data: bytes) -> None:
+        """Writes the object anew, and sets when it may be written next."""
         began = time.monotonic()
         try:
             write(self.path, data)
@@ -253,7 +263,7 @@ class Growing:
             now = time.monotonic()
             self.next = now + max(PERIOD, 20 * (now - began))
 
-    def sync(self):
+    def sync(self) -> None:
         """Waits until every byte is written; raises UserError, also if the file was removed."""
         if self.file:
             try:  # a removed file has one link less than a file in its place
@@ -263,7 +273,7 @@ class Growing:
             if lost:
                 raise UserError(
                     f'{self.path} was removed or replaced while the run wrote it; the same command '
-                    'goes on from the newest checkpoint that is left'
+                    'resumes from the newest checkpoint that is left'
                 )
             return
         if self.running:
@@ -271,7 +281,8 @@ class Growing:
         if self.written < len(self.data):
             self.upload(bytes(self.data))
 
-    def close(self):
+    def close(self) -> None:
+        """Writes what is left; raises UserError."""
         if self.file:
             self.file.close()
             return

@@ -30,9 +30,9 @@ def enable_cache(named: str | None, workdir: str) -> None:
         return
     if named is None and os.environ.get('JAX_COMPILATION_CACHE_DIR'):
         return
-    home = workdir if storage.remote(workdir) else storage.cache()
+    home = workdir if storage.is_remote(workdir) else storage.cache()
     folder = named or f'{home}/compiled'
-    if not storage.remote(folder):
+    if not storage.is_remote(folder):
         # Programs compiled for a CPU fit that kind only, and machines may share a home folder.
         folder = pathlib.Path(folder).expanduser().absolute() / cpu_id()
         try:

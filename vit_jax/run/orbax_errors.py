@@ -58,8 +58,8 @@ def explain_write_errors(path: epath.Path) -> Iterator[None]:
 
 def read_error(path: epath.Path, what: str, error: Exception) -> Damaged | UserError:
     """The exception to raise for a failed read: UserError if a server did not answer."""
-    if storage.remote(path) and storage.away(error):
-        return UserError(f'cannot read checkpoint {path}: {storage.why(error)}')
+    if storage.is_remote(path) and storage.is_unavailable(error):
+        return UserError(f'cannot read checkpoint {path}: {storage.explain(error)}')
     return Damaged(f'{what} cannot be read ({root_cause(error)})')
 
 
@@ -75,7 +75,7 @@ def check_space(path: epath.Path, state: Any) -> None:
 
     Orbax would fail in the background, with a traceback for each array.
     """
-    if storage.remote(path):
+    if storage.is_remote(path):
         return
     shards = [s for x in jax.tree.leaves(state) for s in x.addressable_shards if not s.replica_id]
     if shutil.disk_usage(path).free < sum(s.data.nbytes for s in shards) * 1.05 + 2**18:

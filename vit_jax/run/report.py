@@ -98,7 +98,7 @@ class Report:
         text = ''.join(to_json(line) + '\n' for line in self.lines)
         self.file = storage.Growing(self.path, text.encode())
         folder = self.path.parent / 'tensorboard'
-        storage.folder(folder)
+        storage.make_folder(folder)
         name = f'events.out.tfevents.{self.began:010.0f}.{socket.gethostname()}.{os.getpid()}'
         self.events = RecordWriter(storage.Growing(folder / name))
         self.write_event(file_version='brain.Event:2')

@@ -27,8 +27,8 @@ def lock_workdir(workdir):
     path = located(workdir)
     lock = None
     with explained(path):
-        if storage.remote(path):
-            storage.check(path)
+        if storage.is_remote(path):
+            storage.check_writable(path)
         else:
             path.mkdir(parents=True, exist_ok=True)
             lock = locked(path) if jax.process_index() == 0 else None
@@ -45,7 +45,7 @@ def located(workdir):
 
     Raises UserError for an address of another kind.
     """
-    if storage.remote(workdir):
+    if storage.is_remote(workdir):
         if not re.match('gs://[^/]', str(workdir)):
             raise UserError(f'{workdir}: name a path of this machine, or gs://BUCKET/PATH')
         storage.set_up()

@@ -87,7 +87,7 @@ def recipes(folder: os.PathLike = EXPERIMENTS) -> tuple[dict[Key, Recipe], dict[
     """({cell: Recipe}, {workdir: Recipe}) of all ARGS of the experiments."""
     cells, places = {}, {}
     for file in sorted(pathlib.Path(folder).glob('*.py')):
-        module = experiment.module(str(file))
+        module = experiment.run_file(str(file))
         for arg in getattr(module, 'ARGS', ()):
             config = module.get_config(arg)
             begin = config.get('init_from')
@@ -276,7 +276,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError('--row and --column choose among --missing or --run; give one of these')
     typeset.print_table(table, rows)
     if options.out:
-        out = storage.folder(workdir.located(options.out))
+        out = storage.make_folder(workdir.located(options.out))
         for suffix, form in typeset.FORMATS.items():
             storage.write(out / f'{table.id}.{suffix}', form(table, rows).encode())
         print(f'Written: {printable(out / table.id)}.{{{",".join(typeset.FORMATS)}}}')

@@ -116,7 +116,7 @@ def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> tuple[Coco
                 raise UserError(f'{file} has more than {MOST_JSON:,} bytes')
             content = fs.cat_file(place)
         else:
-            content = storage.local_bytes(file, MOST_JSON)
+            content = storage.read_local(file, MOST_JSON)
     try:
         names, arrays, classes = parse(json.loads(content))
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError, OverflowError) as e:

@@ -43,7 +43,7 @@ class Files:
 
 def file_bytes(path: str) -> bytes:
     """Bytes of a file at a path or an address; raises OSError, or UserError for a pipe."""
-    return epath.Path(path).read_bytes() if '://' in path else storage.local_bytes(path)
+    return epath.Path(path).read_bytes() if '://' in path else storage.read_local(path)
 
 
 def relative(root: str, paths: Sequence[str]) -> str:

@@ -48,9 +48,9 @@ class Ranges(open_files.OpenFiles):
                 data = self.reader(k)(start, size)
                 break
             except Exception as e:
-                if isinstance(e, UserError) or not reasons.foreign(e):
+                if isinstance(e, UserError) or not reasons.is_external(e):
                     raise
-                if attempt + 1 == ATTEMPTS or not reasons.silent(e):
+                if attempt + 1 == ATTEMPTS or not reasons.is_unanswered(e):
                     raise UserError(f'cannot read {self.name(i)}: {reasons.reason(e)}') from e
                 time.sleep(2**attempt)
         if len(data) != size:
@@ -96,7 +96,7 @@ def reading(file: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if isinstance(e, UserError) or not reasons.foreign(e):
+        if isinstance(e, UserError) or not reasons.is_external(e):
             raise
         reason = getattr(e, 'strerror', None) or reasons.reason(e)
         raise UserError(f'cannot read {file}: {brief(reason)}') from e
