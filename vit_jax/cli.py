@@ -99,7 +99,7 @@ def run(main, section=None, *, goes_on=False):
     logging.use_absl_handler()  # removes other handlers that write to stderr
     streams.begin()
     if goes_on and streams.output('stdout'):
-        streams.output('stdout').tell = without_output
+        streams.output('stdout').on_error = without_output
     sys.unraisablehook = not_lost
     logging.get_absl_handler().setFormatter(Printable())
     logging.set_verbosity(logging.WARNING)  # unless --verbosity is given; absl's default is INFO

@@ -69,14 +69,14 @@ def part_path(path: str | os.PathLike) -> pathlib.Path:
     return path.with_name(f'.{path.name}.{os.getpid()}.part')
 
 
-def remove_leftovers(folder: pathlib.Path, name: str | None = None) -> None:
+def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
     """Removes part files of killed processes, whose ids are unused or have become this process's.
 
     Args:
       folder: the folder; nothing happens if it does not exist.
       name: name of the file whose part files are removed. None: of any file.
     """
-    for part in folder.glob(f'.{"*" if name is None else glob.escape(name)}.*.part'):
+    for part in pathlib.Path(folder).glob(f'.{"*" if name is None else glob.escape(name)}.*.part'):
         pid = part.name.split('.')[-2]
         if pid.isdecimal() and (int(pid) == os.getpid() or not is_running(int(pid))):
             if part.is_dir():

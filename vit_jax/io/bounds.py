@@ -11,7 +11,8 @@ import re
 import sys
 import types
 import typing
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from vit_jax.errors import UserError, shown
 
@@ -28,7 +29,8 @@ class Range(NamedTuple):
     def __repr__(self):  # as help() shows it within an annotation
         return str(self).strip() or 'finite'
 
-    def has(self, number):
+    def has(self, number: float) -> bool:
+        """Whether a number is in the range."""
         above = number > self.low if self.ends[0] == '(' else number >= self.low
         return above and (number < self.high if self.ends[1] == ')' else number <= self.high)
 
@@ -43,7 +45,8 @@ class Range(NamedTuple):
 class Ascending(NamedTuple):
     """Numbers in ascending order; equal neighbours are allowed."""
 
-    def has(self, values):
+    def has(self, values: Sequence[float]) -> bool:
+        """Whether values are in order."""
         return all(a <= b for a, b in zip(values, values[1:], strict=False))
 
     def __str__(self):
@@ -53,7 +56,8 @@ class Ascending(NamedTuple):
 class Regex(NamedTuple):
     """Text that Python's `re` compiles."""
 
-    def has(self, text):
+    def has(self, text: str) -> bool:
+        """Whether a text is a regular expression."""
         try:
             re.compile(text)
         except (re.error, OverflowError, RecursionError):
@@ -91,7 +95,7 @@ Workers = Annotated[int, Range(0, 1024), MayChange()]
 Prefetch = Annotated[int, Range(1, 65_536), MayChange()]
 
 
-def check(name, value, annotation):
+def check(name: str, value: Any, annotation: Any) -> None:
     """Raises UserError with the setting's name unless the annotation allows the value."""
     if not allows(annotation, value):
         wanted = describe(annotation)
@@ -100,14 +104,14 @@ def check(name, value, annotation):
         raise UserError(f'{name} is {shown(value)}, not {wanted}')
 
 
-def check_fields(section, values):
+def check_fields(section: str, values: Any) -> None:
     """Checks each field of a dataclass, except those that flax adds to a module."""
     for field in dataclasses.fields(values):
         if field.name not in ('parent', 'name'):
             check(f'{section}.{field.name}', getattr(values, field.name), field.type)
 
 
-def allows(annotation, value):
+def allows(annotation: Any, value: Any) -> bool:
     """Whether an annotation allows a value."""
     kind, of = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind is Annotated:
@@ -136,7 +140,7 @@ def may_change(annotation: object) -> bool:
     return isinstance(annotation, MayChange) or any(map(may_change, typing.get_args(annotation)))
 
 
-def describe(annotation):
+def describe(annotation: Any) -> str:
     """Describes an annotation: 'int above 0 or None' for Positive[int] | None."""
     kind, of = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind is Annotated:

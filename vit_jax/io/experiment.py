@@ -13,8 +13,9 @@ import pkgutil
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -22,36 +23,41 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from vit_jax.errors import UserError, choices, shown
 from vit_jax.io import storage
 
+T = TypeVar('T')
+# Beginnings of the names of files whose frames are not the user's.
 LIBRARIES = (
     '<', str(pathlib.Path(__file__).parents[1]),
     *(sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')),
 )  # fmt: skip
 
 
-def read(path):
-    """Reads an experiment file, 'FILE' or 'FILE:ARG', or a config.json, as a nested dict."""
+def read(path: str) -> dict:
+    """Reads an experiment file, 'FILE' or 'FILE:ARG', or a config.json, as a nested dict.
+
+    Its keys are as the file has them, not checked.
+    """
     file, arg = split(path)
     if file.endswith('.json'):
         if arg:
             raise UserError(f'{file} takes no argument, not {arg!r}')
         return read_json(file)
-    function = getattr(module(file), 'get_config', None)
+    function = getattr(run_file(file), 'get_config', None)
     if not callable(function):
         raise UserError(f'experiment file {file} has no function get_config()')
     check_argument(file, function, arg)
     with_arg = (arg,) if arg else ()
-    given = called(path, lambda: plain(function(*with_arg)))
+    given = call_user_code(path, lambda: to_dict(function(*with_arg)))
     if not isinstance(given, dict):
         raise UserError(f'get_config of {file} returns {shown(given)}, not a ConfigDict')
     return given
 
 
-def split(path):
+def split(path: str) -> tuple[str, str]:
     """Splits 'FILE:ARG' into (file, argument), which may have colons too; '' for no argument."""
     if re.match(r'\w+://', path):
         if not path.endswith('.json'):
             raise UserError(
-                f'experiment file {path} is at an address, of which code is not run; copy it to '
+                f'experiment file {path} is at an address, and only local code is run; copy it to '
                 'this machine (a config.json may be at gs://)'
             )
         return path, ''
@@ -60,11 +66,12 @@ def split(path):
         if pathlib.Path(path[:i]).is_file():
             return path[:i], path[i + 1 :]
     file = path[: places[0]]
-    what = 'is a folder, no experiment file' if pathlib.Path(file).is_dir() else ''
-    raise UserError(f'{file} {what}' if what else f'no experiment file {file}')
+    if pathlib.Path(file).is_dir():
+        raise UserError(f'{file} is a folder, not an experiment file')
+    raise UserError(f'no experiment file {file}')
 
 
-def read_json(path):
+def read_json(path: str) -> dict[str, Any]:
     """Reads the object in a config.json, on this machine or at gs://."""
     if not storage.is_remote(path):
         return storage.read_json(pathlib.Path(path))
@@ -77,13 +84,13 @@ def read_json(path):
     return given
 
 
-def module(file):
-    """Runs an experiment file anew and returns its module."""
+def run_file(file: str) -> ModuleType:
+    """Runs a Python file of the user's and returns its module."""
     spec = importlib.util.spec_from_file_location('experiment', file)
     if spec is None:
-        raise UserError(f'{file} is no experiment file: its name does not end in .py')
+        raise UserError(f'{file} is not an experiment file: its name does not end in .py')
     found = importlib.util.module_from_spec(spec)
-    called(file, lambda: spec.loader.exec_module(found))
+    call_user_code(file, lambda: spec.loader.exec_module(found))
     return found
 
 
@@ -91,9 +98,9 @@ class Component(NamedTuple):
     """A function that a config names, and the module of the function."""
 
     function: Callable
-    module: Any
+    module: ModuleType
 
-    def metrics(self, settings):
+    def metrics(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """{metric: 'max' or 'min'} as its module declares: METRICS, or metrics(**settings)."""
         declared = getattr(self.module, 'METRICS', None)
         if declared is None:
@@ -101,17 +108,22 @@ class Component(NamedTuple):
         return dict(declared)
 
 
-def component(room, name, key):
+def component(package: str, name: object, key: str) -> Component:
     """The Component of a name: one of the package's, 'MODULE:FUNCTION' or 'FILE.py:FUNCTION'.
 
-    `room` is where the package has such functions: a module, or a folder in which each file has one
-    of its own name. Raises UserError, with the config's `key`, if there is none.
+    Args:
+      package: where such functions of the package are: a module, or a folder in which each file has
+        one of its own name.
+      name: value of the config's `key`.
+
+    Raises:
+      UserError: there is no such function.
     """
     if not isinstance(name, str):
         raise UserError(f'config {key} is {shown(name)}, not a name')
     place, colon, attribute = name.rpartition(':')
     if not colon:
-        known = of_package(room)
+        known = package_components(package)
         if name not in known:
             raise UserError(
                 f'config {key} is {shown(name)}; {choices(name, sorted(known))}, and your own as '
@@ -119,7 +131,7 @@ def component(room, name, key):
             )
         return known[name]
     try:
-        found = user_module(place) if place.endswith('.py') else called(
+        found = user_module(place) if place.endswith('.py') else call_user_code(
             place, lambda: importlib.import_module(place)
         )
     except UserError as e:
@@ -130,16 +142,16 @@ def component(room, name, key):
 
 
 @functools.cache
-def of_package(room):
+def package_components(package: str) -> dict[str, Component]:
     """{name: Component} of a module or folder of the package."""
-    package = importlib.import_module(room)
-    if not hasattr(package, '__path__'):
+    parent = importlib.import_module(package)
+    if not hasattr(parent, '__path__'):
         return {
-            name: Component(f, package) for name, f in vars(package).items()
+            name: Component(f, parent) for name, f in vars(parent).items()
             if inspect.isfunction(f) and next(iter(inspect.signature(f).parameters), '') == 'source'
         }  # fmt: skip
-    names = [found.name for found in pkgutil.iter_modules(package.__path__)]
-    modules = {name: importlib.import_module(f'{room}.{name}') for name in names}
+    names = [found.name for found in pkgutil.iter_modules(parent.__path__)]
+    modules = {name: importlib.import_module(f'{package}.{name}') for name in names}
     return {
         name: Component(getattr(module, name), module)
         for name, module in modules.items() if hasattr(module, name)
@@ -147,15 +159,15 @@ def of_package(room):
 
 
 @functools.cache
-def user_module(file):
+def user_module(file: str) -> ModuleType:
     """The module of a user's file, which is run once in this process."""
     if not pathlib.Path(file).is_file():
         raise UserError(f'no file {file}')
-    return module(file)
+    return run_file(file)
 
 
-def check_argument(file, function, arg):
-    """Raises UserError unless get_config takes the argument, or needs none if there is none."""
+def check_argument(file: str, function: Callable, arg: str) -> None:
+    """Raises UserError unless get_config can be called with the argument (none if it is '')."""
     signature = inspect.signature(function)
     try:
         signature.bind(*([arg] if arg else []))
@@ -173,27 +185,27 @@ def check_argument(file, function, arg):
         ) from None
 
 
-def plain(value):
+def to_dict(value: Any) -> Any:
     """Converts ConfigDicts to dicts, at any depth."""
     if isinstance(value, (ConfigDict, FrozenConfigDict)):
         value = value.to_dict()
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+        return {key: to_dict(inner) for key, inner in value.items()}
+    return type(value)(map(to_dict, value)) if type(value) in (list, tuple) else value
 
 
-def called(path, function):
-    """Calls the function; turns what it raises into UserError with the user's frames alone."""
+def call_user_code(path: str, function: Callable[[], T]) -> T:
+    """Calls a function; turns what it raises into UserError with the user's frames alone."""
     try:
         return function()
     except UserError as e:
         raise UserError(f'{path}: {e}') from e
     except (Exception, SystemExit) as e:
-        raise UserError(told(path, e), several_lines=True) from e
+        raise UserError(describe_error(path, e), several_lines=True) from e
 
 
-def told(path, error):
-    """Error as 'FILE, line 3: KeyError: ...', with the user's frames, or a syntax error's place."""
+def describe_error(path: str, error: BaseException) -> str:
+    """Formats an error as 'FILE, line 3: KeyError: ...', and the user's frames below it."""
     found = traceback.TracebackException.from_exception(error)
     frames = [f for f in found.stack if not f.filename.startswith(LIBRARIES)]
     words = ' '.join(str(error).split()) if not isinstance(error, SyntaxError) else error.msg

@@ -10,6 +10,8 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Callable
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a command
 NAMES = {'stdout': 1, 'stderr': 2}
@@ -18,47 +20,52 @@ NAMES = {'stdout': 1, 'stderr': 2}
 class Output(io.RawIOBase):
     """Writes to a file descriptor and never raises: what can't be written is dropped.
 
-    `refused` is the first OSError, None if everything was written; `tell` is called with it.
+    Args:
+      number: the file descriptor.
+      closed: the OSError of a descriptor that is closed from the start.
+
+    Attributes:
+      refused: the first OSError; None if everything was written.
+      on_error: called with that error.
     """
 
-    def __init__(self, number, closed=None):
-        self.number, self.refused = number, None
-        self.closed_from_start = closed  # the OSError to raise
-        self.tell = lambda error: None
+    def __init__(self, number: int, closed: OSError | None = None):
+        self.number, self.unopened, self.refused = number, closed, None
+        self.on_error: Callable[[OSError], None] = lambda error: None
 
-    def writable(self):
+    def writable(self) -> bool:
         return True
 
-    def fileno(self):
+    def fileno(self) -> int:
         return self.number
 
-    def isatty(self):
+    def isatty(self) -> bool:
         return os.isatty(self.number)
 
-    def write(self, data):
+    def write(self, data: bytes) -> int:
         rest = memoryview(data)
         count = len(rest)
         while len(rest) and self.refused is None:
             try:
-                if self.closed_from_start:
-                    raise self.closed_from_start
+                if self.unopened:
+                    raise self.unopened
                 rest = rest[os.write(self.number, rest) :]
             except BlockingIOError:  # another program has made the pipe non-blocking
                 select.select([], [self.number], [])
             except OSError as e:
                 self.refused = e
-                self.tell(e)
+                self.on_error(e)
         return count
 
 
-def is_command():
+def is_command() -> bool:
     """Whether `python -m vit_jax.X` is being started: Python has not found X yet."""
     words = sys.orig_argv
     module = words[words.index('-m') + 1 :][:1] if '-m' in words else []
     return sys.argv[:1] == ['-m'] and ''.join(module).startswith('vit_jax.')
 
 
-def begin():
+def begin() -> None:
     """Makes sys.stdout and sys.stderr an `Output` each, and lets signals end the process at once.
 
     Closed file descriptors among 0 to 2 are opened on /dev/null: the next file to be opened would
@@ -89,25 +96,25 @@ def begin():
     leave_at_signals()
 
 
-def output(name):
+def output(name: str) -> Output | None:
     """The `Output` below sys.stdout or sys.stderr; None if it is another stream."""
     return getattr(getattr(sys, name), 'output', None)
 
 
-def leave_at_signals(handler=None):
+def leave_at_signals(handler: Callable[[int, FrameType | None], None] | None = None) -> None:
     """Makes SIGNALS call `handler`, or `leave` by default; ignored signals stay ignored."""
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # by nohup, or in a script's background
             signal.signal(signum, handler or leave)
 
 
-def leave(signum, frame):
+def leave(signum: int, frame: FrameType | None) -> None:
     """Ends the process, before anything has begun or after everything is done."""
     write_error(f'{signal.Signals(signum).name}: ended\n')
     os._exit(128 + signum)
 
 
-def write_error(text):
+def write_error(text: str) -> None:
     """Writes to stderr without a buffer, as a signal handler must; never raises."""
     try:
         os.write(2, text.encode(errors='backslashreplace'))

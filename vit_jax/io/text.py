@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Container, Sequence
+from typing import Any
 
 # Control characters, surrogates, line and paragraph separators, and format characters: direction
 # marks, zero-width joiners, tags. The two joiners that spell words and emoji are kept.
@@ -30,11 +31,13 @@ def printable(value: object, keep: str = '') -> str:
     return ''.join(c if c in keep or not escaped(c) else escape(c) for c in text)
 
 
-def escaped(character):
+def escaped(character: str) -> bool:
+    """Whether a character is invisible or has an effect on a terminal."""
     return unicodedata.category(character) in ESCAPED and character not in JOINERS
 
 
-def escape(character):
+def escape(character: str) -> str:
+    """The escape sequence of a character, as in Python."""
     code = ord(character)
     byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else None
     return f'\\x{byte:02x}' if byte else character.encode('unicode_escape').decode()
@@ -49,7 +52,7 @@ def cell(value: object) -> object:
     return f"'{text}" if FORMULA.match(text) else text
 
 
-def brief(value):
+def brief(value: object) -> str:
     """Shortens text of a file to fit one line of a message."""
     try:
         text = ' '.join(str(value).split())
@@ -64,7 +67,7 @@ def to_json(value: object, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False).replace('\x7f', '\\u007f')
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """Copies what JSON can represent, with None for each number that is not finite."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
