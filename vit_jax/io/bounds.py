@@ -71,7 +71,8 @@ class Regex(NamedTuple):
 class MayChange(NamedTuple):
     """Marks a setting that may differ when a run resumes, as it doesn't affect the result."""
 
-    def has(self, value):
+    def has(self, value: object) -> bool:
+        """True for any value."""
         return True
 
     def __str__(self):
