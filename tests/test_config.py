@@ -52,7 +52,7 @@ def test_augmentations_and_mixtures_are_checked_as_the_view_is():
         name='/y', split='train', data_dir=None, image='image', label='label', labels='by_name',
         weight=3,
     )
-    again = config.changed(full.to_dict(), [('data.source.mixture.a.weight', '2.5')])
+    again = config.override(full.to_dict(), [('data.source.mixture.a.weight', '2.5')])
     assert again.data.source.mixture.a.weight == 2.5
     for key, value, words in (
         ('augment', [{'name': 'randaugment', 'layer': 2}], r'augment\[0\].layer; .*\[0\].layers'),

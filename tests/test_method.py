@@ -55,7 +55,7 @@ def whole(folder, tmp_path_factory):
 
 
 def parts_of(folder, devices=1, **changes):
-    full = config.changed(
+    full = config.override(
         config.experiment.read(f'{FILE}:{folder}'), [(k, str(v)) for k, v in changes.items()]
     )
     return full, assembly.make(full, devices=jax.devices()[:devices])

@@ -39,7 +39,7 @@ def run(folder, path, **changes):
     given = config.experiment.read(f'{denoise.__file__}:{folder}')
     changes |= {'steps': 6, 'evals.val.every': 3, 'checkpoint.every': 3}
     with workdir.lock_workdir(str(path)) as path:
-        full = config.changed(given, [(key, str(value)) for key, value in changes.items()])
+        full = config.override(given, [(key, str(value)) for key, value in changes.items()])
         assert train.train(full, path, Stop())['steps'] == 6
     return str(path)
 

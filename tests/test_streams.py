@@ -70,7 +70,7 @@ def test_a_command_goes_on_without_its_output(where, script, tmp_path):
         assert status == (2 if refused else 0), stderr
         lines = stderr.splitlines(keepends=True)
         if where in LOST:
-            line = f'error: can not write to standard output: {LOST[where]}\n'
+            line = f'error: cannot write to standard output: {LOST[where]}\n'
             told = [said] if argument else [line] if refused else []
             assert sorted(lines) == sorted(['words\n', *told])
         elif 'head' not in where:

@@ -1,12 +1,13 @@
 """Builds the parts of a run from its config: data set, model, objective, optimizer, state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
@@ -40,7 +41,12 @@ class Parts(NamedTuple):
     evals: dict[str, Any]
 
 
-def make(config, source=None, devices=None, classes=None):
+def make(
+    config: ConfigDict,
+    source: sources.Source | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Parts:
     """Builds the parts of a run; raises UserError for mistakes that show before training.
 
     Args:
@@ -71,13 +77,13 @@ def make(config, source=None, devices=None, classes=None):
     return Parts(source, task, steps, mesh, model, spec, objective, tx, abstract, evals)
 
 
-def task_of(config, source):
+def task_of(config: ConfigDict, source: sources.Source) -> tasks.Task:
     """Makes the task that the section `data` of a config names, for a data set."""
     function = configs.named('data.task', config.data.task).function
     return function(source, **configs.settings_of(config.data, function))
 
 
-def model_of(config, task):
+def model_of(config: ConfigDict, task: tasks.Task) -> nn.Module | None:
     """Builds the model, with an output per class of the data unless the config sets the number."""
     if config.model.name is None:
         return None
@@ -85,7 +91,12 @@ def model_of(config, task):
     return models.build(**{**config.model, 'num_classes': classes})
 
 
-def objective_of(config, model, task, spec):
+def objective_of(
+    config: ConfigDict,
+    model: nn.Module | None,
+    task: tasks.Task,
+    spec: dict[str, jax.ShapeDtypeStruct],
+) -> Objective:
     """Makes the objective that a config names."""
     copies = -(-config.data.repeats // config.accumulate)  # in succession, within a micro-batch
     examples = Examples(spec, task.names, copies)
@@ -99,7 +110,9 @@ def objective_of(config, model, task, spec):
     return objective
 
 
-def check_evaluations(config, objective, spec, params):
+def check_evaluations(
+    config: ConfigDict, objective: Objective, spec: dict[str, jax.ShapeDtypeStruct], params: Any
+) -> None:
     """Raises UserError if the parameters don't fit the image size of an evaluation.
 
     A table of position embeddings fits one size only, that of training.
@@ -123,13 +136,13 @@ def check_evaluations(config, objective, spec, params):
             ) from e
 
 
-def evaluation(subject, settings):
+def evaluation(subject: evaluators.Subject, settings: Mapping | ConfigDict) -> Any:
     """Makes the evaluation of a Subject that a section of `evals` describes."""
     function = configs.named('evals.type', settings['type']).function
     return function(subject, **configs.settings_of(settings, function))
 
 
-def check_best(best, evals):
+def check_best(best: str | None, evals: Mapping[str, Any]) -> None:
     """Raises UserError if the evaluation that checkpoint.best names has no such metric."""
     name, _, metric = str(best).rpartition('/')
     measured = getattr(evals.get(name), 'metrics', None)
@@ -149,18 +162,18 @@ def of_run(
     return make(config, devices=devices, classes=kept_classes(config, path, begun))
 
 
-def kept_classes(config, path, begun):
+def kept_classes(config: ConfigDict, path: epath.Path, begun: bool) -> Sequence[str] | None:
     """Names of the classes of the head that the run in `path` keeps; None if its head is new.
 
     A resumed run reads them from classes.json, as the checkpoint `init_from` may be gone.
     """
     if not config.keep_head or config.init_from is None:
         return None
-    known = workdir.read_names(path / 'classes.json') if begun else None
-    return known or weights.read(config.init_from, values=False, ema=None).classes
+    classes = workdir.read_names(path / 'classes.json') if begun else None
+    return classes or weights.read(config.init_from, values=False, ema=None).classes
 
 
-def steps_of(config, source):
+def steps_of(config: ConfigDict, source: Sized) -> int:
     """Length of a run in steps."""
     if config.steps:
         return config.steps
@@ -180,7 +193,7 @@ def example_ids(config: ConfigDict, parts: Parts, number: int) -> np.ndarray:
     )  # fmt: skip
 
 
-def first_state(config, parts):
+def first_state(config: ConfigDict, parts: Parts) -> tuple[step.State, str | None]:
     """The state at step 0, random or from `init_from`, and a table of what was loaded, or None."""
     if config.init_from is None:
         fresh = (parts.objective, parts.tx, config.seed, parts.abstract)
@@ -190,8 +203,8 @@ def first_state(config, parts):
             f'init_from is {config.init_from}, but objective {config.objective.name} has a network '
             'of its own, whose parameters no checkpoint of a model has'
         )
-    kept = ('name', 'num_classes', 'representation_size')
-    fields = {k: v for k, v in models.describe(parts.model).items() if k not in kept}
+    of_head = ('name', 'num_classes', 'representation_size')
+    fields = {k: v for k, v in models.describe(parts.model).items() if k not in of_head}
     found = weights.read(
         config.init_from, ema=None, image_size=parts.spec['image'].shape[:2],
         num_classes=None if config.keep_head else parts.model.num_classes,

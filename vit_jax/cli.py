@@ -7,12 +7,15 @@ its files matter; any other write error is reported by a line and the exit statu
 """
 
 import errno
+import logging as std_logging
 import math
 import os
 import re
 import signal
 import sys
 import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -21,7 +24,9 @@ from vit_jax.io import streams
 from vit_jax.io.text import printable
 
 
-def split_changes(argv, section):
+def split_changes(
+    argv: Sequence[str], section: str
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Splits arguments into those not of the form --SECTION.KEY=VALUE and [(key, text)]."""
     rest, changes = [], []
     for arg in argv:
@@ -35,12 +40,12 @@ def split_changes(argv, section):
 class Interrupted(KeyboardInterrupt):
     """Raised when one of streams.SIGNALS arrives."""
 
-    def __init__(self, signum):
+    def __init__(self, signum: int):
         super().__init__()
         self.signum = signum
 
 
-def interrupt(signum, frame):
+def interrupt(signum: int, frame: Any) -> None:
     """Signal handler that unwinds the stack, which removes half-written files.
 
     A second signal ends the process at once.
@@ -49,7 +54,7 @@ def interrupt(signum, frame):
     raise Interrupted(signum)
 
 
-def not_lost(unraisable):
+def repeat_signal(unraisable: Any) -> None:
     """A sys.unraisablehook that repeats a signal which arrived during a destructor.
 
     Python only prints an exception raised in a destructor, so the signal would be lost.
@@ -66,11 +71,13 @@ def not_lost(unraisable):
 class Printable(logging.PythonFormatter):
     """Formats log lines with the terminal's escape sequences, as in a file's name, escaped."""
 
-    def format(self, record):
+    def format(self, record: std_logging.LogRecord) -> str:
         return printable(super().format(record), keep='\n\t')
 
 
-def run(main, section=None, *, goes_on=False):
+def run(
+    main: Callable[..., int | None], section: str | None = None, *, goes_on: bool = False
+) -> NoReturn:
     """Parses sys.argv, calls main(arguments) and exits with the status that it returns.
 
     Args:
@@ -99,8 +106,8 @@ def run(main, section=None, *, goes_on=False):
     logging.use_absl_handler()  # removes other handlers that write to stderr
     streams.begin()
     if goes_on and streams.output('stdout'):
-        streams.output('stdout').on_error = without_output
-    sys.unraisablehook = not_lost
+        streams.output('stdout').on_error = warn_of_lost_output
+    sys.unraisablehook = repeat_signal
     logging.get_absl_handler().setFormatter(Printable())
     logging.set_verbosity(logging.WARNING)  # unless --verbosity is given; absl's default is INFO
     try:
@@ -112,7 +119,7 @@ def run(main, section=None, *, goes_on=False):
     except SystemExit as e:  # raised by app.run at its end
         status = e.code
     except (UserError, flags.Error) as e:
-        status = mistake(e)
+        status = report_mistake(e)
     except KeyboardInterrupt as e:
         print('interrupted', file=sys.stderr)
         status = 128 + getattr(e, 'signum', signal.SIGINT)
@@ -120,28 +127,28 @@ def run(main, section=None, *, goes_on=False):
         line = refusal(e)
         if line is None:
             raise
-        status = mistake(line)
-    sys.exit(finished(status, goes_on))
+        status = report_mistake(line)
+    sys.exit(final_status(status, goes_on))
 
 
-def mistake(error):
+def report_mistake(error: Exception | str) -> int:
     """Prints an error that the user can fix, and returns its exit status, 2."""
     own = '\n' if getattr(error, 'several_lines', True) else ''  # absl's errors have several, too
     print('error:', printable(error, keep=own), file=sys.stderr)
     return 2
 
 
-def without_output(error):
+def warn_of_lost_output(error: OSError) -> None:
     """Warns once that standard output is lost."""
     # Not through sys.stderr, which a progress bar redirects to standard output.
     streams.write_error(f'standard output: {error.strerror}; going on without it\n')
 
 
-def finished(status, goes_on):
+def final_status(status: int | None, goes_on: bool) -> int | None:
     """Flushes standard output and returns the exit status."""
     sys.stdout.flush()
     output = streams.output('stdout')
     refused = None if goes_on or output is None else output.refused
     if status in (0, None) and refused is not None and refused.errno != errno.EPIPE:
-        return mistake(f'can not write to standard output: {refused.strerror}')
+        return report_mistake(f'cannot write to standard output: {refused.strerror}')
     return status

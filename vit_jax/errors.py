@@ -54,7 +54,7 @@ class Lost(Exception):
     """Another process is missing, dead or stalled; the run can be restarted (exit status 4)."""
 
 
-def refusal(error):
+def refusal(error: BaseException) -> str | None:
     """A line on a file, memory or a thread that the system refuses; None for any other error."""
     text = re.sub(r'\s+', ' ', str(error))[:300]
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):

@@ -127,7 +127,7 @@ def settings_of(
             given = weights.read(checkpoint, values=False, ema=None).config
         if given is None:
             raise UserError(f'{checkpoint} is not the checkpoint of a run; give --config')
-        return configs.changed(given, overrides)
+        return configs.override(given, overrides)
     has_model = given is None or given.get('model', {}).get('name') is not None
     named = any(key in ('init_from', 'model.name') for key, _ in overrides)
     if has_model and not named and not experiment.read(path).get('model', {}).get('name'):

@@ -75,14 +75,15 @@ CACHE = flags.DEFINE_string(
 )  # fmt: skip
 
 
-def main(argv, overrides):
+def main(argv: list[str], overrides: list[tuple[str, str]]) -> int:
+    """Runs the command and returns its exit status."""
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}; flags begin with --')
     with stopping.on_signal() as stop:
         return run(overrides, stop)
 
 
-def run(overrides, stop):
+def run(overrides: list[tuple[str, str]], stop: stopping.Stop) -> int:
     """Trains, prints the results and returns the exit status."""
     # Imported here, so that a signal during the imports is handled.
     from vit_jax import config, train

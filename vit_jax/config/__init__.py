@@ -7,7 +7,10 @@ prints both.
 
 import ast
 import inspect
+import os
 import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -47,7 +50,12 @@ SECTIONS = {  # sections whose keys are all arguments of one function
 FREE_SECTIONS = ('checkpoint', 'evals', 'mesh', 'report')  # do not affect the result
 
 
-def load(path, overrides=(), begun=None, absent=False):
+def load(
+    path: os.PathLike | str,
+    overrides: Iterable[tuple[str, str]] = (),
+    begun: Mapping | None = None,
+    absent: bool = False,
+) -> ConfigDict:
     """Loads an experiment file, 'FILE' or 'FILE:ARG', or a run's config.json, as a complete config.
 
     `overrides` are (dotted key, text) pairs; a text is a Python literal, or else a string. `begun`
@@ -55,15 +63,21 @@ def load(path, overrides=(), begun=None, absent=False):
     longer be read. Without `begun`, an unreadable `init_from` raises UserError, unless it may be
     `absent`: `model` is then the section as it is given, and has no name.
     """
-    return changed(experiment.read(path), overrides, begun, absent)
+    return override(experiment.read(path), overrides, begun, absent)
 
 
-def changed(given, overrides, begun=None, absent=False):
+def override(
+    given: dict,
+    overrides: Iterable[tuple[str, str]],
+    begun: Mapping | None = None,
+    absent: bool = False,
+) -> ConfigDict:
     """Completes a nested dict with `overrides`, which are as in `load`.
 
     `steps` among the overrides replaces given `epochs`, and the other way round.
     """
-    new = {key for key, text in overrides if parsed(text) is not None}
+    overrides = list(overrides)
+    new = {key for key, text in overrides if parse_value(text) is not None}
     for key, other in ('steps', 'epochs'), ('epochs', 'steps'):
         if key in new and other not in new and given.get(other) is not None:
             logging.warning('%s is given: %s=%s is not used', key, other, given.pop(other))
@@ -74,11 +88,11 @@ def changed(given, overrides, begun=None, absent=False):
             if not isinstance(part.setdefault(parent, {}), dict):
                 part[parent] = {}  # a view that was a name gets arguments
             part = part[parent]
-        part[last] = parsed(text)
+        part[last] = parse_value(text)
     return complete(given, begun, absent)
 
 
-def parsed(text):
+def parse_value(text: str) -> Any:
     """Parses a Python literal, true or false; any other text is a string."""
     if text in ('true', 'false'):
         return text == 'true'
@@ -89,7 +103,7 @@ def parsed(text):
         return text
 
 
-def complete(given, begun=None, absent=False):
+def complete(given: Mapping, begun: Mapping | None = None, absent: bool = False) -> ConfigDict:
     """Checks a nested dict, as an experiment returns it, and fills in every default.
 
     Raises UserError for an unknown key (and names the nearest known one), for a value of the wrong
@@ -132,22 +146,22 @@ def complete(given, begun=None, absent=False):
     return ConfigDict(full)
 
 
-def method_keys(function):
+def method_keys(function: Callable) -> dict[str, tuple]:
     """Keys of the section `objective` with a training method, as in `keys_of`."""
     return keys_of(keys.objective) | keys_of(function)
 
 
-def data_keys(function):
+def data_keys(function: Callable) -> dict[str, tuple]:
     """Keys of the section `data` with a task."""
     return keys_of(keys.data) | keys_of(function) | keys_of(pipeline.batches)
 
 
-def evaluation_keys(function):
+def evaluation_keys(function: Callable) -> dict[str, tuple]:
     """Keys of a section of `evals` with an evaluator."""
     return keys_of(keys.evaluation) | keys_of(function)
 
 
-def named(kind, name, key=None):
+def named(kind: str, name: Any, key: str | None = None) -> experiment.Component:
     """The Component that a config names, of a kind in ROOMS; raises UserError."""
     room, given = ROOMS[kind]
     found = experiment.component(room, name, key or kind)
@@ -162,7 +176,7 @@ def named(kind, name, key=None):
     return found
 
 
-def settings_of(section, function):
+def settings_of(section: Mapping | ConfigDict, function: Callable) -> dict[str, Any]:
     """Settings of a section that are keyword arguments of a function."""
     return {key: section[key] for key in keys_of(function) if key in section}
 
@@ -180,7 +194,7 @@ def may_change(key: str) -> bool:
     return name in known and bounds.may_change(known[name][0])
 
 
-def metrics(evals):
+def metrics(evals: Mapping | ConfigDict) -> dict[str, str]:
     """{'val/accuracy': 'max', 'val/loss': 'min'} of a complete section: which value is better."""
     return {
         f'{name}/{metric}': which
@@ -189,14 +203,14 @@ def metrics(evals):
     }
 
 
-def better(config):
+def better(config: ConfigDict) -> dict[str, str]:
     """Same as `metrics` for all that a run of a config measures, with its costs and training."""
     method = named('objective.name', config.objective.name)
     trained = method.metrics(settings_of(config.objective, method.function))
     return metrics(config.evals) | trained | results.COSTS
 
 
-def mode_of(full):
+def mode_of(full: Mapping) -> str | None:
     """checkpoint.mode as the metric checkpoint.best declares it; raises UserError if unknown."""
     best, mode = full['checkpoint']['best'], full['checkpoint']['mode']
     if best is None:

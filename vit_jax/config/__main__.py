@@ -9,7 +9,8 @@ from vit_jax.config import reference
 from vit_jax.errors import UserError, shown
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
+    """Prints the page."""
     if argv[1:]:
         raise UserError(f'unexpected argument {shown(argv[1])}; see --help')
     print(reference.markdown(), end='')

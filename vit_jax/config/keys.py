@@ -15,7 +15,7 @@ def scalars(
     keep_head: bool = False,
     keep_pre_logits: bool = False,
     expected: Annotated[tuple[dict, ...], MayChange()] = (),
-):
+) -> None:
     """The keys outside of sections. Either `steps` or `epochs` is given.
 
     Args:
@@ -40,7 +40,7 @@ def expectation(
     source: str,
     cell: tuple[str, tuple[str | Finite[float], ...], str] | None = None,
     scale: Positive[float] = 1.0,
-):
+) -> None:
     """A row of `expected`: the value that a metric should reach.
 
     Args:
@@ -54,7 +54,7 @@ def expectation(
     """
 
 
-def model(*, name: str | None = None, num_classes: Positive[int] | None = None):
+def model(*, name: str | None = None, num_classes: Positive[int] | None = None) -> None:
     """The network. Other keys depend on its kind.
 
     Args:
@@ -64,7 +64,7 @@ def model(*, name: str | None = None, num_classes: Positive[int] | None = None):
     """
 
 
-def data(*, source: dict, task: str = 'classify'):
+def data(*, source: dict, task: str = 'classify') -> None:
     """The examples to train on. Other keys depend on the task.
 
     Args:
@@ -73,7 +73,7 @@ def data(*, source: dict, task: str = 'classify'):
     """
 
 
-def mixture_part(*, weight: Positive[float] = 1.0):
+def mixture_part(*, weight: Positive[float] = 1.0) -> None:
     """The key of a data set in a mixture, beside its own.
 
     Args:
@@ -81,7 +81,7 @@ def mixture_part(*, weight: Positive[float] = 1.0):
     """
 
 
-def objective(*, name: str = 'supervised'):
+def objective(*, name: str = 'supervised') -> None:
     """The training method, which other keys depend on.
 
     Args:
@@ -89,7 +89,7 @@ def objective(*, name: str = 'supervised'):
     """
 
 
-def evaluation(*, type: str = 'classify', every: NonNegative[int] = 0):
+def evaluation(*, type: str = 'classify', every: NonNegative[int] = 0) -> None:
     """One section for each evaluation, `evals.NAME`. Its metrics are called 'NAME/METRIC'.
 
     Other keys depend on the type.

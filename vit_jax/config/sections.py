@@ -3,6 +3,8 @@
 import difflib
 import inspect
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from vit_jax import models
 from vit_jax.config import keys
@@ -15,7 +17,7 @@ from vit_jax.models import interface
 REQUIRED = inspect.Parameter.empty
 
 
-def keys_of(function):
+def keys_of(function: Callable) -> dict[str, tuple]:
     """{name: (annotation, default)} of a function's keyword-only arguments; object: any value."""
     return {
         name: (object if p.annotation is p.empty else p.annotation, p.default)
@@ -24,7 +26,9 @@ def keys_of(function):
     }
 
 
-def filled(path, values, known, also=()):
+def filled(
+    path: str, values: Mapping, known: Mapping[str, tuple], also: Sequence[str] = ()
+) -> dict[str, Any]:
     """Checks `values` against `known` {key: (annotation, default)}, and fills in the defaults."""
     prefix = f'{path}.' if path else ''
     for key, value in values.items():
@@ -39,7 +43,7 @@ def filled(path, values, known, also=()):
     return {key: values.get(key, default) for key, (_, default) in known.items()}
 
 
-def section(given, name, path=None):
+def section(given: Mapping, name: str, path: str | None = None) -> dict:
     """A section of the config as a dict, empty if it is not given."""
     value = given.get(name, {})
     if not isinstance(value, dict):
@@ -47,7 +51,7 @@ def section(given, name, path=None):
     return value
 
 
-def check_name(path, name):
+def check_name(path: str, name: Any) -> None:
     """Raises UserError unless a user's name for a section can be part of keys and file names."""
     if not isinstance(name, str) or not re.fullmatch(r'[\w-]+(/[\w-]+)*', name):
         raise UserError(
@@ -56,14 +60,20 @@ def check_name(path, name):
         )
 
 
-def dtypes_named(value):
+def dtypes_named(value: Any) -> Any:
     """Nested dicts with 'bfloat16' in place of jnp.bfloat16, as in JSON."""
     if isinstance(value, dict):
         return {key: dtypes_named(inner) for key, inner in value.items()}
     return interface.dtype_name(value)
 
 
-def complete_model(values, scalars, begun=None, absent=False, needed=True):
+def complete_model(
+    values: dict,
+    scalars: Mapping,
+    begun: Mapping | None = None,
+    absent: bool = False,
+    needed: bool = True,
+) -> dict[str, Any]:
     """Completes the section `model`; its keys depend on the model's name, or on `init_from`.
 
     Without a name every field has the value that it has in the checkpoint `init_from`.
@@ -94,7 +104,7 @@ def complete_model(values, scalars, begun=None, absent=False, needed=True):
     return filled('model', values, known | {'name': (str, name)})
 
 
-def model_of(scalars, begun):
+def model_of(scalars: Mapping, begun: Mapping | None) -> dict[str, Any]:
     """{field: value} of the model in the checkpoint `init_from`, without its head."""
     path = scalars['init_from']
     new_head = None if scalars['keep_head'] else 1
@@ -110,7 +120,7 @@ def model_of(scalars, begun):
     return models.describe(found.model)
 
 
-def complete_data(path, values, known):
+def complete_data(path: str, values: dict, known: Mapping[str, tuple]) -> dict[str, Any]:
     """Completes a section with `known` keys that may have data sets, a view and augmentations."""
     sets = [k for k in known if k == 'source' or k.endswith('_source')]
     full = filled(path, values, known)
@@ -128,7 +138,7 @@ def complete_data(path, values, known):
     return full
 
 
-def complete_source(path, values):
+def complete_source(path: str, values: dict) -> dict[str, Any]:
     """Completes a data set, or with the key `mixture` several by name, each with a weight."""
     known = keys_of(sources.load)
     if 'mixture' not in values:
@@ -147,7 +157,9 @@ def complete_source(path, values):
     }}  # fmt: skip
 
 
-def complete_call(path, call, functions, check):
+def complete_call(
+    path: str, call: Any, functions: Mapping[str, Callable], check: Callable[[Any], Any]
+) -> Any:
     """Completes the name of one of `functions`, or a dict of its name and its arguments."""
     if not isinstance(call, dict):
         check(call)

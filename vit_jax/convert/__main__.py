@@ -75,7 +75,7 @@ def main(argv: list[str], changes: list[tuple[str, str]]) -> None:
         beside = [target.with_suffix('.json')] if target.suffix == '.npz' else []
         for path in (target, *beside):
             storage.check_free(path, FORCE.value)
-    fields = {key: config.parsed(text) for key, text in changes}
+    fields = {key: config.parse_value(text) for key, text in changes}
     for key in fields.keys() & inspect.signature(load.read).parameters.keys():
         raise UserError(f'--model.{key} is no field of a model; see --help for flags')
     loaded = load.read(

@@ -44,7 +44,7 @@ def candidates(config, plan):
 
 
 def with_changes(config, changes):
-    return configs.changed(config.to_dict(), [(k, str(v)) for k, v in changes.items()], config)
+    return configs.override(config.to_dict(), [(k, str(v)) for k, v in changes.items()], config)
 
 
 def as_flags(changes):

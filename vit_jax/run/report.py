@@ -244,7 +244,7 @@ def progress_text(metrics: Mapping[str, float], images_per_s: float | None) -> s
     return '  '.join([*text, f'{images_per_s:,.0f} images/s'] if images_per_s else text)
 
 
-def model_name(config: Mapping[str, Any]) -> str:
+def model_name(config: Mapping | ConfigDict) -> str:
     """Name of a run's model, or of the objective's function if that has a network of its own."""
     return config['model']['name'] or config['objective']['name'].rpartition(':')[2]
 

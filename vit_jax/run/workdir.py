@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 from etils import epath
@@ -16,9 +18,10 @@ from vit_jax.run.history import is_number
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir):
-    """Creates the workdir and locks it; the kernel releases the lock when the process ends.
+def lock_workdir(workdir: os.PathLike | str) -> Iterator[epath.Path]:
+    """Creates the workdir, locks it and yields its path.
 
+    The kernel releases the lock when the process ends.
     Of several processes of a run the first takes the lock; call this after they have joined.
     Object stores (gs://) have no locks: two runs in one workdir are not detected there.
     """
@@ -26,21 +29,21 @@ def lock_workdir(workdir):
         raise UserError('--workdir is empty; name the folder of the run')
     path = located(workdir)
     lock = None
-    with explained(path):
+    with explain_errors(path):
         if storage.is_remote(path):
             storage.check_writable(path)
         else:
             path.mkdir(parents=True, exist_ok=True)
-            lock = locked(path) if jax.process_index() == 0 else None
+            lock = take_lock(path) if jax.process_index() == 0 else None
     try:
-        with explained(path):
+        with explain_errors(path):
             yield path
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def located(workdir):
+def located(workdir: os.PathLike | str) -> epath.Path:
     """The absolute path of a workdir as given by the user; addresses (gs://...) are unchanged.
 
     Raises UserError for an address of another kind.
@@ -53,7 +56,7 @@ def located(workdir):
     return epath.Path(os.path.abspath(os.path.expanduser(workdir)))
 
 
-def locked(path):
+def take_lock(path: epath.Path) -> int:
     """Locks path/.lock and returns its file descriptor; UserError if another process has it."""
     lock = os.open(path / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -71,7 +74,7 @@ def locked(path):
 
 
 @contextlib.contextmanager
-def explained(path):
+def explain_errors(path: epath.Path) -> Iterator[None]:
     """Turns an OSError about a file below `path` into UserError."""
     try:
         yield
@@ -84,20 +87,20 @@ def explained(path):
         ) from e
 
 
-def write_json(path, value):
+def write_json(path: epath.Path, value: Any) -> None:
     """Writes an indented JSON object atomically."""
     storage.write(path, (to_json(value, indent=2) + '\n').encode())
 
 
-def read_json(path, *needed, of=dict):
-    """Reads one of a run's JSON files; None if it is absent.
+def read_json(path: epath.Path, *needed: str, of: type = dict) -> Any:
+    """Reads one of a run's JSON files, a dict or else what `of` says; None if it is absent.
 
     Raises UserError if it is damaged, which includes missing any of the keys `needed`.
     """
     data = storage.read(path, MOST_BYTES)
     if data is None:
         return None
-    kinds, way_out = FILES.get(path.name, ({}, ANEW))
+    checks, remedy = FILES.get(path.name, ({}, ANEW))
     try:
         value = json.loads(data)
         if not isinstance(value, of):
@@ -107,50 +110,51 @@ def read_json(path, *needed, of=dict):
         for key in needed:
             if key not in value:
                 raise ValueError(f'has no {key}')
-        for key, kind in kinds.items():
-            if key in value and not kind(value[key]):
+        for key, is_valid in checks.items():
+            if key in value and not is_valid(value[key]):
                 raise ValueError(f'has {key} {brief(value[key])}')
     except (ValueError, RecursionError) as e:
-        raise UserError(f'{path} is damaged ({brief(e)}); {way_out}') from e
+        raise UserError(f'{path} is damaged ({brief(e)}); {remedy}') from e
     return value
 
 
-def read_names(path):
+def read_names(path: epath.Path) -> list[str] | None:
     """Reads a list of names from a run's JSON file; None if absent, UserError if damaged."""
     return read_json(path, of=list)
 
 
-def read_result(path):
+def read_result(path: epath.Path) -> dict[str, Any] | None:
     """Reads result.json of a workdir, with all keys in RESULT; None if the run has not finished."""
     return read_json(path / 'result.json', *RESULT)
 
 
-def brief(value):
+def brief(value: object) -> str:
+    """Text of a value in one short line."""
     return re.sub(r'\s+', ' ', str(value))[:80]
 
 
-def is_number_or_none(value):
+def is_number_or_none(value: object) -> bool:
     return value is None or is_number(value)
 
 
-def is_whole(value):
+def is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_dict(value):
+def is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def are_metrics(value):
+def are_metrics(value: object) -> bool:
     return is_dict(value) and all(v is None or is_number(v) for v in value.values())
 
 
-def are_judged(value):
+def are_judged(value: object) -> bool:
     return isinstance(value, list) and all(map(is_judged, value))
 
 
-def is_judged(row):
-    """Whether a value is a row that `judged` returns."""
+def is_judged(row: object) -> bool:
+    """Whether a value is a row that `results.judge` returns."""
     if not is_dict(row) or not row.keys() >= {'metric', 'value', 'tolerance', 'measured', 'pass'}:
         return False
     numbers = [row['value'], row['tolerance'], *(x for x in [row['measured']] if x is not None)]
@@ -161,21 +165,21 @@ def is_judged(row):
             return False
         if not all(isinstance(x, str) or is_number(x) for x in cell[1]):
             return False
-    known = isinstance(row['metric'], str) and row['pass'] in (True, False, None)
-    return known and all(map(is_number, numbers)) and row.get('scale', 1) != 0
+    valid = isinstance(row['metric'], str) and row['pass'] in (True, False, None)
+    return valid and all(map(is_number, numbers)) and row.get('scale', 1) != 0
 
 
 SECTIONS = ('model', 'data', 'optim', 'objective', 'evals', 'checkpoint', 'report', 'mesh')
 RESULT = {
-    'metrics': are_metrics, 'steps': is_whole, 'examples_seen': is_whole, 'seconds': is_number,
+    'metrics': are_metrics, 'steps': is_count, 'examples_seen': is_count, 'seconds': is_number,
     'flops_per_image': is_number_or_none, 'device_kind': lambda v: isinstance(v, str),
-    'device_count': is_whole, 'expected': are_judged,
+    'device_count': is_count, 'expected': are_judged,
 }  # fmt: skip
 ANEW = "restore it, or remove it: the run's next start writes it anew"
 FILES = {  # name: ({key: check of its value}, what to do if the file is damaged)
     'config.json': (
         dict.fromkeys(SECTIONS, is_dict),
-        "restore it, or remove it: then the run's next start writes that of its command",
+        "restore it, or remove it: the run's next start writes that of its command",
     ),
     'result.json': (
         RESULT | {'versions': is_dict, 'costs': are_metrics},
@@ -186,7 +190,7 @@ MOST_BYTES = 2**26  # in such a file
 MOST_FOLDERS = 10_000  # that are searched for runs
 
 
-def runs_below(folder):
+def runs_below(folder: epath.Path) -> Iterator[epath.Path]:
     """Yields the workdirs at and below a folder, local or on gs://, sorted by name.
 
     Skips hidden folders. Raises UserError after MOST_FOLDERS folders that are not runs.
@@ -207,9 +211,9 @@ def runs_below(folder):
         waiting += sorted(inner, reverse=True)
 
 
-def finished(folders):
+def finished(folders: Iterable[os.PathLike | str]) -> list[tuple[str, Mapping, Mapping]]:
     """[(workdir, config, result)] of all finished runs below the folders."""
-    found = []
+    runs = []
     for folder in map(located, folders):
         if not folder.exists():
             raise UserError(f'no folder {folder}')
@@ -217,5 +221,5 @@ def finished(folders):
             result = read_result(path)
             if result is not None:
                 config = read_json(path / 'config.json', 'model', 'data', 'evals')
-                found.append((str(path), config, result))
-    return found
+                runs.append((str(path), config, result))
+    return runs

@@ -61,7 +61,7 @@ def main(argv: list[str], changes: list[tuple[str, str]]) -> None:
     if changes:
         from vit_jax import config  # takes seconds, in each worker too
 
-        fields = {key: config.parsed(text) for key, text in changes}
+        fields = {key: config.parse_value(text) for key, text in changes}
     options = {flag.name: flag.value for flag in OPTIONS}
     try:
         manifest = folder.prepare(*argv[1:], splits=SPLIT.value, fields=fields, **options)
