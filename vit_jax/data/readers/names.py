@@ -62,20 +62,20 @@ def match(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
     An equal name, or else the only one of the same normalized spelling among those that are left.
     """
     index = {name: i for i, name in enumerate(known)}
-    found = [index.get(name) for name in names]
-    taken = set(found)
-    alike = {}
+    indices = [index.get(name) for name in names]
+    taken = set(indices)
+    unmatched_known = {}
     for i, name in enumerate(known):
         if i not in taken:
-            alike.setdefault(normalize(name), []).append(i)
-    wanting = {}
+            unmatched_known.setdefault(normalize(name), []).append(i)
+    unmatched = {}
     for k, name in enumerate(names):
-        if found[k] is None:
-            wanting.setdefault(normalize(name), []).append(k)
-    for form, places in wanting.items():
-        if len(places) == len(alike.get(form, ())) == 1:
-            found[places[0]] = alike[form][0]
-    return found
+        if indices[k] is None:
+            unmatched.setdefault(normalize(name), []).append(k)
+    for spelling, places in unmatched.items():
+        if len(places) == len(unmatched_known.get(spelling, ())) == 1:
+            indices[places[0]] = unmatched_known[spelling][0]
+    return indices
 
 
 def first_duplicate(names: Sequence[str]) -> str | None:
@@ -105,30 +105,30 @@ def label_table(
             print_once(f'{title} has no names of classes: its labels are compared by number')
         return None
     numbers = are_numbers(names)
-    twice = first_duplicate(names) or first_duplicate(classes)
-    found = [None] if twice else match(names, classes)
-    if None not in found:
-        report_mapping(names, classes, found, title, whose)
-        return np.array(found, np.int32)
+    duplicate = first_duplicate(names) or first_duplicate(classes)
+    indices = [None] if duplicate else match(names, classes)
+    if None not in indices:
+        report_mapping(names, classes, indices, title, whose)
+        return np.array(indices, np.int32)
     if are_indices(classes) and (not numbers or len(names) == len(classes)):
-        few = len(names) < len(classes)
-        doubt = f', though it has {len(names)} classes of {len(classes)}' if few else ''
+        partial = len(names) < len(classes)
+        doubt = f', though it has {len(names)} classes of {len(classes)}' if partial else ''
         print_once(
             f'{whose} classes have no names: labels of {title} are compared by number{doubt}'
         )
         return None
-    way_out = 'source.labels=by_number takes labels by their numbers'
-    if twice:
+    advice = 'source.labels=by_number takes labels by their numbers'
+    if duplicate:
         raise UserError(
             f'classes of {title} are not numbered as {whose}, and names do not tell which is '
-            f'which: {twice!r} occurs twice; {way_out}'
+            f'which: {duplicate!r} occurs twice; {advice}'
         )
-    other = [name for name, i in zip(names, found, strict=True) if i is None]
-    left = [name for i, name in enumerate(classes) if i not in set(found)]
-    alone = f'; of {whose}, it lacks {join_names(left)}' if left else ''
+    unknown = [name for name, i in zip(names, indices, strict=True) if i is None]
+    unused = [name for i, name in enumerate(classes) if i not in set(indices)]
+    lacking = f'; of {whose}, it lacks {join_names(unused)}' if unused else ''
     raise UserError(
-        f'{title} has classes that are not {whose}: {join_names(other)}{alone}. Labels are '
-        f'compared by name; {way_out}'
+        f'{title} has classes that are not {whose}: {join_names(unknown)}{lacking}. Labels are '
+        f'compared by name; {advice}'
     )
 
 
