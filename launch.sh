@@ -12,24 +12,24 @@ usage: bash launch.sh COMMAND
   test [PYTEST ARGS]   make .venv if need be, install the test extra, check style, run the tests;
                        with -m slow the longer ones
   docs                 make .venv if need be, build the site of docs/ in build/site
-  setup EXTRAS         make .venv with the versions of constraints.txt: tpu,remote say
+  setup EXTRAS         make .venv with the versions of constraints.txt; EXTRAS: tpu,remote, say
   local EXPERIMENT     train on this machine, with all its devices
   hosts EXPERIMENT     several processes on this machine, with simulated devices
   slurm EXPERIMENT     a batch job, one process a GPU
-  tpu EXPERIMENT       every worker of a Cloud TPU: set up, start, follow, go on when preempted
+  tpu EXPERIMENT       every worker of a Cloud TPU: set up, start, follow, resume when preempted
   gke EXPERIMENT       a JobSet on a TPU slice of a Kubernetes cluster
 
 bash launch.sh COMMAND --help says what each of the last five takes. All of them take
   [OPTIONS] EXPERIMENT [FLAGS OF vit_jax.main]
   --workdir DIR        folder of the run; runs/NAME unless given
   --sweep KEY=A,B ...  one run for each combination, in a folder of its own below the workdir; takes
-                       all words that follow and look like KEY=VALUES. What is finished is not run
-                       again; a table of all of them is the end
-  --dry-run            print what would run, ready to paste, and do nothing
+                       all words that follow and look like KEY=VALUES. Finished runs are skipped; a
+                       table of all runs is printed at the end
+  --dry-run            print the commands, ready to paste, and run nothing
   --                   all that follows goes to vit_jax.main
 $VIT_JAX_PYTHON names a Python that has vit_jax; then nothing is installed here.
-Exit status: that of the run (0 done, 2 a mistake, 3 not finite, 129, 130, 143 stopped and saved);
-1 where what carries the run (SLURM, gcloud, kubectl) has failed.
+Exit status: that of the run (0 done, 2 user error, 3 non-finite loss, 129, 130, 143 stopped and
+saved); 1 if SLURM, gcloud or kubectl fails.
 EOS
 }
 

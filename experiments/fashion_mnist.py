@@ -1,17 +1,8 @@
 """ViT on Fashion-MNIST (arXiv:1708.07747), 16 epochs: at least 89.5% in half an hour on two cores.
 
 Measured here, one run of seed 0 on two CPU cores: 90.10% of the 10,000 test images in 1,486 s
-beside other work; with products in 8 bits 89.55 (int8) and 90.07% (fp8). With another order of the
-examples: 89.92% in 1,331 s (median of 772 images/s; the seconds include compilation and 15
-evaluations). Test accuracy of the averaged parameters by step of the latter run, in percent:
-
-  1,000 78.56    4,000 85.13    7,000 87.50   10,000 88.82   13,000 89.68
-  2,000 83.11    5,000 86.22    8,000 88.20   11,000 89.30   14,000 89.86
-  3,000 84.55    6,000 87.00    9,000 88.66   12,000 89.35   15,000 89.92
-
-Short runs of 190 to 280 s, each with a complete schedule (patch 7 and width 128 unless noted), have
-82.8% with shifts by 2 pixels and 86.6% without shifts; with patch 4 and shifts they have 77.4%
-(width 64) and 73.5% (width 96). In this time more patches cost more than they gain.
+beside other work; with products in 8 bits 89.55 (int8) and 90.07% (fp8). Accuracy by step, and
+shorter runs with other views and patches: benchmarks/RESULTS.md.
 """
 
 from ml_collections import ConfigDict

@@ -4,22 +4,22 @@
 help_gke() {
     cat <<'EOS'
 usage: bash launch.sh gke --topology AxBxC --image IMAGE [OPTIONS] EXPERIMENT [FLAGS]
-Applies a JobSet with one pod a TPU host and shows what the first one says; --dry-run prints the
-manifest. A pod that fails or is preempted has all begin again from the last checkpoint; a mistake
-(status 2) or a loss that is no number (3) does not. Ctrl-C deletes the JobSet, and its pods save.
+Applies a JobSet with one pod per TPU host and shows the output of the first one; --dry-run prints
+the manifest. When a pod fails or is preempted, all pods restart from the last checkpoint, except
+after a user error (status 2) or a non-finite loss (3). Ctrl-C deletes the JobSet; its pods save.
   --topology AxBxC     chips of the slice: 4x4x8, or 4x8 for accelerators of two dimensions
   --image IMAGE        Python 3.11 or newer and, in its working directory, this repository, with
                        pip install --constraint constraints.txt ".[tpu,remote]"
-  --accelerator NAME   tpu-v4-podslice (three dimensions unless given), tpu-v5p-slice, tpu7x,
-                       tpu-v5-lite-podslice (two dimensions unless given), tpu-v6e-slice
-  --chips-per-host N   4 unless given, or all of 1x1 and 2x4
-  --spot               on spot nodes
-  --name NAME          of the JobSet; the experiment's unless given
-  --namespace NAME, --service-account NAME   those of the cluster unless given
-  --max-restarts N     after failures and preemptions (100)
-  --grace SECONDS      what pods have to save (120)
-  --detach             apply, and no more
-  --logs, --stop       only show what the first pod says; only delete the JobSet (no EXPERIMENT)
+  --accelerator NAME   tpu-v4-podslice (default of three dimensions), tpu-v5p-slice, tpu7x,
+                       tpu-v5-lite-podslice (default of two dimensions), tpu-v6e-slice
+  --chips-per-host N   chips of a host (4, or all of 1x1 and 2x4)
+  --spot               use spot nodes
+  --name NAME          name of the JobSet (that of the experiment)
+  --namespace NAME, --service-account NAME   (those of the cluster)
+  --max-restarts N     restarts after failures and preemptions (100)
+  --grace SECONDS      time for pods to save (120)
+  --detach             apply without following the output
+  --logs, --stop       only show the output of the first pod; only delete the JobSet (no EXPERIMENT)
   --workdir ADDRESS    folder of the run: gs://...
   --sweep KEY=A,B ..., --dry-run   see: bash launch.sh. A sweep's JobSets are NAME-1, NAME-2 ...
 EOS
@@ -228,7 +228,7 @@ await_jobset() { # NAME
         if kube get jobset "$1" '--output=jsonpath={.status.terminalState}'; then
             end=$(cat "$scratch/out")
         elif grep -q NotFound "$scratch/err"; then
-            die "JobSet $1 is not there (any more)"
+            die "JobSet $1 does not exist"
         fi # else the cluster does not answer, and the state of the JobSet is unknown
         if kube get pods "--selector=$first" --sort-by=.metadata.creationTimestamp \
             '--output=jsonpath={range .items[*]}{.metadata.name} {.status.phase}{"\n"}{end}'; then

@@ -13,14 +13,14 @@ EOS
 help_hosts() {
     cat <<'EOS'
 usage: bash launch.sh hosts --processes N [OPTIONS] EXPERIMENT [FLAGS OF vit_jax.main]
-Trains in N processes on this machine that find each other as those of N hosts would. What process
-0 says is shown, what the others say is in WORKDIR/logs/process_I.log. Ctrl-C and SIGTERM are passed
-on to all; the exit status is that of the first process that failed.
-  --processes N        how many
+Trains in N processes on this machine that find each other as those of N hosts would. The output of
+process 0 is shown; that of the others is in WORKDIR/logs/process_I.log. Ctrl-C and SIGTERM are
+passed on to all. The exit status is that of the first process that fails.
+  --processes N        number of processes
   --devices M          simulated CPU devices of each process (1)
   --port P             of process 0, where the others find it (a free one)
-  --grace SECONDS      what processes have to end, after a signal or after the first one failed,
-                       before they are killed (120)
+  --grace SECONDS      time for processes to end after a signal, or after the first failure, before
+                       they are killed (120)
   --workdir DIR, --sweep KEY=A,B ..., --dry-run   see: bash launch.sh
 EOS
 }

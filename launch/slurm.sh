@@ -8,14 +8,14 @@ sbatch_options='partition time account qos constraint reservation mem cpus-per-t
 help_slurm() {
     cat <<'EOS'
 usage: bash launch.sh slurm --nodes N --gpus-per-node G [OPTIONS] EXPERIMENT [FLAGS]
-Submits a batch job and follows its log; Ctrl-C cancels it, losing the terminal does not. This
+Submits a batch job and follows its log. Ctrl-C cancels the job; losing the terminal does not. This
 folder must lie on a disk that all nodes share. A job that is preempted, or near its time limit,
-saves, queues again and goes on. The jobs of a sweep are submitted together.
-  --nodes N, --gpus-per-node G   what the job gets; one process a GPU
-  --before SECONDS               how long before its time limit the job saves (120)
+saves, queues again and resumes. The jobs of a sweep are submitted together.
+  --nodes N, --gpus-per-node G   size of the job; one process per GPU
+  --before SECONDS               time before its time limit at which the job saves (120)
   --partition, --time, --account, --qos, --constraint, --reservation, --mem, --cpus-per-task,
   --exclude, --nodelist VALUE    passed on to sbatch, as is every --OPTION=VALUE before EXPERIMENT
-  --detach                       submit, and no more
+  --detach                       submit without following the log
   --workdir DIR, --sweep KEY=A,B ..., --dry-run   see: bash launch.sh
 EOS
 }
@@ -35,7 +35,7 @@ launch_slurm() {
     done
     for option in "${others[@]}"; do
         [[ $option =~ ^--[a-z][a-z0-9-]*=[^\"\\]*$ ]] ||
-            fail "$(quoted "$option") can not be written into a job script: quotes and backslashes"
+            fail "$(quoted "$option") cannot be written into a job script: quotes and backslashes"
     done
     [[ $PWD$workdir != *[\"\\%]* ]] ||
         fail "--workdir $(quoted "$workdir"), or this folder, has a \", \\ or %, which SLURM reads"

@@ -5,20 +5,20 @@ help_tpu() {
     cat <<'EOS'
 usage: bash launch.sh tpu --name NAME --zone ZONE [OPTIONS] EXPERIMENT [FLAGS]
 Trains on every worker of a TPU: copies this folder to ~/vit_jax there, makes .venv with the
-versions of constraints.txt, starts the run so that it outlives the connection, and shows what
-worker 0 says. The same command again finds the run that goes on. Ctrl-C stops all workers; so does
-the end of worker 0.
-  --type v4-256        have the TPU made where there is none, or it was preempted (a queued resource
-                       of the same name), as often as needed; the run goes on from its checkpoint
-  --spot               as a spot TPU
-  --runtime VERSION    software of the TPU; by its type unless given
-  --project PROJECT    that of gcloud unless given
-  --extras EXTRAS      what is installed (tpu,remote)
-  --grace SECONDS      what processes have to save when stopped, before they are killed (120)
+versions of constraints.txt, starts the run so that it outlives the connection, and shows the output
+of worker 0. The same command again reconnects to the run. Ctrl-C stops all workers; so does the end
+of worker 0.
+  --type v4-256        create the TPU if it does not exist or was preempted (a queued resource of the
+                       same name), as often as needed; the run resumes from its checkpoint
+  --spot               create a spot TPU
+  --runtime VERSION    software of the TPU (by its type)
+  --project PROJECT    project of the TPU (that of gcloud)
+  --extras EXTRAS      extras to install (tpu,remote)
+  --grace SECONDS      time for processes to save when stopped, before they are killed (120)
   --internal-ip        ssh to the workers' internal addresses
-  --detach             leave when all workers run; nobody starts anew after a preemption then
-  --logs               only show what worker 0 says, until its end (no EXPERIMENT)
-  --stop               only stop all workers (no EXPERIMENT); the TPU stays, and costs
+  --detach             return when all workers run; nothing restarts them after a preemption
+  --logs               only show the output of worker 0, until its end (no EXPERIMENT)
+  --stop               only stop all workers (no EXPERIMENT); the TPU stays, and is billed
   --workdir ADDRESS    folder of the run: gs://..., or a disk that all workers share
   --sweep KEY=A,B ..., --dry-run   see: bash launch.sh
 EOS

@@ -269,7 +269,7 @@ if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'Folder for the pictures. Default: the workdir.')
     flags.DEFINE_multi_string(
         'images', [], 'Images for predictions and attention maps: files, folders or addresses, '
-        'separated by commas. The flag can be repeated.',
+        'separated by commas',
     )  # fmt: skip
     flags.DEFINE_integer(
         'max_images', 16, 'Number of these images to draw at most, evenly spaced.',

@@ -285,7 +285,7 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == '__main__':
     flags.DEFINE_multi_string(
-        'runs', [], 'Folder with finished runs; repeat the flag, or list more after NAME.'
+        'runs', [], 'Folder with finished runs. More folders may follow NAME'
     )
     flags.DEFINE_string('out', None, 'Folder for the table as Markdown, CSV, LaTeX and HTML.')
     flags.DEFINE_bool('list', False, 'List all tables, with counts of numbers and results.')
