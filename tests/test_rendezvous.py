@@ -1,4 +1,4 @@
-"""The meeting of processes: who is missing, who is another, and strangers at the port."""
+"""The rendezvous: missing processes, mismatches, and connections of other programs."""
 
 import concurrent.futures
 import contextlib
@@ -91,7 +91,7 @@ def test_other_configs_and_equal_numbers_are_named_to_all(secret, monkeypatch):
     assert all(isinstance(f, UserError) and 'have the index 1: on' in str(f) for f in found)
 
 
-# strangers
+# connections that do not belong to the job
 
 
 def connected(port):
@@ -163,7 +163,7 @@ ATTACKS = [say_wrong_things, say_anything, idle, dribble]
 
 @SECRETS
 @pytest.mark.parametrize('attack', ATTACKS)
-def test_a_stranger_neither_holds_up_nor_ends_the_meeting(secret, attack, monkeypatch, capfd):
+def test_a_rejected_connection_neither_delays_nor_ends_a_run(secret, attack, monkeypatch, capfd):
     if secret:
         monkeypatch.setenv(SECRET, secret)
     port, connections = free_port(), []

@@ -22,7 +22,7 @@ class Coordinator:
     """The connections of process 0.
 
     Attributes:
-      answer: what all processes are told at the end; {} if all is well.
+      answer: what all processes receive at the end; {} if all have joined.
       joined: {process: its newest Connection}.
       identified: all connections of the job.
       pending: connections that have not identified themselves yet.
