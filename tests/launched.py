@@ -35,23 +35,45 @@ def log_of(workdir):
     return pathlib.Path(f'{workdir}.log')
 
 
-def command(folder, workdir, *flags):
-    return [sys.executable, '-m', 'vit_jax.main', f'--config={TINY}:{folder}',
-            f'--workdir={workdir}', *flags]
+def command(folder, workdir, *flags, config=TINY):
+    return [sys.executable, '-m', 'vit_jax.main', f'--config={config}:{folder}',
+            f'--workdir={workdir}', *flags]  # fmt: skip
 
 
-def start(folder, workdir, *flags):
-    """A running process on one CPU device; its output goes to workdir.log."""
-    with log_of(workdir).open('a') as log:
+def start(
+    folder, workdir, *flags, config=TINY, devices=1, log=None, environment=None, **options
+):
+    """A running process on CPU devices; its output is appended to `log`, or else workdir.log.
+
+    `environment` are variables beside the usual ones, `options` are those of Popen.
+    """
+    count = '' if devices == 1 else f'--xla_force_host_platform_device_count={devices}'
+    with (log_of(workdir) if log is None else log).open('a') as file:
         return subprocess.Popen(
-            command(folder, workdir, *flags), stdout=log, stderr=log, env=ENVIRONMENT
-        )
+            command(folder, workdir, *flags, config=config), stdout=file, stderr=file,
+            env=ENVIRONMENT | {'XLA_FLAGS': count} | (environment or {}), **options,
+        )  # fmt: skip
 
 
-def finish(folder, workdir, *flags):
-    """Exit status and output of a whole run."""
-    status = start(folder, workdir, *flags).wait(timeout=120)
-    return status, log_of(workdir).read_text()
+def finish(folder, workdir, *flags, **options):
+    """Exit status and output of a whole run; `options` are those of `start`."""
+    status = start(folder, workdir, *flags, **options).wait(timeout=200)
+    return status, (options.get('log') or log_of(workdir)).read_text()
+
+
+def kill(process):
+    """Kills a process, which can't prepare for it, and waits for its end."""
+    process.kill()
+    return process.wait()
+
+
+def run(module, *arguments, environment=None):
+    """Exit status, stdout and stderr of a whole command of the package, on one device."""
+    done = subprocess.run(
+        [sys.executable, '-m', f'vit_jax.{module}', *map(str, arguments)],
+        capture_output=True, text=True, env=ENVIRONMENT | (environment or {}), timeout=250,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
 
 
 def wait_for(condition, process, workdir):

@@ -96,8 +96,7 @@ def test_a_model_without_class_token_and_a_run_that_goes_on(tmp_path):
     drawn = figures(workdir)
     assert drawn.returncode == 0, drawn.stderr
     assert (workdir / 'summary.png').exists() and process.poll() is None
-    process.kill()
-    process.wait()
+    launched.kill(process)
 
 
 @pytest.mark.parametrize('arguments, words', [

@@ -4,8 +4,6 @@ import csv
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import launched
@@ -22,15 +20,6 @@ from vit_jax.errors import UserError
 from vit_jax.run import workdir
 
 FINETUNE = launched.TINY.parents[1] / 'experiments' / 'finetune.py'
-
-
-def command(module, *arguments):
-    """Exit status, stdout and stderr of a command, on one device."""
-    done = subprocess.run(
-        [sys.executable, '-m', f'vit_jax.{module}', *map(str, arguments)],
-        capture_output=True, text=True, env=launched.ENVIRONMENT,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope='module')
@@ -163,16 +152,16 @@ def test_evaluate_gives_the_last_digit_for_the_run_and_every_export(pretrained, 
     }  # fmt: skip
     for path, to in exports.items():
         if to:
-            status, out, error = command('convert', pretrained, path, f'--to={to[0]}', *to[1:])
+            status, out, error = launched.run('convert', pretrained, path, f'--to={to[0]}', *to[1:])
             assert status == 0, error
             assert f'Written: {path}' in out and 'loaded' in out
         given = [] if len(to) == 0 else [f'--config={pretrained}/config.json']
-        status, out, error = command('evaluate', f'--checkpoint={path}', '--json', *given)
+        status, out, error = launched.run('evaluate', f'--checkpoint={path}', '--json', *given)
         assert status == 0, error
         found = json.loads(out)['val']
         assert found.pop('images_per_s') > 0 and found == wanted, path
     # What goes with the weights: the run's config, so that nothing has to be named.
-    status, out, _ = command('evaluate', f'--checkpoint={tmp_path}/h', f'--out={tmp_path}/csv')
+    status, out, _ = launched.run('evaluate', f'--checkpoint={tmp_path}/h', f'--out={tmp_path}/csv')
     assert status == 0 and f'val/accuracy  {wanted["accuracy"]:.4g}' in out
     rows = list(csv.DictReader((tmp_path / 'csv' / 'val.csv').read_text().splitlines()))
     assert [row['class'] for row in rows] == json.loads((pretrained / 'classes.json').read_text())
@@ -182,16 +171,16 @@ def test_evaluate_gives_the_last_digit_for_the_run_and_every_export(pretrained, 
     headless = tmp_path / 'headless.npz'
     vit_jax.save(headless, *vit_jax.load(pretrained, num_classes=0))
     config_flag = f'--config={pretrained}/config.json'
-    status, _, error = command('evaluate', f'--checkpoint={headless}', config_flag)
+    status, _, error = launched.run('evaluate', f'--checkpoint={headless}', config_flag)
     assert status == 2 and 'has 3 classes, the model no head' in error
-    status, out, _ = command('evaluate', f'--checkpoint={pretrained}', '--noema', '--json')
+    status, out, _ = launched.run('evaluate', f'--checkpoint={pretrained}', '--noema', '--json')
     assert status == 0 and json.loads(out)['val']['loss'] != wanted['loss']
 
 
 @pytest.mark.slow
 def test_predict_says_what_the_model_says_with_names(folder, pretrained, tmp_path):
     images = sorted((folder / 'val' / 'cat').iterdir())
-    status, out, error = command(
+    status, out, error = launched.run(
         'predict', f'--checkpoint={pretrained}', '--json', '--batch_size=3', folder / 'val' / 'cat'
     )
     assert status == 0, error
@@ -207,7 +196,7 @@ def test_predict_says_what_the_model_says_with_names(folder, pretrained, tmp_pat
         ]
         found = [row['probability'] for row in line['top']]
         np.testing.assert_allclose(found, -np.sort(-probabilities), atol=1e-5)
-    status, out, _ = command('predict', f'--checkpoint={pretrained}', '--top=2', images[0])
+    status, out, _ = launched.run('predict', f'--checkpoint={pretrained}', '--top=2', images[0])
     assert status == 0 and out.count('%') == 2 and 'cat' in out and str(images[0]) in out
     bad = tmp_path / 'bad.jpg'
     bad.write_bytes(b'no image')
@@ -216,17 +205,17 @@ def test_predict_says_what_the_model_says_with_names(folder, pretrained, tmp_pat
         ((), 'no image is named'), ((tmp_path / 'empty',), 'no images in'),
     ):  # fmt: skip
         (tmp_path / 'empty').mkdir(exist_ok=True)
-        status, _, error = command('predict', f'--checkpoint={pretrained}', *arguments)
+        status, _, error = launched.run('predict', f'--checkpoint={pretrained}', *arguments)
         lines = error.splitlines()  # with several images each that can't be read has one, too
         assert status == 2 and words in error and len(lines) == max(1, len(arguments)), error
 
 
 @pytest.mark.slow
 def test_convert_prints_the_catalogue_and_what_a_checkpoint_is(pretrained, tmp_path):
-    status, out, _ = command('convert', '--list')
+    status, out, _ = launched.run('convert', '--list')
     assert status == 0 and len(out.splitlines()) == len(load.catalogue()) + 1 > 200
     assert 'augreg/b_16-i21k ' in out and 'gs://vit_models/augreg/' in out
-    status, out, _ = command('convert', pretrained)
+    status, out, _ = launched.run('convert', pretrained)
     assert status == 0 and 'width = 16' in out and 'for images of 8 x 8' in out
     foreign = tmp_path / 'mine'
     foreign.mkdir()
@@ -239,7 +228,7 @@ def test_convert_prints_the_catalogue_and_what_a_checkpoint_is(pretrained, tmp_p
         ((pretrained, tmp_path / 'x', '--to=hf', '--model.gleu=exact'), "nearest is 'glu'"),
         (('augreg/b_16-i21kk',), 'the nearest: augreg/b_16-i21k'),
     ):  # fmt: skip
-        status, _, error = command('convert', *arguments)
+        status, _, error = launched.run('convert', *arguments)
         assert status == 2 and words in error and len(error.splitlines()) == 1, error
     assert (foreign / 'thesis.txt').read_text() == 'years of work'
 

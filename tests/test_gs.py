@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import launched
@@ -40,36 +38,28 @@ def whole(folder, tmp_path_factory):
     return workdir
 
 
-class Run:
-    """A process that trains in gs://bucket/run; what it says goes to a file."""
-
-    def __init__(self, store, log, command):
-        self.log = log
-        with log.open('a') as file:
-            self.process = subprocess.Popen(
-                command, stdout=file, stderr=file, env=launched.ENVIRONMENT | store.environment
-            )
-
-    def until(self, condition):
-        launched.wait_for(condition, self.process, self.log.with_suffix(''))
-
-    def end(self, timeout=200):
-        """Exit status and output."""
-        return self.process.wait(timeout=timeout), self.log.read_text()
-
-
 def train(store, folder, tmp_path, *flags, workdir='gs://bucket/run'):
-    return Run(store, tmp_path / 'gs.log', launched.command(folder, workdir, *FLAGS, *flags))
+    """A process that trains there; what it says goes to tmp_path/gs.log."""
+    return launched.start(
+        folder, workdir, *FLAGS, *flags, log=launched.log_of(tmp_path / 'gs'),
+        environment=store.environment,
+    )  # fmt: skip
+
+
+def wait_for(condition, process, tmp_path):
+    launched.wait_for(condition, process, tmp_path / 'gs')
+
+
+def end(process, tmp_path):
+    """Exit status and output of a process of `train`, once it has ended."""
+    return process.wait(timeout=200), launched.log_of(tmp_path / 'gs').read_text()
 
 
 def ask(store, module, *flags):
     """The output of a whole command."""
-    done = subprocess.run(
-        [sys.executable, '-m', f'vit_jax.{module}', *flags], capture_output=True, text=True,
-        env=launched.ENVIRONMENT | store.environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    status, output, errors = launched.run(module, *flags, environment=store.environment)
+    assert status == 0, errors
+    return output
 
 
 def committed(store):
@@ -97,28 +87,29 @@ def assert_as_on_a_disk(store, whole, folder):
 @pytest.mark.slow
 def test_killed_and_stopped_it_ends_as_on_a_disk(store, folder, whole, tmp_path):
     run = train(store, folder, tmp_path)
-    run.until(lambda: set(begun(store)) - set(committed(store)) and committed(store))
-    run.process.kill()  # within a save, after another
-    run.end()
+    wait_for(
+        lambda: set(begun(store)) - set(committed(store)) and committed(store), run, tmp_path
+    )
+    launched.kill(run)  # within a save, after another
     last = committed(store)[-1]
     kept = [json.loads(line) for line in store.read('run/metrics.jsonl').splitlines()]
     assert {line['step'] for line in kept if 'loss' in line} >= set(range(1, last + 1))
 
     run = train(store, folder, tmp_path)
-    run.until(lambda: committed(store)[-1] > last)
-    run.process.send_signal(signal.SIGTERM)
-    status, output = run.end()
+    wait_for(lambda: committed(store)[-1] > last, run, tmp_path)
+    run.send_signal(signal.SIGTERM)
+    status, output = end(run, tmp_path)
     assert status == 143 and f'resumed at step {last}' in output, output
     assert 'Traceback' not in output, output
     last = committed(store)[-1]
     assert begun(store) == committed(store) and last < STEPS
 
-    status, output = train(store, folder, tmp_path).end()
+    status, output = end(train(store, folder, tmp_path), tmp_path)
     assert status == 0 and f'resumed at step {last}' in output, output
     assert_as_on_a_disk(store, whole, tmp_path / 'copy')
     assert any(name.startswith('run/tensorboard/events.out') for name in store.names('run/'))
 
-    status, output = train(store, folder, tmp_path).end()
+    status, output = end(train(store, folder, tmp_path), tmp_path)
     assert status == 0 and f'is finished: {STEPS} steps' in output, output
     measured = json.loads(ask(store, 'evaluate', '--checkpoint=gs://bucket/run', '--json'))
     at_the_end = json.loads(store.read('run/result.json'))['metrics']
@@ -126,11 +117,11 @@ def test_killed_and_stopped_it_ends_as_on_a_disk(store, folder, whole, tmp_path)
     ask(store, 'figures', 'gs://bucket/run')
     assert store.read('run/summary.png').startswith(b'\x89PNG')
     tuned = tmp_path / 'tuned'
-    command = launched.command(
+    status, output = launched.finish(
         folder, tuned, '--config.steps=1', '--config.init_from=gs://bucket/run',
         '--config.optim.lr=1e-30', '--config.optim.warmup=0', '--config.keep_head=True',
+        environment=store.environment,
     )  # fmt: skip
-    status, output = Run(store, tmp_path / 'tuned.log', command).end()
     assert status == 0, output
     average = launched.state(whole, STEPS)
     average = {k.partition('average/')[2]: v for k, v in average.items() if '/average/' in k}
@@ -143,7 +134,7 @@ def test_errors_change_nothing(store, folder, whole, tmp_path):
     """Every kind of request of every library fails once in each way."""
     ways = ('503', 'cut', 'refused', 'slow')
     store.trouble = stores.Once(*ways)
-    status, output = train(store, folder, tmp_path).end()
+    status, output = end(train(store, folder, tmp_path), tmp_path)
     assert status == 0 and 'Traceback' not in output, output
     assert {library for library, *_ in store.trouble.failed} == {
         'python-gcsfs', 'tensorstore', 'gcloud-python'
@@ -157,21 +148,21 @@ def test_errors_change_nothing(store, folder, whole, tmp_path):
 @pytest.mark.parametrize('way', ['503', 'refused'])
 def test_a_store_that_stays_away_ends_the_run_with_one_line(store, folder, tmp_path, way):
     run = train(store, folder, tmp_path, '--config.steps=1000000')
-    run.until(lambda: committed(store))
+    wait_for(lambda: committed(store), run, tmp_path)
     store.trouble = lambda request: way
-    status, output = run.end()
+    status, output = end(run, tmp_path)
     assert status == 2 and 'Traceback' not in output, output
     (line,) = [line for line in output.splitlines() if line.startswith('error:')]
     assert re.match(r'error: cannot write .*gs://bucket/run/(checkpoints/\d+|metrics.jsonl)', line)
     store.trouble = lambda request: None
     last = committed(store)[-1]
     flags = (f'--config.steps={last + 1}', '--allow_config_change')
-    status, output = train(store, folder, tmp_path, *flags).end()
+    status, output = end(train(store, folder, tmp_path, *flags), tmp_path)
     assert f'resumed at step {last}' in output and status == 0, output
 
 
 def test_a_bucket_that_is_not_there(store, folder, tmp_path):
-    status, output = train(store, folder, tmp_path, workdir='gs://buckt/run').end()
+    status, output = end(train(store, folder, tmp_path, workdir='gs://buckt/run'), tmp_path)
     assert status == 2
     assert output == "error: cannot write to gs://buckt/run: there is no bucket 'buckt'\n"
 
@@ -179,7 +170,7 @@ def test_a_bucket_that_is_not_there(store, folder, tmp_path):
 @pytest.mark.parametrize('methods', ['GET', 'POST PUT'])
 def test_no_permission(store, folder, tmp_path, methods):
     store.trouble = lambda request: '403' if request.command in methods else None
-    status, output = train(store, folder, tmp_path).end()
+    status, output = end(train(store, folder, tmp_path), tmp_path)
     does = 'read' if methods == 'GET' else 'write to'
     path = 'gs://bucket/run' + ('/config.json' if does == 'read' else '')
     assert output == f'error: cannot {does} {path}: the server answers 403 Forbidden\n'

@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import launched
 import pytest
@@ -253,14 +251,12 @@ def test_metrics_are_printed_although_their_files_can_not_be_written(
 ):
     path = finished(folder, tmp_path_factory)
     (tmp_path / 'out' / 'val.csv').mkdir(parents=True)
-    command = [sys.executable, '-m', 'vit_jax.evaluate', f'--checkpoint={path}@12']
-    done = subprocess.run(
-        [*command, f'--out={tmp_path}/out'], capture_output=True, text=True,
-        env=launched.ENVIRONMENT,
-    )  # fmt: skip
-    assert done.returncode == 2 and 'val/accuracy  ' in done.stdout
-    assert done.stderr.startswith(f'error: cannot write {tmp_path}/out/val.csv: ')
-    assert done.stderr.count('\n') == 1
+    status, output, errors = launched.run(
+        'evaluate', f'--checkpoint={path}@12', f'--out={tmp_path}/out'
+    )
+    assert status == 2 and 'val/accuracy  ' in output
+    assert errors.startswith(f'error: cannot write {tmp_path}/out/val.csv: ')
+    assert errors.count('\n') == 1
     assert [p.name for p in (tmp_path / 'out').iterdir()] == ['val.csv']
 
 
@@ -268,14 +264,13 @@ def test_an_evaluation_that_fails_loses_none_of_those_before_it(folder, tmp_path
     path = finished(folder, tmp_path_factory)
     other = launched.write_images(tmp_path / 'other', {'train': 1, 'val': 1})
     (other / 'val' / 'ant' / '0.png').write_bytes(b'no image')
-    command = [sys.executable, '-m', 'vit_jax.evaluate', f'--checkpoint={path}@12', '--json']
     late = dict(name=other, split='val')
-    done = subprocess.run(
-        [*command, f'--out={tmp_path}/out', '--config.evals.z.type=classify',
-         *(f'--config.evals.z.source.{key}={value}' for key, value in late.items())],
-        capture_output=True, text=True, env=launched.ENVIRONMENT,
+    status, output, errors = launched.run(
+        'evaluate', f'--checkpoint={path}@12', '--json', f'--out={tmp_path}/out',
+        '--config.evals.z.type=classify',
+        *(f'--config.evals.z.source.{key}={value}' for key, value in late.items()),
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert list(json.loads(done.stdout)) == ['checkpoint', 'val']
-    assert 'ant/0.png' in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
+    assert status == 2, errors
+    assert list(json.loads(output)) == ['checkpoint', 'val']
+    assert 'ant/0.png' in errors.splitlines()[-1] and 'Traceback' not in errors
     assert [p.name for p in (tmp_path / 'out').iterdir()] == ['val.csv']

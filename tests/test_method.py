@@ -1,11 +1,8 @@
 """A training method of one's own has what classification has, without a line in the package."""
 
 import json
-import os
 import pathlib
 import random
-import subprocess
-import sys
 
 import denoise
 import jax
@@ -21,24 +18,13 @@ STEPS = 40
 FILE = pathlib.Path(denoise.__file__)
 
 
-def command(folder, workdir, *flags, module='main'):
-    return [sys.executable, '-m', f'vit_jax.{module}', f'--config={FILE}:{folder}',
-            *([f'--workdir={workdir}'] if workdir else []), *flags]  # fmt: skip
+def start(folder, workdir, *flags, **options):
+    return launched.start(folder, workdir, *flags, config=FILE, **options)
 
 
-def start(folder, workdir, *flags, devices=1):
-    flag = f'--xla_force_host_platform_device_count={devices}'
-    with launched.log_of(workdir).open('a') as log:
-        return subprocess.Popen(
-            command(folder, workdir, *flags), stdout=log, stderr=log,
-            env=launched.ENVIRONMENT | {'XLA_FLAGS': flag},
-        )  # fmt: skip
-
-
-def finish(folder, workdir, *flags, **how):
-    status = start(folder, workdir, *flags, **how).wait(timeout=200)
-    assert status == 0, launched.log_of(workdir).read_text()
-    return json.loads((workdir / 'result.json').read_text())
+def finish(folder, workdir, *flags, **options):
+    status, output = launched.finish(folder, workdir, *flags, config=FILE, **options)
+    assert status == 0, output
 
 
 @pytest.fixture(scope='module')
@@ -140,8 +126,7 @@ def test_killed_anywhere_it_resumes_to_the_bit(folder, whole, tmp_path):
             launched.wait_for(
                 lambda at=at, run=workdir: launched.last_step(run) >= at, process, workdir
             )
-            process.kill()
-            process.wait()
+            launched.kill(process)
         finish(folder, workdir)
         assert launched.checkpoints(workdir) == launched.checkpoints(whole)
         for saved in launched.checkpoints(whole):
@@ -156,8 +141,7 @@ def test_a_run_moves_from_eight_devices_to_two(folder, whole, tmp_path):
     workdir = tmp_path / 'run'
     process = start(folder, workdir, '--config.mesh.fsdp=4', devices=8)
     launched.wait_for(lambda: launched.last_step(workdir) >= 12, process, workdir)
-    process.kill()
-    process.wait()
+    launched.kill(process)
     finish(folder, workdir, '--config.mesh.fsdp=2', devices=2)
     assert 'resumed at step' in launched.log_of(workdir).read_text()
     pairs = list(zip(launched.timeless(workdir), launched.timeless(whole), strict=True))
@@ -178,12 +162,9 @@ def test_everything_shows_it(folder, whole, tmp_path):
     assert list((whole / 'tensorboard').iterdir())
 
     def said(module, *arguments):
-        done = subprocess.run(
-            [sys.executable, '-m', f'vit_jax.{module}', *map(str, arguments)], text=True,
-            capture_output=True, env=os.environ | {'XLA_FLAGS': ''}, timeout=250,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        status, output, errors = launched.run(module, *arguments)
+        assert status == 0, errors
+        return output
 
     config_flag = f'--config={FILE}:{folder}'
     rehearsed = said('main', config_flag, f'--workdir={tmp_path}/x', '--dry_run')
@@ -206,6 +187,5 @@ def test_other_frozen_weights_are_another_run(folder, whole, tmp_path):
         ('objective.name', 'denoise'), ('data.task', 'image_and_name'),
         ('evals.val.type', 'restoration'),
     ))  # fmt: skip
-    done = start(folder, workdir, '--config.steps=8', *flags)
-    assert done.wait(timeout=200) == 2
-    assert 'frozen' in launched.log_of(workdir).read_text()
+    status, output = launched.finish(folder, workdir, '--config.steps=8', *flags, config=FILE)
+    assert status == 2 and 'frozen' in output

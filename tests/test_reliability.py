@@ -82,8 +82,7 @@ def test_killed_at_random_moments(folder, whole, tmp_path):
             target = min(done + rng.randint(1, 12), STEPS - 1)
             launched.wait_for(lambda: launched.last_step(workdir) >= target, process, workdir)  # noqa: B023
             time.sleep(rng.random() * 0.05)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        assert launched.kill(process) == -signal.SIGKILL
         killed_in_save |= bool(launched.unfinished(workdir))
     assert killed_in_save
     status, output = finish(folder, workdir)
@@ -210,8 +209,7 @@ def test_a_refused_save_ends_the_run_at_once(how, folder, tmp_path):
             pytest.skip('chattr is not allowed here')
         status = process.wait(timeout=150)  # Orbax' own threads would wait for 300 s
     finally:
-        process.kill()
-        process.wait()
+        launched.kill(process)
         subprocess.run(['chattr', '-i', workdir / 'checkpoints'], capture_output=True)
     output = launched.log_of(workdir).read_text()
     assert status == 2 and 'Traceback' not in output, output
@@ -229,8 +227,7 @@ def test_a_run_whose_files_are_removed_says_so(what, folder, tmp_path):
         subprocess.run(['rm', '-rf', workdir / what])
         status = process.wait(timeout=150)
     finally:
-        process.kill()
-        process.wait()
+        launched.kill(process)
     output = launched.log_of(workdir).read_text()
     assert status == 2 and 'Traceback' not in output, output
     last = output.splitlines()[-1]

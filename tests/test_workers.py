@@ -180,11 +180,9 @@ def test_a_signal_to_the_group_is_for_the_parent_alone(tmp_path, number, delay):
     """Seconds after the first worker began, while the first batch is awaited or later."""
     folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 1})
     workdir = tmp_path / 'run'
-    with launched.log_of(workdir).open('w') as log:
-        process = subprocess.Popen(
-            launched.command(folder, workdir, '--config.data.workers=2', '--config.steps=100000'),
-            stdout=log, stderr=log, env=launched.ENVIRONMENT, start_new_session=True,
-        )  # fmt: skip
+    process = launched.start(
+        folder, workdir, '--config.data.workers=2', '--config.steps=100000', start_new_session=True
+    )
     try:
         launched.wait_for(lambda: spawned(process.pid), process, workdir)
         time.sleep(delay)
