@@ -180,7 +180,7 @@ def read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> Ar
             f'{member.file_size - start:,}'
         )
 
-    def fill(out):
+    def fill(out: np.ndarray) -> None:
         with archive.open(member) as stream:
             stream.read(start)
             values_read = np.empty_like(out) if fortran else out
@@ -293,7 +293,7 @@ def parse_entry(name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int,
 def reader_from(file: BinaryIO, offset: int) -> Callable[[np.ndarray], None]:
     """Makes a function that fills an array from `offset` in the file."""
 
-    def fill(out):
+    def fill(out: np.ndarray) -> None:
         file.seek(offset)
         read_fully(file, out)
 

@@ -38,7 +38,7 @@ def linen_names(names: Collection[str]) -> dict[str, str]:
         for parent, numbers in children.items()
     }
 
-    def new(name):
+    def new(name: str) -> str:
         parts = name.split('/')
         for i, part in enumerate(parts):
             match = re.fullmatch(NUMBERED, part)

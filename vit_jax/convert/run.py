@@ -121,7 +121,7 @@ def best_step(root: str | os.PathLike, config: dict[str, Any]) -> str:
     advice = f'name a step, {root}@STEP: {", ".join(map(str, steps)) or "none is saved yet"}'
     if metric is None:
         raise UserError(
-            f'{root}@best: the run has no checkpoint.best, so no checkpoint is the best; {advice}'
+            f'{root}@best: the run has no checkpoint.best; {advice}'
         )
     scores = history.scores_of(root, metric)
     step = history.best(steps, scores, largest=settings.get('mode') != 'min')
@@ -145,7 +145,7 @@ def run_pieces(model: nn.Module, arrays: Collection[str]) -> list[Piece]:
 def array_in_memory(value: np.ndarray) -> Array:
     """Wraps an array in memory as a `files.Array`."""
 
-    def fill(out):
+    def fill(out: np.ndarray) -> None:
         out[...] = value.reshape(-1).view(out.dtype)
 
     return Array(value.shape, str(value.dtype), fill, value.dtype)
