@@ -156,18 +156,19 @@ class Report:
 
     def read(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Waits for the metrics of a step and reports them; raises NotFinite."""
-        metrics = {k: float(v) for k, v in self.stop.read_votes(jax.device_get(metrics)).items()}
-        if not all(math.isfinite(metrics[k]) for k in ('loss', 'grad_norm', 'param_norm')):
-            raise NotFinite(step, metrics)
-        if skipped := int(metrics.pop('skipped', 0)):
+        sums = self.stop.read_votes(jax.device_get(metrics))
+        values = {k: float(v) for k, v in sums.items()}
+        if not all(math.isfinite(values[k]) for k in ('loss', 'grad_norm', 'param_norm')):
+            raise NotFinite(step, values)
+        if skipped := int(values.pop('skipped', 0)):
             self.append(step, {'skipped': skipped})  # per step, so the sum is right after a resume
         speed = self.speed(step)
         if step % self.every == 0 or step == self.steps:
-            self.append(step, metrics | speed)
+            self.append(step, values | speed)
             self.clock = time.time(), step, self.waited
         elif self.clock is None:
             self.clock = time.time(), step, self.waited  # compilation is over
-        self.bar.update(step, progress_text(metrics, speed.get('images_per_s')))
+        self.bar.update(step, progress_text(values, speed.get('images_per_s')))
 
     def speed(self, step: int) -> dict[str, float]:
         """Throughput since the last line: images/s, share of time waiting for data, MFU."""
@@ -209,8 +210,8 @@ class Report:
         )  # fmt: skip
         return set(owners) - {None}
 
-    def history(self, key: str) -> dict[int, float]:
-        """{step: value} of a metric, NaN if it was not finite."""
+    def history(self, key: str | None) -> dict[int, float]:
+        """{step: value} of a metric, NaN if it was not finite; {} for None."""
         values = {line['step']: line[key] for line in self.lines if key in line}
         return {step: math.nan if value is None else value for step, value in values.items()}
 
