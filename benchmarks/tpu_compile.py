@@ -30,7 +30,7 @@ from absl import app, flags
 from benchmarks import peers
 from vit_jax import models, optim, sharding, step
 from vit_jax.distributed import devices, topologies
-from vit_jax.plan import hlo
+from vit_jax.plan import hlo, hlo_traffic
 
 MODEL = flags.DEFINE_list('model', 'vit-b/16', 'Models by name.')
 TOPOLOGY = flags.DEFINE_list('topology', 'v4:2x2x1', 'v4:2x2x1, v5e:2x2, v6e:2x2, ...')
@@ -95,14 +95,15 @@ def measure(name, topology, fields, peer=False):
         executable.cost_analysis(), executable.memory_analysis(), devices.peaks(found)
     )  # fmt: skip
     program = hlo.read(text)
-    kernels = hlo.kernel_bytes(text)
+    kernels = hlo_traffic.kernel_bytes(text)
     accessed = cost['bytes accessed'] + kernels
     return dict(
         model=f'{name} by flax_mha' if peer else name, topology=topology,
         batch_per_chip=BATCH.value, image_size=IMAGE.value,
         what='forward' if INFERENCE.value else 'train', **({} if peer else fields),
         gflop=round(program.flops / 1e9), gb=round(accessed / 1e9, 2),
-        kernels_gb=round(kernels / 1e9, 2), prefetch_gb=round(hlo.prefetch_bytes(text) / 1e9, 2),
+        kernels_gb=round(kernels / 1e9, 2),
+        prefetch_gb=round(hlo_traffic.prefetch_bytes(text) / 1e9, 2),
         traffic_gb=round(program.traffic / 1e9, 2),
         temp_gb=round(memory.temp_size_in_bytes / 1e9, 3),
         compute_ms=round(1e3 * program.flops / peaks.flops, 1),

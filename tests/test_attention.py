@@ -11,7 +11,7 @@ from vit_jax import models, sharding
 from vit_jax.distributed import topologies
 from vit_jax.errors import UserError
 from vit_jax.models import attention, memory
-from vit_jax.plan import hlo
+from vit_jax.plan import hlo_traffic
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
@@ -226,5 +226,5 @@ def test_the_tpus_compiler_takes_the_kernel_and_its_bytes_are_counted(
     # the bias's gradient by image.
     lanes = -(-3 * width // 128) * 128
     matrices = 2 * 2 * (-(-tokens // 8) * 8) * (2 * lanes + -(-width // 128) * 128)
-    assert hlo.kernel_bytes(text) - matrices in (2 * 4 * lanes, 2 * 4 * 8 * lanes)
+    assert hlo_traffic.kernel_bytes(text) - matrices in (2 * 4 * lanes, 2 * 4 * 8 * lanes)
     assert text.count('tpu_custom_call') >= 1 and ' all-' not in text

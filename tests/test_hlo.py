@@ -12,7 +12,7 @@ from learners import classifier
 from vit_jax import models, optim, sharding, step
 from vit_jax.distributed import topologies
 from vit_jax.models import parameters
-from vit_jax.plan import hlo, hlo_text
+from vit_jax.plan import hlo, hlo_collectives, hlo_text
 
 IMAGE = (32, 32, 3)
 FIELDS = dict(patch_size=8, width=32, depth=6, num_heads=4, mlp_dim=64, unroll=1)
@@ -52,7 +52,7 @@ def training_flops(model):
     dict(), dict(unroll=6), pytest.param(dict(unroll=3), marks=pytest.mark.slow),
     pytest.param(dict(pool='map', glu=True), marks=pytest.mark.slow),
 ])
-def test_flops_are_those_of_the_model_however_it_is_looped(fields):
+def test_flops_are_those_of_the_model_scanned_or_unrolled(fields):
     model = models.build('vit-ti/16', num_classes=8, **FIELDS | fields)
     found, _ = program(model)
     assert found.flops == pytest.approx(BATCH * training_flops(model), rel=0.02)
@@ -115,7 +115,7 @@ def test_loops_run_as_often_as_the_encoder_is_deep():
     ('v5e:2x2', 'none', dict(data=4), []), ('v5e:2x2', 'full', dict(data=4), [6, 6]),
     ('v5e:2x2', 'none', dict(fsdp=4), [6, 6]), ('cpu:8', 'none', dict(data=4), [6, 6]),
 ])
-def test_by_default_blocks_come_in_a_row_on_accelerators_unless_a_loop_saves_memory(
+def test_accelerators_unroll_blocks_by_default_unless_scanned_ones_save_memory(
     topology, remat, mesh, loops
 ):
     if topology != 'cpu:8':
@@ -238,7 +238,7 @@ def test_convolutions_count_no_product_with_padding(x, w, stride, padding, lhs, 
     ('source_target_pairs={{0,3},{3,0}}', (0, 3)),
 ])
 def test_groups_of_devices_in_each_notation(text, expected):
-    assert hlo.groups(f', channel_id=1, {text}, use_global_device_ids=true', 8) == (
+    assert hlo_collectives.groups(f', channel_id=1, {text}, use_global_device_ids=true', 8) == (
         len(expected), expected
     )
 

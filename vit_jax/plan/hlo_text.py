@@ -16,11 +16,12 @@ class Shape(NamedTuple):
     space: int
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
+        """Bytes without padding."""
         return math.prod(self.dims) * bits(self.dtype) // 8
 
     @property
-    def footprint(self):
+    def footprint(self) -> int:
         """Bytes in main memory, padding included."""
         return 0 if self.space else math.prod(self.padded) * bits(self.dtype) // 8
 
@@ -34,19 +35,23 @@ class Instruction(NamedTuple):
     attributes: str
     root: bool
 
-    def attribute(self, key):
+    def attribute(self, key: str) -> str | None:
         """The value of `key=...`: a name, or the text in braces; None if absent."""
         match = re.search(rf'[ ,]{key}=(?:%([\w.-]+)|\{{([^}}]*)\}}|([^ ,]+))', self.attributes)
         return match and next(group for group in match.groups() if group is not None)
 
 
-def bits(dtype):
+Computation = dict[str, Instruction]  # by name, in order
+
+
+def bits(dtype: str) -> int:
+    """Bits of an element."""
     if dtype in WIDTHS:
         return WIDTHS[dtype]
     return int(re.search(r'\d+', dtype)[0])
 
 
-def shapes_of(text):
+def shapes_of(text: str) -> tuple[Shape, ...]:
     """The Shapes of a type, 'bf16[8,128]{1,0:T(8,128)(2,1)S(1)}' or a tuple of such."""
     found = []
     for dtype, dims, layout in re.findall(r'([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?', text):
@@ -63,7 +68,7 @@ def shapes_of(text):
     return tuple(found)
 
 
-def closing(text, start):
+def closing(text: str, start: int) -> int:
     """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r'[()]').finditer(text, start):
@@ -73,7 +78,7 @@ def closing(text, start):
     raise ValueError(f'unbalanced parentheses: {text[:80]}')
 
 
-def instruction(line):
+def instruction(line: str) -> Instruction | None:
     """Parses a line of a computation; None if it is not an instruction."""
     match = re.match(r'\s+(ROOT )?%?([\w.-]+) = ', line)
     if not match:
@@ -89,7 +94,7 @@ def instruction(line):
     )  # fmt: skip
 
 
-def parsed(text):
+def parsed(text: str) -> tuple[dict[str, Computation], str]:
     """Parses a program to ({computation: {name: Instruction}}, name of the entry computation)."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
@@ -106,11 +111,12 @@ def parsed(text):
     return computations, entry
 
 
-def root(computation):
+def root(computation: Computation) -> Instruction:
+    """The instruction whose result is the computation's."""
     return next(i for i in computation.values() if i.root)
 
 
-def constant(computation, name):
+def constant(computation: Computation, name: str) -> int | None:
     """The constant integer value of an instruction, seen through copies; None if unknown."""
     found = computation.get(name)
     while found and found.opcode in ('copy', 'bitcast', 'convert', 'copy-start', 'copy-done'):
