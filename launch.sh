@@ -243,7 +243,7 @@ test)
     ;;
 docs)
     setup docs
-    NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict --quiet
+    NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict
     ;;
 setup)
     known=$(sed -n '/extras_require/,/^\[/s/^\([a-z]*\) *=.*/\1/p' setup.cfg | tr '\n' ' ')
