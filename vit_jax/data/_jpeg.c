@@ -7,7 +7,7 @@
    - blocks outside of the window are skipped by look-ups that take several coefficients at once.
    Data that seem damaged are an error; the caller then decodes the file by Pillow.
 
-   Entropy decoding here needs members of a private struct of libjpeg. native.py checks that it
+   Entropy decoding here needs members of a private struct of libjpeg. entropy.py checks that it
    gives libjpeg's own bits, and else has `view` leave it to libjpeg.
 
    `view` and `resize` release the GIL. All functions raise ValueError. */
