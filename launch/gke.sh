@@ -196,17 +196,17 @@ apply() { # WORKDIR FLAGS
     fi
     # A JobSet that has ended can't restart, so one of this name is deleted.
     kube get jobset "$jobset" --ignore-not-found '--output=jsonpath={.status.terminalState}' ||
-        { explain "can not look for JobSet $jobset" && return 1; }
+        { explain "cannot look for JobSet $jobset" && return 1; }
     if [ -s "$scratch/out" ]; then
         kube delete jobset "$jobset" --wait ||
-            { explain "can not delete JobSet $jobset" && return 1; }
+            { explain "cannot delete JobSet $jobset" && return 1; }
     fi
     # A running JobSet keeps its secret, as changes of its manifest are rejected.
     secret='{..env[?(@.name=="VIT_JAX_JOB_SECRET")].value}'
     kube get jobset "$jobset" --ignore-not-found "--output=jsonpath=$secret" || true
     secret=$(cat "$scratch/out")
     manifest "$jobset" "${secret:-$(secret)}" >"$scratch/manifest"
-    kube apply -f "$scratch/manifest" || { explain "can not apply JobSet $jobset" && return 1; }
+    kube apply -f "$scratch/manifest" || { explain "cannot apply JobSet $jobset" && return 1; }
     jobsets+=("$jobset")
     echo "# JobSet $jobset: $hosts pods of $chips_per_host chips"
 }
@@ -266,7 +266,7 @@ delete() {
         if kube delete jobset "$jobset" --ignore-not-found --wait; then
             echo "# deleted JobSet $jobset" >&2
         else
-            explain "can not delete JobSet $jobset; try: kubectl delete jobset $jobset"
+            explain "cannot delete JobSet $jobset; try: kubectl delete jobset $jobset"
         fi
     done
 }

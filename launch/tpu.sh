@@ -134,7 +134,7 @@ look() { # sets state, that of the TPU or NOT_FOUND; false if gcloud can't tell
     elif grep -q NOT_FOUND "$scratch/err"; then
         state=NOT_FOUND
     else
-        explain "can not look at TPU $name"
+        explain "cannot look at TPU $name"
         return 1
     fi
 }
@@ -144,7 +144,7 @@ make_ready() { # waits until the TPU is READY
     while look; do
         case $state in
         READY) return ;;
-        STOPPED) gcloud_tpu tpu-vm start || { explain "can not start TPU $name" && return 1; } ;;
+        STOPPED) gcloud_tpu tpu-vm start || { explain "cannot start TPU $name" && return 1; } ;;
         NOT_FOUND | PREEMPTED | TERMINATED) have_made || return 1 ;;
         esac # else it is being created
         [ "$state" = "$said" ] || echo "# TPU $name: $state"
@@ -177,15 +177,15 @@ queued-resources describe $name --zone=$zone says why. Take another --zone or --
         *) return 0 ;; # queued, or being created or deleted
         esac
         gcloud_tpu queued-resources delete --force ||
-            { explain "can not delete what is left of TPU $name" && return 1; }
+            { explain "cannot delete what is left of TPU $name" && return 1; }
     elif ! grep -q NOT_FOUND "$scratch/err"; then
-        explain "can not look at the queued resource $name"
+        explain "cannot look at the queued resource $name"
         return 1
     elif [ "$node" != NOT_FOUND ]; then
-        gcloud_tpu tpu-vm delete || { explain "can not delete TPU $name" && return 1; }
+        gcloud_tpu tpu-vm delete || { explain "cannot delete TPU $name" && return 1; }
     fi
     state=requested asked=true
-    request || { explain "can not get a $type in $zone" && return 1; }
+    request || { explain "cannot get a $type in $zone" && return 1; }
 }
 
 request() {
@@ -214,17 +214,17 @@ ship() { # copies this folder to every worker and sets it up
         "${experiment%%:*}" -C "runs/$name.job" job_secret || return 1
     gcloud_tpu tpu-vm scp ${internal_ip:+--internal-ip} --worker=all "$archive" \
         "$name:vit_jax.tgz" ||
-        { explain "can not copy to every worker of $name" && return 1; }
+        { explain "cannot copy to every worker of $name" && return 1; }
     # On the first start there is no worker.sh yet; the archive does not contain .venv.
     ssh_to all "mkdir -p vit_jax && tar -xzf vit_jax.tgz -C vit_jax launch/worker.sh && \
 bash vit_jax/launch/worker.sh setup $extras" ||
-        { explain "can not set up every worker of $name" && return 1; }
+        { explain "cannot set up every worker of $name" && return 1; }
 }
 
 begin() {
     [ "$dry_run" ] || echo "# starting every worker of $name"
     ssh_to all "bash vit_jax/launch/worker.sh start $(quoted "${words[@]}")" ||
-        { explain "can not start every worker of $name" && return 1; }
+        { explain "cannot start every worker of $name" && return 1; }
 }
 
 follow() { # shows the log of worker 0; returns the exit status of its run, or $gone
@@ -241,7 +241,7 @@ follow() { # shows the log of worker 0; returns the exit status of its run, or $
             *) echo "error: nothing runs on $name" >&2 && return 1 ;;
             esac
         else
-            [ "$said" ] || explain "can not read from worker 0 of $name; the run goes on"
+            [ "$said" ] || explain "cannot read from worker 0 of $name; the run goes on"
             said=true
             if look && [ "$state" != READY ]; then return "$gone"; fi
         fi
@@ -260,7 +260,7 @@ taken_away() { # whether the TPU is not READY, now or in one of six queries
 
 stop_workers() { # HOW: stop, or finish if they should end by themselves
     ssh_to all "[ ! -e vit_jax/launch/worker.sh ] || bash vit_jax/launch/worker.sh $1 $grace" || {
-        explain "can not stop every worker of $name; again with: bash launch.sh tpu --name $name \
+        explain "cannot stop every worker of $name; again with: bash launch.sh tpu --name $name \
 --zone $zone --stop"
         return 1
     }

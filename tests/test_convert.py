@@ -532,7 +532,7 @@ def file_of(folder, format):
 
 
 def assert_all_loaded(read):
-    """Apart from a token that transformers' DINOv2 with registers can not do without."""
+    """Apart from a token that transformers' DINOv2 with registers cannot do without."""
     assert done(read.account).keys() <= {'loaded', 'unused'}
     unused = done(read.account).get('unused', set())
     assert unused <= ({'embeddings.mask_token'} if getattr(read.model, 'registers', 0) else set())

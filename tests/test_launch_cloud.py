@@ -111,7 +111,7 @@ def test_tpu_failures(place):
     assert status == 1 and ': 6\nerror: these workers of t did not end as worker 0 did' in errors
     place.fail(ssh='unreachable 2')
     status, _, errors = place.launch(*tpu(place))
-    assert status == 1 and 'can not set up every worker of t: worker 2' in errors
+    assert status == 1 and 'cannot set up every worker of t: worker 2' in errors
     assert 'ssh-add' in errors and not place.trainers()
 
 

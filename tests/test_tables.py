@@ -237,7 +237,7 @@ def test_a_dry_run_needs_neither_data_nor_checkpoint(tmp_path):
     run = command('vit_jax.main', '--config', 'experiments/finetune.py:/nowhere', '--workdir',
                   f'{tmp_path}/x', '--dry_run', '--config.init_from=/no/run', cwd=root)  # fmt: skip
     assert run.returncode == 0 and not run.stderr and not (tmp_path / 'x').exists()
-    assert 'model    unknown, as /no/run can not be read' in run.stdout
+    assert 'model    unknown, as /no/run cannot be read' in run.stdout
     assert 'data     /nowhere: unknown (' in run.stdout and '--examples' not in run.stdout
     full = config.load('experiments/folder.py:/nowhere')  # neither steps nor classes are known
     text = rehearsal.of(full, 'x')

@@ -32,7 +32,7 @@ def is_exact(extension: ModuleType) -> bool:
 
 
 def mismatch(extension: ModuleType) -> str:
-    """Explains why the extension's decoder can not replace libjpeg's; '' if it can."""
+    """Explains why the extension's decoder cannot replace libjpeg's; '' if it can."""
     compiled, loaded = extension.versions()
     if compiled not in TESTED or loaded not in TESTED.values():
         tested = ', '.join(f'{version} ({year})' for version, year in TESTED.items())

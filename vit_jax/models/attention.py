@@ -30,14 +30,14 @@ def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capt
     obstacles['pallas'] = obstacles['cudnn'] = (
         'it never has the probabilities, which are asked for' if capture
         else "it adds nothing to the logits, and model.posemb is 'relative'" if relative
-        else f'it can not drop probabilities, and model.attention_dropout is {dropout}'
+        else f'it cannot drop probabilities, and model.attention_dropout is {dropout}'
         if dropout else None
     )  # fmt: skip
     channels = width // heads
     if platform != 'tpu':
         obstacles['pallas'] = f'it is a kernel for TPUs, and this is for {platform}'
     elif device in ('TPU v2', 'TPU v3'):
-        obstacles['pallas'] = f'a kernel can not multiply bfloat16 on {device}'
+        obstacles['pallas'] = f'a kernel cannot multiply bfloat16 on {device}'
     elif not buffers(tokens, width, dtype, device):
         obstacles['pallas'] = (
             f'{tokens} tokens of width {width} need {block_bytes(tokens, width, dtype) / MIB:.0f} '

@@ -59,7 +59,7 @@ def made(config, source):
 def model(config, parts, source):
     """Name and size of the model, without the head if the number of classes is unknown."""
     if parts is None:
-        return f'unknown, as {printable(config.init_from)} can not be read'
+        return f'unknown, as {printable(config.init_from)} cannot be read'
     known = source is not None or config.model.num_classes
     leaves = [(name, count) for name, _, count, *_ in parts.tx.table]
     count = sum(count for name, count in leaves if known or 'head/' not in f'/{name}')
