@@ -9,7 +9,8 @@ from learners import Table, classifier, subject
 from PIL import Image
 from sklearn import metrics
 
-from vit_jax import assembly, models
+from vit_jax import models
+from vit_jax.assembly import evaluations
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify, probe
 
@@ -128,7 +129,7 @@ def test_the_loss_is_that_of_training_unless_given(tmp_path):
     sigmoid = -np.sum(hot * np.log(probs) + (1 - hot) * np.log1p(-probs), axis=1).mean()
     settings = dict(type='classify', source=dict(name=str(path)), image_size=4, batch_size=16)
     for given, value in ({}, sigmoid), ({'loss': None}, sigmoid), ({'loss': 'softmax'}, None):
-        made = assembly.evaluation(
+        made = evaluations.make(
             subject(Table(), (4, 4, 3), loss='sigmoid'), {'loss': None} | settings | given
         )
         found = made(params)['loss']

@@ -6,7 +6,8 @@ import launched
 import numpy as np
 import pytest
 
-from vit_jax import assembly, config, evaluate, export, predict, train
+from vit_jax import config, evaluate, export, predict, train
+from vit_jax.assembly import restore
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.export import __main__ as export_command
@@ -101,8 +102,8 @@ def test_predict_writes_what_the_objective_does(nameless, tmp_path):
     predict.write_arrays(str(tmp_path / 'x.npz'), rows)
     written = np.load(tmp_path / 'x.npz')
     assert written['files'].tolist() == list('01234')
-    full = assembly.config_of_method(nameless, with_model=False)
-    parts, params = assembly.restored(nameless, full)
+    full = restore.config_of_method(nameless, with_model=False)
+    parts, params = restore.parts_and_params(nameless, full)
     expected = parts.objective.predict(params, {'image': images})
     assert set(written) == {'files', 'restored', 'code'}
     for name in expected:
@@ -110,13 +111,13 @@ def test_predict_writes_what_the_objective_does(nameless, tmp_path):
 
 
 def test_export_writes_what_the_objective_does(nameless, tmp_path):
-    full = assembly.config_of_method(nameless, with_model=False)
+    full = restore.config_of_method(nameless, with_model=False)
     settings = dict(size=None, dtype=None, view='resize', platforms=['cpu'])
     exported, about = export_command.method(nameless, full, None, **settings)
     assert about['output'] == ['code', 'restored'] and about['image_size'] == [8, 8]
     loaded = jax.export.deserialize(bytearray(export.serialised(exported, about)))
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    parts, params = assembly.restored(nameless, full)
+    parts, params = restore.parts_and_params(nameless, full)
     expected = parts.objective.predict(params, {'image': images})
     found = loaded.call(images)
     assert found.keys() == expected.keys()
@@ -134,7 +135,7 @@ def test_what_image_files_lack_is_named(trained, nameless):
     words = 'denoise predicts from name, too, which an image file does not have; .*evaluate'
     with pytest.raises(UserError, match=words):
         predict.method(trained, 'all')
-    full = assembly.config_of_method(trained, with_model=False)
+    full = restore.config_of_method(trained, with_model=False)
     with pytest.raises(UserError, match=words):
         export_command.method(
             trained, full, None, size=None, dtype=None, view=None, platforms=['cpu']

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import assembly, cli, evaluators, sharding
 from vit_jax import config as configs
+from vit_jax.assembly import restore
 from vit_jax.convert import fit, run
 from vit_jax.convert import load as weights
 from vit_jax.data import tasks
@@ -82,7 +83,7 @@ def evaluations(
     classifier, whose positions are resized for each evaluation; no training data is read.
     """
     if config.objective.name != 'supervised' and run.is_run(str(checkpoint)):
-        parts, params = assembly.restored(str(checkpoint), config, ema)
+        parts, params = restore.parts_and_params(str(checkpoint), config, ema)
         subject = evaluators.subject(
             parts.objective, params, parts.spec, parts.mesh, parts.task.names
         )
@@ -97,7 +98,7 @@ def evaluations(
         found = loaded[size]
         loss = found.loss or config.objective.get('loss') or 'softmax'
         subject = subject_of(found, size, mesh, loss)
-        yield name, assembly.evaluation(subject, settings), subject, found.params
+        yield name, assembly.evaluations.make(subject, settings), subject, found.params
 
 
 def subject_of(

@@ -30,7 +30,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from vit_jax import assembly, cli
+from vit_jax import cli
+from vit_jax.assembly import restore
 from vit_jax.convert import load as weights
 from vit_jax.convert import stages
 from vit_jax.data import files, tasks
@@ -124,7 +125,7 @@ def method(
     It predicts what the objective's `predict` returns, for the output 'all'. For other outputs, a
     run whose parameters are those of a model of the package counts as any other checkpoint.
     """
-    config = assembly.config_of_method(checkpoint, with_model=output == 'all')
+    config = restore.config_of_method(checkpoint, with_model=output == 'all')
     if config is None:
         return None
     objective = config.objective.name
@@ -133,8 +134,8 @@ def method(
             f'objective {objective} has a network of its own, which need not predict {output}; '
             '--out=FILE.npz writes what it predicts'
         )
-    parts, params = assembly.restored(checkpoint, config, ema, jax.devices()[:1])
-    compute, size = assembly.predict_images(config, parts), parts.spec['image'].shape[:2]
+    parts, params = restore.parts_and_params(checkpoint, config, ema, jax.devices()[:1])
+    compute, size = restore.predict_images(config, parts), parts.spec['image'].shape[:2]
     if image_size and (image_size,) * 2 != size:
         raise UserError(
             f'--image_size is {image_size}, but objective {objective} takes images of {size[0]} x '

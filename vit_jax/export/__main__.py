@@ -32,7 +32,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import vit_jax
-from vit_jax import assembly, cli, export, models
+from vit_jax import cli, export, models
+from vit_jax.assembly import restore
 from vit_jax.convert import load as weights
 from vit_jax.convert import stages
 from vit_jax.data import files
@@ -120,9 +121,9 @@ def method(
                 f'--{flag} is {value}, but objective {objective} has a network of its own, which '
                 'does not take it'
             )
-    parts, params = assembly.restored(checkpoint, config, ema, jax.devices()[:1])
+    parts, params = restore.parts_and_params(checkpoint, config, ema, jax.devices()[:1])
     params = jax.tree.map(jnp.asarray, jax.device_get(params))  # without a mesh
-    predict = assembly.predict_images(config, parts)
+    predict = restore.predict_images(config, parts)
     *image_size, channels = parts.spec['image'].shape
     view = view or stages.view_of(config.to_dict()) or 'central'
     try:
@@ -148,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
     with storage.explained(path, 'read'):
         storage.check_free(path, FORCE.value)
     platforms = export.check_platforms(PLATFORMS.value)
-    config = assembly.config_of_method(CHECKPOINT.value, with_model=False)
+    config = restore.config_of_method(CHECKPOINT.value, with_model=False)
     ema = None if EMA.value else False
     options = dict(size=SIZE.value, dtype=DTYPE.value, view=VIEW.value, platforms=platforms)
     exported, about = (

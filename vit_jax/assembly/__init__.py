@@ -1,24 +1,21 @@
 """Builds the parts of a run from its config: data set, model, objective, optimizer, state."""
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Sequence, Sized
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import linen as nn
-from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from vit_jax import config as configs
 from vit_jax import evaluators, models, optim, sharding, step
+from vit_jax.assembly import evaluations
 from vit_jax.convert import load as weights
-from vit_jax.convert import run
 from vit_jax.data import mixture, pipeline, sources, tasks
 from vit_jax.data.readers import names
-from vit_jax.errors import UserError, choices
-from vit_jax.io.text import brief
+from vit_jax.errors import UserError
 from vit_jax.models import parameters
 from vit_jax.objectives import Examples, Objective
 from vit_jax.run import workdir
@@ -70,10 +67,10 @@ def make(
     steps = steps_of(config, source)
     tx = optim.make(step.abstract_params(objective), steps, objective.rules, **config.optim)
     abstract = step.abstract_state(objective, tx, mesh)
-    check_evaluations(config, objective, spec, abstract.params)
+    evaluations.check_image_sizes(config, objective, spec, abstract.params)
     subject = evaluators.subject(objective, abstract.params, spec, mesh, task.names)
-    evals = {name: evaluation(subject, settings) for name, settings in config.evals.items()}
-    check_best(config.checkpoint.best, evals)
+    evals = {name: evaluations.make(subject, settings) for name, settings in config.evals.items()}
+    evaluations.check_best(config.checkpoint.best, evals)
     return Parts(source, task, steps, mesh, model, spec, objective, tx, abstract, evals)
 
 
@@ -108,48 +105,6 @@ def objective_of(
             f'batches: {objective.indivisible}; set it to 1'
         )
     return objective
-
-
-def check_evaluations(
-    config: ConfigDict, objective: Objective, spec: dict[str, jax.ShapeDtypeStruct], params: Any
-) -> None:
-    """Raises UserError if the parameters don't fit the image size of an evaluation.
-
-    A table of position embeddings fits one size only, that of training.
-    """
-    for name, settings in config.evals.items():
-        if 'image' not in spec or 'image_size' not in settings:
-            continue
-        image = spec['image']
-        size = (*tasks.size_of(settings.image_size), image.shape[-1])
-        if size == image.shape:
-            continue
-        resized = spec | {'image': jax.ShapeDtypeStruct(size, image.dtype)}
-        try:
-            jax.eval_shape(objective.predict, params, evaluators.one_example(resized))
-        except (UserError, TypeError, ValueError) as e:  # the last two where shapes do not fit
-            resizes = config.objective.name == 'supervised'
-            raise UserError(
-                f'config evals.{name}.image_size is {settings.image_size}, data.image_size '
-                f'{config.data.image_size}: {brief(e)}'
-                + (' (python -m vit_jax.evaluate resizes positions)' if resizes else '')
-            ) from e
-
-
-def evaluation(subject: evaluators.Subject, settings: Mapping | ConfigDict) -> Any:
-    """Makes the evaluation of a Subject that a section of `evals` describes."""
-    function = configs.named('evals.type', settings['type']).function
-    return function(subject, **configs.settings_of(settings, function))
-
-
-def check_best(best: str | None, evals: Mapping[str, Any]) -> None:
-    """Raises UserError if the evaluation that checkpoint.best names has no such metric."""
-    name, _, metric = str(best).rpartition('/')
-    measured = getattr(evals.get(name), 'metrics', None)
-    if measured is not None and metric not in measured:
-        raise UserError(
-            f'checkpoint.best is {best}, which is not measured here; {choices(metric, measured)}'
-        )
 
 
 def of_run(
@@ -213,75 +168,3 @@ def first_state(config: ConfigDict, parts: Parts) -> tuple[step.State, str | Non
     parameters.check_same(found.params, parts.abstract.params, config.init_from)
     state = step.begin(found.params, parts.objective, parts.tx, parts.abstract)
     return state, weights.format_account(found.account)
-
-
-def config_of_method(address: str, with_model: bool) -> ConfigDict | None:
-    """The complete config, for one device, of a run of another objective than `supervised`.
-
-    None for any other checkpoint and, unless `with_model`, for a run of a model of the package.
-    """
-    given = run.config_of(address)[1] if run.is_run(address) else {}
-    objective, model = given.get('objective', {}), given.get('model', {})
-    classifies = objective.get('name', 'supervised') == 'supervised'
-    if classifies or (model.get('name') and not with_model):
-        return None
-    return configs.complete(given | {'mesh': {}})
-
-
-def restored(
-    address: str,
-    config: ConfigDict,
-    ema: bool | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> tuple[Parts, Any]:
-    """Restores a run of any objective from one of its checkpoints: (its parts, its parameters).
-
-    Args:
-      address: a run or one of its checkpoints, see `convert.run`.
-      config: complete config, that of the run or another one with the same parameters.
-      ema: whether to read the moving average of the parameters. None: if the run saved one.
-      devices: devices of the mesh. None: all.
-
-    Raises:
-      UserError: the checkpoint is damaged, or its parameters are not those of the objective.
-    """
-    root, _ = run.config_of(address)
-    parts = of_run(config, root, begun=True, devices=devices)
-    params = unflatten_dict(run.arrays_of(address, ema), sep='/')
-    parameters.check_same(params, parts.abstract.params, address)
-    return parts, step.on_devices(params, sharding.shardings_of(parts.abstract.params))
-
-
-def predict_images(config: ConfigDict, parts: Parts) -> Callable[[Any, jax.Array], dict]:
-    """Makes a function (params, images uint8 [B, H, W, C]) -> {name: array [B, ...]}.
-
-    It is the objective's `predict`, on batches of images alone. Raises UserError if that reads more
-    of an example than its image, or predicts anything but a row for each image.
-    """
-    name = config.objective.name
-    image = parts.spec.get('image')
-    if image is None:
-        raise UserError(f'objective {name} learns from {", ".join(parts.spec)}, not from images')
-
-    def predict(params, images):
-        count = images.shape[0]
-        marks = {'mask': jnp.ones(count, jnp.float32), 'id': jnp.zeros(count, jnp.int32)}
-        return parts.objective.predict(params, {'image': images, **marks})
-
-    two = jax.ShapeDtypeStruct((2, *image.shape), image.dtype)
-    try:
-        outputs = jax.eval_shape(predict, parts.abstract.params, two)
-    except KeyError as e:
-        if e.args[0] not in parts.spec:
-            raise
-        raise UserError(
-            f'objective {name} predicts from {e.args[0]}, too, which an image file does not have; '
-            'python -m vit_jax.evaluate runs its evaluations'
-        ) from e
-    for key, x in outputs.items():
-        if x.shape[:1] != (2,):
-            raise UserError(
-                f'objective {name} predicts {key}, which is not an array with a row an image: it '
-                f'is {list(x.shape)} for two images'
-            )
-    return predict
