@@ -115,7 +115,7 @@ def test_auto_is_what_can_be():
     ('pallas', ('tpu', 'TPU v3'), {}, 'TPU v3'),
     ('pallas', V4, dict(tokens=1025), '1025 tokens of width 768 need 22 MiB'),
     ('pallas', V4, dict(dropout=0.1), 'attention_dropout is 0.1'),
-    ('pallas', V4, dict(capture=True), 'asked for'),
+    ('pallas', V4, dict(capture=True), 'are captured'),
     ('pallas', V4, dict(relative=True), "posemb is 'relative'"),
     ('cudnn', V4, {}, 'NVIDIA GPUs, and this is for TPU v4'),
     ('cudnn', ('gpu', 'NVIDIA H200'), dict(dtype=jnp.float32), 'model.dtype is float32'),

@@ -37,10 +37,10 @@ def parts(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
     match = re.fullmatch(r'(?:(r\d*)\+)?(vit|mixer)(?:-(\w+))?/(\d+)', text)
     root, kind, size, patch = match.groups() if match else (None,) * 4
     module, sizes = {'mixer': (mixer.Mixer, mixer.SIZES)}.get(kind, (vit.Vit, vit.SIZES))
-    known = match and (size in sizes or size is None and root is None)
-    if known and root and (kind != 'vit' or (root, int(patch)) not in HYBRIDS):
-        known = False
-    if not known or not int(patch):
+    valid = match and (size in sizes or size is None and root is None)
+    if valid and root and (kind != 'vit' or (root, int(patch)) not in HYBRIDS):
+        valid = False
+    if not valid or not int(patch):
         hybrids = ', '.join(f'{r}+vit-SIZE/{p}' for r, p in HYBRIDS)
         depths = ', '.join(map(str, resnet.DEPTHS))
         raise UserError(
@@ -77,8 +77,8 @@ def build(name: str, num_classes: int | None = 1000, **values: Any) -> nn.Module
         values['dtype'] = interface.dtype_name(values['dtype'])
     for field in values:
         if field not in valid:
-            near = difflib.get_close_matches(field, valid, 1, cutoff=0)[0]
-            raise UserError(f'a model has no field {field!r}; the nearest is {near!r}')
+            nearest = difflib.get_close_matches(field, valid, 1, cutoff=0)[0]
+            raise UserError(f'a model has no field {field!r}; the nearest is {nearest!r}')
         bounds.check(f'model.{field}', values[field], valid[field][0])
     values = {f: default for f, (_, default) in valid.items()} | values
     values |= {'num_classes': num_classes, 'name': None}
@@ -106,8 +106,8 @@ def name_of(model: nn.Module, values: dict[str, Any]) -> str:
     """The name that stands for all sizes, 'vit-b/16'; else 'vit/16', where sizes are fields."""
     if isinstance(model, resnet.Bit):
         depth = next((n for n, units in resnet.DEPTHS.items() if units == model.units), None)
-        whole = depth and model.width == int(model.width)
-        return f'bit-r{depth}x{int(model.width)}' if whole else 'bit'
+        has_name = depth and model.width == int(model.width)
+        return f'bit-r{depth}x{int(model.width)}' if has_name else 'bit'
     sizes, kind = (
         (mixer.SIZES, 'mixer') if isinstance(model, mixer.Mixer) else (vit.SIZES, 'vit')
     )

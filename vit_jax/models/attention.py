@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, H heads, C channels of a head.
 """
 
 import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from vit_jax.errors import UserError
 from vit_jax.models import memory
@@ -21,14 +23,17 @@ SMALL = {'TPU v4': 16 * MIB}  # memory on the chip that a kernel may use, else L
 LARGE = 32 * MIB
 
 
-def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capture, relative):
+def chosen(
+    kind: str, platform: str, device: str, *, tokens: int, width: int, heads: int,
+    dtype: DTypeLike, dropout: float, capture: bool, relative: bool,
+) -> str:  # fmt: skip
     """Resolves 'auto' to the fastest implementation; raises UserError if `kind` does not apply.
 
     `platform` and `device` are JAX's names of what the step is compiled for: 'tpu', 'TPU v4'.
     """
     obstacles = {'xla': None}
     obstacles['pallas'] = obstacles['cudnn'] = (
-        'it never has the probabilities, which are asked for' if capture
+        'it does not return the probabilities, which are captured' if capture
         else "it adds nothing to the logits, and model.posemb is 'relative'" if relative
         else f'it cannot drop probabilities, and model.attention_dropout is {dropout}'
         if dropout else None
@@ -48,7 +53,7 @@ def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capt
     elif dtype == jnp.float32:
         obstacles['cudnn'] = 'it computes in bfloat16 or float16, and model.dtype is float32'
     elif channels % 8 or channels > 128:
-        obstacles['cudnn'] = f'{channels} channels of a head are no multiple of 8 up to 128'
+        obstacles['cudnn'] = f'{channels} channels of a head are not a multiple of 8 up to 128'
     if kind == 'auto':
         return next(k for k in ('pallas', 'cudnn', 'xla') if not obstacles[k])
     if obstacles[kind]:
@@ -56,33 +61,33 @@ def chosen(kind, platform, device, *, tokens, width, heads, dtype, dropout, capt
     return kind
 
 
-def block_bytes(tokens, width, dtype, buffers=1):
-    """Bytes on the chip of the backward kernel, nearly: images in and out, and ten matrices."""
+def block_bytes(tokens: int, width: int, dtype: DTypeLike, buffers: int = 1) -> int:
+    """Approximate bytes on the chip of the backward kernel: images in and out, and ten matrices."""
     rows, lanes = -(-tokens // 16) * 16, -(-tokens // 128) * 128
     images = 7 * buffers * rows * width * jnp.dtype(dtype).itemsize
     return images + 40 * min(ROWS, rows) * lanes
 
 
-def buffers(tokens, width, dtype, device):
+def buffers(tokens: int, width: int, dtype: DTypeLike, device: str) -> int:
     """2 if the next image can be loaded during computation, 1 if only one fits, else 0."""
     available = SMALL.get(device, LARGE)
     return next((n for n in (2, 1) if block_bytes(tokens, width, dtype, n) <= available), 0)
 
 
-def products(q, k, dims):
-    """Product of two matrices over dimensions `dims`, such as q k^T, summed in float32."""
-    return jax.lax.dot_general(q, k, ((dims[:1], dims[1:]), ((), ())),
+def product(a: jax.Array, b: jax.Array, dims: tuple[int, int]) -> jax.Array:
+    """Product of matrices over a dimension of each: (1, 1) for a b^T; summed in float32."""
+    return jax.lax.dot_general(a, b, ((dims[:1], dims[1:]), ((), ())),
                                preferred_element_type=jnp.float32)  # fmt: skip
 
 
-def probabilities(q, k):
+def probabilities(q: jax.Array, k: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(C)) in float32: [R, C], [T, C] -> [R, T]."""
-    logits = products(q, k, (1, 1)) * q.shape[-1] ** -0.5
+    logits = product(q, k, (1, 1)) * q.shape[-1] ** -0.5
     e = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     return e / jnp.sum(e, axis=-1, keepdims=True)
 
 
-def pieces(shape, heads):
+def pieces(shape: tuple[int, ...], heads: int) -> Iterator[tuple[list[slice], slice]]:
     """Yields (lanes of q, k and v of a head, rows of queries) that cover [1, T, 3 D]."""
     _, tokens, width = shape
     c = width // 3 // heads
@@ -92,15 +97,17 @@ def pieces(shape, heads):
             yield lanes, slice(start, min(start + ROWS, tokens))
 
 
-def forward_kernel(qkv, out, *, heads):
+def forward_kernel(qkv: jax.Ref, out: jax.Ref, *, heads: int) -> None:
     """Attention of one image: qkv [1, T, 3 D] -> out [1, T, D]."""
     for (q, k, v), rows in pieces(qkv.shape, heads):
         probs = probabilities(qkv[0, rows, q], qkv[0, :, k])
         values = qkv[0, :, v]
-        out[0, rows, q] = products(probs.astype(values.dtype), values, (1, 0)).astype(out.dtype)
+        out[0, rows, q] = product(probs.astype(values.dtype), values, (1, 0)).astype(out.dtype)
 
 
-def backward_kernel(qkv, d_out, d_qkv, d_bias, *, heads):
+def backward_kernel(
+    qkv: jax.Ref, d_out: jax.Ref, d_qkv: jax.Ref, d_bias: jax.Ref, *, heads: int
+) -> None:
     """Gradient [1, T, 3 D] of `forward_kernel`, and its sum over tokens, float32 [1, 1, 3 D].
 
     Recomputes the probabilities. The sum is the gradient of a bias, which is added to every token;
@@ -111,14 +118,14 @@ def backward_kernel(qkv, d_out, d_qkv, d_bias, *, heads):
         q, k, v = lanes
         queries, keys, d_o = qkv[0, rows, q], qkv[0, :, k], d_out[0, rows, q]
         probs = probabilities(queries, keys)
-        d_probs = products(d_o, qkv[0, :, v], (1, 1))
+        d_probs = product(d_o, qkv[0, :, v], (1, 1))
         d_logits = probs * (d_probs - jnp.sum(probs * d_probs, axis=-1, keepdims=True))
         d_logits = (d_logits * queries.shape[-1] ** -0.5).astype(dtype)
-        d_q = products(d_logits, keys, (1, 0))
+        d_q = product(d_logits, keys, (1, 0))
         d_qkv[0, rows, q] = d_q.astype(dtype)
         sums[0] += jnp.sum(d_q, axis=0, keepdims=True)
-        sums[1] += products(d_logits, queries, (0, 0))
-        sums[2] += products(probs.astype(dtype), d_o, (0, 0))
+        sums[1] += product(d_logits, queries, (0, 0))
+        sums[2] += product(probs.astype(dtype), d_o, (0, 0))
         if rows.stop == tokens:
             d_qkv[0, :, k], d_qkv[0, :, v] = sums[1].astype(dtype), sums[2].astype(dtype)
             for part, d in zip(lanes, sums, strict=True):
@@ -126,16 +133,20 @@ def backward_kernel(qkv, d_out, d_qkv, d_bias, *, heads):
             sums = [0, 0, 0]
 
 
-def call(kernel, heads, matmuls, arrays, shapes, interpret):
-    """Runs a kernel over all images, from arrays [B, T, *] to `shapes`, with its cost for XLA.
+def call(
+    kernel: Callable[..., None], heads: int, matmuls: int, arrays: Sequence[jax.Array],
+    shapes: Sequence[jax.ShapeDtypeStruct], interpret: bool,
+) -> Sequence[jax.Array]:  # fmt: skip
+    """Runs a kernel over all images, from arrays [B, T, *] to `shapes`.
 
-    The kernel streams its inputs, so that the compiler need not copy them to the chip beforehand.
+    `matmuls` counts the products of T x T x C per head, for XLA's estimate of the cost. The kernel
+    streams its inputs, so that the compiler need not copy them to the chip beforehand.
     """
     b, t, width = arrays[0].shape
     device = memory.target()[1]
-    ahead = pl.Buffered(buffers(t, width // 3, arrays[0].dtype, device) or 1)
+    buffering = pl.Buffered(buffers(t, width // 3, arrays[0].dtype, device) or 1)
     specs = [
-        pl.BlockSpec((1, *x.shape[1:]), lambda i: (i, 0, 0), pipeline_mode=ahead)
+        pl.BlockSpec((1, *x.shape[1:]), lambda i: (i, 0, 0), pipeline_mode=buffering)
         for x in (*arrays, *shapes)
     ]
     if not interpret:
@@ -158,10 +169,14 @@ def call(kernel, heads, matmuls, arrays, shapes, interpret):
     )(*arrays)  # fmt: skip
 
 
-def on_each_device(function, arrays, results):
+def on_each_device(
+    function: Callable, arrays: Sequence[tuple[int | None, int]],
+    results: Sequence[tuple[int | None, int]],
+) -> Callable:  # fmt: skip
     """Maps the function over devices, each with its own images and heads, if a mesh is set.
 
-    `arrays` and `results` give the dimensions of each that hold images (or None) and heads.
+    `arrays` and `results` have, for each argument and result, the dimension of its images (None
+    without images) and that of its heads.
     """
     if not {'data', 'fsdp'} <= set(jax.sharding.get_abstract_mesh().axis_names):
         return function
@@ -175,15 +190,19 @@ def on_each_device(function, arrays, results):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def pallas(qkv, bias, interpret=False):
+def pallas(qkv: jax.Array, bias: jax.Array, interpret: bool = False) -> jax.Array:
     """Attention by the kernel: qkv [B, T, 3, H, C] and bias [3, H, C] -> [B, T, H, C].
 
-    Reads and writes nothing else. The gradient of the bias costs no pass of its own.
+    Only these arrays cross main memory. The gradient of the bias costs no pass of its own.
     """
     return forward(qkv, bias, interpret)[0]
 
 
-def forward(qkv, bias, interpret):
+def forward(
+    qkv: jax.Array, bias: jax.Array, interpret: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """(`pallas`, residuals for `backward`: qkv [B, T, 3 D] with the bias added, and the bias)."""
+
     def local(qkv, bias):
         b, t, _, h, c = qkv.shape
         # As matrices, which both the projection and the kernel use, to avoid a copy.
@@ -199,7 +218,11 @@ def forward(qkv, bias, interpret):
     return out, (qkv, bias)
 
 
-def backward(interpret, residuals, d_out):
+def backward(
+    interpret: bool, residuals: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `pallas` by qkv [B, T, 3, H, C] and bias [3, H, C]."""
+
     def local(qkv, d_out):
         b, t, h, c = d_out.shape
         arrays = [qkv, d_out.reshape(b, t, h * c)]

@@ -69,7 +69,7 @@ class Attention(nn.Module):
     quantize: str = 'none'
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
         dense = dict(dtype=self.dtype, quantize=self.quantize)
@@ -151,7 +151,10 @@ class Block(nn.Module):
         return x + y
 
     @nn.compact
-    def __call__(self, x, drop_path, shared=None):
+    def __call__(
+        self, x: jax.Array, drop_path: jax.Array, shared: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
+        """(output, (attention probabilities, the output again)), the latter two if captured."""
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
         if self.positions is not None:
             shared = embedding.positions(self, *self.positions, x.shape[-1])  # [1, T, D]

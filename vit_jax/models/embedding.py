@@ -23,10 +23,10 @@ def grid(image_shape: tuple[int, ...], stride: tuple[int, int]) -> tuple[int, in
     """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
     (h, w), (y, x) = image_shape[:2], stride
     if h % y or w % x or not h or not w:
-        near = [f'{y * n} x {x * m}' for n, m in ((h // y, w // x), (-(-h // y), -(-w // x)))]
+        sizes = [f'{y * n} x {x * m}' for n, m in ((h // y, w // x), (-(-h // y), -(-w // x)))]
         raise UserError(
             f'image size {h} x {w} is not divisible by the patch size {y} x {x}; '
-            f'{" and ".join(near if h >= y and w >= x else near[1:])} would be'
+            f'{" and ".join(sizes if h >= y and w >= x else sizes[1:])} would be'
         )
     return h // y, w // x
 

@@ -63,15 +63,15 @@ def check_output(model: Any) -> None:
         raise UserError(EACH_TOKEN)
 
 
-def captures(capture: str | Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    """`capture`, a name or several, as a tuple; raises UserError for one that is not in `known`."""
+def captures(capture: str | Sequence[str], valid: tuple[str, ...]) -> tuple[str, ...]:
+    """`capture`, a name or several, as a tuple; raises UserError for one that is not in `valid`."""
     names = (capture,) if isinstance(capture, str) else capture
     if not isinstance(names, (tuple, list)):
         raise UserError(f'capture is {shown(capture)}, not a name or several')
     for name in names:
-        if name not in known:
-            there = f'there are {", ".join(known)}' if known else 'this model captures nothing'
-            raise UserError(f'no capture {name!r}; {there}')
+        if name not in valid:
+            choices = f'there are {", ".join(valid)}' if valid else 'this model captures nothing'
+            raise UserError(f'no capture {name!r}; {choices}')
     return tuple(names)
 
 
@@ -95,11 +95,11 @@ def check_size(
         counts.append(((encoder['attn']['relative'].shape[-3] + 1) // 2 - before, h * w))
     if 'token_mixing' in encoder:
         counts.append((encoder['token_mixing']['fc1']['kernel'].shape[-2], h * w))
-    for there, here in counts:
-        if there != here:
+    for expected, count in counts:
+        if expected != count:
             y, x = images.shape[1:3]
             raise UserError(
                 f'images of {y} x {x} pixels are {h} x {w} patches, and the parameters have '
-                f'positions for {there} in place of {here}: '
+                f'positions for {expected} in place of {count}: '
                 f'vit_jax.load(path, image_size=({y}, {x})) fits them where they can be resized'
             )

@@ -60,7 +60,7 @@ class Projection(nn.Module):
     quantize: str = 'none'
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
         matrix = math.prod(self.inputs), math.prod(self.features)
         shape = (*self.inputs, *self.features)
 
@@ -94,7 +94,7 @@ class Dropout(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or not self.rate:
             return x
         *batch, tokens, width = x.shape
@@ -119,7 +119,7 @@ class Mlp(nn.Module):
     quantize: str = 'none'
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         dense = dict(
             kernel_init=nn.initializers.xavier_uniform(),

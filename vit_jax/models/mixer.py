@@ -37,7 +37,10 @@ class MixerBlock(nn.Module):
     quantize: str = 'none'
 
     @nn.compact
-    def __call__(self, x, drop_path):
+    def __call__(
+        self, x: jax.Array, drop_path: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(output, the output again if `keep`)."""
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
         mlp = dict(
             gelu=self.gelu, dropout=self.dropout, deterministic=self.deterministic,
@@ -93,7 +96,7 @@ class Mixer(nn.Module):
     posemb = 'none'
     captures = ('tokens_by_block', 'normed_by_block')
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.dtype = interface.dtype_name(self.dtype)
         super().__post_init__()
 

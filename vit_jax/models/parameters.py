@@ -87,13 +87,13 @@ def check_same(params: Any, expected: Any, origin: str) -> None:
       expected: the same of the model that a config describes.
       origin: where `params` come from, for the message.
     """
-    found, wanted = (
+    actual, wanted = (
         {name: list(x.shape) for name, x in named_leaves(tree).items()}
         for tree in (params, expected)
     )
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+    for name in sorted(actual.keys() | wanted.keys()):
+        if actual.get(name) != wanted.get(name):
             raise UserError(
-                f'{origin}: parameter {name} is {found.get(name, "absent")}, the model of the '
+                f'{origin}: parameter {name} is {actual.get(name, "absent")}, the model of the '
                 f'config has {wanted.get(name, "none")}'
             )

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D width, H heads, C head width (D = H * C).
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vit_jax.models.layers import Dtype, Mlp
@@ -23,7 +24,7 @@ class MapHead(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         b, _, width = x.shape
         xavier = nn.initializers.xavier_uniform()
         heads = (self.num_heads, width // self.num_heads)

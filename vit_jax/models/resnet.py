@@ -89,7 +89,7 @@ class StdConv(nn.Module):
     centred: bool = False  # the same padding on both sides for any stride, as PyTorch has it
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
         kernel = kernel - kernel.mean(axis=(0, 1, 2))
@@ -109,7 +109,7 @@ class Unit(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         conv = partial(StdConv, dtype=self.dtype)
 
         def norm(name, scale=nn.initializers.ones):
@@ -132,7 +132,7 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         features = root_features(self.width)
         x = StdConv(features, 7, 2, self.dtype, name='conv_root')(x)
         x = nn.relu(nn.GroupNorm(GROUPS, dtype=self.dtype, name='gn_root')(x))
@@ -152,7 +152,7 @@ class PreActUnit(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         conv = partial(StdConv, dtype=self.dtype, centred=True)
 
         def normed(x, name):
@@ -188,7 +188,7 @@ class Bit(nn.Module):
     posemb = 'none'
     captures = ()  # its blocks differ in shape
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.dtype = interface.dtype_name(self.dtype)
         super().__post_init__()
 

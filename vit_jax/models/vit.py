@@ -22,6 +22,7 @@ from vit_jax.models import (
     quantized,
     resnet,
 )
+from vit_jax.models.flops import vit_flops
 from vit_jax.models.prefix import prefix_counts, prefix_rows
 
 # arXiv:2010.11929 table 1 (b, l, h); arXiv:2106.10270 table 2 (ti, s); arXiv:2106.04560 table 2
@@ -116,7 +117,7 @@ class Vit(nn.Module):
 
     captures = ('attention', 'tokens_by_block', 'normed_by_block')
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.dtype = interface.dtype_name(self.dtype)
         super().__post_init__()
 
@@ -170,28 +171,7 @@ class Vit(nn.Module):
 
         Norms, softmax, GELU and biases are not counted, as is usual.
         """
-        h, w, c = image_shape
-        p, d = self.patch_size, self.width
-        rows, columns = self.grid(image_shape)
-        n = rows * columns
-        t = n + sum(self.prefix.values())
-        adds = 0
-        if self.resnet is not None:
-            adds += resnet.multiply_adds(image_shape, self.resnet, self.resnet_width)
-            c = resnet.channels(self.resnet, self.resnet_width)
-        adds += n * p[0] * p[1] * c * d
-        mlp = (3 if self.glu else 2) * d * self.mlp_dim
-        adds += self.depth * t * (4 * d * d + 2 * t * d + mlp)
-        if self.posemb == 'relative':
-            adds += self.depth * t * (2 * t - 1) * d
-        if self.pool == 'map':
-            adds += n * (2 * d * d + 2 * d) + 2 * d * d + 2 * d * self.mlp_dim
-        rows, features = (t if self.pool == 'none' else 1), d * (1 + (self.pool == 'cls_gap'))
-        if self.representation_size is not None:
-            adds += rows * features * self.representation_size
-            features = self.representation_size
-        heads = 1 + self.dist_head
-        return 2 * (adds + rows * features * (self.num_classes or 0) * heads)
+        return vit_flops(self, image_shape)
 
     def embed(self, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Embeds patches with positions: [B, H, W, C] -> [B, N, D], and positions of the prefix."""

@@ -1,0 +1,31 @@
+"""FLOPs of a forward pass of a Vision Transformer."""
+
+import flax.linen as nn
+
+from vit_jax.models import resnet
+
+
+def vit_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """FLOPs of a forward pass of a `vit.Vit` over one image [H, W, C], see `Vit.flops`."""
+    h, w, c = image_shape
+    p, d = model.patch_size, model.width
+    rows, columns = model.grid(image_shape)
+    n = rows * columns
+    t = n + sum(model.prefix.values())
+    adds = 0
+    if model.resnet is not None:
+        adds += resnet.multiply_adds(image_shape, model.resnet, model.resnet_width)
+        c = resnet.channels(model.resnet, model.resnet_width)
+    adds += n * p[0] * p[1] * c * d
+    mlp = (3 if model.glu else 2) * d * model.mlp_dim
+    adds += model.depth * t * (4 * d * d + 2 * t * d + mlp)
+    if model.posemb == 'relative':
+        adds += model.depth * t * (2 * t - 1) * d
+    if model.pool == 'map':
+        adds += n * (2 * d * d + 2 * d) + 2 * d * d + 2 * d * model.mlp_dim
+    rows, features = (t if model.pool == 'none' else 1), d * (1 + (model.pool == 'cls_gap'))
+    if model.representation_size is not None:
+        adds += rows * features * model.representation_size
+        features = model.representation_size
+    heads = 1 + model.dist_head
+    return 2 * (adds + rows * features * (model.num_classes or 0) * heads)
