@@ -68,7 +68,7 @@ def test_mixup_draws_the_larger_half_of_beta(alpha=0.2):
 def test_boxes_have_the_area_of_beta_and_a_uniform_centre():
     count, size = 3000, (64, 96)
     drawn = np.random.default_rng(0).beta(0.7, 0.7, count).astype(np.float32)
-    box, share = jax.jit(mixing.pasted, static_argnums=2)(jax.random.key(2), drawn, size)
+    box, share = jax.jit(mixing.box_mask, static_argnums=2)(jax.random.key(2), drawn, size)
     box = np.asarray(box)[..., 0].astype(bool)
     rows, columns = box.any(2), box.any(1)
     np.testing.assert_allclose(share, box.mean((1, 2)), rtol=1e-6)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-def targets(labels, num_classes):
+def targets(labels: jax.Array, num_classes: int) -> jax.Array:
     """Converts labels to float32 [B, K]: 1 for each true class; weights [B, K] are not changed."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return labels.astype(jnp.float32)
@@ -16,20 +16,20 @@ def targets(labels, num_classes):
     return hot if labels.ndim == 1 else hot.max(axis=1)
 
 
-def distribution(labels, num_classes):
+def distribution(labels: jax.Array, num_classes: int) -> jax.Array:
     """Converts labels to probabilities, float32 [B, K]: 1 / n for each of n true classes.
 
     This is the target of a softmax with several labels (arXiv:1805.00932). Without any label it is
     zero, and so is the loss. Weights [B, K] are not changed.
     """
-    wanted = targets(labels, num_classes)
+    weights = targets(labels, num_classes)
     if labels.ndim == 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
-        return wanted
-    return wanted / jnp.maximum(jnp.sum(wanted, axis=-1, keepdims=True), 1)
+        return weights
+    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
 
 
-def smoothed(wanted, labels, label_smoothing):
-    """Weights [B, K] of `labels` with the uniform distribution mixed in (arXiv:1512.00567).
+def smoothed(weights: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
+    """Mixes the uniform distribution into weights [B, K] of `labels` (arXiv:1512.00567).
 
     Weights of an example without labels stay 0. Weights that sum to less than 1, such as after
     mixup with an example without labels, are smoothed in proportion to their sum.
@@ -37,26 +37,30 @@ def smoothed(wanted, labels, label_smoothing):
     if jnp.issubdtype(labels.dtype, jnp.integer):
         labelled = jnp.any(labels.reshape(len(labels), -1) >= 0, axis=-1)
     else:
-        labelled = jnp.minimum(jnp.sum(wanted, axis=-1), 1)
-    uniform = label_smoothing / wanted.shape[-1] * labelled[:, None]
-    return (1 - label_smoothing) * wanted + uniform
+        labelled = jnp.minimum(jnp.sum(weights, axis=-1), 1)
+    uniform = label_smoothing / weights.shape[-1] * labelled[:, None]
+    return (1 - label_smoothing) * weights + uniform
 
 
-def softmax_xent(logits, labels, *, label_smoothing=0.0):
+def softmax_xent(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
     """Cross-entropy in float32; 0 for an example without labels."""
-    wanted = smoothed(distribution(labels, logits.shape[-1]), labels, label_smoothing)
-    return -jnp.sum(wanted * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+    weights = smoothed(distribution(labels, logits.shape[-1]), labels, label_smoothing)
+    return -jnp.sum(weights * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
-def sigmoid_xent(logits, labels, *, label_smoothing=0.0):
+def sigmoid_xent(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
     """Binary cross-entropy summed over classes (arXiv:2006.07159 section 3), multi-label or not.
 
     In an example without labels every class is false, with label smoothing too.
     """
-    wanted = smoothed(targets(labels, logits.shape[-1]), labels, label_smoothing)
+    weights = smoothed(targets(labels, logits.shape[-1]), labels, label_smoothing)
     logits = logits.astype(jnp.float32)
     positive, negative = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-    return -jnp.sum(wanted * positive + (1 - wanted) * negative, axis=-1)
+    return -jnp.sum(weights * positive + (1 - weights) * negative, axis=-1)
 
 
 LOSSES = {'softmax': softmax_xent, 'sigmoid': sigmoid_xent}
@@ -72,7 +76,7 @@ def probabilities(logits: jax.Array, loss: str | None = None) -> jax.Array:
     return PROBABILITIES[loss or 'softmax'](logits.astype(jnp.float32))
 
 
-def hits(logits, labels):
+def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """1 where the class of highest logit is a true label: [B, K] and labels -> float [B]."""
     best = jnp.argmax(logits, axis=-1)[:, None]
     if jnp.issubdtype(labels.dtype, jnp.integer):  # without an array [B, K] of labels
@@ -80,7 +84,7 @@ def hits(logits, labels):
     return (jnp.take_along_axis(labels, best, axis=-1)[:, 0] > 0).astype(jnp.float32)
 
 
-def heaviest(weights):
+def heaviest(weights: jax.Array) -> jax.Array:
     """1 for the classes of largest weight, if it is above 0: [B, K] -> float [B, K]."""
-    most = weights == jnp.max(weights, axis=-1, keepdims=True)
-    return (most & (weights > 0)).astype(jnp.float32)
+    largest = weights == jnp.max(weights, axis=-1, keepdims=True)
+    return (largest & (weights > 0)).astype(jnp.float32)

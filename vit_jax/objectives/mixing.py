@@ -7,11 +7,17 @@ the result does not depend on the number of devices. If examples are repeated in
 is the distance from an example to its partner.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 
-def mix(images, labels, key, *, mixup=0.0, cutmix=0.0, by='batch', shift=1, mask=None):
+def mix(
+    images: jax.Array, labels: jax.Array, key: jax.Array, *, mixup: float = 0.0,
+    cutmix: float = 0.0, by: Literal['batch', 'example'] = 'batch', shift: int = 1,
+    mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Mixes images [B, H, W, C] and label weights [B, K] with those of their partners; float32.
 
     `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 turns one of them off. With both,
@@ -31,29 +37,32 @@ def mix(images, labels, key, *, mixup=0.0, cutmix=0.0, by='batch', shift=1, mask
     share = jnp.minimum(weight, 1 - weight)  # [N], N = B or 1
     area = share[:, None, None, None]
     if cutmix:
-        box, box_share = pasted(centre_key, 1 - weight, images.shape[1:3])
+        box, box_share = box_mask(centre_key, 1 - weight, images.shape[1:3])
         area = jnp.where(cut[:, None, None, None], box, area)  # [N, H, W, 1]
         share = jnp.where(cut, box_share, share)
     if mask is not None:
-        both = (mask * before(mask, shift) > 0).astype(jnp.float32)  # [B]
+        both = (mask * partners(mask, shift) > 0).astype(jnp.float32)  # [B]
         area, share = area * both[:, None, None, None], share * both
     share = share[:, None]
     images, labels = images.astype(jnp.float32), labels.astype(jnp.float32)
-    images = (1 - area) * images + area * before(images, shift)
-    return images, (1 - share) * labels + share * before(labels, shift)
+    images = (1 - area) * images + area * partners(images, shift)
+    return images, (1 - share) * labels + share * partners(labels, shift)
 
 
-def before(x, shift):
-    """Partner of each example, [B, ...]: the one `shift` places before it."""
+def partners(x: jax.Array, shift: int) -> jax.Array:
+    """Values [B, ...] of each example's partner, which is `shift` places before it."""
     return jnp.roll(x, shift, axis=0)
 
 
-def pasted(key, area, size):
-    """CutMix (arXiv:1905.04899): a mask of the partner's box [N, H, W, 1], and its share [N].
+def box_mask(
+    key: jax.Array, area: jax.Array, size: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """CutMix (arXiv:1905.04899): (1 inside the partner's box [N, H, W, 1], share of the image [N]).
 
-    The sides of the box are sqrt(area) times those of the image, truncated to even numbers of
-    pixels as in the paper's code, around a pixel that is uniform over the image. The box is clipped
-    to the image, and the share is that of the clipped box.
+    `area` [N] is the share of the box before clipping, `size` (H, W). The sides of the box are
+    sqrt(area) times those of the image, truncated to even numbers of pixels as in the paper's code,
+    around a pixel that is uniform over the image. The box is clipped to the image, and the share is
+    that of the clipped box.
     """
     extent = jnp.array(size)
     half = (jnp.sqrt(area)[:, None] * extent).astype(jnp.int32) // 2  # [N, 2]

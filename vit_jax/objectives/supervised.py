@@ -6,26 +6,27 @@ mask: [B]}.
 
 from typing import Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Rate
 from vit_jax.models import interface
-from vit_jax.objectives import Objective, losses, mixing
+from vit_jax.objectives import Examples, Objective, losses, mixing
 
 MIX = 0x6D6978  # folded into the key for mixing; dropout uses the key itself
 METRICS = {'loss': 'min', 'accuracy': 'max'}  # whether less or more is better
 
 
-def masked_mean(values, mask):
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of values [B] where mask [B] is 1; 0 if the mask is 0 everywhere."""
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def supervised(
-    model,
-    examples,
+    model: nn.Module,
+    examples: Examples,
     *,
     loss: Literal['softmax', 'sigmoid'] = 'softmax',
     label_smoothing: Rate = 0.0,
@@ -33,7 +34,7 @@ def supervised(
     cutmix: NonNegative[float] = 0.0,
     mix_by: Literal['batch', 'example'] = 'batch',
     mix_shift: Positive[int] = 1,
-):
+) -> Objective:
     """Trains a classifier by the cross-entropy with its labels.
 
     Mixup and CutMix mix each example with another one of the batch (of the micro-batch where
@@ -41,6 +42,8 @@ def supervised(
     counts the class of greatest weight in the mixed label.
 
     Args:
+      model: classifier, as `models.build` makes it.
+      examples: the training examples, with `image` [H, W, C] in the spec.
       loss: cross-entropy of a softmax over the classes, or of a sigmoid for each class
         (multi-label).
       label_smoothing: share of a label that is spread over all classes (arXiv:1512.00567).
@@ -61,26 +64,26 @@ def supervised(
     def init(key):
         return model.init(key, jnp.zeros((1, *examples.spec['image'].shape)))['params']
 
-    def value(params, extra, frozen, batch, key, step):
+    def loss_fn(params, extra, frozen, batch, key, step):
         images, labels = model_inputs(
             batch, key, model=model, loss=loss, mixup=mixup, cutmix=cutmix, mix_by=mix_by,
             mix_shift=mix_shift,
         )  # fmt: skip
         logits, _ = model.apply({'params': params}, images, train=True, rngs={'dropout': key})
         per_example = losses.LOSSES[loss](logits, labels, label_smoothing=label_smoothing)
-        hit = losses.hits(logits, losses.heaviest(labels) if mixup or cutmix else labels)
+        hits = losses.hits(logits, losses.heaviest(labels) if mixup or cutmix else labels)
         mask = batch['mask'].astype(jnp.float32)
         mean = masked_mean(per_example, mask)
-        return mean, ({'loss': mean, 'accuracy': masked_mean(hit, mask)}, {})
+        return mean, ({'loss': mean, 'accuracy': masked_mean(hits, mask)}, {})
 
     def predict(params, batch):
         return model.apply({'params': params}, model.normalise(batch['image']))[1]
 
     flops = model.flops(examples.spec['image'].shape)
-    return Objective(init, value, predict, flops=flops, settings={'loss': loss})
+    return Objective(init, loss_fn, predict, flops=flops, settings={'loss': loss})
 
 
-def check_model(model, examples):
+def check_model(model: nn.Module, examples: Examples) -> None:
     """Raises UserError unless the model takes the images and has an output for each class."""
     interface.check_output(model)
     try:
@@ -100,8 +103,11 @@ def check_model(model, examples):
         )
 
 
-def model_inputs(batch, key, *, model, loss, mixup, cutmix, mix_by, mix_shift):
-    """(normalised images [B, H, W, C], labels) that a step trains on, mixed if it is configured."""
+def model_inputs(
+    batch: dict[str, jax.Array], key: jax.Array, *, model: nn.Module, loss: str, mixup: float,
+    cutmix: float, mix_by: str, mix_shift: int,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(normalised images [B, H, W, C], labels) that a step trains on, mixed if configured."""
     images, labels = model.normalise(batch['image']), batch['label']
     if not mixup and not cutmix:
         return images, labels
