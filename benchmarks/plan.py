@@ -136,7 +136,7 @@ def measure():
     from vit_jax import assembly, sharding, step
     from vit_jax import config as configs
     from vit_jax.distributed import devices
-    from vit_jax.plan import estimate
+    from vit_jax.plan import data_sets, estimate
 
     found = jax.devices()
     peaks = devices.peaks(found)
@@ -148,7 +148,7 @@ def measure():
             'data': {'source': {'name': 'stated'}, 'view': 'resize', 'image_size': size,
                      'batch_size': batch},
         })  # fmt: skip
-        source, _ = estimate.data_set(config.data.source, examples=10**6, classes=1000)
+        source, _ = data_sets.load(config.data.source, examples=10**6, classes=1000)
         plan = estimate.plan(config, source, found, 'here', efficiency=1.0, peaks=peaks)
         parts = assembly.make(config, source, found)
         state = step.init(parts.objective, parts.tx, 0, parts.abstract)

@@ -16,7 +16,7 @@ from vit_jax import assembly, sharding
 from vit_jax import config as configs
 from vit_jax.distributed import devices, interconnect, topologies
 from vit_jax.errors import UserError
-from vit_jax.plan import estimate, fitting, hlo
+from vit_jax.plan import data_sets, estimate, fitting, hlo
 
 HERE = pathlib.Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -58,7 +58,7 @@ def run(*arguments):
 def planned(experiment, count=8, peaks=None, **changes):
     """The plan on simulated devices, in this process."""
     config = configs.load(experiment, list(changes.pop('overrides', {}).items()))
-    source, _ = estimate.data_set(config.data.source, 1000, 10)
+    source, _ = data_sets.load(config.data.source, 1000, 10)
     peaks = peaks or devices.DEVICES['TPU v4']
     return estimate.plan(
         config, source, jax.devices()[:count], f'cpu:{count}', efficiency=0.5, peaks=peaks
@@ -74,9 +74,9 @@ def test_state_falls_by_the_degree_of_fsdp(experiment):
     sizes = {}
     for fsdp in (1, 2, 8):
         config = configs.load(experiment, [('mesh.fsdp', str(fsdp))])
-        source, _ = estimate.data_set(config.data.source, 1000, 10)
+        source, _ = data_sets.load(config.data.source, 1000, 10)
         parts = assembly.make(estimate.without_evals(config), source, jax.devices())
-        sizes[fsdp] = estimate.bytes_a_device(parts.abstract)
+        sizes[fsdp] = estimate.bytes_per_device(parts.abstract)
         rows = [(name, count) for name, _, count, *_ in parts.tx.table]
         kernels = sum(count for name, count in rows if name.endswith('kernel'))
         others = sum(count for name, count in rows if not name.endswith('kernel'))
@@ -175,13 +175,13 @@ def check_mistake(arguments, words, monkeypatch, capsys):
 
 def test_a_data_set_that_is_not_here(experiment):
     config = configs.load(experiment)
-    source, note = estimate.data_set(config.data.source)
+    source, note = data_sets.load(config.data.source)
     assert (len(source), len(source.classes)) == (1_281_167, 1000) and 'imagenet2012' in note
-    part, _ = estimate.data_set({**config.data.source, 'split': 'train[:50%]'})
+    part, _ = data_sets.load({**config.data.source, 'split': 'train[:50%]'})
     assert len(part) == round(1_281_167 / 2)
     with pytest.raises(UserError, match='--examples and --classes'):
-        estimate.data_set({**config.data.source, 'name': 'nowhere'})
-    drawn, note = estimate.data_set({**config.data.source, 'name': 'jft_like:5000x70'})
+        data_sets.load({**config.data.source, 'name': 'nowhere'})
+    drawn, note = data_sets.load({**config.data.source, 'name': 'jft_like:5000x70'})
     assert (len(drawn), len(drawn.classes), note) == (5000, 70, None)
 
 
@@ -200,7 +200,7 @@ def test_what_fit_finds_makes_it_fit(experiment, whole):
     first = {**whole, 'memory': {**whole['memory'], 'available': small.usable, 'fits': False}}
     said = []
     config = configs.load(experiment)
-    source, _ = estimate.data_set(config.data.source, 1000, 10)
+    source, _ = data_sets.load(config.data.source, 1000, 10)
     changes, found = fitting.fit(
         config, source, jax.devices(), 'cpu:8', first, said.append, efficiency=0.5, peaks=small
     )
@@ -237,7 +237,7 @@ def test_the_tpu_compiler_counts_as_the_model_does(experiment):
     config = configs.load(experiment, [
         ('model.dtype', 'bfloat16'), ('model.depth', '3'), ('optim.clip', 'None'),
     ])  # fmt: skip
-    source, _ = estimate.data_set(config.data.source, 1000, 10)
+    source, _ = data_sets.load(config.data.source, 1000, 10)
     plan = estimate.plan(config, source, found, title, efficiency=0.5)
     assert plan['flops_per_image'] == pytest.approx(plan['model_flops_per_image'], rel=0.05)
     assert set(plan['collectives']) == {'all-reduce'}

@@ -8,7 +8,7 @@ from vit_jax import config
 from vit_jax.convert.load import catalogue
 from vit_jax.data import distort
 from vit_jax.distributed.stop import Stop
-from vit_jax.plan import estimate, rehearsal
+from vit_jax.plan import data_sets, estimate, rehearsal
 from vit_jax.tables import __main__ as tables
 from vit_jax.tables import published
 from vit_jax.train import train
@@ -72,7 +72,7 @@ def one_of_each(name):
     ('finetune', 'imagenet2012,h/14,512,polyak'), ('finetune', 'oxford_flowers102,r152x2-sgd'),
 ])  # fmt: skip
 def test_builds_at_its_full_size(name, arg):
-    text = rehearsal.of(config.complete(recipes.given(name, arg)), 'runs/x')
+    text = rehearsal.describe(config.complete(recipes.given(name, arg)), 'runs/x')
     assert 'parameters' in text and 'exaFLOPs' in text
 
 
@@ -80,7 +80,7 @@ def test_builds_at_its_full_size(name, arg):
 @pytest.mark.parametrize('name', [n for n in recipes.FILES if n not in ('imagenet', 'study')])
 def test_every_model_builds_at_its_full_size(name):
     for arg in one_of_each(name):
-        rehearsal.of(config.complete(recipes.given(name, arg)), 'runs/x')
+        rehearsal.describe(config.complete(recipes.given(name, arg)), 'runs/x')
 
 
 TOYS = [
@@ -101,7 +101,7 @@ def data_dir(tmp_path_factory):
 def test_plans_and_trains_two_steps_at_a_toy_size(tmp_path, data_dir, name, arg):
     values = recipes.toy(recipes.given(name, arg), data_dir)
     full = config.complete(values)
-    source, _ = estimate.data_set(full.data.source)
+    source, _ = data_sets.load(full.data.source)
     plan = estimate.plan(full, source, jax.devices(), 'cpu:8', efficiency=0.5)
     assert plan['memory']['fits'] and plan['seconds']['step'] > 0
     result = train(full, tmp_path / 'run', Stop())

@@ -240,10 +240,11 @@ def test_a_dry_run_needs_neither_data_nor_checkpoint(tmp_path):
     assert 'model    unknown, as /no/run cannot be read' in run.stdout
     assert 'data     /nowhere: unknown (' in run.stdout and '--examples' not in run.stdout
     full = config.load('experiments/folder.py:/nowhere')  # neither steps nor classes are known
-    text = rehearsal.of(full, 'x')
+    text = rehearsal.describe(full, 'x')
     assert 'parameters without the head' in text and '30 epochs of 32 images a step' in text
     with pytest.raises(UserError, match="optim.freeze 'zzz' matches no parameter"):
-        rehearsal.of(config.load('experiments/folder.py:/nowhere', [('optim.freeze', 'zzz')]), 'x')
+        overrides = [('optim.freeze', 'zzz')]
+        rehearsal.describe(config.load('experiments/folder.py:/nowhere', overrides), 'x')
 
 
 def test_numbers_of_cells():

@@ -98,7 +98,7 @@ def run(overrides: list[tuple[str, str]], stop: stopping.Stop) -> int:
     if DRY_RUN.value:
         from vit_jax.plan import rehearsal
 
-        print(printable(rehearsal.of(settings, WORKDIR.value), keep='\n'))
+        print(printable(rehearsal.describe(settings, WORKDIR.value), keep='\n'))
         return 0
     limits = dict(timeout=TIMEOUT.value, start_timeout=START.value)
     try:

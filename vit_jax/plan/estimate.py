@@ -7,97 +7,38 @@ benchmarks.input.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from vit_jax import assembly, sharding, step
-from vit_jax import config as configs
-from vit_jax.data import mixture, sources
-from vit_jax.data.readers import splits, vtab
+from vit_jax.data import sources
 from vit_jax.distributed import devices, interconnect
-from vit_jax.errors import UserError
 from vit_jax.plan import hlo
 from vit_jax.run import report
 
-# Examples of the training split and classes, for plans without the data. Sources: arXiv:2010.11929
-# section 4.1 (ImageNet, JFT-300M), arXiv:2106.04560 section 3.1 (JFT-3B; its "nearly 3 billion" in
-# round numbers), tensorflow.org/datasets/catalog (the others).
-KNOWN = {
-    'imagenet2012': (1_281_167, 1000), 'imagenet21k': (14_197_122, 21_843),
-    'jft_300m': (303_000_000, 18_291), 'jft_3b': (3_000_000_000, 29_593),
-    'cifar10': (50_000, 10), 'cifar100': (50_000, 100), 'oxford_iiit_pet': (3_680, 37),
-    'oxford_flowers102': (1_020, 102), 'places365_small': (1_803_460, 365),
-}  # fmt: skip
-
-
-VTAB_1K = {'train800': 800, 'val200': 200, 'train800val200': 1000}  # examples per split
-
 
 class Refused(Exception):
-    """The compiler reports that the program, or its temporaries, don't fit; sizes in bytes."""
+    """The compiler reports that the program, or its temporaries, do not fit; sizes in bytes."""
 
-    def __init__(self, needed, available):
+    def __init__(self, needed: float, available: float) -> None:
         self.needed, self.available = needed, available
         super().__init__(f'{needed} bytes, {available} available')
 
 
-class Stated(NamedTuple):
-    """Records of a data set of which only the size is known."""
-
-    length: int
-    max_labels: int = 1
-
-    def __len__(self):
-        return self.length
-
-
-def data_set(settings, examples=None, classes=None):
-    """(the data set that a config names, or a stand-in of its size; a note on the latter).
-
-    `examples` and `classes` override the size. Raises UserError if it is unknown.
-    """
-    if examples is None and classes is None:
-        try:
-            return mixture.load(**settings), None
-        except (UserError, OSError) as e:
-            missing = str(e).partition('; ')[0].partition(' Did you')[0]
-    else:
-        missing = 'its size is given'
-    name = mixture.title(settings)
-    split = settings.get('split', 'train')
-    known = KNOWN.get(name.partition('/')[0].partition(':')[0], (None, None))
-    part, low, high = splits.parse(split)
-    if examples is None and known[0] and part in ('train', 'full'):
-        examples = round(known[0] * (high - low) / 100)
-    classes = classes or known[1]
-    if name.startswith('vtab:'):
-        examples, classes = examples or VTAB_1K[split], classes or vtab.task(name).classes
-    if not examples or not classes:
-        raise UserError(
-            f'{missing}; state its size with --examples and --classes, or use one of '
-            + ', '.join(KNOWN)
-        )
-    note = f'{name}: {missing}; taken to have {examples:,} examples and {classes:,} classes'
-    return stated(examples, classes), note
-
-
-def stated(examples, classes):
-    """A data set of that size without any data."""
-    return sources.Source(Stated(examples), tuple(map(str, range(classes))))
-
-
-def without_evals(config):
-    """A copy of a config without evaluations, which don't affect the train step."""
-    plain = configs.ConfigDict(config.to_dict())
-    plain.evals = configs.ConfigDict()
+def without_evals(config: ConfigDict) -> ConfigDict:
+    """A copy of a config without evaluations, which do not affect the train step."""
+    plain = ConfigDict(config.to_dict())
+    plain.evals = ConfigDict()
     plain.checkpoint.best = None
     return plain
 
 
-def batch_of(config, parts):
+def batch_of(config: ConfigDict, parts: assembly.Parts) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a global batch as the training loop puts it on the devices."""
     size = config.data.batch_size
     arrays = {name: (x.shape, x.dtype) for name, x in parts.spec.items()}
@@ -107,73 +48,68 @@ def batch_of(config, parts):
     }
 
 
-def compiled(config, parts):
-    """Compiles the train step of a run for the devices of its mesh."""
+def compiled(config: ConfigDict, parts: assembly.Parts) -> jax.stages.Compiled:
+    """Compiles the train step of a run for the devices of its mesh; raises Refused."""
     advance = step.compiled(
         parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
         accumulate=config.accumulate,
     )  # fmt: skip
-    where = sharding.by_name(parts.objective.frozen, parts.mesh, parts.objective.rules)
-    frozen = sharding.add_shardings(jax.eval_shape(lambda: parts.objective.frozen), where)
+    shardings = sharding.by_name(parts.objective.frozen, parts.mesh, parts.objective.rules)
+    frozen = sharding.add_shardings(jax.eval_shape(lambda: parts.objective.frozen), shardings)
     return compile_or_refuse(
         advance.lower(parts.abstract, batch_of(config, parts), frozen)
     )
 
 
-def compile_or_refuse(lowered):
+def compile_or_refuse(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles `lowered`; raises Refused if the TPU compiler reports that it does not fit."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as e:
-        found = re.search(r'temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)', str(e))
-        found = found or re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', str(e))
-        if 'RESOURCE_EXHAUSTED' not in str(e) or not found:
+        match = re.search(r'temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)', str(e))
+        match = match or re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', str(e))
+        if 'RESOURCE_EXHAUSTED' not in str(e) or not match:
             raise
-        raise Refused(*map(in_bytes, found.groups())) from e
+        raise Refused(*map(parse_bytes, match.groups())) from e
 
 
-def in_bytes(text):
-    """Parses a size such as '30.75G' to bytes."""
+def parse_bytes(text: str) -> float:
+    """Bytes of a size such as '30.75G'."""
     return float(text[:-1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[text[-1]]
 
 
-def bytes_a_device(tree):
-    """Bytes of sharded arrays on the device that has the most."""
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that each device holds of a tree of sharded arrays or shapes."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
 
 
-def plan(config, source, found, title, *, efficiency, peaks=None):
+def plan(
+    config: ConfigDict,
+    source: sources.Source,
+    target_devices: Sequence[Any],
+    title: str,
+    *,
+    efficiency: float,
+    peaks: devices.Device | None = None,
+) -> dict[str, Any]:
     """Plans a run: a dict of its size, memory, work and time.
+
+    Work and time are missing if the compiler refuses the program because it does not fit.
 
     Args:
       config: config of the run.
       source: its data set, or a stand-in of its size.
-      found: devices to compile for.
+      target_devices: devices, of this machine or described by a topology, to compile for.
       title: name of these devices.
       efficiency: share of the peaks of arithmetic and memory that a step reaches.
-      peaks: devices.Device. None: that of `found`.
+      peaks: peaks of a device. None: those of `target_devices`.
     """
-    peaks = peaks or devices.peaks(found)
-    parts = assembly.make(without_evals(config), source, found)
-    batch = config.data.batch_size
-    image = parts.spec.get('image')
-    result = {
-        'config': {'model': report.model_name(config),
-                   'image_size': None if image is None else list(image.shape[:2]),
-                   'batch_size': batch, 'accumulate': config.accumulate,
-                   'dtype': config.model.get('dtype'), 'remat': config.model.get('remat'),
-                   'optimizer': config.optim.name},
-        'topology': title, 'devices': len(found), 'kind': found[0].device_kind,
-        'mesh': dict(parts.mesh.shape), 'peaks': peaks._asdict(),
-        'parameters': sum(count for _, _, count, *_ in parts.tx.table),
-        'forward_flops': parts.objective.flops,
-        'steps': parts.steps, 'images': parts.steps * batch, 'notes': [],
-        'memory': {'parameters': bytes_a_device(parts.abstract.params),
-                   'state': bytes_a_device(parts.abstract), 'available': peaks.usable},
-    }  # fmt: skip
+    peaks = peaks or devices.peaks(target_devices)
+    parts = assembly.make(without_evals(config), source, target_devices)
+    result = summary(config, parts, target_devices, title, peaks)
     memory = result['memory']
     try:
         executable = compiled(config, parts)
@@ -181,29 +117,61 @@ def plan(config, source, found, title, *, efficiency, peaks=None):
         memory |= {'available': e.available, 'needed': max(e.needed, memory['state']),
                    'activations': e.needed, 'fits': False}  # fmt: skip
         return result
-    stats = executable.memory_analysis()
-    memory['batch'] = stats.argument_size_in_bytes - memory['state']
-    memory['activations'] = stats.temp_size_in_bytes
-    memory['code'] = stats.generated_code_size_in_bytes
-    memory['needed'] = stats.argument_size_in_bytes + stats.temp_size_in_bytes + memory['code'] + (
-        stats.output_size_in_bytes - stats.alias_size_in_bytes
-    )
+    memory |= memory_use(executable, memory['state'])
     memory['fits'] = memory['needed'] <= memory['available']
+    count, batch = len(target_devices), config.data.batch_size
     program = hlo.read(executable.as_text())
     forward = parts.objective.flops
-    expected = program.flops if forward is None else 3 * forward * batch / len(found)
-    result |= work(program, len(found), batch, expected)
+    expected = program.flops if forward is None else 3 * forward * batch / count
+    result |= work(program, count, batch, expected)
     result['notes'] += remarks(program, expected)
     result |= times(program, list(parts.mesh.devices.flat), peaks, efficiency)
     rate = batch / result['seconds']['step']
     days = parts.steps * result['seconds']['step'] / 86_400
-    result |= {'images_per_second': rate, 'days': days,
-               'core_days': days * len(found) * peaks.cores}  # fmt: skip
+    result |= {'images_per_second': rate, 'days': days, 'core_days': days * count * peaks.cores}
     return result
 
 
-def work(program, count, batch, expected):
-    """Work of a step per image and per device, and its collectives by kind."""
+def summary(
+    config: ConfigDict, parts: assembly.Parts, target_devices: Sequence[Any], title: str,
+    peaks: devices.Device,
+) -> dict[str, Any]:  # fmt: skip
+    """The part of a plan that is known before the step is compiled."""
+    batch, image = config.data.batch_size, parts.spec.get('image')
+    return {
+        'config': {'model': report.model_name(config),
+                   'image_size': None if image is None else list(image.shape[:2]),
+                   'batch_size': batch, 'accumulate': config.accumulate,
+                   'dtype': config.model.get('dtype'), 'remat': config.model.get('remat'),
+                   'optimizer': config.optim.name},
+        'topology': title, 'devices': len(target_devices), 'kind': target_devices[0].device_kind,
+        'mesh': dict(parts.mesh.shape), 'peaks': peaks._asdict(),
+        'parameters': sum(count for _, _, count, *_ in parts.tx.table),
+        'forward_flops': parts.objective.flops,
+        'steps': parts.steps, 'images': parts.steps * batch, 'notes': [],
+        'memory': {'parameters': bytes_per_device(parts.abstract.params),
+                   'state': bytes_per_device(parts.abstract), 'available': peaks.usable},
+    }  # fmt: skip
+
+
+def memory_use(executable: jax.stages.Compiled, state: int) -> dict[str, int]:
+    """Bytes per device of a compiled step's inputs beside the state, temporaries, code, and all."""
+    stats = executable.memory_analysis()
+    code = stats.generated_code_size_in_bytes
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return {
+        'batch': stats.argument_size_in_bytes - state,
+        'activations': stats.temp_size_in_bytes,
+        'code': code,
+        'needed': stats.argument_size_in_bytes + stats.temp_size_in_bytes + code + outputs,
+    }
+
+
+def work(program: hlo.Program, count: int, batch: int, expected: float) -> dict[str, Any]:
+    """Work of a step per image and per device, and its collectives by kind.
+
+    `count` is the number of devices, `expected` the FLOPs of the model per device.
+    """
     kinds = {}
     for c in program.collectives:
         row = kinds.setdefault(c.kind, {'times': 0, 'bytes': 0, 'sent': 0.0})
@@ -218,30 +186,35 @@ def work(program, count, batch, expected):
     }  # fmt: skip
 
 
-def remarks(program, expected):
-    """Notes on what can't be read from the compiled program."""
+def remarks(program: hlo.Program, expected: float) -> list[str]:
+    """Notes on work that the text of the compiled program does not tell."""
     notes = [
-        f'custom call {target} runs {times} times a step; its arithmetic is not counted, its '
-        'operands and results are'
+        f'custom call {target} runs {times} times per step; its FLOPs are unknown and not counted, '
+        'its operands and results are'
         for target, times in program.uncounted.items()
     ]
     notes += [
-        f'loop {name}: its text does not tell how often it runs; counted once'
+        f'loop {name} has an unknown number of iterations; it is counted once'
         for name, count in program.loops.items() if count is None
     ]  # fmt: skip
     if program.flops < 0.9 * expected:
         notes.append(
-            f'the program has {program.flops / expected:.0%} of three forward passes of the '
-            'model: frozen parts, or work that is not in its text'
+            f'the program has {program.flops / expected:.0%} of the FLOPs of three forward passes '
+            'of the model: some parameters are frozen, or its text does not show all work'
         )
     return notes
 
 
-def times(program, found, peaks, efficiency):
-    """Seconds of a step by resource, and of its communication by kind."""
+def times(
+    program: hlo.Program, mesh_devices: Sequence[Any], peaks: devices.Device, efficiency: float
+) -> dict[str, Any]:
+    """Seconds of a step by resource, and of its communication by kind.
+
+    `mesh_devices` are in the order of the mesh.
+    """
     kinds, exposed = {}, 0.0
     for c in program.collectives:
-        seconds = c.times * interconnect.exchange_seconds(c, found, peaks)
+        seconds = c.times * interconnect.exchange_seconds(c, mesh_devices, peaks)
         kinds[c.kind] = kinds.get(c.kind, 0.0) + seconds
         exposed += 0 if c.hidden else seconds
     bounds = {
@@ -260,7 +233,7 @@ def times(program, found, peaks, efficiency):
     return {'seconds': seconds, 'bound': bound, 'exchange_seconds': kinds}
 
 
-def size(count):
+def size(count: float) -> str:
     """Formats bytes in a suitable unit."""
     for unit, factor in (('GiB', 2**30), ('MiB', 2**20), ('KiB', 2**10)):
         if abs(count) >= factor:
@@ -268,6 +241,7 @@ def size(count):
     return f'{count:,.0f} B'
 
 
-def verdict(memory):
+def verdict(memory: dict[str, Any]) -> str:
+    """Whether a run fits, with the bytes that a device needs and has, from the plan's `memory`."""
     word = 'fits' if memory['fits'] else 'does not fit'
     return f'{word}, {size(memory["needed"])} of {size(memory["available"])}'

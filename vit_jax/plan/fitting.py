@@ -1,7 +1,13 @@
 """Searches for settings with which a run fits into memory, by compiling it."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
 from vit_jax import assembly
 from vit_jax import config as configs
+from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.plan import estimate
 
@@ -10,27 +16,33 @@ from vit_jax.plan import estimate
 REMAT = {'none': 0.0, 'dots_with_no_batch_dims_saveable': 0.12, 'full': 1 / 3}
 
 
-def seconds_more(config, plan, policy, fsdp, accumulate):
-    """Approximate extra time of a step: weight gathers, recomputation, accumulated gradients."""
+def extra_seconds(
+    config: ConfigDict, plan: Mapping[str, Any], policy: str | None, fsdp: int, accumulate: int
+) -> float:
+    """Approximate extra time of a step: weight gathers, recomputation, accumulated gradients.
+
+    `plan` is that of `config` unchanged; `policy`, `fsdp` and `accumulate` are the changed settings
+    model.remat, mesh.fsdp and accumulate.
+    """
     peaks, count = plan['peaks'], plan['parameters']
     flops = 3 * (plan['forward_flops'] or 0) * config.data.batch_size / plan['devices']
     links = 1 if fsdp < 4 else 2
     gathers = accumulate * 3 * 2 * count * (fsdp - 1) / fsdp / (links * peaks['link'])
-    again = REMAT.get(policy, 0) * flops / peaks['flops']
-    kept = (accumulate - 1) * 8 * count / fsdp / peaks['bandwidth']
-    return gathers + 2 * again + kept
+    recomputation = REMAT.get(policy, 0) * flops / peaks['flops']
+    accumulation = (accumulate - 1) * 8 * count / fsdp / peaks['bandwidth']
+    return gathers + 2 * recomputation + accumulation
 
 
-def candidates(config, plan):
+def candidates(config: ConfigDict, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Changes of settings that reduce memory, cheapest first: [{'mesh.fsdp': 8, ...}]."""
     rows = []
-    own, degree, parts = config.model.get('remat'), config.mesh.fsdp, config.accumulate
-    policies = [None] if own is None else [p for p in REMAT if REMAT[p] >= REMAT[own]]
+    remat, degree, parts = config.model.get('remat'), config.mesh.fsdp, config.accumulate
+    policies = [None] if remat is None else [p for p in REMAT if REMAT[p] >= REMAT[remat]]
     for policy in policies:
         for fsdp in (degree * 2**k for k in range(11)):
             for accumulate in (parts * 2**k for k in range(6)):
                 changes = {}
-                if policy != own:
+                if policy != remat:
                     changes['model.remat'] = policy
                 if fsdp > degree:
                     changes |= {'mesh.data': -1} if config.mesh.data != -1 else {}
@@ -38,24 +50,34 @@ def candidates(config, plan):
                 if accumulate > parts:
                     changes['accumulate'] = accumulate
                 if changes and fsdp * config.mesh.tensor <= plan['devices']:
-                    cost = seconds_more(config, plan, policy, fsdp, accumulate)
+                    cost = extra_seconds(config, plan, policy, fsdp, accumulate)
                     rows.append((cost, len(rows), changes))
     return [changes for *_, changes in sorted(rows, key=lambda row: row[:2])]
 
 
-def with_changes(config, changes):
+def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with changes {dotted key: value}; raises UserError for an invalid one."""
     return configs.override(config.to_dict(), [(k, str(v)) for k, v in changes.items()], config)
 
 
-def as_flags(changes):
+def as_flags(changes: Mapping[str, Any]) -> str:
+    """Changes {dotted key: value} as flags of the command line."""
     return ' '.join(f'--config.{key}={value}' for key, value in changes.items())
 
 
-def fit(config, source, found, title, first, say, **options):
-    """Returns (changes that fit, their plan), or (None, None); reports each trial to `say`.
+def fit(
+    config: ConfigDict, source: sources.Source, target_devices: Sequence[Any], title: str,
+    first: Mapping[str, Any], log: Callable[[str], None], **options: Any,
+) -> tuple[dict[str, Any], dict[str, Any]] | tuple[None, None]:  # fmt: skip
+    """Returns (changes that fit, their plan), or (None, None); `options` are of `estimate.plan`.
 
-    `first` is the plan without changes. Candidates that can't fit are not compiled: those whose
-    state exceeds the memory, or whose activations would have to shrink more than the micro-batch.
+    Candidates that cannot fit are not compiled: those whose state exceeds the memory, or whose
+    activations would have to shrink more than the micro-batch.
+
+    Args:
+      config, source, target_devices, title: as in `estimate.plan`.
+      first: the plan without changes.
+      log: receives a line about each candidate that is compiled.
     """
     memory = first['memory']
     available = memory['available']
@@ -63,17 +85,17 @@ def fit(config, source, found, title, first, say, **options):
     for changes in candidates(config, first):
         try:
             changed = with_changes(config, changes)
-            parts = assembly.make(estimate.without_evals(changed), source, found)
+            parts = assembly.make(estimate.without_evals(changed), source, target_devices)
         except UserError:
             continue  # a mesh or micro-batch that does not divide evenly
         policy = changed.model.get('remat')
-        least = estimate.bytes_a_device(parts.abstract)
-        least += 0.7 * activations.get(policy, 0) / changed.accumulate
-        if least > available:
+        minimum = estimate.bytes_per_device(parts.abstract)
+        minimum += 0.7 * activations.get(policy, 0) / changed.accumulate
+        if minimum > available:
             continue
-        result = estimate.plan(changed, source, found, title, **options)
+        result = estimate.plan(changed, source, target_devices, title, **options)
         memory = result['memory']
-        say(f'tried {as_flags(changes)}: ' + estimate.verdict(memory))
+        log(f'tried {as_flags(changes)}: ' + estimate.verdict(memory))
         if memory['fits']:
             return changes, result
         activations[policy] = memory['activations'] * changed.accumulate

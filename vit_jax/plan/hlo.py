@@ -30,9 +30,9 @@ def trips(
     loop: Instruction, computation: Computation, computations: dict[str, Computation]
 ) -> int | None:
     """Number of iterations of a while loop; None if its text does not tell."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if known:
-        return int(known[1])
+    count = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if count:
+        return int(count[1])
     condition = computations[loop.attribute('condition')]
     test = root(condition)
     direction = test.attribute('direction')
@@ -68,7 +68,7 @@ def trips(
 class Reader:
     """Walks a program from its entry computation and sums up its work."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str) -> None:
         self.computations, entry = parsed(text)
         self.partitions = re.search(r'num_partitions=(\d+)', text[:100_000])
         self.partitions = int(self.partitions[1]) if self.partitions else 1
@@ -156,7 +156,7 @@ class Reader:
         elif kind == 'reduce-scatter':
             shapes = [s for o in i.operands for s in computation[o].shapes[:1]]
         title = re.search(r'op_name="([^"]*)"', i.attributes)
-        found = Collective(
+        collective = Collective(
             kind, sum(s.bytes for s in shapes), tuple(s.dims for s in i.shapes), size, members,
             times, depth, hidden or i.opcode.endswith('-start'), title[1] if title else '',
         )  # fmt: skip
@@ -168,9 +168,9 @@ class Reader:
             if begins or channel not in self.begun:
                 begun_before = self.begun.get(channel, (None, False))[1]
                 if not begun_before:
-                    self.begun[channel] = found._replace(hidden=True), begins
+                    self.begun[channel] = collective._replace(hidden=True), begins
         else:
-            self.collectives.append(found)
+            self.collectives.append(collective)
 
 
 def read(text: str) -> Program:

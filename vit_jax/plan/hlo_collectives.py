@@ -35,20 +35,20 @@ class Collective(NamedTuple):
 
 def groups(attributes: str, partitions: int) -> tuple[int, tuple[int, ...]]:
     """(number of devices in a group, members of the first group) of a collective."""
-    if found := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
-        members = tuple(int(x) for x in found[1].split(',') if x)
-    elif found := re.search(
+    if match := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
+        members = tuple(int(x) for x in match[1].split(',') if x)
+    elif match := re.search(
         r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes
     ):
         shape, dims, order = (
-            [int(x) for x in part.split(',')] if part else None for part in found.groups()
+            [int(x) for x in part.split(',')] if part else None for part in match.groups()
         )
         ids = np.arange(math.prod(dims)).reshape(dims)
         members = tuple(ids.transpose(order).reshape(shape)[0].tolist())
-    elif found := re.search(r'replica_groups=mesh\[([^]]*)\][^{]*\{([^}]*)\}', attributes):
-        return mesh_groups(*found.groups())
-    elif found := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', attributes):
-        return 2, (int(found[1]), int(found[2]))
+    elif match := re.search(r'replica_groups=mesh\[([^]]*)\][^{]*\{([^}]*)\}', attributes):
+        return mesh_groups(*match.groups())
+    elif match := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', attributes):
+        return 2, (int(match[1]), int(match[2]))
     else:
         members = ()
     members = members or tuple(range(partitions))

@@ -53,7 +53,7 @@ def bits(dtype: str) -> int:
 
 def shapes_of(text: str) -> tuple[Shape, ...]:
     """The Shapes of a type, 'bf16[8,128]{1,0:T(8,128)(2,1)S(1)}' or a tuple of such."""
-    found = []
+    shapes = []
     for dtype, dims, layout in re.findall(r'([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?', text):
         dims = tuple(int(d.lstrip('<=')) for d in dims.split(',') if d)
         space = re.search(r'S\((\d+)\)', layout)
@@ -64,8 +64,8 @@ def shapes_of(text: str) -> tuple[Shape, ...]:
             sizes = [int(s) for s in tile[1].split(',')]
             for axis, size in zip(order, reversed(sizes), strict=False):
                 padded[axis] = -(-dims[axis] // size) * size
-        found.append(Shape(dtype, dims, tuple(padded), int(space[1]) if space else 0))
-    return tuple(found)
+        shapes.append(Shape(dtype, dims, tuple(padded), int(space[1]) if space else 0))
+    return tuple(shapes)
 
 
 def closing(text: str, start: int) -> int:
@@ -103,9 +103,9 @@ def parsed(text: str) -> tuple[dict[str, Computation], str]:
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
         elif current is not None:
-            found = instruction(line)
-            if found:
-                current[found.name] = found
+            parsed_line = instruction(line)
+            if parsed_line:
+                current[parsed_line.name] = parsed_line
     if entry is None:
         raise ValueError('no program with an entry computation in this text')
     return computations, entry
@@ -118,9 +118,9 @@ def root(computation: Computation) -> Instruction:
 
 def constant(computation: Computation, name: str) -> int | None:
     """The constant integer value of an instruction, seen through copies; None if unknown."""
-    found = computation.get(name)
-    while found and found.opcode in ('copy', 'bitcast', 'convert', 'copy-start', 'copy-done'):
-        found = computation.get(found.operands[0])
-    if found and found.opcode == 'constant' and re.fullmatch(r'-?\d+', found.inside):
-        return int(found.inside)
+    source = computation.get(name)
+    while source and source.opcode in ('copy', 'bitcast', 'convert', 'copy-start', 'copy-done'):
+        source = computation.get(source.operands[0])
+    if source and source.opcode == 'constant' and re.fullmatch(r'-?\d+', source.inside):
+        return int(source.inside)
     return None

@@ -1,17 +1,17 @@
 """Describes a run by its config alone, without its data, checkpoint and devices (--dry_run)."""
 
 import jax
+from ml_collections import ConfigDict
 
 from vit_jax import assembly
-from vit_jax import config as configs
-from vit_jax.data import mixture
+from vit_jax.data import mixture, sources
 from vit_jax.errors import UserError
 from vit_jax.io.text import flop, printable
-from vit_jax.plan import estimate
+from vit_jax.plan import data_sets, estimate
 from vit_jax.run import report
 
 
-def of(config, path):
+def describe(config: ConfigDict, path: object) -> str:
     """Describes model, data, length and cost of a run in the folder `path`; raises UserError.
 
     Data that is absent has its published size, if that is known; what depends on absent data or an
@@ -20,17 +20,17 @@ def of(config, path):
     """
     title = printable(mixture.title(config.data.source))
     try:
-        source, note = estimate.data_set(config.data.source)
+        source, note = data_sets.load(config.data.source)
         data = f'{note or title}: {len(source):,} images, {len(source.classes):,} classes'
     except UserError as e:
         source, data = None, f'{title}: unknown ({str(e).partition("; state its size")[0]})'
-    parts = None if unknown(config) else made(config, source)
+    parts = None if is_model_unknown(config) else make_parts(config, source)
     lines = [
         f'workdir  {path}',
-        f'model    {model(config, parts, source)}',
+        f'model    {model_text(config, parts, source)}',
         f'data     {data}',
-        f'length   {length(config, parts, source)}',
-        f'begins   from {config.init_from or "random parameters"}',
+        f'length   {length_text(config, parts, source)}',
+        f'starts   from {config.init_from or "random parameters"}',
         f'evals    {", ".join(config.evals) or "none"}',
     ]
     for row in config.expected:
@@ -40,38 +40,42 @@ def of(config, path):
     return '\n'.join(lines)
 
 
-def unknown(config):
-    """Whether the model is determined by a checkpoint that can't be read."""
+def is_model_unknown(config: ConfigDict) -> bool:
+    """Whether the model is determined by a checkpoint that cannot be read."""
     return config.model.get('name') is None and config.init_from is not None
 
 
-def made(config, source):
-    """The run's parts on one device, without evaluations; `source` None: data of unknown size."""
-    plain = configs.ConfigDict(estimate.without_evals(config).to_dict())
-    plain.mesh = configs.ConfigDict(dict(data=1, fsdp=1, tensor=1))
+def make_parts(config: ConfigDict, source: sources.Source | None) -> assembly.Parts:
+    """Makes the run's parts on one device, without evaluations; a `source` of None is unknown."""
+    plain = estimate.without_evals(config)
+    plain.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))
     if source is None:
         plain.steps = plain.steps or 2**31 - 1
         classes = plain.model.num_classes or 1
-        source = estimate.stated(plain.data.batch_size, classes)
+        source = data_sets.stand_in(plain.data.batch_size, classes)
     return assembly.make(plain, source, jax.devices()[:1])
 
 
-def model(config, parts, source):
+def model_text(
+    config: ConfigDict, parts: assembly.Parts | None, source: sources.Source | None
+) -> str:
     """Name and size of the model, without the head if the number of classes is unknown."""
     if parts is None:
         return f'unknown, as {printable(config.init_from)} cannot be read'
-    known = source is not None or config.model.num_classes
+    with_head = source is not None or config.model.num_classes
     leaves = [(name, count) for name, _, count, *_ in parts.tx.table]
-    count = sum(count for name, count in leaves if known or 'head/' not in f'/{name}')
+    count = sum(count for name, count in leaves if with_head or 'head/' not in f'/{name}')
     name = report.model_name(config)
-    text = f'{name}: {count:,} parameters{"" if known else " without the head"}'
+    text = f'{name}: {count:,} parameters{"" if with_head else " without the head"}'
     if parts.objective.flops is None:
         return text
     height, width = parts.spec['image'].shape[:2]
     return f'{text}, {flop(parts.objective.flops)} an image forward at {height} x {width}'
 
 
-def length(config, parts, source):
+def length_text(
+    config: ConfigDict, parts: assembly.Parts | None, source: sources.Source | None
+) -> str:
     """Steps, epochs and compute of the run, as far as data and model are known."""
     if source is None:
         steps = f'{config.steps:,} steps' if config.steps else f'{config.epochs:g} epochs'

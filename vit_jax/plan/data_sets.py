@@ -1,0 +1,68 @@
+"""Data sets to plan with: the one that a config names, or a stand-in of its size."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from vit_jax.data import mixture, sources
+from vit_jax.data.readers import splits, vtab
+from vit_jax.errors import UserError
+
+# Examples of the training split and classes, for plans without the data. Sources: arXiv:2010.11929
+# section 4.1 (ImageNet, JFT-300M), arXiv:2106.04560 section 3.1 (JFT-3B; its "nearly 3 billion" in
+# round numbers), tensorflow.org/datasets/catalog (the others).
+SIZES = {
+    'imagenet2012': (1_281_167, 1000), 'imagenet21k': (14_197_122, 21_843),
+    'jft_300m': (303_000_000, 18_291), 'jft_3b': (3_000_000_000, 29_593),
+    'cifar10': (50_000, 10), 'cifar100': (50_000, 100), 'oxford_iiit_pet': (3_680, 37),
+    'oxford_flowers102': (1_020, 102), 'places365_small': (1_803_460, 365),
+}  # fmt: skip
+VTAB_1K = {'train800': 800, 'val200': 200, 'train800val200': 1000}  # examples per split
+
+
+class Placeholder(NamedTuple):
+    """Records of a data set of which only the size is known."""
+
+    length: int
+    max_labels: int = 1
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def load(
+    settings: Mapping | ConfigDict, examples: int | None = None, classes: int | None = None
+) -> tuple[sources.Source, str | None]:
+    """(the data set of a config's section `data.source`, or a stand-in; a note on the stand-in).
+
+    `examples` and `classes` override the size. Raises UserError if it is unknown.
+    """
+    if examples is None and classes is None:
+        try:
+            return mixture.load(**settings), None
+        except (UserError, OSError) as e:
+            reason = str(e).partition('; ')[0].partition(' Did you')[0]
+    else:
+        reason = 'its size is given'
+    name = mixture.title(settings)
+    split = settings.get('split', 'train')
+    published = SIZES.get(name.partition('/')[0].partition(':')[0], (None, None))
+    part, low, high = splits.parse(split)
+    if examples is None and published[0] and part in ('train', 'full'):
+        examples = round(published[0] * (high - low) / 100)
+    classes = classes or published[1]
+    if name.startswith('vtab:'):
+        examples, classes = examples or VTAB_1K[split], classes or vtab.task(name).classes
+    if not examples or not classes:
+        raise UserError(
+            f'{reason}; state its size with --examples and --classes, or use one of '
+            + ', '.join(SIZES)
+        )
+    note = f'{name}: {reason}; assumed to have {examples:,} examples and {classes:,} classes'
+    return stand_in(examples, classes), note
+
+
+def stand_in(examples: int, classes: int) -> sources.Source:
+    """A data set of that size without any data."""
+    return sources.Source(Placeholder(examples), tuple(map(str, range(classes))))
