@@ -1,19 +1,19 @@
-"""What checkpoints cost: python -m benchmarks.checkpoint [--models vit-b/16,vit-l/16].
+"""Times saving and restoring checkpoints: python -m benchmarks.checkpoint [--models vit-b/16].
 
-For the state of AdamW in float32 of each model, in a process of its own, alone and beside as many
-busy processes as there are cores; medians of --rounds, a JSON line each and, on stderr, a sentence:
+For each model: the float32 state of AdamW, in a process of its own, alone and beside as many busy
+processes as there are cores. Prints medians of --rounds as a JSON line, and a sentence on stderr:
 
-    held_ms      how long `Checkpoints.save` holds the loop; the write before it has ended
+    held_ms      time that `Checkpoints.save` blocks the training loop, after the previous write
     copy_ms      a plain copy of the same arrays from the device to the host
-    step_ms      a step that changes every array in place, alone,
-    after_ms     and as the first one behind a save: on the CPU, where the host's copy is the array
-                 itself, that step takes new memory, and waits until the fingerprints are computed
+    step_ms      a step that changes every array in place
+    after_ms     the same, as the first step after a save: on the CPU, where the host's copy is the
+                 array itself, it allocates new memory and waits until fingerprints are computed
     write_gb_s   bytes of the state by the seconds from the call to the end of the write
     read_gb_s    the same of `Checkpoints.restore`, fingerprints compared, file in the page cache
-    exit_ms      a save, as at a SIGTERM, right behind another one, until all is written
+    exit_ms      a save directly after another one, as at a SIGTERM, until all is written
 
-then, from 8 simulated devices (fsdp=8), read_gb_s onto 8, 4, 2 and 1 of them. The folder is a
-temporary one below --folder.
+Then, for a state saved from 8 simulated devices (fsdp=8), read_gb_s onto 8, 4, 2 and 1 of them.
+Writes to a temporary folder below --folder.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from vit_jax.run.checkpoint import Checkpoints
 
 MODELS = flags.DEFINE_list('models', 'vit-b/16,vit-l/16', 'Models by name.')
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Saves and reads of each state.')
-FOLDER = flags.DEFINE_string('folder', None, 'Where to write; else the folder for temporary files.')
-ONE = flags.DEFINE_string('one', None, 'saves or devices: of one model, in this process.')
+FOLDER = flags.DEFINE_string('folder', None, 'Folder to write to. Default: for temporary files.')
+ONE = flags.DEFINE_string('one', None, 'Internal: saves or devices, for one model in this process.')
 IMAGE = (224, 224, 3)
 RATES = ('write', 'read')
 
@@ -65,7 +65,7 @@ def noise(abstract):
 
 @jax.jit(donate_argnums=0)
 def advance(state):
-    """Stands for a step: every array changes, in its own memory."""
+    """A stand-in for a step: changes every array in place."""
     return jax.tree.map(lambda x: x + jnp.ones_like(x), state)
 
 
@@ -75,7 +75,7 @@ def copied(x):
 
 
 def seconds(work):
-    """(seconds that `work` takes, what it returns)."""
+    """Calls `work`; (seconds that it takes, its result)."""
     began = time.perf_counter()
     result = work()
     return time.perf_counter() - began, result
@@ -126,7 +126,7 @@ def measure_saves(name, folder):
 
 
 def measure_devices(name, folder):
-    """{devices: GB/s} of restoring what eight have saved."""
+    """GB/s of restoring onto 8, 4, 2 and 1 devices a state that eight have saved."""
     state = noise(abstract_state(name, jax.devices(), fsdp=8))
     size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e9
     found = {}
@@ -143,7 +143,7 @@ def measure_devices(name, folder):
 
 @contextlib.contextmanager
 def busy(count):
-    """Keeps so many processes busy."""
+    """Keeps `count` processes busy."""
     processes = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(count)]
     try:
         yield
@@ -154,7 +154,7 @@ def busy(count):
 
 
 def in_new_process(which, model):
-    """The JSON object that a process of its own prints."""
+    """Measures in a new process; the JSON object that it prints."""
     environment = os.environ | {'XLA_FLAGS': ''}
     if which == 'devices':
         environment['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
@@ -184,8 +184,8 @@ def main(argv):
                 row = in_new_process('saves', model)
             say(dict(model=model, busy=count, **row))
             print(
-                f'{model}, {row["gigabytes"]} GB beside {count} busy processes: the loop is held '
-                f'for {row["held_ms"]:.0f} ms, {row["held_by_copy"]} of a copy; written at '
+                f'{model}, {row["gigabytes"]} GB beside {count} busy processes: the loop is '
+                f'blocked for {row["held_ms"]:.0f} ms, {row["held_by_copy"]} of a copy; written at '
                 f'{row["write_gb_s"]} GB/s, read at {row["read_gb_s"]} GB/s', file=sys.stderr,
             )  # fmt: skip
         say(dict(model=model, **in_new_process('devices', model)))

@@ -1,17 +1,17 @@
-"""An exported file beside the package itself: python -m benchmarks.export --model vit-s/16.
+"""Compares an exported file with the package itself: python -m benchmarks.export --model vit-s/16.
 
-Exports a model of random weights; a new process then serves the file, with nothing but JAX, and
-this one has the model and its parameters. They take turns, --rounds times for each batch, while the
-other waits. Both get images of the model's size and make probabilities of them, numpy to numpy; the
-file has the view in it, here resize, which leaves such images as they are. A JSON line a model:
+Exports a model of random weights. A new process serves the file, with JAX alone, and this one the
+model and its parameters. They take --rounds turns for each batch, while the other waits. Both
+compute probabilities of images of the model's size, numpy to numpy. The file contains the view,
+here resize, which does not change such images. Prints a JSON line per model:
 
     file_mb, weights_mb   of the file, and of the float32 weights in it
     export_s          from parameters to the bytes of the file
-    load_s            file to function
-    first_s, own_first_s   the first image: compiled, and its result
-    by_batch          of each batch: ms and images_per_s of the file, own_ms and own_images_per_s,
+    load_s            from the file to a function
+    first_s, own_first_s   the first image, compilation included
+    by_batch          for each batch: ms and images_per_s of the file, own_ms and own_images_per_s,
                       and `slower`, seconds of the file by those of the package in the same turn
-    difference        the largest of a probability, in all batches
+    difference        largest difference of a probability, over all batches
 """
 
 import json
@@ -33,9 +33,9 @@ MODEL = flags.DEFINE_list('model', 'vit-ti/16,vit-s/16', 'Models by name.')
 BATCH = flags.DEFINE_list('batch', '1,8,32', 'Images at a time.')
 SIZE = flags.DEFINE_integer('image_size', 224, 'Pixels of a side.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
-ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns of each, for each batch.')
-SECONDS = flags.DEFINE_float('seconds', 1.0, 'Of a turn; one call at least.')
-PLATFORMS = flags.DEFINE_list('platforms', list(export.PLATFORMS), 'That the file is for.')
+ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns of each contender, for each batch.')
+SECONDS = flags.DEFINE_float('seconds', 1.0, 'Length of a turn; at least one call.')
+PLATFORMS = flags.DEFINE_list('platforms', list(export.PLATFORMS), 'Platforms of the file.')
 
 # A line on stdin is a batch and the seconds of a turn; the answer is the seconds of a call.
 SERVE = """
@@ -64,7 +64,7 @@ for line in sys.stdin:
 
 
 def noisy(model, size):
-    """Parameters that are nowhere zero, so that images are told apart."""
+    """Random parameters without zeros, so that outputs depend on the images."""
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
     rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def turn(call, images, seconds):
 
 
 def compare(model, params, path, folder):
-    """Figures of the file and of the package, in turn."""
+    """Measures the file and the package in turn; their figures."""
 
     @jax.jit
     def own(params, images):

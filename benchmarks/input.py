@@ -1,22 +1,21 @@
 """Images per second of the input pipeline: python -m benchmarks.input, or with --config FILE.
 
-Makes, once, 1,024 JPEGs of ImageNet's shape from scikit-learn's two photographs (mean 500 x 375
+Creates, once, 1,024 JPEGs of ImageNet's shape from scikit-learn's two photographs (mean 500 x 375
 pixels and about 110 KB, 2% progressive, 15% with full-resolution colours, 8 very large), as
 ArrayRecord and as TFRecord, and measures inception crop to 224 with flip, end to end to batches of
 uint8 in host memory, on one core and on all. Each measurement is a process of its own, pinned to
-its cores; contenders take turns; medians of the rounds, a JSON line each. `ratio` is that to
-tf.data on as many cores, round by round. Ours shuffles 1,281,167 examples: the files repeated.
+its cores; contenders take turns. Prints a JSON line each: medians over the rounds; `ratio` is to
+tf.data on as many cores in the same round. Ours shuffles 1,281,167 examples: the files repeated.
 
 - ours: through Grain, with antialias=False, which is what tf.data computes, and with our default;
   threads and worker processes as by default, threads alone, or a process a core; and with
   RandAugment on top
 - tf.data: decode_and_crop_jpeg, bilinear, flip, batch (pip install "vit_jax[tf]")
 - decoder: our JPEG decoder alone on the same windows, files in memory, one thread a core
-- whole: it on whole images; pillow: Pillow on whole images
+- whole: the same on whole images; pillow: Pillow on whole images
 
-With --config FILE[:ARG] it measures that recipe's own pipeline, without a model, and says how many
-cores like these an accelerator of a given speed needs. Any setting can be changed, as
---config.data.workers=8.
+With --config FILE[:ARG] measures that recipe's pipeline, without a model, and prints how many such
+cores an accelerator of a given speed needs. --config.KEY=VALUE changes a setting.
 """
 
 import io
@@ -37,14 +36,14 @@ from vit_jax.errors import UserError
 from vit_jax.io import atomic
 
 CONFIG = flags.DEFINE_string('config', None, 'Experiment whose pipeline is to be measured.')
-FOLDER = flags.DEFINE_string('folder', 'runs/input', 'Where the images are made and kept.')
+FOLDER = flags.DEFINE_string('folder', 'runs/input', 'Folder of the images.')
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Measurements of each contender.', lower_bound=1)
 SECONDS = flags.DEFINE_float('seconds', 4.0, 'Length of a measurement, after a warm-up of half.')
 BATCH = flags.DEFINE_integer('batch_size', 64, 'Images in a batch.')
-ONLY = flags.DEFINE_list('only', None, 'Contenders to measure; all if not given.')
-CORES = flags.DEFINE_list('cores', None, 'Numbers of cores; 1 and all if not given.')
+ONLY = flags.DEFINE_list('only', None, 'Contenders to measure. Default: all.')
+CORES = flags.DEFINE_list('cores', None, 'Numbers of cores. Default: 1 and all.')
 RATES = flags.DEFINE_list('rates', '1000,3000,10000', 'With --config: images/s to be fed.')
-MEASURE = flags.DEFINE_string('measure', None, 'For processes that the benchmark starts itself.')
+MEASURE = flags.DEFINE_string('measure', None, 'Internal: the contender of this process.')
 
 IMAGES, SIZE, SEED = 1024, 224, 0
 VIEW = dict(name='inception', antialias=False)
@@ -87,7 +86,7 @@ def photographs(count):
 
 
 def make(folder):
-    """Writes the images as a prepared folder, where it is not there yet."""
+    """Writes the images as a prepared folder, unless it exists."""
     from vit_jax.data.readers import example, records
 
     if (folder / records.MANIFEST).exists():
@@ -108,7 +107,7 @@ def make(folder):
 
 
 def describe(folder):
-    """What the files are, as one JSON line."""
+    """Statistics of the files."""
     from PIL import Image
 
     files = [record['image'] for record in source_of(folder).records]
@@ -130,7 +129,7 @@ def source_of(folder):
 
 
 class Repeated:
-    """Records as many as ImageNet-1k has; picklable."""
+    """Repeats records to the length of ImageNet-1k; picklable."""
 
     def __init__(self, records):
         self.records = records
@@ -205,7 +204,7 @@ def measure_tf(folder, cores):
 
 
 def measure_decoder(folder, cores, which):
-    """One thread a core that decodes one file after another, with nothing else to do."""
+    """Images per second of a decoder alone, with one thread per core."""
     from PIL import Image
 
     from vit_jax.data import augment, images
@@ -251,7 +250,7 @@ def measure(name, folder, cores):
 
 
 def measured(name, cores, *arguments):
-    """Images per second of a contender, of a new process on as many cores."""
+    """Images per second of a contender, in a new process on `cores` cores."""
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     command = [
         sys.executable, '-m', 'benchmarks.input', f'--measure={name}', f'--folder={FOLDER.value}',
@@ -269,7 +268,7 @@ def measured(name, cores, *arguments):
 
 
 def summary(name, cores, rates, peers):
-    """A row: median, least and most images/s, of a core, and the median ratio to the peer."""
+    """A row: median, least and most images/s, images/s per core, median ratio to the peer."""
     row = dict(
         contender=name, cores=cores, images_per_s=round(statistics.median(rates)),
         least=round(min(rates)), most=round(max(rates)),

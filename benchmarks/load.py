@@ -1,10 +1,10 @@
 """Seconds and peak memory of loading a checkpoint: python -m benchmarks.load --model vit-b/16.
 
-Writes random weights in each format, loads each in a new process, several times in turn, and prints
-a JSON line for each format: the median seconds of `vit_jax.load` (file in the page cache) and the
-peak resident memory above that of the same with a checkpoint of a few hundred kilobytes, as a ratio
-to the file's size. The peer is numpy.load or safetensors' load_file of the same file, which read
-every array and make no model.
+Writes random weights in each format and loads each in new processes, in turn. Prints a JSON line
+per format: the median seconds of `vit_jax.load` (file in the page cache), and by how much its peak
+resident memory exceeds that of loading a checkpoint of a few hundred kilobytes, as a ratio to the
+file's size. The peer is numpy.load or safetensors' load_file of the same file, which read every
+array and make no model.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""What a step is compared with: a plain linen encoder, timm and transformers under torch.compile.
+"""Contenders of the benchmarks: a plain linen encoder, timm and transformers by torch.compile.
 
 Each of PEERS takes (name, size, batch, classes, train, dtype, fields) and gives (run, flops):
-run(n) makes n steps, or n forward passes, waits for the last one and returns nothing.
+run(n) makes n steps, or n forward passes, and waits for the last one.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def arrays(size, batch, classes):
 
 
 class Block(nn.Module):
-    """An encoder block as linen has the parts of it."""
+    """An encoder block of linen's own layers."""
 
     num_heads: int
     mlp_dim: int

@@ -1,4 +1,4 @@
-"""Plans at scale, and predictions beside what was measured: python -m benchmarks.plan WHAT.
+"""Plans at scale, and predictions beside measurements: python -m benchmarks.plan WHAT.
 
     table      the recipes of experiments/pretrain.py on slices of TPUs, as a Markdown table
     weak       B/16 with 128 images a chip, from 8 to 2,048 chips
@@ -6,7 +6,7 @@
     measure    this machine: predicted and measured seconds of a step, a JSON line for each model
 
 The first three run `python -m vit_jax.plan --json` once for each row, a minute or more each, and
-keep what it printed, beside its command, in docs/plans.json; --again runs them anew.
+save its output, by command, in docs/plans.json; --again repeats them.
 """
 
 import json
@@ -18,7 +18,7 @@ import time
 
 from absl import app, flags
 
-AGAIN = flags.DEFINE_bool('again', False, 'Compile also what docs/plans.json has.')
+AGAIN = flags.DEFINE_bool('again', False, 'Repeat plans that docs/plans.json has.')
 STEPS = flags.DEFINE_integer('steps', 7, 'measure: timed steps of each model.')
 KEPT = pathlib.Path('docs/plans.json')
 PRETRAIN = '--config=experiments/pretrain.py:'
@@ -45,7 +45,7 @@ PUBLISHED = {  # arXiv:2010.11929 table 2
 
 
 def planned(arguments):
-    """What the plan of these arguments says, from docs/plans.json or made now."""
+    """The plan of these arguments, from docs/plans.json or newly compiled."""
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     command = ' '.join(['python -m vit_jax.plan', *arguments])
     if AGAIN.value or command not in kept:
@@ -129,7 +129,7 @@ def published():
 
 
 def measure():
-    """Steps of small models, each on all of this machine, beside their plan."""
+    """Times steps of small models on all devices of this machine, beside their plans."""
     import jax
     import numpy as np
 

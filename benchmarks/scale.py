@@ -1,8 +1,8 @@
-"""Start-up of a very large data set: python -m benchmarks.scale.
+"""Times the start-up of a very large data set: python -m benchmarks.scale.
 
 Writes the manifest of 3 billion examples in 100,000 shards and draws the first batch of a run from
 step 0 and from step 10^8, in turn, each in a new process. Shuffle, index and pipeline are the real
-ones; in the place of the shards, which no disk here could hold, one image is read again and again.
+ones; instead of the shards, which would fill many disks, one image is read for every example.
 Prints a JSON line for each step: median seconds to read the manifest and to the first batch, and
 the process's peak memory above that of the same with 1,000 examples in one shard.
 """

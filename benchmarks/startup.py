@@ -1,8 +1,8 @@
-"""From the command to the first step: python -m benchmarks.startup --config FILE
+"""Times the command until the first step: python -m benchmarks.startup --config FILE
 
-One JSON line: seconds, medians of --rounds, from the start of the process until step 1 is done,
-with an empty cache of compiled programs (cold) and with what an earlier start has left there
-(warm), and of --help. --config.KEY=VALUE changes a setting.
+Prints a JSON line of medians over --rounds: seconds from the start of the process until step 1 is
+done, with an empty cache of compiled programs (cold) and with that of an earlier start (warm), and
+seconds of --help. --config.KEY=VALUE changes a setting.
 """
 
 import json
@@ -22,21 +22,21 @@ CONFIG = flags.DEFINE_string('config', 'experiments/digits.py', 'Experiment file
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Starts of each kind.')
 
 
-def seconds(command, wanted, environment):
-    """From the start of a process until it says `wanted`; then it is ended."""
+def seconds(command, start, environment):
+    """Seconds until a process prints a line that begins with `start`; then terminates it."""
     began = time.perf_counter()
     with subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
-        said = []
+        lines = []
         for line in process.stdout:
-            said.append(line)
-            if line.startswith(wanted):
+            lines.append(line)
+            if line.startswith(start):
                 taken = time.perf_counter() - began
                 process.terminate()
                 process.stdout.read()
                 return taken
-    raise RuntimeError(f'{command} has not said {wanted!r}: {"".join(said)}')
+    raise RuntimeError(f'{command} has not printed {start!r}: {"".join(lines)}')
 
 
 def main(argv, changes):

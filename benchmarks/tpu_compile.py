@@ -1,23 +1,23 @@
-"""The train step as the TPU's compiler sees it: python -m benchmarks.tpu_compile.
+"""Compiles the train step for TPUs and counts its work: python -m benchmarks.tpu_compile.
 
     python -m benchmarks.tpu_compile --model vit-b/16 --topology v4:2x2x1 --batch_per_chip 64
 
 Compiles the step ahead of time, with AdamW (first moment in bfloat16), clipping and weight decay,
-data parallel, in bfloat16, all blocks unrolled so that XLA's own count is whole, and prints a JSON
-line, figures of one chip:
+data parallel, in bfloat16, with unrolled blocks, which XLA counts in full. Prints a JSON line of
+figures per chip:
 
-    gflop        XLA's count, and what the kernels of this package state beside it
-    gb           bytes accessed: XLA's count, and all operands and results of the kernels, which XLA
-                 takes for nothing; `kernels_gb` is their part, `prefetch_gb` that of copies to and
-                 from memory on the chip, where XLA counts a slice with the whole array
-    traffic_gb   what crosses to and from the main memory alone, as `vit_jax.plan` counts
+    gflop        FLOPs as `vit_jax.plan` counts them, those that kernels state included
+    gb           bytes accessed: XLA's count, and all operands and results of kernels, for which XLA
+                 counts nothing. `kernels_gb` is the part of kernels, `prefetch_gb` that of copies
+                 to and from on-chip memory, where XLA counts the whole array for each slice
+    traffic_gb   bytes to and from main memory, as `vit_jax.plan` counts them
     temp_gb      temporaries
     compute_ms, memory_ms   at the peaks of the chip
     compiler_ms  the compiler's own estimate
 
-It needs libtpu (extra `plan`) and no TPU. --set FIELD=VALUE changes a field of the model. --peer
-compiles a plain linen encoder (peers.py) with the same optimizer beside it; `of_peer` is then the
-ratio of what the two access. --inference compiles the forward pass alone.
+Needs libtpu (extra `plan`) but no TPU. --set FIELD=VALUE changes a field of the model. --peer also
+compiles a plain linen encoder (peers.py) with the same optimizer; `of_peer` is the ratio of the
+bytes that the two access. --inference compiles the forward pass alone.
 """
 
 import json
@@ -34,17 +34,17 @@ from vit_jax.plan import hlo, hlo_traffic
 
 MODEL = flags.DEFINE_list('model', 'vit-b/16', 'Models by name.')
 TOPOLOGY = flags.DEFINE_list('topology', 'v4:2x2x1', 'v4:2x2x1, v5e:2x2, v6e:2x2, ...')
-BATCH = flags.DEFINE_integer('batch_per_chip', 64, 'Images a chip.')
+BATCH = flags.DEFINE_integer('batch_per_chip', 64, 'Images per chip.')
 IMAGE = flags.DEFINE_integer('image_size', 224, 'Pixels of a side.')
 CLASSES = flags.DEFINE_integer('classes', 1000, 'Classes.')
-PEER = flags.DEFINE_bool('peer', False, 'A plain linen encoder beside it.')
+PEER = flags.DEFINE_bool('peer', False, 'Compile a plain linen encoder, too.')
 SET = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE of the model, JSON or a word.')
-INFERENCE = flags.DEFINE_bool('inference', False, 'The forward pass in place of the step.')
+INFERENCE = flags.DEFINE_bool('inference', False, 'Compile the forward pass instead of the step.')
 KEEP = flags.DEFINE_string('keep', None, "Write the compiled program's text to this file.")
 
 
 def value(text):
-    """JSON, or else the word itself."""
+    """The text as JSON, or unchanged if it is not."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -52,7 +52,7 @@ def value(text):
 
 
 def lowered(model, peer, mesh):
-    """The step, or the forward pass, of the images of all chips, for the compiler."""
+    """Lowers the step, or the forward pass, of the images of all chips."""
     shape, size = (IMAGE.value, IMAGE.value, 3), BATCH.value * mesh.size
     objective = peers.classifier(model, shape)
     tx = optim.make(
@@ -78,21 +78,21 @@ def lowered(model, peer, mesh):
 
 
 def measure(name, topology, fields, peer=False):
-    """The figures of one model on one topology, or of its peer's."""
-    found, _ = topologies.get_devices(topology)
+    """The figures of one model, or of its peer, on one topology."""
+    target_devices, _ = topologies.get_devices(topology)
     model = models.build(name, num_classes=CLASSES.value, dtype='bfloat16', **fields)
     model = model.clone(unroll=fields.get('unroll', model.depth))
     if peer:
         model = peers.PlainVit(model)
     began = time.perf_counter()
-    executable = lowered(model, peer, sharding.make_mesh(found)).compile()
+    executable = lowered(model, peer, sharding.make_mesh(target_devices)).compile()
     seconds = time.perf_counter() - began
     text = executable.as_text()
     if KEEP.value:
         with open(KEEP.value, 'w') as file:
             file.write(text)
     cost, memory, peaks = (
-        executable.cost_analysis(), executable.memory_analysis(), devices.peaks(found)
+        executable.cost_analysis(), executable.memory_analysis(), devices.peaks(target_devices)
     )  # fmt: skip
     program = hlo.read(text)
     kernels = hlo_traffic.kernel_bytes(text)

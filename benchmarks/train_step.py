@@ -1,20 +1,20 @@
-"""The train step beside what a user would pick instead: python -m benchmarks.train_step.
+"""Compares the train step with that of other libraries: python -m benchmarks.train_step.
 
     python -m benchmarks.train_step --model vit-b/16 --batch 128 --peer timm,flax_mha
     python -m benchmarks.train_step --model vit-s/16 --batch 8 --dtype float32 --peer flax_mha,torch
 
-Each contender is a process of its own that stays; they take turns, --rounds times, each making
---steps steps at a time on the same batch of noise, while the others wait. The first turn is for
-compilation and warm-up. One JSON line a contender: medians over the rounds of the milliseconds of a
-step, of images/s and of the ratio to ours in the same round; MFU against the datasheet's peak and
-against a product of two matrices measured in the same run; peak memory; seconds to compile.
+Each contender is a process of its own. In each of --rounds rounds they take turns, each making
+--steps steps on the same batch of noise while the others wait. The first turn is for compilation
+and warm-up. Prints a JSON line per contender: medians over the rounds of the milliseconds of a
+step, of images/s and of the ratio to ours in the same round; MFU relative to the datasheet's peak
+and to a matrix product measured in the same run; peak memory; seconds to compile.
 
 Peers (peers.py): flax_mha, a plain linen encoder with the same optimizer; timm, under torch.compile
 with fused AdamW; torch, the same with transformers' ViT, where timm does not import. Their blocks
-come in a row, as ours do by default on accelerators; --variant unroll=1 adds a loop,
-unroll=12 a row. --inference times forward passes: --batch is a list, of which 1 gives the latency.
---set FIELD=VALUE,... changes fields of our model; --variant FIELD=VALUE,... adds a variant of it as
-another contender.
+are unrolled, as ours are by default on accelerators; --variant unroll=1 adds scanned blocks,
+unroll=12 unrolled ones. --inference times forward passes: --batch is a list, of which 1 gives the
+latency. --set FIELD=VALUE,... changes fields of our model; --variant FIELD=VALUE,... adds a variant
+of it as another contender.
 """
 
 import json
@@ -31,17 +31,17 @@ from absl import app, flags
 from benchmarks import peers
 
 MODEL = flags.DEFINE_string('model', 'vit-b/16', 'Model by name.')
-BATCH = flags.DEFINE_list('batch', '64', 'Images a step; one run for each.')
+BATCH = flags.DEFINE_list('batch', '64', 'Images per step; one comparison for each number.')
 SIZE = flags.DEFINE_integer('image_size', 224, 'Pixels of a side.')
 CLASSES = flags.DEFINE_integer('classes', 1000, 'Classes.')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of the computation.')
 PEER = flags.DEFINE_list('peer', [], f'Of {", ".join(p for p in peers.PEERS if p != "ours")}.')
-VARIANT = flags.DEFINE_multi_string('variant', [], 'FIELD=VALUE,... of our model: a contender too.')
+VARIANT = flags.DEFINE_multi_string('variant', [], 'FIELD=VALUE,... of another contender.')
 SET = flags.DEFINE_string('set', '', 'FIELD=VALUE,... of our model.')
-INFERENCE = flags.DEFINE_bool('inference', False, 'Forward passes in place of steps.')
-STEPS = flags.DEFINE_integer('steps', 10, 'Steps of a turn.')
-ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns of each contender.')
-SERVE = flags.DEFINE_string('serve', None, 'A contender, in this process; for the benchmark alone.')
+INFERENCE = flags.DEFINE_bool('inference', False, 'Time forward passes instead of steps.')
+STEPS = flags.DEFINE_integer('steps', 10, 'Steps per turn.')
+ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns per contender.')
+SERVE = flags.DEFINE_string('serve', None, 'Internal: the contender that this process serves.')
 # bfloat16 without sparsity, from NVIDIA's datasheets.
 PEAKS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}
 
@@ -72,7 +72,7 @@ def product(dtype, seconds=1.0):
 
 
 def peak_memory(name):
-    """Bytes: of the accelerator where there is one, else of the process."""
+    """Peak bytes of the accelerator if there is one, else of the process."""
     if name in ('timm', 'torch'):
         import torch
 
@@ -87,7 +87,7 @@ def peak_memory(name):
 
 
 def serve(contender):
-    """Makes turns on demand: a line on stdin, a JSON line on stdout."""
+    """Makes a turn for each line of stdin, and writes a JSON line to stdout."""
     name, _, changes = contender.partition(':')
     out = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what libraries print is no answer
@@ -147,7 +147,7 @@ class Contender:
 
 
 def compare(batch):
-    """Turns of all contenders; a JSON line for each."""
+    """Lets all contenders take turns and prints a JSON line for each."""
     names = ['ours', *(f'ours:{v}' for v in VARIANT.value), *PEER.value]
     contenders = []
     for name in names:
