@@ -125,7 +125,7 @@ def test_percent_splits_part_the_folder(tmp_path):
 def test_train_and_val_folders(tmp_path):
     write_folder(tmp_path, parts=('train', 'val'), count=3)
     (tmp_path / 'val' / 'bee').rename(tmp_path / 'val' / 'dog')
-    with pytest.raises(UserError, match='dog is a class that .*train does not have'):
+    with pytest.raises(UserError, match='dog is a class that is missing in .*train'):
         sources.load(name=str(tmp_path), split='val')
     (tmp_path / 'val' / 'dog').rename(tmp_path / 'val' / 'bee')
     assert all('/val/' in p for p in sources.load(name=str(tmp_path), split='val').records.paths)

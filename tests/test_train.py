@@ -312,7 +312,7 @@ finally:
 
 
 def test_a_trace_that_can_not_be_written_loses_no_step(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(profiling, 'strange_libtpu', lambda platforms: None)
+    monkeypatch.setattr(profiling, 'unsupported_libtpu', lambda platforms: None)
     monkeypatch.setattr(profiling.jax.profiler, 'start_trace', start_trace)
     monkeypatch.setattr(profiling.jax.profiler, 'stop_trace', lambda: None)
     (tmp_path / 'run').mkdir()

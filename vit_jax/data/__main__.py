@@ -27,12 +27,6 @@ from vit_jax.io.text import printable, to_json
 from vit_jax.objectives import losses, supervised
 
 KINDS = ('png', 'pdf', 'svg')
-CONFIG = flags.DEFINE_string('config', None, 'Experiment file or config.json.', required=True)
-STEP = flags.DEFINE_integer('step', 0, 'Which batch; 0 is the first.', lower_bound=0)
-SHOW = flags.DEFINE_string('show', None, 'Where to draw it: a .png, .pdf or .svg.')
-FORCE = flags.DEFINE_bool('force', False, 'Replace a file of --show that is there.')
-COUNT = flags.DEFINE_integer('count', 64, 'Examples to show, from the first on.', lower_bound=1)
-JSON = flags.DEFINE_bool('json', False, 'Print JSON lines in place of text.')
 
 
 def model_inputs(
@@ -81,7 +75,7 @@ def rows(
         )
 
 
-def picture(name: str) -> tuple[pathlib.Path, str]:
+def picture(name: str, force: bool) -> tuple[pathlib.Path, str]:
     """Checks (path, format) of the picture to write, in an existing folder; raises UserError."""
     path = pathlib.Path(name).expanduser().absolute()
     kind = path.suffix[1:].lower()
@@ -90,7 +84,7 @@ def picture(name: str) -> tuple[pathlib.Path, str]:
     if not path.parent.is_dir():
         raise UserError(f'--show={name}: there is no such folder')
     storage.prepare_file(path)
-    storage.check_free(path, FORCE.value)
+    storage.check_free(path, force)
     return path, kind
 
 
@@ -127,27 +121,34 @@ def draw(
 
 
 def main(argv: list[str], changes: Sequence) -> None:
+    options = flags.FLAGS
     if len(argv) > 1:
-        raise UserError(f'{argv[1]} is no flag')
-    to = SHOW.value and picture(SHOW.value)
-    config = configs.load(CONFIG.value, changes)
+        raise UserError(f'unexpected argument {argv[1]!r}')
+    to = options.show and picture(options.show, options.force)
+    config = configs.load(options.config, changes)
     source = mixture.load(**config.data.source)
     steps = assembly.steps_of(config, source)
-    if STEP.value >= steps:
-        raise UserError(f'--step is {STEP.value}; there are 0 to {steps - 1:,}')
-    batch, images, weights = model_inputs(config, source, STEP.value)
-    examples = list(rows(batch, weights, source, COUNT.value))
+    if options.step >= steps:
+        raise UserError(f'--step is {options.step}; there are 0 to {steps - 1:,}')
+    batch, images, weights = model_inputs(config, source, options.step)
+    examples = list(rows(batch, weights, source, options.count))
     for row in examples:
-        if JSON.value:
+        if options.json:
             print(to_json(row))
         else:
             labels = ', '.join(f'{printable(k)} {v:g}' for k, v in row['labels'].items())
             used = '' if row['used'] else '  NOT USED'
             print(f'{row["id"]:>10}  {printable(row["name"])}  {labels}{used}')
-    if SHOW.value:
-        title = f'{mixture.title(config.data.source)}, step {STEP.value}'
+    if options.show:
+        title = f'{mixture.title(config.data.source)}, step {options.step}'
         draw(*to, images, examples, title)
 
 
 if __name__ == '__main__':
+    flags.DEFINE_string('config', None, 'Experiment file or config.json.', required=True)
+    flags.DEFINE_integer('step', 0, 'Which batch; 0 is the first.', lower_bound=0)
+    flags.DEFINE_string('show', None, 'Where to draw it: a .png, .pdf or .svg.')
+    flags.DEFINE_bool('force', False, 'Replace a file of --show that is there.')
+    flags.DEFINE_integer('count', 64, 'Examples to show, from the first on.', lower_bound=1)
+    flags.DEFINE_bool('json', False, 'Print JSON lines in place of text.')
     cli.run(main, 'config')

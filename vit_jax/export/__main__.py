@@ -43,31 +43,6 @@ from vit_jax.io import storage
 from vit_jax.io.text import brief, printable
 from vit_jax.run import report, workdir
 
-CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, 'Checkpoint to export: a path, an address or a catalogue name.',
-    required=True,
-)  # fmt: skip
-OUTPUT = flags.DEFINE_string('output', None, 'File to write, local or on gs://.', required=True)
-PLATFORMS = flags.DEFINE_list(
-    'platforms', list(export.PLATFORMS), 'Platforms that the file runs on.'
-)
-SIZE = flags.DEFINE_integer(
-    'image_size', None, "Image size in pixels. Default: the checkpoint's.", lower_bound=1,
-    upper_bound=65_536,
-)  # fmt: skip
-DTYPE = flags.DEFINE_enum(
-    'dtype', None, ['float32', 'bfloat16'], "Type of activations. Default: the checkpoint's. "
-    'Weights and results are float32.',
-)  # fmt: skip
-VIEW = flags.DEFINE_enum(
-    'view', None, ['central', 'resize'], 'How to make an image square: crop or squeeze. Default: '
-    "that of a run's first evaluation or of the checkpoint's documents, else central.",
-)  # fmt: skip
-FORCE = flags.DEFINE_bool('force', False, 'Replace the file if it exists.')
-EMA = flags.DEFINE_bool(
-    'ema', True, "Export the moving average of a run's parameters if it was saved."
-)
-
 
 def target(name: str) -> pathlib.Path | epath.Path:
     """The path of the file to write; makes its folder. Raises UserError if it can't be written."""
@@ -143,21 +118,24 @@ def method(
 
 
 def main(argv: Sequence[str]) -> None:
+    options = flags.FLAGS
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}')
-    path = target(OUTPUT.value)
+    path = target(options.output)
     with storage.explained(path, 'read'):
-        storage.check_free(path, FORCE.value)
-    platforms = export.check_platforms(PLATFORMS.value)
-    config = restore.config_of_method(CHECKPOINT.value, with_model=False)
-    ema = None if EMA.value else False
-    options = dict(size=SIZE.value, dtype=DTYPE.value, view=VIEW.value, platforms=platforms)
+        storage.check_free(path, options.force)
+    platforms = export.check_platforms(options.platforms)
+    config = restore.config_of_method(options.checkpoint, with_model=False)
+    ema = None if options.ema else False
+    settings = dict(
+        size=options.image_size, dtype=options.dtype, view=options.view, platforms=platforms
+    )
     exported, about = (
-        method(CHECKPOINT.value, config, ema, **options) if config
-        else classifier(CHECKPOINT.value, ema, **options)
+        method(options.checkpoint, config, ema, **settings) if config
+        else classifier(options.checkpoint, ema, **settings)
     )  # fmt: skip
     about |= dict(
-        platforms=platforms, checkpoint=CHECKPOINT.value,
+        platforms=platforms, checkpoint=options.checkpoint,
         versions=dict(vit_jax=vit_jax.__version__, jax=jax.__version__),
     )  # fmt: skip
     data = export.serialised(exported, about)
@@ -176,4 +154,26 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+    flags.DEFINE_string(
+        'checkpoint', None, 'Checkpoint to export: a path, an address or a catalogue name.',
+        required=True,
+    )  # fmt: skip
+    flags.DEFINE_string('output', None, 'File to write, local or on gs://.', required=True)
+    flags.DEFINE_list('platforms', list(export.PLATFORMS), 'Platforms that the file runs on.')
+    flags.DEFINE_integer(
+        'image_size', None, "Image size in pixels. Default: the checkpoint's.", lower_bound=1,
+        upper_bound=65_536,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        'dtype', None, ['float32', 'bfloat16'], "Type of activations. Default: the checkpoint's. "
+        'Weights and results are float32.',
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        'view', None, ['central', 'resize'], 'How to make an image square: crop or squeeze. '
+        "Default: that of a run's first evaluation or of the checkpoint's documents, else central.",
+    )  # fmt: skip
+    flags.DEFINE_bool('force', False, 'Replace the file if it exists.')
+    flags.DEFINE_bool(
+        'ema', True, "Export the moving average of a run's parameters if it was saved."
+    )
     cli.run(main)
