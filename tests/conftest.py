@@ -1,9 +1,7 @@
 """Eight simulated CPU devices for every test of this process, and one cache of what is compiled.
 
 The cache is new in each session: it saves the many small runs of the tests from compiling the same
-steps again, in this process and in those that the tests start. Small programs that run once are
-also compiled without LLVM's optimisations, which would take longer than they save; processes of
-runs (tests/launched.py) have them.
+steps again, in this process and in those that the tests start.
 """
 
 import atexit
@@ -13,10 +11,10 @@ import signal
 import sys
 import tempfile
 
+import xla_flags
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-)
+os.environ['XLA_FLAGS'] = xla_flags.devices(8)
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a parallel worker, or the user's wish
     CACHE = tempfile.mkdtemp(prefix='vit_jax_tests_')
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

@@ -11,10 +11,11 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import xla_flags
 from PIL import Image
 
 TINY = pathlib.Path(__file__).with_name('tiny.py')
-ENVIRONMENT = os.environ | {'XLA_FLAGS': ''}  # one device, unlike the tests' own process
+ENVIRONMENT = os.environ | {'XLA_FLAGS': xla_flags.devices(1)}
 TIMES = ('seconds', 'images_per_s', 'data_wait')
 
 
@@ -47,11 +48,11 @@ def start(
 
     `environment` are variables beside the usual ones, `options` are those of Popen.
     """
-    count = '' if devices == 1 else f'--xla_force_host_platform_device_count={devices}'
+    variables = ENVIRONMENT | {'XLA_FLAGS': xla_flags.devices(devices)} | (environment or {})
     with (log_of(workdir) if log is None else log).open('a') as file:
         return subprocess.Popen(
             command(folder, workdir, *flags, config=config), stdout=file, stderr=file,
-            env=ENVIRONMENT | {'XLA_FLAGS': count} | (environment or {}), **options,
+            env=variables, **options,
         )  # fmt: skip
 
 

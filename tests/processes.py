@@ -10,10 +10,9 @@ import sys
 import time
 
 import launched
+import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Compiled in half the time; what is computed is the same.
-QUICKLY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 TINY = (
     '--config.evals.val.batch_size=8', '--config.data.threads=1', '--config.optim.warmup=2',
 )  # fmt: skip
@@ -75,7 +74,7 @@ class Run:
             place = [f'--coordinator=localhost:{port}', f'--num_processes={count}',
                      f'--process_id={i}']  # fmt: skip
             environment = os.environ | {
-                'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {QUICKLY}',
+                'XLA_FLAGS': xla_flags.devices(devices),
                 'PYTHONPATH': f'{hook}:{ROOT}', 'STOP_IN': stop_in[1] if stop_in[0] == i else '',
             }  # fmt: skip
             with self.logs[i].open('a') as log:
