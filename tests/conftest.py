@@ -28,8 +28,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the backgrou
 # would inherit that. A handler they don't inherit.
 signal.signal(signal.SIGHUP, lambda signum, frame: sys.exit(128 + signum))
 
-import launching  # noqa: E402 - it imports JAX, which reads the environment
+import jax  # noqa: E402 - it reads the environment
+import launching  # noqa: E402
 import pytest  # noqa: E402
+
+jax.devices()  # XLA for CPUs reads its flags here, libtpu later
+os.environ['XLA_FLAGS'] = xla_flags.devices(8, cpu_alone=False)
 
 
 @pytest.fixture

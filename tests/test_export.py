@@ -286,16 +286,14 @@ def test_a_mistake_is_one_line_and_leaves_the_file_as_it_was(checkpoint, tmp_pat
 
 # Writes half of what it is to write, then the disk is full.
 FULL = """
-import errno, pathlib, sys
-import vit_jax.export.__main__ as command
-from vit_jax import cli
+import errno, pathlib, runpy
 
 def write_bytes(self, data, real=pathlib.Path.write_bytes):
     real(self, data[: len(data) // 2])
     raise OSError(errno.ENOSPC, 'No space left on device')
 
 pathlib.Path.write_bytes = write_bytes
-cli.run(command.main)
+runpy.run_module('vit_jax.export', run_name='__main__')
 """
 
 
