@@ -223,13 +223,13 @@ def test_losses_are_those_of_one_process(count, devices, mesh, folder, alone, tm
     assert launched.metrics(workdir)[-1]['val/examples'] == 21  # of no multiple of the batch
     result = json.loads((workdir / 'result.json').read_text())
     assert result['device_count'] == count * devices and result['examples_seen'] == 160
-    # One writes and speaks, all write the checkpoint.
+    # One writes and speaks, those with a first replica write the checkpoint: no array is large.
     assert len(list((workdir / 'tensorboard').iterdir())) == 1
     assert 'val/accuracy' in run.log(0)
     assert not any('loss' in run.log(i) or 'devices' in run.log(i) for i in range(1, count))
     parts = (workdir / 'checkpoints' / '20' / 'state').glob('ocdbt.process_*')
     written = {int(path.name.rpartition('_')[2]) for path in parts}
-    assert written == (set(range(count)) if mesh.startswith('fsdp') else written | {0})
+    assert written == ({0, 1} if mesh.startswith('fsdp') else written | {0})
 
 
 @pytest.mark.slow
