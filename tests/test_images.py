@@ -1,6 +1,7 @@
 """Decoding: what a viewer shows, or a refusal; views: what they cut out, and that they repeat."""
 
 import io
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ from PIL import Image
 from scipy import ndimage
 
 from vit_jax.data import augment, images
+
+# What tf.image.resize makes of an image without antialias, TensorFlow 2.21.
+TF = np.load(pathlib.Path(__file__).parent / 'data' / 'views_tf.npz', allow_pickle=False)
 
 
 def encoded(image, kind='PNG', **options):
@@ -80,6 +84,25 @@ def test_an_animation_is_its_first_frame():
 def test_the_rest_is_refused(data):
     with pytest.raises(images.Unreadable):
         images.decode(data)
+
+
+@pytest.mark.parametrize('method', ['bilinear', 'bicubic'])
+def test_plain_filters_are_those_of_tensorflow(method):
+    """At the border too, where it drops what lies outside. uint8 is cut off there as here."""
+    image = TF['image']
+    sizes = [tuple(map(int, key.split()[1:])) for key in TF.files if key.startswith(method)]
+    assert len(sizes) == 4
+    for height, width in sizes:
+        exact = TF[f'{method} {height} {width}'].astype(float)
+        down, across = (
+            images.weights(n, m, method, False) for n, m in ((40, height), (33, width))
+        )
+        ours = down.astype(float) @ image[..., 0] @ across.T
+        np.testing.assert_allclose(ours, exact, atol=2e-3)
+        for resized in images.resized, images.resized_by_numpy:
+            cast = resized(image, (0, 0, 40, 33), (height, width), method, False, False)[..., 0]
+            low, high = exact.clip(0, 255) - 1, exact.clip(0, 255) + 0.003
+            assert ((low <= cast) & (cast <= high)).all()
 
 
 @pytest.mark.parametrize('name', sorted(augment.VIEWS))

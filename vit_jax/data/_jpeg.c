@@ -537,6 +537,13 @@ static double cubic(double x) {  /* Keys, a = -0.5 */
 
 enum { LINEAR, CUBIC, AREA };
 
+/* Centre of output pixel i of `size` in a row of `extent` pixels, as TensorFlow's resize_bicubic has
+   it: in float32, with the fraction of the pixel in steps of 1 / 1024, by which it tabulates cubic. */
+static double tabulated_centre(double extent, int i, int size) {
+    float place = (i + 0.5f) * ((float)extent / size) - 0.5f;
+    return floorf(place) + rint((place - floorf(place)) * 1024.0) / 1024 + 0.5;
+}
+
 /* Makes the filter from a row of `from` pixels to `size`, which cover `extent` pixels from `origin`
    on. Pixel centres are at halves. Returns 0 without memory. */
 static int make_filter(filter *f, int from, double origin, double extent, int size, int kind,
@@ -551,19 +558,17 @@ static int make_filter(filter *f, int from, double origin, double extent, int si
     f->taps = 1;
     for (int i = 0; i < size; i++) {
         double left = origin + i * scale, centre = left + scale / 2, total = 0;
+        if (kind == CUBIC && !antialias) centre = origin + tabulated_centre(extent, i, size);
         int low = (int)floor(centre - support), high = (int)ceil(centre + support);
-        int clamp = kind != AREA && !antialias; /* then pixels outside repeat the border */
         int start = low < 0 ? 0 : low > from - taps ? from - taps : low;
         float *weights = f->weights + (size_t)i * taps;
-        for (int j = low; j < high; j++) {
-            if (!clamp && (j < 0 || j >= from)) continue;
-            int k = j < 0 ? 0 : j >= from ? from - 1 : j;
+        for (int j = low < 0 ? 0 : low; j < high && j < from; j++) {
             double x = (j + 0.5 - centre) / stretch;
             double weight = kind == AREA    ? fmax(fmin(left + scale, j + 1) - fmax(left, j), 0)
                             : kind == CUBIC ? cubic(x)
                                             : triangle(x);
             if (weight == 0) continue;
-            weights[k - start] += weight;
+            weights[j - start] = weight;
             total += weight;
         }
         int first = 0, last = taps - 1;

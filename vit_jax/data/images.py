@@ -133,21 +133,29 @@ def resized_by_numpy(
 def weights(length: int, size: int, method: str, antialias: bool) -> np.ndarray:
     """Weight of each pixel of a row in each output pixel: float32 [size, length]."""
     scale = length / size
-    edges = np.arange(size)[:, None] * scale
+    edges, j = np.arange(size)[:, None] * scale, np.arange(length)
     if method == 'area':
-        j = np.arange(length)
         overlap = np.clip(np.minimum(edges + scale, j + 1) - np.maximum(edges, j), 0, None)
+    elif method == 'bilinear':
+        x = np.abs(j + 0.5 - edges - scale / 2)
+        overlap = np.clip(1 - (x / max(scale, 1) if antialias else x), 0, None)
+    elif antialias:
+        overlap = keys_cubic(np.abs(j + 0.5 - edges - scale / 2) / max(scale, 1))
     else:
-        stretch = max(scale, 1) if antialias else 1
-        border = 0 if antialias else 2  # pixels outside repeat the border, or have no weight
-        j = np.arange(-border, length + border)
-        x = np.abs(j + 0.5 - edges - scale / 2) / stretch
-        overlap = np.clip(1 - x, 0, None) if method == 'bilinear' else keys_cubic(x)
-        if border:
-            overlap[:, border] += overlap[:, :border].sum(1)
-            overlap[:, -border - 1] += overlap[:, -border:].sum(1)
-            overlap = overlap[:, border:-border]
+        overlap = keys_cubic(np.abs(j + 0.5 - tabulated_centres(length, size)))
     return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
+
+
+def tabulated_centres(length: int, size: int) -> np.ndarray:
+    """Centre of each output pixel in a row of `length` pixels, [size, 1], for TensorFlow's bicubic.
+
+    They are in float32, with the fraction of the pixel in steps of 1/1024: without antialias it
+    looks up the kernel in a table.
+    """
+    half = np.float32(0.5)
+    place = (np.arange(size, dtype=np.float32) + half) * np.float32(length / size) - half
+    fraction = np.rint((place - np.floor(place)).astype(np.float64) * 1024) / 1024
+    return (np.floor(place) + fraction + 0.5)[:, None]
 
 
 def keys_cubic(x: np.ndarray) -> np.ndarray:
