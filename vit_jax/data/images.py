@@ -17,7 +17,7 @@ try:
 except ImportError:
     _jpeg = None
 
-if not hasattr(_jpeg, 'versions'):  # it is not built, or from another version of its source
+if not hasattr(_jpeg, 'warp'):  # it is not built, or from another version of its source
     _jpeg = None
 OWN_ENTROPY = _jpeg is not None and entropy.is_exact(_jpeg)
 

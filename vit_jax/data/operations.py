@@ -2,14 +2,17 @@
 
 They compute what the TPU EfficientNet code computes with TensorFlow, which the ViT papers' code
 adopted (big_vision, pp/autoaugment.py). Its quirks are included, since the published models were
-trained with them. `enhance`, `hue` and `blur` are Pillow's, which torchvision calls. Pillow does
-the work wherever its arithmetic is the same: it is fast and lets other threads run meanwhile.
+trained with them. `pillow_affine`, `pillow_rotate`, `enhance`, `hue` and `blur` are Pillow's, which
+torchvision calls. Pillow does the work wherever its arithmetic is the same: it is fast and lets
+other threads run meanwhile.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from vit_jax.data import images
 
 # Reuses the memory of images: to return it to the system takes longer than most operations (a
 # rotation at 224 x 224: 0.42 ms, with reuse 0.13 ms). At most 4 x 16 MB are kept.
@@ -39,8 +42,11 @@ def invert(image: np.ndarray) -> np.ndarray:
 
 
 def posterize(image: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps the upper `bits` of each value, at least one: TensorFlow shifts a byte by at most 7."""
-    dropped = 8 - min(max(bits, 1), 8)
+    """Keeps the upper `bits` of each value: one bit where `bits` is below 1, and above 8.
+
+    TensorFlow takes 8 - bits for a byte, so that it wraps around, and shifts by at most 7.
+    """
+    dropped = min((8 - bits) % 256, 7)
     return image >> dropped << dropped
 
 
@@ -116,56 +122,63 @@ def sharpness(image: np.ndarray, factor: float, add: int = 0) -> np.ndarray:
     return blend(Image.fromarray(smooth(image, add)), Image.fromarray(image), factor)
 
 
-def warp(
-    image: np.ndarray,
-    matrix: Sequence[Sequence[float]] | np.ndarray,
-    centre: tuple[float, float],
-    shift: tuple[float, float] = (0, 0),
-    fill: int = 128,
-) -> np.ndarray:
-    """Takes each pixel from the one nearest to matrix @ (position - centre) + centre + shift.
+def warp(image: np.ndarray, matrix: Sequence[float], fill: int = 128) -> np.ndarray:
+    """Takes each pixel (x, y) from the one nearest to (a x + b y + c, d x + e y + f).
 
-    Where that is outside, the pixel is `fill`. Positions are those (x, y) of pixel centres: the
-    first is (0.5, 0.5). Pillow computes them in steps of 1/65536 pixel.
+    Where there is none, the pixel is `fill`. Positions are indices, in float32; halves are rounded
+    away from 0, as TensorFlow's ImageProjectiveTransformV3 does, which TensorFlow Addons calls.
+
+    Args:
+      matrix: (a, b, c, d, e, f).
     """
-    matrix = np.asarray(matrix, np.float64)
-    offset = centre + np.array(shift) - matrix @ centre
-    data = np.concatenate([matrix, offset[:, None]], axis=1).ravel().tolist()
-    picture = Image.fromarray(image)
-    nearest = Image.Resampling.NEAREST
-    affine = Image.Transform.AFFINE
-    return np.asarray(picture.transform(picture.size, affine, data, nearest, fillcolor=(fill,) * 3))
+    matrix = np.asarray(matrix, np.float32)
+    if images._jpeg is None:
+        return warp_by_numpy(image, matrix, fill)
+    out = np.empty(image.shape, np.uint8)
+    images._jpeg.warp(np.ascontiguousarray(image), out, tuple(matrix.tolist()), fill)
+    return out
 
 
-def rotate(image: np.ndarray, degrees: float, fill: int = 128) -> np.ndarray:
+def warp_by_numpy(image: np.ndarray, matrix: np.ndarray, fill: int) -> np.ndarray:
+    """`warp` without the extension; `matrix` is float32 [6]."""
+    h, w = image.shape[:2]
+    y, x = np.arange(h, dtype=np.float32)[:, None], np.arange(w, dtype=np.float32)
+    columns, rows = (a * x + b * y + c for a, b, c in matrix.reshape(2, 3))
+    half = np.float32(0.5)
+    inside = (columns > -half) & (columns < w - half) & (rows > -half) & (rows < h - half)
+    rows, columns = (np.broadcast_to(p, (h, w))[inside] + np.float64(0.5) for p in (rows, columns))
+    out = np.full_like(image, fill)
+    out[inside] = image[rows.astype(int), columns.astype(int)]
+    return out
+
+
+def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
     """Rotates the image about its centre."""
-    a = np.deg2rad(degrees)
-    turn = [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]
-    return warp(image, turn, (image.shape[1] / 2, image.shape[0] / 2), fill=fill)
+    angle = np.float32(np.deg2rad(degrees))
+    cos, sin = np.cos(angle), np.sin(angle)
+    h, w = (np.float32(n - 1) for n in image.shape[:2])
+    x, y = (w - (cos * w - sin * h)) / 2, (h - (sin * w + cos * h)) / 2
+    return warp(image, (cos, -sin, x, sin, cos, y))
 
 
-def shear_x(
-    image: np.ndarray, slope: float, centre: float = 0.5, fill: int = 128
-) -> np.ndarray:
-    """Shifts row y by slope * (y - centre): centre 0.5 fixes the first row, 0 its upper edge."""
-    return warp(image, [[1, slope], [0, 1]], (centre, centre), fill=fill)
+def shear_x(image: np.ndarray, slope: float) -> np.ndarray:
+    """Shifts row y to the left by slope * y."""
+    return warp(image, (1, slope, 0, 0, 1, 0))
 
 
-def shear_y(
-    image: np.ndarray, slope: float, centre: float = 0.5, fill: int = 128
-) -> np.ndarray:
-    """Shifts column x by slope * (x - centre)."""
-    return warp(image, [[1, 0], [slope, 1]], (centre, centre), fill=fill)
+def shear_y(image: np.ndarray, slope: float) -> np.ndarray:
+    """Shifts column x up by slope * x."""
+    return warp(image, (1, 0, 0, slope, 1, 0))
 
 
-def translate_x(image: np.ndarray, pixels: float, fill: int = 128) -> np.ndarray:
+def translate_x(image: np.ndarray, pixels: float) -> np.ndarray:
     """Shifts the image to the left."""
-    return warp(image, [[1, 0], [0, 1]], (0, 0), (pixels, 0), fill)
+    return warp(image, (1, 0, pixels, 0, 1, 0))
 
 
-def translate_y(image: np.ndarray, pixels: float, fill: int = 128) -> np.ndarray:
+def translate_y(image: np.ndarray, pixels: float) -> np.ndarray:
     """Shifts the image up."""
-    return warp(image, [[1, 0], [0, 1]], (0, 0), (0, pixels), fill)
+    return warp(image, (1, 0, 0, 0, 1, pixels))
 
 
 def cutout(image: np.ndarray, y: int, x: int, half: int, fill: int = 128) -> np.ndarray:
@@ -173,6 +186,21 @@ def cutout(image: np.ndarray, y: int, x: int, half: int, fill: int = 128) -> np.
     out = image.copy()
     out[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = fill
     return out
+
+
+def pillow_affine(image: np.ndarray, matrix: Sequence[float]) -> np.ndarray:
+    """Same as `warp` by Pillow, with black outside, as torchvision has it.
+
+    Positions are those of pixel centres, the first is (0.5, 0.5), in steps of 1/65536.
+    """
+    picture = Image.fromarray(image)
+    nearest = Image.Resampling.NEAREST
+    return np.asarray(picture.transform(picture.size, Image.Transform.AFFINE, matrix, nearest))
+
+
+def pillow_rotate(image: np.ndarray, degrees: float) -> np.ndarray:
+    """Rotates the image about its centre by Pillow, with black outside, as torchvision has it."""
+    return np.asarray(Image.fromarray(image).rotate(degrees))
 
 
 def enhance(image: np.ndarray, kind: str, factor: float) -> np.ndarray:

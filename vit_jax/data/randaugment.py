@@ -118,8 +118,8 @@ def randaugment(
     This is the variant of the ViT papers' code: every drawn operation is applied; warps take the
     nearest pixel and fill with grey 128. A larger magnitude is not always a larger change:
     enhancements have the factor 0.1 + 0.18 * magnitude, so 0 is nearly black and 5 leaves the image
-    as it is; posterizing keeps 0.4 * magnitude bits; solarizing has the threshold 25.6 * magnitude
-    modulo 256, so 0, 10 and 20 invert the image (big_vision, issue 110).
+    as it is; posterizing keeps 0.4 * magnitude bits, and one bit from 22.5 on; solarizing has the
+    threshold 25.6 * magnitude modulo 256, so 0, 10 and 20 invert the image (big_vision, issue 110).
 
     Args:
       layers: operations applied to an image.
@@ -163,11 +163,11 @@ def _around_one(share, rng, shape):
 
 TORCHVISION = {
     'Identity': (lambda image: image, None),
-    'ShearX': (partial(ops.shear_x, centre=0, fill=0), _either(0.3)),
-    'ShearY': (partial(ops.shear_y, centre=0, fill=0), _either(0.3)),
-    'TranslateX': (partial(ops.translate_x, fill=0), _pixels(1)),
-    'TranslateY': (partial(ops.translate_y, fill=0), _pixels(0)),
-    'Rotate': (partial(ops.rotate, fill=0), _either(30.0)),
+    'ShearX': (lambda image, slope: ops.pillow_affine(image, (1, slope, 0, 0, 1, 0)), _either(0.3)),
+    'ShearY': (lambda image, slope: ops.pillow_affine(image, (1, 0, 0, slope, 1, 0)), _either(0.3)),
+    'TranslateX': (lambda image, x: ops.pillow_affine(image, (1, 0, x, 0, 1, 0)), _pixels(1)),
+    'TranslateY': (lambda image, y: ops.pillow_affine(image, (1, 0, 0, 0, 1, y)), _pixels(0)),
+    'Rotate': (ops.pillow_rotate, _either(30.0)),
     'Brightness': (lambda image, x: ops.enhance(image, 'Brightness', x), _around_one),
     'Color': (lambda image, x: ops.enhance(image, 'Color', x), _around_one),
     'Contrast': (lambda image, x: ops.enhance(image, 'Contrast', x), _around_one),
