@@ -36,7 +36,7 @@ def test_defaults_are_filled_in_and_overrides_taken():
 def test_a_view_that_was_a_name_gets_arguments():
     full = load('data.view=inception', 'data.view.name=inception', 'data.view.flip=false')
     assert full.data.view.to_dict() == dict(
-        name='inception', area=(0.05, 1.0), aspect=(3 / 4, 4 / 3), flip=False, method='bilinear',
+        name='inception', area=(0.05, 1.0), aspect=(0.75, 1.33), flip=False, method='bilinear',
         antialias=True,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ SHAPE = (53, 71)
 VIEWS = {
     'resize': {}, 'resize cropped': dict(crop=0.8), 'central': {}, 'random_crop': {},
     'small_central': dict(smaller=40), 'inception': {}, 'shift': dict(pixels=5, flip=True),
+    'resize_crop': dict(resize=40), 'small_crop': dict(smaller=40),
     'affine': dict(degrees=25.0, shear=0.2, pixels=3.0, flip=True),
 }  # fmt: skip
 
@@ -64,7 +65,8 @@ def test_label_maps_are_those_of_pillow(name):
         wanted = [np.where(ours < 255, np.int32(ours) + i, -1) for i in range(2)]
         np.testing.assert_array_equal(geometry.label_map(several, fill=-1), wanted)
         seen.add((geometry.flip, geometry.window, geometry.offset))
-    assert (len(seen) > 5) == (name in ('random_crop', 'inception', 'shift'))
+    drawn = 'random_crop', 'resize_crop', 'small_crop', 'inception', 'shift'
+    assert (len(seen) > 5) == (name in drawn)
 
 
 @pytest.mark.parametrize('name', VIEWS)

@@ -9,6 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from vit_jax.data import augment, images
+from vit_jax.errors import UserError
 
 # What tf.image.resize makes of an image without antialias, TensorFlow 2.21.
 TF = np.load(pathlib.Path(__file__).parent / 'data' / 'views_tf.npz', allow_pickle=False)
@@ -207,6 +208,35 @@ def test_boxes_are_distributed_as_those_of_tensorflow(shape):
         wanted = np.arange(1, 10) / 10
         assert (np.array(below) < wanted + 0.012).all(), name
         assert (np.array(upto) > wanted - 0.012).all(), name
+
+
+def test_boxes_are_never_wider_than_those_of_tensorflow():
+    rng = np.random.default_rng(0)
+    boxes = np.array([augment.random_box((6000, 8000), rng) for _ in range(999)])
+    ratio = boxes[:, 3] / boxes[:, 2]
+    assert 0.749 < ratio.min() < 0.753 and 1.327 < ratio.max() < 1.3305
+
+
+@pytest.mark.parametrize('name, given, whole', [
+    ('resize_crop', dict(resize=7), (7, 7)), ('small_crop', dict(smaller=6), (6, 9)),
+])  # fmt: skip
+def test_a_crop_of_the_resized_image_is_one_of_its_windows(name, given, whole):
+    image, size = ramp(8, 12), (5, 6)
+    view = augment.VIEWS[name]
+    given |= dict(method='bilinear', antialias=False)
+    resized = images.resized(image, (0, 0, 8, 12), whole, antialias=False)
+    windows = {}
+    for y in range(whole[0] - 4):
+        for x in range(whole[1] - 5):
+            window = resized[y : y + 5, x : x + 6]
+            windows |= {window.tobytes(): (y, x, 0), window[:, ::-1].tobytes(): (y, x, 1)}
+    rngs = [np.random.default_rng(seed) for seed in range(400)]
+    seen = {windows[view((8, 12), rng, size=size, **given).image(image).tobytes()] for rng in rngs}
+    assert len(seen) == len(windows) == 2 * (whole[0] - 4) * (whole[1] - 5)
+    plain = [view((8, 12), rng, size=size, flip=False, **given).flip for rng in rngs]
+    assert not any(plain)
+    with pytest.raises(UserError, match='is 4, less than the image size 5 x 6'):
+        view((8, 12), rngs[0], size=size, **given | {[*given][0]: 4})
 
 
 def test_a_box_that_never_fits_is_the_whole_image():

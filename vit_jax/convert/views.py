@@ -70,7 +70,8 @@ def arguments(view: str | dict) -> tuple[dict[str, Any], list[str]]:
     stated = dict(name=view) if isinstance(view, str) else dict(view)
     name, notes = stated.get('name'), []
     if name not in ('resize', 'central', 'small_central'):
-        nearest = 'central' if name in ('random_crop', 'inception') else 'resize'
+        cropped = name in ('random_crop', 'small_crop', 'inception')
+        nearest = 'central' if cropped else 'resize'
         notes.append(f'the view {name} has chance in it; {nearest} stands for it')
         stated = {k: v for k, v in stated.items() if k in ('method', 'antialias')} | dict(
             name=nearest

@@ -94,6 +94,12 @@ def small_central(
         transformers truncate it; torchvision rounds the window's place half to even, the others
         truncate it.
     """
+    whole = shrunk(shape, smaller, size, rounding)
+    return middle(shape, whole, size, method, antialias, rounding)
+
+
+def shrunk(shape: Size, smaller: int, size: Size, rounding: str) -> Size:
+    """Size of an image [H, W] whose smaller side is made `smaller`, see `small_central`."""
     h, w = shape
     # the smaller side to the pixel, whatever the rounding of the product
     larger = smaller * max(h, w) / min(h, w)
@@ -101,7 +107,7 @@ def small_central(
     whole = (smaller, larger) if h < w else (larger, smaller)
     if whole[0] < size[0] or whole[1] < size[1]:
         raise UserError(f'smaller is {smaller}, less than the image size {size[0]} x {size[1]}')
-    return middle(shape, whole, size, method, antialias, rounding)
+    return whole
 
 
 def middle(
@@ -145,12 +151,73 @@ def random_crop(
     return Geometry(box, size, size, flip=mirrored, method=method, antialias=antialias)
 
 
+def resize_crop(
+    shape: Size,
+    rng: Generator,
+    *,
+    size: Size,
+    resize: Pixels = 448,
+    flip: bool = True,
+    method: Method = 'bilinear',
+    antialias: bool = True,
+) -> Geometry:
+    """Resizes the image to a square, whatever its aspect ratio, and takes a window at random.
+
+    BiT trains so: 448 and windows of 384 pixels, or 160 and 128 for images smaller than 96 x 96
+    pixels (arXiv:1912.11370 section 3.3).
+
+    Args:
+      resize: side of the square, in pixels. If it is the image size, the whole image is taken.
+      flip: whether to mirror left to right with probability 1/2.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
+        recipes of TensorFlow have False.
+    """
+    if resize < max(size):
+        raise UserError(f'resize is {resize}, less than the image size {size[0]} x {size[1]}')
+    return part_of(shape, (resize, resize), rng, size, flip, method, antialias)
+
+
+def small_crop(
+    shape: Size,
+    rng: Generator,
+    *,
+    size: Size,
+    smaller: Pixels = 448,
+    flip: bool = True,
+    method: Method = 'area',
+    antialias: bool = False,
+) -> Geometry:
+    """Resizes the image so that its smaller side is `smaller`, and takes a window at random.
+
+    The training view beside `small_central` (resmall_crop, big_vision configs/transfer.py:103).
+
+    Args:
+      smaller: smaller side of the resized image, in pixels.
+      flip: whether to mirror left to right with probability 1/2.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
+        recipes of TensorFlow have False.
+    """
+    whole = shrunk(shape, smaller, size, 'tensorflow')
+    return part_of(shape, whole, rng, size, flip, method, antialias)
+
+
+def part_of(
+    shape: Size, whole: Size, rng: Generator, size: Size, flip: bool, method: str, antialias: bool
+) -> Geometry:
+    """Resizes an image to `whole`, takes a window of a size at random and mirrors it at random."""
+    y, x = (int(rng.integers(n - part + 1)) for n, part in zip(whole, size, strict=True))
+    box, mirrored = (0, 0, *shape), mirror(rng, flip)
+    return Geometry(box, whole, size, (y, x), flip=mirrored, method=method, antialias=antialias)
+
+
 def random_box(
     shape: Size,
     rng: Generator,
     *,
     area: tuple[float, float] = (0.05, 1.0),
-    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    aspect: tuple[float, float] = (0.75, 1.33),
 ) -> Box:
     """A random window (y, x, height, width) of an image [H, W].
 
@@ -183,7 +250,7 @@ def inception(
     *,
     size: Size,
     area: Interval[Share] = (0.05, 1.0),
-    aspect: Interval[Positive[float]] = (3 / 4, 4 / 3),
+    aspect: Interval[Positive[float]] = (0.75, 1.33),
     flip: bool = True,
     method: Method = 'bilinear',
     antialias: bool = True,
@@ -192,7 +259,8 @@ def inception(
 
     Args:
       area: range of the window's share of the image's area.
-      aspect: range of the window's aspect ratio, width / height.
+      aspect: range of the window's aspect ratio, width / height. The default is TensorFlow's
+        (big_vision pp/ops_image.py:200).
       flip: whether to mirror left to right with probability 1/2.
       method: interpolation: 'area' averages the pixels that an output pixel covers.
       antialias: whether to widen the filter where the image shrinks, as Pillow does. Published
@@ -254,6 +322,9 @@ def mirror(rng: Generator, flip: bool) -> bool:
 
 VIEWS = {
     f.__name__: f
-    for f in (resize, central, small_central, random_crop, inception, shift, affine)
-}
+    for f in (
+        resize, central, small_central, resize_crop, small_crop, random_crop, inception, shift,
+        affine,
+    )
+}  # fmt: skip
 FIXED = ('central', 'resize', 'small_central')  # deterministic
