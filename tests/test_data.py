@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import pipeline, sources
+from vit_jax.data import order, sources
 from vit_jax.errors import UserError
 
 VIEW = dict(name='shift', pixels=1)
@@ -77,7 +77,7 @@ def test_a_batch_is_a_function_of_seed_and_step(source):
     assert_same(take(train(source, start=6), 1)[0], whole[6])
     assert_same(take(train(source, threads=1, prefetch=1, start=2), 1)[0], whole[2])
     np.testing.assert_array_equal(
-        whole[7]['id'], pipeline.ids(source, batch_size=8, seed=3, step=7)
+        whole[7]['id'], order.batch_ids(source, batch_size=8, seed=3, step=7)
     )
     other = take(train(source, seed=4), 1)[0]
     assert not np.array_equal(other['id'], whole[0]['id'])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vit_jax.data import mixture, pipeline, sources
+from vit_jax.data import mixture, order, sources
 from vit_jax.errors import UserError
 
 VIEW = dict(name='shift', pixels=2)
@@ -76,7 +76,7 @@ def test_a_run_on_changing_processes_sees_the_same_batches(length, seed, repeats
             wanted, found = next(alone), whole([next(part) for part in parts])
             for key in wanted:
                 np.testing.assert_array_equal(found[key], wanted[key])
-            ids = pipeline.ids(source, batch_size=16, seed=seed, step=step, repeats=repeats)
+            ids = order.batch_ids(source, batch_size=16, seed=seed, step=step, repeats=repeats)
             np.testing.assert_array_equal(found['id'], ids)
             step += 1
 
@@ -143,7 +143,7 @@ def test_a_mixture_takes_from_each_by_its_weight_and_maps_classes_by_name(mixed)
 def test_parts_of_a_mixture_are_taken_one_after_another_and_by_weight(weights, start):
     count = 300
     for begin in (0, start):
-        which, within = pipeline.interleaved(np.arange(begin, begin + count), weights)
+        which, within = order.interleaved(np.arange(begin, begin + count), weights)
         for k, weight in enumerate(weights):
             mine = within[which == k]
             if len(mine):
@@ -199,11 +199,11 @@ def test_three_billion_examples_take_no_memory_each():
     finally:
         tracemalloc.stop()
     for batch, step in ((first, 0), (late, 10**8)):
-        ids = pipeline.ids(source, batch_size=64, seed=3, step=step)
+        ids = order.batch_ids(source, batch_size=64, seed=3, step=step)
         np.testing.assert_array_equal(batch['id'], ids)
         assert len(set(ids)) == 64 and ids.max() > 1e9 and np.ptp(ids) > 1e9
     epoch = 3_000_000_000 // 64
-    ends = [pipeline.ids(source, batch_size=64, seed=3, step=epoch - k) for k in (0, 1)]
+    ends = [order.batch_ids(source, batch_size=64, seed=3, step=epoch - k) for k in (0, 1)]
     assert all(0 <= i < 3e9 for ids in ends for i in ids)
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vit_jax import config
-from vit_jax.data import mixture, pipeline
+from vit_jax.data import mixture, order
 
 # Compares the loss of a training step with the loss of the images and labels that are shown.
 SCRIPT = """
@@ -72,7 +72,7 @@ def test_the_command_names_each_example_and_draws_it(tmp_path):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     full = config.load(experiment)
     source = mixture.load(**full.data.source)
-    ids = pipeline.ids(source, batch_size=full.data.batch_size, seed=full.seed, step=3)
+    ids = order.batch_ids(source, batch_size=full.data.batch_size, seed=full.seed, step=3)
     assert [row['id'] for row in rows] == ids.tolist()
     for row in rows:
         assert row['name'] == source.name(row['id']) and row['used']

@@ -13,7 +13,7 @@ from vit_jax import config as configs
 from vit_jax import evaluators, models, optim, sharding, step
 from vit_jax.assembly import evaluations
 from vit_jax.convert import load as weights
-from vit_jax.data import mixture, pipeline, sources, tasks
+from vit_jax.data import mixture, order, sources, tasks
 from vit_jax.data.readers import names
 from vit_jax.errors import UserError
 from vit_jax.models import parameters
@@ -142,7 +142,7 @@ def steps_of(config: ConfigDict, source: Sized) -> int:
 
 def example_ids(config: ConfigDict, parts: Parts, number: int) -> np.ndarray:
     """Indices [B] of the examples of a step, counted from 1."""
-    return pipeline.ids(
+    return order.batch_ids(
         parts.source, batch_size=config.data.batch_size, seed=config.seed, step=number - 1,
         repeats=config.data.repeats,
     )  # fmt: skip

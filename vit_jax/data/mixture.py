@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 
 class Mixture:
-    """The records of all parts, concatenated; pipeline.order applies the weights."""
+    """The records of all parts, concatenated; order.example_ids applies the weights."""
 
     def __init__(self, parts: Sequence[Part], max_labels: int) -> None:
         self.parts, self.max_labels = parts, max_labels
