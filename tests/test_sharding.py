@@ -177,3 +177,11 @@ def test_state_of_fsdp_is_divided_by_its_degree():
 def test_what_does_not_divide_says_what_would(mesh, words):
     with pytest.raises(UserError, match=words):
         program(mesh=mesh)
+
+
+def test_a_dimension_may_be_split_over_two_axes():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    rules = (parameters.Rule('queue', sharding.P(('fsdp', 'tensor'), None)),)
+    assert sharding.spec('queue', (16, 3), mesh, rules) == rules[0].spec
+    with pytest.raises(UserError, match='12 is not divisible by mesh axis fsdp x tensor=8'):
+        sharding.spec('queue', (12, 3), mesh, rules)

@@ -1,6 +1,7 @@
 """Sharding: the mesh, the placement of parameters by name, global arrays of batches."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -82,13 +83,19 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: tuple = ()) -> Pa
     """
     axes = find_rule(name, shape, rules).spec
     for size, axis in zip(shape, axes, strict=False):
-        if axis and size % mesh.shape[axis]:
+        parts = math.prod(mesh.shape[a] for a in named_axes(axis))
+        if size % parts:
             fitting = [str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0]
             raise UserError(
                 f'{name} {shape}: dimension {size} is not divisible by mesh axis '
-                f'{axis}={mesh.shape[axis]}, but by {", ".join(fitting)}'
+                f'{" x ".join(named_axes(axis))}={parts}, but by {", ".join(fitting)}'
             )
     return axes
+
+
+def named_axes(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes of one entry of a PartitionSpec."""
+    return (axis,) if isinstance(axis, str) else axis or ()
 
 
 def by_name(tree: Any, mesh: Mesh, rules: tuple = ()) -> Any:

@@ -22,7 +22,7 @@ from vit_jax.convert.stages import Parsed
 from vit_jax.errors import Damaged, UserError
 from vit_jax.io import addresses, storage
 from vit_jax.io.text import printable
-from vit_jax.run import checkpoint, history, workdir
+from vit_jax.run import history, weights, workdir
 
 NUMBER = re.compile('[0-9]{1,18}')
 
@@ -167,7 +167,7 @@ def read_arrays(
         raise UserError(f'{root} has no checkpoint yet')
     for n in [int(step)] if step is not None else steps:
         try:
-            return checkpoint.read_params(folder / str(n), average=ema)
+            return weights.read_params(folder / str(n), average=ema)
         except Damaged as e:
             message = f'checkpoint {folder / str(n)} is damaged: {e}'
             if step is not None:

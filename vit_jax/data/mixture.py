@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from vit_jax.data import sources
 from vit_jax.data.readers import facts, names
@@ -128,7 +129,7 @@ def all_classes(loaded: Mapping[str, sources.Source]) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def title(source: Mapping[str, Any]) -> str:
+def title(source: Mapping[str, Any] | ConfigDict) -> str:
     """Names the data set of a config's section for messages, in one line."""
     names = ' + '.join(source['mixture']) if 'mixture' in source else source['name']
     return printable(names)

@@ -1,15 +1,12 @@
 """Checkpoints of a run: saved by Orbax in the background, verified bit by bit when restored."""
 
 import contextlib
-import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -17,7 +14,6 @@ from vit_jax.errors import Damaged, Lost, UserError
 from vit_jax.io import storage
 from vit_jax.io.bounds import NonNegative, Positive
 from vit_jax.io.text import printable
-from vit_jax.models.parameters import leaf_name
 from vit_jax.run.fingerprints import (
     Contents,
     ContentsRestore,
@@ -270,45 +266,3 @@ def restore_newest(workdir: os.PathLike | str, abstract: Any) -> Any | None:
             except Damaged as e:
                 error = e
     raise error
-
-
-def read_params(path: os.PathLike | str, *, average: bool | None) -> dict[str, np.ndarray]:
-    """Reads {name: array} of the parameters of one checkpoint; needs no config.
-
-    Args:
-      path: a folder checkpoints/STEP.
-      average: whether to read the moving average of the parameters. None: if there is one.
-
-    Raises:
-      Damaged: a file cannot be read, or a bit differs from what was saved.
-      UserError: there is no moving average, or a server did not answer.
-    """
-    path = epath.Path(path)
-    silence_repeats()
-    try:
-        saved = json.loads((path / 'contents' / 'metadata').read_text())
-    except Exception as e:  # anything that the libraries raise for a broken file or a server
-        raise read_error(path, 'its list of arrays', e) from e
-    sources = {name: name for name in saved if name.startswith('params/')}
-    for name in saved if average is not False else ():
-        match = re.fullmatch(r'opt_state/(?:.*/)?average/(.*)', name)
-        if match:
-            sources[f'params/{match[1]}'] = name
-    if average and all(name == source for name, source in sources.items()):
-        raise UserError(f'{path} has no moving average of its parameters (ema)')
-    wanted = set(sources.values())
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path / 'state').item_metadata.tree
-            item = jax.tree_util.tree_map_with_path(
-                lambda p, _: 0 if leaf_name(p) in wanted else ocp.PLACEHOLDER, tree
-            )
-            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            state = checkpointer.restore(
-                path / 'state', args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-            )
-    except Exception as e:
-        raise read_error(path, 'its arrays', e) from e
-    values = {name: value for name, value in leaves_by_name(state).items() if name in wanted}
-    check_bits(values, saved)
-    return {name.removeprefix('params/'): values[source] for name, source in sources.items()}

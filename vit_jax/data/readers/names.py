@@ -205,7 +205,7 @@ def translate(label: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
 def pad_labels(labels: Sequence[int] | np.ndarray, most: int) -> int | np.ndarray:
     """The only label if `most` is 1; else int32 [most], padded with -1."""
     if most == 1:
-        return labels[0]
+        return int(labels[0])
     found = np.full(most, -1, np.int32)
     found[: len(labels)] = labels
     return found
