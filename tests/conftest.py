@@ -22,6 +22,10 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a parallel worker, or 
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
+# Processes of tests import the package hundreds of times: its bytecode is kept in any case.
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+sys.dont_write_bytecode = False
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests inherit it
 # The TPU's compiler ignores SIGHUP where nothing handles it, nohup does, too: processes of tests

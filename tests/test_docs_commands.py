@@ -9,6 +9,7 @@ import sys
 import launched
 import numpy as np
 import pytest
+import xla_flags
 from pages import FENCED, ROOT, commands
 from PIL import Image
 
@@ -64,7 +65,8 @@ def filled(line):
 def run(line, folder):
     """The output of a line of shell, in a folder, with this Python."""
     command = re.sub(r'^python\b', lambda m: sys.executable, line)
-    environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+    xla = xla_flags.devices(1, cpu_alone='vit_jax.plan' not in line)
+    environment = os.environ | {'XLA_FLAGS': xla, 'PYTHONPATH': str(ROOT)}
     done = subprocess.run(['bash', '-c', command], cwd=folder, env=environment, text=True,
                           capture_output=True, timeout=280)  # fmt: skip
     assert done.returncode == 0, f'{line}\n{done.stdout}{done.stderr}'

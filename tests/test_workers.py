@@ -170,8 +170,10 @@ def spawned(pid):
 
 MOMENTS = [(signal.SIGTERM, 0.0)] + [
     pytest.param(number, delay, marks=pytest.mark.slow)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    for delay in (0.05, 0.3, 1.0, 2.0, 4.0)
+    for number, delay in zip(
+        (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * 2, (0.05, 0.3, 1.0, 4.0, 2.0, 0.5),
+        strict=True,
+    )
 ]
 
 
