@@ -86,7 +86,7 @@ def test_the_layer_of_a_parameter_is_where_the_model_reads_it(family):
         else:
             assert {*reads(name, leaf * 1.5 + 0.1)[1:]} == {layers[name] == 'stem'}, name
     assert {'blocks', 'head', 'stem'} == set(layers.values())
-    rates = optim.rate_multipliers(parameters.named_leaves(params), 0.5, ())
+    rates = optim.rate_multipliers(parameters.named_leaves(params), (), 0.5)
     for name, rate in rates.items():
         expected = {'stem': 0.5**4, 'head': 1, 'blocks': np.array([0.125, 0.25, 0.5])}[layers[name]]
         np.testing.assert_allclose(np.squeeze(rate), expected)

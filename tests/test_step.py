@@ -1,6 +1,4 @@
-"""Losses, optimizers and the step: against optax and NumPy, and one device against eight."""
-
-import typing
+"""Losses and the step: against optax, and one device against eight."""
 
 import jax
 import jax.numpy as jnp
@@ -69,43 +67,6 @@ def test_masked_examples_count_for_nothing():
     assert 0 < len(part['mask']) < len(whole['mask'])
     a, b = (objective.loss(params, {}, {}, x, jax.random.key(0), 0)[1][0] for x in (whole, part))
     assert_trees_close(a, b, rtol=1e-5)
-
-
-@pytest.mark.parametrize('kind', typing.get_args(optim.Schedule))
-def test_schedules(kind):
-    rate = optim.make_schedule(kind, lr=2.0, steps=100, warmup=10, cooldown=20, timescale=50)
-    assert float(rate(0)) == 0 and float(rate(100)) == 0
-    np.testing.assert_allclose(rate(5), 1.0)
-    np.testing.assert_allclose(rate(10), 2.0)
-    expected = {
-        'cosine': 1 + np.cos(np.pi * 45 / 90),
-        'linear': 1.0,
-        'rsqrt': 2 / np.sqrt(1 + 45 / 50),
-        'constant': 2.0,
-    }
-    np.testing.assert_allclose(rate(55), expected[kind], rtol=1e-5)
-    np.testing.assert_allclose(rate(90), 0.5 * {
-        'cosine': 1 + np.cos(np.pi * 80 / 90), 'linear': 2 * 10 / 90,
-        'rsqrt': 2 / np.sqrt(1 + 80 / 50), 'constant': 2.0,
-    }[kind], rtol=1e-5)
-
-
-@pytest.mark.parametrize('fields, peer', [
-    (dict(weight_decay=0.1, clip=0.5),
-     optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1, mask=lambda p:
-     jax.tree_util.tree_map_with_path(lambda k, _: k[-1].key == 'kernel', p)))),
-    (dict(name='sgd', momentum=0.8), optax.sgd(1e-2, momentum=0.8)),
-])
-def test_optimizer_equals_optax(fields, peer):
-    params = random_params()
-    tx = optim.make(params, steps=10, lr=1e-2, schedule='constant', **fields)
-    ours, theirs = tx.init(params), peer.init(params)
-    for i in range(3):
-        noise = jax.tree.map(lambda x: np.cos(x * 9 + i) * 0.3, params)  # noqa: B023
-        a, ours = jax.jit(tx.update)(noise, ours, params)
-        b, theirs = jax.jit(peer.update)(noise, theirs, params)
-        assert_trees_close(a, b, rtol=1e-5, atol=1e-9)
-        params = optax.apply_updates(params, a)
 
 
 def test_training_learns():
@@ -220,7 +181,7 @@ def test_a_parameter_without_a_rule_is_an_error():
 @pytest.mark.parametrize('call, words', [
     (lambda: optim.make({'kernel': jnp.ones(2)}, steps=1, freeze=('zzz',)),
      "optim.freeze 'zzz' match"),
-    (lambda: optim.make_schedule('cosine', lr=1, steps=1, warmup=2), 'warmup 2 .* exceed 1 steps'),
+    (lambda: optim.make_schedule(1, lr=1, warmup=2), 'warmup 2 .* exceed 1 steps'),
     (lambda: sharding.make_mesh(fsdp=3), 'fsdp=3 tensor=1 does not cover 8 devices'),
     (lambda: sharding.check_batch(12, sharding.make_mesh()), 'batch size 12 is not divisible'),
 ])

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from vit_jax import config, models
+from vit_jax import config, models, optim
 from vit_jax.config import keys
 from vit_jax.config.sections import REQUIRED, keys_of
 from vit_jax.data import augment, distort, mixture, pipeline, sources
@@ -25,6 +25,9 @@ value of another type or out of range are errors that name the key. The training
 and the type of an evaluation may be your own, with settings of their own: see
 [extending](extending.md).
 """
+OPTIMIZER = (  # what documents arguments of optim.make
+    optim.update_rule, optim.make_schedule, optim.decay_strengths, optim.rate_multipliers,
+)  # fmt: skip
 MODELS = {  # {model whose defaults are shown: text}
     'vit-b/16': """\
 Vision Transformers and hybrids, named `vit-SIZE/PATCH`, `rUNITS+vit-SIZE/PATCH`, or `vit/PATCH`
@@ -112,7 +115,7 @@ def sections() -> Iterator[Section]:
     yield of(2, 'objective', keys.objective)
     for name, function in components('objective.name'):
         yield of(3, f"name='{name}'", function)
-    yield of(2, 'optim', config.SECTIONS['optim'])
+    yield of(2, 'optim', optim.make, *OPTIMIZER)._replace(keys=keys_of(optim.make))
     yield of(2, 'evals', keys.evaluation)
     for name, function in components('evals.type'):
         found = of(3, f"type='{name}'", function)

@@ -4,6 +4,7 @@ A name is a path in the tree of parameters, such as 'encoder/attn/qkv/kernel'.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -66,6 +67,13 @@ def leaf_name(path: tuple) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """{name: leaf} of a tree."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_by_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps function(name, leaf, ...) over a tree, with what `rest` have in the leaves' places."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(leaf_name(path), *leaves), tree, *rest
+    )
 
 
 def find_rule(name: str, shape: tuple[int, ...], rules: tuple = ()) -> Rule:

@@ -1,0 +1,199 @@
+"""Optimizers: schedules, weight decay by name, layer-wise rates, freezing, averaged parameters.
+
+A frozen leaf is None in every tree of this module: it has no gradient and no optimizer state.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.errors import UserError
+from vit_jax.io.bounds import Float, NonNegative, Pattern, Positive, Range, Rate, Share
+from vit_jax.models.parameters import map_by_name, named_leaves
+from vit_jax.optim.adafactor import scale_by_factored_rms
+from vit_jax.optim.decay import add_decays, check_patterns, decay_strengths, matches
+from vit_jax.optim.layerwise import layers, rate_multipliers, scale_by_name, span
+from vit_jax.optim.schedules import Schedule, make_schedule
+
+
+class Optimizer(NamedTuple):
+    """An optax transformation of the trainable leaves, with its schedule and a table of leaves."""
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    schedule: optax.Schedule  # step -> learning rate
+    trainable: Callable[[Any], Any]  # parameters -> the same tree, None at frozen leaves
+    table: tuple[tuple, ...]  # by leaf: name, shape, count, rate multiplier, weight decay, frozen
+
+
+class AveragedParams(NamedTuple):
+    """Exponential moving average of the trainable parameters."""
+
+    average: Any
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Maintains an exponential moving average of the parameters after each update."""
+
+    def update(updates, state, params):
+        average = jax.tree.map(
+            lambda a, p, u: decay * a + (1 - decay) * (p + u), state.average, params, updates
+        )
+        return updates, AveragedParams(average)
+
+    return optax.GradientTransformation(
+        lambda params: AveragedParams(jax.tree.map(jnp.array, params)), update
+    )
+
+
+def merge(trainable: Any, params: Any) -> Any:
+    """Replaces leaves of `params` by those of `trainable` that are not None."""
+    return jax.tree.map(
+        lambda t, p: p if t is None else t, trainable, params, is_leaf=lambda x: x is None
+    )
+
+
+def averaged(state: Any) -> Any:
+    """The moving average of the parameters if a step.State has one, else the parameters."""
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, AveragedParams))
+    found = [x for x in nodes if isinstance(x, AveragedParams)]
+    return merge(found[0].average, state.params) if found else state.params
+
+
+def frozen_names(
+    names: Collection[str], freeze: tuple[str, ...] | str, only: tuple[str, ...] | str
+) -> set[str]:
+    """Names that `freeze` matches, or `only` does not.
+
+    Raises UserError if they are all, or if a pattern matches none.
+    """
+    freeze, only = ((p,) if isinstance(p, str) else tuple(p) for p in (freeze, only))
+    check_patterns('freeze', freeze, names)
+    check_patterns('only', only, names)
+    frozen = {n for n in names if matches(freeze, n) or (only and not matches(only, n))}
+    if frozen == set(names):
+        raise UserError(f'optim.freeze {freeze!r} leaves no parameter to train')
+    return frozen
+
+
+def update_rule(
+    leaves: Mapping[str, Any],
+    rules: tuple,
+    *,
+    name: str,
+    b1: float,
+    b2: float,
+    eps: float,
+    momentum: float,
+    momentum_dtype: str | None,
+    b2_cap: float,
+    clip_update: float | None,
+) -> optax.GradientTransformation:
+    """The algorithm alone, without learning rate, weight decay and clipping of the gradient.
+
+    Args:
+      leaves: parameters by name.
+      rules: the objective's own rows of `models.parameters.RULES`.
+      name: optimization algorithm. adafactor is the variant of arXiv:2106.04560 section 3.4, in
+        which each layer of stacked blocks is an array of its own.
+      b1: decay of the first moment in adamw.
+      b2: decay of the second moment in adamw.
+      eps: term added to the denominator in adamw.
+      momentum: decay of the momentum in sgd and adafactor.
+      momentum_dtype: dtype in which the first moment or momentum is stored. None: that of the
+        parameters.
+      b2_cap: upper bound of the decay 1 - t^-0.8 of the second moment in adafactor, at update t.
+      clip_update: maximum root mean square of the update of an array in adafactor; larger updates
+        are scaled down to it. None: no clipping.
+    """
+    if name == 'adamw':
+        return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=momentum_dtype)
+    if name == 'sgd':
+        return optax.trace(decay=momentum, accumulator_dtype=momentum_dtype)
+    stacks = {n for n, layer in layers(leaves, rules).items() if layer == 'blocks'}
+    return optax.chain(
+        scale_by_factored_rms(stacks, b2_cap=b2_cap, clip_update=clip_update),
+        optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype),
+    )
+
+
+def make(
+    params: Any, steps: int, rules: tuple = (), *,
+    name: Literal['adamw', 'sgd', 'adafactor'] = 'adamw',
+    lr: Positive[float] = 1e-3, schedule: Schedule = 'cosine', end_lr: NonNegative[float] = 0.0,
+    warmup: NonNegative[int] = 0, cooldown: NonNegative[int] = 0,
+    timescale: Positive[int] = 10_000, boundaries: tuple[Share, ...] = (),
+    step_factor: Annotated[float, Range(0, 1, '(]')] = 0.1,
+    weight_decay: NonNegative[float] = 0.0, decay_kind: Literal['decoupled', 'l2'] = 'decoupled',
+    decay: tuple[Pattern, ...] | Pattern = ('kernel$',),
+    decay_factors: tuple[tuple[Pattern, NonNegative[float]], ...] = (),
+    clip: Positive[float] | None = None, clip_update: Positive[float] | None = None,
+    layer_decay: Annotated[float, Range(0, 1, '(]')] = 1.0,
+    freeze: tuple[Pattern, ...] | Pattern = (), only: tuple[Pattern, ...] | Pattern = (),
+    ema: Rate | None = None, b1: Rate = 0.9, b2: Rate = 0.999, eps: Positive[float] = 1e-8,
+    momentum: Rate = 0.9, momentum_dtype: Float | None = None, b2_cap: Share = 0.999,
+) -> Optimizer:  # fmt: skip
+    """Makes the optimizer of a run.
+
+    With the learning rate `rate` of a step and the algorithm `update`, decoupled weight decay is
+    p -= rate * (update(g) + weight_decay * p), and l2 is p -= rate * update(g + weight_decay * p).
+
+    Patterns are regular expressions, searched for in parameter names such as
+    'encoder/attn/qkv/kernel'; one that matches no parameter raises UserError.
+
+    Args:
+      params: tree of parameters, or of their shapes.
+      steps: length of the run in updates.
+      rules: the objective's own rows of `models.parameters.RULES`.
+      decay_kind: decoupled, or l2: in the gradient, before clipping and momentum.
+      clip: maximum global norm of the gradient; larger gradients are scaled down to it. None: no
+        clipping.
+      freeze: patterns of the parameters that stay as they are.
+      only: patterns of the parameters to train; all others stay as they are. 'head' trains a
+        linear probe. Empty: all.
+      ema: decay of an exponential moving average of the parameters, which evaluations then use.
+        None: no average.
+
+    `update_rule`, `make_schedule`, `decay_strengths` and `rate_multipliers` document the others.
+    """
+    leaves = named_leaves(params)
+    frozen = frozen_names(leaves, freeze, only)
+    strengths = decay_strengths(leaves, frozen, weight_decay, decay, decay_factors)
+    multipliers = rate_multipliers(leaves, rules, layer_decay)
+    rate = make_schedule(
+        steps, lr=lr, schedule=schedule, end_lr=end_lr, timescale=timescale,
+        boundaries=boundaries, step_factor=step_factor, warmup=warmup, cooldown=cooldown,
+    )  # fmt: skip
+    rule = update_rule(
+        leaves, rules, name=name, b1=b1, b2=b2, eps=eps, momentum=momentum,
+        momentum_dtype=momentum_dtype, b2_cap=b2_cap, clip_update=clip_update,
+    )  # fmt: skip
+    clipping = [optax.clip_by_global_norm(clip)] if clip is not None else []
+    decays = add_decays(strengths)
+    parts = [*clipping, rule, *decays] if decay_kind == 'decoupled' else [*decays, *clipping, rule]
+    parts += [scale_by_name(multipliers)] if multipliers else []
+    parts += [optax.scale_by_learning_rate(rate)]
+    parts += [average_params(ema)] if ema is not None else []
+    tx = optax.chain(*parts)
+    table = table_of(leaves, multipliers, strengths, frozen)
+    return Optimizer(tx.init, tx.update, rate, partial(without, frozen), table)
+
+
+def without(frozen: Collection[str], params: Any) -> Any:
+    """A tree of parameters with None in the place of the frozen ones."""
+    return map_by_name(lambda name, x: None if name in frozen else x, params)
+
+
+def table_of(
+    leaves: Mapping[str, Any], multipliers: Mapping, strengths: Mapping, frozen: Collection[str]
+) -> tuple[tuple, ...]:
+    """The rows of `Optimizer.table`."""
+    return tuple(
+        (name, tuple(x.shape), int(x.size), span(multipliers.get(name, 1.0)), strengths[name],
+         name in frozen)
+        for name, x in leaves.items()
+    )  # fmt: skip

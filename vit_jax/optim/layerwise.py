@@ -1,0 +1,76 @@
+"""Layer-wise decay of the learning rate, arXiv:2106.08254 section 3.1."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.errors import UserError
+from vit_jax.models import parameters
+
+
+def layers(leaves: Mapping[str, Any], rules: tuple) -> dict[str, parameters.Layer]:
+    """{name: layer} of leaves by name. Raises ValueError if a leaf has no rule."""
+    return {n: parameters.find_rule(n, tuple(x.shape), rules).layer for n, x in leaves.items()}
+
+
+def rate_multiplier(
+    layer: parameters.Layer, ndim: int, depth: int, layer_decay: float
+) -> jax.Array | float:
+    """Multiplier of the learning rate of a leaf.
+
+    It is d^(L+1) in the stem and 1 in the head, for `layer_decay` d and `depth` L: an array
+    [L, 1, ...] of `ndim` dimensions for stacked blocks, a float for every other leaf.
+    """
+    if layer == 'blocks':
+        rates = layer_decay ** jnp.arange(depth, 0, -1)
+        return rates.reshape(depth, *[1] * (ndim - 1)).astype(jnp.float32)
+    return layer_decay ** (depth + 1) if layer == 'stem' else 1.0
+
+
+def rate_multipliers(
+    leaves: Mapping[str, Any], rules: tuple, layer_decay: float
+) -> dict[str, jax.Array | float]:
+    """{name: multiplier of the learning rate} of parameters by name, {} if all have one rate.
+
+    Args:
+      leaves: parameters by name.
+      rules: the objective's own rows of `models.parameters.RULES`.
+      layer_decay: factor of the learning rate from each block to the one before it
+        (arXiv:2106.08254 section 3.1). 1: the same rate for all.
+
+    Raises:
+      UserError: the parameters have no stacked blocks, or stacks of several depths.
+      ValueError: a parameter has no rule.
+    """
+    if layer_decay == 1:
+        return {}
+    found = layers(leaves, rules)
+    depths = sorted({x.shape[0] for n, x in leaves.items() if found[n] == 'blocks'})
+    if len(depths) != 1:
+        blocks = f'stacks of {depths} blocks' if depths else 'no encoder blocks'
+        raise UserError(f'optim.layer_decay is {layer_decay}, but the model has {blocks}')
+    return {
+        n: rate_multiplier(found[n], len(x.shape), depths[0], layer_decay)
+        for n, x in leaves.items()
+    }
+
+
+def scale_by_name(multipliers: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Scales each update by the multiplier of its name."""
+
+    def update(updates, state, params=None):
+        return parameters.map_by_name(
+            lambda name, u: (u * multipliers[name]).astype(u.dtype), updates
+        ), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def span(multiplier: jax.Array | float) -> str:
+    """Formats a rate multiplier: '0.75', or '0.056 ... 0.75' for an array."""
+    values = jnp.ravel(jnp.asarray(multiplier))
+    low, high = f'{float(values.min()):.3g}', f'{float(values.max()):.3g}'
+    return low if low == high else f'{low} ... {high}'
