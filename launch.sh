@@ -25,6 +25,9 @@ bash launch.sh COMMAND --help says what each of the last five takes. All of them
   --sweep KEY=A,B ...  one run for each combination, in a folder of its own below the workdir; takes
                        all words that follow and look like KEY=VALUES. Finished runs are skipped; a
                        table of all runs is printed at the end
+  --select             choose settings as the experiment's section `select` says: a run for each
+                       point of its grid (or of --sweep), in WORKDIR/select, then the final run with
+                       the settings of the best. The same command goes on where it was stopped
   --dry-run            print the commands, ready to paste, and run nothing
   --                   all that follows goes to vit_jax.main
 $VIT_JAX_PYTHON names a Python that has vit_jax; then nothing is installed here.
@@ -102,7 +105,7 @@ setup() { # EXTRAS: installs the package for $python, with the versions that the
 }
 
 parse() { # "VALUED OPTIONS" "SWITCHES" ARGUMENTS: sets a variable for each, and those below
-    local valued=" workdir ${1//[[:space:]]/ } " switches=" dry-run help $2 " arg option value
+    local valued=" workdir ${1//[[:space:]]/ } " switches=" dry-run select help $2 " arg option value
     shift 2
     while [ $# -gt 0 ]; do
         arg=$1 option=${1%%=*} option=${option#--}
@@ -152,9 +155,10 @@ options() { # arguments of parse: parses, then checks what all commands need
         fail "no EXPERIMENT given; see: bash launch.sh $command --help"
     [ ! "$experiment" ] || [ -f "$file" ] ||
         fail "no experiment file $file; there are $(echo experiments/*.py)"
-    workdir=${workdir:-runs/$(basename "$file" .py)${sweep:+.sweep}}
+    [ "$select" ] || workdir=${workdir:-runs/$(basename "$file" .py)${sweep:+.sweep}}
+    workdir=${workdir:-runs/$(basename "$file" .py)}
     [[ $workdir != -* ]] || workdir=./$workdir
-    workdir=${workdir%/}
+    workdir=${workdir%/} given=$experiment several=$select${sweep:+true}
 }
 
 count() { # OPTION VALUE: fails unless the value is a whole number above 0
@@ -180,25 +184,26 @@ log_folder() { # WORKDIR: sets logs, a folder on this machine
 
 each() { # FUNCTION: calls it with workdir and flags for every unfinished run of a sweep
     local plan line row rc status=0 settings=() flag
-    if [ ${#sweep[@]} = 0 ]; then
+    started=0
+    if [ ! "$several" ]; then
         "$1" "$workdir" "${flags[@]}"
         return
     fi
     for flag in "${flags[@]}"; do [[ $flag != *-config.* ]] || settings+=("$flag"); done
-    table=("$python" -m vit_jax.sweep --config "$experiment" --workdir "$workdir"
+    table=("$python" -m vit_jax.sweep ${select:+"$stage"} --config "$given" --workdir "$workdir"
         "${settings[@]}" "${sweep[@]}")
     command -v "$python" >/dev/null ||
-        fail "a sweep needs $python; make it: bash launch.sh setup digits,figures"
+        fail "--sweep and --select need $python; make it: bash launch.sh setup digits,figures"
     plan=$("${table[@]}" --plan) || exit $?
     while IFS= read -r line <&3; do
         IFS=$'\t' read -r -a row <<<"$line"
-        if [ "${row[0]}" = finished ]; then
-            echo "# ${row[1]} is finished"
+        if [ "${row[0]}" = finished ] || [[ $select && ${row[0]} == *', not finite' ]]; then
+            echo "# ${row[1]}: ${row[0]}"
             continue
         fi
         [ "$dry_run" ] || echo "# ${row[1]}"
-        rc=0
-        "$1" "${row[1]}" "${flags[@]}" "${row[@]:2}" || rc=$?
+        rc=0 started=$((started + 1)) experiment=${row[2]}
+        "$1" "${row[1]}" "${flags[@]}" "${row[@]:3}" || rc=$?
         [ "$status" != 0 ] || status=$rc
         case $rc in 129 | 130 | 143) break ;; esac
         [ ! "$stopped" ] || break # any other failure is one row of the table
@@ -206,8 +211,37 @@ each() { # FUNCTION: calls it with workdir and flags for every unfinished run of
     return "$status"
 }
 
+waves() { # FUNCTION: calls it to run what `each` lists; with --select again for the final run
+    local status=0
+    "$1" || status=$?
+    if [ ! "$select" ]; then
+        [ "${detach:-}" ] && [ "$several" ] && echo "# the table: $(quoted "${table[@]}")"
+        [ "${detach:-}" ] || show_table
+        return "$status"
+    fi
+    if [ "$dry_run" ]; then
+        table[3]=best
+        echo '# then, with the settings of the best, the final run:'
+        quoted "${table[@]}" --plan
+        return "$status"
+    fi
+    if [ "${detach:-}" ] && [ "$started" != 0 ]; then
+        echo '# when these have ended, the same command chooses the best and starts the final run'
+        return "$status"
+    fi
+    # Status 3 is a run that diverged, which is not chosen. Any other is not the end of a run.
+    if [ "$status" != 0 ] && [ "$status" != 3 ]; then
+        show_table || true
+        return "$status"
+    fi
+    stage=best status=0
+    "$1" || status=$?
+    [ "${detach:-}" ] || [ "$status" != 0 ] || show_table # adds the choice to the result
+    return "$status"
+}
+
 show_table() {
-    [ ${#sweep[@]} = 0 ] || run "${table[@]}"
+    [ ! "$several" ] || run "${table[@]}"
 }
 
 pause() { # SECONDS: sleeps; signals are handled at once
@@ -219,6 +253,7 @@ pause() { # SECONDS: sleeps; signals are handled at once
 command=${1:-}
 shift || true
 experiment='' workdir='' name='' dry_run='' help='' flags=() sweep=() others=()
+select='' stage=select several='' given='' started=0
 passed_on='' stopped='' child='' worker_python=''
 combination='^[A-Za-z_][A-Za-z0-9_.]*='
 poll=${VIT_JAX_POLL:-10} # seconds between two queries of a remote run's state

@@ -21,7 +21,7 @@ after a user error (status 2) or a non-finite loss (3). Ctrl-C deletes the JobSe
   --detach             apply without following the output
   --logs, --stop       only show the output of the first pod; only delete the JobSet (no EXPERIMENT)
   --workdir ADDRESS    folder of the run: gs://...
-  --sweep KEY=A,B ..., --dry-run   see: bash launch.sh. A sweep's JobSets are NAME-1, NAME-2 ...
+  --sweep KEY=A,B ..., --select, --dry-run   see: bash launch.sh. A sweep's JobSets are NAME-1 ...
 EOS
 }
 
@@ -57,19 +57,24 @@ launch_gke() {
     count grace "$grace"
     shared_workdir
     count_hosts
-    [ ${#sweep[@]} = 0 ] || setup remote
+    [ ! "$several" ] || setup remote
     worker_python=python
-    jobsets=()
     trap 'abandon 130' INT
     trap 'abandon 143' TERM
+    waves all_gke || status=$?
+    exit "$status"
+}
+
+all_gke() { # applies all JobSets and waits for them
+    local status=0
+    jobsets=() number=0
     each apply || status=$?
     if [ "$status" != 0 ]; then
         [ ${#jobsets[@]} = 0 ] || delete
     elif [ ! "$detach$dry_run" ]; then
         await_jobsets || status=$?
     fi
-    [ "$detach" ] || show_table
-    exit "$status"
+    return "$status"
 }
 
 # Source of the slices and machine types:
@@ -187,7 +192,7 @@ apply() { # WORKDIR FLAGS
     local jobset=$name secret
     training "$@"
     number=$((number + 1))
-    [ ${#sweep[@]} = 0 ] || jobset=$name-$number
+    [ ! "$several" ] || [ "$stage" = best ] || jobset=$name-$number
     if [ "$dry_run" ]; then
         echo "$(quoted kubectl ${namespace:+"--namespace=$namespace"} apply -f -) <<'END'"
         manifest "$jobset" "$(secret)"

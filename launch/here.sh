@@ -6,7 +6,7 @@ help_local() {
 usage: bash launch.sh local [OPTIONS] EXPERIMENT [FLAGS OF vit_jax.main]
 Trains in one process with all devices of this machine; the runs of a sweep one after another. For
 GPUs, bash launch.sh setup cuda once before.
-  --workdir DIR, --sweep KEY=A,B ..., --dry-run   see: bash launch.sh
+  --workdir DIR, --sweep KEY=A,B ..., --select, --dry-run   see: bash launch.sh
 EOS
 }
 
@@ -21,7 +21,7 @@ passed on to all. The exit status is that of the first process that fails.
   --port P             of process 0, where the others find it (a free one)
   --grace SECONDS      time for processes to end after a signal, or after the first failure, before
                        they are killed (120)
-  --workdir DIR, --sweep KEY=A,B ..., --dry-run   see: bash launch.sh
+  --workdir DIR, --sweep KEY=A,B ..., --select, --dry-run   see: bash launch.sh
 EOS
 }
 
@@ -30,14 +30,15 @@ launch_local() {
     options '' '' "$@"
     setup digits,figures
     grace=120
-    each run_local || status=$?
-    show_table
+    waves all_local || status=$?
     exit "$status"
 }
 
+all_local() { each run_local; }
+
 run_local() { # WORKDIR FLAGS
     training "$@"
-    if [ ${#sweep[@]} = 0 ] && [ ! "$dry_run" ]; then exec "${words[@]}"; fi
+    if [ ! "$several$dry_run" ]; then exec "${words[@]}"; fi
     supervise "$(quoted "${words[@]}")"
 }
 
@@ -52,10 +53,11 @@ launch_hosts() {
     [[ -z $port || $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65535 ]] ||
         fail "--port is '$port'; ports are from 1 to 65535"
     setup digits,figures
-    each run_hosts || status=$?
-    show_table
+    waves all_hosts || status=$?
     exit "$status"
 }
+
+all_hosts() { each run_hosts; }
 
 run_hosts() { # WORKDIR FLAGS
     local i place lines=() where=${port:-$(free_port)}

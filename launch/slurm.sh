@@ -16,7 +16,7 @@ saves, queues again and resumes. The jobs of a sweep are submitted together.
   --partition, --time, --account, --qos, --constraint, --reservation, --mem, --cpus-per-task,
   --exclude, --nodelist VALUE    passed on to sbatch, as is every --OPTION=VALUE before EXPERIMENT
   --detach                       submit without following the log
-  --workdir DIR, --sweep KEY=A,B ..., --dry-run   see: bash launch.sh
+  --workdir DIR, --sweep KEY=A,B ..., --select, --dry-run   see: bash launch.sh
 EOS
 }
 
@@ -45,15 +45,21 @@ launch_slurm() {
     trap 'kill $child $follower 2>/dev/null || true' EXIT
     trap 'cancel 130' INT
     trap 'cancel 143' TERM
+    waves all_slurm || status=$?
+    exit "$status"
+}
+
+all_slurm() { # submits all jobs and waits for them
+    local status=0
+    [ -z "$follower" ] || kill "$follower" 2>/dev/null || true
+    jobs=() follower=''
     each submit || status=$?
     if [ "$detach$dry_run" ] || [ "$status" != 0 ]; then
         [ ${#jobs[@]} = 0 ] || [ "$status" = 0 ] || cancel "$status"
     else
         await_jobs || status=$?
     fi
-    [ "$detach" ] && [ ${#sweep[@]} != 0 ] && echo "# the table: $(quoted "${table[@]}")"
-    [ "$detach" ] || show_table
-    exit "$status"
+    return "$status"
 }
 
 # One process per GPU, as jax.distributed reads SLURM's variables: process SLURM_PROCID of

@@ -20,7 +20,7 @@ of worker 0.
   --logs               only show the output of worker 0, until its end (no EXPERIMENT)
   --stop               only stop all workers (no EXPERIMENT); the TPU stays, and is billed
   --workdir ADDRESS    folder of the run: gs://..., or a disk that all workers share
-  --sweep KEY=A,B ..., --dry-run   see: bash launch.sh
+  --sweep KEY=A,B ..., --select, --dry-run   see: bash launch.sh
 EOS
 }
 
@@ -58,14 +58,15 @@ launch_tpu() {
     shared_workdir
     [[ $experiment != /* && $experiment != *..* ]] ||
         fail "$experiment lies outside of this folder, which is all that the workers get"
-    [ ${#sweep[@]} = 0 ] || setup remote
+    [ ! "$several" ] || setup remote
     worker_python=.venv/bin/python
     trap 'abandon 130' INT
     trap 'abandon 143' TERM
-    each run_tpu || status=$?
-    [ "$detach" ] || show_table
+    waves all_tpu || status=$?
     exit "$status"
 }
+
+all_tpu() { each run_tpu; }
 
 gone=254 # status of a run whose TPU is gone
 

@@ -153,7 +153,9 @@ def test_a_loss_that_is_no_number(folder, tmp_path):
     status, output = finish(folder, workdir, *flags)
     assert status == 3
     line = output.splitlines()[-1]
-    step = launched.last_step(workdir) + 1  # every step before has its line
+    step = launched.last_step(workdir)
+    last = launched.metrics(workdir)[-1]
+    assert last['step'] == step and None in (last['loss'], last['grad_norm'], last['param_norm'])
     for words in (f'step {step}: not finite', 'gradient norm', 'learning rate', 'example ids'):
         assert words in line
     ids = line.rpartition(': ')[2].split()

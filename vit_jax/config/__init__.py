@@ -16,7 +16,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vit_jax import optim, sharding
-from vit_jax.config import keys
+from vit_jax.config import keys, selection
 from vit_jax.config.sections import (
     REQUIRED,
     check_name,
@@ -47,7 +47,7 @@ SECTIONS = {  # sections whose keys are all arguments of one function
 }
 
 
-FREE_SECTIONS = ('checkpoint', 'evals', 'mesh', 'report')  # do not affect the result
+FREE_SECTIONS = ('checkpoint', 'evals', 'mesh', 'report', 'select')  # do not affect the result
 
 
 def load(
@@ -109,8 +109,8 @@ def complete(given: Mapping, begun: Mapping | None = None, absent: bool = False)
     Raises UserError for an unknown key (and names the nearest known one), for a value of the wrong
     type or range, and for a missing key that is required.
     """
-    given = dtypes_named(given)
-    names = ('model', 'data', 'objective', 'evals', *SECTIONS)
+    given = selection.development(dtypes_named(given))
+    names = ('model', 'data', 'objective', 'evals', 'select', *SECTIONS)
     outside = {k: v for k, v in given.items() if k not in names}
     full = filled('', outside, keys_of(keys.scalars), also=names)
     full['expected'] = tuple(
@@ -128,15 +128,14 @@ def complete(given: Mapping, begun: Mapping | None = None, absent: bool = False)
     full['data'] = complete_data('data', values, data_keys(task.function))
     for name, function in SECTIONS.items():
         full[name] = filled(name, section(given, name), keys_of(function))
-    full['evals'] = {}
-    for name in section(given, 'evals'):
-        path = f'evals.{name}'
-        check_name(path, name)
-        values = section(given['evals'], name, path)
-        evaluator = named('evals.type', values.get('type', 'classify'), f'{path}.type')
-        known = evaluation_keys(evaluator.function)
-        inherited = {k: v for k, v in full['data'].items() if k in INHERITED and k in known}
-        full['evals'][name] = complete_data(path, inherited | values, known)
+    full['evals'] = complete_evals('evals', section(given, 'evals'), full['data'])
+    full['select'] = section(given, 'select')
+    if full['select']:
+        full['select'] = filled('select', full['select'], keys_of(keys.select))
+        if full['select']['evals'] is not None:
+            evals = complete_evals('select.evals', full['select']['evals'], full['data'])
+            full['select']['evals'] = evals
+        selection.check_metric(full['select'], metrics(selection.evals(full)))
     if (full['steps'] is None) == (full['epochs'] is None):
         which = 'neither steps nor epochs' if full['steps'] is None else (
             f'both steps ({full["steps"]}) and epochs ({full["epochs"]}); leave one out'
@@ -144,6 +143,20 @@ def complete(given: Mapping, begun: Mapping | None = None, absent: bool = False)
         raise UserError(f'config has {which}')
     full['checkpoint']['mode'] = mode_of(full)
     return ConfigDict(full)
+
+
+def complete_evals(path: str, sections: Mapping, data: Mapping) -> dict[str, Any]:
+    """Completes evaluations by name; INHERITED keys are those of the complete section `data`."""
+    full = {}
+    for name in sections:
+        where = f'{path}.{name}'
+        check_name(where, name)
+        values = section(sections, name, where)
+        evaluator = named('evals.type', values.get('type', 'classify'), f'{where}.type')
+        known = evaluation_keys(evaluator.function)
+        inherited = {k: v for k, v in data.items() if k in INHERITED and k in known}
+        full[name] = complete_data(where, inherited | values, known)
+    return full
 
 
 def method_keys(function: Callable) -> dict[str, tuple]:

@@ -98,3 +98,30 @@ def evaluation(*, type: str = 'classify', every: NonNegative[int] = 0) -> None:
       type: what is measured: one of the package's evaluators, or your own as FILE.py:FUNCTION.
       every: steps between two evaluations. 0: one evaluation, at the end of the run.
     """
+
+
+def select(
+    *,
+    metric: str,
+    grid: tuple[dict, ...] = (),
+    split: str | None = None,
+    evals: dict | None = None,
+    development: bool = False,
+) -> None:
+    """How `bash launch.sh COMMAND --select` chooses settings of the run; the section may be absent.
+
+    It trains a development run for each point of the grid and then, with the settings of the best,
+    the final run. Without `split` and `evals` the best run of the grid is the result itself. Any
+    other command trains one run, with the settings as they are, and ignores this section.
+
+    Args:
+      metric: what the best run is best in, such as 'val/accuracy'. Of equal runs the one of the
+        earlier point is chosen, so of rates in ascending order the smallest.
+      grid: points, each a dict of settings by dotted key: {'optim.lr': 0.003, 'steps': 500}. The
+        key `arg`, beside no other, is another argument of the experiment file. Empty: --sweep gives
+        the grid.
+      split: split of `data.source` that development runs train on. None: that of the final run.
+      evals: evaluations of development runs in place of the section `evals`. None: that section.
+      development: whether this run is a development run: it has their split and evaluations, and
+        expects nothing.
+    """

@@ -124,6 +124,7 @@ def sections() -> Iterator[Section]:
     for name, function in config.SECTIONS.items():
         if name != 'optim':
             yield of(2, name, function)
+    yield of(2, 'select', keys.select)
 
 
 def markdown() -> str:

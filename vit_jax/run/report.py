@@ -25,6 +25,7 @@ from vit_jax.io.progress import Bar
 from vit_jax.io.text import aligned, finite, flop, number, to_json
 from vit_jax.run import changes, history
 
+CHECKED = ('loss', 'grad_norm', 'param_norm')  # metrics that end a run where one is not finite
 OMITTED = ('lr', 'grad_norm', 'param_norm')  # metrics of every step that the bar omits
 
 
@@ -158,7 +159,8 @@ class Report:
         """Waits for the metrics of a step and reports them; raises NotFinite."""
         sums = self.stop.read_votes(jax.device_get(metrics))
         values = {k: float(v) for k, v in sums.items()}
-        if not all(math.isfinite(values[k]) for k in ('loss', 'grad_norm', 'param_norm')):
+        if not all(math.isfinite(values[k]) for k in CHECKED):
+            self.append(step, values)
             raise NotFinite(step, values)
         if skipped := int(values.pop('skipped', 0)):
             self.append(step, {'skipped': skipped})  # per step, so the sum is right after a resume

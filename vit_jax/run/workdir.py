@@ -56,6 +56,11 @@ def located(workdir: os.PathLike | str) -> epath.Path:
     return epath.Path(os.path.abspath(os.path.expanduser(workdir)))
 
 
+def folder_of(arg: str) -> str:
+    """Name of the workdir of an experiment's argument: 'cifar10,b_16' for 'cifar10,b/16'."""
+    return re.sub(r'[^\w.,=+-]+', '_', arg)
+
+
 def take_lock(path: epath.Path) -> int:
     """Locks path/.lock and returns its file descriptor; UserError if another process has it."""
     lock = os.open(path / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
@@ -169,7 +174,9 @@ def is_judged(row: object) -> bool:
     return valid and all(map(is_number, numbers)) and row.get('scale', 1) != 0
 
 
-SECTIONS = ('model', 'data', 'optim', 'objective', 'evals', 'checkpoint', 'report', 'mesh')
+SECTIONS = (
+    'model', 'data', 'optim', 'objective', 'evals', 'checkpoint', 'report', 'mesh', 'select',
+)  # fmt: skip
 RESULT = {
     'metrics': are_metrics, 'steps': is_count, 'examples_seen': is_count, 'seconds': is_number,
     'flops_per_image': is_number_or_none, 'device_kind': lambda v: isinstance(v, str),
