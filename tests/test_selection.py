@@ -200,6 +200,8 @@ def test_a_selection_that_is_killed_goes_on_where_it_was(place):
     assert (status, output) == (2, '')
     assert_one_line(errors, 'no section select', '--config.select.metric=METRIC')
     process = place.start(*words)
+    for path in low / 'config.json', low / 'result.json', high / 'config.json':
+        place.wait(path.exists)
     place.wait(lambda: launched.checkpoints(high))
     os.kill(int((high / '.lock').read_text()), signal.SIGKILL)
     assert finish(process)[0] == 137  # after the other runs, and without a choice
