@@ -33,16 +33,33 @@ def test_hits_are_of_any_true_label(labels):
         np.testing.assert_array_equal(losses.hits(jnp.asarray(logits), jnp.asarray(labels)), wanted)
 
 
-@pytest.mark.parametrize('name, without', [('softmax', 0.0), ('sigmoid', 7 * math.log(2))])
-def test_smoothing_adds_nothing_to_an_example_without_labels(name, without):
+def test_softmax_smoothing_adds_nothing_to_an_example_without_labels():
     logits = jnp.zeros((4, 7)).at[:, 2].set(jnp.array([0.0, 0.0, 3.0, 0.0]))
-    loss = functools.partial(losses.LOSSES[name], label_smoothing=0.3)
+    loss = functools.partial(losses.softmax_xent, label_smoothing=0.3)
     sets = loss(logits, jnp.array([[1, 2], [-1, -1], [2, -1], [-1, -1]]))
-    np.testing.assert_allclose(sets[np.array([1, 3])], without, rtol=1e-6)
+    np.testing.assert_array_equal(sets[np.array([1, 3])], 0)
     weights = loss(logits, jnp.zeros((4, 7)).at[0, 1].set(1.0).at[0, 2].set(1.0).at[2, 2].set(1.0))
     np.testing.assert_allclose(weights[1:], sets[1:], rtol=1e-6)
     one = (0.7 * jax.nn.one_hot(2, 7) + 0.3 / 7)[None]  # label 2, smoothed
-    np.testing.assert_allclose(sets[2], losses.LOSSES[name](logits[2:3], one)[0], rtol=1e-6)
+    np.testing.assert_allclose(sets[2], losses.softmax_xent(logits[2:3], one)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize('s', [0.0, 1e-4, 0.3])
+def test_sigmoid_smoothing_flips_each_target_with_a_probability(s):
+    """In float64, by -log p of what is true: a share s of the examples has the opposite label."""
+    rng = np.random.default_rng(0)
+    logits = (10 * rng.standard_normal((4, 7))).astype(np.float32)
+    labels = np.array([[1, 2], [-1, -1], [2, -1], [6, 6]])
+    truth = np.array([[k in row for k in range(7)] for row in labels])
+    x = np.where(truth, 1, -1) * logits.astype(np.float64)
+    wanted = ((1 - s) * np.log1p(np.exp(-x)) + s * np.log1p(np.exp(x))).sum(1)
+    loss = functools.partial(losses.sigmoid_xent, label_smoothing=s)
+    np.testing.assert_allclose(loss(jnp.asarray(logits), jnp.asarray(labels)), wanted, rtol=1e-5)
+    np.testing.assert_allclose(loss(jnp.asarray(logits), jnp.asarray(1.0 * truth)), wanted, 1e-5)
+    np.testing.assert_allclose(loss(logits[2:3], jnp.array([2])), wanted[2:3], rtol=1e-5)
+    mixed = jnp.asarray(0.7 * truth + 0.3 * truth[::-1])  # linear in the target, so in a mixture
+    other = loss(jnp.asarray(logits), jnp.asarray(1.0 * truth[::-1]))
+    np.testing.assert_allclose(loss(logits, mixed), 0.7 * wanted + 0.3 * other, rtol=1e-5)
 
 
 @pytest.mark.skipif(

@@ -55,9 +55,11 @@ def sigmoid_xent(
 ) -> jax.Array:
     """Binary cross-entropy summed over classes (arXiv:2006.07159 section 3), multi-label or not.
 
-    In an example without labels every class is false, with label smoothing too.
+    Label smoothing s makes (1 - s) y + s (1 - y) of each class's target y: a true class has 1 - s,
+    any other s, in an example without labels too.
     """
-    weights = smoothed(targets(labels, logits.shape[-1]), labels, label_smoothing)
+    weights = targets(labels, logits.shape[-1])
+    weights = (1 - 2 * label_smoothing) * weights + label_smoothing
     logits = logits.astype(jnp.float32)
     positive, negative = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     return -jnp.sum(weights * positive + (1 - weights) * negative, axis=-1)

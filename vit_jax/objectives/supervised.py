@@ -46,7 +46,8 @@ def supervised(
       examples: the training examples, with `image` [H, W, C] in the spec.
       loss: cross-entropy of a softmax over the classes, or of a sigmoid for each class
         (multi-label).
-      label_smoothing: share of a label that is spread over all classes (arXiv:1512.00567).
+      label_smoothing: share of a label that a softmax spreads over all classes (arXiv:1512.00567);
+        with a sigmoid, the target of each false class, and 1 minus it that of each true one.
       mixup: alpha of the Beta distribution of mixup weights (arXiv:1710.09412). 0: no mixup.
       cutmix: alpha of the Beta distribution of CutMix areas (arXiv:1905.04899). 0: no CutMix.
       mix_by: one mixing weight for the whole batch, or one for each example.
