@@ -61,6 +61,7 @@ class Attention(nn.Module):
     kind: str = 'auto'
     qk_norm: bool = False
     relative: bool = False  # a key per offset in the sequence, arXiv:2010.11929 app. D.4
+    relative_std: float | None = None  # initial deviation of these keys; None: C^-0.5
     epsilon: float = 1e-6
     dropout: float = 0.0
     deterministic: bool = True
@@ -101,7 +102,8 @@ class Attention(nn.Module):
         q = q * q.shape[-1] ** -0.5
         logits = jnp.einsum('bhqc,bhkc->bhqk', q, k)
         if self.relative:
-            init = nn.initializers.normal(channels**-0.5)
+            std = channels**-0.5 if self.relative_std is None else self.relative_std
+            init = nn.initializers.normal(std)
             keys = self.param('relative', init, (2 * tokens - 1, heads, channels))
             logits += by_offset(jnp.einsum('bhqc,rhc->bhqr', q, keys.astype(self.dtype)))
         logits = checkpoint_name(logits, 'logits')
@@ -127,7 +129,8 @@ class Block(nn.Module):
     epsilon: float = 1e-6
     qk_norm: bool = False
     relative: bool = False
-    positions: tuple | None = None  # kind, grid and prefix of a table of its own
+    relative_std: float | None = None
+    positions: tuple | None = None  # arguments of embedding.positions for a table of its own
     layer_scale: float | None = None
     dropout: float = 0.0
     attention: str = 'auto'
@@ -157,7 +160,7 @@ class Block(nn.Module):
         """(output, (attention probabilities, the output again)), the latter two if captured."""
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
         if self.positions is not None:
-            shared = embedding.positions(self, *self.positions, x.shape[-1])  # [1, T, D]
+            shared = embedding.positions(self, *self.positions)  # [1, T, D]
         if shared is not None:
             x = x + shared.astype(x.dtype)
         x = shard_batch(x)
@@ -167,6 +170,7 @@ class Block(nn.Module):
             self.attention,
             qk_norm=self.qk_norm,
             relative=self.relative,
+            relative_std=self.relative_std,
             epsilon=self.epsilon,
             dropout=self.attention_dropout,
             deterministic=self.deterministic,

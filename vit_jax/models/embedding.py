@@ -54,15 +54,17 @@ def sincos2d(h: int, w: int, width: int, *, temperature: float = 10_000.0) -> ja
 
 
 def positions(
-    scope: nn.Module, kind: str, grid: tuple[int, int], before: int, width: int
-) -> jax.Array:
+    scope: nn.Module, kind: str, grid: tuple[int, int], before: int, width: int,
+    std: float | None,
+) -> jax.Array:  # fmt: skip
     """Learned positions of `scope`, [1, before + h * w, D], for prefix tokens, then patches.
 
     'learn' has a vector per token; 'learn2d' one half of D per row and one per column of the grid,
-    and zeros for the prefix (arXiv:2010.11929 appendix D.4).
+    and zeros for the prefix (arXiv:2010.11929 appendix D.4). Initial values have the deviation
+    `std`, or D^-0.5 if it is None.
     """
     h, w = grid
-    init = nn.initializers.normal(width**-0.5)
+    init = nn.initializers.normal(width**-0.5 if std is None else std)
     if kind == 'learn':
         return scope.param('posemb', init, (1, before + h * w, width))
     y = scope.param('posemb_y', init, (1, h, width // 2))

@@ -22,10 +22,15 @@ Gelu = Literal['tanh', 'exact', 'quick']
 WIDE = 512
 
 
-def dropped(y: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
-    """Stochastic depth (arXiv:1603.09382): y [B, T, D], zero for a random share of examples."""
+def dropped(
+    y: jax.Array, rate: jax.Array, key: jax.Array, *, scaled: bool = True
+) -> jax.Array:
+    """Stochastic depth (arXiv:1603.09382): y [B, T, D], zero for a random share of examples.
+
+    With `scaled`, the others are divided by 1 - rate, which keeps the expectation.
+    """
     keep = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
-    return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)
+    return jnp.where(keep, y / (1 - rate).astype(y.dtype) if scaled else y, 0)
 
 
 def gelu_of(kind: Gelu) -> Callable[[jax.Array], jax.Array]:
@@ -117,13 +122,15 @@ class Mlp(nn.Module):
     deterministic: bool = True
     dtype: Dtype = jnp.float32
     quantize: str = 'none'
+    kernel_init: Any = nn.initializers.xavier_uniform()
+    bias_init: Any = nn.initializers.normal(1e-6)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         dense = dict(
-            kernel_init=nn.initializers.xavier_uniform(),
-            bias_init=nn.initializers.normal(1e-6),
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
             dtype=self.dtype,
             dot_general=quantized.dot_general(self.quantize),
         )

@@ -23,7 +23,11 @@ SIZES = {
 
 
 class MixerBlock(nn.Module):
-    """Mixes tokens [B, N, D] over patches, then over channels (arXiv:2105.01601 eq. 1)."""
+    """Mixes tokens [B, N, D] over patches, then over channels (arXiv:2105.01601 eq. 1).
+
+    Initial values and stochastic depth, which scales nothing, are those of big_vision
+    models/mlp_mixer.py:35 and 173.
+    """
 
     tokens_mlp_dim: int
     mlp_dim: int
@@ -45,12 +49,13 @@ class MixerBlock(nn.Module):
         mlp = dict(
             gelu=self.gelu, dropout=self.dropout, deterministic=self.deterministic,
             dtype=self.dtype, quantize=self.quantize,
+            kernel_init=nn.initializers.lecun_normal(), bias_init=nn.initializers.zeros,
         )  # fmt: skip
 
         def residual(x, y):
             if not self.stochastic_depth or self.deterministic:
                 return x + y
-            return x + layers.dropped(y, drop_path, self.make_rng('dropout'))
+            return x + layers.dropped(y, drop_path, self.make_rng('dropout'), scaled=False)
 
         x = memory.shard_batch(x)
         y = nn.LayerNorm(**norm, name='norm1')(x).swapaxes(1, 2)  # [B, N, D] -> [B, D, N]

@@ -1,6 +1,6 @@
-"""Pooling of tokens into one vector by attention.
+"""Pooling of tokens into one vector.
 
-Shapes: B batch, T tokens, D width, H heads, C head width (D = H * C).
+Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C).
 """
 
 import flax.linen as nn
@@ -9,6 +9,30 @@ import jax.numpy as jnp
 
 from vit_jax.models.layers import Dtype, Mlp
 from vit_jax.models.memory import shard_batch
+
+
+def pooled(model: nn.Module, out: dict[str, jax.Array], first: jax.Array) -> jax.Array:
+    """Pools the tokens of a `vit.Vit`, within it, as `model.pool` says.
+
+    Args:
+      model: the `vit.Vit`.
+      out: `encoded` [B, N, D] and, of a model with a class token, `cls` [B, D].
+      first: tokens before the patches, [B, T - N, D].
+
+    Returns:
+      [B, D], [B, 2 D] with cls_gap, or with none all tokens, [B, T, D].
+    """
+    if model.pool == 'cls':
+        return out['cls']
+    if model.pool == 'gap':
+        return out['encoded'].mean(axis=1)
+    if model.pool == 'cls_gap':  # the linear head of DINOv2, arXiv:2304.07193 section 7.1
+        return jnp.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=-1)
+    if model.pool == 'map':
+        return MapHead(
+            model.num_heads, model.mlp_dim, model.gelu, model.epsilon, model.dtype, name='map_head'
+        )(out['encoded'])
+    return jnp.concatenate([first, out['encoded']], axis=1) if model.prefix else out['encoded']
 
 
 class MapHead(nn.Module):

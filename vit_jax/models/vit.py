@@ -21,6 +21,7 @@ from vit_jax.models import (
     pooling,
     quantized,
     resnet,
+    stem,
 )
 from vit_jax.models.flops import vit_flops
 from vit_jax.models.prefix import prefix_counts, prefix_rows
@@ -79,6 +80,9 @@ class Vit(nn.Module):
     posemb: Literal['learn', 'learn2d', 'relative', 'sincos2d', 'none'] = 'learn'
     # where positions are added: before all blocks, or before each from its own or a shared table
     posemb_at: Literal['stem', 'layers', 'shared'] = 'stem'
+    # initial deviation of learnt positions: 0.02 for arXiv:2010.11929 (vision_transformer
+    # models_vit.py:192); None: width^-0.5, as big_vision, and that of a head for relative ones
+    posemb_std: NonNegative[float] | None = None
     # how the position table is resized to another image size
     interpolation: Literal['linear', 'bicubic', 'bicubic_antialias'] = 'linear'
     cls_token: bool | None = None  # class token; None: if `pool` reads it
@@ -173,34 +177,6 @@ class Vit(nn.Module):
         """
         return vit_flops(self, image_shape)
 
-    def embed(self, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Embeds patches with positions: [B, H, W, C] -> [B, N, D], and positions of the prefix."""
-        h, w = self.grid(images.shape[1:])
-        x = images.astype(self.dtype)
-        if self.resnet is not None:
-            x = resnet.ResNet(self.resnet, self.resnet_width, self.dtype, name='resnet')(x)
-        x = embedding.patches(x, self.width, self.patch_size, self.dtype)
-        if self.posemb_at != 'stem' or self.posemb in ('none', 'relative'):
-            return x, None
-        if self.posemb == 'sincos2d':
-            return x + embedding.sincos2d(h, w, self.width).astype(self.dtype), None
-        before = sum(self.prefix_posemb.values())
-        table = embedding.positions(self, self.posemb, (h, w), before, self.width)
-        table = table.astype(self.dtype)
-        return x + table[:, before:], table[:, :before]
-
-    def prefix_tokens(self, positions: jax.Array | None) -> list[jax.Array]:
-        """Class token, distillation token and registers, as the model has them: each [1, *, D]."""
-        tokens, start = [], 0
-        for name, count in self.prefix.items():
-            init = nn.initializers.zeros if name == 'cls' else nn.initializers.normal(0.02)
-            token = self.param(name, init, (1, count, self.width)).astype(self.dtype)
-            if positions is not None and name in self.prefix_posemb:
-                token = token + positions[:, start : start + count]
-                start += count
-            tokens.append(token)
-        return tokens
-
     @nn.compact
     def __call__(
         self,
@@ -217,10 +193,10 @@ class Vit(nn.Module):
         rows = self.prefix if self.posemb == 'relative' else self.prefix_posemb
         interface.check_size(images, grid, self.variables.get('params', {}), sum(rows.values()))
         out = {}
-        x, positions = self.embed(images)
+        x, positions = stem.embed(self, images)
         out['tokens'] = x
         b, n, d = x.shape
-        prefix = self.prefix_tokens(positions)
+        prefix = stem.prefix_tokens(self, positions)
         x = jnp.concatenate([jnp.tile(p, (b, 1, 1)) for p in prefix] + [x], axis=1)  # [B, T, D]
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
         if self.pre_norm:
@@ -239,7 +215,7 @@ class Vit(nn.Module):
         if 'cls' in self.prefix:
             out['cls'] = first[:, 0]
         dist = first[:, list(self.prefix).index('dist')] if self.dist_head else None
-        x = memory.shard_batch(self.pooled(out, first))
+        x = memory.shard_batch(pooling.pooled(self, out, first))
         x = out['pre_logits'] = self.represented(last_norm(x) if self.fc_norm else x)
         if self.num_classes is None:
             return x, out
@@ -257,10 +233,10 @@ class Vit(nn.Module):
 
         Also returns {name: array} of what is captured.
         """
-        table = (self.posemb, grid, sum(self.prefix.values()))
+        table = (self.posemb, grid, sum(self.prefix.values()), self.width, self.posemb_std)
         shared = None
         if self.posemb_at == 'shared':
-            shared = embedding.positions(self, *table, self.width)
+            shared = embedding.positions(self, *table)
         scan = self.is_initializing() or (train and self.remat != 'none')
         encoder = memory.stacked(
             block.Block, self.depth, self.unroll, scan, self.remat, (0, nn.broadcast)
@@ -273,6 +249,7 @@ class Vit(nn.Module):
             qk_norm=self.qk_norm,
             relative=self.posemb == 'relative',
             positions=table if self.posemb_at == 'layers' else None,
+            relative_std=self.posemb_std,
             layer_scale=self.layer_scale,
             dropout=self.dropout,
             attention=self.attention,
@@ -291,20 +268,6 @@ class Vit(nn.Module):
             tokens = jnp.concatenate([x[None], tokens])
             arrays |= {'tokens_by_block': tokens, 'normed_by_block': tokens}
         return y, {name: arrays[name] for name in capture}
-
-    def pooled(self, out: dict[str, jax.Array], first: jax.Array) -> jax.Array:
-        """Pools tokens: [B, D], [B, 2 D] with cls_gap, or with none all tokens, [B, T, D]."""
-        if self.pool == 'cls':
-            return out['cls']
-        if self.pool == 'gap':
-            return out['encoded'].mean(axis=1)
-        if self.pool == 'cls_gap':  # the linear head of DINOv2, arXiv:2304.07193 section 7.1
-            return jnp.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=-1)
-        if self.pool == 'map':
-            return pooling.MapHead(
-                self.num_heads, self.mlp_dim, self.gelu, self.epsilon, self.dtype, name='map_head'
-            )(out['encoded'])
-        return jnp.concatenate([first, out['encoded']], axis=1) if self.prefix else out['encoded']
 
     def represented(self, x: jax.Array) -> jax.Array:
         """The input of the head: x, or the representation layer applied to it."""
