@@ -80,7 +80,7 @@ def lowered(model, peer, mesh):
 def measure(name, topology, fields, peer=False):
     """The figures of one model, or of its peer, on one topology."""
     target_devices, _ = topologies.get_devices(topology)
-    model = models.build(name, num_classes=CLASSES.value, dtype='bfloat16', **fields)
+    model = models.build(name, **{'num_classes': CLASSES.value, 'dtype': 'bfloat16', **fields})
     model = model.clone(unroll=fields.get('unroll', model.depth))
     if peer:
         model = peers.PlainVit(model)

@@ -118,7 +118,7 @@ def test_auto_is_what_can_be():
     ('pallas', V4, dict(capture=True), 'are captured'),
     ('pallas', V4, dict(relative=True), "posemb is 'relative'"),
     ('cudnn', V4, {}, 'NVIDIA GPUs, and this is for TPU v4'),
-    ('cudnn', ('gpu', 'NVIDIA H200'), dict(dtype=jnp.float32), 'model.dtype is float32'),
+    ('cudnn', ('gpu', 'NVIDIA H200'), dict(dtype=jnp.float32), 'products are in float32'),
     ('cudnn', ('gpu', 'NVIDIA H200'), dict(heads=2), '384 channels'),
 ])  # fmt: skip
 def test_what_can_not_be_says_why(kind, target, changes, words):

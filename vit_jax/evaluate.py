@@ -3,7 +3,7 @@
 X is anything that vit_jax.load takes, or a run of any objective. The evaluations are those of the
 config's section `evals` (a run's config.json is a config, too); without --config, those of the run
 that made X. Any setting can be changed: --config.evals.test.batch_size=100. Of the section `model`,
-only dtype, quantize and unroll have an effect, as X determines the model.
+only dtype, matmul_dtype, quantize and unroll have an effect, as X determines the model.
 
 A run of another objective than `supervised` is evaluated as during training, at the image size of
 training, and its training data has to be at hand. Any other checkpoint is a classifier: its
@@ -113,8 +113,9 @@ def subject_of(
 def read(
     checkpoint: str, image_size: tuple[int, int], model: ConfigDict, ema: bool | None
 ) -> fit.Loaded:
-    """Loads the checkpoint at an image size, with the config's dtype, quantize and unroll."""
-    how = {field: model[field] for field in ('dtype', 'quantize', 'unroll') if field in model}
+    """Loads the checkpoint at an image size, with the config's dtypes, quantize and unroll."""
+    fields = 'dtype', 'matmul_dtype', 'quantize', 'unroll'
+    how = {field: model[field] for field in fields if field in model}
     return weights.read(checkpoint, image_size=image_size, ema=ema, **how)
 
 

@@ -61,7 +61,7 @@ def classifier(
     platforms: Sequence[str],
 ) -> tuple[jax.export.Exported, dict[str, Any]]:
     """Exports a checkpoint as a classifier: (the function, what JAX does not store of it)."""
-    fields = {} if dtype is None else dict(dtype=dtype)
+    fields = {} if dtype is None else dict(dtype=dtype, matmul_dtype=None)
     found = weights.read(checkpoint, image_size=size, ema=ema, as_input=True, **fields)
     image_size = found.image_size or (size or files.DEFAULT_SIZE,) * 2
     view = view or found.view

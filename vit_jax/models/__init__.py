@@ -73,8 +73,8 @@ def build(name: str, num_classes: int | None = 1000, **values: Any) -> nn.Module
     """
     module, _ = parts(name)
     valid = fields(name)
-    if 'dtype' in values:
-        values['dtype'] = interface.dtype_name(values['dtype'])
+    for field in values.keys() & {'dtype', 'matmul_dtype'}:
+        values[field] = interface.dtype_name(values[field])
     for field in values:
         if field not in valid:
             nearest = difflib.get_close_matches(field, valid, 1, cutoff=0)[0]

@@ -51,7 +51,10 @@ def chosen(
     if 'NVIDIA' not in device:
         obstacles['cudnn'] = f'it is for NVIDIA GPUs, and this is for {device}'
     elif dtype == jnp.float32:
-        obstacles['cudnn'] = 'it computes in bfloat16 or float16, and model.dtype is float32'
+        obstacles['cudnn'] = (
+            'it computes in bfloat16 or float16, and products are in float32 (model.matmul_dtype, '
+            'else model.dtype)'
+        )
     elif channels % 8 or channels > 128:
         obstacles['cudnn'] = f'{channels} channels of a head are not a multiple of 8 up to 128'
     if kind == 'auto':

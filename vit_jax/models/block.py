@@ -139,13 +139,15 @@ class Block(nn.Module):
     deterministic: bool = True
     capture: bool = False
     keep: bool = False
-    dtype: Dtype = jnp.float32
+    dtype: Dtype = jnp.float32  # of norms and of the residual stream
+    matmul_dtype: Dtype = jnp.float32  # of attention and MLP
     quantize: str = 'none'
 
     def residual(
         self, x: jax.Array, y: jax.Array, drop_path: jax.Array, name: str
     ) -> jax.Array:
-        """x + y, with y scaled by channel and dropped by example."""
+        """x + y, with y scaled by channel and dropped by example; in the dtype of x."""
+        y = y.astype(x.dtype)
         if self.layer_scale is not None:
             init = nn.initializers.constant(self.layer_scale)
             y = y * self.param(name, init, (y.shape[-1],)).astype(y.dtype)
@@ -175,7 +177,7 @@ class Block(nn.Module):
             dropout=self.attention_dropout,
             deterministic=self.deterministic,
             capture=self.capture,
-            dtype=self.dtype,
+            dtype=self.matmul_dtype,
             quantize=self.quantize,
             name='attn',
         )(y)
@@ -183,7 +185,7 @@ class Block(nn.Module):
         x = checkpoint_name(self.residual(x, y, drop_path, 'scale1'), 'middle')
         y = nn.LayerNorm(**norm, name='norm2')(x)
         y = Mlp(
-            self.mlp_dim, self.gelu, self.glu, self.dropout, self.deterministic, self.dtype,
+            self.mlp_dim, self.gelu, self.glu, self.dropout, self.deterministic, self.matmul_dtype,
             self.quantize, name='mlp',
         )(y)  # fmt: skip
         x = rounded(self.residual(x, y, drop_path, 'scale2'))

@@ -38,6 +38,7 @@ class MixerBlock(nn.Module):
     deterministic: bool = True
     keep: bool = False
     dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
     quantize: str = 'none'
 
     @nn.compact
@@ -48,11 +49,12 @@ class MixerBlock(nn.Module):
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
         mlp = dict(
             gelu=self.gelu, dropout=self.dropout, deterministic=self.deterministic,
-            dtype=self.dtype, quantize=self.quantize,
+            dtype=self.matmul_dtype, quantize=self.quantize,
             kernel_init=nn.initializers.lecun_normal(), bias_init=nn.initializers.zeros,
         )  # fmt: skip
 
         def residual(x, y):
+            y = y.astype(x.dtype)
             if not self.stochastic_depth or self.deterministic:
                 return x + y
             return x + layers.dropped(y, drop_path, self.make_rng('dropout'), scaled=False)
@@ -91,6 +93,9 @@ class Mixer(nn.Module):
     # blocks per iteration of the scan over depth; None: 1 on CPUs, with FSDP, else all
     unroll: Positive[int] | None = None
     dtype: Float = 'float32'  # dtype of the computation; parameters are float32
+    # dtype of operands and results of the products in stem and blocks alone, while the residual
+    # stream, norms and the head stay in `dtype`; None: `dtype`
+    matmul_dtype: Float | None = None
     # 8-bit matrix products in the blocks, see models/quantized.py
     quantize: Literal['none', 'int8', 'fp8'] = 'none'
     mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
@@ -103,7 +108,13 @@ class Mixer(nn.Module):
 
     def __post_init__(self) -> None:
         self.dtype = interface.dtype_name(self.dtype)
+        self.matmul_dtype = interface.dtype_name(self.matmul_dtype)
         super().__post_init__()
+
+    @property
+    def product_dtype(self) -> str:
+        """Dtype of the products in stem and blocks."""
+        return self.matmul_dtype or self.dtype
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -146,10 +157,12 @@ class Mixer(nn.Module):
         grid = self.grid(images.shape[1:])
         interface.check_size(images, grid, self.variables.get('params', {}))
         out = {}
-        x = out['tokens'] = embedding.patches(images, self.width, self.patch_size, self.dtype)
+        x = embedding.patches(images, self.width, self.patch_size, self.product_dtype)
+        x = out['tokens'] = x.astype(self.dtype)
         encoder = memory.stacked(MixerBlock, self.depth, self.unroll, self.is_initializing())(
             self.tokens_mlp_dim, self.mlp_dim, self.gelu, self.epsilon, self.dropout,
-            self.drop_path > 0, not train, bool(capture), self.dtype, self.quantize, name='encoder',
+            self.drop_path > 0, not train, bool(capture), self.dtype, self.product_dtype,
+            self.quantize, name='encoder',
         )  # fmt: skip
         x, by_block = encoder(x, jnp.linspace(0, self.drop_path, self.depth))
         last_norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')

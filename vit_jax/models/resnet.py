@@ -80,12 +80,16 @@ def multiply_adds(
 
 
 class StdConv(nn.Module):
-    """Convolution without bias; its kernel is scaled to mean 0, deviation 1 over its inputs."""
+    """Convolution without bias; its kernel is scaled to mean 0, deviation 1 over its inputs.
+
+    Computes in `matmul_dtype` and returns `dtype`.
+    """
 
     features: int
     size: int
     stride: int = 1
     dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
     centred: bool = False  # the same padding on both sides for any stride, as PyTorch has it
 
     @nn.compact
@@ -96,9 +100,9 @@ class StdConv(nn.Module):
         kernel = kernel / (kernel.std(axis=(0, 1, 2)) + 1e-5)
         padding = ((self.size // 2,) * 2,) * 2 if self.centred else 'SAME'
         return memory.shard_batch(jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, padding,
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        ))  # fmt: skip
+            x.astype(self.matmul_dtype), kernel.astype(self.matmul_dtype), (self.stride,) * 2,
+            padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )).astype(self.dtype)  # fmt: skip
 
 
 class Unit(nn.Module):
@@ -107,10 +111,11 @@ class Unit(nn.Module):
     features: int
     stride: int = 1
     dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(StdConv, dtype=self.dtype)
+        conv = partial(StdConv, dtype=self.dtype, matmul_dtype=self.matmul_dtype)
 
         def norm(name, scale=nn.initializers.ones):
             return nn.GroupNorm(GROUPS, dtype=self.dtype, scale_init=scale, name=name)
@@ -130,17 +135,19 @@ class ResNet(nn.Module):
     units: tuple[int, ...]
     width: float = 1.0
     dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features = root_features(self.width)
-        x = StdConv(features, 7, 2, self.dtype, name='conv_root')(x)
+        dtypes = self.dtype, self.matmul_dtype
+        x = StdConv(features, 7, 2, *dtypes, name='conv_root')(x)
         x = nn.relu(nn.GroupNorm(GROUPS, dtype=self.dtype, name='gn_root')(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
         for i, (count, inner, first) in enumerate(stages(self.units, self.width)):
             for j in range(count):
                 by = first if j == 0 else 1
-                x = Unit(inner, by, self.dtype, name=f'block{i + 1}_unit{j + 1}')(x)
+                x = Unit(inner, by, *dtypes, name=f'block{i + 1}_unit{j + 1}')(x)
         return x
 
 
@@ -150,10 +157,13 @@ class PreActUnit(nn.Module):
     features: int
     stride: int = 1
     dtype: Any = jnp.float32
+    matmul_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(StdConv, dtype=self.dtype, centred=True)
+        conv = partial(
+            StdConv, dtype=self.dtype, matmul_dtype=self.matmul_dtype, centred=True
+        )
 
         def normed(x, name):
             return nn.relu(nn.GroupNorm(GROUPS, epsilon=1e-5, dtype=self.dtype, name=name)(x))
@@ -180,6 +190,9 @@ class Bit(nn.Module):
     width: Positive[float] = 1.0  # factor of the features, of which the root block has 64
     head_bias: Finite[float] = 0.0  # initial bias of the head; -log K starts sigmoid losses near 0
     dtype: Float = 'float32'  # dtype of the computation; parameters are float32
+    # dtype of operands and results of the convolutions alone, while the residual stream, norms and
+    # the head stay in `dtype`; None: `dtype`
+    matmul_dtype: Float | None = None
     mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
     std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
@@ -190,7 +203,13 @@ class Bit(nn.Module):
 
     def __post_init__(self) -> None:
         self.dtype = interface.dtype_name(self.dtype)
+        self.matmul_dtype = interface.dtype_name(self.matmul_dtype)
         super().__post_init__()
+
+    @property
+    def product_dtype(self) -> str:
+        """Dtype of the convolutions."""
+        return self.matmul_dtype or self.dtype
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -235,13 +254,14 @@ class Bit(nn.Module):
         interface.check_images(images, len(self.mean))
         interface.captures(capture, self.captures)
         features = root_features(self.width)
-        x = StdConv(features, 7, 2, self.dtype, True, name='conv_root')(images)
+        dtypes = self.dtype, self.product_dtype
+        x = StdConv(features, 7, 2, *dtypes, True, name='conv_root')(images)
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         x = nn.max_pool(x, (3, 3), strides=(2, 2))
         for i, (count, inner, first) in enumerate(stages(self.units, self.width)):
             for j in range(count):
                 unit = PreActUnit(
-                    inner, first if j == 0 else 1, self.dtype, name=f'block{i + 1}_unit{j + 1}'
+                    inner, first if j == 0 else 1, *dtypes, name=f'block{i + 1}_unit{j + 1}'
                 )
                 x = unit(x)
         b, h, w, f = x.shape

@@ -12,10 +12,12 @@ from vit_jax.models import embedding, resnet
 def embed(model: nn.Module, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Embeds patches with positions: [B, H, W, C] -> [B, N, D], and positions of the prefix."""
     h, w = model.grid(images.shape[1:])
+    dtypes = model.dtype, model.product_dtype
     x = images.astype(model.dtype)
     if model.resnet is not None:
-        x = resnet.ResNet(model.resnet, model.resnet_width, model.dtype, name='resnet')(x)
-    x = embedding.patches(x, model.width, model.patch_size, model.dtype)
+        x = resnet.ResNet(model.resnet, model.resnet_width, *dtypes, name='resnet')(x)
+    x = embedding.patches(x, model.width, model.patch_size, model.product_dtype)
+    x = x.astype(model.dtype)
     if model.posemb_at != 'stem' or model.posemb in ('none', 'relative'):
         return x, None
     if model.posemb == 'sincos2d':

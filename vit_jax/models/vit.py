@@ -113,6 +113,9 @@ class Vit(nn.Module):
     # blocks per iteration of the scan over depth; None: 1 on CPUs, with FSDP or remat, else all
     unroll: Positive[int] | None = None
     dtype: Float = 'float32'  # dtype of the computation; parameters are float32
+    # dtype of operands and results of the products in stem and blocks alone, while the residual
+    # stream, norms, pooling and the head stay in `dtype`; None: `dtype`
+    matmul_dtype: Float | None = None
     # 8-bit matrix products in the blocks, see models/quantized.py
     quantize: Literal['none', 'int8', 'fp8'] = 'none'
     mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
@@ -123,6 +126,7 @@ class Vit(nn.Module):
 
     def __post_init__(self) -> None:
         self.dtype = interface.dtype_name(self.dtype)
+        self.matmul_dtype = interface.dtype_name(self.matmul_dtype)
         super().__post_init__()
 
     @property
@@ -135,6 +139,11 @@ class Vit(nn.Module):
         """Those of `prefix` that have rows in the position table; they come first in it."""
         flags = self.cls_posemb, self.registers_posemb
         return prefix_rows(self.prefix, self.posemb, self.posemb_at, *flags)
+
+    @property
+    def product_dtype(self) -> str:
+        """Dtype of the products in stem and blocks."""
+        return self.matmul_dtype or self.dtype
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -259,6 +268,7 @@ class Vit(nn.Module):
             capture='attention' in capture,
             keep=bool({'tokens_by_block', 'normed_by_block'} & set(capture)),
             dtype=self.dtype,
+            matmul_dtype=self.product_dtype,
             quantize=self.quantize,
             name='encoder',
         )

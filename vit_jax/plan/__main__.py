@@ -63,8 +63,10 @@ def text(result: dict[str, Any]) -> str:
     """Formats a plan, a result of `estimate.plan`, as lines of text."""
     config, memory, peaks = result['config'], result['memory'], result['peaks']
     mesh = ' '.join(f'{axis}={n}' for axis, n in result['mesh'].items())
+    products = config.get('matmul_dtype')
+    dtype = config['dtype'] + (f' with products in {products}' if products else '')
     lines = [
-        f'{config["model"]} at {"x".join(map(str, config["image_size"]))}, {config["dtype"]}, '
+        f'{config["model"]} at {"x".join(map(str, config["image_size"]))}, {dtype}, '
         f'remat {config["remat"]}, batches of {config["batch_size"]:,} in {config["accumulate"]}',
         f'{result["topology"]}: {result["devices"]:,} x {result["kind"]}, mesh {mesh}',
         f'{result["parameters"]:,} parameters, {result["steps"]:,} steps, '
