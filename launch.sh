@@ -83,7 +83,8 @@ setup() { # EXTRAS: installs the package for $python, with the versions that the
         command -v "$python" >/dev/null || fail "VIT_JAX_PYTHON is $python, which is no program"
         return
     fi
-    local base key known=.venv/installed headers=
+    local base key extra extras known=.venv/installed missing=$dry_run headers=
+    IFS=, read -r -a extras <<<"$1"
     if [ ! -x "$python" ]; then
         for base in python3 python3.11 python3.12 python3.13 python3.14 ''; do
             "${base:-false}" 2>/dev/null -c 'import sys; sys.exit(sys.version_info < (3, 11))' &&
@@ -96,11 +97,14 @@ setup() { # EXTRAS: installs the package for $python, with the versions that the
     [ ! -e /usr/include/jpeglib.h ] || headers=1
     # Skips pip if all is installed, as it takes seconds and a network.
     key="$(cat constraints.txt setup.cfg setup.py vit_jax/data/_jpeg.c | cksum) $headers"
-    if [ "$dry_run" ] || ! grep -qsxF "$key $1" "$known"; then
+    for extra in "${extras[@]}"; do grep -qsxF "$key $extra" "$known" || missing=1; done
+    if [ "$missing" ]; then
         run "$python" -m pip install --quiet --disable-pip-version-check \
             --constraint constraints.txt --editable ".[$1]"
-        [ "$dry_run" ] || { { grep -sF "$key " "$known" || true; echo "$key $1"; } >"$known.new"
-            mv "$known.new" "$known"; }
+        [ "$dry_run" ] || {
+            { grep -sF "$key " "$known" || true; printf "$key %s\n" "${extras[@]}"; } >"$known.new"
+            mv "$known.new" "$known"
+        }
     fi
 }
 
