@@ -20,6 +20,7 @@ NOT_RUN = {
     'python -m vit_jax.main --config FILE[:ARG]': 'says what is taken',
     'python -m vit_jax.plan --config experiments/pretrain.py': 'minutes; tests/test_plan.py',
     'python -m vit_jax.tables vit.table5 --run slurm': 'a cluster; tests/test_tables.py',
+    "python -m vit_jax.tables vit.table5 --row 'ImageNet-21k": 'days; tests/test_selection.py',
     'python -m vit_jax.tables study --run': 'an hour; tests/test_scaling.py',
     'python -m benchmarks.': 'minutes; tests/test_benchmarks.py',
 }

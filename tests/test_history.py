@@ -14,7 +14,7 @@ import vit_jax
 from vit_jax.convert import load
 from vit_jax.errors import UserError
 from vit_jax.run import checkpoint, history, report, results, retention, workdir
-from vit_jax.tables import __main__ as tables
+from vit_jax.tables import cells as tables
 
 # Nothing is learnt, so all evaluations are equal, and the first of them is the best.
 FIRST = ('checkpoint.best=val/loss', 'optim.lr=1e-30', 'checkpoint.keep=1')

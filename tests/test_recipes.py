@@ -9,8 +9,8 @@ from vit_jax.convert.load import catalogue
 from vit_jax.data import distort
 from vit_jax.distributed.stop import Stop
 from vit_jax.plan import data_sets, estimate, rehearsal
-from vit_jax.tables import __main__ as tables
 from vit_jax.tables import published
+from vit_jax.tables import recipes as tables
 from vit_jax.train import train
 
 
@@ -31,15 +31,16 @@ def test_every_argument_gives_a_config_without_a_typo(name):
 
 def test_a_run_that_others_begin_from_is_a_recipe_of_the_same_model(known):
     _, places = known
-    begun = [one for one in places.values() if one.begin]
+    begun = [one for one in places.values() if one.begins]
     assert len(begun) > 150
     for one in begun:
-        before = places[one.begin]  # or there is no such recipe
-        assert before.begin is None
-        models = [
-            recipes.given(r.file.split('/')[1][:-3], r.arg)['model']['name'] for r in (one, before)
-        ]
-        assert models[0] == models[1]
+        befores = [places[begin] for begin in one.begins]  # or there is no such recipe
+        assert not any(before.begins for before in befores)
+        models = {
+            recipes.given(r.file.split('/')[1][:-3], r.arg)['model']['name']
+            for r in (one, *befores)
+        }
+        assert len(models) == 1
 
 
 def test_expected_numbers_are_those_of_the_tables(known):

@@ -5,14 +5,15 @@ import os
 import pathlib
 import signal
 import sys
+import types
 
 import launched
 import pytest
-from launching import EXPERIMENT, assert_one_line, finish
+from launching import EXPERIMENT, finish
 
 from vit_jax import config, sweep
 from vit_jax.errors import UserError
-from vit_jax.run import choice, results, workdir
+from vit_jax.run import choice, report, results, workdir
 
 SELECTED = str(pathlib.Path(__file__).with_name('selected.py'))
 
@@ -180,6 +181,47 @@ def test_the_record_is_added_to_the_final_run_of_the_chosen_settings_alone(tmp_p
     assert 'selection' not in workdir.read_result(workdir.located(other))
 
 
+def test_the_state_of_a_run_that_diverged_is_in_its_metrics(tmp_path):
+    settings = config.load(SELECTED)
+    leave(tmp_path, settings, {})
+    (tmp_path / 'result.json').unlink()
+    state = lambda: sweep.state_of(workdir.located(tmp_path), settings)  # noqa: E731
+    with report.Report(tmp_path, 30, 64, 0, None, every=1) as log:
+        values = dict(loss=1.0, grad_norm=1.0, param_norm=1.0, lr=0.1)
+        log.write(1, values)
+        log.sync()
+        assert state() == ('step 1', None)
+        log.write(2, values | dict(param_norm=float('inf')))
+        with pytest.raises(report.NotFinite, match='step 2: not finite'):
+            log.sync()
+    assert state() == ('step 2, not finite', None)
+    with report.Report(tmp_path, 30, 64, 1, None, every=1):  # it begins again from a checkpoint
+        assert state() == ('step 1', None)
+
+
+def told(monkeypatch, capsys, *argv, path=SELECTED, overrides=()):
+    values = dict(CONFIG=path, WORKDIR='/nowhere/x', PLAN=True, SKIP=False)
+    for name, value in values.items():
+        monkeypatch.setattr(sweep, name, types.SimpleNamespace(value=value), raising=False)
+    sweep.main(['sweep', *argv], overrides)
+    return capsys.readouterr().out
+
+
+def test_the_command_lists_runs_for_launch_sh(monkeypatch, capsys):
+    trial = '--config.select.development=true\t--config.optim.lr='
+    assert told(monkeypatch, capsys, 'select') == ''.join(
+        f'not started\t/nowhere/x/select/optim.lr={lr}\t{SELECTED}\t{trial}{lr}\n'
+        for lr in ('0.0001', '0.003', '1e+38')
+    )
+    assert told(monkeypatch, capsys, 'seed=1') == (
+        f'not started\t/nowhere/x/seed=1\t{SELECTED}\t--config.seed=1\n'
+    )
+    with pytest.raises(UserError, match='3 of 3 development runs have no result: /nowhere/x/sel'):
+        told(monkeypatch, capsys, 'best')
+    with pytest.raises(UserError, match=r'tiny.py:/x has no section select.*select.metric=METRIC'):
+        told(monkeypatch, capsys, 'select', path=f'{launched.TINY}:/x')
+
+
 DIGITS = (  # three images of four in development runs; long enough to be killed on the way
     '--config.steps=300', '--config.optim.warmup=2', '--config.model.depth=1',
     '--config.evals.test.every=0', '--config.checkpoint.every=30',
@@ -192,32 +234,24 @@ DIGITS = (  # three images of four in development runs; long enough to be killed
 def test_a_selection_that_is_killed_goes_on_where_it_was(place):
     place.environment |= {'VIT_JAX_PYTHON': sys.executable}
     words = ('local', '--select', f'--workdir={place.workdir}', '--sweep',
-             'optim.lr=1e-5,3e-3,1e38', EXPERIMENT, *DIGITS)  # fmt: skip
-    low, high, wild = (
-        place.workdir / f'select/optim.lr={lr}' for lr in ('1e-05', '0.003', '1e+38')
-    )
-    status, output, errors = place.launch('local', '--select', EXPERIMENT)
-    assert (status, output) == (2, '')
-    assert_one_line(errors, 'no section select', '--config.select.metric=METRIC')
+             'optim.lr=1e-5,3e-3', EXPERIMENT, *DIGITS)  # fmt: skip
+    low, high = (place.workdir / f'select/optim.lr={lr}' for lr in ('1e-05', '0.003'))
     process = place.start(*words)
     for path in low / 'config.json', low / 'result.json', high / 'config.json':
         place.wait(path.exists)
     place.wait(lambda: launched.checkpoints(high))
     os.kill(int((high / '.lock').read_text()), signal.SIGKILL)
-    assert finish(process)[0] == 137  # after the other runs, and without a choice
-    assert launched.metrics(wild)[-1]['param_norm'] is None
-    assert not (place.workdir / 'config.json').exists()
+    assert finish(process)[0] == 137 and not (place.workdir / 'config.json').exists()
     assert (low / 'result.json').exists() and not (high / 'result.json').exists()
     before = (low / 'result.json').stat().st_mtime_ns
     status, output, errors = place.launch(*words)
     assert status == 0, errors
-    assert f'{wild} (step 2, not finite) is not chosen' in errors
     assert f'# {low}: finished' in output and 'resumed at step' in output
     assert (low / 'result.json').stat().st_mtime_ns == before
     result = json.loads((place.workdir / 'result.json').read_text())
     selection = result['selection']
     assert (selection['metric'], selection['chosen']) == ('val/accuracy', {'optim.lr': 0.003})
-    for run, row in zip((low, high), selection['results'], strict=False):
+    for run, row in zip((low, high), selection['results'], strict=True):
         trial = json.loads((run / 'result.json').read_text())
         assert row['run'] == str(run) and row['value'] == trial['metrics']['val/accuracy']
         assert trial['expected'] == [] and 'test/accuracy' not in trial['metrics']
@@ -228,6 +262,3 @@ def test_a_selection_that_is_killed_goes_on_where_it_was(place):
     assert output.splitlines()[-1] == (
         f'Best by val/accuracy: optim.lr=0.003. Final run: {place.workdir} (finished)'
     )
-    again = place.launch(*words)  # nothing is left to do
-    assert again[0] == 0 and 'step 300' not in again[1]
-    assert json.loads((place.workdir / 'result.json').read_text()) == result

@@ -14,13 +14,13 @@ from vit_jax.data.readers import vtab
 from vit_jax.errors import UserError
 from vit_jax.plan import rehearsal
 from vit_jax.run import results, workdir
-from vit_jax.tables import __main__ as tables
-from vit_jax.tables import published, typeset
+from vit_jax.tables import cells, costs, published, typeset
+from vit_jax.tables import recipes as known_recipes
 
 
 @pytest.fixture(scope='module')
 def known():
-    return tables.recipes()
+    return known_recipes.recipes()
 
 
 def finished(folder, name, arg, metrics, seed=0, **result):
@@ -46,8 +46,8 @@ def cell(rows, label, column):
 
 
 def rows_of(name, folder, known):
-    found = tables.measured(workdir.finished([folder]))
-    return tables.grid_of(published.table(name), found, known[0])
+    found = cells.measured(workdir.finished([folder]))
+    return cells.grid_of(published.table(name), found, known[0])
 
 
 def test_seeds_are_averaged_and_stand_beside_what_is_published(tmp_path, known):
@@ -119,30 +119,102 @@ def test_the_mean_of_vtab_needs_all_its_tasks(tmp_path, known):
     assert cell(second, ('VTAB (19 tasks)',), 'Ours-JFT (ViT-H/14)').found
 
 
+def missing(folder, known, row, column):
+    """Recipes of the cells of table 5 without a run below a folder, in order."""
+    chosen = cells.select_cells(
+        published.table('vit.table5'), rows_of('vit.table5', folder, known), row, column
+    )
+    return known_recipes.in_order((c.recipe for c in chosen if not c.found), known[1])
+
+
 def test_missing_runs_come_behind_those_that_they_begin_from(tmp_path, known, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = rows_of('vit.table5', tmp_path, known)
-    chosen = tables.missing(
-        tables.select_cells(published.table('vit.table5'), rows, 'JFT-300M, CIFAR', 'ViT-H/14'),
-        known[1],
-    )
-    assert [' '.join(one.words()) for one in chosen] == [
-        'python -m vit_jax.main --config experiments/pretrain.py:h/14 '
-        '--workdir runs/pretrain/h_14',
-        'python -m vit_jax.main --config experiments/finetune.py:cifar10,h/14 '
-        '--workdir runs/finetune/cifar10,h_14',
-        'python -m vit_jax.main --config experiments/finetune.py:cifar100,h/14 '
-        '--workdir runs/finetune/cifar100,h_14',
-    ]
+    chosen = missing(tmp_path, known, 'JFT-300M, CIFAR', 'ViT-H/14')
+    assert [one.config for one in chosen] == [
+        'experiments/pretrain.py:h/14', 'experiments/finetune.py:cifar10,h/14',
+        'experiments/finetune.py:cifar100,h/14',
+    ]  # fmt: skip
     finished(tmp_path / 'runs', 'finetune', 'cifar10,h/14', {'test/accuracy': 0.995})
     (tmp_path / 'runs/pretrain/h_14').mkdir(parents=True)
     (tmp_path / 'runs/pretrain/h_14/result.json').write_text('{}')
-    rows = rows_of('vit.table5', tmp_path, known)
-    chosen = tables.missing(
-        tables.select_cells(published.table('vit.table5'), rows, 'JFT-300M, CIFAR', 'ViT-H/14'),
-        known[1],
-    )
+    chosen = missing(tmp_path, known, 'JFT-300M, CIFAR', 'ViT-H/14')
     assert [one.arg for one in chosen] == ['cifar100,h/14']
+
+
+def test_a_recipe_that_selects_is_one_command():
+    recipe = known_recipes.Recipe('experiments/x.py', 'a/b', (), selects=False)
+    place = ['experiments/x.py:a/b', '--workdir', 'runs/x/a_b']
+    assert recipe.words() == ['python', '-m', 'vit_jax.main', '--config', *place]
+    assert recipe.words('slurm', ['--nodes=2']) == [
+        'bash', 'launch.sh', 'slurm', '--nodes=2', *place
+    ]  # fmt: skip
+    recipe = recipe._replace(selects=True)
+    assert recipe.words() == ['bash', 'launch.sh', 'local', '--select', *place]
+    assert recipe.words('slurm', ['--nodes=2']) == [
+        'bash', 'launch.sh', 'slurm', '--nodes=2', '--select', *place
+    ]  # fmt: skip
+
+
+def test_a_whole_name_chooses_no_other_that_contains_it(tmp_path, known):
+    table, rows = published.table('vit.table5'), rows_of('vit.table5', tmp_path, known)
+    found = cells.select_cells(table, rows, 'cifar-10', 'vit-b/16')
+    assert {c.label[1] for c in found} == {'CIFAR-10'} and len(found) == 3  # pre-trainings
+    found = cells.select_cells(table, rows, 'ImageNet-21k, CIFAR-10', 'ViT-B/16')
+    assert [c.label for c in found] == [('ImageNet-21k', 'CIFAR-10')]
+    found = cells.select_cells(table, rows, 'CIFAR', 'ViT-B/16')
+    assert {c.label[1] for c in found} == {'CIFAR-10', 'CIFAR-100'}
+
+
+def test_costs_are_those_of_the_paper():
+    """arXiv:2010.11929 table 6: exaFLOPs of 18 pre-trainings, ResNets and hybrids too."""
+    module = recipes.module('finetune')
+    for model, row in module.TABLE_6.items():
+        paper = published.row_of(published.table('vit.table6'), row)[-1]
+        flops = costs.training_flops(config.complete(recipes.given('pretrain', model)))
+        assert flops / 1e18 == pytest.approx(published.number(paper).value, rel=0.04), model
+    slow = costs.slice_of('v3:2x2')  # 4 chips of 123 TFLOP/s, which are 8 devices
+    assert slow.hours(0.5 * 4 * 123e12 * 3600, 0.5) == pytest.approx(1)
+    for name, words in ('v9:2x2', "no slice 'v9:2x2'; there are v2"), ('v4:2x', 'not a shape'):
+        with pytest.raises(UserError, match=words):
+            costs.slice_of(name)
+
+
+def test_compiled_plans_cost_somewhat_more():
+    """As docs/planning.md has it, by the plans in docs/plans.json with 32 images a device or so."""
+    plans = json.loads((known_recipes.EXPERIMENTS.parent / 'docs/plans.json').read_text())
+    ratios = []
+    for plan in plans.values():
+        place = costs.slice_of(plan['topology'])
+        hours = place.hours(3 * plan['forward_flops'] * plan['images'], 0.5)
+        if plan['config']['batch_size'] >= 8 * plan['devices']:
+            ratios.append(24 * plan['days'] / hours)
+    assert len(ratios) == 12 and min(ratios) > 1 and max(ratios) < 1.4
+
+
+def test_what_is_not_public_or_downloaded_by_hand_is_named(known):
+    """By TFDS, which has the instructions for manual downloads."""
+    import tensorflow_datasets as tfds
+
+    names = set()
+    for file in ('pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'finetune'):
+        module = recipes.module(file)
+        for arg in module.ARGS:
+            names.update(costs.data_sets_of(module.get_config(arg)))
+    names = {vtab.task(n).dataset if n.startswith('vtab:') else n for n in names}
+    names = {name.partition('/')[0] for name in names if ':' not in name}
+    assert len(names) > 20
+    for name in names - {'imagenet21k', 'objectnet'}:
+        by_hand = bool(tfds.builder_cls(name).MANUAL_DOWNLOAD_INSTRUCTIONS)
+        assert by_hand == (name in costs.ACCESS), name
+    full = config.complete(recipes.given('finetune', 'imagenet2012,h/14'))
+    drawn = config.complete(recipes.given('pretrain', 'h/14'))
+    assert costs.needs([full, drawn]) == [
+        'imagenet2012 (manual download)', 'imagenet2012_real (manual download)',
+        'jft_like (drawn images in place of JFT, which is not public)',
+    ]  # fmt: skip
+    assert costs.needs([config.complete(recipes.given('finetune', 'cifar10,b/16-i21k'))]) == []
+    full.init_from = 'vit/b_16-jft'
+    assert 'vit/b_16-jft (checkpoint, not public)' in costs.needs([full])
 
 
 @pytest.mark.parametrize('row, column, words', [
@@ -153,7 +225,7 @@ def test_missing_runs_come_behind_those_that_they_begin_from(tmp_path, known, mo
 def test_a_text_that_is_in_no_name_chooses_nothing(known, row, column, words):
     with pytest.raises(UserError, match=words):
         table = published.table('vit.table5')
-        tables.select_cells(table, tables.grid_of(table, {}, known[0]), row, column)
+        cells.select_cells(table, cells.grid_of(table, {}, known[0]), row, column)
 
 
 def command(*args, cwd):
@@ -164,7 +236,7 @@ def command(*args, cwd):
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path):
-    root = tables.EXPERIMENTS.parent
+    root = known_recipes.EXPERIMENTS.parent
     finished(tmp_path / 'runs', 'pretrain', 'b/16', {})
     shown = command('vit_jax.tables', 'vit.table6', '--runs', str(tmp_path / 'runs'), '--out',
                     str(tmp_path / 'out'), cwd=root)  # fmt: skip
@@ -213,7 +285,7 @@ def test_runs_are_sought_in_folders_of_runs(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_check_is_the_exit_status(tmp_path):
     """A finished run: 0 without the flag, 1 with it where a number is missed, 0 where it is met."""
-    root = tables.EXPERIMENTS.parent
+    root = known_recipes.EXPERIMENTS.parent
     args = ['vit_jax.main', '--config', 'experiments/digits.py', '--config.steps=2',
             '--config.optim.warmup=1', '--config.evals.test.batch_size=64',
             '--config.model.depth=1', '--workdir', str(tmp_path)]  # fmt: skip
@@ -228,7 +300,7 @@ def test_check_is_the_exit_status(tmp_path):
 
 @pytest.mark.slow
 def test_a_dry_run_needs_neither_data_nor_checkpoint(tmp_path):
-    root = tables.EXPERIMENTS.parent
+    root = known_recipes.EXPERIMENTS.parent
     run = command('vit_jax.main', '--config', 'experiments/finetune.py:cifar100,h/14', '--workdir',
                   str(tmp_path / 'x'), '--dry_run', cwd=root)  # fmt: skip
     assert run.returncode == 0 and not (tmp_path / 'x').exists(), run.stderr

@@ -46,14 +46,8 @@ def load(
     else:
         reason = 'its size is given'
     name = mixture.title(settings)
-    split = settings.get('split', 'train')
-    published = SIZES.get(name.partition('/')[0].partition(':')[0], (None, None))
-    part, low, high = splits.parse(split)
-    if examples is None and published[0] and part in ('train', 'full'):
-        examples = round(published[0] * (high - low) / 100)
-    classes = classes or published[1]
-    if name.startswith('vtab:'):
-        examples, classes = examples or VTAB_1K[split], classes or vtab.task(name).classes
+    published = published_size(settings)
+    examples, classes = examples or published[0], classes or published[1]
     if not examples or not classes:
         raise UserError(
             f'{reason}; state its size with --examples and --classes, or use one of '
@@ -61,6 +55,18 @@ def load(
         )
     note = f'{name}: {reason}; assumed to have {examples:,} examples and {classes:,} classes'
     return stand_in(examples, classes), note
+
+
+def published_size(settings: Mapping | ConfigDict) -> tuple[int | None, int | None]:
+    """(examples, classes) of a config's section `data.source` as published; None: unknown."""
+    name, split = mixture.title(settings), settings.get('split', 'train')
+    if name.startswith('vtab:'):
+        return VTAB_1K.get(split), vtab.task(name).classes
+    examples, classes = SIZES.get(name.partition('/')[0].partition(':')[0], (None, None))
+    part, low, high = splits.parse(split)
+    if examples and part in ('train', 'full'):
+        return round(examples * (high - low) / 100), classes
+    return None, classes
 
 
 def stand_in(examples: int, classes: int) -> sources.Source:
