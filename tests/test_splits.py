@@ -86,6 +86,16 @@ def sizes(settings):
     return len(mixture.load(**settings.data.source)), evals
 
 
+@pytest.mark.parametrize('split, length', [
+    ('train', 50), ('train[:90%]', 45), ('train[98%:]', 1), ('train[:5]', 5), ('train[:65]', 50),
+    ('train[10:]', 40), ('train[10:25]', 15), ('train[60:]', 0),
+])  # fmt: skip
+def test_the_size_of_a_split_without_the_data(split, length):
+    assert splits.size(split, 50) == ('train', length)
+    with pytest.raises(UserError):
+        splits.size('train[5:10%]', 50)
+
+
 def test_a_validation_and_a_test_set_are_both_used():
     assert splits.held_out(('train', 'test', 'validation')) == (
         'train', {'val': 'validation', 'test': 'test'})

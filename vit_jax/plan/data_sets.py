@@ -63,10 +63,8 @@ def published_size(settings: Mapping | ConfigDict) -> tuple[int | None, int | No
     if name.startswith('vtab:'):
         return VTAB_1K.get(split), vtab.task(name).classes
     examples, classes = SIZES.get(name.partition('/')[0].partition(':')[0], (None, None))
-    part, low, high = splits.parse(split)
-    if examples and part in ('train', 'full'):
-        return round(examples * (high - low) / 100), classes
-    return None, classes
+    part, length = splits.size(split, examples or 0)
+    return length if examples and part in ('train', 'full') else None, classes
 
 
 def stand_in(examples: int, classes: int) -> sources.Source:

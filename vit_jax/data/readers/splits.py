@@ -24,6 +24,15 @@ def parse(split: str) -> tuple[str, float, float]:
     return match[1], low, high
 
 
+def size(split: str, whole: int) -> tuple[str, int]:
+    """(part, number of examples) of a split, whose part has `whole`; 'full[51200:]' is one too."""
+    counts = re.fullmatch(r'([^\[\]]+)\[(\d*):(\d*)\]', split, re.ASCII)
+    if counts and (counts[2] or counts[3]):
+        return counts[1], len(range(whole)[int(counts[2] or 0) : int(counts[3] or whole)])
+    part, low, high = parse(split)
+    return part, round(whole * (high - low) / 100)
+
+
 def missing(where: str, split: str, known: Collection[str]) -> UserError:
     """Error for a split that a data set does not have."""
     listed = ', '.join(map(printable, known))
