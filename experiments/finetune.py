@@ -1,4 +1,4 @@
-"""Fine-tuning by the protocol of arXiv:2010.11929 (appendix B.1.1): FILE:DATASET[,UPSTREAM,WORDS].
+"""Fine-tuning by arXiv:2010.11929 (appendix B.1.1): FILE:DATASET[,UPSTREAM[,WORDS]].
 
 Published from ImageNet-21k (table 5), in percent; not yet run here on these data sets:
 
@@ -10,23 +10,29 @@ Published from ImageNet-21k (table 5), in percent; not yet run here on these dat
     oxford_iiit_pet    94.43   93.02   94.73   93.09   94.82
 
 FILE:DATASET starts from --config.init_from=X, for any X that vit_jax.load accepts. The recipe has
-SGD with momentum 0.9, batches of 512, cosine decay, gradients clipped at norm 1, no weight decay,
-384 px (378 for patches of 14) and a new head of zeros. Steps are those of table 4; warm-up,
-learning rate, splits and crops are those of big_vision's transfer recipe, which chose the rate by
-validation accuracy for AugReg's B/32 (arXiv:2106.10270). Any other TFDS name, or the path of a
-folder of images, has 2,500 steps, as in VTAB: vtab:caltech101 and its other tasks, with images
-resized regardless of aspect ratio.
+SGD with momentum 0.9 in bfloat16, batches of 512, cosine decay, gradients clipped at norm 1, no
+weight decay, 384 px (378 for patches of 14) and a new head of zeros. It trains on all of train at a
+rate of table 4; launch.sh --select first chooses that by accuracy on a part of train, for ResNets
+among these and BiT's fine-tuning (arXiv:1912.11370 section 3.3). Training crops are Inception's, as
+vision_transformer's issues 46 and 53 say of these runs, or with the word crop those of BiT, which
+the paper names for VTAB alone. Tests see the whole image (vision_transformer,
+input_pipeline.py:213). Warm-up and momentum are those of its configs/common.py:43 and 68.
 
-FILE:DATASET,UPSTREAM is a cell of a published table. UPSTREAM is one of
+Any other TFDS name, or the path of a folder of images, has 2,500 steps, as VTAB has:
+vtab:caltech101 and its other tasks, with BiT's crops (its appendix F) and a rate of 0.01.
+
+UPSTREAM is one of
 - an argument of experiments/pretrain.py (h/14, r50x1-sgd, b/16-i1k): starts from the workdir of
   that run, runs/pretrain/h_14; b/16, b/32, l/16, l/32, r50+b/16 and h/14 with -i21k start from the
   paper's public checkpoint;
 - a public checkpoint: augreg/s_16-i21k, mixer/b_16-i1k;
 - a run of experiments/augreg.py: augreg:s/16-i1k300.
-WORDS are any of 512 or 224 (pixels), polyak (averaged parameters: table 2), dropout, steps=500 and
-v2 (tests on ImageNet V2 too: AugReg's column i21kv2 has the point of the grid with the highest
-v2/accuracy, such as augreg:s/16-i21k300-light1-wd_0.03-do_0.0; here one point per model is listed).
+The last two have published numbers by protocols of their own, experiments/finetune_augreg.py,
+finetune_readme.py and transfer.py. WORDS are any of 512 or 224 (pixels), polyak (averaged
+parameters: table 2), dropout, crop, steps=500, v2 and objectnet (further test sets). ObjectNet
+(D.9) is read from data/objectnet: its images of classes of ImageNet, labelled with all of these.
 
+G/14 is published with 90.45% (arXiv:2106.04560); how it is fine-tuned is not, so as H/14 is.
 Variations by one flag: --config.optim.layer_decay=0.75 (layer-wise rates), --config.optim.only=head
 (linear probe), --config.optim.freeze=embedding, --config.model.drop_path=0.1,
 --config.keep_head=true.
@@ -39,20 +45,26 @@ from ml_collections import ConfigDict
 
 from vit_jax.data import sources
 from vit_jax.data.readers import vtab
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 from vit_jax.tables import published
 
-PRESETS = {  # percent of `train` to train on, test split, steps, warm-up, learning rate, view
-    'cifar10': (98, 'test', 10_000, 500, 0.003, 'random_crop'),
-    'cifar100': (98, 'test', 10_000, 500, 0.01, 'random_crop'),
-    'imagenet2012': (99, 'validation', 20_000, 500, 0.03, 'inception'),
-    'oxford_flowers102': (90, 'test', 500, 100, 0.003, 'inception'),
-    'oxford_iiit_pet': (90, 'test', 500, 100, 0.003, 'inception'),
+RATES = (0.001, 0.003, 0.01, 0.03)  # table 4
+DATASETS = {  # test split, steps, warm-up, percent of train in development, rates, default rate
+    'cifar10': ('test', 10_000, 500, 98, RATES, 0.003),
+    'cifar100': ('test', 10_000, 500, 98, RATES, 0.01),
+    'imagenet2012': ('validation', 20_000, 500, 99, (0.003, 0.01, 0.03, 0.06), 0.03),
+    'oxford_flowers102': ('test', 500, 100, 90, RATES, 0.003),
+    'oxford_iiit_pet': ('test', 500, 100, 90, RATES, 0.003),
 }
-CROP = 384 / 448  # of the smaller side
+WHOLE = dict(name='resize', antialias=False)
+INCEPTION = dict(name='inception', antialias=False)
+CROP = dict(name='resize_crop', antialias=False)  # BiT's; of 448 pixels for 384
+STILL = ('dsprites_orientation', 'dsprites_location', 'norb_azimuth')  # not flipped in VTAB
+UNCROPPED = ('clevr_count', 'clevr_distance', 'dmlab', 'kitti_distance', 'dsprites_location')
+WORDS = ('224', '384', '512', 'polyak', 'dropout', 'crop', 'v2', 'objectnet')
 
-# {data set: its rows in tables 5, 2 and 7, its column in table 6}; None: not in that table.
-NAMES = {
+# {data set: its row in tables 5 and 2, row in table 7, column in table 6}
+ROWS = {
     'imagenet2012': ('ImageNet', 'ImageNet', 'ImageNet', 'ImageNet'),
     'cifar10': ('CIFAR-10', 'CIFAR-10', 'CIFAR10', 'CIFAR-10'),
     'cifar100': ('CIFAR-100', 'CIFAR-100', 'CIFAR100', 'CIFAR-100'),
@@ -62,9 +74,10 @@ NAMES = {
     ),
 }  # fmt: skip
 REAL = ('ImageNet ReaL', 'ImageNet ReaL', None, 'ImageNet ReaL')
-VITS = ('b/16', 'b/32', 'l/16', 'l/32', 'h/14')
 TABLE_2 = {'h/14': 'Ours-JFT (ViT-H/14)', 'l/16': 'Ours-JFT (ViT-L/16)',
            'l/16-i21k': 'Ours-I21k (ViT-L/16)'}  # fmt: skip
+TABLE_5 = {'': 'JFT-300M', '-i21k': 'ImageNet-21k', '-i1k': 'ImageNet'}
+VITS = ('b/16', 'b/32', 'l/16', 'l/32', 'h/14')
 TABLE_6 = {  # the row, and the epochs
     'b/32': ('ViT-B/32', 7), 'b/16': ('ViT-B/16', 7), 'l/32': ('ViT-L/32', 7),
     'l/16-7ep': ('ViT-L/16', 7), 'l/16': ('ViT-L/16', 14), 'h/14': ('ViT-H/14', 14),
@@ -78,43 +91,26 @@ TABLE_7 = {'r50x1': 'R50 Adam', 'r50x1-sgd': 'R50 SGD', 'r152x2': 'R152x2 Adam',
            'r152x2-sgd': 'R152x2 SGD'}  # fmt: skip
 TABLE_9 = {'h/14': 'ViT-H/14 (JFT)', 'l/16': 'ViT-L/16 (JFT)', 'l/16-i21k': 'ViT-L/16 (I21k)'}
 TASKS = dict(zip(vtab.TASKS, published.table('vit.table9').columns[1:-1], strict=True))
-README = {'b/16-i21k': 'ViT-B_16', 'b/32-i21k': 'ViT-B_32', 'l/16-i21k': 'ViT-L_16',
-          'l/32-i21k': 'ViT-L_32', 'r50+b/16-i21k': 'R50+ViT-B_16'}  # fmt: skip
-MIXERS = {'mixer/b_16-i1k': ('ImageNet', 'Mixer-B/16'),
-          'mixer/l_16-i1k': ('ImageNet', 'Mixer-L/16'),
-          'mixer/b_16-i21k': ('ImageNet-21k', 'Mixer-B/16'),
-          'mixer/l_16-i21k': ('ImageNet-21k', 'Mixer-L/16')}  # fmt: skip
-AUGREG = {  # {row of AugReg's table 3: (public checkpoint, learning rate of its best fine-tuning)}
-    'L/16': ('augreg/l_16-i21k', 0.01), 'B/16': ('augreg/b_16-i21k', 0.03),
-    'S/16': ('augreg/s_16-i21k', 0.03), 'R50+L/32': ('augreg/r50_l_32-i21k', 0.01),
-    'R26+S/32': ('augreg/r26_s_32-i21k', 0.03), 'Ti/16': ('augreg/ti_16-i21k', 0.03),
-    'B/32': ('augreg/b_32-i21k', 0.01), 'S/32': ('augreg/s_32-i21k', 0.01),
-    'R+Ti/16': ('augreg/r_ti_16-i21k', 0.03),
-}  # fmt: skip
-V2 = {  # point of the grid in the name of timm's checkpoint, 87.10% there and 87.08% here
-    'L/16': '-medium1-wd_0.1-do_0.1',
-}  # fmt: skip
-TRANSFER = {'imagenet2012': 'ImageNet', 'cifar10': 'Cifar10', 'cifar100': 'Cifar100',
-            'oxford_iiit_pet': 'Pets', 'oxford_flowers102': 'Flowers'}  # fmt: skip
-WORDS = ('224', '384', '512', 'polyak', 'dropout', 'v2')
-SHORT = ('b/16-i21k', (500, 1000))  # model and steps of the README's short schedules for CIFAR
+CHANGELOG = {'b/16-i21k': 'ViT-B/16-224', 'l/16-i21k': 'ViT-L/16-224'}
+
+PUBLIC = (*(f'{m}-i21k' for m in VITS), 'r50+b/16-i21k')
+OTHERS = (*(f'augreg/{m}-i21k' for m in ('ti_16', 's_32', 's_16', 'b_32', 'b_16', 'l_16',
+                                         'r_ti_16', 'r26_s_32', 'r50_l_32')),
+          *(f'mixer/{m}-{data}' for m in ('b_16', 'l_16') for data in ('i1k', 'i21k')))  # fmt: skip
+OWN = (*TABLE_6, 'r50x1-sgd', 'r152x2-sgd', *PUBLIC, *(f'{m}-i1k' for m in VITS[:4]), 'G/14')
+AUGREG = re.compile(
+    r'augreg:(ti/16|[sb]/(16|32)|l/16|r\+ti/16|r26\+s/32|r50\+l/32)-(i1k300|i21k30|i21k300)(-.+)?'
+)
 
 ARGS = (
-    *(f'{d},{m}' for m in TABLE_6 for d in NAMES),
-    *(f'{d},{m}-{data}' for data in ('i21k', 'i1k') for m in VITS for d in NAMES
+    *(f'{d},{m}' for m in TABLE_6 for d in DATASETS),
+    *(f'{d},{m}-{data}' for data in ('i21k', 'i1k') for m in VITS for d in DATASETS
       if (m, data) != ('h/14', 'i1k')),
-    *(f'{d},{m}' for m in TABLE_7 if m.endswith('sgd') for d in NAMES),
+    *(f'{d},{m}' for m in TABLE_7 if m.endswith('sgd') for d in DATASETS),
     *(f'imagenet2012,{m},512,polyak' for m in TABLE_2),
     *(f'vtab:{task},{m}' for m in TABLE_9 for task in TASKS),
-    *(f'{d},r50+b/16-i21k' for d in ('cifar10', 'cifar100', 'imagenet2012')),
-    *(f'{d},{m},dropout' for m in README for d in ('cifar10', 'cifar100', 'imagenet2012')),
-    *(f'{d},{SHORT[0]},steps={n}' for n in SHORT[1] for d in ('cifar10', 'cifar100')),
-    *(f'cifar10,{m},224' for m in MIXERS),
-    *(f'imagenet2012,{name},{size}' for name, _ in AUGREG.values() for size in (384, 224)),
-    *(f'imagenet2012,augreg:{row.lower()}-{data},{size}' for row in AUGREG
-      for data in ('i1k300', 'i21k30') for size in (384, 224)),
-    *(f'imagenet2012,augreg:{row.lower()}-i21k300{V2.get(row, "")},384,v2' for row in AUGREG),
-    *(f'{d},augreg/b_32-i21k' for d in TRANSFER if d != 'imagenet2012'),
+    *(f'imagenet2012,{m},224' for m in CHANGELOG),
+    'imagenet2012,h/14,512,polyak,objectnet', 'imagenet2012,G/14,512,polyak',
 )  # fmt: skip
 
 
@@ -127,18 +123,9 @@ def divided(arg):
     for word in parts[n + 1 :]:
         if word not in WORDS and not re.fullmatch(r'steps=[1-9]\d{0,8}', word):
             raise UserError(f'{word!r} is none of {", ".join(WORDS)}, steps=NUMBER')
+    if len({'224', '384', '512'} & set(parts[n + 1 :])) > 1:
+        raise UserError(f'{arg!r} has several sizes; give one of 224, 384 and 512')
     return ','.join(parts[:n]), parts[n:]
-
-
-def splits(name):
-    """{name: split}: 'train' first, then the evaluations."""
-    if name.startswith('vtab:'):
-        return {'train': 'train800val200', 'test': 'test'}
-    if name in PRESETS:
-        share, test, *_ = PRESETS[name]
-        return {'train': f'train[:{share}%]', 'val': f'train[{share}%:]', 'test': test}
-    train, held_out = sources.held_out(name)
-    return {'train': train, **held_out}
 
 
 def model_name(size):
@@ -150,134 +137,146 @@ def model_name(size):
 
 
 def upstream(name):
-    """(init_from, model name) of an UPSTREAM, see above."""
-    if name.startswith(('augreg/', 'mixer/')):
+    """(init_from, model name) of an UPSTREAM, see above; raises UserError for an unknown one."""
+    if name in OTHERS:
         family, size = name.split('-')[0].split('/')
         root, _, vit = size.replace('_', '/').rpartition('/')  # 'r50/l', '32'
         size = f'{root}/{vit}'.replace('/', '+', root.count('/'))
         return name, f'mixer-{size}' if family == 'mixer' else model_name(size)
-    kind, _, size = name.rpartition(':')
-    size = size.split('-')[0]
-    if not kind and name.endswith('-i21k'):
+    if not AUGREG.fullmatch(name):
+        check_choice('upstream', name, (*OWN, *OTHERS, 'augreg:s/16-i1k300'))
+    kind, _, run = name.rpartition(':')
+    size = run.split('-')[0]
+    if name in PUBLIC:
         return f'vit/{size.replace("/", "_").replace("+", "_")}-i21k', model_name(size)
-    run = name.rpartition(':')[2].replace('/', '_')
-    return f'runs/{kind or "pretrain"}/{run}', model_name(size)
-
-
-def of_table_5(name):
-    """(pre-training data, column) of an UPSTREAM in table 5, or None."""
-    size, _, data = name.partition('-')
-    data = {'': 'JFT-300M', 'i21k': 'ImageNet-21k', 'i1k': 'ImageNet'}.get(data)
-    return (data, f'ViT-{size.upper()}') if data and size in VITS else None
-
-
-def augreg_row(name):
-    """The row of an UPSTREAM in AugReg's table 3, or None."""
-    for row, (checkpoint, _) in AUGREG.items():
-        if name == checkpoint or name.startswith(f'augreg:{row.lower()}-'):
-            return row
-    return None
+    return f'runs/{kind or "pretrain"}/{run.replace("/", "_")}', model_name(size)
 
 
 def claims(dataset, name, words):
-    """Cells of published tables that a run reproduces; for ImageNet also with ReaL's labels."""
-    rows, words = [], set(words)
-    add = lambda *cell, **how: rows.append(published.expected(*cell, **how))  # noqa: E731
+    """Numbers of published tables that a run of one of the ARGS has, as lines of `expected`."""
+    add = published.expected
+    test = 'test/accuracy'
     if dataset.startswith('vtab:'):
-        task = TASKS[dataset.removeprefix('vtab:')]
-        return [published.expected('vit.table9', TABLE_9[name], task, 'test/accuracy')]
-    if name in MIXERS:
-        return [published.expected('vt.mixer', (*MIXERS[name], 'cifar10'), 'accuracy',
-                                   'test/accuracy')]  # fmt: skip
-    if 'v2' in words:
-        add('augreg.table3', augreg_row(name), '384 i21kv2', 'test/accuracy')
-        return rows
-    if 'polyak' in words:
-        add('vit.table2', 'ImageNet', TABLE_2[name], 'test/accuracy')
-        add('vit.table2', 'ImageNet ReaL', TABLE_2[name], 'real/accuracy')
-        return rows
-    steps = next((w.removeprefix('steps=') for w in words if w.startswith('steps=')), None)
-    if steps:
-        row = ('imagenet21k', 'ViT-B_16', dataset, f'{steps} / {int(steps) // 10}')
-        return [published.expected('vt.short_finetune', row, 'accuracy', 'test/accuracy')]
-    if name in README and dataset in ('cifar10', 'cifar100', 'imagenet2012'):
-        column = f'acc dropout={0.1 if "dropout" in words else 0.0}'
-        add('vt.expected_finetune', (README[name], dataset), column, 'test/accuracy')
-    if 'dropout' in words:
-        return rows
-    size = 224 if '224' in words else 384
-    row, public = augreg_row(name), not name.startswith('augreg:')
-    if dataset == 'imagenet2012' and row:
-        data = 'i21k300' if public else name.rpartition('-')[2]
-        add('augreg.table3', row, f'{size} {data}', 'test/accuracy')
-        if public and size == 384:
-            add('vt.checkpoints_augreg', row, 'Imagenet accuracy', 'test/accuracy')
-    if name == 'augreg/b_32-i21k' and size == 384:
-        add('bv.transfer', TRANSFER[dataset], 'mean %', 'test/accuracy')
-    evaluations = [('test/accuracy', NAMES[dataset])]
+        return [add('vit.table9', TABLE_9[name], TASKS[dataset.removeprefix('vtab:')], test)]
+    if '224' in words:
+        return [add('vt.changelog_224', CHANGELOG[name], 'top-1', test)]
+    if name == 'G/14':
+        return [add('scalingvit.g14_verified', 'ViT-G/14 ImageNet top-1', 'value', test)]
+    if 'objectnet' in words:
+        return [add('vit.text', f'ViT-H/14 ObjectNet {top}', 'value', f'objectnet/{metric}')
+                for top, metric in (('top-1', 'accuracy'), ('top-5', 'top5'))]  # fmt: skip
+    evaluations = [(test, ROWS[dataset])]
     evaluations += [('real/accuracy', REAL)] if dataset == 'imagenet2012' else []
+    size, _, data = name.partition('-')
+    data = TABLE_5.get(f'-{data}' if data else '')
+    rows = []
     for metric, (five, two, seven, six) in evaluations:
-        place = of_table_5(name)
-        if place:
-            add('vit.table5', (place[0], five), place[1], metric)
+        if 'polyak' in words:
+            rows.append(add('vit.table2', two, TABLE_2[name], metric))
+            continue
+        if data and size in VITS:
+            rows.append(add('vit.table5', (data, five), f'ViT-{size.upper()}', metric))
         if name in TABLE_2 and 'ImageNet' not in two:
-            add('vit.table2', two, TABLE_2[name], metric)
+            rows.append(add('vit.table2', two, TABLE_2[name], metric))
         if name in TABLE_6:
-            add('vit.table6', TABLE_6[name], six, metric)
+            rows.append(add('vit.table6', TABLE_6[name], six, metric))
         if name in TABLE_7 and seven:
-            add('vit.table7', seven, TABLE_7[name], metric)
+            rows.append(add('vit.table7', seven, TABLE_7[name], metric))
     return rows
 
 
+def training_view(name, size, words):
+    """The view of a training image of a data set, at a size in pixels."""
+    task = name.removeprefix('vtab:')
+    if name == task and 'crop' not in words:
+        return INCEPTION
+    if task == 'dsprites_location':
+        return WHOLE
+    resize = size if task in UNCROPPED else round(size * 448 / 384)
+    return dict(CROP, resize=resize, flip=task not in STILL)
+
+
+def splits(name):
+    """(training split, {evaluation: split}) of the final run."""
+    if name.startswith('vtab:'):
+        vtab.task(name)  # or an error that lists them
+        return 'train800val200', {'test': 'test'}
+    return ('train', {'test': DATASETS[name][0]}) if name in DATASETS else sources.held_out(name)
+
+
+def selection(name, model, steps):
+    """How the learning rate of a data set with a row in table 4 is chosen."""
+    _, _, _, percent, rates, _ = DATASETS[name]
+    grid = [{'optim.lr': rate} for rate in rates]
+    if model.startswith('bit'):  # B.1.1: also BiT's, big_transfer bit_hyperrule.py:18-63
+        size, resize = (128, 160) if name.startswith('cifar') else (384, 448)
+        shares = (0.3, 0.6, 0.9) if steps > 500 else (0.4, 0.6, 0.8)
+        grid.append({
+            'optim.lr': 0.003, 'optim.schedule': 'step', 'optim.boundaries': shares,
+            'optim.clip': None, 'objective.mixup': 0.1 if steps > 500 else 0.0,
+            'data.view': dict(CROP, resize=resize), 'data.image_size': size,
+        })  # fmt: skip
+    return dict(
+        metric='val/accuracy', grid=grid, split=f'train[:{percent}%]',
+        evals=dict(val=dict(source=dict(name=name, split=f'train[{percent}%:]'), view=WHOLE)),
+    )  # fmt: skip
+
+
 def get_config(arg='cifar10'):
-    name, words = divided(arg)
-    *_, steps, warmup, lr, view = PRESETS.get(name, (2_500, 500, 0.01, 'inception'))
-    train, *tests = splits(name).items()
-    size = next((int(w) for w in words if w in ('224', '512')), 384)
-    if words and words[0].startswith('h/14'):  # patches of 14 pixels
+    name, rest = divided(arg)
+    start, words = rest[0] if rest else None, rest[1:]
+    begin, model = upstream(start) if start else (None, '')
+    _, steps, warmup, *_, lr = DATASETS.get(name, ('', 2_500, 500, 0.01))
+    given = next((int(w.removeprefix('steps=')) for w in words if w.startswith('steps=')), None)
+    if given:
+        steps, warmup = given, given // 10
+    size = next((int(w) for w in words if w in ('224', '384', '512')), 384)
+    if model.endswith('/14'):  # patches of 14 pixels
         size = {512: 518, 384: 378, 224: 224}[size]
+    if model.startswith('mixer'):  # whose MLPs have a weight for each patch
+        size = 224
+    train, tests = splits(name)
 
     config = ConfigDict()
     config.seed = 0
     config.steps = steps
 
     config.model = dict()  # read from init_from
-    evaluation = dict(name='central', crop=CROP)
-    if name.startswith('vtab:'):
-        view = evaluation = 'resize'
     config.data = dict(
-        source=dict(name=name, split=train[1]),
-        view=dict(name=view, crop=CROP) if view == 'random_crop' else view,
-        image_size=size,
-        batch_size=512,
-    )
+        source=dict(name=name, split=train), view=training_view(name, size, words),
+        image_size=size, batch_size=512,
+    )  # fmt: skip
+    every = max(steps // 10, 1)
     config.evals = {
-        part: dict(source=dict(name=name, split=split), view=evaluation, every=max(steps // 10, 1))
-        for part, split in tests
-    }  # fmt: skip
-
-    config.optim = dict(name='sgd', momentum=0.9, lr=lr, warmup=warmup, clip=1.0)
+        part: dict(source=dict(name=name, split=split), view=WHOLE, every=every)
+        for part, split in tests.items()
+    }
+    config.optim = dict(
+        name='sgd', momentum=0.9, momentum_dtype='bfloat16', lr=lr, warmup=warmup, clip=1.0
+    )
     config.checkpoint = dict(every=1000)
     config.report = dict(every=50)
+    if name in DATASETS:
+        config.select = selection(name, model, steps)
 
-    if words:
-        begin, model = upstream(words[0])
+    if start:
         config.init_from, config.model.name = begin, model
-        if 'dropout' in words:
-            config.model.dropout = 0.1
-        if 'polyak' in words:
-            config.optim.ema = 0.9999
-        if 'v2' in words:
-            v2 = dict(name='imagenet_v2/matched-frequency', split='test')
-            config.evals.v2 = dict(source=v2, view=evaluation)
-        for word in words:
-            if word.startswith('steps='):
-                config.steps = int(word.removeprefix('steps='))
-                config.optim.warmup = config.steps // 10
-        if augreg_row(words[0]):
-            config.optim.lr = AUGREG[augreg_row(words[0])][1]
+        if model == 'vit-G/14':
+            config.model.pool = 'map'
         if name == 'imagenet2012':
             real = dict(name='imagenet2012_real', split='validation', label='real_label')
-            config.evals.real = dict(source=real, view=evaluation)
-        config.expected = claims(name, words[0], words[1:]) if arg in ARGS else []
+            config.evals.real = dict(source=real, view=WHOLE)
+        config.expected = claims(name, start, words) if arg in ARGS else []
+    if 'dropout' in words:
+        if model.startswith('bit'):
+            raise UserError(f'{arg!r}: ResNets have no dropout')
+        config.model.dropout = 0.1
+    if 'polyak' in words:
+        config.optim.ema = 0.9999
+    if 'v2' in words:
+        v2 = dict(name='imagenet_v2/matched-frequency', split='test')
+        config.evals.v2 = dict(source=v2, view=WHOLE)
+    if 'objectnet' in words:
+        source = dict(name='data/objectnet', split='test')
+        config.evals.objectnet = dict(source=source, view=WHOLE)
     return config

@@ -1,13 +1,19 @@
 """The experiments as the tests take them: by name and argument, and at a toy size."""
 
+import functools
 import importlib.util
 import pathlib
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
-FILES = ('pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'finetune', 'imagenet', 'study')
+FILES = (
+    'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
+    'finetune_readme', 'transfer', 'imagenet', 'study',
+)  # fmt: skip
 
 
+@functools.cache
 def module(name):
+    """An experiment file, imported once."""
     spec = importlib.util.spec_from_file_location('experiment', EXPERIMENTS / f'{name}.py')
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
@@ -17,6 +23,14 @@ def module(name):
 def given(name, arg):
     """What an experiment gives, as config.complete takes it."""
     return module(name).get_config(arg).to_dict()
+
+
+def shrink_view(section, factor):
+    """Scales the sides in pixels of a section's view."""
+    view = section['view']
+    if isinstance(view, dict):
+        sides = {k: round(view[k] * factor) for k in ('resize', 'smaller') if k in view}
+        section['view'] = view | sides
 
 
 def toy(values, data_dir, steps=2):
@@ -33,13 +47,18 @@ def toy(values, data_dir, steps=2):
         model |= dict(name='vit/16', width=32, depth=2, num_heads=2, mlp_dim=32, **root)
     if model.get('representation_size'):
         model['representation_size'] = 16
+    larger = 32 / values['data']['image_size']
     values['data'] |= dict(source=dict(few, split='train'), image_size=32, batch_size=8)
-    for one in values['evals'].values():
+    shrink_view(values['data'], larger)
+    chosen = values.get('select', {})
+    chosen |= dict(split='train') if 'split' in chosen else {}
+    for one in (*values['evals'].values(), *chosen.get('evals', {}).values()):
         for key in ('source', 'train_source'):
             if key in one:
                 data = dict(name='digits', data_dir=data_dir) if 'type' in one else few
                 one[key] = dict(data, split='test' if key == 'source' else 'train')
         one |= dict(batch_size=8)
+        shrink_view(one, larger)
     values['optim'] |= dict(warmup=1, **({'cooldown': 1} if 'cooldown' in values['optim'] else {}))
     values['mesh'] = {}
     values.pop('epochs', None)
