@@ -6,7 +6,7 @@ on V2. Not yet run here.
 The sets are ImageNet, ReaL's labels (arXiv:2006.07159), V2 (arXiv:1902.10811), A (arXiv:1907.07174)
 and R (arXiv:2006.16241), which have 200 of the classes and are scored among these, and Sketch
 (arXiv:1905.13549). FILE:c evaluates the 75 corrupted sets of C (arXiv:1903.12261) and their mean,
-FILE:objectnet data/objectnet, which experiments/finetune.py describes.
+FILE:objectnet the folder objectnet, which experiments/finetune.py describes.
 Images are resized as in the code of the ViT papers, to 256 by area, then cropped to 224; override
 with --config.data.image_size=384 and --config.evals.X.view.name=central. The sets have their names
 in TFDS, which prepares each once. Their classes are named like n01440764, so a checkpoint with
@@ -37,7 +37,7 @@ def get_config(arg='all'):
     check_choice('argument', arg, ARGS)
     sets = SETS
     if arg == 'objectnet':
-        sets = {'objectnet': ('data/objectnet', 'test', 'label', False)}
+        sets = {'objectnet': ('objectnet', 'test', 'label', False)}
     if arg == 'c':
         names = [f'{c}_{severity}' for c in CORRUPTIONS for severity in range(1, 6)]
         sets = {f'c/{n}': (f'imagenet2012_corrupted/{n}', 'validation', 'label', False)
