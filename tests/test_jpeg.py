@@ -78,6 +78,40 @@ def test_windows_have_the_bits_of_the_whole_image(case, own):
     np.testing.assert_array_equal(mirrored, window[:, ::-1])
 
 
+@needs_extension
+@settings(max_examples=100, deadline=None)
+@given(
+    cases(), st.sampled_from(images.METHODS), st.booleans(), st.booleans(),
+    st.tuples(st.integers(1, 120), st.integers(1, 120)) | st.tuples(*2 * [st.integers(1, 6)]),
+)  # fmt: skip
+def test_a_window_is_resized_as_if_all_of_it_was_decoded(case, method, antialias, own, size):
+    """Blocks and rows that no filter touches are left out, which no pixel shows."""
+    data, box = case
+    height, width, _ = images.read(data).shape
+    whole = np.empty((height, width, 3), np.uint8)
+    place = images.scaled((0, 0, height, width), 1)
+    images._jpeg.view(data, whole, *place, 1, 0, antialias, False, False)
+    ours, kind = np.empty((*size, 3), np.uint8), images.METHODS.index(method)
+    place = images.scaled(box, 1)
+    images._jpeg.view(data, ours, *place, 1, kind, antialias, False, own)
+    np.testing.assert_array_equal(ours, images.resized(whole, box, size, method, antialias))
+
+
+@needs_extension
+@pytest.mark.parametrize('method', images.METHODS)
+@pytest.mark.parametrize('antialias', [True, False])
+def test_rows_that_are_still_needed_stay(method, antialias):
+    """More rows than are kept at a time, and filters whose first pixel goes up and down."""
+    data = encoded(photo(300, 600))
+    whole, window = np.empty((300, 600, 3), np.uint8), ((0, 0, 300, 600), (0, 0, 300, 600))
+    images._jpeg.view(data, whole, *window, 1, 0, antialias, False, True)
+    for size in (900, 20), (71, 3), (11, 600), (1, 1):
+        ours, kind = np.empty((*size, 3), np.uint8), images.METHODS.index(method)
+        images._jpeg.view(data, ours, *window, 1, kind, antialias, False, True)
+        wanted = images.resized(whole, window[0], size, method, antialias)
+        np.testing.assert_array_equal(ours, wanted)
+
+
 FACTORS = list(itertools.product((1, 2, 3, 4), repeat=2))  # across, down, of a component
 SAMPLINGS = [
     [y, cb, cr] for y, cb, cr in itertools.product(FACTORS, repeat=3)
@@ -112,6 +146,13 @@ def test_windows_are_right_at_every_scale_and_sampling(sampling, h, w, scale, se
         window = np.empty((*box[2:], 3), np.uint8)
         images._jpeg.view(data, window, box, (0, 0, *box[2:]), scale, 0, True, False, own)
         np.testing.assert_array_equal(window, whole[y : y + box[2], x : x + box[3]])
+        tiny = np.empty((2, 3, 3), np.uint8)
+        images._jpeg.view(data, tiny, box, (0, 0, *box[2:]), scale, 0, True, False, own)
+        np.testing.assert_array_equal(tiny, images.resized(whole, box, (2, 3)))
+        plain, alike = tiny.copy(), tiny.copy()  # by the fast inverse DCT
+        for entropy, out in (own, plain), (False, alike):
+            images._jpeg.view(data, out, box, (0, 0, *box[2:]), scale, 1, False, False, entropy)
+        np.testing.assert_array_equal(plain, alike)
 
 
 def differences(ours, theirs):

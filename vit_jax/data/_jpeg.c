@@ -35,6 +35,7 @@
 #define PADDING 4096            /* zero bytes; an MCU is at most 10 blocks of 64 x 31 bits */
 #define CUT 0x1p-10f            /* added before truncation: 255 less a rounding error stays 255 */
 #define MOST_KEPT (1 << 24)     /* bytes of each kind kept per thread */
+#define ROOM (1 << 18)          /* bytes of decoded rows at least, so that few are moved */
 #define MAX_PIXELS 178956970    /* Pillow's limit for decompression bombs */
 #define MAX_WORK 0x1p32         /* pixels times scans: half a minute; a photograph has 10 scans */
 
@@ -137,6 +138,27 @@ typedef struct {
 } bits;
 
 typedef struct {
+    int y, x, height, width;
+} window;
+
+/* The part of a window to resize, in fractional pixels of the window. */
+typedef struct {
+    double y, x, height, width;
+} part;
+
+typedef struct {
+    int *start;      /* [size]: the first pixel with a weight; ascending */
+    float *weights;  /* [size, taps] */
+    int size, taps;
+} filter;
+
+/* Filters along both axes, and a row of RGBX floats between them. */
+typedef struct {
+    filter across, down;
+    float *line;
+} resizer;
+
+typedef struct {
     struct jpeg_decompress_struct jpeg;
     struct jpeg_error_mgr errors;
     jmp_buf escape;
@@ -147,9 +169,14 @@ typedef struct {
     bits bits;
     const table *dc[MAX_COMPS_IN_SCAN], *ac[MAX_COMPS_IN_SCAN];
     int predictions[MAX_COMPS_IN_SCAN];
-    unsigned restart, column, first_column, last_column;
+    unsigned restart, column, row;      /* of the next MCU */
+    unsigned first_column, last_column; /* of MCUs in the window */
+    uint16_t *in_column, *in_row;   /* blocks of an MCU that are wanted, by bit, of each column and row */
     scratch *scratch;
-    uint8_t *rows;                  /* RGBX [rows, stride] of the window */
+    resizer resizer;
+    uint8_t *rows;                  /* RGBX [room, stride]: rows from first_row on, before next_row */
+    size_t stride;                  /* bytes */
+    int room, first_row, next_row;
 } decoder;
 
 /* Zigzag order to natural order; a run past the end of a block stays inside of the block. */
@@ -342,13 +369,19 @@ FAST static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
         memset(d->predictions, 0, sizeof d->predictions);
     }
     d->restart--;
-    int wanted = blocks && d->column >= d->first_column && d->column <= d->last_column;
-    if (++d->column == jpeg->MCUs_per_row) d->column = 0;
+    unsigned wanted = 0;  /* by bit of each block */
+    if (blocks && d->column >= d->first_column && d->column <= d->last_column &&
+        d->row < jpeg->MCU_rows_in_scan)
+        wanted = d->in_column[d->column] & d->in_row[d->row];
+    if (++d->column == jpeg->MCUs_per_row) {
+        d->column = 0;
+        d->row++;
+    }
     bits b = d->bits;  /* a copy that stays in registers */
     for (int i = 0; i < jpeg->blocks_in_MCU; i++) {
         int place = jpeg->MCU_membership[i];
         d->predictions[place] += next_symbol(&b, d->dc[place]).value;
-        if (wanted) {
+        if (wanted >> i & 1) {
             blocks[i][0][0] = d->predictions[place];
             decode_block(&b, d->ac[place], blocks[i][0]);
         } else {
@@ -458,30 +491,62 @@ static decoder *begin(const uint8_t *data, size_t size) {
     return d;
 }
 
+static void free_resizer(resizer *r) {
+    free(r->line);
+    free(r->across.start);
+    free(r->across.weights);
+    free(r->down.start);
+    free(r->down.weights);
+}
+
 static void end(decoder *d) {
     jpeg_destroy_decompress(&d->jpeg);
     free(d->segments);
+    free(d->in_column);
+    free(d->in_row);
+    free_resizer(&d->resizer);
     trim(&d->scratch->data, &d->scratch->data_size);
     trim(&d->scratch->rows, &d->scratch->rows_size);
     free(d);
 }
 
-typedef struct {
-    int y, x, height, width;
-} window;
+/* Sets of each MCU along one axis the blocks with pixels that the filter takes, or that colours of
+   these are interpolated from. `first` is the place of the filter's first pixel, of `length` pixels.
+   A block that is not wanted is skipped, and its pixels are wrong. */
+static void mark_blocks(decoder *d, uint16_t *wanted, int count, const filter *f, int first,
+                        int length, int down) {
+    j_decompress_ptr jpeg = &d->jpeg;
+    int *before = calloc(length + 1, sizeof *before);  /* pixels that are taken, before each */
+    if (!before) fail(d, "out of memory");
+    for (int i = 0; i < f->size; i++)
+        for (int k = 0; k < f->taps; k++) before[first + f->start[i] + k + 1] = 1;
+    for (int i = 0; i < length; i++) before[i + 1] += before[i];
+    for (int c = 0, bit = 0; c < jpeg->comps_in_scan; c++) {
+        const jpeg_component_info *component = jpeg->cur_comp_info[c];
+        int blocks = down ? component->MCU_height : component->MCU_width;
+        /* pixels of a block: one component alone is never subsampled */
+        int pixels = 8 * (down ? jpeg->max_v_samp_factor : jpeg->max_h_samp_factor) /
+                     (down ? component->v_samp_factor : component->h_samp_factor);
+        for (int i = 0; i < component->MCU_height * component->MCU_width; i++, bit++) {
+            int place = down ? i / component->MCU_width : i % component->MCU_width;
+            for (int mcu = 0; mcu < count; mcu++) {
+                int from = (mcu * blocks + place) * pixels - pixels / 4, to = from + 3 * pixels / 2;
+                from = from < 0 ? 0 : from > length ? length : from;
+                to = to > length ? length : to;
+                if (before[to] > before[from]) wanted[mcu] |= 1 << bit;
+            }
+        }
+    }
+    free(before);
+}
 
-/* The part of a window to resize, in fractional pixels of the window. */
-typedef struct {
-    double y, x, height, width;
-} part;
-
-/* Decodes a window of the image scaled by 1 / `denominator` to d->rows, RGBX, and moves the window to
-   its place there. Returns the pixels per row there. The window is bit-identical to that of the whole
-   image, decoded with libjpeg's accurate inverse DCT, or its fast one, which is TensorFlow's. A
-   scaled image with a sampling factor above 2 is decoded whole down to the end of the window:
-   libjpeg-turbo upsamples some of these windows with wrong neighbours. Entropy decoding is that
-   of this file if `entropy`, else libjpeg's; the bits are the same. */
-static int decode(decoder *d, window *w, int denominator, int fast, int entropy) {
+/* Begins to decode a window of the image scaled by 1 / `denominator`, and moves the window to its
+   place in the rows that `get_rows` returns. Their pixels that the filters take are bit-identical to
+   those of the whole image, decoded with libjpeg's accurate inverse DCT, or its fast one, which is
+   TensorFlow's. A scaled image with a sampling factor above 2 is decoded whole down to the end of the
+   window: libjpeg-turbo upsamples some of these windows with wrong neighbours. Entropy decoding is
+   that of this file if `entropy`, else libjpeg's; the bits are the same. */
+static void start_rows(decoder *d, window *w, int denominator, int fast, int entropy) {
     j_decompress_ptr jpeg = &d->jpeg;
     int part = denominator == 1 || (jpeg->max_h_samp_factor <= 2 && jpeg->max_v_samp_factor <= 2);
     jpeg->out_color_space = JCS_EXT_RGBX;
@@ -489,6 +554,16 @@ static int decode(decoder *d, window *w, int denominator, int fast, int entropy)
     jpeg->scale_num = 1;
     jpeg->scale_denom = denominator;
     jpeg_start_decompress(jpeg);
+    unsigned columns = jpeg->MCUs_per_row, rows = jpeg->MCU_rows_in_scan;
+    d->in_column = malloc(columns * sizeof *d->in_column);
+    d->in_row = malloc(rows * sizeof *d->in_row);
+    if (!d->in_column || !d->in_row) fail(d, "out of memory");
+    memset(d->in_column, denominator == 1 ? 0 : 255, columns * sizeof *d->in_column);
+    memset(d->in_row, denominator == 1 ? 0 : 255, rows * sizeof *d->in_row);
+    if (denominator == 1) {
+        mark_blocks(d, d->in_column, columns, &d->resizer.across, w->x, jpeg->output_width, 0);
+        mark_blocks(d, d->in_row, rows, &d->resizer.down, w->y, jpeg->output_height, 1);
+    }
     /* One MCU more on either side: smooth upsampling of colours uses the neighbours. */
     int step = 8 * jpeg->max_h_samp_factor / denominator;
     int from = w->x >= step ? w->x - step : 0, to = w->x + w->width + step;
@@ -500,30 +575,45 @@ static int decode(decoder *d, window *w, int denominator, int fast, int entropy)
     d->first_column = left / mcu;
     d->last_column = (left + width - 1) / mcu;
     if (entropy) take_over(d);
-    int stride = (width + 15) / 16 * 16;
+    d->stride = (size_t)(width + 15) / 16 * 64;
     int skipped = part ? w->y : 0, last = w->y + w->height - skipped;
-    size_t size = (size_t)last * stride * 4;
-    d->rows = roomy(&d->scratch->rows, &d->scratch->rows_size, size);
+    d->room = 2 * d->resizer.down.taps + ROOM / d->stride;
+    if (d->room > last) d->room = last;
+    d->rows = roomy(&d->scratch->rows, &d->scratch->rows_size, d->room * d->stride + 8);
     if (!d->rows) fail(d, "out of memory");
+    d->rows += 8;  /* libjpeg-turbo writes aligned rows around the cache, but they are read at once */
     if (skipped) jpeg_skip_scanlines(jpeg, skipped);
-    for (int row = 0; row < last;) {
-        JSAMPROW rows[8];
-        int count = last - row < 8 ? last - row : 8;
-        for (int i = 0; i < count; i++) rows[i] = d->rows + (size_t)(row + i) * stride * 4;
-        row += jpeg_read_scanlines(jpeg, rows, count);
-    }
     w->y -= skipped;
     w->x -= left;
-    return stride;
+}
+
+/* Decodes up to row `end`, and keeps the rows from the `kept`th place of d->rows on. */
+static void read_rows(decoder *d, int kept, int end, int keep) {
+    while (d->next_row < end) {
+        JSAMPROW rows[8];
+        int count = end - d->next_row < 8 ? end - d->next_row : 8;
+        for (int i = 0; i < count; i++) rows[i] = d->rows + (kept + i * keep) * d->stride;
+        count = jpeg_read_scanlines(&d->jpeg, rows, count);
+        d->next_row += count;
+        kept += count * keep;
+    }
+}
+
+/* Decodes `count` rows from `first` on, which never descends. Earlier rows are lost. */
+static const uint8_t *get_rows(decoder *d, int first, int count) {
+    if (first >= d->next_row) {
+        read_rows(d, 0, first, 0);
+        d->first_row = first;
+    } else if (first + count - d->first_row > d->room) {
+        const uint8_t *from = d->rows + (first - d->first_row) * d->stride;
+        memmove(d->rows, from, (d->next_row - first) * d->stride);
+        d->first_row = first;
+    }
+    read_rows(d, d->next_row - d->first_row, first + count, 1);
+    return d->rows + (first - d->first_row) * d->stride;
 }
 
 /* ---------------------------------------------------------------- resizing */
-
-typedef struct {
-    int *start;      /* [size]: the first pixel with a weight */
-    float *weights;  /* [size, taps] */
-    int taps;
-} filter;
 
 static double triangle(double x) {
     x = fabs(x);
@@ -555,6 +645,7 @@ static int make_filter(filter *f, int from, double origin, double extent, int si
     f->start = malloc(size * sizeof(int));
     f->weights = calloc((size_t)size * taps, sizeof(float));
     if (!f->start || !f->weights) return 0;
+    f->size = size;
     f->taps = 1;
     for (int i = 0; i < size; i++) {
         double left = origin + i * scale, centre = left + scale / 2, total = 0;
@@ -578,15 +669,17 @@ static int make_filter(filter *f, int from, double origin, double extent, int si
         f->start[i] = start + first;
         if (f->taps < last - first + 1) f->taps = last - first + 1;
     }
-    /* All have as many taps as the widest, none of them outside. */
-    for (int i = 0; i < size; i++) {
-        float *weights = f->weights + (size_t)i * taps, *to = f->weights + (size_t)i * f->taps;
-        int late = f->start[i] + f->taps - from;
-        if (late < 0) late = 0;
-        f->start[i] -= late;
-        memmove(to + late, weights, (f->taps - late) * sizeof(float));
-        memset(to, 0, late * sizeof(float));
+    /* All have as many taps as the widest, none of them outside, and starts ascend. */
+    for (int i = size - 1, most = from - f->taps; i >= 0; i--) {
+        float *weights = f->weights + (size_t)i * taps;
+        int late = f->start[i] > most ? f->start[i] - most : 0;
+        memmove(weights + late, weights, (f->taps - late) * sizeof(float));
+        memset(weights, 0, late * sizeof(float));
+        most = f->start[i] -= late;
     }
+    for (int i = 1; i < size; i++)
+        memmove(f->weights + (size_t)i * f->taps, f->weights + (size_t)i * taps,
+                f->taps * sizeof(float));
     return 1;
 }
 
@@ -637,26 +730,27 @@ FAST static void add_columns(uint8_t *rgb, const pixel *from, const filter *f, i
     }
 }
 
-/* Resizes a window of RGBX rows to RGB [height, width, 3], mirrored if `flip`; 0 without memory.
-   Rounds values to the nearest, or without antialiasing towards zero, as TensorFlow's casts do. */
-static int resize(const uint8_t *rows, size_t stride, window w, part p, uint8_t *out, int height,
-                  int width, int kind, int antialias, int flip) {
-    filter across = {0}, down = {0};
-    float *line = aligned_alloc(64, ((size_t)w.width * sizeof(pixel) + 63) / 64 * 64);
-    int done = line && make_filter(&across, w.width, p.x, p.width, width, kind, antialias) &&
-               make_filter(&down, w.height, p.y, p.height, height, kind, antialias);
-    for (int i = 0; done && i < height; i++) {
-        const uint8_t *row = rows + ((size_t)(w.y + down.start[i]) * stride + w.x) * 4;
-        add_rows(line, row, stride * 4, down.weights + (size_t)i * down.taps, down.taps, w.width);
-        add_columns(out + (size_t)i * width * 3, (pixel *)line, &across, width, flip,
+/* Makes what resizes a part of a window to RGB [height, width, 3]; 0 without memory. */
+static int make_resizer(resizer *r, window w, part p, int height, int width, int kind,
+                        int antialias) {
+    r->line = aligned_alloc(64, ((size_t)w.width * sizeof(pixel) + 63) / 64 * 64);
+    return r->line && make_filter(&r->across, w.width, p.x, p.width, width, kind, antialias) &&
+           make_filter(&r->down, w.height, p.y, p.height, height, kind, antialias);
+}
+
+/* Resizes a window to RGB [height, width, 3], mirrored if `flip`: of RGBX rows, or if they are NULL
+   of those that d decodes. Rounds values to the nearest, or without antialiasing towards zero, as
+   TensorFlow's casts do. */
+static void resize(const resizer *r, decoder *d, const uint8_t *rows, size_t stride, window w,
+                   uint8_t *out, int antialias, int flip) {
+    int taps = r->down.taps, height = r->down.size, width = r->across.size;
+    for (int i = 0; i < height; i++) {
+        int first = w.y + r->down.start[i];
+        const uint8_t *row = rows ? rows + first * stride : get_rows(d, first, taps);
+        add_rows(r->line, row + w.x * 4, stride, r->down.weights + (size_t)i * taps, taps, w.width);
+        add_columns(out + (size_t)i * width * 3, (pixel *)r->line, &r->across, width, flip,
                     antialias ? 0.5f : CUT, i == height - 1);
     }
-    free(line);
-    free(across.start);
-    free(across.weights);
-    free(down.start);
-    free(down.weights);
-    return done;
 }
 
 /* ---------------------------------------------------------------- warping */
@@ -760,10 +854,10 @@ static PyObject *py_view(PyObject *self, PyObject *args) {
                       (d->jpeg.image_width + denominator - 1) / denominator)) {
         Py_BEGIN_ALLOW_THREADS;
         if (!setjmp(d->escape)) {
-            int stride = decode(d, &w, denominator, !antialias, entropy);
-            if (!resize(d->rows, stride, w, p, out.buf, out.shape[0], out.shape[1], kind,
-                        antialias, flip))
+            if (!make_resizer(&d->resizer, w, p, out.shape[0], out.shape[1], kind, antialias))
                 fail(d, "out of memory");
+            start_rows(d, &w, denominator, !antialias, entropy);
+            resize(&d->resizer, d, NULL, d->stride, w, out.buf, antialias, flip);
         }
         Py_END_ALLOW_THREADS;
         ok = !d->message[0];
@@ -807,9 +901,11 @@ static PyObject *py_resize(PyObject *self, PyObject *args) {
         Py_BEGIN_ALLOW_THREADS;
         uint8_t *rows = padded(image.buf, image.shape[1], w);
         part whole = {0, 0, w.height, w.width};
+        resizer r = {0};
+        ok = rows && make_resizer(&r, w, whole, out.shape[0], out.shape[1], kind, antialias);
         w.y = w.x = 0;
-        ok = rows && resize(rows, w.width, w, whole, out.buf, out.shape[0], out.shape[1], kind,
-                            antialias, flip);
+        if (ok) resize(&r, NULL, rows, (size_t)w.width * 4, w, out.buf, antialias, flip);
+        free_resizer(&r);
         free(rows);
         Py_END_ALLOW_THREADS;
         if (!ok) PyErr_NoMemory();
