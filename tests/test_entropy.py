@@ -24,6 +24,8 @@ MISTAKES = {  # a name: (what the source has, what takes its place)
     'a skipped block': ('advance += more;', 'advance += more + (more == 4);'),
     'a restart': ('memset(d->predictions', '(void)(d->predictions'),
     'a column of the window': ('d->column <= d->last_column', 'd->column < d->last_column'),
+    'a block beside those of the pixels': ('pixels > 8 ? pixels / 8 : 0', '0'),
+    'a group of rows': ('++*group;', ';'),
 }
 pytestmark = pytest.mark.skipif(images._jpeg is None, reason='the extension is not built')
 

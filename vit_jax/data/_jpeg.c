@@ -4,11 +4,13 @@
    Entropy decoding takes four fifths of the time for a photograph of ImageNet's size. Here
    - bytes are unstuffed first, so that one 8-byte load fills the bit buffer;
    - one look-up gives a coefficient's run, value and length together if they fit in LOOK bits;
-   - blocks outside of the window are skipped by look-ups that take several coefficients at once.
+   - blocks of which no pixel is needed are skipped by look-ups that take several coefficients at once.
+   A window is resized while it is decoded. Blocks and rows between the pixels that its filter takes
+   are neither transformed nor upsampled.
    Data that seem damaged are an error; the caller then decodes the file by Pillow.
 
-   Entropy decoding here needs members of a private struct of libjpeg. entropy.py checks that it
-   gives libjpeg's own bits, and else has `view` leave it to libjpeg.
+   This needs members of private structs of libjpeg. entropy.py checks that it gives libjpeg's own
+   bits, and else has `view` leave all to libjpeg.
 
    `view` and `resize` release the GIL. All functions raise ValueError. */
 
@@ -54,12 +56,26 @@ typedef uint8_t bytes __attribute__((vector_size(16)));
 
 /* ---------------------------------------------------------------- entropy decoding */
 
-/* The first members of libjpeg's own entropy decoder, unchanged from version 6b on. */
+/* The first members of parts of libjpeg, unchanged from version 6b on. */
 typedef struct {
     void (*start_pass)(j_decompress_ptr);
     boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW *);
     boolean insufficient_data;
 } entropy_decoder;
+
+typedef void (*inverse_dct)(j_decompress_ptr, jpeg_component_info *, JCOEFPTR, JSAMPARRAY, JDIMENSION);
+typedef struct {
+    void (*start_pass)(j_decompress_ptr);
+    inverse_dct of_component[MAX_COMPONENTS];
+} inverse_dcts;
+
+/* Upsamples, and converts colours. */
+typedef void (*upsampler)(j_decompress_ptr, JSAMPIMAGE, JDIMENSION *, JDIMENSION, JSAMPARRAY,
+                          JDIMENSION *, JDIMENSION);
+typedef struct {
+    void (*start_pass)(j_decompress_ptr, int);
+    upsampler upsample;
+} post_controller;
 
 typedef struct {
     uint8_t length;  /* of the code; 0: there is no such code */
@@ -171,6 +187,11 @@ typedef struct {
     int predictions[MAX_COMPS_IN_SCAN];
     unsigned restart, column, row;      /* of the next MCU */
     unsigned first_column, last_column; /* of MCUs in the window */
+    JCOEFPTR blocks;                /* of the MCU that was decoded last */
+    unsigned wanted;                /* of these, by bit */
+    int discard;                    /* whether rows that are read are wanted by nobody */
+    inverse_dct inverse_dct[MAX_COMPONENTS];
+    upsampler upsample;
     uint16_t *in_column, *in_row;   /* blocks of an MCU that are wanted, by bit, of each column and row */
     scratch *scratch;
     resizer resizer;
@@ -377,6 +398,8 @@ FAST static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
         d->column = 0;
         d->row++;
     }
+    d->wanted = wanted;
+    if (blocks) d->blocks = blocks[0][0];
     bits b = d->bits;  /* a copy that stays in registers */
     for (int i = 0; i < jpeg->blocks_in_MCU; i++) {
         int place = jpeg->MCU_membership[i];
@@ -394,6 +417,27 @@ FAST static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
     return TRUE;
 }
 
+/* Replaces libjpeg's inverse DCTs: leaves out blocks that are not wanted. */
+static void invert_wanted(j_decompress_ptr jpeg, jpeg_component_info *component, JCOEFPTR block,
+                          JSAMPARRAY out, JDIMENSION column) {
+    decoder *d = jpeg->client_data;
+    if (d->wanted >> (block - d->blocks) / DCTSIZE2 & 1)
+        d->inverse_dct[component->component_index](jpeg, component, block, out, column);
+}
+
+/* Replaces libjpeg's upsampling: leaves out groups of rows, of the height of a pixel of the coarsest
+   component, that are not wanted. libjpeg keeps no account of them but in these arguments. */
+static void upsample_wanted(j_decompress_ptr jpeg, JSAMPIMAGE in, JDIMENSION *group,
+                            JDIMENSION groups, JSAMPARRAY out, JDIMENSION *row, JDIMENSION rows) {
+    decoder *d = jpeg->client_data;
+    JDIMENSION height = jpeg->max_v_samp_factor;
+    if (!d->discard || (jpeg->output_scanline + *row) % height || *row + height > rows) {
+        d->upsample(jpeg, in, group, groups, out, row, rows);
+    } else {
+        *row += height;
+        ++*group;
+    }
+}
 
 /* Copies the entropy-coded data up to the next marker without stuffed bytes; records restarts. */
 static void unstuff(decoder *d) {
@@ -430,8 +474,9 @@ static void unstuff(decoder *d) {
     memset(to, 0, PADDING);
 }
 
-/* Replaces libjpeg's decode_mcu if the one above can decode the scan. */
-static void take_over(decoder *d) {
+/* Replaces libjpeg's decode_mcu if the one above can decode the scan, and, for an image that is not
+   scaled, what follows where not all is wanted. */
+static void take_over(decoder *d, int scaled) {
     j_decompress_ptr jpeg = &d->jpeg;
     if (jpeg->progressive_mode || jpeg->arith_code || jpeg_has_multiple_scans(jpeg)) return;
     for (int i = 0; i < jpeg->comps_in_scan; i++) {
@@ -444,6 +489,15 @@ static void take_over(decoder *d) {
     d->restart = jpeg->restart_interval;
     jpeg->client_data = d;
     ((entropy_decoder *)jpeg->entropy)->decode_mcu = decode_mcu;
+    if (scaled) return;
+    inverse_dcts *inverse = (inverse_dcts *)jpeg->idct;
+    for (int i = 0; i < jpeg->num_components; i++) {
+        d->inverse_dct[i] = inverse->of_component[i];
+        inverse->of_component[i] = invert_wanted;
+    }
+    post_controller *post = (post_controller *)jpeg->post;
+    d->upsample = post->upsample;
+    post->upsample = upsample_wanted;
 }
 
 /* ---------------------------------------------------------------- windows */
@@ -527,10 +581,11 @@ static void mark_blocks(decoder *d, uint16_t *wanted, int count, const filter *f
         /* pixels of a block: one component alone is never subsampled */
         int pixels = 8 * (down ? jpeg->max_v_samp_factor : jpeg->max_h_samp_factor) /
                      (down ? component->v_samp_factor : component->h_samp_factor);
+        int beside = pixels > 8 ? pixels / 8 : 0;  /* smooth upsampling takes the next sample, too */
         for (int i = 0; i < component->MCU_height * component->MCU_width; i++, bit++) {
             int place = down ? i / component->MCU_width : i % component->MCU_width;
             for (int mcu = 0; mcu < count; mcu++) {
-                int from = (mcu * blocks + place) * pixels - pixels / 4, to = from + 3 * pixels / 2;
+                int from = (mcu * blocks + place) * pixels - beside, to = from + pixels + 2 * beside;
                 from = from < 0 ? 0 : from > length ? length : from;
                 to = to > length ? length : to;
                 if (before[to] > before[from]) wanted[mcu] |= 1 << bit;
@@ -574,7 +629,7 @@ static void start_rows(decoder *d, window *w, int denominator, int fast, int ent
     int mcu = jpeg->num_components == 1 ? 8 / denominator : step;
     d->first_column = left / mcu;
     d->last_column = (left + width - 1) / mcu;
-    if (entropy) take_over(d);
+    if (entropy) take_over(d, denominator > 1);
     d->stride = (size_t)(width + 15) / 16 * 64;
     int skipped = part ? w->y : 0, last = w->y + w->height - skipped;
     d->room = 2 * d->resizer.down.taps + ROOM / d->stride;
@@ -589,6 +644,7 @@ static void start_rows(decoder *d, window *w, int denominator, int fast, int ent
 
 /* Decodes up to row `end`, and keeps the rows from the `kept`th place of d->rows on. */
 static void read_rows(decoder *d, int kept, int end, int keep) {
+    d->discard = !keep;
     while (d->next_row < end) {
         JSAMPROW rows[8];
         int count = end - d->next_row < 8 ? end - d->next_row : 8;
