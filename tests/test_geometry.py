@@ -85,6 +85,25 @@ def test_an_image_has_its_labels_in_the_same_place(name):
     assert compared > 1000
 
 
+PUBLISHED = [  # (view, size resized to, side and place of the window, method) of 375 x 500 pixels
+    # big_vision configs/common_fewshot.py:51: resize(256)|central_crop(224)
+    (dict(name='resize', crop=224 / 256, antialias=False), (256, 256), 224, (16, 16), 'bilinear'),
+    # vision_transformer vit_jax/input_pipeline.py:213, and BiT's test view: resize(384)
+    (dict(name='resize', antialias=False), (384, 384), 384, (0, 0), 'bilinear'),
+    # big_vision configs/vit_i1k.py:105: resize_small(256)|central_crop(224)
+    (dict(name='small_central'), (256, 341), 224, (16, 58), 'area'),
+    # big_vision configs/transfer.py:113: resize_small(448)|central_crop(384)
+    (dict(name='small_central', smaller=448), (448, 597), 384, (32, 106), 'area'),
+]
+
+
+@pytest.mark.parametrize('view, whole, side, place, method', PUBLISHED)
+def test_views_of_published_evaluations(view, whole, side, place, method):
+    geometry = tasks.make_view(view, side).place((375, 500), None)
+    expected = Geometry((0, 0, 375, 500), whole, (side,) * 2, place, method=method, antialias=False)
+    assert geometry == expected
+
+
 def boxes_and_masks(shape, count=12):
     """Random boxes of whole pixels [N, 4], and masks [N, H, W] that fill them."""
     rng = np.random.default_rng(2)

@@ -4,7 +4,7 @@
    Entropy decoding takes four fifths of the time for a photograph of ImageNet's size. Here
    - bytes are unstuffed first, so that one 8-byte load fills the bit buffer;
    - one look-up gives a coefficient's run, value and length together if they fit in LOOK bits;
-   - blocks of which no pixel is needed are skipped by look-ups that take several coefficients at once.
+   - blocks of which no pixel is needed are skipped by look-ups that take several coefficients.
    A window is resized while it is decoded. Blocks and rows between the pixels that its filter takes
    are neither transformed nor upsampled.
    Data that seem damaged are an error; the caller then decodes the file by Pillow.
@@ -63,7 +63,8 @@ typedef struct {
     boolean insufficient_data;
 } entropy_decoder;
 
-typedef void (*inverse_dct)(j_decompress_ptr, jpeg_component_info *, JCOEFPTR, JSAMPARRAY, JDIMENSION);
+typedef void (*inverse_dct)(j_decompress_ptr, jpeg_component_info *, JCOEFPTR, JSAMPARRAY,
+                            JDIMENSION);
 typedef struct {
     void (*start_pass)(j_decompress_ptr);
     inverse_dct of_component[MAX_COMPONENTS];
@@ -192,7 +193,7 @@ typedef struct {
     int discard;                    /* whether rows that are read are wanted by nobody */
     inverse_dct inverse_dct[MAX_COMPONENTS];
     upsampler upsample;
-    uint16_t *in_column, *in_row;   /* blocks of an MCU that are wanted, by bit, of each column and row */
+    uint16_t *in_column, *in_row;   /* blocks that are wanted of each column and row of MCUs */
     scratch *scratch;
     resizer resizer;
     uint8_t *rows;                  /* RGBX [room, stride]: rows from first_row on, before next_row */
@@ -684,7 +685,7 @@ static double cubic(double x) {  /* Keys, a = -0.5 */
 enum { LINEAR, CUBIC, AREA };
 
 /* Centre of output pixel i of `size` in a row of `extent` pixels, as TensorFlow's resize_bicubic has
-   it: in float32, with the fraction of the pixel in steps of 1 / 1024, by which it tabulates cubic. */
+   it: in float32, with the fraction of the pixel in steps of 1 / 1024, those of its table. */
 static double tabulated_centre(double extent, int i, int size) {
     float place = (i + 0.5f) * ((float)extent / size) - 0.5f;
     return floorf(place) + rint((place - floorf(place)) * 1024.0) / 1024 + 0.5;
@@ -977,7 +978,8 @@ static PyObject *py_warp(PyObject *self, PyObject *args) {
     PyObject *from, *to;
     float m[6];
     int fill, ok;
-    if (!PyArg_ParseTuple(args, "OO(ffffff)i", &from, &to, m, m + 1, m + 2, m + 3, m + 4, m + 5, &fill))
+    if (!PyArg_ParseTuple(args, "OO(ffffff)i", &from, &to, m, m + 1, m + 2, m + 3, m + 4, m + 5,
+                          &fill))
         return NULL;
     if (!get_image(from, &image, 0)) return NULL;
     if (!get_image(to, &out, PyBUF_WRITABLE)) {
