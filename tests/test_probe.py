@@ -94,7 +94,8 @@ def probe_of(tmp_path, **changes):
         batch_size=64, k=(3,), pixels=True, **changes,
     )  # fmt: skip
     full = config.complete_data('evals.p', given, config.keys_of(probe.Probe))
-    model = models.build('vit-ti/2', width=16, depth=1, num_heads=2, mlp_dim=32)
+    sizes = dict(width=16, depth=1, num_heads=2, mlp_dim=32, representation_size=12)
+    model = models.build('vit-ti/2', **sizes)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3)))['params']
     return probe.Probe(subject(model, (8, 8, 3)), **full), model, params
 
@@ -119,7 +120,8 @@ def test_a_probe_knows_what_scikit_learn_makes_of_the_same_features(data_dir):
     both = np.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=1)
     np.testing.assert_allclose(test['both'], both, atol=1e-5)
     np.testing.assert_allclose(test['token'], both[:, :16], atol=1e-5)
-    np.testing.assert_allclose(test['pre_logits'], out['pre_logits'], atol=1e-5)
+    hidden = np.tanh(out['cls'] @ params['pre_logits']['kernel'] + params['pre_logits']['bias'])
+    np.testing.assert_allclose(test['pre_logits'], hidden, atol=1e-5)
     for name, kind in (('3_nn', 'token'), ('3_nn_pixels', 'pixels')):
         neighbours = KNeighborsClassifier(3).fit(train[kind], train['labels'])
         assert abs(result[name] - neighbours.score(test[kind], test['labels'])) < 0.01, name

@@ -89,7 +89,8 @@ class Mixer(nn.Module):
     epsilon: Positive[float] = 1e-6  # term added to the variance in norms
     head_bias: Finite[float] = 0.0  # initial bias of the head; -log K starts sigmoid losses near 0
     dropout: Rate = 0.0  # dropout rate of the MLPs
-    drop_path: Rate = 0.0  # stochastic depth rate of the last block; rises linearly from 0
+    # stochastic depth rate of the last block; rises linearly from 0; other examples are not scaled
+    drop_path: Rate = 0.0
     # blocks per iteration of the scan over depth; None: 1 on CPUs, with FSDP, else all
     unroll: Positive[int] | None = None
     dtype: Float = 'float32'  # dtype of the computation; parameters are float32
