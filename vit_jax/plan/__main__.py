@@ -65,8 +65,9 @@ def text(result: dict[str, Any]) -> str:
     mesh = ' '.join(f'{axis}={n}' for axis, n in result['mesh'].items())
     products = config.get('matmul_dtype')
     dtype = config['dtype'] + (f' with products in {products}' if products else '')
+    size_of = f' at {"x".join(map(str, config["image_size"]))}' if config['image_size'] else ''
     lines = [
-        f'{config["model"]} at {"x".join(map(str, config["image_size"]))}, {dtype}, '
+        f'{config["model"]}{size_of}, {dtype}, '
         f'remat {config["remat"]}, batches of {config["batch_size"]:,} in {config["accumulate"]}',
         f'{result["topology"]}: {result["devices"]:,} x {result["kind"]}, mesh {mesh}',
         f'{result["parameters"]:,} parameters, {result["steps"]:,} steps, '

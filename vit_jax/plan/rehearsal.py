@@ -69,8 +69,11 @@ def model_text(
     text = f'{name}: {count:,} parameters{"" if with_head else " without the head"}'
     if parts.objective.flops is None:
         return text
+    cost = flop(parts.objective.flops)
+    if 'image' not in parts.spec:
+        return f'{text}, {cost} an example forward'
     height, width = parts.spec['image'].shape[:2]
-    return f'{text}, {flop(parts.objective.flops)} an image forward at {height} x {width}'
+    return f'{text}, {cost} an image forward at {height} x {width}'
 
 
 def length_text(
