@@ -22,9 +22,8 @@ usage: bash launch.sh COMMAND
 bash launch.sh COMMAND --help says what each of the last five takes. All of them take
   [OPTIONS] EXPERIMENT [FLAGS OF vit_jax.main]
   --workdir DIR        folder of the run; runs/NAME unless given
-  --sweep KEY=A,B ...  one run for each combination, in a folder of its own below the workdir; takes
-                       all words that follow and look like KEY=VALUES. Finished runs are skipped; a
-                       table of all runs is printed at the end
+  --sweep KEY=A,B ...  one run for each combination, in a folder of its own below the workdir, and a
+                       table of them; takes all words like KEY=VALUES. Finished runs are skipped
   --select             choose settings as the experiment's section `select` says: a run for each
                        point of its grid (or of --sweep), in WORKDIR/select, then the final run with
                        the settings of the best. The same command goes on where it was stopped
@@ -60,13 +59,13 @@ plain() { # WORDS: fails at control characters, which could add a line to a scri
     for word in "$@"; do
         case $word in # YAML also breaks lines at U+0085, U+2028 and U+2029; U+FEFF is refused, too
         *[[:cntrl:]]* | *$'\xc2\x85'* | *$'\xe2\x80\xa8'* | *$'\xe2\x80\xa9'* | *$'\xef\xbb\xbf'*)
-            fail "a control character in $(LC_ALL=C printf %q "$word")" ;;
+            fail "remove the control character from $(LC_ALL=C printf %q "$word")" ;;
         esac
     done
 }
 
 name_of() { # OPTION VALUE REGEX: fails unless the value is empty or matches
-    [[ -z $2 || $2 =~ ^$3$ ]] || fail "--$1 is $(LC_ALL=C printf %q "$2"), which no ${1//-/ } is"
+    [[ -z $2 || $2 =~ ^$3$ ]] || fail "--$1 is $(LC_ALL=C printf %q "$2"), not of the form $3"
 }
 
 secret() { # prints a new secret for the processes of a job, see vit_jax/distributed/connection.py
@@ -80,7 +79,7 @@ run() { # COMMAND: runs it, or prints it with --dry-run
 setup() { # EXTRAS: installs the package for $python, with the versions that the tests passed with
     python=${VIT_JAX_PYTHON:-.venv/bin/python}
     if [ "${VIT_JAX_PYTHON:-}" ]; then
-        command -v "$python" >/dev/null || fail "VIT_JAX_PYTHON is $python, which is no program"
+        command -v "$python" >/dev/null || fail "VIT_JAX_PYTHON is $python, not a program; unset it"
         return
     fi
     local base key extra extras known=.venv/installed missing=$dry_run headers=
@@ -90,7 +89,7 @@ setup() { # EXTRAS: installs the package for $python, with the versions that the
             "${base:-false}" 2>/dev/null -c 'import sys; sys.exit(sys.version_info < (3, 11))' &&
                 break
         done
-        [ "$base" ] || fail "vit_jax needs Python 3.11 or newer, python3 is $(python3 -V 2>&1)"
+        [ "$base" ] || fail "no Python 3.11 or newer, python3 is $(python3 -V 2>&1); install one"
         [ "$dry_run" ] || echo 'Making .venv and installing the package (minutes the first time)'
         run "$base" -m venv .venv
     fi
@@ -109,7 +108,8 @@ setup() { # EXTRAS: installs the package for $python, with the versions that the
 }
 
 parse() { # "VALUED OPTIONS" "SWITCHES" ARGUMENTS: sets a variable for each, and those below
-    local valued=" workdir ${1//[[:space:]]/ } " switches=" dry-run select help $2 " arg option value
+    local valued=" workdir ${1//[[:space:]]/ } " switches=" dry-run help select $2 "
+    local arg option value
     shift 2
     while [ $# -gt 0 ]; do
         arg=$1 option=${1%%=*} option=${option#--}
@@ -119,7 +119,7 @@ parse() { # "VALUED OPTIONS" "SWITCHES" ARGUMENTS: sets a variable for each, and
             flags+=("$@")
             break
         elif [ "$arg" = --sweep ]; then
-            [[ ${1:-} =~ $combination ]] || fail '--sweep has no KEY=VALUES after it'
+            [[ ${1:-} =~ $combination ]] || fail '--sweep has no value; write --sweep KEY=A,B'
             while [[ ${1:-} =~ $combination ]]; do sweep+=("$1") && shift; done
         elif [[ $arg == --* && $switches == *" $option "* ]]; then
             [ "$arg" = "--$option" ] || fail "--$option takes no value"
@@ -159,21 +159,20 @@ options() { # arguments of parse: parses, then checks what all commands need
         fail "no EXPERIMENT given; see: bash launch.sh $command --help"
     [ ! "$experiment" ] || [ -f "$file" ] ||
         fail "no experiment file $file; there are $(echo experiments/*.py)"
-    [ "$select" ] || workdir=${workdir:-runs/$(basename "$file" .py)${sweep:+.sweep}}
-    workdir=${workdir:-runs/$(basename "$file" .py)}
+    workdir=${workdir:-runs/$(basename "$file" .py)$([ "$select" ] || echo "${sweep:+.sweep}")}
     [[ $workdir != -* ]] || workdir=./$workdir
     workdir=${workdir%/} given=$experiment several=$select${sweep:+true}
 }
 
 count() { # OPTION VALUE: fails unless the value is a whole number above 0
     [[ $2 =~ ^[1-9][0-9]{0,6}$ ]] ||
-        fail "--$1 is '$2', not a whole number above 0 of at most seven digits"
+        fail "--$1 is '$2', not a whole number from 1 to 9999999"
 }
 
 shared_workdir() { # fails unless all hosts can see the workdir, as if there are several or new ones
     [[ $workdir == *://* || $workdir == /* ]] ||
-        fail "--workdir is $workdir, a folder of one host; give an address (gs://BUCKET/FOLDER) or \
-the absolute path of a disk that all hosts share"
+        fail "--workdir is $workdir, which other hosts do not see; give gs://BUCKET/FOLDER or the \
+absolute path of a folder that all hosts share"
 }
 
 training() { # WORKDIR FLAGS: sets words, the command for training
@@ -197,7 +196,7 @@ each() { # FUNCTION: calls it with workdir and flags for every unfinished run of
     table=("$python" -m vit_jax.sweep ${select:+"$stage"} --config "$given" --workdir "$workdir"
         "${settings[@]}" "${sweep[@]}")
     command -v "$python" >/dev/null ||
-        fail "--sweep and --select need $python; make it: bash launch.sh setup digits,figures"
+        fail "no $python, which --sweep and --select need; run bash launch.sh setup digits,figures"
     plan=$("${table[@]}" --plan) || exit $?
     while IFS= read -r line <&3; do
         IFS=$'\t' read -r -a row <<<"$line"
@@ -233,8 +232,7 @@ waves() { # FUNCTION: calls it to run what `each` lists; with --select again for
         echo '# when these have ended, the same command chooses the best and starts the final run'
         return "$status"
     fi
-    # Status 3 is a run that diverged, which is not chosen. Any other is not the end of a run.
-    if [ "$status" != 0 ] && [ "$status" != 3 ]; then
+    if [ "$status" != 0 ] && [ "$status" != 3 ]; then # 3: a run diverged, which is not chosen
         show_table || true
         return "$status"
     fi
@@ -286,7 +284,7 @@ docs)
     ;;
 setup)
     known=$(sed -n '/extras_require/,/^\[/s/^\([a-z]*\) *=.*/\1/p' setup.cfg | tr '\n' ' ')
-    [ $# = 1 ] || fail "give EXTRAS, with commas between them, of these: $known"
+    [ $# = 1 ] || fail "give EXTRAS, separated by commas; there are: $known"
     for extra in ${1//,/ }; do
         [[ " $known" == *" $extra "* ]] ||
             fail "unknown extra $(LC_ALL=C printf %q "$extra"); there are: $known"

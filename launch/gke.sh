@@ -32,12 +32,12 @@ launch_gke() {
     options 'topology image accelerator chips-per-host name namespace service-account max-restarts
         grace' 'spot detach logs stop' "$@"
     [ "$dry_run" ] || command -v kubectl >/dev/null ||
-        fail 'there is no kubectl here; install it: gcloud components install kubectl'
-    [ "$name" ] || [ "$experiment" ] || fail 'no --name given: the name of the JobSet'
+        fail 'kubectl is not installed; run gcloud components install kubectl'
+    [ "$name" ] || [ "$experiment" ] || fail 'no --name given; write --name=JOBSET'
     [ "$name" ] || name=$(basename "${experiment%%:*}" .py)
     name=$(tr 'A-Z_.' 'a-z--' <<<"$name")
     [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
-        fail "--name is $(quoted "$name"); a JobSet's has letters, digits and -, and at most 40 of them"
+        fail "--name is $(quoted "$name"), not a letter and up to 39 letters, digits and -"
     name_of namespace "$namespace" '[a-z0-9]([a-z0-9-]*[a-z0-9])?'
     name_of service-account "$service_account" '[a-z0-9]([a-z0-9.-]*[a-z0-9])?'
     name_of image "$image" '[A-Za-z0-9][A-Za-z0-9_./:@-]*'
@@ -51,8 +51,8 @@ launch_gke() {
         await_jobsets || status=$?
         exit "$status"
     fi
-    [ "$topology" ] || fail 'no --topology given: 4x4x8 say'
-    [ "$image" ] || fail 'no --image given: a container image with this repository; see --help'
+    [ "$topology" ] || fail 'no --topology given; write --topology=4x4x8, for example'
+    [ "$image" ] || fail 'no --image given; name a container image with this repository, see --help'
     count max-restarts "$max_restarts"
     count grace "$grace"
     shared_workdir
@@ -201,7 +201,7 @@ apply() { # WORKDIR FLAGS
     fi
     # A JobSet that has ended can't restart, so one of this name is deleted.
     kube get jobset "$jobset" --ignore-not-found '--output=jsonpath={.status.terminalState}' ||
-        { explain "cannot look for JobSet $jobset" && return 1; }
+        { explain "cannot query JobSet $jobset" && return 1; }
     if [ -s "$scratch/out" ]; then
         kube delete jobset "$jobset" --wait ||
             { explain "cannot delete JobSet $jobset" && return 1; }
@@ -233,7 +233,7 @@ await_jobset() { # NAME
         if kube get jobset "$1" '--output=jsonpath={.status.terminalState}'; then
             end=$(cat "$scratch/out")
         elif grep -q NotFound "$scratch/err"; then
-            die "JobSet $1 does not exist"
+            die "no JobSet $1; kubectl get jobsets lists them"
         fi # else the cluster does not answer, and the state of the JobSet is unknown
         if kube get pods "--selector=$first" --sort-by=.metadata.creationTimestamp \
             '--output=jsonpath={range .items[*]}{.metadata.name} {.status.phase}{"\n"}{end}'; then
@@ -291,7 +291,7 @@ explain() { # WHAT FAILED: prints it with kubectl's reason and a hint, in one li
         hint+='https://github.com/kubernetes-sigs/jobset/releases/latest/download/manifests.yaml' ;;
     *refused* | *'current-context'* | *'nable to connect'*)
         hint='; log in: gcloud container clusters get-credentials CLUSTER --location=ZONE' ;;
-    *orbidden*) hint='; ask for the right to do so in this --namespace, or name another' ;;
+    *orbidden*) hint='; ask for permission in this --namespace, or name another' ;;
     *immutable*) hint='; one of this name runs with other settings: --stop it, or name another' ;;
     *) hint='' ;;
     esac

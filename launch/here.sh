@@ -46,12 +46,12 @@ launch_hosts() {
     local status=0
     processes='' devices=1 port='' grace=120
     options 'processes devices port grace' '' "$@"
-    [ "$processes" ] || fail 'no --processes given: how many processes?'
+    [ "$processes" ] || fail 'no --processes given; write --processes=N'
     count processes "$processes"
     count devices "$devices"
     count grace "$grace"
     [[ -z $port || $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65535 ]] ||
-        fail "--port is '$port'; ports are from 1 to 65535"
+        fail "--port is '$port', not a whole number from 1 to 65535"
     setup digits,figures
     waves all_hosts || status=$?
     exit "$status"

@@ -35,12 +35,12 @@ launch_slurm() {
     done
     for option in "${others[@]}"; do
         [[ $option =~ ^--[a-z][a-z0-9-]*=[^\"\\]*$ ]] ||
-            fail "$(quoted "$option") cannot be written into a job script: quotes and backslashes"
+            fail "$(quoted "$option") has a quote or backslash, which a job script cannot hold"
     done
     [[ $PWD$workdir != *[\"\\%]* ]] ||
-        fail "--workdir $(quoted "$workdir"), or this folder, has a \", \\ or %, which SLURM reads"
+        fail "--workdir $(quoted "$workdir") or this folder has a \", \\ or %; name another"
     [ "$dry_run" ] || command -v sbatch >/dev/null ||
-        fail 'there is no sbatch here; run this on a login node of a SLURM cluster'
+        fail 'sbatch is not installed; run this on a login node of a SLURM cluster'
     setup cuda,remote
     trap 'kill $child $follower 2>/dev/null || true' EXIT
     trap 'cancel 130' INT

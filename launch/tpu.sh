@@ -32,8 +32,8 @@ launch_tpu() {
     zone='' type='' runtime='' project='' extras=tpu,remote grace=120 spot='' internal_ip=''
     detach='' stop='' logs='' asked='' state=''
     options 'name zone type runtime project extras grace' 'spot internal-ip detach logs stop' "$@"
-    [ "$name" ] || fail 'no --name given: the name of the TPU'
-    [ "$zone" ] || fail 'no --zone given: where the TPU is, us-central2-b say'
+    [ "$name" ] || fail 'no --name given; write --name=TPU'
+    [ "$zone" ] || fail 'no --zone given; write --zone=us-central2-b, for example'
     count grace "$grace"
     name_of name "$name" '[a-z]([a-z0-9-]{0,61}[a-z0-9])?'
     name_of zone "$zone" '[a-z][a-z0-9-]*'
@@ -42,7 +42,7 @@ launch_tpu() {
     name_of runtime "$runtime" '[a-z0-9][a-z0-9._-]*'
     name_of extras "$extras" '[a-z]+(,[a-z]+)*'
     [ "$dry_run" ] || command -v gcloud >/dev/null ||
-        fail 'there is no gcloud here; install the Google Cloud CLI and log in: gcloud auth login'
+        fail 'gcloud is not installed; install the Google Cloud CLI and run gcloud auth login'
     scratch=$(mktemp -d)
     trap 'kill $child 2>/dev/null || true; rm -rf "$scratch"' EXIT
     if [ "$stop" ]; then
@@ -57,7 +57,7 @@ launch_tpu() {
     fi
     shared_workdir
     [[ $experiment != /* && $experiment != *..* ]] ||
-        fail "$experiment lies outside of this folder, which is all that the workers get"
+        fail "$experiment lies outside of this folder, which alone is copied to the workers"
     [ ! "$several" ] || setup remote
     worker_python=.venv/bin/python
     trap 'abandon 130' INT
@@ -92,14 +92,14 @@ run_tpu() { # WORKDIR FLAGS: returns the exit status of the run
             follow || status=$?
         fi
         if [[ $status != [023] && $status != 130 ]] && taken_away; then
-            echo "# TPU $name is $state; the run goes on when it is there again" >&2
+            echo "# TPU $name is $state; the run resumes when it is READY" >&2
             continue
         fi
         [ "$status" != "$gone" ] || status=1 # recreated before its loss was detected, and empty
         if [ "$status" != 0 ]; then
             stop_workers stop || true
         elif stop_workers finish && grep -v ': 0$' "$scratch/out" >&2; then
-            echo "error: these workers of $name did not end as worker 0 did" >&2
+            echo "error: worker 0 of $name succeeded, but the workers above failed" >&2
             status=1
         fi
         return "$status"
@@ -135,7 +135,7 @@ look() { # sets state, that of the TPU or NOT_FOUND; false if gcloud can't tell
     elif grep -q NOT_FOUND "$scratch/err"; then
         state=NOT_FOUND
     else
-        explain "cannot look at TPU $name"
+        explain "cannot query TPU $name"
         return 1
     fi
 }
@@ -158,7 +158,7 @@ make_ready() { # waits until the TPU is READY
 have_made() { # one step towards a new TPU in place of a missing one; `state` selects which
     local node=$state
     if [ ! "$type" ]; then
-        echo "error: TPU $name in $zone: $state; give --type (v4-256 say) to have it made" >&2
+        echo "error: TPU $name in $zone is $state; to create it, give --type=v4-256, say" >&2
         return 1
     fi
     if gcloud_tpu queued-resources describe '--format=value(state.state)'; then
@@ -178,15 +178,15 @@ queued-resources describe $name --zone=$zone says why. Take another --zone or --
         *) return 0 ;; # queued, or being created or deleted
         esac
         gcloud_tpu queued-resources delete --force ||
-            { explain "cannot delete what is left of TPU $name" && return 1; }
+            { explain "cannot delete the queued resource $name" && return 1; }
     elif ! grep -q NOT_FOUND "$scratch/err"; then
-        explain "cannot look at the queued resource $name"
+        explain "cannot query the queued resource $name"
         return 1
     elif [ "$node" != NOT_FOUND ]; then
         gcloud_tpu tpu-vm delete || { explain "cannot delete TPU $name" && return 1; }
     fi
     state=requested asked=true
-    request || { explain "cannot get a $type in $zone" && return 1; }
+    request || { explain "cannot request a $type in $zone" && return 1; }
 }
 
 request() {
@@ -239,10 +239,10 @@ follow() { # shows the log of worker 0; returns the exit status of its run, or $
             case $ended in
             @running) ;;
             @[0-9]*) return "${ended#@}" ;;
-            *) echo "error: nothing runs on $name" >&2 && return 1 ;;
+            *) echo "error: no run on TPU $name; start one without --logs" >&2 && return 1 ;;
             esac
         else
-            [ "$said" ] || explain "cannot read from worker 0 of $name; the run goes on"
+            [ "$said" ] || explain "cannot read the log of worker 0 of $name; the run continues"
             said=true
             if look && [ "$state" != READY ]; then return "$gone"; fi
         fi
@@ -261,7 +261,7 @@ taken_away() { # whether the TPU is not READY, now or in one of six queries
 
 stop_workers() { # HOW: stop, or finish if they should end by themselves
     ssh_to all "[ ! -e vit_jax/launch/worker.sh ] || bash vit_jax/launch/worker.sh $1 $grace" || {
-        explain "cannot stop every worker of $name; again with: bash launch.sh tpu --name $name \
+        explain "cannot stop every worker of $name; try again: bash launch.sh tpu --name $name \
 --zone $zone --stop"
         return 1
     }
@@ -288,10 +288,10 @@ explain() { # WHAT FAILED: prints it with gcloud's reason and a hint, in one lin
     *apacity* | *tockout*) hint='give --type to queue for it, or take another --zone or --type' ;;
     *PERMISSION_DENIED* | *credential* | *'active account'*)
         hint='log in (gcloud auth login) and check --project' ;;
-    *'code [255]'*) hint="is ssh to it allowed, and your key in the agent (ssh-add \
-~/.ssh/google_compute_engine)? --stop, then the same command again" ;;
+    *'code [255]'*) hint="allow ssh in the firewall and add your key to the agent (ssh-add \
+~/.ssh/google_compute_engine); then --stop and the same command again" ;;
     *) hint='' ;;
     esac
-    why=${workers:+worker ${workers[*]}: }${why:-gcloud says nothing}
+    why=${workers:+worker ${workers[*]}: }${why:-gcloud gives no reason}
     echo "error: $1: $why${hint:+; $hint}" >&2
 }

@@ -36,7 +36,7 @@ begin() { # COMMAND
     printf -v line '%q ' "$@"
     if alive; then
         [ "$line" = "$(cat command)" ] && echo 'running already' && return
-        echo "error: another run is on this worker: $(cat command)" >&2
+        echo "error: this worker already runs $(cat command); stop it with --stop" >&2
         exit 3
     fi
     clear_up
@@ -71,7 +71,7 @@ end() { # SECONDS
 
 install() { # EXTRAS
     local uv
-    alive && echo 'a run goes on here: set-up is left as it is' && return
+    alive && echo 'a run is in progress: set-up is skipped' && return
     cd ~/vit_jax
     find vit_jax experiments benchmarks -type f ! -name '*.so' -delete 2>/dev/null || true
     tar -xzf ~/vit_jax.tgz

@@ -32,7 +32,7 @@ def test_shell_is_clean():
     (('local',), 'no EXPERIMENT'),
     (('local', 'experiments/nix.py'), 'experiments/digits.py'),
     (('local', EXPERIMENT, 'more'), 'unexpected argument more'),
-    (('local', '--sweep', EXPERIMENT), '--sweep has no KEY=VALUES'),
+    (('local', '--sweep', EXPERIMENT), '--sweep has no value; write --sweep KEY=A,B'),
     (('hosts', EXPERIMENT), 'no --processes given'),
     (('hosts', '--processes', '--devices=2', EXPERIMENT), '--processes has no value'),
     (('hosts', '--processes=two', EXPERIMENT), "--processes is 'two', not a whole number"),
@@ -52,8 +52,8 @@ def test_shell_is_clean():
     ((*GKE, '--topology=99999x4', '--workdir=gs://b/r', EXPERIMENT), '--topology is 99999x4'),
     (('hosts', '--processes=-3', EXPERIMENT), "--processes is '-3', not a whole number"),
     (('hosts', '--processes', '-3', EXPERIMENT), "--processes is '-3', not a whole number"),
-    (('hosts', '--processes=99999999999999999999', EXPERIMENT), 'at most seven digits'),
-    (('hosts', '--processes=2', '--port=70000', EXPERIMENT), 'ports are from 1 to 65535'),
+    (('hosts', '--processes=99999999999999999999', EXPERIMENT), 'number from 1 to 9999999'),
+    (('hosts', '--processes=2', '--port=70000', EXPERIMENT), 'not a whole number from 1 to 65535'),
     (('hosts', '--processes=2', '--port=-1', EXPERIMENT), "--port is '-1'"),
     (('hosts', '--processes=2', '--grace=0', EXPERIMENT), "--grace is '0'"),
     (('slurm', '--nodes=0', '--gpus-per-node=4', EXPERIMENT), "--nodes is '0'"),
@@ -115,7 +115,7 @@ def test_a_control_character_is_refused(place, command, where):
         order = (given, EXPERIMENT) if where != 'flag' else (EXPERIMENT, given)
         status, output, errors = place.launch(command, *words, *order)
         assert (status, output) == (2, ''), (character, errors)
-        assert_one_line(errors, 'a control character in ')
+        assert_one_line(errors, 'remove the control character from ')
     assert not place.calls()
 
 

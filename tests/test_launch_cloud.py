@@ -61,7 +61,7 @@ def test_tpu_survives_its_launcher_and_is_found_again(place):
     finish(process)
     assert len(place.trainers()) == 4
     other = place.launch(*TPU, '--workdir=gs://b/other', EXPERIMENT)
-    assert other[0] == 1 and 'another run is on this worker' in other[2]
+    assert other[0] == 1 and 'this worker already runs' in other[2]
     place.wait(lambda: not place.trainers())
 
 
@@ -96,7 +96,7 @@ def test_tpu_preempted_is_made_again(place):
     place.put('tpu', 'PREEMPTED')
     status, output, errors = finish(process)
     assert status == 0, errors
-    assert 'PREEMPTED; the run goes on' in errors and output.endswith('0 ends\n')
+    assert 'PREEMPTED; the run resumes' in errors and output.endswith('0 ends\n')
     assert len(place.calls('gcloud', 'create')) == len(place.calls('gcloud', 'delete')) + 1 == 2
     assert len(runs(place)) == 8 and runs(place)[0] == runs(place)[-1]
 
@@ -108,7 +108,7 @@ def test_tpu_failures(place):
     assert status == 5 and not place.trainers()  # the others were stopped, if need be killed
     place.fail(python={'3': [6, 0]})
     status, _, errors = place.launch(*tpu(place))
-    assert status == 1 and ': 6\nerror: these workers of t did not end as worker 0 did' in errors
+    assert status == 1 and ': 6\nerror: worker 0 of t succeeded, but the' in errors
     place.fail(ssh='unreachable 2')
     status, _, errors = place.launch(*tpu(place))
     assert status == 1 and 'cannot set up every worker of t: worker 2' in errors

@@ -3,13 +3,14 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import types
 
 import launched
 import pytest
-from launching import EXPERIMENT, finish
+from launching import EXPERIMENT, GKE, finish
 
 from vit_jax import config, sweep
 from vit_jax.errors import UserError
@@ -107,6 +108,11 @@ def test_points_are_runs_of_their_own():
         assert {key: config.parse_value(text) for key, text in run.overrides} == {
             'select.development': True, **point
         }  # fmt: skip
+    views = [{'data.view': dict(name='inception', area=(a, 1.0)), 'data.augment': ('é' * 99,)}
+             for a in (0.1, 0.2)]  # fmt: skip
+    select.grid = tuple(views)
+    names = [run.workdir for run in sweep.runs_of_selection('x.py', 'runs/x', select, [])]
+    assert names[0] != names[1] and all(len(n.encode()) < 200 for n in names)
     given = sweep.runs_of_selection('x.py', 'runs/x', select, [(('optim.lr', '1e-3'),)])
     assert [run.point for run in given] == [{'optim.lr': 1e-3}]  # in place of the grid
     select.split, select.evals, select.grid = None, None, ({'arg': 'b/16-none'}, {'arg': 'c'})
@@ -223,8 +229,10 @@ def test_the_command_lists_runs_for_launch_sh(monkeypatch, capsys):
 
 
 DIGITS = (  # three images of four in development runs; long enough to be killed on the way
-    '--config.steps=300', '--config.optim.warmup=2', '--config.model.depth=1',
-    '--config.evals.test.every=0', '--config.checkpoint.every=30',
+    '--config.steps=300', '--config.optim.warmup=2', '--config.checkpoint.every=30',
+    '--config.model.depth=1', '--config.model.width=16', '--config.model.mlp_dim=32',
+    '--config.model.num_heads=2', '--config.model.patch_size=(4, 4)',
+    '--config.evals.test.every=0',
     '--config.select.metric=val/accuracy', '--config.select.split=train[:75%]',
     "--config.select.evals={'val': {'source': {'name': 'digits', 'split': 'train[75%:]'}}}",
 )  # fmt: skip
@@ -240,8 +248,9 @@ def test_a_selection_that_is_killed_goes_on_where_it_was(place):
     for path in low / 'config.json', low / 'result.json', high / 'config.json':
         place.wait(path.exists)
     place.wait(lambda: launched.checkpoints(high))
+    process.kill()  # before it starts another run
     os.kill(int((high / '.lock').read_text()), signal.SIGKILL)
-    assert finish(process)[0] == 137 and not (place.workdir / 'config.json').exists()
+    assert finish(process)[0] == -signal.SIGKILL and not (place.workdir / 'config.json').exists()
     assert (low / 'result.json').exists() and not (high / 'result.json').exists()
     before = (low / 'result.json').stat().st_mtime_ns
     status, output, errors = place.launch(*words)
@@ -262,3 +271,26 @@ def test_a_selection_that_is_killed_goes_on_where_it_was(place):
     assert output.splitlines()[-1] == (
         f'Best by val/accuracy: optim.lr=0.003. Final run: {place.workdir} (finished)'
     )
+
+
+@pytest.mark.slow
+def test_jobs_are_awaited_before_the_choice(place, tmp_path):
+    """Nothing is trained anew here, so the best of two jobs is copied."""
+    place.environment |= {'VIT_JAX_PYTHON': sys.executable}
+    images = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 4})
+    words = (f'--workdir={place.workdir}', f'{launched.TINY}:{images}', '--select', '--sweep',
+             'seed=1,2', '--config.steps=6', '--config.select.metric=val/loss')  # fmt: skip
+    dry = place.launch(*GKE, *words, '--dry-run')
+    assert dry[0] == 0 and re.findall(r'^  name: (.*)$', dry[1], re.M) == ['tiny-1', 'tiny-2']
+    assert 'vit_jax.sweep best' in dry[1].splitlines()[-1] and not place.calls('kubectl')
+    status, output, errors = place.launch('slurm', '--nodes=1', '--gpus-per-node=1', *words)
+    assert status == 0, errors
+    assert len(place.calls('sbatch')) == 2
+    result = json.loads((place.workdir / 'result.json').read_text())
+    losses = [row['value'] for row in result['selection']['results']]
+    assert result['metrics']['val/loss'] == min(losses) and losses[0] != losses[1]
+    seed = result['selection']['chosen']['seed']
+    assert output.splitlines()[-1].startswith(f'Best by val/loss: seed={seed}. Final run: ')
+    assert launched.checkpoints(place.workdir)
+    best = place.workdir / f'select/seed={seed}'
+    launched.assert_same_bits(launched.state(place.workdir, 6), launched.state(best, 6))

@@ -15,6 +15,7 @@ When that has finished, `best` adds to its result.json the key `selection`: the 
 development results and the chosen point. `bash launch.sh COMMAND --select` does all of it.
 """
 
+import hashlib
 import itertools
 import re
 import sys
@@ -34,6 +35,7 @@ from vit_jax.run import changes, choice, history, report, workdir
 
 Pairs = Sequence[tuple[str, str]]  # of a dotted key and the text of its value
 ACTIONS = ('select', 'best')
+LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 
 class Run(NamedTuple):
@@ -82,8 +84,12 @@ def combinations(words: Sequence[str]) -> list[tuple[tuple[str, str], ...]]:
 
 
 def folder(combination: Pairs) -> str:
-    """Name of a run's workdir, valid in any file system and object store."""
-    return ','.join(key + '=' + re.sub(r'[^\w.+-]+', '_', value) for key, value in combination)
+    """Name of a run's workdir, valid in any file system and object store; a long one is cut."""
+    name = ','.join(key + '=' + re.sub(r'[^\w.+-]+', '_', value) for key, value in combination)
+    if len(name.encode()) <= LONGEST:
+        return name
+    digest = hashlib.sha256(repr(combination).encode()).hexdigest()[:12]
+    return f'{name[: LONGEST // 4]}...{digest}'
 
 
 def text_of(value: Any) -> str:

@@ -33,6 +33,9 @@ def describe(config: ConfigDict, path: object) -> str:
         f'starts   from {config.init_from or "random parameters"}',
         f'evals    {", ".join(config.evals) or "none"}',
     ]
+    if config.select:
+        count, metric = len(config.select.grid), config.select.metric
+        lines.append(f'select   of {count} points by {metric}, with bash launch.sh local --select')
     for row in config.expected:
         cell = row.get('cell')
         where = f', {cell[0]}: {", ".join(map(str, cell[1]))}; {cell[2]}' if cell else ''
