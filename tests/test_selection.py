@@ -239,6 +239,7 @@ DIGITS = (  # three images of four in development runs; long enough to be killed
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_selection_that_is_killed_goes_on_where_it_was(place):
     place.environment |= {'VIT_JAX_PYTHON': sys.executable}
     words = ('local', '--select', f'--workdir={place.workdir}', '--sweep',
