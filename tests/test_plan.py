@@ -149,6 +149,14 @@ def test_mistakes_are_one_line(experiment, arguments, words, monkeypatch, capsys
     check_mistake(['--config', experiment, *arguments], words, monkeypatch, capsys)
 
 
+def test_settings_that_a_method_lacks_are_left_out():
+    from vit_jax.plan import __main__ as plan
+
+    lacking = dict.fromkeys(('image_size', 'dtype', 'matmul_dtype', 'remat'))
+    found = plan.settings_text(dict(lacking, model='mine.py:byol', batch_size=8, accumulate=2))
+    assert found == 'mine.py:byol, batches of 8 in 2'
+
+
 @pytest.mark.parametrize('value', ['0', '2', '-1'])
 def test_an_efficiency_is_a_share(value):
     from vit_jax.plan import __main__ as plan

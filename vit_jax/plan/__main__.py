@@ -59,16 +59,23 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return aligned(rows, right=range(1, len(rows[0])))
 
 
+def settings_text(config: dict[str, Any]) -> str:
+    """Model, image size, dtypes, remat and batches of a plan, as far as its method has them."""
+    size = f' at {"x".join(map(str, config["image_size"]))}' if config['image_size'] else ''
+    products = f' with products in {config["matmul_dtype"]}' if config['matmul_dtype'] else ''
+    parts = [f'{config["model"]}{size}']
+    parts += [f'{config["dtype"]}{products}'] if config['dtype'] else []
+    parts += [f'remat {config["remat"]}'] if config['remat'] else []
+    parts += [f'batches of {config["batch_size"]:,} in {config["accumulate"]}']
+    return ', '.join(parts)
+
+
 def text(result: dict[str, Any]) -> str:
     """Formats a plan, a result of `estimate.plan`, as lines of text."""
     config, memory, peaks = result['config'], result['memory'], result['peaks']
     mesh = ' '.join(f'{axis}={n}' for axis, n in result['mesh'].items())
-    products = config.get('matmul_dtype')
-    dtype = config['dtype'] + (f' with products in {products}' if products else '')
-    size_of = f' at {"x".join(map(str, config["image_size"]))}' if config['image_size'] else ''
     lines = [
-        f'{config["model"]}{size_of}, {dtype}, '
-        f'remat {config["remat"]}, batches of {config["batch_size"]:,} in {config["accumulate"]}',
+        settings_text(config),
         f'{result["topology"]}: {result["devices"]:,} x {result["kind"]}, mesh {mesh}',
         f'{result["parameters"]:,} parameters, {result["steps"]:,} steps, '
         f'{result["images"]:,} images',
