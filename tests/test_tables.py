@@ -299,11 +299,15 @@ def test_check_is_the_exit_status(tmp_path):
 @pytest.mark.slow
 def test_a_dry_run_needs_neither_data_nor_checkpoint(tmp_path):
     root = known_recipes.EXPERIMENTS.parent
-    run = command('vit_jax.main', '--config', 'experiments/finetune.py:cifar100,h/14', '--workdir',
-                  str(tmp_path / 'x'), '--dry_run', cwd=root)  # fmt: skip
+    words = ('vit_jax.main', '--config', 'experiments/finetune.py:cifar100,h/14', '--workdir',
+             f'{tmp_path}/x', '--dry_run')  # fmt: skip
+    run = command(*words, cwd=root)
     assert run.returncode == 0 and not (tmp_path / 'x').exists(), run.stderr
     assert 'vit.table5: JFT-300M, CIFAR-100; ViT-H/14' in run.stdout
-    assert '50,000 examples' not in run.stdout and '49,000 images' in run.stdout
+    assert ': 50,000 images, 100 classes' in run.stdout
+    run = command(*words, '--config.select.development=true', cwd=root)
+    assert run.returncode == 0 and '49,000 images' in run.stdout, run.stderr
+    assert 'vit.table5' not in run.stdout
     run = command('vit_jax.main', '--config', 'experiments/finetune.py:/nowhere', '--workdir',
                   f'{tmp_path}/x', '--dry_run', '--config.init_from=/no/run', cwd=root)  # fmt: skip
     assert run.returncode == 0 and not run.stderr and not (tmp_path / 'x').exists()
