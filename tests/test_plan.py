@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from vit_jax import assembly, sharding
 from vit_jax import config as configs
 from vit_jax.distributed import devices, interconnect, topologies
 from vit_jax.errors import UserError
-from vit_jax.plan import data_sets, estimate, fitting, hlo
+from vit_jax.plan import data_sets, estimate, fitting, hlo, rehearsal
 
 HERE = pathlib.Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -147,6 +148,16 @@ def test_times_of_exchanges_by_hand():
 ])  # fmt: skip
 def test_mistakes_are_one_line(experiment, arguments, words, monkeypatch, capsys):
     check_mistake(['--config', experiment, *arguments], words, monkeypatch, capsys)
+
+
+def test_a_method_without_images_is_described_without_their_size():
+    full = configs.load('experiments/digits.py')
+    table = [('encoder/kernel', (2, 3), 6, '1', 0.0, False)]
+    parts = SimpleNamespace(
+        tx=SimpleNamespace(table=table), objective=SimpleNamespace(flops=2e3), spec={'tokens': None}
+    )
+    text = rehearsal.model_text(full, parts, [0])
+    assert text.endswith(': 6 parameters, 2 kFLOP an example forward')
 
 
 def test_settings_that_a_method_lacks_are_left_out():
