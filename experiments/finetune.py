@@ -59,8 +59,6 @@ DATASETS = {  # test split, steps, warm-up, percent of train in development, rat
 WHOLE = dict(name='resize', antialias=False)
 INCEPTION = dict(name='inception', antialias=False)
 CROP = dict(name='resize_crop', antialias=False)  # BiT's; of 448 pixels for 384
-STILL = ('dsprites_orientation', 'dsprites_location', 'norb_azimuth')  # not flipped in VTAB
-UNCROPPED = ('clevr_count', 'clevr_distance', 'dmlab', 'kitti_distance', 'dsprites_location')
 WORDS = ('224', '384', '512', 'polyak', 'dropout', 'crop', 'v2', 'objectnet')
 
 # {data set: its row in tables 5 and 2, row in table 7, column in table 6}
@@ -192,8 +190,8 @@ def training_view(name, size, words):
         return INCEPTION
     if task == 'dsprites_location':
         return WHOLE
-    resize = size if task in UNCROPPED else round(size * 448 / 384)
-    return dict(CROP, resize=resize, flip=task not in STILL)
+    resize = size if task in vtab.NOT_CROPPED else round(size * 448 / 384)
+    return dict(CROP, resize=resize, flip=task not in vtab.NOT_FLIPPED)
 
 
 def splits(name):

@@ -51,8 +51,6 @@ POINTS = [  # the augmentations as the files name them
         (0.1, 0.03), (0.0, 0.1))
 ]  # fmt: skip
 DATA = ('i1k300', 'i21k30', 'i21k300')
-STILL = ('dsprites_orientation', 'dsprites_location', 'norb_azimuth')
-UNCROPPED = ('clevr_count', 'clevr_distance', 'dmlab', 'kitti_distance', 'dsprites_location')
 ARGS = (
     *(f'imagenet2012,{m}-{data}{size}' for m in MODELS for data in DATA for size in ('', ',224')),
     *(f'imagenet2012,{m}-i21k300,v2' for m in MODELS),
@@ -103,8 +101,8 @@ def get_config(arg='imagenet2012,s/16-i21k300'):
     else:
         evaluation = view = dict(name='resize', antialias=False)
         if task != 'dsprites_location':
-            resize = size if task in UNCROPPED else round(size * 448 / 384)
-            flip = task not in STILL
+            resize = size if task in vtab.NOT_CROPPED else round(size * 448 / 384)
+            flip = task not in vtab.NOT_FLIPPED
             view = dict(name='resize_crop', resize=resize, flip=flip, antialias=False)
         train, tests = 'train800val200', dict(test='test')
     config.data = dict(

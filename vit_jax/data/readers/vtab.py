@@ -68,6 +68,9 @@ SIXTY = ('train', 60), 'train[80%:]'
 SPRITES = ('train', 80), 'train[90%:]'
 NORB = ('test', 0), 'test[50%:]'
 RETINOPATHY = 'diabetic_retinopathy_detection/btgraham-300'
+# Tasks whose labels a flip or a crop changes (arXiv:1912.11370 appendix F).
+NOT_FLIPPED = ('dsprites_orientation', 'dsprites_location', 'norb_azimuth')
+NOT_CROPPED = ('clevr_count', 'clevr_distance', 'dmlab', 'kitti_distance', 'dsprites_location')
 TASKS = {
     'caltech101': Task('natural', 'caltech101', 102, TENTH, 'test'),
     'cifar100': Task('natural', 'cifar100', 100, TENTH, 'test'),
