@@ -27,7 +27,7 @@ def given(name, arg):
 
 def shrink_view(section, factor):
     """Scales the sides in pixels of a section's view."""
-    view = section['view']
+    view = section.get('view')
     if isinstance(view, dict):
         sides = {k: round(view[k] * factor) for k in ('resize', 'smaller') if k in view}
         section['view'] = view | sides

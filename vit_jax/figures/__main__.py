@@ -8,7 +8,8 @@ For a run, from its newest checkpoint: summary.png (loss and accuracy, worst mis
 the class token), curves.png and confusion.png. For any model, as in arXiv:2010.11929 figures 6, 7
 and 14: filters.png, positions.png and, for the images, distance.png, rollout.png, heads.png and the
 predictions. For a folder with runs that start from others in it: images.png and compute.png,
-accuracy against the size and compute of their pre-training (figures 3 to 5).
+accuracy against the size and compute of their pre-training (figures 3 to 5). For a folder with runs
+that differ in augmentation and regularization: grid.png, as in arXiv:2106.10270 figure 4.
 """
 
 import itertools
@@ -30,7 +31,7 @@ from vit_jax.convert.fit import Loaded
 from vit_jax.data import files, mixture, pipeline, sources, tasks
 from vit_jax.errors import Damaged, UserError
 from vit_jax.evaluators import classify
-from vit_jax.figures import model_page, page, plates, scaling, summary
+from vit_jax.figures import grid, model_page, page, plates, scaling, summary
 from vit_jax.io import storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable
@@ -172,7 +173,7 @@ def of_records(path: epath.Path) -> Iterator[page.Part]:
 def of_study(
     runs: Sequence[tuple[str, dict, dict]], out: epath.Path
 ) -> Iterator[page.Part]:
-    """Draws the transfer of the runs of a folder; yields the parts of its page."""
+    """Draws the runs of a folder in comparison; yields the parts of its page."""
     found = scaling.points(runs)
     if scaling.draw_images(out / 'images.png', found):
         yield 'Transfer and the size of the pre-training', (
@@ -183,6 +184,12 @@ def of_study(
         yield 'Transfer and the compute of the pre-training', (
             'Of the runs on most images; all their forward and backward passes (figure 5).'), (
             out / 'compute.png')
+    grids = grid.panels(runs)
+    if grids:
+        grid.draw(out / 'grid.png', grids)
+        yield 'Augmentation and regularization', (
+            'Accuracy in percent and its gain over the weakest augmentation at the lowest rate '
+            '(arXiv:2106.10270 figure 4).'), out / 'grid.png'
     hours = sum(results.costs(result)['device_hours'] for _, _, result in runs)
     rows = [('run', 'model', 'data', 'accuracy', 'seconds')]
     for path, config, result in runs:

@@ -1,0 +1,49 @@
+"""AugReg's grid (arXiv:2106.10270 section 4.5, figure 4) in miniature, on Fashion-MNIST.
+
+    python -m vit_jax.tables augreg_fashion --run local
+    python -m vit_jax.figures runs/augreg_fashion --out docs/augreg_fashion
+
+FILE:AUGMENTATION,RATE,IMAGES trains a ViT on the first 2k or 50k training images for 2,400 steps of
+64, so 77 or 3 epochs, and validates on the last 10,000. AUGMENTATION is none, light or strong;
+RATE, that of dropout and stochastic depth, is 0.0 or 0.1. Measured here: not yet run.
+
+As in the paper all points have random crops of 5% to 100% of the area and flips, and the others add
+two operations of RandAugment and mixup. The operations are torchvision's, as they move an image by
+a share of its size; AugReg's move it by up to 200 pixels.
+"""
+
+from ml_collections import ConfigDict
+
+from vit_jax.errors import check_choice
+
+AUGMENTATIONS = {  # magnitude of RandAugment of at most 30, mixup
+    'none': (None, 0.0), 'light': (10, 0.2), 'strong': (20, 0.8),
+}  # fmt: skip
+RATES = ('0.0', '0.1')
+SPLITS = {'2k': 'train[:2000]', '50k': 'train[:50000]'}
+ARGS = tuple(f'{a},{rate},{n}' for n in SPLITS for rate in RATES for a in AUGMENTATIONS)
+
+
+def get_config(arg='none,0.0,2k'):
+    check_choice('argument', arg, ARGS)
+    augmentation, rate, images = arg.split(',')
+    magnitude, mixup = AUGMENTATIONS[augmentation]
+    operations = dict(name='randaugment_torchvision', layers=2, magnitude=magnitude)
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 2400
+
+    config.model = dict(
+        name='vit/7', width=96, depth=6, num_heads=3, mlp_dim=384, pool='gap', unroll=6,
+        dropout=float(rate), drop_path=float(rate),
+    )  # fmt: skip
+    config.data = dict(
+        source=dict(name='fashion_mnist_debian', split=SPLITS[images]), view='inception',
+        augment=() if magnitude is None else (operations,), image_size=28, batch_size=64,
+    )  # fmt: skip
+    config.objective = dict(mixup=mixup)
+    val = dict(name='fashion_mnist_debian', split='train[50000:]')
+    config.evals = dict(val=dict(source=val, batch_size=250, every=600))
+    config.optim = dict(lr=1e-3, warmup=240, weight_decay=0.1, clip=1.0)
+    config.report = dict(every=100)
+    return config
