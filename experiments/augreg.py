@@ -14,15 +14,16 @@ parameters").
 MODEL-DATA alone is the best of the 28 points by validation accuracy, as the paper's tables take it
 (section 4.5, figure 4): the one of a public checkpoint where that is known (`BEST`), else the point
 that launch.sh --select finds, which runs them all. A plain run of it has big_vision's augmentation
-(configs/vit_i1k.py:77-84, vit_i21k.py:65-72, hybrids as the ViTs of their size), a decay of 0.1 and
-no dropout.
+(configs/vit_i1k.py:77-84, vit_i21k.py:65-72, hybrids as the ViTs of their size with patches of 16),
+a decay of 0.1 and no dropout.
 
 The recipe follows big_vision's configs, which its issue 60 names: a sigmoid for each class, of
 which the head's bias begins at -6.9 or -10, Adam with momentum in bfloat16, batches of 4,096, a
 rate of 0.001 with cosine decay after 10,000 steps of warm-up, gradients clipped at norm 1, 224 px.
 Models of ImageNet have a hidden layer in the head (vit_i1k.py:123); the paper has both (section
 3.2), and MODEL-DATA-POINT-linear has none. Class token and positions are those of the public
-checkpoints. To fine-tune: experiments/finetune_augreg.py:imagenet2012,s/16-i1k300.
+checkpoints; vit_i21k.py:102 has the mean of the patches. To fine-tune:
+experiments/finetune_augreg.py:imagenet2012,s/16-i1k300.
 """
 
 import itertools

@@ -12,11 +12,13 @@ Published from ImageNet-21k (table 5), in percent; not yet run here on these dat
 FILE:DATASET starts from --config.init_from=X, for any X that vit_jax.load accepts. The recipe has
 SGD with momentum 0.9 in bfloat16, batches of 512, cosine decay, gradients clipped at norm 1, no
 weight decay, 384 px (378 for patches of 14) and a new head of zeros. It trains on all of train at a
-rate of table 4; launch.sh --select first chooses that by accuracy on a part of train, for ResNets
-among these and BiT's fine-tuning (arXiv:1912.11370 section 3.3). Training crops are Inception's, as
-vision_transformer's issues 46 and 53 say of these runs, or with the word crop those of BiT, which
-the paper names for VTAB alone. Tests see the whole image (vision_transformer,
-input_pipeline.py:213). Warm-up and momentum are those of its configs/common.py:43 and 68.
+rate of table 4, where appendix B.1.1 has 0.06 on ImageNet for ResNets and hybrids alone; launch.sh
+--select first chooses that by accuracy on a part of train, for ResNets among these and BiT's
+fine-tuning (arXiv:1912.11370 section 3.3). Training crops are Inception's, as vision_transformer's
+issues 46 and 53 say of these runs, or with the word crop those of BiT, which the paper names for
+VTAB alone. Tests see the whole image (vision_transformer, input_pipeline.py:213). Momentum and 500
+steps of warm-up are those of its configs/common.py:43 and 68, 100 steps for Pets and Flowers those
+of big_vision configs/transfer.py:75-77.
 
 Any other TFDS name, or the path of a folder of images, has 2,500 steps, as VTAB has:
 vtab:caltech101 and its other tasks, with BiT's crops (its appendix F) and a rate of 0.01.
@@ -206,12 +208,15 @@ def selection(name, model, steps):
     """How the learning rate of a data set with a row in table 4 is chosen."""
     _, _, _, percent, rates, _ = DATASETS[name]
     grid = [{'optim.lr': rate} for rate in rates]
-    if model.startswith('bit'):  # B.1.1: also BiT's, big_transfer bit_hyperrule.py:18-63
+    # B.1.1: also BiT's, big_transfer bit_hyperrule.py:36-63 and, with momentum in float32,
+    # bit_jax/train.py:113; 448 and 384 pixels are the paper's, bit_hyperrule.py:18 has 512 and 480.
+    if model.startswith('bit'):
         size, resize = (128, 160) if name.startswith('cifar') else (384, 448)
         shares = (0.3, 0.6, 0.9) if steps > 500 else (0.4, 0.6, 0.8)
         grid.append({
             'optim.lr': 0.003, 'optim.schedule': 'step', 'optim.boundaries': shares,
-            'optim.clip': None, 'objective.mixup': 0.1 if steps > 500 else 0.0,
+            'optim.clip': None, 'optim.momentum_dtype': None,
+            'objective.mixup': 0.1 if steps > 500 else 0.0,
             'data.view': dict(CROP, resize=resize), 'data.image_size': size,
         })  # fmt: skip
     return dict(

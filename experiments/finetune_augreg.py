@@ -11,7 +11,8 @@ checkpoint, i1k300 and i21k30 from the workdir of that run. On imagenet2012 the 
 of table 4 by accuracy on the last hundredth of train is the result (launch.sh --select), at 384 px
 from i21k300 the one in the name of the public result. SGD with momentum 0.9 in bfloat16, batches of
 512, 20,000 steps, 500 of warm-up, cosine decay, clipping at norm 1: section 3.5 and big_vision
-configs/transfer.py, which its issue 60 names; so are the views, training on 99% of train.
+configs/transfer.py, which its issue 60 names; so are the views, training on 99% of train. At 224 px
+tests see the centre of images whose smaller side is 256, as in pre-training.
 
 v2 is the column i21kv2: the point of the grid of upstream models and rates with the best accuracy
 on ImageNet V2. Those of L/16, B/16 and R50+L/32 are known by the names of timm's checkpoints, with

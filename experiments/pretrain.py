@@ -27,7 +27,8 @@ h/14-i21k is not in table 3 and has the settings of l/16. G/14 is that of arXiv:
 with ten shots of ImageNet, 90.45% after fine-tuning. It follows big_vision
 configs/proj/scaling_laws/train_vit_g.py, which says so of g/14: Adafactor, 1,000,000 steps of
 16,384 images, a reciprocal square root, decay of the head 100 times that of the body. e/14 is that
-of arXiv:2209.06794 with the same settings.
+of arXiv:2209.06794 with the same settings; the paper runs the last 100,000 steps twice and averages
+the two models, this recipe has one cool-down of 50,000 steps.
 
 JFT is not public. Synthetic images, as many and with as many classes, replace it, so that the
 recipes run unchanged. --config.data.source.name=PATH sets other data, with one or several labels

@@ -59,6 +59,19 @@ def test_logits_equal_those_of_torch(size):
     np.testing.assert_allclose(out['encoded'].mean(1), out['pre_logits'], rtol=1e-5)
 
 
+def test_small_kernels_are_standardised_as_in_the_code_of_bit():
+    """By (variance + 1e-10)^0.5 in BiT, by deviation + 1e-5 in hybrids."""
+    x = np.random.default_rng(0).normal(size=(1, 8, 8, 16)).astype(np.float32)
+    for centred in (True, False):
+        conv = resnet.StdConv(4, 3, centred=centred)
+        kernel = conv.init(jax.random.key(0), x)['params']['kernel']
+        kernel -= kernel.mean((0, 1, 2))
+        kernel *= 1e-4 / kernel.std((0, 1, 2))
+        scaled, unit = (conv.apply({'params': {'kernel': k}}, x) for k in (kernel, 1e4 * kernel))
+        share = float(jnp.vdot(scaled, unit) / jnp.vdot(unit, unit))
+        assert share == pytest.approx(1.01**-0.5 if centred else 1 / 1.1, rel=1e-3)
+
+
 @pytest.mark.parametrize('centred', [True, False])
 @pytest.mark.parametrize('length, size, by', [(7, 3, 1), (8, 3, 2), (9, 3, 2), (20, 7, 2)])
 def test_products_with_padding_are_not_counted(length, size, by, centred):

@@ -82,7 +82,8 @@ def multiply_adds(
 class StdConv(nn.Module):
     """Convolution without bias; its kernel is scaled to mean 0, deviation 1 over its inputs.
 
-    Computes in `matmul_dtype` and returns `dtype`.
+    Computes in `matmul_dtype` and returns `dtype`. What keeps the scale finite is that of
+    vision_transformer models_resnet.py:26, or with `centred` of big_vision models/bit_paper.py:33.
     """
 
     features: int
@@ -90,14 +91,15 @@ class StdConv(nn.Module):
     stride: int = 1
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
-    centred: bool = False  # the same padding on both sides for any stride, as PyTorch has it
+    centred: bool = False  # BiT's: the same padding on both sides for any stride, as in PyTorch
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
         kernel = kernel - kernel.mean(axis=(0, 1, 2))
-        kernel = kernel / (kernel.std(axis=(0, 1, 2)) + 1e-5)
+        variance = kernel.var(axis=(0, 1, 2))
+        kernel /= jnp.sqrt(variance + 1e-10) if self.centred else jnp.sqrt(variance) + 1e-5
         padding = ((self.size // 2,) * 2,) * 2 if self.centred else 'SAME'
         return memory.shard_batch(jax.lax.conv_general_dilated(
             x.astype(self.matmul_dtype), kernel.astype(self.matmul_dtype), (self.stride,) * 2,
