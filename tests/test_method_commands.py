@@ -5,9 +5,12 @@ import jax
 import launched
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from vit_jax import config, evaluate, export, predict, train
 from vit_jax.assembly import restore
+from vit_jax.convert import load
+from vit_jax.convert import run as run_files
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.export import __main__ as export_command
@@ -34,11 +37,54 @@ def nameless(model=None, examples=None, *, width: int = 16):
     return whole._replace(predict=predict)
 '''
 
+# Keeps the model of the config in a subtree, beside a predictor, as methods with a teacher do.
+SIAMESE = '''
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from vit_jax.objectives import Objective
+
+METRICS = {'loss': 'min'}
+
+def siamese(model, examples):
+    def init(key):
+        image = jnp.zeros((1, *examples.spec['image'].shape))
+        return {'online': model.init(key, image)['params'], 'predictor': {'kernel': jnp.eye(16)}}
+
+    def encode(params, batch):
+        return model.apply({'params': params}, model.normalise(batch['image']))[1]['pre_logits']
+
+    def loss(params, extra, frozen, batch, key, step):
+        made = encode(params['online'], batch) @ params['predictor']['kernel']
+        target = encode(extra['online'], batch)
+        value = jnp.sum(jnp.mean((made - target) ** 2, 1) * batch['mask'])
+        return value, ({'loss': value}, {})
+
+    return Objective(
+        init, loss, lambda params, batch: {'code': encode(params['online'], batch)},
+        lambda params: {'online': jax.tree.map(jnp.array, params['online'])},
+        rules=((r'predictor/kernel', jax.sharding.PartitionSpec()),),
+    )
+
+def get_config(folder):
+    return ConfigDict(dict(
+        steps=6, objective=dict(name=f'{__file__}:siamese'),
+        model=dict(name='vit/4', width=16, depth=1, num_heads=2, mlp_dim=16),
+        data=dict(source=dict(name=folder), view='resize', image_size=8, batch_size=8),
+        optim=dict(lr=1e-3, warmup=2), evals=dict(),
+    ))
+'''
+
 
 def run(folder, path, **changes):
     """Trains denoise.py's method for a few steps in this process; returns the workdir's path."""
-    given = config.experiment.read(f'{denoise.__file__}:{folder}')
     changes |= {'steps': 6, 'evals.val.every': 3, 'checkpoint.every': 3}
+    return run_file(denoise.__file__, folder, path, **changes)
+
+
+def run_file(file, folder, path, **changes):
+    """Trains an experiment file for 6 steps; returns the workdir's path."""
+    given = config.experiment.read(f'{file}:{folder}')
     with workdir.lock_workdir(str(path)) as path:
         full = config.override(given, [(key, str(value)) for key, value in changes.items()])
         assert train.train(full, path, Stop())['steps'] == 6
@@ -125,6 +171,34 @@ def test_export_writes_what_the_objective_does(nameless, tmp_path):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match='--dtype is bfloat16, but objective .*nameless has a netw'):
         export_command.method(nameless, full, None, **settings | dict(dtype='bfloat16'))
+
+
+def test_a_model_in_a_subtree_is_loaded_alone(folder, tmp_path):
+    file = tmp_path / 'siamese.py'
+    file.write_text(SIAMESE)
+    path = run_file(file, folder, tmp_path / 'run')
+    parts, params = restore.parts_and_params(path, restore.config_of_method(path, with_model=True))
+    found = load.read(path)
+    equal = jax.tree.map(np.array_equal, found.params, params['online'])
+    assert all(jax.tree.leaves(equal)) and found.model == parts.model
+    assert [row for row in found.account if row[0] == 'unused'] == [
+        ('unused', 'predictor/kernel', 'beside the model')
+    ]
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    made = predict.classifier(path, 'features').compute(found.params, images)['features']
+    code = parts.objective.predict(params, {'image': images})['code']
+    np.testing.assert_allclose(made, code, rtol=1e-4, atol=1e-5)
+    smaller = load.read(path, num_classes=3)  # as for fine-tuning
+    assert smaller.params['head']['bias'].shape == (3,)
+
+    names = {'/'.join(k) for k in flatten_dict(params)}
+    assert run_files.prefixes(parts.model, (8, 8), names) == ['online/']
+    twice = names | {n.replace('online', 'target') for n in names}
+    assert run_files.prefixes(parts.model, (8, 8), twice) == ['online/', 'target/']
+    with pytest.raises(UserError, match=r'X has several of .* \(online/, target/\); .*--out'):
+        run_files.only_prefix(parts.model, (8, 8), twice, 'X')
+    with pytest.raises(UserError, match='X has none of the model that its config names'):
+        run_files.only_prefix(parts.model, (8, 8), names - {'online/norm/scale'}, 'X')
 
 
 def test_what_image_files_lack_is_named(trained, nameless):

@@ -1,7 +1,8 @@
 """Loads weights from the project's own checkpoints: a workdir, or one of its checkpoints.
 
 RUN is the newest checkpoint, RUN@12000 (or RUN/checkpoints/12000) that of a step, and RUN@best the
-best saved one by the metric in the run's setting checkpoint.best.
+best saved one by the metric in the run's setting checkpoint.best. Of a run of a method that keeps
+its model beside other parameters, in a subtree, the model alone is loaded.
 """
 
 import os
@@ -11,6 +12,8 @@ from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -22,8 +25,10 @@ from vit_jax.convert.stages import Parsed
 from vit_jax.errors import Damaged, UserError
 from vit_jax.io import addresses, storage
 from vit_jax.io.text import printable
+from vit_jax.models.parameters import named_leaves
 from vit_jax.run import history, weights, workdir
 
+HEADS = ('head', 'dist_head', 'pre_logits')  # parameters that a model may lack in a method
 NUMBER = re.compile('[0-9]{1,18}')
 
 
@@ -77,21 +82,53 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
             )
         name, size = config['model']['name'], config['data']['image_size']
         values = {k: v for k, v in config['model'].items() if k != 'name'}
-        values['num_classes'] = None
-        if 'head/bias' in arrays:
-            values['num_classes'] = arrays['head/bias'].shape[0]
-        model = models.build(name, **values)
         size = (size, size) if isinstance(size, int) else tuple(size)
+        prefix = ''
+        if config['objective']['name'] != 'supervised':
+            model = models.build(name, **{**values, 'num_classes': 1})
+            prefix = only_prefix(model, size, arrays, f'{address}: objective '
+                                 f'{config["objective"]["name"]}')
+        bias = arrays.get(f'{prefix}head/bias')
+        values['num_classes'] = None if bias is None else bias.shape[0]
+        model = models.build(name, **values)
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{root / "config.json"} is not the config of a run ({brief(e)})') from e
     classes = workdir.read_names(root / 'classes.json')
     fields = {k: v for k, v in models.describe(model).items() if k != 'name'}
     entries = {name: array_in_memory(value) for name, value in arrays.items()}
-    rows = ('posemb', arrays['posemb'].shape[1]) if 'posemb' in arrays else None
+    table = f'{prefix}posemb'
+    rows = (table, arrays[table].shape[1]) if table in arrays else None
+    others = {n: 'beside the model' for n in arrays if not n.startswith(prefix)}
     return Parsed(
         'vit_jax', models.KINDS[type(model)], fields, entries,
-        lambda m: run_pieces(m, arrays), rows, {}, size, class_names(classes), config,
+        lambda m: run_pieces(m, arrays, prefix), rows, others, size, class_names(classes), config,
     )  # fmt: skip
+
+
+def only_prefix(
+    model: nn.Module, size: tuple[int, int], names: Collection[str], subject: str
+) -> str:
+    """The prefix of a model's parameters in a checkpoint; UserError unless there is one."""
+    found = prefixes(model, size, names)
+    if len(found) != 1:
+        count, places = ('several', f' ({", ".join(found)})') if found else ('none', '')
+        raise UserError(
+            f'{subject} has {count} of the model that its config names{places}; python -m '
+            'vit_jax.predict --out=FILE.npz and vit_jax.evaluate run the method'
+        )
+    return found[0]
+
+
+def prefixes(model: nn.Module, size: tuple[int, int], names: Collection[str]) -> list[str]:
+    """Prefixes of names under which all parameters of a model but its head lie.
+
+    '' if the model's parameters are those of the checkpoint, 'encoder/' if they are in a subtree.
+    """
+    images = jax.ShapeDtypeStruct((1, *size, len(model.mean)), jnp.float32)
+    own = named_leaves(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
+    own = [name for name in own if name.split('/')[0] not in HEADS]
+    starts = [n.removesuffix(own[0]) for n in names if f'/{n}'.endswith(f'/{own[0]}')]
+    return sorted(p for p in starts if all(f'{p}{name}' in names for name in own))
 
 
 def config_of(address: str) -> tuple[epath.Path, dict]:
@@ -132,14 +169,15 @@ def best_step(root: str | os.PathLike, config: dict[str, Any]) -> str:
     return str(step)
 
 
-def run_pieces(model: nn.Module, arrays: Collection[str]) -> list[Piece]:
-    """A `Piece` for each array of the checkpoint that the model has, under the same name."""
+def run_pieces(model: nn.Module, arrays: Collection[str], prefix: str) -> list[Piece]:
+    """A `Piece` for each array of the checkpoint that the model has, by its name after `prefix`."""
     absent = set()
     if model.num_classes is None:
         absent |= {'head', 'dist_head'}
     if getattr(model, 'representation_size', None) is None:
         absent.add('pre_logits')
-    return [Piece(name, name) for name in arrays if name.split('/')[0] not in absent]
+    names = [n.removeprefix(prefix) for n in arrays if n.startswith(prefix)]
+    return [Piece(f'{prefix}{n}', n) for n in names if n.split('/')[0] not in absent]
 
 
 def array_in_memory(value: np.ndarray) -> Array:

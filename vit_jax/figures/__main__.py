@@ -36,6 +36,7 @@ from vit_jax.io import storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable
 from vit_jax.models import interface
+from vit_jax.models.parameters import named_leaves
 from vit_jax.run import changes, checkpoint, history, results, workdir
 from vit_jax.step import State
 
@@ -104,6 +105,8 @@ def of_predictions(
 ) -> Iterator[page.Part]:
     """Draws the predictions of a run's first evaluation; yields the parts of its page."""
     params = optim.averaged(state)
+    names = named_leaves(params)
+    alone = '' in run.prefixes(parts.model, parts.spec['image'].shape[:2], names)
     with Bar(printable(name), len(evaluation.source), brief=True) as bar:
         found = evaluation.predictions(params, bar.add)
     found['label'] = classify.one_label(found['label'], found['prediction'])
@@ -119,7 +122,7 @@ def of_predictions(
         lines=lines, images=images, labels=found['label'],
         predictions=found['prediction'], confidences=found['confidence'],
         classes=evaluation.source.classes, attended=attended,
-        attention=model_page.attention_over(parts.model, params, attended),
+        attention=model_page.attention_over(parts.model, params, attended) if alone else None,
     )  # fmt: skip
     yield 'Summary', f'The evaluation {name}.', out / 'summary.png'
     yield from of_mistakes(found, evaluation.source.classes, parts.model.num_classes, out)
@@ -219,12 +222,11 @@ def main(argv: Sequence[str]) -> None:
     title, image_results = argv[1], None
     if runs:
         stages = [of_study(runs, out)]
-    elif is_run and not has_model(path):  # its objective has its own network
+    elif (found := model_of(argv[1], is_run, options.image_size)) is None:
         if paths:
-            raise UserError(f'--images: the objective of {argv[1]} has a network of its own')
+            raise UserError(f'--images: no model of {argv[1]} takes them')
         stages = []
     else:
-        found = weights.read(argv[1], image_size=options.image_size, as_input=True)
         name = name_of(found)
         title = f'{name}: {title}'
         stages = [model_page.of_model(found, out)]
@@ -250,10 +252,16 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f'{image_results.failed} of {len(drawn)} images cannot be read')
 
 
-def has_model(path: epath.Path) -> bool:
-    """Whether a run's config names a model."""
-    config = workdir.read_json(path / 'config.json', 'model') or {'model': {'name': None}}
-    return config['model'].get('name') is not None
+def model_of(address: str, is_run: bool, image_size: int | None) -> Loaded | None:
+    """Loads a checkpoint; None for a run of a method without a model of the package."""
+    try:
+        return weights.read(address, image_size=image_size, as_input=True)
+    except UserError as e:
+        config = run.config_of(address)[1] if is_run else {}
+        if config.get('objective', {}).get('name', 'supervised') == 'supervised':
+            raise
+        print(printable(f'No pictures of a model: {e}'))
+        return None
 
 
 def split_names(texts: Sequence[str]) -> list[str]:
