@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from learners import assert_trees_close
 
-from vit_jax import assembly, config, errors, sharding, step
+from vit_jax import assembly, config, errors, sharding, step, train
 from vit_jax.data import pipeline
+from vit_jax.distributed.stop import Stop
+from vit_jax.plan import rehearsal
 
 STEPS = 40
 FILE = pathlib.Path(denoise.__file__)
@@ -86,7 +88,7 @@ def test_what_it_keeps_is_sharded_by_name_and_never_replicated_by_accident(folde
     frozen = step.frozen(parts.objective, parts.mesh)['look']['kernel']
     assert frozen.sharding.spec[0] == 'fsdp'
     nameless = parts.objective._replace(rules=denoise.RULES[:-1])
-    with pytest.raises(ValueError, match='no sharding rule for codes'):
+    with pytest.raises(errors.UserError, match='no sharding rule for codes'):
         step.abstract_state(nameless, parts.tx, parts.mesh)
 
 
@@ -96,6 +98,100 @@ def test_micro_batches_add_up_or_are_refused(folder):
     assert_trees_close(trained(folder, accumulate=4, **parts), plain, rtol=1e-4, atol=1e-5)
     with pytest.raises(errors.UserError, match='accumulate is 2.*its codes are of the whole batch'):
         parts_of(folder, accumulate=2, **{'objective.whole': True})
+
+
+# The method with one fault at a time, of those that would otherwise show deep in the trainer.
+FAULTY = '''
+import denoise
+import jax.numpy as jnp
+
+METRICS, restoration = denoise.METRICS | {'val': 'min'}, denoise.restoration
+
+def faulty(model=None, examples=None, *, fault: str):
+    whole = denoise.denoise(None, examples)
+
+    def loss(*arguments):
+        value, (metrics, aux) = whole.loss(*arguments)
+        if fault == 'no loss':
+            metrics.pop('loss')
+        if fault == 'vector':
+            metrics['rows'] = jnp.ones(3)
+        return value, (metrics, aux)
+
+    def update(extra, params, aux, step):
+        extra = whole.update(extra, params, aux, step)
+        if fault == 'shape':
+            extra['codes'] = jnp.ones(3)
+        if fault == 'missing':
+            del extra['codes']
+        if fault == 'dtype':
+            extra['teacher']['letters'] = extra['teacher']['letters'].astype(jnp.bfloat16)
+        return extra
+
+    return whole._replace(loss=loss, update=update)
+
+def task(source, *, image_size: int, view: dict, fault: str = ''):
+    whole = denoise.image_and_name(source, image_size=image_size, view=view)
+
+    def read(record, rng):
+        arrays = whole.read(record, rng)
+        if fault == 'dtype':
+            arrays['image'] = arrays['image'] / 255
+        if fault == 'shape':
+            arrays['name'] = arrays['name'][:3]
+        if fault == 'missing':
+            del arrays['name']
+        if fault == 'more':
+            arrays['text'] = arrays['name']
+        return arrays
+
+    return whole._replace(read=read)
+'''
+
+
+@pytest.mark.parametrize('fault, words', [
+    ('no loss', "returns the metrics .*error.*'loss' among them"),
+    ('vector', r'metric rows of the objective is \[3\], not a scalar'),
+    ('shape', r'makes extra codes float32 \[3\]; it was float32 \[16\]'),
+    ('missing', r'makes extra codes nothing; it was float32 \[16\]'),
+    ('dtype', r'extra teacher/letters bfloat16 \[256, 16\]; it was float32 \[256, 16\]'),
+])  # fmt: skip
+def test_what_its_functions_return_is_checked_before_the_first_step(
+    folder, tmp_path, fault, words
+):
+    file = tmp_path / 'faulty.py'
+    file.write_text(FAULTY)
+    given = config.experiment.read(f'{FILE}:{folder}')
+    changes = {'objective.name': f'{file}:faulty', 'objective.fault': fault}
+    full = config.override(given, list(changes.items()))
+    with pytest.raises(errors.UserError, match=words):  # as --dry_run does
+        rehearsal.describe(full, tmp_path)
+    with pytest.raises(errors.UserError, match=words):
+        train.train(full, tmp_path / 'run', Stop())
+    assert not (tmp_path / 'run' / 'metrics.jsonl').read_text()
+
+
+@pytest.mark.parametrize('fault, words', [
+    ('dtype', r'made image float64 \[8, 8, 3\] of an example; its `blank` has uint8 \[8, 8, 3\]'),
+    ('shape', r'made name uint8 \[3\] of an example; its `blank` has uint8 \[8\]'),
+    ('missing', r'made name none of an example; its `blank` has uint8 \[8\]'),
+    ('more', r'made text uint8 \[8\] of an example; its `blank` has none'),
+])  # fmt: skip
+def test_examples_are_as_their_task_says(folder, tmp_path, fault, words):
+    file = tmp_path / 'faulty.py'
+    file.write_text(FAULTY)
+    _, parts = parts_of(folder, **{'data.task': f'{file}:task', 'data.fault': fault})
+    with pytest.raises(errors.UserError, match=words):
+        next(pipeline.batches(parts.source, parts.task, 0, batch_size=4, tolerance=1.0))
+
+
+def test_the_best_is_a_metric_that_is_measured(folder, tmp_path):
+    """METRICS of a file are of its objective, too, so only the first evaluation tells."""
+    given = config.experiment.read(f'{FILE}:{folder}')
+    full = config.override(given, [('checkpoint.best', 'val/agreement'), ('steps', '6')])
+    words = 'checkpoint.best is val/agreement, which val does not measure; there are error, examp'
+    with pytest.raises(errors.UserError, match=words):
+        train.train(full, tmp_path / 'run', Stop())
 
 
 def test_its_settings_are_checked_as_all_others(folder):

@@ -94,7 +94,7 @@ def test_the_layer_of_a_parameter_is_where_the_model_reads_it(family):
 
 def test_rules_of_an_objective_come_first():
     params = {'encoder': {'fc': np.ones((3, 2, 2))}, 'head': {'kernel': np.ones((2, 2))}}
-    with pytest.raises(ValueError, match=r'no sharding rule for encoder/fc \(3, 2, 2\)'):
+    with pytest.raises(UserError, match=r'no sharding rule for encoder/fc \[3, 2, 2\]'):
         optim.make(params, 9, decay=(), layer_decay=0.5)
     rules = Objective(None, None, None, rules=(
         ('head/kernel', parameters.P('tensor'), 'stem'), ('encoder/fc', parameters.P(), 'blocks'),

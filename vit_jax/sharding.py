@@ -79,7 +79,7 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: tuple = ()) -> PartitionSpec:
     """The PartitionSpec of a parameter by its name; see `models.parameters.find_rule`.
 
-    Raises ValueError if no rule matches, UserError if a dimension does not divide evenly.
+    Raises UserError if no rule matches or a dimension does not divide evenly.
     """
     axes = find_rule(name, shape, rules).spec
     for size, axis in zip(shape, axes, strict=False):

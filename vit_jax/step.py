@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax import optim, sharding
-from vit_jax.objectives import Objective
+from vit_jax.objectives import Objective, check_extra, check_metrics
 
 
 @flax.struct.dataclass
@@ -121,7 +121,9 @@ def train_step(
 
     def loss_fn(trainable, batch, key):
         params = optim.merge(trainable, state.params)
-        return objective.loss(params, state.extra, frozen, batch, key, state.step)
+        loss, (metrics, aux) = objective.loss(params, state.extra, frozen, batch, key, state.step)
+        check_metrics(metrics)
+        return loss, (metrics, aux)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
@@ -131,6 +133,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, trainable)
     params = optim.merge(optax.apply_updates(trainable, updates), state.params)
     extra = objective.update(state.extra, params, aux, state.step)
+    check_extra(state.extra, extra)
     metrics |= {
         'lr': tx.schedule(state.step),
         'grad_norm': optax.tree.norm(grads),

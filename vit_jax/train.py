@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import assembly, evaluators, optim, sharding, step
 from vit_jax import config as configs
+from vit_jax.assembly import evaluations
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.io.text import printable
@@ -110,6 +111,7 @@ def loop(
                 log.sync()
                 with save_on_error(), log.pause():
                     metrics = evaluation(optim.averaged(state), stop, set_phase)
+                    evaluations.check_measured(config.checkpoint.best, name, metrics)
                 if metrics is not None:
                     # If the run is killed in between, the evaluation runs again.
                     checkpoints.add_results(n, {f'{name}/{k}': v for k, v in metrics.items()})

@@ -46,6 +46,15 @@ def check_image_sizes(
             ) from e
 
 
+def check_measured(best: str | None, name: str, metrics: Mapping[str, Any] | None) -> None:
+    """Raises UserError if checkpoint.best names a metric that is not in an evaluation's result."""
+    owner, _, metric = str(best).rpartition('/')
+    if metrics is not None and owner == name and metric not in metrics:
+        raise UserError(
+            f'checkpoint.best is {best}, which {name} does not measure; {choices(metric, metrics)}'
+        )
+
+
 def check_best(best: str | None, evals: Mapping[str, Any]) -> None:
     """Raises UserError if the evaluation that checkpoint.best names has no such metric."""
     name, _, metric = str(best).rpartition('/')

@@ -1,7 +1,7 @@
 """Reads examples for a task, and masks out those that can't be read."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,27 @@ def example(
         arrays = None if error else task.read(record, rng)
     except UserError as e:
         error = str(e)
+    if arrays is None:
+        arrays = task.blank
+    else:
+        check_arrays(arrays, task.blank)
     return {
-        **(task.blank if arrays is None else arrays),
+        **arrays,
         'mask': np.float32(not error),
         'id': np.int64(i),
         'error': np.array(error[:200], '<U200'),
     }
+
+
+def check_arrays(arrays: Mapping[str, Any], blank: Mapping[str, Any]) -> None:
+    """Raises UserError unless an example has the names, dtypes and shapes of `blank`."""
+    for key in {**blank, **arrays}:
+        one, other = arrays.get(key), blank.get(key)
+        if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+            made, stated = (
+                'none' if x is None else f'{x.dtype} {list(x.shape)}' for x in (one, other)
+            )
+            raise UserError(f'the task made {key} {made} of an example; its `blank` has {stated}')
 
 
 def why(error: Exception) -> str:

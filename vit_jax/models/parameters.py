@@ -79,12 +79,15 @@ def map_by_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 def find_rule(name: str, shape: tuple[int, ...], rules: tuple = ()) -> Rule:
     """The first of `rules`, (pattern, spec) or (pattern, spec, layer), then RULES that matches.
 
-    Raises ValueError if none does.
+    Raises UserError if none does.
     """
     for rule in (*rules, *RULES):
         if re.search(f'(^|/)({rule[0]})$', name):
             return Rule(*rule)
-    raise ValueError(f'no sharding rule for {name} {shape}; an objective has its own in `rules`')
+    raise UserError(
+        f'no sharding rule for {name} {list(shape)}; the `rules` of an objective have a row for '
+        'each array of its own (docs/extending.md)'
+    )
 
 
 def check_same(params: Any, expected: Any, origin: str) -> None:

@@ -3,6 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError, shown
+from vit_jax.models.parameters import named_leaves
+
 
 class Examples(NamedTuple):
     """Describes the training examples to a method.
@@ -53,3 +58,32 @@ class Objective(NamedTuple):
     indivisible: str = ''
     flops: float | None = None
     settings: dict = {}
+
+
+def check_metrics(metrics: Any) -> None:
+    """Raises UserError unless metrics are {name: scalar} with a `loss`."""
+    if not isinstance(metrics, dict) or 'loss' not in metrics:
+        raise UserError(
+            f'the loss of the objective returns the metrics {shown(metrics)}; they are '
+            "{name: scalar}, with 'loss' among them"
+        )
+    for name, value in metrics.items():
+        if jnp.shape(value):
+            raise UserError(
+                f'metric {name} of the objective is {list(jnp.shape(value))}, not a scalar'
+            )
+
+
+def check_extra(before: Any, after: Any) -> None:
+    """Raises UserError unless `update` keeps names, shapes and dtypes of what the method keeps."""
+    old, new = (
+        {k: (jnp.result_type(x), jnp.shape(x)) for k, x in named_leaves(tree).items()}
+        for tree in (before, after)
+    )
+    for name in [*old, *new]:
+        if old.get(name) != new.get(name):
+            was, now = (
+                'nothing' if x is None else f'{x[0]} {list(x[1])}'
+                for x in (old.get(name), new.get(name))
+            )
+            raise UserError(f'`update` of the objective makes extra {name} {now}; it was {was}')

@@ -56,7 +56,10 @@ def make_parts(config: ConfigDict, source: sources.Source | None) -> assembly.Pa
         plain.steps = plain.steps or 2**31 - 1
         classes = plain.model.num_classes or 1
         source = data_sets.stand_in(plain.data.batch_size, classes)
-    return assembly.make(plain, source, jax.devices()[:1])
+    parts = assembly.make(plain, source, jax.devices()[:1])
+    advance, arguments = estimate.step_of(plain, parts)
+    jax.eval_shape(advance, *arguments)  # raises whatever the functions of the objective raise
+    return parts
 
 
 def model_text(
