@@ -66,7 +66,7 @@ def command(module, *arguments, **environment):
 def exported(checkpoint, file, *arguments):
     """Metadata of a file that was written."""
     status, out, error = command(
-        'export', f'--checkpoint={checkpoint}', f'--output={file}', *arguments
+        'export', f'--checkpoint={checkpoint}', f'--out={file}', *arguments
     )
     assert status == 0 and out.startswith(f'Written: {file} ('), error
     return json.loads(zipfile.ZipFile(file).read('metadata.json'))
@@ -234,7 +234,7 @@ def test_without_a_head_it_gives_features(checkpoint, photographs, tmp_path):
     headless, file = tmp_path / 'headless', tmp_path / 'model.jaxexport'
     model, params = vit_jax.load(checkpoint, num_classes=0)
     vit_jax.save(headless, model, params, 'hf', image_size=SIZE)
-    given = (f'--checkpoint={headless}', f'--output={file}', '--view=resize')
+    given = (f'--checkpoint={headless}', f'--out={file}', '--view=resize')
     status, said, error = command('export', *given)
     assert status == 0 and 'no head' in said and 'pre_logits float32[b, 32]' in said, error
     about = json.loads(zipfile.ZipFile(file).read('metadata.json'))
@@ -269,14 +269,14 @@ def test_a_mistake_is_one_line_and_leaves_the_file_as_it_was(checkpoint, tmp_pat
     file.write_bytes(b'before')
     folder.mkdir()
     plain.write_text('')
-    given, out = f'--checkpoint={checkpoint}', f'--output={file}'
+    given, out = f'--checkpoint={checkpoint}', f'--out={file}'
     for arguments, words in (
         ((given, out, '--platforms=cpu,gpu'), "no platform 'gpu'; there are cpu, cuda, tpu"),
         ((given, out, '--dtype=int8'), '--dtype=int8'),
         ((given, out, '--image_size=20'), 'is not divisible by the patch size'),
         ((out, f'--checkpoint={tmp_path}/none.npz'), 'none.npz'),
-        ((given, f'--output={folder}'), f'cannot write {folder}: it is a folder'),
-        ((given, f'--output={plain}/x'), f'cannot write {plain}/x'),
+        ((given, f'--out={folder}'), f'cannot write {folder}: it is a folder'),
+        ((given, f'--out={plain}/x'), f'cannot write {plain}/x'),
     ):
         status, said, error = command('export', *arguments, '--force')
         assert status == 2 and words in error and len(error.splitlines()) == 1, error
@@ -301,7 +301,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(checkpoint, tmp_path):
     file = tmp_path / 'model.jaxexport'
     file.write_bytes(b'before')
     done = subprocess.run(
-        [sys.executable, '-c', FULL, f'--checkpoint={checkpoint}', f'--output={file}', '--force'],
+        [sys.executable, '-c', FULL, f'--checkpoint={checkpoint}', f'--out={file}', '--force'],
         capture_output=True, text=True, env=launched.ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -397,11 +397,11 @@ def test_it_is_written_to_a_store(checkpoint, tmp_path):
         arguments = (f'--checkpoint={checkpoint}', '--platforms=cpu')
         address = f'gs://{stores.BUCKET}/models/model.jaxexport'
         status, out, error = command(
-            'export', *arguments, f'--output={address}', **store.environment
+            'export', *arguments, f'--out={address}', **store.environment
         )
         assert status == 0 and f'Written: {address}' in out, error
         status, _, error = command(
-            'export', *arguments, '--output=gs://nowhere/model', **store.environment
+            'export', *arguments, '--out=gs://nowhere/model', **store.environment
         )
         assert status == 2 and 'gs://nowhere/model' in error and len(error.splitlines()) == 1, error
     finally:

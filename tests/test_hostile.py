@@ -131,7 +131,7 @@ def test_files_that_are_written(workdir, tmp_path):
     for format, name in (('hf', 'a\x1bhf'), ('timm', 'timm'), ('official', 'a\nb.npz')):
         run('convert', workdir, tmp_path / name, f'--to={format}')
         run('convert', tmp_path / name)
-    run('export', f'--checkpoint={workdir}', f'--output={tmp_path}/a\nb.bin', '--platforms=cpu')
+    run('export', f'--checkpoint={workdir}', f'--out={tmp_path}/a\nb.bin', '--platforms=cpu')
     run('compare', workdir, workdir, f'--out={tmp_path}/c.png')
     run('tables', 'vit.table5', f'--runs={workdir.parent}', f'--out={tmp_path}/tables')
     for file in (tmp_path / 'tables').iterdir():

@@ -343,7 +343,7 @@ def test_images_have_the_size_that_the_processor_makes_everywhere(photographs, t
     rows = json.loads(run('predict', '--json', path))['top']
     found = [row['probability'] for row in sorted(rows, key=lambda row: row['index'])]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    run('export', f'--output={out}', '--platforms=cpu')
+    run('export', f'--out={out}', '--platforms=cpu')
     exported = jax.export.deserialize(bytearray(out.read_bytes()))
     pixels = np.asarray(Image.open(path))[None]
     np.testing.assert_allclose(exported.call(pixels)[0], wanted, atol=0.02)

@@ -54,7 +54,7 @@ def test_each_evaluation_has_a_file_of_its_own(tmp_path):
     ('data --config DIGITS --show x', '--show=x: name a png, pdf, svg file of this machine'),
     ('data --config DIGITS --show pipe.png', '/pipe.png: it is not a regular file'),
     ('data --config DIGITS --step 999999', '--step is 999999; there are 0 to '),
-    ('export --checkpoint CHECKPOINT --force --output pipe.png', 'pipe.png: it is not a regular'),
+    ('export --checkpoint CHECKPOINT --force --out pipe.png', 'pipe.png: it is not a regular'),
     ('convert CHECKPOINT pipe.png --to timm --force', 'pipe.png: it is not a regular file'),
     ('tables vit.table5 --out plain/x', '/plain/x: Not a directory'),
     ('tables vit.table5 --out=', 'flag --out is empty; give it a value'),

@@ -270,7 +270,7 @@ def test_nothing_is_replaced_without_being_asked(network, tmp_path):
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
         assert '--force' in done.stderr and str(tmp_path) in done.stderr
         assert before == {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
-    done = command('export', f'--checkpoint={source}', f'--output={tmp_path / "b.json"}')
+    done = command('export', f'--checkpoint={source}', f'--out={tmp_path / "b.json"}')
     assert done.returncode == 2 and '--force' in done.stderr
     assert (tmp_path / 'b.json').read_text() == 'mine'
     done = command('convert', source, tmp_path / 'empty', '--to=hf', '--force')

@@ -1,4 +1,4 @@
-"""Exports to one self-contained file: python -m vit_jax.export --checkpoint X --output FILE.
+"""Exports to one self-contained file: python -m vit_jax.export --checkpoint X --out FILE.
 
 X is anything that vit_jax.load takes. The file runs without this package, wherever jax and
 flatbuffers are installed, on a CPU, an NVIDIA GPU or a TPU:
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     if argv[1:]:
         raise UserError(f'unexpected argument {argv[1]!r}')
-    path = target(options.output)
+    path = target(options.out)
     with storage.explained(path, 'read'):
         storage.check_free(path, options.force)
     platforms = export.check_platforms(options.platforms)
@@ -158,7 +158,7 @@ if __name__ == '__main__':
         'checkpoint', None, 'Checkpoint to export: a path, an address or a catalogue name.',
         required=True,
     )  # fmt: skip
-    flags.DEFINE_string('output', None, 'File to write, local or on gs://.', required=True)
+    flags.DEFINE_string('out', None, 'File to write, local or on gs://.', required=True)
     flags.DEFINE_list('platforms', list(export.PLATFORMS), 'Platforms that the file runs on.')
     flags.DEFINE_integer(
         'image_size', None, "Image size in pixels. Default: the checkpoint's.", lower_bound=1,
