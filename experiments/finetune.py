@@ -32,7 +32,7 @@ UPSTREAM is one of
 The last two have published numbers by protocols of their own, experiments/finetune_augreg.py,
 finetune_readme.py and transfer.py. WORDS are any of 512 or 224 (pixels), polyak (averaged
 parameters: table 2), dropout, crop, steps=500, v2 and objectnet (further test sets). ObjectNet
-(D.9) is the folder objectnet: its images of classes of ImageNet, labelled with all of these.
+(D.10) is the folder objectnet: its images of classes of ImageNet, labelled with all of these.
 
 G/14 is published with 90.45% (arXiv:2106.04560); how it is fine-tuned is not, so as H/14 is.
 Variations by one flag: --config.optim.layer_decay=0.75 (layer-wise rates), --config.optim.only=head
