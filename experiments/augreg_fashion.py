@@ -7,9 +7,10 @@ FILE:AUGMENTATION,RATE,IMAGES trains a ViT on the first 2k or 50k training image
 64, so 77 or 3 epochs, and validates on the last 10,000. AUGMENTATION is none, light or strong;
 RATE, that of dropout and stochastic depth, is 0.0 or 0.1. Measured here: not yet run.
 
-As in the paper all points have random crops of 5% to 100% of the area and flips, and the others add
-two operations of RandAugment and mixup. The operations are torchvision's, as they move an image by
-a share of its size; AugReg's move it by up to 200 pixels.
+As in the paper all points have random crops and flips; light and strong add two operations of
+RandAugment and mixup. Crops have half of the area or more, as 5% of 28 x 28 pixels show nothing.
+The operations are torchvision's, which move an image by a share of its size; AugReg's move it by up
+to 200 pixels.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +39,8 @@ def get_config(arg='none,0.0,2k'):
         dropout=float(rate), drop_path=float(rate),
     )  # fmt: skip
     config.data = dict(
-        source=dict(name='fashion_mnist_debian', split=SPLITS[images]), view='inception',
+        source=dict(name='fashion_mnist_debian', split=SPLITS[images]),
+        view=dict(name='inception', area=(0.5, 1.0)),
         augment=() if magnitude is None else (operations,), image_size=28, batch_size=64,
     )  # fmt: skip
     config.objective = dict(mixup=mixup)
