@@ -319,6 +319,23 @@ def test_a_code_that_is_none_is_an_error():
         images._jpeg.view(ones, out, *window, 1, 0, True, False, True)
 
 
+@needs_extension
+@pytest.mark.parametrize('damage', ['truncated', 'lost', 'swapped'])
+def test_damaged_restart_intervals_are_decoded_by_pillow(damage):
+    """Codes are not read across the end of an interval, nor intervals taken for one another."""
+    data = encoded(photo(64, 64), subsampling=0, restart_marker_blocks=4)
+    ends = [data.index(b'\xff' + bytes([0xD0 + i])) for i in range(4)]
+    first, second = data[ends[0] : ends[1]], data[ends[1] : ends[2]]
+    intervals = {'truncated': first[:-5] + second, 'lost': second, 'swapped': second + first}
+    data = data[: ends[0]] + intervals[damage] + data[ends[2] :]
+    box, out = (0, 0, 24, 64), np.empty((24, 64, 3), np.uint8)
+    for own in True, False:
+        with pytest.raises(ValueError, match='truncated|Corrupt JPEG data'):
+            images._jpeg.view(data, out, *images.scaled(box, 1), 1, 0, True, False, own)
+    out = images.resized(images.read(data), box, (24, 64))
+    np.testing.assert_array_equal(out, images.decode(data)[:24])
+
+
 FUZZ = """
 import sys, time
 import numpy as np

@@ -130,7 +130,7 @@ static void free_scratch(void *kept) {
 }
 
 /* Makes room for `size` bytes in `*kept`, whose contents are lost; NULL without memory. */
-static uint8_t *roomy(uint8_t **kept, size_t *room, size_t size) {
+static uint8_t *reserve(uint8_t **kept, size_t *room, size_t size) {
     if (*room < size) {
         free(*kept);
         *kept = malloc(size);
@@ -180,12 +180,13 @@ typedef struct {
     struct jpeg_error_mgr errors;
     jmp_buf escape;
     char message[JMSG_LENGTH_MAX];
-    uint8_t *data, *end;            /* entropy-coded data, unstuffed, and zeros */
-    size_t *segments;               /* start of each restart interval in it */
+    uint8_t *data;                  /* entropy-coded data, unstuffed, and zeros */
+    size_t *segments;               /* start of each restart interval in it, and the end */
     size_t segment_count, segment;
+    const uint8_t *end;             /* of this restart interval */
     bits bits;
     const table *dc[MAX_COMPS_IN_SCAN], *ac[MAX_COMPS_IN_SCAN];
-    int predictions[MAX_COMPS_IN_SCAN];
+    unsigned predictions[MAX_COMPS_IN_SCAN];  /* damaged data may wrap them around */
     unsigned restart, column, row;      /* of the next MCU */
     unsigned first_column, last_column; /* of MCUs in the window */
     JCOEFPTR blocks;                /* of the MCU that was decoded last */
@@ -387,6 +388,7 @@ FAST static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
     if (jpeg->restart_interval && d->restart == 0) {
         if (++d->segment >= d->segment_count) fail(d, "the image is truncated");
         d->bits = (bits){.next = d->data + d->segments[d->segment]};
+        d->end = d->data + d->segments[d->segment + 1];
         d->restart = jpeg->restart_interval;
         memset(d->predictions, 0, sizeof d->predictions);
     }
@@ -440,14 +442,15 @@ static void upsample_wanted(j_decompress_ptr jpeg, JSAMPIMAGE in, JDIMENSION *gr
     }
 }
 
-/* Copies the entropy-coded data up to the next marker without stuffed bytes; records restarts. */
+/* Copies the entropy-coded data up to the next marker without stuffed bytes; records restarts. Their
+   numbers are 0 to 7 in turn. */
 static void unstuff(decoder *d) {
     const uint8_t *from = d->jpeg.src->next_input_byte, *end = from + d->jpeg.src->bytes_in_buffer;
     size_t restarts = 1;
     if (d->jpeg.restart_interval)
         restarts += (size_t)d->jpeg.MCUs_per_row * d->jpeg.MCU_rows_in_scan / d->jpeg.restart_interval;
-    d->data = roomy(&d->scratch->data, &d->scratch->data_size, end - from + PADDING);
-    d->segments = malloc(restarts * sizeof *d->segments);
+    d->data = reserve(&d->scratch->data, &d->scratch->data_size, end - from + PADDING);
+    d->segments = malloc((restarts + 1) * sizeof *d->segments);
     if (!d->data || !d->segments) fail(d, "out of memory");
     uint8_t *to = d->data;
     d->segments[0] = 0;
@@ -463,7 +466,7 @@ static void unstuff(decoder *d) {
         if (*from == 0) {
             *to++ = 0xff;
         } else if (*from >= 0xd0 && *from <= 0xd7) {
-            if (d->segment_count == restarts) break;
+            if (d->segment_count == restarts || ((*from ^ (d->segment_count - 1)) & 7)) break;
             d->segments[d->segment_count++] = to - d->data;
         } else {
             break;
@@ -471,7 +474,8 @@ static void unstuff(decoder *d) {
         from++;
     }
     d->bits.next = d->data;
-    d->end = to;
+    d->segments[d->segment_count] = to - d->data;
+    d->end = d->data + d->segments[1];
     memset(to, 0, PADDING);
 }
 
@@ -635,7 +639,7 @@ static void start_rows(decoder *d, window *w, int denominator, int fast, int ent
     int skipped = part ? w->y : 0, last = w->y + w->height - skipped;
     d->room = 2 * d->resizer.down.taps + ROOM / d->stride;
     if (d->room > last) d->room = last;
-    d->rows = roomy(&d->scratch->rows, &d->scratch->rows_size, d->room * d->stride + 8);
+    d->rows = reserve(&d->scratch->rows, &d->scratch->rows_size, d->room * d->stride + 8);
     if (!d->rows) fail(d, "out of memory");
     d->rows += 8;  /* libjpeg-turbo writes aligned rows around the cache, but they are read at once */
     if (skipped) jpeg_skip_scanlines(jpeg, skipped);
