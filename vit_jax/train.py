@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from vit_jax.assembly import evaluations
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.io.text import printable
-from vit_jax.run import changes, origin, profiling, report, results, workdir
+from vit_jax.run import changes, heading, origin, profiling, report, results, workdir
 from vit_jax.run.checkpoint import Checkpoints
 
 
@@ -63,7 +63,7 @@ def train(
         start = int(state.step)
         sizes = (parts.steps, config.data.batch_size, start, parts.objective.flops)
         with report.Report(path, *sizes, stop, **config.report) as log:
-            log.print(report.heading(parts, config, start, account, differing))
+            log.print(heading.text(parts, config, start, account, differing))
             with profiling.Profile(profile, path, parts.steps, start, log.print) as tracer:
                 loop(config, parts, state, stop, set_phase, checkpoints, log, tracer)
             if stop:
@@ -80,7 +80,6 @@ def loop(
     tracer: profiling.Profile,
 ) -> None:  # fmt: skip
     """Trains from `state` to the last step, or to the next step after `stop` becomes true."""
-    data = configs.settings_of(config.data, pipeline.batches)
     frozen = step.frozen(parts.objective, parts.mesh)
     train_step = step.compiled(
         parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
@@ -92,24 +91,16 @@ def loop(
         log.sync()  # raises NotFinite, so that a non-finite state is never saved
         checkpoints.save(n, state, log.history(config.checkpoint.best))
 
-    @contextlib.contextmanager
-    def save_on_error():
-        """Saves the state before an error of data, view, evaluation or trace ends the run."""
-        try:
-            yield
-        except (StopIteration, report.NotFinite):
-            raise
-        except Exception:
-            if n > start and not stop.shared:  # saving needs all processes, which go on here
-                save()
-            raise
+    def save_alone():
+        if n > start and not stop.shared:  # saving needs all processes, which go on here
+            save()
 
     def evaluate():
         for name, evaluation in parts.evals.items():
             due = evaluators.is_due(config.evals[name].every, n, parts.steps)
             if due and name not in log.evaluated(n, parts.evals) and not stop:
                 log.sync()
-                with save_on_error(), log.pause():
+                with save_on_error(save_alone), log.pause():
                     metrics = evaluation(optim.averaged(state), stop, set_phase)
                     evaluations.check_measured(config.checkpoint.best, name, metrics)
                 if metrics is not None:
@@ -118,16 +109,13 @@ def loop(
                     log.write_evaluation(n, name, metrics)
 
     n = start = int(state.step)
-    rows = sharding.rows(data['batch_size'], parts.mesh)
-    feed = pipeline.batches(parts.source, parts.task, config.seed, n, rows, **data)
-    if stop.shared:
-        feed = pipeline.read_ahead(itertools.islice(feed, parts.steps - n), stop)
+    feed = batches(config, parts, start, stop)
     try:
         evaluate()  # in case the run ended between a save and its evaluation
         while n < parts.steps and not stop:
             set_phase(f'step {n + 1}, waiting for data')
             try:
-                with save_on_error(), log.waiting():
+                with save_on_error(save_alone), log.waiting():
                     batch = next(feed)
             except StopIteration:  # among several processes: stop.trouble ended the feed
                 raise stop.trouble from None
@@ -137,7 +125,7 @@ def loop(
                 state, metrics = train_step(state, batch, frozen)
             n += 1
             log.write(n, metrics)
-            with save_on_error():
+            with save_on_error(save_alone):
                 tracer.end(n, metrics)
             if checkpoints.is_due(n):
                 save()
@@ -147,3 +135,27 @@ def loop(
             raise stop.trouble
     except report.NotFinite as e:
         raise e.with_examples(assembly.example_ids(config, parts, e.step)) from None
+
+
+def batches(
+    config: ConfigDict, parts: assembly.Parts, start: int, stop: Stop
+) -> Iterator[dict[str, Any]]:
+    """The batches from step `start` on; among several processes, up to the last step."""
+    data = configs.settings_of(config.data, pipeline.batches)
+    rows = sharding.rows(data['batch_size'], parts.mesh)
+    feed = pipeline.batches(parts.source, parts.task, config.seed, start, rows, **data)
+    if not stop.shared:
+        return feed
+    return pipeline.read_ahead(itertools.islice(feed, parts.steps - start), stop)
+
+
+@contextlib.contextmanager
+def save_on_error(save: Callable[[], None]) -> Iterator[None]:
+    """Calls `save` before an error of data, view, evaluation or trace ends the run."""
+    try:
+        yield
+    except (StopIteration, report.NotFinite):
+        raise
+    except Exception:
+        save()
+        raise

@@ -41,7 +41,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import storage
 from vit_jax.io.text import brief, printable
-from vit_jax.run import report, workdir
+from vit_jax.run import heading, workdir
 
 
 def target(name: str) -> pathlib.Path | epath.Path:
@@ -113,7 +113,7 @@ def method(
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     return exported, dict(
         classes=None, output=list(outputs), loss=None, image_size=image_size, view=view, dtype=None,
-        model=report.model_name(config),
+        model=heading.model_name(config),
     )  # fmt: skip
 
 

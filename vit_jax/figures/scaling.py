@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from vit_jax.data import mixture
 from vit_jax.figures import style
 from vit_jax.io.text import flop
-from vit_jax.run import report
+from vit_jax.run import heading
 
 FAMILIES = ('ViT', 'hybrid', 'ResNet', 'Mixer')
 UNITS = (('exa', 1), ('peta', 1e-3), ('tera', 1e-6), ('giga', 1e-9))  # in exaFLOP
@@ -44,7 +44,7 @@ def family_of(model: Mapping) -> str:
 
 def label_of(config: Mapping, result: Mapping) -> str:
     """Label of a model in a picture: its published name, else its family and compute."""
-    name = report.model_name(config)
+    name = heading.model_name(config)
     if '-' in name or config['model']['name'] is None:
         return name
     return f'{family_of(config["model"])}, {flop(result["flops_per_image"])}'

@@ -75,11 +75,7 @@ def draw(
     legend = KEY * num_rows(max(len(loss), len(accuracy)), 2)
     grid = TITLE + KEYS + legend + CURVES + TICKS + SPACE
     tile, pair = grid_tile(images), pair_tile(attended)
-    mistakes = num_rows(int(wrong[order].sum()), COLUMNS)  # rows with one more line of caption
-    tops = [
-        grid + HEADING + y * (tile[1] + CAPTION) + min(y, mistakes) * CAPTION_LINE
-        for y in range(num_rows(len(order), COLUMNS) + 1)
-    ]
+    tops = row_tops(grid + HEADING, tile[1], len(order), int(wrong[order].sum()))
     maps = tops[-1] + SPACE
     height = maps + HEADING + pair[1] + MARGIN if len(attended) else maps
 
@@ -88,32 +84,31 @@ def draw(
     last = max([1, *(line['step'] for line in lines)])
     draw_curves(fig, MARGIN, legend, 'Loss', loss, last)
     draw_curves(fig, WIDTH / 2 + GAP, legend, 'Accuracy', accuracy, last)
-    write_heading(
-        fig, MARGIN, grid,
+    draw_examples(
+        fig, grid, tops, tile, order, images, labels, predictions, confidences, classes,
         f'Evaluation {evaluation}: {wrong.sum():,} of {len(labels):,} images wrong',
-        'Most confident mistakes first. Below each image: the predicted class, its probability '
-        'and, where wrong, \N{NOT EQUAL TO} the true class.',
     )
-    tail = style.distinct_tail(classes)
-    for i, n in enumerate(order):
-        y, x = divmod(i, COLUMNS)
-        box = (MARGIN + x * (tile[0] + GAP), tops[y], *tile)
-        predicted = classify.class_name(classes, predictions[n])
-        true = classify.class_name(classes, labels[n]) if wrong[n] else None
-        draw_example(fig, box, images[n], predicted, confidences[n], true, tail)
     if len(attended):
         draw_attention(fig, maps, pair, attended, attention)
     style.save(path, fig, DPI)
 
 
+def row_tops(top: float, height: float, count: int, mistakes: int) -> list[float]:
+    """Top of each row of the grid from `top` on, and that of what is below it.
+
+    `count` images have this height; the captions of the first ones, the mistakes, have two lines.
+    """
+    longer = num_rows(mistakes, COLUMNS)
+    return [
+        top + y * (height + CAPTION) + min(y, longer) * CAPTION_LINE
+        for y in range(num_rows(count, COLUMNS) + 1)
+    ]
+
+
 def draw_curves(
-    fig: Figure,
-    left: float,
-    legend_height: float,
-    metric: str,
-    series: Mapping[str, tuple[Sequence[int], Sequence[float]]],
-    last: int,
-) -> None:
+    fig: Figure, left: float, legend_height: float, metric: str,
+    series: Mapping[str, tuple[Sequence[int], Sequence[float]]], last: int,
+) -> None:  # fmt: skip
     """Draws the series of a metric over steps up to `last`, below their legend."""
     ax = add_axes(fig, left + 0.45, TITLE + KEYS + legend_height, WIDTH / 2 - MARGIN - 0.65, CURVES)
     style.draw_series(ax, series, '.2%' if metric == 'Accuracy' else '#.3g')
@@ -139,6 +134,31 @@ def draw_curves(
             labelspacing=0.35, columnspacing=1.5,
         )
         style.disable_math(legend)
+
+
+def draw_examples(
+    fig: Figure, top: float, tops: Sequence[float], tile: tuple[float, float], order: np.ndarray,
+    images: Images, labels: np.ndarray, predictions: np.ndarray, confidences: np.ndarray,
+    classes: Sequence[str] | None, heading: str,
+) -> None:  # fmt: skip
+    """Draws a grid of the examples of an evaluation with the indices `order`, and its heading.
+
+    `top` is that of the heading, `tops` are those of the rows, `tile` is (width, height) of an
+    image; the others are those of `draw`.
+    """
+    write_heading(
+        fig, MARGIN, top, heading,
+        'Most confident mistakes first. Below each image: the predicted class, its probability '
+        'and, where wrong, \N{NOT EQUAL TO} the true class.',
+    )
+    tail = style.distinct_tail(classes)
+    for i, n in enumerate(order):
+        y, x = divmod(i, COLUMNS)
+        box = (MARGIN + x * (tile[0] + GAP), tops[y], *tile)
+        predicted = classify.class_name(classes, predictions[n])
+        wrong = predictions[n] != labels[n]
+        true = classify.class_name(classes, labels[n]) if wrong else None
+        draw_example(fig, box, images[n], predicted, confidences[n], true, tail)
 
 
 def draw_example(

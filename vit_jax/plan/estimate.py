@@ -19,7 +19,7 @@ from vit_jax import assembly, sharding, step
 from vit_jax.data import sources
 from vit_jax.distributed import devices, interconnect
 from vit_jax.plan import hlo
-from vit_jax.run import report
+from vit_jax.run import heading
 
 
 class Refused(Exception):
@@ -143,7 +143,7 @@ def summary(
     """The part of a plan that is known before the step is compiled."""
     batch, image = config.data.batch_size, parts.spec.get('image')
     return {
-        'config': {'model': report.model_name(config),
+        'config': {'model': heading.model_name(config),
                    'image_size': None if image is None else list(image.shape[:2]),
                    'batch_size': batch, 'accumulate': config.accumulate,
                    'dtype': config.model.get('dtype'),

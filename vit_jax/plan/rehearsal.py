@@ -8,7 +8,7 @@ from vit_jax.data import mixture, sources
 from vit_jax.errors import UserError
 from vit_jax.io.text import flop, printable
 from vit_jax.plan import data_sets, estimate
-from vit_jax.run import report
+from vit_jax.run import heading
 
 
 def describe(config: ConfigDict, path: object) -> str:
@@ -71,7 +71,7 @@ def model_text(
     with_head = source is not None or config.model.num_classes
     leaves = [(name, count) for name, _, count, *_ in parts.tx.table]
     count = sum(count for name, count in leaves if with_head or 'head/' not in f'/{name}')
-    name = report.model_name(config)
+    name = heading.model_name(config)
     text = f'{name}: {count:,} parameters{"" if with_head else " without the head"}'
     if parts.objective.flops is None:
         return text

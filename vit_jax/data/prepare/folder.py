@@ -70,16 +70,21 @@ def prepare(
     job = Job(folder, loaded, plan.load_test_sets(against), wanted['options'], limits)
     with lock(folder):
         if (folder / records.MANIFEST).exists():
-            manifest = records.read_manifest(folder)
-            changed = plan.difference(manifest, wanted)
-            if changed:
-                raise UserError(f'{folder} is finished, but {changed}; name a new folder')
-            remove_leftovers(folder)
-            return manifest
+            return finished(folder, wanted)
         try:
             return finish(job, wanted, facts, write_shards(job, wanted, workers))
         except OSError as e:
             raise UserError(f'cannot write to {folder}: {e.strerror or e}') from e
+
+
+def finished(folder: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the manifest of a finished folder; raises UserError if it differs from `wanted`."""
+    manifest = records.read_manifest(folder)
+    changed = plan.difference(manifest, wanted)
+    if changed:
+        raise UserError(f'{folder} is finished, but {changed}; name a new folder')
+    remove_leftovers(folder)
+    return manifest
 
 
 @contextlib.contextmanager
