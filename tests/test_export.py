@@ -19,7 +19,7 @@ from sklearn.datasets import load_sample_images
 import vit_jax
 from vit_jax import export, models
 from vit_jax.convert import load
-from vit_jax.data import augment, tasks
+from vit_jax.data import central, tasks
 from vit_jax.distributed import topologies
 from vit_jax.errors import UserError
 from vit_jax.models import memory
@@ -225,7 +225,7 @@ def test_its_window_is_that_of_the_view_to_the_pixel(size):
     assert len(hard) > 10
     for h in (*hard[:8], 1, 7, 332, 500):
         for w in (h, 2 * h + 1):
-            wanted = augment.window(h, w, size, 0.875)
+            wanted = central.window(h, w, size, 0.875)
             assert tuple(np.asarray(call(np.zeros((h, w), np.uint8)))) == wanted, (h, w)
 
 
@@ -368,7 +368,7 @@ def test_the_compiler_of_tpus_takes_it():
     for h in hard[:4]:  # a TPU has no float64, and need not have: the window is a constant
         images = jax.ShapeDtypeStruct((h, h), jnp.uint8, sharding=images.sharding)
         text = jax.jit(call).lower(images).compile().as_text()
-        side, _ = augment.window(h, h, (518, 518), 0.875)
+        side, _ = central.window(h, h, (518, 518), 0.875)
         assert f'constant({side})' in text and 'f64' not in text
 
 

@@ -188,7 +188,7 @@ def quotient(number: Any, by: Any, rounding: str | None) -> Any:
 def window(
     h: jax.Array, w: jax.Array, size: tuple[int, int], crop: float
 ) -> tuple[jax.Array, jax.Array]:
-    """augment.window, in float64 like there, for sides that are known at compile time.
+    """central.window, in float64 like there, for sides that are known at compile time.
 
     For every eighth side, the value to be rounded lies halfway between two pixels. XLA folds
     constants exactly, even for devices without float64.
