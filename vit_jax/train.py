@@ -81,10 +81,8 @@ def loop(
 ) -> None:  # fmt: skip
     """Trains from `state` to the last step, or to the next step after `stop` becomes true."""
     frozen = step.frozen(parts.objective, parts.mesh)
-    train_step = step.compiled(
-        parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
-        accumulate=config.accumulate,
-    )  # fmt: skip
+    settings = dict(seed=config.seed, accumulate=config.accumulate)
+    train_step = step.compiled(parts.objective, parts.tx, parts.abstract, parts.mesh, **settings)
 
     def save():
         set_phase(f'save, of step {n}')
