@@ -48,8 +48,8 @@ class Run(NamedTuple):
 
     def line(self, state: str) -> str:
         """State, workdir, config and flags, separated by tabs."""
-        changes = (f'--config.{key}={text}' for key, text in self.overrides)
-        return '\t'.join([state, self.workdir, self.config, *changes])
+        settings = (f'--config.{key}={text}' for key, text in self.overrides)
+        return '\t'.join([state, self.workdir, self.config, *settings])
 
 
 def split(text: str) -> list[str]:
