@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.figures import scaling
+from vit_jax.data import distort
+from vit_jax.figures import grid, scaling
 from vit_jax.run import workdir
 
 TASKS = ('digits', 'fashion')
@@ -17,12 +18,16 @@ TASKS = ('digits', 'fashion')
 
 def write(folder, name, model, images, metrics, init_from=None, flops=10e6, data=None):
     """A finished run, of which there is no more than what tells of it."""
-    path = folder / name
-    path.mkdir(parents=True)
     source = dict(name=data or f'jft_like:{images}x10@32', split='train')
     model = model | dict(num_classes=images or None)
     evals = dict(digits=dict(type='probe'), test=dict(type='classify'))
     config = dict(model=model, data=dict(source=source), evals=evals, init_from=init_from)
+    save(folder / name, config, metrics, flops)
+
+
+def save(path, config, metrics, flops):
+    """The folder of a finished run."""
+    path.mkdir(parents=True)
     costs = dict(exaflops=3 * flops * 64_000 / 1e18, device_hours=0.5)
     result = dict(
         metrics=metrics, flops_per_image=flops, seconds=1800.0, costs=costs, steps=1000,
@@ -81,6 +86,41 @@ def test_families(model, family):
 def test_seeds_are_averaged():
     assert scaling.curve([(3, 0.5), (1, 0.25), (3, 1.0)]) == ([1, 3], [0.25, 0.75])
     assert scaling.curve([]) == ([], [])
+
+
+def write_point(folder, name, augmentation, rate, value, decay=0.1, seed=0, split='train'):
+    """A finished run of AugReg's grid."""
+    preset = distort.AUGREG[augmentation]
+    config = dict(
+        model=dict(name='vit-s/16', dropout=rate, drop_path=rate), seed=seed,
+        data=dict(source=dict(name='imagenet2012', split=split), augment=preset['augment']),
+        objective=dict(mixup=preset['mixup']), optim=dict(weight_decay=decay),
+        evals=dict(val=dict(type='classify')),
+    )  # fmt: skip
+    save(folder / name, config, {'val/accuracy': value}, 9e9)
+
+
+def test_a_grid_has_the_best_decay_of_averaged_seeds(tmp_path):
+    folder = tmp_path / 'runs'
+    write_point(folder, 'a', 'strong1', 0.0, 0.71)
+    write_point(folder, 'b', 'none', 0.0, 0.60, decay=0.03)
+    write_point(folder, 'c', 'none', 0.0, 0.66, decay=0.03, seed=1)
+    write_point(folder, 'd', 'none', 0.0, 0.62, decay=0.1)
+    write_point(folder, 'e', 'medium2', 0.1, 0.68)
+    write_point(folder, 'f', 'none', 0.1, 0.64)
+    write_point(folder, 'alone', 'none', 0.0, 0.9, split='train[:1%]')  # no grid of its own
+    panel, = grid.panels(workdir.finished([folder]))
+    assert panel.augmentations == ('none', 'medium2', 'strong1') and panel.rates == ('0', '0.1')
+    np.testing.assert_allclose(panel.values, [[0.63, np.nan, 0.71], [0.64, 0.68, np.nan]])
+    np.testing.assert_allclose(panel.gains, [[0, np.nan, 8], [1, 5, np.nan]])
+    np.testing.assert_allclose(panel.regularized, -3)
+    grid.draw(tmp_path / 'grid.png', [panel])
+    with Image.open(tmp_path / 'grid.png') as picture:
+        pixels = np.array(picture.convert('RGB')).reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    drawn = dict(zip(map(tuple, colours.tolist()), counts, strict=True))
+    assert drawn[0x7F, 0x3B, 8] > 5000  # the ends of ColorBrewer's PuOr: +8 is the largest gain
+    assert (0x2D, 0, 0x4B) not in drawn
 
 
 def figures(*arguments):

@@ -5,6 +5,7 @@ and model.drop_path, and in nothing else but the seed and the weight decay.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -30,6 +31,17 @@ class Panel(NamedTuple):
     augmentations: tuple[str, ...]  # columns, from weak to strong
     rates: tuple[str, ...]  # rows, from low to high
     values: np.ndarray  # [rows, columns]; NaN where there is no run
+
+    @property
+    def gains(self) -> np.ndarray:
+        """Gains [rows, columns] in points over the weakest augmentation at the lowest rate."""
+        return 100 * (self.values - self.values[0, 0])
+
+    @property
+    def regularized(self) -> float:
+        """Gain in points of the best run above the lowest rate over the best one at it."""
+        best = [np.nanmax(row) if not np.isnan(row).all() else np.nan for row in self.gains]
+        return float(np.nanmax(best[1:]) - best[0]) if len(best) > 1 else math.nan
 
 
 def augmentation_of(config: Mapping) -> tuple[tuple, str]:
@@ -99,24 +111,21 @@ def draw(path: os.PathLike, found: Sequence[Panel]) -> None:
     The corner is the weakest augmentation at the lowest rate. The column beside the grid is the
     gain of the best run with regularization over the best one without.
     """
-    gains = [100 * (p.values - p.values[0, 0]) for p in found]
-    top = max(1.0, *(float(np.nanmax(np.abs(g), initial=0.0)) for g in gains))
+    top = max(1.0, *(float(np.nanmax(np.abs(p.gains), initial=0.0)) for p in found))
     width = max(len(p.augmentations) for p in found)
     figure = Figure(figsize=(2.2 + 0.95 * width, 0.4 + 1.75 * len(found)), layout='constrained')
     axes = figure.subplots(len(found), 2, squeeze=False, width_ratios=(width, 1))
-    for (left, right), panel, gain in zip(axes, found, gains, strict=True):
+    for (left, right), panel in zip(axes, found, strict=True):
         left.set_title(style.shorten(panel.title, 0.9 * width + 1, 8), fontsize=8, loc='left')
         texts = [
             ['' if np.isnan(v) else f'{100 * v:.1f}\n{g:+.1f}' for v, g in zip(*row, strict=True)]
-            for row in zip(panel.values, gain, strict=True)
+            for row in zip(panel.values, panel.gains, strict=True)
         ]
-        cells(left, gain, texts, top)
+        cells(left, panel.gains, texts, top)
         left.set_xticks(range(len(panel.augmentations)), panel.augmentations)
         left.set_yticks(range(len(panel.rates)), panel.rates)
-        if len(panel.rates) > 1 and not np.isnan(gain).all(1).any():
-            best = np.nanmax(gain, 1)
-            column = np.full((len(best), 1), best[1:].max() - best[0])
-            cells(right, column[:1], [[f'{column[0, 0]:+.1f}']], top)
+        if math.isfinite(panel.regularized):
+            cells(right, np.array([[panel.regularized]]), [[f'{panel.regularized:+.1f}']], top)
             right.set_xticks([0], ['best with -\nbest without'])
             right.set_yticks([])
         else:
@@ -127,9 +136,10 @@ def draw(path: os.PathLike, found: Sequence[Panel]) -> None:
 
 def cells(ax: Axes, values: np.ndarray, texts: Sequence[Sequence[str]], top: float) -> None:
     """Draws values of -top to top as coloured cells with texts."""
-    ax.imshow(values, cmap=COLORS, vmin=-top, vmax=top, aspect='auto')
+    drawn = ax.imshow(values, cmap=COLORS, vmin=-top, vmax=top, aspect='auto')
     for i, j in np.ndindex(*values.shape):
-        color = 'white' if abs(values[i, j]) > 0.6 * top else 'black'
+        dark = np.dot(drawn.to_rgba(values[i, j])[:3], (0.299, 0.587, 0.114)) < 0.5
+        color = 'white' if dark else 'black'
         ax.text(j, i, texts[i][j], ha='center', va='center', fontsize=8, color=color)
     ax.tick_params(labelsize=7, length=0)
     ax.spines[:].set_visible(False)
