@@ -1,6 +1,7 @@
-"""VTAB-1k: labels and splits as the benchmark's own code has them, read from prepared files."""
+"""VTAB: labels and splits as the benchmark's own code has them, read from prepared files."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit_jax.data import sources
-from vit_jax.data.readers import vtab
+from vit_jax.data.readers import splits, vtab
 from vit_jax.errors import UserError
+from vit_jax.plan import data_sets
 from vit_jax.tables import published
 
 
@@ -59,6 +61,50 @@ def test_splits(name, sizes, parts):
     found = [vtab.split_of(task, split, sizes) for split in ('train800', 'val200', 'test')]
     assert tuple(found) == parts
     assert vtab.split_of(task, 'train800val200', sizes) == f'{parts[0]}+{parts[1]}'
+
+
+@pytest.mark.parametrize('names, sizes, counts', [
+    ('caltech101', (3_060, 0, 6_084), (2_754, 306, 6_084)),
+    ('cifar100', (50_000, 0, 10_000), (45_000, 5_000, 10_000)),
+    ('dtd', (1_880, 1_880, 1_880), (1_880, 1_880, 1_880)),
+    ('flowers102', (1_020, 1_020, 6_149), (1_020, 1_020, 6_149)),
+    ('pets', (3_680, 0, 3_669), (2_944, 736, 3_669)),
+    ('sun397', (76_128, 10_875, 21_750), (76_128, 10_875, 21_750)),
+    ('svhn', (73_257, 0, 26_032), (65_931, 7_326, 26_032)),
+    ('camelyon', (262_144, 32_768, 32_768), (262_144, 32_768, 32_768)),
+    ('eurosat', (27_000, 0, 0), (16_200, 5_400, 5_400)),
+    ('resisc45', (31_500, 0, 0), (18_900, 6_300, 6_300)),
+    ('retinopathy', (35_126, 10_906, 42_670), (35_126, 10_906, 42_670)),
+    ('clevr_count clevr_distance', (70_000, 15_000, 15_000), (63_000, 7_000, 15_000)),
+    ('dmlab', (65_550, 22_628, 22_735), (65_550, 22_628, 22_735)),
+    ('dsprites_location dsprites_orientation', (737_280, 0, 0), (589_824, 73_728, 73_728)),
+    ('kitti_distance', (6_347, 423, 711), (6_347, 423, 711)),
+    ('norb_azimuth norb_elevation', (24_300, 0, 24_300), (24_300, 12_150, 12_150)),
+])  # fmt: skip
+def test_full_splits(names, sizes, counts):
+    """Sizes of the benchmark's own tests, from those of TFDS; no image is in two of the splits."""
+    sizes = dict(zip(('train', 'validation', 'test'), sizes, strict=True))
+    for name in names.split():
+        task, used = vtab.task(f'vtab:{name}'), []
+        for split, count in zip(('train', 'val', 'test'), counts, strict=True):
+            part = vtab.split_of(task, split, sizes)
+            whole = sizes[part.partition('[')[0]]
+            assert splits.size(part, whole)[1] == count, (name, split)
+            used.append((part.partition('[')[0], interval(part, whole)))
+        for (part, one), (other, two) in itertools.combinations(used, 2):
+            assert part != other or one.stop <= two.start or two.stop <= one.start, name
+        source = dict(name=f'vtab:{name}', split='train')
+        assert data_sets.published_size(source) == (counts[0], task.classes)  # of plans
+
+
+def interval(split, whole):
+    """Examples of a split as a range: of 'test[50%:]', 'train[:800]', 'validation[0:423]'."""
+    low, _, high = split.partition('[')[2].rstrip(']').partition(':')
+    first, last = (
+        round(whole * int(x[:-1]) / 100) if x.endswith('%') else int(x) if x else default
+        for x, default in ((low, 0), (high, whole))
+    )
+    return range(first, last)
 
 
 def test_means_are_those_of_table_9():
@@ -122,6 +168,12 @@ def test_a_task_reads_its_images_and_makes_its_labels(tmp_path):
     })  # fmt: skip
     train = sources.load(name='vtab:clevr_count', split='train800val200', data_dir=str(tmp_path))
     assert len(train) == 1000 and len(train.classes) == 8
+    full = [sources.load(name='vtab:clevr_count', split=split, data_dir=str(tmp_path))
+            for split in ('train', 'val')]  # fmt: skip
+    assert [len(one) for one in full] == [1800, 200]
+    assert full[1].records[0]['label'] == train.records[800]['label']
+    names = [{one.records[i]['file_name'] for i in range(len(one))} for one in full]
+    assert len(names[0]) == 1800 and len(names[1]) == 200 and not names[0] & names[1]
     test = sources.load(name='vtab:clevr_count', split='test', data_dir=str(tmp_path))
     seen = []
     for i in range(len(test)):
@@ -175,5 +227,5 @@ def test_an_image_of_tfds_may_have_several_labels(tmp_path):
 def test_mistakes_are_named(tmp_path, name, split, words):
     with pytest.raises(UserError, match=words):
         sources.load(name=name, split=split, data_dir=str(tmp_path))
-    with pytest.raises(UserError, match="no split 'train'; it has train800, val200"):
-        vtab.split_of(vtab.task('dtd'), 'train', {})
+    with pytest.raises(UserError, match="no split 'trainval'; it has train800, val200"):
+        vtab.split_of(vtab.task('dtd'), 'trainval', {})

@@ -102,7 +102,7 @@ def load(
     - any other folder: images in class/, or in train/class/ and val/class/
     - `jft_like:EXAMPLESxCLASSES[@SIZE][,KEY=VALUE]...`: synthetic images, drawn as they are read,
       see data/jft_like.py
-    - `vtab:TASK`: a task of VTAB-1k, from TFDS
+    - `vtab:TASK`: a task of VTAB or VTAB-1k, from TFDS, see data/readers/vtab.py
     - any other name: a TFDS data set that is prepared in `data_dir`
 
     All but TFDS data sets may be at an address (gs://, https://), a folder of images at gs:// only.

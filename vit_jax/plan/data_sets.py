@@ -61,7 +61,8 @@ def published_size(settings: Mapping | ConfigDict) -> tuple[int | None, int | No
     """(examples, classes) of a config's section `data.source` as published; None: unknown."""
     name, split = mixture.title(settings), settings.get('split', 'train')
     if name.startswith('vtab:'):
-        return VTAB_1K.get(split), vtab.task(name).classes
+        task = vtab.task(name)
+        return {**VTAB_1K, 'train': task.train}.get(split), task.classes
     examples, classes = SIZES.get(name.partition('/')[0].partition(':')[0], (None, None))
     part, length = splits.size(split, examples or 0)
     return length if examples and part in ('train', 'full') else None, classes

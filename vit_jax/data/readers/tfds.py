@@ -1,4 +1,4 @@
-"""Opens prepared data sets of TFDS by name, those of VTAB-1k among them."""
+"""Opens prepared data sets of TFDS by name, those of VTAB among them."""
 
 import contextlib
 import difflib
@@ -147,7 +147,7 @@ def builder_of(name: str, data_dir: str | None) -> Any:
 def load_vtab(
     name: str, split: str, data_dir: str | None = None
 ) -> tuple[Tfds, tuple[str, ...]]:
-    """(records, class names) of a split of a task of VTAB-1k."""
+    """(records, class names) of a split of a task of VTAB."""
     task = vtab.task(name)
     builder = prepared_builder(task.dataset, data_dir)
     sizes = {part: info.num_examples for part, info in builder.info.splits.items()}
@@ -159,7 +159,7 @@ def load_vtab(
     else:
         names = map(str, range(task.classes))
     change = vtab.brighten if task.bright else None
-    small = builder.info.dataset_size < SMALL or split != 'test'
+    small = builder.info.dataset_size < SMALL or split in vtab.THOUSAND
     found = Tfds(data, f'{name}/{split}', 'image', task.label, small, change=change)
     return found, tuple(names)
 

@@ -1,7 +1,8 @@
-"""VTAB-1k (arXiv:1910.04867): 19 tasks with 1,000 training images each, from TFDS.
+"""VTAB (arXiv:1910.04867): 19 tasks with 1,000 training images each or all of them, from TFDS.
 
-`data.source.name='vtab:TASK'` has the splits train800, val200, train800val200 (these 1,000) and
-test. Images and labels are chosen as in the benchmark's own code (github.com,
+`data.source.name='vtab:TASK'` has the splits train800, val200, train800val200 (the 1,000 images of
+VTAB-1k), train and val (all images, split as in the full VTAB), and test, which is that of both.
+Images and labels are chosen as in the benchmark's own code (github.com,
 google-research/task_adaptation). Prepare once: tfds build NAME --file_format=array_record.
 """
 
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vit_jax.data.readers import splits
 from vit_jax.errors import UserError
 
-SPLITS = ('train800', 'val200', 'train800val200', 'test')
+THOUSAND = ('train800', 'val200', 'train800val200')
+SPLITS = (*THOUSAND, 'train', 'val', 'test')
 CLEVR = np.array([0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0])  # distances between classes
 KITTI = np.array([-100.0, 8.0, 20.0, 999.0])  # metres; beyond the last: no vehicle
 
@@ -25,8 +28,9 @@ class Task(NamedTuple):
     group: str
     dataset: str  # TFDS
     classes: int
-    val: tuple[str, int]  # the split that has val200, and the percent of it where that begins
-    test: str
+    train: int  # examples of the split train
+    val: tuple[str, int]  # the TFDS split that has val, and the percent of it where that begins
+    test: str  # val ends where it begins
     label: str | Callable = 'label'  # a feature, or a function of the example
     bright: bool = False  # pixels are 0 and 1
 
@@ -63,7 +67,7 @@ def dsprites_orientation(example: Mapping[str, Any]) -> int:
     return int(example['label_orientation'] / 2.5)
 
 
-OWN, TENTH = ('validation', 0), ('train', 90)  # its own validation split; a tenth of train
+OWN, TENTH = ('validation', 0), ('train', 90)  # TFDS's own validation split; a tenth of train
 SIXTY = ('train', 60), 'train[80%:]'
 SPRITES = ('train', 80), 'train[90%:]'
 NORB = ('test', 0), 'test[50%:]'
@@ -72,29 +76,29 @@ RETINOPATHY = 'diabetic_retinopathy_detection/btgraham-300'
 NOT_FLIPPED = ('dsprites_orientation', 'dsprites_location', 'norb_azimuth')
 NOT_CROPPED = ('clevr_count', 'clevr_distance', 'dmlab', 'kitti_distance', 'dsprites_location')
 TASKS = {
-    'caltech101': Task('natural', 'caltech101', 102, TENTH, 'test'),
-    'cifar100': Task('natural', 'cifar100', 100, TENTH, 'test'),
-    'dtd': Task('natural', 'dtd', 47, OWN, 'test'),
-    'flowers102': Task('natural', 'oxford_flowers102', 102, OWN, 'test'),
-    'pets': Task('natural', 'oxford_iiit_pet', 37, ('train', 80), 'test'),
-    'sun397': Task('natural', 'sun397/tfds', 397, OWN, 'test'),
-    'svhn': Task('natural', 'svhn_cropped', 10, TENTH, 'test'),
-    'camelyon': Task('specialized', 'patch_camelyon', 2, OWN, 'test'),
-    'eurosat': Task('specialized', 'eurosat/rgb', 10, *SIXTY),
-    'resisc45': Task('specialized', 'resisc45', 45, *SIXTY),
-    'retinopathy': Task('specialized', RETINOPATHY, 5, OWN, 'test'),
-    'clevr_count': Task('structured', 'clevr', 8, TENTH, 'validation', clevr_count),
-    'clevr_distance': Task('structured', 'clevr', 6, TENTH, 'validation', clevr_distance),
-    'dmlab': Task('structured', 'dmlab', 6, OWN, 'test'),
+    'caltech101': Task('natural', 'caltech101', 102, 2_754, TENTH, 'test'),
+    'cifar100': Task('natural', 'cifar100', 100, 45_000, TENTH, 'test'),
+    'dtd': Task('natural', 'dtd', 47, 1_880, OWN, 'test'),
+    'flowers102': Task('natural', 'oxford_flowers102', 102, 1_020, OWN, 'test'),
+    'pets': Task('natural', 'oxford_iiit_pet', 37, 2_944, ('train', 80), 'test'),
+    'sun397': Task('natural', 'sun397/tfds', 397, 76_128, OWN, 'test'),
+    'svhn': Task('natural', 'svhn_cropped', 10, 65_931, TENTH, 'test'),
+    'camelyon': Task('specialized', 'patch_camelyon', 2, 262_144, OWN, 'test'),
+    'eurosat': Task('specialized', 'eurosat/rgb', 10, 16_200, *SIXTY),
+    'resisc45': Task('specialized', 'resisc45', 45, 18_900, *SIXTY),
+    'retinopathy': Task('specialized', RETINOPATHY, 5, 35_126, OWN, 'test'),
+    'clevr_count': Task('structured', 'clevr', 8, 63_000, TENTH, 'validation', clevr_count),
+    'clevr_distance': Task('structured', 'clevr', 6, 63_000, TENTH, 'validation', clevr_distance),
+    'dmlab': Task('structured', 'dmlab', 6, 65_550, OWN, 'test'),
     'dsprites_location': Task(
-        'structured', 'dsprites', 16, *SPRITES, dsprites_location, bright=True
+        'structured', 'dsprites', 16, 589_824, *SPRITES, dsprites_location, bright=True
     ),
     'dsprites_orientation': Task(
-        'structured', 'dsprites', 16, *SPRITES, dsprites_orientation, bright=True
+        'structured', 'dsprites', 16, 589_824, *SPRITES, dsprites_orientation, bright=True
     ),
-    'kitti_distance': Task('structured', 'kitti', 4, OWN, 'test', kitti_distance),
-    'norb_azimuth': Task('structured', 'smallnorb', 18, *NORB, 'label_azimuth'),
-    'norb_elevation': Task('structured', 'smallnorb', 9, *NORB, 'label_elevation'),
+    'kitti_distance': Task('structured', 'kitti', 4, 6_347, OWN, 'test', kitti_distance),
+    'norb_azimuth': Task('structured', 'smallnorb', 18, 24_300, *NORB, 'label_azimuth'),
+    'norb_elevation': Task('structured', 'smallnorb', 9, 24_300, *NORB, 'label_elevation'),
 }
 
 
@@ -111,9 +115,14 @@ def split_of(task: Task, split: str, sizes: Mapping[str, int]) -> str:
     if split not in SPLITS:
         raise UserError(f'VTAB has no split {split!r}; it has {", ".join(SPLITS)}')
     name, percent = task.val
+    part, end, _ = splits.parse(task.test)
     start = percent * sizes[name] // 100
-    parts = {'train800': 'train[:800]', 'val200': f'{name}[{start}:{start + 200}]',
-             'test': task.test}  # fmt: skip
+    stop = round(end) * sizes[name] // 100 if part == name else sizes[name]
+    parts = {
+        'train800': 'train[:800]', 'val200': f'{name}[{start}:{start + 200}]',
+        'train': f'train[:{start}]' if name == 'train' else 'train',
+        'val': f'{name}[{start}:{stop}]', 'test': task.test,
+    }  # fmt: skip
     return parts.get(split, f'{parts["train800"]}+{parts["val200"]}')
 
 
