@@ -61,6 +61,9 @@ def test_the_command_shows_the_users_frames_alone_and_is_not_started_again(tmp_p
 @pytest.mark.parametrize('name', [
     'digits.py:foo', 'folder.py', 'folder.py:', 'pretrain.py:zz', 'pretrain.py:G/14-i21k',
     'posemb.py:zz', 'study.py:vit,5k', 'augreg.py:zz', 'imagenet.py:zz', 'fashion_2k.py:zz',
+    'finetune_augreg.py:vtab:svhn,s/16-i21k300,grid', 'finetune_augreg.py:cifar10,s/16-i21k300',
+    'finetune_augreg.py:resisc45,s/16-i1k300,grid', 'finetune_augreg.py:resisc45',
+    'finetune_augreg.py:imagenet2012,s/16-i21k300,grid,v2',
     'finetune.py:cifar10,b/16-i21k,zz', 'finetune.py:cifar10,b/16,steps=', 'vit_s16_i1k.py:91',
 ])  # fmt: skip
 def test_recipes_refuse_an_argument_that_they_do_not_know(name):

@@ -118,13 +118,23 @@ def differences(full, wanted, metric, places):
 
 
 def same_grid(grid, value):
-    """Whether a grid is a list of points, or the product of {key: its values, or their number}."""
+    """Whether a grid is a list of points, or the product of {key: its values, or their number}.
+
+    'KEY,KEY' are keys that vary together; each of its values is a list.
+    """
     if not isinstance(value, dict):
         return list(grid) == list(value)
-    distinct = {key: list({str(p.get(key)): p.get(key) for p in grid}.values()) for key in value}
+    names = {name for key in value for name in key.split(',')}
+    if not all(set(point) == names for point in grid):
+        return False
+    points = [
+        {key: [p[k] for k in key.split(',')] if ',' in key else p[key] for key in value}
+        for p in grid
+    ]
+    distinct = {key: list({str(p[key]): p[key] for p in points}.values()) for key in value}
     sizes = [n if isinstance(n, int) else len(n) for n in value.values()]
     return (
-        all(set(point) == set(value) for point in grid)
+        len({str(point) for point in points}) == len(grid)
         and all(len(distinct[key]) == n for key, n in zip(value, sizes, strict=True))
         and all(distinct[k] == v for k, v in value.items() if not isinstance(v, int))
         and len(grid) == math.prod(sizes)

@@ -1,6 +1,7 @@
 """Recipes: each builds at its full size, is what its source says, and trains at a toy size."""
 
 import itertools
+import re
 
 import jax
 import pytest
@@ -81,8 +82,9 @@ TOYS = [
     *(('pretrain', a) for a in ('b/16-i1k', 'r50x1-sgd', 'r50+b/16', 'G/14')), ('posemb', 'rel'),
     ('augreg', 's/16-i1k300-strong2-wd_0.03-do_0.1'), ('vit_s16_i1k', '90'), ('mixer_i1k', '60'),
     ('finetune', 'imagenet2012,l/16-i21k,512,polyak'), ('finetune', 'vtab:svhn,l/16'),
-    ('finetune_augreg', 'imagenet2012,s/16-i1k300'), ('finetune_readme', 'cifar10,mixer/b_16-i1k'),
-    ('transfer', 'cifar100'), ('study', 'vit-m,20k'), ('study', 'digits,resnet-m,5k'),
+    ('finetune_augreg', 'kitti_distance,s/16-i21k300,grid'), ('transfer', 'cifar100'),
+    ('finetune_readme', 'cifar10,mixer/b_16-i1k'), ('study', 'vit-m,20k'),
+    ('study', 'digits,resnet-m,5k'),
 ]  # fmt: skip
 
 
@@ -150,6 +152,37 @@ def test_augreg_is_the_grid_of_the_paper():
             name = f'augreg/{model.replace("/", "_").replace("+", "_")}-i21k'
             point = point.replace('light2', 'light1')  # the file's word for it
             assert f'aug_{point}' in best[name] and f'sd_{point[-3:]}' in best[name]
+
+
+def test_augreg_fine_tunes_by_the_sweep_of_the_paper():
+    """Against arXiv:2106.10270 table 4, as data; the word grid has it for each upstream model."""
+    names = dict(zip(('imagenet2012', 'oxford_iiit_pet', 'kitti_distance', 'cifar100', 'resisc45'),
+                     published.table('augreg.table4').rows, strict=True))  # fmt: skip
+    for name, (_, rates, lengths) in names.items():
+        rates = [float(x) for x in rates.strip('{}').split(',')]
+        lengths = [
+            (float(n) * (1000 if kilo else 1), int(warmup))
+            for n, kilo, warmup in re.findall(r'\(([\d.]+)(k?),(\d+)\)', lengths)
+        ]
+        plain, grid = (
+            recipes.given('finetune_augreg', f'{name},b/32-i21k300{words}')
+            for words in (',224', ',224,grid')
+        )
+        swept = list(itertools.product(lengths, rates))
+        assert settings_of(plain) == swept, name
+        assert settings_of(grid) == swept * 28, name
+        starts = {point['init_from'] for point in grid['select']['grid']}
+        best = catalogue()[plain['init_from']]['address']
+        assert len(starts) == 28 and best in starts and grid['init_from'] == best
+        assert plain['select']['metric'] == grid['select']['metric'] == 'val/accuracy'
+        assert plain['data'] == grid['data'] and plain['optim'] == grid['optim']
+
+
+def settings_of(values):
+    """[((steps, warm-up), rate)] of a recipe's grid."""
+    own = {'steps': values['steps'], 'optim.warmup': values['optim']['warmup']}
+    points = [own | point for point in values['select']['grid']]
+    return [((p['steps'], p['optim.warmup']), p['optim.lr']) for p in points]
 
 
 def test_every_combination_of_words_is_a_run_or_one_clear_error():

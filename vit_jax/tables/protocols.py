@@ -3,7 +3,8 @@
 protocols.json maps a protocol's name to its `settings`, {key: [value, source]}, and to the
 tables that it `covers`. A setting is known by its dotted key in a complete config; `test.KEY` is
 that of the evaluation which a number of the table is from, `select.KEY` says how a rate is chosen,
-and `upstream` what the weights come from. `like` names a protocol to start from. `cases` change the
+and `upstream` what the weights come from. A grid is its points or the product of {key: its values,
+or their number}; 'KEY,KEY' vary together. `like` names a protocol to start from. `cases` change the
 settings `where` a pattern is found in the name of the number or of the recipe; later ones win. A
 case with a `point` adds that to the name:
 
