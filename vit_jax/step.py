@@ -101,6 +101,31 @@ def accumulated(
     return jax.lax.scan(body, zeros, (jnp.arange(parts), split))[0]
 
 
+def checked_loss(objective: Objective, *arguments: Any) -> tuple[jax.Array, tuple[dict, Any]]:
+    """`objective.loss`; raises UserError, while it is traced, for metrics of another form."""
+    loss, (metrics, aux) = objective.loss(*arguments)
+    check_metrics(metrics)
+    return loss, (metrics, aux)
+
+
+def checked_update(objective: Objective, extra: Any, *arguments: Any) -> Any:
+    """`objective.update`; raises UserError, while it is traced, for another structure."""
+    updated = objective.update(extra, *arguments)
+    check_extra(extra, updated)
+    return updated
+
+
+def check(objective: Objective, state: State, batch: dict[str, Any], frozen: Any) -> None:
+    """Traces loss and update for shapes of state and batch; raises UserError as the step does."""
+
+    def outputs(state, batch, frozen):
+        tail = (batch, jax.random.key(0), state.step)
+        _, (_, aux) = checked_loss(objective, state.params, state.extra, frozen, *tail)
+        return checked_update(objective, state.extra, state.params, aux, state.step)
+
+    jax.eval_shape(outputs, state, batch, frozen)
+
+
 def train_step(
     state: State,
     batch: dict[str, jax.Array],
@@ -121,9 +146,7 @@ def train_step(
 
     def loss_fn(trainable, batch, key):
         params = optim.merge(trainable, state.params)
-        loss, (metrics, aux) = objective.loss(params, state.extra, frozen, batch, key, state.step)
-        check_metrics(metrics)
-        return loss, (metrics, aux)
+        return checked_loss(objective, params, state.extra, frozen, batch, key, state.step)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
@@ -132,8 +155,7 @@ def train_step(
         metrics, aux, grads = accumulated(grad_fn, trainable, batch, key, accumulate)
     updates, opt_state = tx.update(grads, state.opt_state, trainable)
     params = optim.merge(optax.apply_updates(trainable, updates), state.params)
-    extra = objective.update(state.extra, params, aux, state.step)
-    check_extra(state.extra, extra)
+    extra = checked_update(objective, state.extra, params, aux, state.step)
     metrics |= {
         'lr': tx.schedule(state.step),
         'grad_norm': optax.tree.norm(grads),

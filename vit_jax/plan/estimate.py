@@ -7,7 +7,7 @@ benchmarks.input.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,21 +48,17 @@ def batch_of(config: ConfigDict, parts: assembly.Parts) -> dict[str, jax.ShapeDt
     }
 
 
-def step_of(config: ConfigDict, parts: assembly.Parts) -> tuple[Callable, tuple]:
-    """(the jitted train step of a run, shapes of its arguments on the run's mesh)."""
+def compiled(config: ConfigDict, parts: assembly.Parts) -> jax.stages.Compiled:
+    """Compiles the train step of a run for the devices of its mesh; raises Refused."""
     advance = step.compiled(
         parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
         accumulate=config.accumulate,
     )  # fmt: skip
     shardings = sharding.by_name(parts.objective.frozen, parts.mesh, parts.objective.rules)
     frozen = sharding.add_shardings(jax.eval_shape(lambda: parts.objective.frozen), shardings)
-    return advance, (parts.abstract, batch_of(config, parts), frozen)
-
-
-def compiled(config: ConfigDict, parts: assembly.Parts) -> jax.stages.Compiled:
-    """Compiles the train step of a run for the devices of its mesh; raises Refused."""
-    advance, arguments = step_of(config, parts)
-    return compile_or_refuse(advance.lower(*arguments))
+    return compile_or_refuse(
+        advance.lower(parts.abstract, batch_of(config, parts), frozen)
+    )
 
 
 def compile_or_refuse(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

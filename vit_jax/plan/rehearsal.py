@@ -3,7 +3,7 @@
 import jax
 from ml_collections import ConfigDict
 
-from vit_jax import assembly
+from vit_jax import assembly, step
 from vit_jax.data import mixture, sources
 from vit_jax.errors import UserError
 from vit_jax.io.text import flop, printable
@@ -57,8 +57,8 @@ def make_parts(config: ConfigDict, source: sources.Source | None) -> assembly.Pa
         classes = plain.model.num_classes or 1
         source = data_sets.stand_in(plain.data.batch_size, classes)
     parts = assembly.make(plain, source, jax.devices()[:1])
-    advance, arguments = estimate.step_of(plain, parts)
-    jax.eval_shape(advance, *arguments)  # raises whatever the functions of the objective raise
+    batch, frozen = estimate.batch_of(plain, parts), parts.objective.frozen
+    step.check(parts.objective, parts.abstract, batch, frozen)
     return parts
 
 
