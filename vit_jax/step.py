@@ -42,7 +42,8 @@ def fresh(key: jax.Array, *, objective: Objective, tx: optim.Optimizer) -> State
 
 def abstract_state(objective: Objective, tx: optim.Optimizer, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state, without allocating it."""
-    shapes = jax.eval_shape(partial(fresh, objective=objective, tx=tx), jax.random.key(0))
+    begin = partial(state_at_0, objective=objective, tx=tx)
+    shapes = jax.eval_shape(begin, abstract_params(objective))  # JAX has these cached
     return sharding.add_shardings(shapes, sharding.shardings(shapes, mesh, objective.rules))
 
 
