@@ -33,15 +33,28 @@ def folder(tmp_path_factory):
     return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 5})
 
 
+@pytest.fixture(scope='module')
+def whole(folder, tmp_path_factory):
+    """The workdir of a finished run."""
+    path = tmp_path_factory.mktemp('whole') / 'run'
+    run(folder, path)
+    return path
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A copy of the workdir of a finished run."""
+    return shutil.copytree(whole, tmp_path / 'copied')
+
+
 @pytest.mark.slow
-def test_stop_and_resume_on_other_devices(folder, tmp_path):
-    run(folder, tmp_path / 'whole')
+def test_stop_and_resume_on_other_devices(folder, whole, tmp_path):
     assert run(folder, tmp_path / 'run', stop=StopAfter(tmp_path / 'run', 5)) is None
     assert not (tmp_path / 'run' / 'result.json').exists()
     stopped = launched.checkpoints(tmp_path / 'run')[-1]
     assert 5 <= stopped <= 7
     run(folder, tmp_path / 'run', 'mesh.data=2', 'mesh.fsdp=4')
-    whole, resumed = (launched.timeless(tmp_path / name) for name in ('whole', 'run'))
+    whole, resumed = (launched.timeless(path) for path in (whole, tmp_path / 'run'))
     assert [line['step'] for line in whole] == [line['step'] for line in resumed]
     for a, b in zip(whole, resumed, strict=True):
         assert a.keys() == b.keys()
@@ -65,13 +78,11 @@ def test_tensorboard_reads_what_metrics_jsonl_has(folder, tmp_path):
             assert math.isclose(shown[step], value, rel_tol=1e-6)
 
 
-def test_a_finished_run_says_so(folder, tmp_path, capsys):
-    first = run(folder, tmp_path)
-    lines = launched.metrics(tmp_path)
-    capsys.readouterr()
-    assert run(folder, tmp_path, 'report.every=2') == json.loads(json.dumps(first))
+def test_a_finished_run_says_so(folder, copied, capsys):
+    first, lines = json.loads((copied / 'result.json').read_text()), launched.metrics(copied)
+    assert run(folder, copied, 'report.every=2') == first and first['steps'] == 12
     assert 'is finished: 12 steps are done' in capsys.readouterr().out
-    assert launched.metrics(tmp_path) == lines
+    assert launched.metrics(copied) == lines
 
 
 def test_a_changed_config_stops_the_run_where_it_changes_the_result(folder, tmp_path):
@@ -90,12 +101,11 @@ def test_a_changed_config_stops_the_run_where_it_changes_the_result(folder, tmp_
     assert 0 < max(x['lr'] for x in lines if 'lr' in x and x['step'] > 4) <= 1e-4
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(folder, tmp_path):
-    run(folder, tmp_path, 'optim.schedule=constant')
-    first = launched.timeless(tmp_path)
-    result = run(folder, tmp_path, 'optim.schedule=constant', 'steps=16', allow_change=True)
-    assert result['steps'] == 16 and launched.timeless(tmp_path)[: len(first)] == first
-    assert launched.last_step(tmp_path) == 16
+def test_a_longer_run_goes_on_from_a_finished_one(folder, copied):
+    first = launched.timeless(copied)
+    result = run(folder, copied, 'steps=16', allow_change=True)
+    assert result['steps'] == 16 and launched.timeless(copied)[: len(first)] == first
+    assert launched.last_step(copied) == 16
 
 
 def test_a_config_that_never_trained_may_change(folder, tmp_path):
@@ -104,16 +114,15 @@ def test_a_config_that_never_trained_may_change(folder, tmp_path):
     assert run(folder, tmp_path)
 
 
-def test_a_missing_evaluation_is_made_up_for(folder, tmp_path):
-    run(folder, tmp_path)
-    whole = launched.timeless(tmp_path)
-    assert [x['step'] for x in whole if 'val/loss' in x] == [4, 8, 12]
-    path = tmp_path / 'metrics.jsonl'
+def test_a_missing_evaluation_is_made_up_for(folder, copied):
+    before = launched.timeless(copied)
+    assert [x['step'] for x in before if 'val/loss' in x] == [4, 8, 12]
+    path = copied / 'metrics.jsonl'
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(''.join(lines[:-1]) + lines[-1][:9])  # a kill in the middle of a line
-    (tmp_path / 'result.json').unlink()
-    run(folder, tmp_path)
-    assert launched.timeless(tmp_path) == whole
+    (copied / 'result.json').unlink()
+    run(folder, copied)
+    assert launched.timeless(copied) == before
 
 
 def test_evaluation_uses_the_average_and_counts_each_example_once(folder, tmp_path):
@@ -159,8 +168,8 @@ def test_predictions_are_by_example(folder):
     assert sorted(found['label']) == [0] * 5 + [1] * 5 + [2] * 5
 
 
-def test_an_unreadable_image_loses_nothing(tmp_path):
-    folder = launched.write_images(tmp_path / 'images', {'train': 8, 'val': 5})
+def test_an_unreadable_image_loses_nothing(folder, whole, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / 'images')
     run(folder, tmp_path / 'run', stop=StopAfter(tmp_path / 'run', 2))
     before = launched.checkpoints(tmp_path / 'run')[-1]
     victim = folder / 'train' / 'bee' / '3.png'
@@ -178,8 +187,7 @@ def test_an_unreadable_image_loses_nothing(tmp_path):
     assert result['examples_skipped'] == len(skipped) and 'skipped' not in result['metrics']
     victim.write_bytes(sound)
     run(folder, tmp_path / 'run', **changed)
-    run(folder, tmp_path / 'whole')
-    assert launched.timeless(tmp_path / 'run') == launched.timeless(tmp_path / 'whole')
+    assert launched.timeless(tmp_path / 'run') == launched.timeless(whole)
 
 
 @pytest.mark.parametrize('override, words', [
@@ -237,15 +245,12 @@ def test_the_heading_names_each_parameter(folder, tmp_path, capsys):
     assert table['head/kernel'] == ['16x3', '48', '1', '0.1']
 
 
-def test_a_workdir_may_be_relative(folder, tmp_path, monkeypatch):
+def test_a_relative_workdir_has_only_the_lines_asked_for(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(folder, 'runs/one')
-    assert launched.checkpoints(tmp_path / 'runs' / 'one') == [8, 12]
-
-
-def test_only_the_lines_asked_for(folder, tmp_path):
-    run(folder, tmp_path, 'report.every=5')
-    assert [x['step'] for x in launched.metrics(tmp_path) if 'loss' in x] == [5, 10, 12]
+    run(folder, 'runs/one', 'report.every=5')
+    path = tmp_path / 'runs' / 'one'
+    assert launched.checkpoints(path) == [8, 12]
+    assert [x['step'] for x in launched.metrics(path) if 'loss' in x] == [5, 10, 12]
 
 
 def test_speed_leaves_out_compilation_and_evaluation(folder, tmp_path, monkeypatch):
@@ -298,7 +303,7 @@ def guarded(name, *args, **kwargs):
         raise ImportError('TensorFlow is blocked')
     return plain(name, *args, **kwargs)
 builtins.__import__ = guarded
-sys.argv = {['main', *launched.command(folder, tmp_path / 'run')[3:]]!r}
+sys.argv = {['main', *launched.command(folder, tmp_path / 'run', '--config.steps=8')[3:]]!r}
 try:
     runpy.run_module('vit_jax.main', run_name='__main__')
 finally:
