@@ -18,7 +18,11 @@ from vit_jax.distributed.watch import EXIT_STATUS, Watch
 from vit_jax.errors import UserError
 
 pytestmark = pytest.mark.timeout(900)  # several runs in a test, on a machine that may be busy
-STEPS = ('--config.steps=20', '--config.checkpoint.every=10')
+STEPS = (
+    '--config.steps=12', '--config.checkpoint.every=4', '--config.evals.val.every=4',
+    '--config.optim.schedule=constant',
+)  # fmt: skip
+PAIR = ('--config.steps=24', '--config.mesh.fsdp=2')  # of two processes with a device each
 LONG = ('--config.steps=100000', '--config.checkpoint.every=7', '--config.evals.val.every=0')
 
 
@@ -199,6 +203,21 @@ def alone(folder, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope='module')
+def pair(folder, tmp_path_factory):
+    """The workdir of a run of two processes that nothing disturbed, saved at steps 16 and 24."""
+    workdir = tmp_path_factory.mktemp('pair') / 'run'
+    processes.finish(folder, workdir, 2, 1, *PAIR, '--config.checkpoint.every=8')
+    return workdir
+
+
+def unfinished_copy(workdir, path):
+    """A copy of a workdir, whose run then goes on from the last checkpoint."""
+    shutil.copytree(workdir, path)
+    (path / 'result.json').unlink()
+    return path
+
+
 def assert_close(workdir, other):
     """The same lines; training and evaluation close, examples and steps equal."""
     lines, wanted = launched.timeless(workdir), launched.timeless(other)
@@ -223,23 +242,24 @@ def test_losses_are_those_of_one_process(count, devices, mesh, folder, alone, tm
     assert_close(workdir, alone)
     assert launched.metrics(workdir)[-1]['val/examples'] == 21  # of no multiple of the batch
     result = json.loads((workdir / 'result.json').read_text())
-    assert result['device_count'] == count * devices and result['examples_seen'] == 160
+    assert result['device_count'] == count * devices and result['examples_seen'] == 96
     # One writes and speaks, those with a first replica write the checkpoint: no array is large.
     assert len(list((workdir / 'tensorboard').iterdir())) == 1
     assert 'val/accuracy' in run.log(0)
     assert not any('loss' in run.log(i) or 'devices' in run.log(i) for i in range(1, count))
-    parts = (workdir / 'checkpoints' / '20' / 'state').glob('ocdbt.process_*')
+    parts = (workdir / 'checkpoints' / '12' / 'state').glob('ocdbt.process_*')
     written = {int(path.name.rpartition('_')[2]) for path in parts}
     assert written == ({0, 1} if mesh.startswith('fsdp') else written | {0})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('signum, who, count', [
-    ('KILL', 2, 4), ('STOP', 1, 2), ('KILL', 0, 2), ('STOP', 0, 2),
+    ('KILL', 1, 3), ('STOP', 1, 2), ('KILL', 0, 2), ('STOP', 0, 2),
 ])  # fmt: skip
 def test_one_that_dies_or_stalls_ends_all(signum, who, count, folder, tmp_path):
     workdir, timeout = tmp_path / 'run', 12
-    with Run(folder, workdir, count, 1, *LONG, f'--peer_timeout={timeout}') as run:
+    flags = (f'--config.data.batch_size={2 * count}', f'--config.evals.val.batch_size={2 * count}')
+    with Run(folder, workdir, count, 1, *LONG, *flags, f'--peer_timeout={timeout}') as run:
         run.wait_for(lambda: launched.last_step(workdir) >= 9)
         run.wait_for(lambda: 7 in launched.checkpoints(workdir))
         run.processes[who].send_signal(getattr(signal, f'SIG{signum}'))
@@ -260,23 +280,13 @@ PHASES = {
 }
 
 
-@pytest.fixture(scope='module')
-def begun(folder, tmp_path_factory):
-    """The workdir of a finished short run."""
-    workdir = tmp_path_factory.mktemp('begun') / 'run'
-    processes.finish(folder, workdir, 1, 2, '--config.steps=4', '--config.mesh.fsdp=2')
-    return workdir
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('phase', PHASES)
-def test_a_barrier_where_one_stalls(phase, folder, begun, tmp_path):
+def test_a_barrier_where_one_stalls(phase, folder, pair, tmp_path):
     workdir = tmp_path / 'run'
     if phase != 'start':
-        workdir = tmp_path / 'copy'
-        shutil.copytree(begun, workdir)
-        (workdir / 'result.json').unlink()
-    flags = ('--config.steps=10', '--config.checkpoint.every=6', '--config.evals.val.every=3',
+        unfinished_copy(pair, workdir)
+    flags = ('--config.steps=30', '--config.checkpoint.every=6', '--config.evals.val.every=3',
              '--allow_config_change', '--peer_timeout=10', '--start_timeout=20')  # fmt: skip
     with Run(folder, workdir, 2, 1, *flags, stop_in=(1, PHASES[phase])) as run:
         run.wait_for(lambda: run.stopped(1))
@@ -311,12 +321,9 @@ def test_one_lost_between_the_meeting_and_the_start_is_named(signum, who, count,
 
 @pytest.mark.slow
 @pytest.mark.parametrize('who', [0, 1])
-def test_sigterm_to_any_one_saves_all_at_one_step(who, folder, tmp_path):
-    whole, workdir = tmp_path / 'whole', tmp_path / 'run'
-    steps = ('--config.steps=24', '--config.checkpoint.every=0', '--config.mesh.fsdp=2')
-    if who:
-        processes.finish(folder, whole, 2, 1, *steps)
-    with Run(folder, workdir, 2, 1, *steps) as run:
+def test_sigterm_to_any_one_saves_all_at_one_step(who, folder, pair, tmp_path):
+    workdir, flags = tmp_path / 'run', (*PAIR, '--config.checkpoint.every=0')
+    with Run(folder, workdir, 2, 1, *flags) as run:
         run.wait_for(lambda: launched.last_step(workdir) >= 3)
         run.processes[who].send_signal(signal.SIGTERM)
         assert run.ended() == {0: 143, 1: 143}, run.says()
@@ -324,63 +331,51 @@ def test_sigterm_to_any_one_saves_all_at_one_step(who, folder, tmp_path):
     (saved,) = launched.checkpoints(workdir)
     assert saved >= launched.last_step(workdir) >= 3
     if who:  # the same bits as if nothing had been
-        processes.finish(folder, workdir, 2, 1, *steps)
-        launched.assert_same_bits(launched.state(workdir, 24), launched.state(whole, 24))
-        assert launched.timeless(workdir) == launched.timeless(whole)
+        processes.finish(folder, workdir, 2, 1, *flags)
+        launched.assert_same_bits(launched.state(workdir, 24), launched.state(pair, 24))
+        assert launched.timeless(workdir) == launched.timeless(pair)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_other_processes_devices_and_meshes(folder, tmp_path):
-    whole, workdir = tmp_path / 'whole', tmp_path / 'run'
-    stretches = [
-        (2, 4, 'fsdp=4'), (1, 4, 'tensor=2'), (1, 1, ''), (2, 4, 'fsdp=2 tensor=2'),
-    ]  # fmt: skip
-    end = 4 * len(stretches)
-    flags = ('--config.evals.val.every=4', '--config.checkpoint.every=4')
-    status, output = launched.finish(
-        folder, whole, *processes.TINY, *flags, f'--config.steps={end}',
-        '--config.optim.schedule=constant',
-    )  # fmt: skip
-    assert status == 0, output
+def test_a_run_goes_on_on_other_processes_devices_and_meshes(folder, alone, tmp_path):
+    workdir = tmp_path / 'run'
+    stretches = [(2, 2, 'fsdp=4'), (1, 1, ''), (2, 2, 'fsdp=2 tensor=2')]
     for k, (count, devices, mesh) in enumerate(stretches):
         axes = dict(part.split('=') for part in mesh.split())
         shape = [f'--config.mesh.{axis}={axes.get(axis, 1)}' for axis in ('fsdp', 'tensor')]
         before = launched.state(workdir, 4 * k) if k else None
         run = processes.finish(
-            folder, workdir, count, devices, *flags, *shape, f'--config.steps={4 * k + 4}',
-            '--config.optim.schedule=constant', '--allow_config_change',
+            folder, workdir, count, devices, *STEPS, *shape, f'--config.steps={4 * k + 4}',
+            '--allow_config_change',
         )  # fmt: skip
         assert (f'resumed at step {4 * k}' in run.log(0)) == bool(k)
         if k:  # what was restored is to the bit what was saved, and still is there
             launched.assert_same_bits(launched.state(workdir, 4 * k), before)
         assert launched.checkpoints(workdir)[-1] == 4 * k + 4
-    assert_close(workdir, whole)
+    assert_close(workdir, alone)
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_set_aside_for_the_next_start(folder, tmp_path):
-    workdir = tmp_path / 'run'
-    flags = ('--config.checkpoint.every=4', '--config.mesh.fsdp=2', '--config.evals.val.every=0')
-    processes.finish(folder, workdir, 2, 1, *flags, '--config.steps=8')
-    written = list((workdir / 'checkpoints/8/state').glob('ocdbt.process_1/d/*'))
+def test_a_damaged_checkpoint_is_set_aside_for_the_next_start(folder, pair, tmp_path):
+    workdir = unfinished_copy(pair, tmp_path / 'run')
+    written = list((workdir / 'checkpoints/24/state').glob('ocdbt.process_1/d/*'))
     assert written
     for data in written:  # arrays are in some of them, how many depends on how fast they came
         data.write_bytes(data.read_bytes()[:16])
-    flags = (*flags, '--config.steps=9', '--allow_config_change')
+    flags = (*PAIR, '--config.steps=25', '--allow_config_change')
     with Run(folder, workdir, 2, 1, *flags) as run:
         assert run.ended() == {0: EXIT_STATUS, 1: EXIT_STATUS}, run.says()
         for i in range(2):
-            assert any('checkpoints/8 is damaged: ' in error for error in run.errors(i))
-    assert launched.checkpoints(workdir) == [4]
+            assert any('checkpoints/24 is damaged: ' in error for error in run.errors(i))
+    assert launched.checkpoints(workdir) == [16]
     run = processes.finish(folder, workdir, 2, 1, *flags)
-    assert 'resumed at step 4' in run.log(0) and launched.checkpoints(workdir)[-1] == 9
+    assert 'resumed at step 16' in run.log(0) and launched.checkpoints(workdir)[-1] == 25
 
 
 @pytest.mark.slow
-def test_an_unreadable_image_ends_all_and_loses_nothing(tmp_path):
-    folder = launched.write_images(tmp_path / 'images', {'train': 30, 'val': 2})
-    workdir = tmp_path / 'run'
-    flags = ('--config.steps=11', '--config.checkpoint.every=0', '--config.evals.val.every=0')
+def test_an_unreadable_image_ends_all_and_loses_nothing(folder, pair, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / 'images')
+    workdir, flags = tmp_path / 'run', (*PAIR, '--config.checkpoint.every=0')
     bad = folder / 'train' / 'bee' / '7.png'
     good = bad.read_bytes()
     bad.write_bytes(good[:50])
@@ -393,9 +388,7 @@ def test_an_unreadable_image_ends_all_and_loses_nothing(tmp_path):
     # The data set has other contents than the run was begun with.
     run = processes.finish(folder, workdir, 2, 1, *flags, '--allow_config_change')
     assert saved == [] or f'resumed at step {saved[-1]}' in run.log(0)
-    whole = tmp_path / 'whole'
-    processes.finish(folder, whole, 2, 1, *flags)
-    launched.assert_same_bits(launched.state(workdir, 11), launched.state(whole, 11))
+    launched.assert_same_bits(launched.state(workdir, 24), launched.state(pair, 24))
 
 
 WAITS = """
