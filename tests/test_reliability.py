@@ -99,18 +99,28 @@ def in_evaluation(workdir):
 
 PHASES = {
     'compile': lambda w: 'steps   60' in launched.log_of(w).read_text(),
-    'step': lambda w: launched.last_step(w) >= 3,
+    'step': lambda w: launched.last_step(w) >= 23,
     'evaluation': in_evaluation,
     'save': launched.unfinished,
 }
 
 
-@pytest.mark.parametrize('phase', [
-    pytest.param('compile', marks=pytest.mark.slow), 'step', 'evaluation',
-    pytest.param('save', marks=pytest.mark.slow),
+@pytest.mark.parametrize('phases', [  # of a run that is stopped in each
+    ('evaluation', 'step'), pytest.param(('compile', 'save'), marks=pytest.mark.slow),
 ])
-def test_signals_save_and_say_how_to_resume(phase, folder, whole, tmp_path):
+def test_signals_save_and_say_how_to_resume(phases, folder, whole, tmp_path):
     workdir = tmp_path / 'run'
+    for k, phase in enumerate(phases):
+        saved = stop_in(phase, folder, workdir)
+        output = launched.log_of(workdir).read_text()
+        assert output.count('give the same command again') == k + 1
+    assert finish(folder, workdir)[0] == 0
+    assert f'resumed at step {saved}' in launched.log_of(workdir).read_text()
+    assert_as_undisturbed(workdir, whole)
+
+
+def stop_in(phase, folder, workdir):
+    """Starts the run and stops it by a signal in a phase; returns the step that it has saved."""
     signum, status = (
         (signal.SIGINT, 130) if phase in ('step', 'save') else (signal.SIGTERM, 143)
     )
@@ -120,16 +130,13 @@ def test_signals_save_and_say_how_to_resume(phase, folder, whole, tmp_path):
     before = launched.last_step(workdir)
     process.send_signal(signum)
     assert process.wait(timeout=60) == status
-    output = launched.log_of(workdir).read_text()
-    assert 'give the same command again' in output and 'Traceback' not in output
+    assert 'Traceback' not in launched.log_of(workdir).read_text()
     saved = launched.checkpoints(workdir)[-1]
     assert before <= saved < STEPS and not launched.unfinished(workdir)
     assert saved == launched.last_step(workdir) > 0  # nothing was trained that was not saved
     if phase == 'evaluation':  # cut short, to be made again
         assert saved == 20 and not any('val/loss' in x for x in launched.metrics(workdir))
-    assert finish(folder, workdir)[0] == 0
-    assert f'resumed at step {saved}' in launched.log_of(workdir).read_text()
-    assert_as_undisturbed(workdir, whole)
+    return saved
 
 
 @pytest.mark.slow
