@@ -288,9 +288,12 @@ def test_status_1_where_it_does_not_fit():
 
 @needs_compiler
 @pytest.mark.slow
-def test_fit_on_a_slice_of_tpus():
-    arguments = ['--config=experiments/pretrain.py:l/16', '--topology=v5e:2x4',
-                 '--config.model.depth=4', '--config.data.batch_size=16384']  # fmt: skip
+def test_fit_on_a_slice_of_tpus(experiment):
+    # One wide block, whose weights exceed a chip's memory, compiles faster than deep activations.
+    arguments = [f'--config={experiment}', '--topology=v5e:2x2', '--config.model.dtype=bfloat16',
+                 '--config.model.width=12288', '--config.model.num_heads=96',
+                 '--config.model.mlp_dim=49152', '--config.model.depth=1',
+                 '--config.data.batch_size=8']  # fmt: skip
     status, out, err = run(*arguments, '--json', '--fit')
     assert status == 1, err
     plan = json.loads(out)
