@@ -146,6 +146,10 @@ DINOV2 = dict(
     hidden_size=48, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=4, image_size=42,
     patch_size=14,
 )  # fmt: skip
+DINOV3 = dict(
+    hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+    image_size=32, patch_size=8, num_register_tokens=3, layerscale_value=0.7,
+)  # fmt: skip
 CLASSES = ('ant', 'bee', 'cat', 'dog', 'eel')
 NAMED = dict(id2label=dict(enumerate(CLASSES)), label2id={n: i for i, n in enumerate(CLASSES)})
 HF = {
@@ -161,6 +165,12 @@ HF = {
     'dinov2': ('Dinov2Model', DINOV2),
     'dinov2_classes': ('Dinov2ForImageClassification', DINOV2 | NAMED),
     'dinov2_swiglu': ('Dinov2ForImageClassification', DINOV2 | NAMED | dict(use_swiglu_ffn=True)),
+    'dinov3': ('DINOv3ViTModel', DINOV3),
+    'dinov3_gated': ('DINOv3ViTModel', DINOV3 | dict(use_gated_mlp=True, hidden_act='silu')),
+    'dinov3_key_bias': (
+        'DINOv3ViTModel', DINOV3 | dict(key_bias=True, query_bias=False, num_register_tokens=0),
+    ),
+    'dinov3_rectangle': ('DINOv3ViTModel', DINOV3 | dict(image_size=(24, 40), rope_theta=30.0)),
     'registers': ('Dinov2WithRegistersModel', DINOV2),
     'registers_classes': (
         'Dinov2WithRegistersForImageClassification', DINOV2 | NAMED | dict(num_register_tokens=3),
@@ -224,19 +234,21 @@ def test_transformers_loads(hf):
     theirs = by_torch(hf.module, hf.images)
     assert_as_transformers(hf.read.model, hf.read.params, hf.images, theirs)
     zeros = done(hf.read.account).get('re-initialised', set())
-    assert zeros == ({'encoder/attn/qkv/bias'} if hf.name == 'vit_no_qkv_bias' else set())
+    no_bias = hf.name in ('vit_no_qkv_bias', 'dinov3_key_bias')
+    assert zeros == ({'encoder/attn/qkv/bias'} if no_bias else set())
     unused = done(hf.read.account).get('unused', set())
     assert unused <= {'embeddings.mask_token'}
 
 
 @pytest.mark.parametrize('hf', [
-    'vit', 'deit_pooler', 'deit_teacher', 'dinov2', 'registers_classes',
+    'vit', 'deit_pooler', 'deit_teacher', 'dinov2', 'registers_classes', 'dinov3',
 ], indirect=True)  # fmt: skip
 def test_transformers_resizes(hf):
     patch = hf.fields['patch_size']
     size = hf.size[0] + 2 * patch, hf.size[1] + patch
     images = random_images(2, *size, hf.images.shape[-1])
-    options = {} if 'mlp_ratio' in hf.fields else dict(interpolate_pos_encoding=True)
+    has_option = 'mlp_ratio' not in hf.fields and 'dinov3' not in hf.name
+    options = {} if not has_option else dict(interpolate_pos_encoding=True)
     model, params = vit_jax.load(hf.folder, image_size=size)
     assert_as_transformers(model, params, images, by_torch(hf.module, images, **options))
 

@@ -8,7 +8,7 @@ from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
-from vit_jax.models import layers
+from vit_jax.models import layers, rotary
 
 SMALL = dict(width=24, depth=3, num_heads=3, mlp_dim=32, patch_size=4)
 
@@ -192,6 +192,43 @@ def test_positions_at_another_place_are_those_that_are_learnt():
         models.build('vit-ti/16', posemb='relative', posemb_at='layers')
 
 
+def test_patches_are_rotated_by_the_distance_between_them():
+    """As complex numbers in float64; the tokens before the patches stay as they are."""
+    (h, w), channels, base = (3, 5), 8, 30.0
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(2, 2 + h * w, 3, channels)) for _ in 'qk')
+    tables = rotary.rotation((h, w), 2, channels, base)
+    turned = [np.asarray(rotary.rotate(jnp.float32(x), *tables)) for x in (q, k)]
+    np.testing.assert_array_equal(turned[0][:, :2], np.float32(q[:, :2]))
+
+    y, x = np.mgrid[:h, :w].reshape(2, -1)
+    pairs = [x[..., : channels // 2] + 1j * x[..., channels // 2 :] for x in (q, k)]
+    products = pairs[0][:, 2:, None] * pairs[1][:, None, 2:].conj()  # [B, N, N, H, C / 2]
+    for c in range(channels // 2):
+        side, place = ((h, y), (w, x))[c // 2]
+        speed = 2 * np.pi * base ** (-4 * (c % 2) / channels)
+        apart = 2 / side * (place[:, None] - place)  # of patches [N, N], in [-2, 2]
+        products[..., c] *= np.exp(1j * speed * apart)[..., None]
+    logits = np.einsum('bqhc,bkhc->bqkh', *(x[:, 2:] for x in turned))
+    np.testing.assert_allclose(logits, products.real.sum(-1), atol=1e-5)
+
+
+def test_keys_without_a_bias_ignore_it_and_never_learn_one():
+    model, params, images = small(key_bias=False, posemb='none', rope=100.0, num_heads=2)
+    logits, _ = model.apply({'params': params}, images)
+    bias = params['encoder']['attn']['qkv']['bias']  # [L, 3, H, C]
+    other = jax.tree.map(jnp.array, params)
+    other['encoder']['attn']['qkv']['bias'] = bias.at[:, 1].add(7.0)
+    np.testing.assert_array_equal(model.apply({'params': other}, images)[0], logits)
+    with_bias = model.clone(key_bias=True)
+    assert np.abs(with_bias.apply({'params': other}, images)[0] - logits).max() > 1e-3
+    grads = jax.grad(lambda p: jnp.sum(model.apply({'params': p}, images)[0] ** 2))(params)
+    grads = grads['encoder']['attn']['qkv']['bias']
+    assert not np.any(grads[:, 1]) and np.all(np.any(grads[:, ::2], axis=(2, 3)))
+    with pytest.raises(UserError, match='channels divisible by 4, not 6'):
+        small(rope=100.0, num_heads=4)
+
+
 @pytest.mark.parametrize('pool', ['cls', 'gap', 'map', 'none'])
 @pytest.mark.parametrize('posemb', ['learn', 'sincos2d', 'none'])
 def test_shapes_of_intermediates(pool, posemb):
@@ -362,6 +399,7 @@ def test_bfloat16_computes_close_and_keeps_float32_parameters():
     dict(name='vit/4', **{**SMALL, 'num_heads': 2}, pool='cls_gap', dist_token=True,
          dist_head=True, registers=2, registers_posemb=True, pre_norm=True, fc_norm=True, glu=True,
          gelu='quick', layer_scale=0.1),
+    dict(name='vit/4', **{**SMALL, 'num_heads': 2}, posemb='none', rope=100.0, key_bias=False),
 ])
 def test_every_kind_of_model_trains_on_a_mesh(fields):
     """All parameters have a sharding rule, and the loss on eight devices is that on one."""

@@ -3,6 +3,7 @@
 import pathlib
 import re
 from collections.abc import Collection, Sequence
+from types import ModuleType
 from typing import Any
 
 from vit_jax.convert import (
@@ -10,6 +11,7 @@ from vit_jax.convert import (
     files,
     hf,
     hf_config,
+    hf_dinov3,
     hf_processor,
     official,
     timm,
@@ -26,6 +28,7 @@ from vit_jax.convert.documents import (
     stated_loss,
 )
 from vit_jax.convert.files import Array
+from vit_jax.convert.official import shape_of
 from vit_jax.convert.stages import Parsed
 from vit_jax.errors import UserError
 from vit_jax.io.storage import read_json
@@ -37,10 +40,12 @@ def parse_folder(arrays: dict[str, Array], folder: pathlib.Path) -> Parsed | Non
     record = read_json(folder / 'run_config.json') or None
     if timm.matches(arrays):
         return parse_timm(arrays, config, record)
-    if hf.matches(arrays):
+    family = hf if hf.matches(arrays) else hf_dinov3
+    if family.matches(arrays):
         names = 'processor_config.json', 'preprocessor_config.json'
         documents = (read_json(folder / name) for name in names)
-        return parse_hf(arrays, config, hf_processor.processor_settings(*documents), record)
+        settings = hf_processor.processor_settings(*documents)
+        return parse_hf(family, arrays, config, settings, record)
     return None
 
 
@@ -112,27 +117,28 @@ def parse_timm(
 
 
 def parse_hf(
+    family: ModuleType,
     arrays: dict[str, Array],
     config: dict[str, Any],
     processor: tuple[dict[str, Any], str | None],
     record: dict[str, Any] | None,
 ) -> Parsed:
     """Parses a folder of transformers; `processor` is (settings, name of their file)."""
-    renamed = hf.without_prefix(arrays)
-    kind, fields, guessed = hf.describe(renamed, config)
-    channels = hf.channels(renamed)
+    renamed = family.without_prefix(arrays)
+    kind, fields, guessed = family.describe(renamed, config)
+    channels = shape_of(renamed, family.PATCHES, 4)[1]
     if processor[1] is None:
-        images = hf_processor.Preprocessing(hf.guess_normalisation(kind, channels))
+        images = hf_processor.Preprocessing(family.guess_normalisation(kind, channels))
         why = 'of the images; there is no preprocessor_config.json'
         guessed = guessed | {'mean': why, 'std': why}
     else:
         images = hf_processor.read(*processor, kind, channels)
     size, cut = whole_patches(images.size, fields['patch_size'])
-    unknown = (*hf_config.unknown_keys(config), *images.unknown)
+    unknown = (*hf_config.unknown_keys(config, family.READ), *images.unknown)
     notes = Notes(guessed, {}, (*images.ignored, *cut), unknown)
     return Parsed(
-        'hf', 'vit', fields | images.normalisation, renamed, hf.pieces, hf.table_rows(renamed),
-        unused_arrays(renamed, hf.UNUSED), hf.image_size(config),
+        'hf', 'vit', fields | images.normalisation, renamed, hf.pieces, family.table_rows(renamed),
+        unused_arrays(renamed, family.UNUSED), size_option(config, 'image_size'),
         hf_config.class_names(config, fields['num_classes']), record,
         stated_loss(config), notes, size, images.view,
     )  # fmt: skip

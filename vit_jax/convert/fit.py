@@ -57,7 +57,7 @@ def fit(
             account.append(('re-initialised', name, f'zeros: {model.num_classes} classes'))
     account += [('unused', name, why) for name, why in sorted(unused.items())]
     account += parsed.notes.rows(model, fields)
-    size = (image_size or parsed.image_size) if parsed.kind == 'bit' else None
+    size = (image_size or parsed.image_size) if parsed.table is None else None
     if target is not None:
         size = tuple(n * s for n, s in zip(target, model.stride, strict=True))
     loss = None if 'head' in fresh else parsed.loss or loss_of(parsed.config)

@@ -1,18 +1,20 @@
 """Folders of Hugging Face transformers: ViT (MAE and MSN too), DeiT, DINOv2; with heads or not.
 
+What saves a model also writes a DINOv3, see hf_dinov3.py.
+
 GELU and epsilon are those of config.json, the input normalisation is that of
 preprocessor_config.json. Position tables are resized by bicubic interpolation, antialiased only in
 DINOv2 with registers.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert import hf_config
-from vit_jax.convert.documents import option, size_option
+from vit_jax.convert import hf_config, hf_dinov3
+from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf_config import TYPES
 from vit_jax.convert.official import half_normalisation, shape_of
@@ -23,10 +25,7 @@ from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
 UNUSED = ((r'embeddings\.mask_token|decoder\..*', 'for masked pre-training'),)
-GELUS = {
-    'gelu': 'exact', 'gelu_python': 'exact', 'gelu_pytorch_tanh': 'tanh', 'gelu_new': 'tanh',
-    'gelu_fast': 'tanh', 'quick_gelu': 'quick',
-}  # fmt: skip
+READ = hf_config.READ
 PATCHES = 'embeddings.patch_embeddings.projection.weight'
 TABLE = 'embeddings.position_embeddings'
 INTERPOLATION = {'dinov2_with_registers': 'bicubic_antialias'}
@@ -69,11 +68,6 @@ def mlp_size(arrays: Mapping[str, Array], kind: str) -> tuple[int, bool]:
     return shape_of(arrays, 'encoder.layer.0.mlp.fc1.weight', 2)[0], False
 
 
-def channels(arrays: Mapping[str, Array]) -> int:
-    """Number of channels of the images."""
-    return shape_of(arrays, PATCHES, 4)[1]
-
-
 def guess_normalisation(kind: str, channels: int) -> dict[str, tuple[float, ...]]:
     """{mean, std} to assume without a preprocessor_config.json."""
     return IMAGENET if kind != 'vit' and channels == 3 else half_normalisation(channels)
@@ -87,16 +81,14 @@ def describe(
     width, channels, *patch = shape_of(arrays, PATCHES, 4)
     depth = count_numbered(arrays, r'encoder\.layer\.(\d+)\.')
     mlp_dim, glu = mlp_size(arrays, kind)
-    act = option(config, 'hidden_act', 'a text', 'gelu')
-    if act not in GELUS:
-        raise UserError(f'config.json: hidden_act {brief(repr(act))} is none of {", ".join(GELUS)}')
+    gelu = hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'gelu'))
     head = next((n for n in ('classifier', 'cls_classifier') if f'{n}.weight' in arrays), None)
     shape = shape_of(arrays, f'{head}.weight', 2) if head else (None, width)
     heads = hf_config.HEADS if config else guess_heads(width, depth)
     fields = dict(
         num_classes=shape[0], patch_size=tuple(patch), width=width, depth=depth,
         num_heads=option(config, 'num_attention_heads', 'a whole number above 0', heads),
-        mlp_dim=mlp_dim, glu=glu, gelu=GELUS[act],
+        mlp_dim=mlp_dim, glu=glu, gelu=gelu,
         epsilon=option(config, 'layer_norm_eps', 'a number above 0', hf_config.EPSILON[kind]),
         pool='cls_gap' if shape[1] == 2 * width else 'cls', cls_token=True,
         dist_token='embeddings.distillation_token' in arrays,
@@ -127,13 +119,10 @@ def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int]:
     return TABLE, shape_of(arrays, TABLE, 3)[1]
 
 
-def image_size(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Image size (height, width) of the checkpoint; None if the config does not state it."""
-    return size_option(config, 'image_size')
-
-
 def pieces(model: nn.Module) -> list[Piece]:
     """Pieces of all arrays of a model's file, without the prefix of one inside a classifier."""
+    if model.rope is not None:
+        return hf_dinov3.pieces(model)
     dinov2 = model.layer_scale is not None
     names = {
         'cls': 'embeddings.cls_token', 'dist': 'embeddings.distillation_token',
@@ -183,8 +172,18 @@ def block_pieces(theirs: str, index: tuple, model: nn.Module, dinov2: bool) -> l
     return rows
 
 
+def model_config(
+    model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
+) -> dict[str, Any]:
+    """Content of config.json."""
+    family = hf_config if model.rope is None else hf_dinov3
+    return family.model_config(model, size, classes)
+
+
 def limits(model: nn.Module) -> dict[str, tuple]:
     """{field: values that the format can express} for `save`."""
+    if model.rope is not None:
+        return hf_dinov3.limits(model)
     dinov2 = model.layer_scale is not None
     pools = ('cls',)
     if dinov2:
@@ -211,7 +210,7 @@ def with_both_pools(
     Raises UserError for a model without a class token, since transformers would add one, which the
     patches would attend to.
     """
-    if model.layer_scale is None or model.num_classes is None:
+    if model.layer_scale is None or model.num_classes is None or model.rope is not None:
         return model, params
     if 'cls' not in model.prefix:
         raise UserError('format hf has a class token in each DINOv2, this model none; timm can')
@@ -237,6 +236,8 @@ def with_prefix(
     kind = hf_config.model_type(model)
     prefix = f'{kind}.' if model.num_classes is not None else ''
     arrays = {n if n.startswith(heads) else prefix + n: a for n, a in arrays.items()}
+    if kind == hf_dinov3.TYPE:
+        return arrays | hf_dinov3.without_effect(model)
     if kind == 'dinov2_with_registers':
         arrays[f'{prefix}embeddings.mask_token'] = np.zeros((1, model.width), np.float32)
     return arrays

@@ -19,6 +19,10 @@ EPSILON = {  # the default layer_norm_eps
     'dinov2_with_registers': 1e-6,
 }  # fmt: skip
 HEADS = 12  # the default num_attention_heads of each
+GELUS = {
+    'gelu': 'exact', 'gelu_python': 'exact', 'gelu_pytorch_tanh': 'tanh', 'gelu_new': 'tanh',
+    'gelu_fast': 'tanh', 'quick_gelu': 'quick',
+}  # fmt: skip
 ACTS = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'quick': 'quick_gelu'}  # by kind of GELU
 READ = {
     'model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'hidden_act',
@@ -30,11 +34,12 @@ READ = {
 # what is returned and how, decoders of pre-training, feature maps of a backbone, versions and
 # names. label2id is the inverse of id2label.
 IRRELEVANT = {
-    'hidden_dropout_prob', 'attention_probs_dropout_prob', 'drop_path_rate', 'initializer_range',
-    'initializer_factor', 'classifier_dropout', 'encoder_stride', 'mask_ratio', 'norm_pix_loss',
-    'decoder_hidden_size', 'decoder_intermediate_size', 'decoder_num_attention_heads',
-    'decoder_num_hidden_layers', 'use_mask_token', 'apply_layernorm', 'reshape_hidden_states',
-    'out_features', 'out_indices', '_out_features', '_out_indices', 'stage_names', 'architectures',
+    'hidden_dropout_prob', 'attention_probs_dropout_prob', 'attention_dropout', 'drop_path_rate',
+    'initializer_range', 'initializer_factor', 'classifier_dropout', 'encoder_stride',
+    'mask_ratio', 'norm_pix_loss', 'decoder_hidden_size', 'decoder_intermediate_size',
+    'decoder_num_attention_heads', 'decoder_num_hidden_layers', 'use_mask_token',
+    'apply_layernorm', 'reshape_hidden_states', 'out_features', 'out_indices', '_out_features',
+    '_out_indices', 'stage_names', 'architectures',
     'transformers_version', 'dtype', 'torch_dtype', '_name_or_path', 'name_or_path', 'label2id',
     'output_attentions', 'output_hidden_states', 'return_dict', 'use_return_dict', 'torchscript',
     'use_bfloat16', 'tf_legacy_loss', 'chunk_size_feed_forward', 'gradient_checkpointing',
@@ -46,10 +51,21 @@ IRRELEVANT = {
 }  # fmt: skip
 
 
-def unknown_keys(config: dict[str, Any]) -> tuple[str, ...]:
-    """Keys that are neither read nor irrelevant."""
-    known = READ | IRRELEVANT
+def unknown_keys(config: dict[str, Any], read: Collection[str]) -> tuple[str, ...]:
+    """Keys that are neither in `read` nor irrelevant."""
+    known = IRRELEVANT.union(read)
     return tuple(f'config.json: {brief(key)}' for key in config if key not in known)
+
+
+def gelu_of(act: str, gated: bool = False) -> str:
+    """The kind of GELU of `hidden_act`; 'exact' for a gated MLP, whose SiLU is the only one."""
+    kinds = {'silu': 'exact', 'swish': 'exact'} if gated else GELUS
+    if act not in kinds:
+        raise UserError(
+            f'config.json: hidden_act {brief(repr(act))} is none of {", ".join(kinds)}'
+            + (' of a gated MLP' if gated else '')
+        )
+    return kinds[act]
 
 
 def check_config(
@@ -139,6 +155,8 @@ def class_names(config: dict[str, Any], count: int | None) -> tuple[str, ...] | 
 
 def model_type(model: nn.Module) -> str:
     """The model_type that a model is saved as."""
+    if model.rope is not None:
+        return 'dinov3_vit'
     if model.layer_scale is not None:
         return 'dinov2_with_registers' if model.registers else 'dinov2'
     return 'deit' if model.dist_token else 'vit'

@@ -21,6 +21,7 @@ SQUARE = dict(
     size={'height': 224, 'width': 224}, crop_size=None, do_center_crop=False, resample=BICUBIC,
     image_mean=HALF, image_std=HALF, default_to_square=True,
 )  # fmt: skip
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 CROPPED = SQUARE | dict(
     size={'shortest_edge': 224}, crop_size={'height': 224, 'width': 224}, do_center_crop=True,
     image_mean=CLIP[0], image_std=CLIP[1], default_to_square=False,
@@ -34,9 +35,14 @@ DEFAULTS = {
     'Bit': CROPPED,
     'CLIP': CROPPED,
     'Siglip': SQUARE | dict(default_to_square=False),
+    'DINOv3ViT': SQUARE | dict(
+        resample=BILINEAR, image_mean=IMAGENET[0], image_std=IMAGENET[1],
+    ),
     'Beit': SQUARE | dict(crop_size={'height': 224, 'width': 224}),
 }  # fmt: skip
-OF_MODEL = {'deit': 'DeiT', 'dinov2': 'Bit', 'dinov2_with_registers': 'Bit'}  # others: ViT
+OF_MODEL = {  # others: ViT
+    'deit': 'DeiT', 'dinov2': 'Bit', 'dinov2_with_registers': 'Bit', 'dinov3_vit': 'DINOv3ViT',
+}  # fmt: skip
 SWITCHES = ('do_resize', 'do_rescale', 'do_normalize')  # true where they are left out
 READ = {
     'image_processor_type', 'feature_extractor_type', 'size', 'crop_size', 'do_center_crop',

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from vit_jax.convert import big_vision, hf, hf_config, hf_processor, official, timm, views
+from vit_jax.convert import big_vision, hf, hf_processor, official, timm, views
 from vit_jax.convert.documents import PROBLEMS, class_names
 from vit_jax.convert.pieces import file_arrays
 from vit_jax.convert.stages import loss_of, size_of, view_of
@@ -181,8 +181,9 @@ def can_express(model: nn.Module, format: str) -> bool:
 
 def limits_of(model: nn.Module, format: str) -> dict[str, tuple]:
     """{field: values that the format can express}."""
-    at_stem = {'posemb_at': ('stem',)} if hasattr(model, 'posemb_at') else {}
-    return FAMILIES[format].limits(model) | at_stem
+    plain = dict(posemb_at=('stem',), rope=(None,), key_bias=(True,))
+    limits = plain if hasattr(model, 'rope') else {}
+    return limits | FAMILIES[format].limits(model)
 
 
 def check_params(
@@ -246,7 +247,7 @@ def folder_documents(
     format: str, model: nn.Module, about: About
 ) -> tuple[dict[str, Any], list[str]]:
     """({name: content} of the JSON files of a folder, notes on what they lack of the view)."""
-    model_config = {'timm': timm.model_config, 'hf': hf_config.model_config}[format]
+    model_config = {'timm': timm.model_config, 'hf': hf.model_config}[format]
     documents = {'config.json': model_config(model, about.image_size, about.classes)}
     if about.loss is not None:
         documents['config.json']['problem_type'] = PROBLEMS[about.loss]

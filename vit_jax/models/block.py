@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vit_jax.models import attention, embedding, memory
+from vit_jax.models import attention, embedding, memory, rotary
 from vit_jax.models.layers import Dropout, Dtype, Mlp, Projection, dropped
 from vit_jax.models.memory import rounded, shard_batch
 
@@ -54,12 +54,14 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Multi-head self-attention (arXiv:1706.03762 section 3.2): [B, T, D] -> [B, T, D].
 
-    Returns (output, probabilities [B, H, T, T], or None where `capture` is off).
+    `rotation` is that of rotary.rotation, for queries and keys. Returns (output, probabilities
+    [B, H, T, T], or None where `capture` is off).
     """
 
     num_heads: int
     kind: str = 'auto'
     qk_norm: bool = False
+    key_bias: bool = True
     relative: bool = False  # a key per offset in the sequence, arXiv:2010.11929 app. D.4
     relative_std: float | None = None  # initial deviation of these keys; None: C^-0.5
     epsilon: float = 1e-6
@@ -70,15 +72,22 @@ class Attention(nn.Module):
     quantize: str = 'none'
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
         dense = dict(dtype=self.dtype, quantize=self.quantize)
         qkv, bias = Projection((width,), (3, *heads), qkv_init, True, **dense, name='qkv')(x)
-        if self.qk_norm:
-            q, k, v = jnp.split(qkv + bias.astype(self.dtype), 3, axis=2)
-            q = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='q_norm')(q)
-            k = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='k_norm')(k)
+        if not self.key_bias:
+            bias = bias.at[1].set(0)
+        if self.qk_norm or rotation is not None:
+            q, k, v = jnp.split(qkv + bias.astype(self.dtype), 3, axis=2)  # [B, T, 1, H, C]
+            if self.qk_norm:
+                q = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='q_norm')(q)
+                k = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='k_norm')(k)
+            if rotation is not None:
+                q, k = (rotary.rotate(x, *rotation) for x in (q, k))
             qkv, bias = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(bias)
         x, captured = self.attend(qkv, bias)
         out = Projection(heads, (width,), **dense, name='out')(x)
@@ -119,7 +128,7 @@ class Block(nn.Module):
 
     `drop_path` is the rate of this block (arXiv:1603.09382), `layer_scale` the initial value of
     per-channel residual scales (arXiv:2103.17239 eq. 3; None: no scales). Positions, its own or
-    `shared` ones, are added to its input.
+    `shared` ones, are added to its input. `rotation` is that of rotary.rotation.
     """
 
     num_heads: int
@@ -128,6 +137,7 @@ class Block(nn.Module):
     glu: bool = False
     epsilon: float = 1e-6
     qk_norm: bool = False
+    key_bias: bool = True
     relative: bool = False
     relative_std: float | None = None
     positions: tuple | None = None  # arguments of embedding.positions for a table of its own
@@ -157,7 +167,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, drop_path: jax.Array, shared: jax.Array | None = None
+        self, x: jax.Array, drop_path: jax.Array, shared: jax.Array | None = None,
+        rotation: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
         """(output, (attention probabilities, the output again)), the latter two if captured."""
         norm = dict(epsilon=self.epsilon, dtype=self.dtype)
@@ -171,6 +182,7 @@ class Block(nn.Module):
             self.num_heads,
             self.attention,
             qk_norm=self.qk_norm,
+            key_bias=self.key_bias,
             relative=self.relative,
             relative_std=self.relative_std,
             epsilon=self.epsilon,
@@ -180,7 +192,7 @@ class Block(nn.Module):
             dtype=self.matmul_dtype,
             quantize=self.quantize,
             name='attn',
-        )(y)
+        )(y, rotation)
         y = Dropout(self.dropout, deterministic=self.deterministic)(y)
         x = checkpoint_name(self.residual(x, y, drop_path, 'scale1'), 'middle')
         y = nn.LayerNorm(**norm, name='norm2')(x)

@@ -21,6 +21,7 @@ from vit_jax.models import (
     pooling,
     quantized,
     resnet,
+    rotary,
     stem,
 )
 from vit_jax.models.flops import vit_flops
@@ -83,6 +84,8 @@ class Vit(nn.Module):
     # initial deviation of learnt positions: 0.02 for arXiv:2010.11929 (vision_transformer
     # models_vit.py:192); None: width^-0.5, as big_vision, and that of a head for relative ones
     posemb_std: NonNegative[float] | None = None
+    # base of rotary positions of the patches in attention, arXiv:2508.10104 section 3.2; None: none
+    rope: Positive[float] | None = None
     # how the position table is resized to another image size
     interpolation: Literal['linear', 'bicubic', 'bicubic_antialias'] = 'linear'
     cls_token: bool | None = None  # class token; None: if `pool` reads it
@@ -99,6 +102,7 @@ class Vit(nn.Module):
     fc_norm: bool = False  # last norm after pooling instead of before it
     layer_scale: NonNegative[float] | None = None  # initial scale of residual branches; None: none
     qk_norm: bool = False  # norm of queries and keys
+    key_bias: bool = True  # keys have a bias; without one it stays zero
     gelu: layers.Gelu = 'tanh'  # exact GELU, its tanh approximation, or CLIP's quick one
     glu: bool = False  # SwiGLU instead of GELU, arXiv:2002.05202
     epsilon: Positive[float] = 1e-6  # term added to the variance in norms
@@ -174,6 +178,11 @@ class Vit(nn.Module):
             raise UserError(
                 f'model.width {self.width} is not divisible by model.num_heads {self.num_heads}'
             )
+        if self.rope is not None and self.width // self.num_heads % 4:
+            raise UserError(
+                'model.rope needs heads of a number of channels divisible by 4, not '
+                f'{self.width // self.num_heads}'
+            )
         if self.pool in ('cls', 'cls_gap') and 'cls' not in self.prefix:
             raise UserError(f'model.pool {self.pool!r} needs model.cls_token')
         if self.dist_head and not self.dist_token:
@@ -242,13 +251,16 @@ class Vit(nn.Module):
 
         Also returns {name: array} of what is captured.
         """
-        table = (self.posemb, grid, sum(self.prefix.values()), self.width, self.posemb_std)
-        shared = None
+        before = sum(self.prefix.values())
+        table = (self.posemb, grid, before, self.width, self.posemb_std)
+        shared = rotation = None
+        if self.rope is not None:
+            rotation = rotary.rotation(grid, before, self.width // self.num_heads, self.rope)
         if self.posemb_at == 'shared':
             shared = embedding.positions(self, *table)
         scan = self.is_initializing() or (train and self.remat != 'none')
         encoder = memory.stacked(
-            block.Block, self.depth, self.unroll, scan, self.remat, (0, nn.broadcast)
+            block.Block, self.depth, self.unroll, scan, self.remat, (0, nn.broadcast, nn.broadcast)
         )(
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
@@ -256,6 +268,7 @@ class Vit(nn.Module):
             glu=self.glu,
             epsilon=self.epsilon,
             qk_norm=self.qk_norm,
+            key_bias=self.key_bias,
             relative=self.posemb == 'relative',
             positions=table if self.posemb_at == 'layers' else None,
             relative_std=self.posemb_std,
@@ -272,7 +285,8 @@ class Vit(nn.Module):
             quantize=self.quantize,
             name='encoder',
         )
-        y, (probabilities, tokens) = encoder(x, jnp.linspace(0, self.drop_path, self.depth), shared)
+        rates = jnp.linspace(0, self.drop_path, self.depth)
+        y, (probabilities, tokens) = encoder(x, rates, shared, rotation)
         arrays = {'attention': probabilities}
         if tokens is not None:
             tokens = jnp.concatenate([x[None], tokens])

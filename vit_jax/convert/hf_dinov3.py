@@ -1,0 +1,183 @@
+"""DINOv3 of transformers (arXiv:2508.10104): rotary positions, registers, keys without a bias.
+
+A key that config.json leaves out has the default of DINOv3ViTConfig in transformers 5.24.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from vit_jax.convert import hf_config
+from vit_jax.convert.documents import check_agreement, option, size_option
+from vit_jax.convert.files import Array
+from vit_jax.convert.official import half_normalisation, shape_of
+from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
+from vit_jax.convert.timm_config import IMAGENET
+from vit_jax.convert.timm_model import guess_heads
+from vit_jax.errors import UserError
+from vit_jax.io.text import brief
+
+TYPE = 'dinov3_vit'
+PATCHES = 'embeddings.patch_embeddings.weight'
+REGISTERS = 'embeddings.register_tokens'  # [1, 0, D] where there are none
+UNUSED = ((r'embeddings\.mask_token', 'for masked pre-training'),)
+READ = {
+    'model_type', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
+    'hidden_act', 'layer_norm_eps', 'rope_theta', 'image_size', 'patch_size', 'num_channels',
+    'query_bias', 'key_bias', 'value_bias', 'proj_bias', 'mlp_bias', 'layerscale_value',
+    'use_gated_mlp', 'num_register_tokens',
+    'pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale',  # of training, without effect here
+}  # fmt: skip
+BIASES = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj', 'proj': 'o_proj'}
+LAYER = 'layer.0.'
+
+
+def matches(names: Collection[str]) -> bool:
+    """Whether the arrays, without a prefix, are those of this family."""
+    return PATCHES in names and f'{LAYER}attention.k_proj.weight' in names
+
+
+def without_prefix(arrays: dict[str, Array]) -> dict[str, Array]:
+    """The arrays but empty registers; transformers has no model with a DINOv3 inside."""
+    return {n: x for n, x in arrays.items() if n != REGISTERS or x.shape[1:2] != (0,)}
+
+
+def table_rows(arrays: Mapping[str, Array]) -> None:
+    """None, as positions are computed."""
+
+
+def guess_normalisation(kind: str, channels: int) -> dict[str, tuple[float, ...]]:
+    """{mean, std} to assume without a preprocessor_config.json."""
+    return IMAGENET if channels == 3 else half_normalisation(channels)
+
+
+def describe(
+    arrays: Mapping[str, Array], config: dict[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
+    kind = option(config, 'model_type', 'a text', TYPE)
+    if kind != TYPE:
+        raise UserError(
+            f'config.json: model_type is {brief(repr(kind))}, but the arrays are those of {TYPE}'
+        )
+    width, channels, *patch = shape_of(arrays, PATCHES, 4)
+    depth = count_numbered(arrays, r'layer\.(\d+)\.')
+    glu = f'{LAYER}mlp.gate_proj.weight' in arrays
+    gelu = hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'gelu'), glu)
+    fields = dict(
+        num_classes=None, patch_size=tuple(patch), width=width, depth=depth,
+        num_heads=option(config, 'num_attention_heads', 'a whole number above 0',
+                         6 if config else guess_heads(width, depth)),
+        mlp_dim=shape_of(arrays, f'{LAYER}mlp.up_proj.weight', 2)[0], glu=glu, gelu=gelu,
+        epsilon=option(config, 'layer_norm_eps', 'a number above 0', 1e-5),
+        pool='cls', cls_token=True, posemb='none',
+        rope=float(option(config, 'rope_theta', 'a number above 0', 100.0)),
+        key_bias=f'{LAYER}attention.k_proj.bias' in arrays,
+        registers=arrays[REGISTERS].shape[1] if REGISTERS in arrays else 0,
+        layer_scale=float(option(config, 'layerscale_value', 'a number', 1.0)),
+    )  # fmt: skip
+    check_config(config, arrays, fields, channels)
+    if config:
+        return kind, fields, {}
+    why = 'there is no config.json'
+    guessed = dict.fromkeys(('num_heads', 'epsilon', 'rope', 'gelu'), why)
+    return kind, fields, guessed
+
+
+def check_config(
+    config: dict[str, Any], arrays: Collection[str], fields: dict[str, Any], channels: int
+) -> None:
+    """Raises UserError if the arrays contradict the config."""
+    if not config:
+        return
+    count, flag = 'a whole number above 0', 'true or false'
+    inferred = dict(
+        hidden_size=fields['width'], num_hidden_layers=fields['depth'], num_channels=channels,
+        intermediate_size=fields['mlp_dim'], patch_size=fields['patch_size'],
+        use_gated_mlp=fields['glu'], num_register_tokens=fields['registers'],
+        mlp_bias=f'{LAYER}mlp.up_proj.bias' in arrays,
+        **{f'{key}_bias': f'{LAYER}attention.{name}.bias' in arrays
+           for key, name in BIASES.items()},
+    )  # fmt: skip
+    stated = {
+        'hidden_size': option(config, 'hidden_size', count, 384),
+        'num_hidden_layers': option(config, 'num_hidden_layers', count, 12),
+        'num_channels': option(config, 'num_channels', count, 3),
+        'intermediate_size': option(config, 'intermediate_size', count, 1536),
+        'patch_size': size_option(config, 'patch_size') or (16, 16),
+        'use_gated_mlp': option(config, 'use_gated_mlp', flag, False),
+        'num_register_tokens': option(config, 'num_register_tokens', 'a whole number', 0),
+        'mlp_bias': option(config, 'mlp_bias', flag, True),
+        **{f'{key}_bias': option(config, f'{key}_bias', flag, key != 'key') for key in BIASES},
+    }  # fmt: skip
+    check_agreement(stated, inferred)
+
+
+def pieces(model: nn.Module) -> list[Piece]:
+    """Pieces of all arrays of a model's file."""
+    names = {'cls': 'embeddings.cls_token', 'registers': REGISTERS}
+    projection = PATCHES.removesuffix('.weight')
+    rows = [
+        Piece(f'{projection}.weight', 'embedding/kernel', layout='conv'),
+        Piece(f'{projection}.bias', 'embedding/bias', layout='vector'),
+        *(Piece(names[name], name) for name in model.prefix),
+    ]
+    layers = {'up_proj': 'fc1', 'down_proj': 'fc2', **({'gate_proj': 'gate'} if model.glu else {})}
+    for i in range(model.depth):
+        theirs, index = f'layer.{i}', (i,)
+        for n in (1, 2):
+            rows += norm_pieces(f'{theirs}.norm{n}.', f'encoder/norm{n}', index, scale='weight')
+            rows.append(Piece(f'{theirs}.layer_scale{n}.lambda1', f'encoder/scale{n}', index))
+        for k, name in enumerate(('q_proj', 'k_proj', 'v_proj')):
+            kernel, bias = linear_pieces(
+                f'{theirs}.attention.{name}', 'encoder/attn/qkv', index, at=(k,), optional=True
+            )
+            rows += [kernel, bias] if model.key_bias or name != 'k_proj' else [kernel]
+        rows += linear_pieces(
+            f'{theirs}.attention.o_proj', 'encoder/attn/out', index, inputs=2, optional=True
+        )
+        for name, ours in layers.items():
+            rows += linear_pieces(
+                f'{theirs}.mlp.{name}', f'encoder/mlp/{ours}', index, optional=True
+            )
+    return rows + norm_pieces('norm.', 'norm', scale='weight')
+
+
+def without_effect(model: nn.Module) -> dict[str, np.ndarray]:
+    """Arrays of a file that outputs do not depend on."""
+    arrays = {'embeddings.mask_token': np.zeros((1, 1, model.width), np.float32)}
+    if not model.registers:
+        arrays[REGISTERS] = np.zeros((1, 0, model.width), np.float32)
+    return arrays
+
+
+def limits(model: nn.Module) -> dict[str, tuple]:
+    """{field: values that the format can express} for `save`."""
+    return dict(
+        rope=(model.rope,), key_bias=(True, False), num_classes=(None,), resnet=(None,),
+        pool=('cls',), posemb=('none',), dist_token=(False,), pre_norm=(False,), fc_norm=(False,),
+        qk_norm=(False,), representation_size=(None,),
+        layer_scale=(1.0 if model.layer_scale is None else model.layer_scale,),
+    )  # fmt: skip
+
+
+def model_config(
+    model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
+) -> dict[str, Any]:
+    """Content of config.json."""
+    image, patch = (
+        pair[0] if pair[0] == pair[1] else list(pair) for pair in (size, model.patch_size)
+    )
+    return dict(
+        architectures=['DINOv3ViTModel'], model_type=TYPE, dtype='float32',
+        hidden_size=model.width, intermediate_size=model.mlp_dim, num_hidden_layers=model.depth,
+        num_attention_heads=model.num_heads, image_size=image, patch_size=patch,
+        num_channels=len(model.mean), layer_norm_eps=model.epsilon, rope_theta=model.rope,
+        hidden_act='silu' if model.glu else hf_config.ACTS[model.gelu],
+        query_bias=True, key_bias=model.key_bias, value_bias=True, proj_bias=True, mlp_bias=True,
+        layerscale_value=model.layer_scale, use_gated_mlp=model.glu,
+        num_register_tokens=model.registers, attention_dropout=0.0, drop_path_rate=0.0,
+        initializer_range=0.02,
+    )  # fmt: skip
