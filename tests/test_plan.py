@@ -215,7 +215,7 @@ def test_the_command_on_simulated_devices(experiment):
 
 @pytest.mark.slow
 def test_what_fit_finds_makes_it_fit(experiment, whole):
-    small = devices.DEVICES['TPU v4']._replace(usable=0.75 * whole['memory']['needed'])
+    small = devices.DEVICES['TPU v4']._replace(usable=0.85 * whole['memory']['needed'])
     first = {**whole, 'memory': {**whole['memory'], 'available': small.usable, 'fits': False}}
     said = []
     config = configs.load(experiment)
