@@ -12,7 +12,6 @@ from vit_jax.convert.load import catalogue
 from vit_jax.tables import protocols
 from vit_jax.tables import recipes as tables
 
-FILES = [name for name in recipes.FILES if name not in ('imagenet', 'study')]
 # Keys of a config that no number depends on, or that the model's name sets.
 FREE = re.compile(
     r'model\.(width|depth|num_heads|mlp_dim|tokens_mlp_dim|patch_size|units|resnet|resnet_width|'
@@ -188,7 +187,7 @@ def check(name, args, known):
     assert not wrong, f'{len(wrong)}\n' + '\n'.join(wrong)
 
 
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', recipes.PUBLISHED)
 def test_recipes_follow_their_protocols(name, known):
     args = recipes.module(name).ARGS
     if name == 'augreg':  # each pair of model and data, each point of the grid
@@ -201,7 +200,7 @@ def test_every_point_of_the_grid_follows_its_protocol(known):
     check('augreg', recipes.module('augreg').ARGS, known)
 
 
-@pytest.mark.parametrize('name', ['imagenet', 'study'])
+@pytest.mark.parametrize('name', ['imagenet', *recipes.OWN])
 def test_recipes_without_a_protocol_have_no_typo(name):
     for arg in recipes.module(name).ARGS:
         values = recipes.given(name, arg)
@@ -212,7 +211,7 @@ def test_recipes_without_a_protocol_have_no_typo(name):
 def test_a_number_has_one_protocol_or_none(known):
     assert protocols.covering('study: vit-m; digits') is None
     for cell in known[0]:
-        if cell[0] != 'study':
+        if cell[0] not in recipes.OWN:
             assert protocols.covering(protocols.cell_name(cell)) or 'FLOPs' in cell[2] or (
                 cell[0] in ('vit.table2', 'scalingvit.g14_verified', 'augreg.figure4')
                 or 'i1k_up' in cell[2]

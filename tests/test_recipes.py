@@ -53,16 +53,15 @@ def test_expected_numbers_are_those_of_the_tables(known):
 def one_of_each():
     """{file: one argument for each model and image size that no file before has}."""
     found, seen = {}, set()
-    for name in recipes.FILES:
-        if name not in ('imagenet', 'study'):
-            for arg in recipes.module(name).ARGS:
-                values = recipes.given(name, arg)
-                model, size = values['model'], values['data']['image_size']
-                size = None if model['name'].startswith('bit') else size  # no array depends on it
-                key = model['name'], model.get('posemb'), size
-                if key not in seen or name not in found:
-                    found.setdefault(name, []).append(arg)
-                seen.add(key)
+    for name in recipes.PUBLISHED:
+        for arg in recipes.module(name).ARGS:
+            values = recipes.given(name, arg)
+            model, size = values['model'], values['data']['image_size']
+            size = None if model['name'].startswith('bit') else size  # no array depends on it
+            key = model['name'], model.get('posemb'), size
+            if key not in seen or name not in found:
+                found.setdefault(name, []).append(arg)
+            seen.add(key)
     return found
 
 
@@ -79,7 +78,7 @@ def test_builds_at_its_full_size(name, arg):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [n for n in recipes.FILES if n not in ('imagenet', 'study')])
+@pytest.mark.parametrize('name', recipes.PUBLISHED)
 def test_every_model_builds_at_its_full_size(name):
     for arg in one_of_each()[name]:
         rehearsal.describe(config.complete(recipes.given(name, arg)), 'runs/x')

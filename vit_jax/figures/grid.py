@@ -27,7 +27,8 @@ COLORS = 'PuOr_r'  # below and above the corner, distinct to colour-blind reader
 class Panel(NamedTuple):
     """Accuracy of the runs of one model on one data set."""
 
-    title: str
+    title: str  # model and data
+    seen: int  # images, in training
     augmentations: tuple[str, ...]  # columns, from weak to strong
     rates: tuple[str, ...]  # rows, from low to high
     values: np.ndarray  # [rows, columns]; NaN where there is no run
@@ -98,8 +99,8 @@ def panels(runs: Sequence[tuple[str, dict, dict]]) -> list[Panel]:
             source = config['data']['source']
             split = '' if 'mixture' in source else f' {source["split"]}'
             found.append(Panel(
-                f'{scaling.label_of(config, result)}, {mixture.title(source)}{split}, '
-                f'{result["examples_seen"]:,} images seen',
+                f'{scaling.label_of(config, result)}, {mixture.title(source)}{split}',
+                result['examples_seen'],
                 tuple(name for _, name in columns), tuple(rows), values,
             ))  # fmt: skip
     return found
@@ -113,10 +114,11 @@ def draw(path: os.PathLike, found: Sequence[Panel]) -> None:
     """
     top = max(1.0, *(float(np.nanmax(np.abs(p.gains), initial=0.0)) for p in found))
     width = max(len(p.augmentations) for p in found)
-    figure = Figure(figsize=(2.2 + 0.95 * width, 0.4 + 1.75 * len(found)), layout='constrained')
+    figure = Figure(figsize=(2.2 + 0.95 * width, 0.4 + 1.9 * len(found)), layout='constrained')
     axes = figure.subplots(len(found), 2, squeeze=False, width_ratios=(width, 1))
     for (left, right), panel in zip(axes, found, strict=True):
-        left.set_title(style.shorten(panel.title, 0.9 * width + 1, 8), fontsize=8, loc='left')
+        title = style.shorten(panel.title, 0.95 * width + 1, 8)
+        left.set_title(f'{title}\n{panel.seen:,} images seen', fontsize=8, loc='left')
         texts = [
             ['' if np.isnan(v) else f'{100 * v:.1f}\n{g:+.1f}' for v, g in zip(*row, strict=True)]
             for row in zip(panel.values, panel.gains, strict=True)
