@@ -14,9 +14,9 @@ minutes in all beside other work; validation accuracy in percent, standard error
     50,000 images  0.0  85.05  82.32  79.24
                    0.1  83.84  79.55  76.70
 
-Each helps at neither size, unlike on ImageNet, where most do with more epochs (figure 4). Each
-costs less on the smaller set, as there. This ViT of 6.9 MFLOP has 60 of its last 64 crops right
-after 192 epochs without them, and its validation accuracy rises to the end, so it does not overfit.
+Nothing of it helps at either size, unlike on ImageNet, where most does with more epochs (figure 4);
+it costs less on the smaller set, as there. Without it this ViT of 6.9 MFLOP has 60 of its last 64
+crops right after 192 epochs, and validation accuracy rises to the end, so it does not overfit.
 
 As in the paper all points have random crops and flips; light and strong add two operations of
 RandAugment and mixup. Crops have half of the area or more, as 5% of 28 x 28 pixels show nothing.
