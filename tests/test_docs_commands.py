@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ NOT_RUN = {
     'python -m vit_jax.tables vit.table5 --run slurm': 'a cluster; tests/test_tables.py',
     "python -m vit_jax.tables vit.table5 --row 'ImageNet-21k": 'days; tests/test_selection.py',
     'python -m vit_jax.tables study --run': 'an hour; tests/test_scaling.py',
+    'python -m vit_jax.tables augreg_fashion --run': 'the same',
     'python -m benchmarks.': 'minutes; tests/test_benchmarks.py',
 }
 STAND_INS = {  # for what a reader puts in; of its own for some commands
@@ -68,10 +70,17 @@ def run(line, folder):
     command = re.sub(r'^python\b', lambda m: sys.executable, line)
     xla = xla_flags.devices(1, cpu_alone='vit_jax.plan' not in line)
     environment = os.environ | {'XLA_FLAGS': xla, 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(['bash', '-c', command], cwd=folder, env=environment, text=True,
-                          capture_output=True, timeout=280)  # fmt: skip
-    assert done.returncode == 0, f'{line}\n{done.stdout}{done.stderr}'
-    return done.stdout
+    process = subprocess.Popen(
+        ['bash', '-c', command], cwd=folder, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=280)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with all that the command has started
+        raise
+    assert process.returncode == 0, f'{line}\n{out}{err}'
+    return out
 
 
 @pytest.fixture(scope='module')

@@ -252,10 +252,11 @@ def test_the_command_line(tmp_path):
     assert run.returncode == 0, run.stderr
     assert f'bash launch.sh slurm {options} experiments/' in run.stdout
     assert '#SBATCH --nodes=2' in run.stdout
+    count = len(published.tables())
     for args, words in (
         (['vit.table5', '--missing', '--launch', '--nodes=2'], 'for --run, which is not given'),
         (['vit.table5', '--run', 'local', '--launch', "'"], "--launch=': No closing quotation"),
-        (['vit.table55'], "no table 'vit.table55'; the nearest of 42 are vit.table5"),
+        (['vit.table55'], f"no table 'vit.table55'; the nearest of {count} are vit.table5"),
         (['vit.table5', '--runs', '/nowhere'], 'no folder /nowhere'),
         (['vit.table5', '--run', 'moon'], '<local\\|hosts\\|slurm>'),
     ):

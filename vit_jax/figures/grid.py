@@ -84,7 +84,7 @@ def panels(runs: Sequence[tuple[str, dict, dict]]) -> list[Panel]:
         value = scaling.accuracy(config, result)
         if value is not None and config['model']['name'] is not None:
             cells = grids.setdefault(rest_of(config), (config, result, {}))[-1]
-            decay = config['optim'].get('weight_decay')
+            decay = config.get('optim', {}).get('weight_decay')
             seeds = cells.setdefault((augmentation_of(config), rate_of(config)), {})
             seeds.setdefault(decay, []).append(value)
     found = []
