@@ -88,12 +88,15 @@ def test_seeds_are_averaged():
     assert scaling.curve([]) == ([], [])
 
 
-def write_point(folder, name, augmentation, rate, value, decay=0.1, seed=0, split='train'):
+def write_point(
+    folder, name, augmentation, rate, value, decay=0.1, seed=0, split='train', layers=2, begin=None
+):
     """A finished run of AugReg's grid."""
     preset = distort.AUGREG[augmentation]
+    augment = [one | dict(layers=layers) for one in preset['augment']]
     config = dict(
         model=dict(name='vit-s/16', dropout=rate, drop_path=rate), seed=seed,
-        data=dict(source=dict(name='imagenet2012', split=split), augment=preset['augment']),
+        data=dict(source=dict(name='imagenet2012', split=split), augment=augment), init_from=begin,
         objective=dict(mixup=preset['mixup']), optim=dict(weight_decay=decay),
         evals=dict(val=dict(type='classify')),
     )  # fmt: skip
@@ -108,6 +111,7 @@ def test_a_grid_has_the_best_decay_of_averaged_seeds(tmp_path):
     write_point(folder, 'd', 'none', 0.0, 0.62, decay=0.1)
     write_point(folder, 'e', 'medium2', 0.1, 0.68)
     write_point(folder, 'f', 'none', 0.1, 0.64)
+    write_point(folder, 'g', 'none', 0.0, 0.95, begin='runs/x')  # other weights, another grid
     write_point(folder, 'alone', 'none', 0.0, 0.9, split='train[:1%]')  # no grid of its own
     panel, = grid.panels(workdir.finished([folder]))
     assert panel.augmentations == ('none', 'medium2', 'strong1') and panel.rates == ('0', '0.1')
@@ -121,6 +125,13 @@ def test_a_grid_has_the_best_decay_of_averaged_seeds(tmp_path):
     drawn = dict(zip(map(tuple, colours.tolist()), counts, strict=True))
     assert drawn[0x7F, 0x3B, 8] > 5000  # the ends of ColorBrewer's PuOr: +8 is the largest gain
     assert (0x2D, 0, 0x4B) not in drawn
+
+
+def test_augmentations_of_equal_strength_are_no_seeds_of_one(tmp_path):
+    for layers, value in ((3, 0.6), (4, 0.8)):  # neither a preset
+        write_point(tmp_path, f'{layers}', 'strong1', 0.0, value, layers=layers)
+    panel, = grid.panels(workdir.finished([tmp_path]))
+    assert sorted(panel.values[0]) == [0.6, 0.8]
 
 
 def figures(*arguments):

@@ -1,6 +1,6 @@
 """Folders of Hugging Face transformers: ViT (MAE and MSN too), DeiT, DINOv2; with heads or not.
 
-What saves a model also writes a DINOv3, see hf_dinov3.py.
+Saves a model with rotary positions as a DINOv3, by hf_dinov3.
 
 GELU and epsilon are those of config.json, the input normalisation is that of
 preprocessor_config.json. Position tables are resized by bicubic interpolation, antialiased only in

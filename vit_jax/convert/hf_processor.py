@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from vit_jax.convert.documents import KINDS, channel_values, option
+from vit_jax.convert.timm_config import IMAGENET
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -21,7 +22,6 @@ SQUARE = dict(
     size={'height': 224, 'width': 224}, crop_size=None, do_center_crop=False, resample=BICUBIC,
     image_mean=HALF, image_std=HALF, default_to_square=True,
 )  # fmt: skip
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 CROPPED = SQUARE | dict(
     size={'shortest_edge': 224}, crop_size={'height': 224, 'width': 224}, do_center_crop=True,
     image_mean=CLIP[0], image_std=CLIP[1], default_to_square=False,
@@ -36,7 +36,7 @@ DEFAULTS = {
     'CLIP': CROPPED,
     'Siglip': SQUARE | dict(default_to_square=False),
     'DINOv3ViT': SQUARE | dict(
-        resample=BILINEAR, image_mean=IMAGENET[0], image_std=IMAGENET[1],
+        resample=BILINEAR, image_mean=list(IMAGENET['mean']), image_std=list(IMAGENET['std']),
     ),
     'Beit': SQUARE | dict(crop_size={'height': 224, 'width': 224}),
 }  # fmt: skip

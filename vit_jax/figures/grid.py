@@ -19,7 +19,7 @@ from vit_jax.figures import scaling, style
 
 VARIED = (  # settings of a grid; seeds are averaged, of decays the best is drawn
     'data.augment', 'objective.mixup', 'model.dropout', 'model.drop_path', 'optim.weight_decay',
-    'seed', 'init_from', 'expected', 'select',
+    'seed', 'expected', 'select',
 )  # fmt: skip
 COLORS = 'PuOr_r'  # below and above the corner, distinct to colour-blind readers
 
@@ -46,15 +46,16 @@ class Panel(NamedTuple):
 
 
 def augmentation_of(config: Mapping) -> tuple[tuple, str]:
-    """(strength, name) of a run's augmentation; strengths sort from weak to strong."""
+    """(strength, name) of a run's augmentation; strengths sort from weak to strong and differ."""
     operations = [dict(one) for one in config['data'].get('augment') or ()]
     mixup = config.get('objective', {}).get('mixup') or 0.0
-    strength = (bool(operations), max((x.get('magnitude') or 0 for x in operations), default=0))
+    magnitude = max((x.get('magnitude') or 0 for x in operations), default=0)
+    strength = bool(operations), magnitude, mixup, json.dumps(operations, sort_keys=True)
     for name, preset in distort.AUGREG.items():
         if (operations, mixup) == ([dict(x) for x in preset['augment']], preset['mixup']):
-            return (*strength, mixup), name
+            return strength, name
     words = [f'{x["name"].split("_")[0]} {x.get("magnitude", "")}'.strip() for x in operations]
-    return (*strength, mixup), '\n'.join([*words, f'mixup {mixup:g}'])
+    return strength, '\n'.join([*words, f'mixup {mixup:g}'])
 
 
 def rate_of(config: Mapping) -> str:
