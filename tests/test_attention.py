@@ -67,7 +67,8 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
     """With dropout and drop path, whose draws are the same."""
     model = models.build(
         'vit-ti/16', num_classes=5, width=32, depth=2, num_heads=2, mlp_dim=64, patch_size=8,
-        dropout=0.2, drop_path=0.3, qk_norm=True, rope=100.0, key_bias=False,
+        dropout=0.2, drop_path=0.3,
+        style=dict(norms=['query_key'], rope=dict(base=100.0), unbiased=['key']),
     )  # fmt: skip
     images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
     params = jax.jit(model.init)(jax.random.key(1), images)['params']

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import inspect
 import math
 import pathlib
@@ -17,9 +18,14 @@ from vit_jax.data import augment, distort, sources, tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify, probe
 from vit_jax.io import bounds, experiment
+from vit_jax.models import block, pooling, relative, rotary
 from vit_jax.objectives import supervised
 
 MODELS = ('vit-ti/4', 'mixer-s/4', 'bit-r50x1')
+GROUPS = {  # groups of a model's settings
+    'style': block.Style, 'style.rope': rotary.Rope, 'style.bias': relative.Bias,
+    'pool_style': pooling.Pool,
+}  # fmt: skip
 WRONG = None, True, 1, 0.5, 1j, 'text', b'1', (), [[]], ('text', 1, ()), {}, {'a': 1}, {1}, ...
 NEVER = math.nan, math.inf, -math.inf, 10**400, -(10**400), [math.nan]  # for any setting
 
@@ -39,6 +45,9 @@ def sections():
     yield 'data.source.mixture.part', parts, {}
     for name in MODELS:
         yield 'model', models.fields(name) | {'name': (str, name)}, {'name': name}
+    for path, group in GROUPS.items():
+        keys = {f.name: (f.type, bounds.section(f.default)) for f in dataclasses.fields(group)}
+        yield f'model.{path}', keys, {}
     for place, functions in ('data.view', augment.VIEWS), ('data.augment.0', distort.AUGMENTATIONS):
         for name, function in functions.items():
             keys = config.keys_of(function)
@@ -90,6 +99,9 @@ def wrong(annotation):
     kinds = {leaf for leaf, _ in found if isinstance(leaf, type)}
     kinds |= set(map(type, choices)) | {int for kind in kinds if kind is float}
     kinds |= {list for kind in kinds if kind is tuple}
+    if any(map(dataclasses.is_dataclass, kinds)):
+        kinds.add(dict)
+        yield {'a': 1}
     yield from NEVER
     yield from (value for value in WRONG if type(value) not in kinds)
     if str in kinds and not any(leaf is str for leaf, _ in found):

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import vit_jax
-from vit_jax.convert import families, files, load, timm_config
+from vit_jax.convert import families, files, load
+from vit_jax.convert.timm import config as timm_config
 from vit_jax.data import tasks
 from vit_jax.errors import UserError
 

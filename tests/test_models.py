@@ -1,5 +1,7 @@
 """Models: published sizes, shapes, named intermediates, and what must not change a result."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,8 +199,9 @@ def test_patches_are_rotated_by_the_distance_between_them():
     (h, w), channels, base = (3, 5), 8, 30.0
     rng = np.random.default_rng(0)
     q, k = (rng.normal(size=(2, 2 + h * w, 3, channels)) for _ in 'qk')
-    tables = rotary.rotation((h, w), 2, channels, base)
-    turned = [np.asarray(rotary.rotate(jnp.float32(x), *tables)) for x in (q, k)]
+    rope = rotary.Rope(base)
+    tables = rotary.rotation(rope, (h, w), 2, channels)
+    turned = [np.asarray(rotary.rotate(rope, jnp.float32(x), *tables)) for x in (q, k)]
     np.testing.assert_array_equal(turned[0][:, :2], np.float32(q[:, :2]))
 
     y, x = np.mgrid[:h, :w].reshape(2, -1)
@@ -214,26 +217,26 @@ def test_patches_are_rotated_by_the_distance_between_them():
 
 
 def test_keys_without_a_bias_ignore_it_and_never_learn_one():
-    model, params, images = small(key_bias=False, posemb='none', rope=100.0, num_heads=2)
+    model, params, images = small(style=dict(rope={}, unbiased=['key']), posemb='none', num_heads=2)
     logits, _ = model.apply({'params': params}, images)
     bias = params['encoder']['attn']['qkv']['bias']  # [L, 3, H, C]
     other = jax.tree.map(jnp.array, params)
     other['encoder']['attn']['qkv']['bias'] = bias.at[:, 1].add(7.0)
     np.testing.assert_array_equal(model.apply({'params': other}, images)[0], logits)
-    with_bias = model.clone(key_bias=True)
+    with_bias = model.clone(style=dataclasses.replace(model.style, unbiased=()))
     assert np.abs(with_bias.apply({'params': other}, images)[0] - logits).max() > 1e-3
     grads = jax.grad(lambda p: jnp.sum(model.apply({'params': p}, images)[0] ** 2))(params)
     grads = grads['encoder']['attn']['qkv']['bias']
     assert not np.any(grads[:, 1]) and np.all(np.any(grads[:, ::2], axis=(2, 3)))
     with pytest.raises(UserError, match='channels divisible by 4, not 6'):
-        small(rope=100.0, num_heads=4)
+        small(style=dict(rope={}), num_heads=4)
 
 
 @pytest.mark.parametrize('pool', ['cls', 'gap', 'map', 'none'])
 @pytest.mark.parametrize('posemb', ['learn', 'sincos2d', 'none'])
 def test_shapes_of_intermediates(pool, posemb):
     model, params, images = small(
-        pool=pool, posemb=posemb, registers=2, layer_scale=0.1, qk_norm=True
+        pool=pool, posemb=posemb, registers=2, layer_scale=0.1, style=dict(norms=['query_key'])
     )
     logits, out = model.apply({'params': params}, images, capture=('attention',))
     tokens = 6 + 2 + (pool == 'cls')  # 2 x 3 patches, registers, class token
@@ -382,7 +385,9 @@ def test_mistakes_are_named(fields, words):
 
 
 def test_bfloat16_computes_close_and_keeps_float32_parameters():
-    model, params, images = small(pool='map', layer_scale=0.5, qk_norm=True, registers=1)
+    model, params, images = small(
+        pool='map', layer_scale=0.5, style=dict(norms=['query_key']), registers=1
+    )
     half = model.clone(dtype='bfloat16')
     plain, rounded = (m.apply({'params': params}, images)[0] for m in (model, half))
     assert rounded.dtype == jnp.bfloat16
@@ -397,9 +402,16 @@ def test_bfloat16_computes_close_and_keeps_float32_parameters():
     dict(name='r26+vit-s/32', resnet=(1,), resnet_width=0.5, width=24, depth=2, num_heads=2,
          mlp_dim=32),
     dict(name='vit/4', **{**SMALL, 'num_heads': 2}, pool='cls_gap', dist_token=True,
-         dist_head=True, registers=2, registers_posemb=True, pre_norm=True, fc_norm=True, glu=True,
-         gelu='quick', layer_scale=0.1),
-    dict(name='vit/4', **{**SMALL, 'num_heads': 2}, posemb='none', rope=100.0, key_bias=False),
+         dist_head=True, registers=2, registers_posemb=True, pre_norm=True, last_norm='pooled',
+         glu=True, gelu='quick', layer_scale=0.1),
+    dict(name='vit/4', **{**SMALL, 'num_heads': 2}, posemb='none',
+         style=dict(rope={}, unbiased=['key'])),
+    dict(name='vit/4', **{**SMALL, 'num_heads': 2}, pool='map', patch_norm=True,
+         pool_style=dict(prefix=True, num_heads=4, mlp_dim=8), registers=1, style=dict(
+             norm='rms', norms=['attention', 'mlp'], order='parallel', bias=dict(shared=True),
+             rope=dict(learnt=True, coordinates='index', pairs='neighbours'))),
+    dict(name='vit/4', **{**SMALL, 'num_heads': 2}, last_norm='none', glu=True, style=dict(
+        unbiased=['query', 'key', 'value', 'out', 'mlp'], order='post', bias=dict(kind='mlp'))),
 ])
 def test_every_kind_of_model_trains_on_a_mesh(fields):
     """All parameters have a sharding rule, and the loss on eight devices is that on one."""

@@ -16,17 +16,22 @@ IMAGE = (1, 64, 64, 3)
 TINY = dict(width=16, depth=3, num_heads=2, mlp_dim=24, num_classes=4)
 ALL = dict(
     pool='map', cls_token=True, dist_token=True, dist_head=True, registers=2, pre_norm=True,
-    representation_size=8, glu=True, qk_norm=True, layer_scale=0.5,
+    representation_size=8, glu=True, style=dict(norms=['query_key']), layer_scale=0.5,
 )
 FAMILIES = {
     'everything': dict(name='vit/32', **ALL, posemb='learn2d'),
     'table': dict(name='vit/32', cls_posemb=True),
     'table by block': dict(name='vit/32', posemb_at='layers'),
     'rows and columns by block': dict(name='vit/32', posemb='learn2d', posemb_at='layers'),
-    'shared table': dict(name='vit/32', posemb_at='shared', fc_norm=True),
+    'shared table': dict(name='vit/32', posemb_at='shared', last_norm='pooled'),
     'relative': dict(name='vit/32', posemb='relative', pool='cls_gap'),
     'fixed': dict(name='vit/32', posemb='sincos2d', pool='gap'),
     'hybrid': dict(name='r26+vit-s/32', resnet=(1, 1), resnet_width=0.5),
+    'learnt turns, biases by block': dict(
+        name='vit/32', patch_norm=True, style=dict(bias={}, rope=dict(learnt=True))
+    ),
+    'shared biases': dict(name='vit/32', style=dict(bias=dict(shared=True, kind='mlp'))),
+    'biases of an MLP': dict(name='vit/32', style=dict(bias=dict(kind='mlp'))),
     'mixer': dict(name='mixer-s/32', tokens_mlp_dim=8, num_heads=None),
     'bit': dict(name='bit', units=(1, 1), width=0.5, depth=None, num_heads=None, mlp_dim=None),
 }

@@ -17,7 +17,7 @@ R, M1 = 11, 6  # the representation layer, the MLP over patches
 MIXED = dict(matmul_dtype='bfloat16', num_classes=K)
 VIT = dict(name='vit/4', width=D, depth=2, num_heads=H, mlp_dim=M, unroll=1)
 KINDS = {
-    'vit': dict(VIT, representation_size=R, qk_norm=True, layer_scale=0.1),
+    'vit': dict(VIT, representation_size=R, style=dict(norms=['query_key']), layer_scale=0.1),
     'map': dict(VIT, pool='map', glu=True, posemb='relative'),
     'regular': dict(VIT, dropout=0.1, attention_dropout=0.1, drop_path=0.1),
     'mixer': dict(name='mixer/4', width=D, depth=2, tokens_mlp_dim=M1, mlp_dim=M, drop_path=0.1,

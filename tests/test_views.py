@@ -279,7 +279,7 @@ def test_nothing_is_replaced_without_being_asked(network, tmp_path):
 
 
 @pytest.mark.parametrize('pool, fields', [
-    ('cls', {}), ('cls', dict(fc_norm=True)), ('gap', {}), ('cls_gap', dict(registers=2)),
+    ('cls', {}), ('cls', dict(last_norm='pooled')), ('gap', {}), ('cls_gap', dict(registers=2)),
     ('gap', dict(registers=2)),
 ])  # fmt: skip
 def test_a_dinov2_goes_to_transformers_whatever_its_pooling(pool, fields, tmp_path):
@@ -313,7 +313,8 @@ def dinov2(pool, **fields):
 @pytest.mark.parametrize('pool, fields, words', [
     ('map', {}, "pool='map' of this model, only 'cls' or 'gap' or 'cls_gap'; format timm can"),
     ('gap', dict(cls_token=False), 'this model none; timm can'),
-    ('gap', dict(fc_norm=True), 'fc_norm=True of this model, only False; format timm can'),
+    ('gap', dict(last_norm='pooled'),
+     "last_norm='pooled' of this model, only 'tokens'; format timm can"),
 ])  # fmt: skip
 def test_a_pooling_that_transformers_has_not_names_the_way_out(pool, fields, words, tmp_path):
     model = dinov2(pool, **fields)

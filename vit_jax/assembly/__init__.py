@@ -85,7 +85,7 @@ def model_of(config: ConfigDict, task: tasks.Task) -> nn.Module | None:
     if config.model.name is None:
         return None
     classes = config.model.num_classes or len(task.names.get('classes', ())) or None
-    return models.build(**{**config.model, 'num_classes': classes})
+    return models.build(**config.model.to_dict() | {'num_classes': classes})
 
 
 def objective_of(

@@ -4,8 +4,10 @@ Types, ranges and defaults are those of the signatures. Meanings are the `Args:`
 and, for the fields of a model, the comments above or beside them.
 """
 
+import dataclasses
 import inspect
 import re
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -70,6 +72,23 @@ def fields(module: type) -> dict[str, str]:
     }
 
 
+def flattened(known: dict, meanings: dict) -> tuple[dict, dict]:
+    """Both with a row for each field of a group of settings: 'style.norm'."""
+    rows, texts = {}, dict(meanings)
+    for name, (kind, default) in known.items():
+        group = bounds.group_of(kind)
+        if group is None:
+            rows[name] = kind, default
+            continue
+        if type(None) in typing.get_args(kind):
+            rows[name] = kind, default
+        inner = {f.name: (f.type, bounds.section(f.default)) for f in dataclasses.fields(group)}
+        inner, about = flattened(inner, fields(group))
+        rows |= {f'{name}.{key}': row for key, row in inner.items()}
+        texts |= {f'{name}.{key}': text for key, text in about.items()}
+    return rows, texts
+
+
 def introduction(function: Callable) -> str:
     """A docstring without its sections `Args:`, `Returns:` and the like."""
     return re.split(r'\n+(?:Args|Attributes|Returns|Raises|Yields):\n', inspect.getdoc(function))[0]
@@ -99,7 +118,8 @@ def sections() -> Iterator[Section]:
     for name, text in MODELS.items():
         module, _ = models.parts(name)
         known = {k: v for k, v in models.fields(name).items() if k not in keys_of(keys.model)}
-        yield Section(3, name.partition('-')[0], text, known, fields(module))
+        known, meanings = flattened(known, fields(module))
+        yield Section(3, name.partition('-')[0], text, known, meanings)
     yield of(2, 'data', keys.data)
     for name, function in components('data.task'):
         yield of(3, f"task='{name}'", function)

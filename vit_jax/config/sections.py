@@ -101,7 +101,9 @@ def complete_model(
     known = {k: (kind, read.get(k, default)) for k, (kind, default) in known.items()}
     kept = read.get('num_classes') if scalars['keep_head'] else None
     known['num_classes'] = (known['num_classes'][0], kept)
-    return filled('model', values, known | {'name': (str, name)})
+    full = filled('model', values, known | {'name': (str, name)})
+    groups = {k: kind for k, (kind, _) in known.items() if bounds.group_of(kind) is not None}
+    return full | {k: bounds.section(bounds.grouped(kind, full[k])) for k, kind in groups.items()}
 
 
 def model_of(scalars: Mapping, begun: Mapping | None) -> dict[str, Any]:

@@ -6,19 +6,7 @@ from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
-from vit_jax.convert import (
-    big_vision,
-    files,
-    hf,
-    hf_config,
-    hf_dinov3,
-    hf_processor,
-    official,
-    timm,
-    timm_config,
-    timm_model,
-    views,
-)
+from vit_jax.convert import big_vision, files, hf, official, timm, views
 from vit_jax.convert.documents import (
     PROBLEMS,
     Notes,
@@ -28,8 +16,12 @@ from vit_jax.convert.documents import (
     stated_loss,
 )
 from vit_jax.convert.files import Array
+from vit_jax.convert.hf import config as hf_config
+from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.stages import Parsed
+from vit_jax.convert.timm import config as timm_config
+from vit_jax.convert.timm import model as timm_model
 from vit_jax.errors import UserError
 from vit_jax.io.storage import read_json
 
@@ -38,10 +30,11 @@ def parse_folder(arrays: dict[str, Array], folder: pathlib.Path) -> Parsed | Non
     """Parses .safetensors arrays and the documents in a folder; None if no family matches."""
     config = read_json(folder / 'config.json')
     record = read_json(folder / 'run_config.json') or None
-    if timm.matches(arrays):
-        return parse_timm(arrays, config, record)
-    family = hf if hf.matches(arrays) else hf_dinov3
-    if family.matches(arrays):
+    timm_class = timm.class_of_file(arrays, config)
+    if timm_class is not None:
+        return parse_timm(timm_class, arrays, config, record)
+    family = hf.family_of_file(arrays, config)
+    if family is not None:
         names = 'processor_config.json', 'preprocessor_config.json'
         documents = (read_json(folder / name) for name in names)
         settings = hf_processor.processor_settings(*documents)
@@ -99,18 +92,21 @@ def npz_notes(record: dict[str, Any]) -> Notes:
 
 
 def parse_timm(
-    arrays: dict[str, Array], config: dict[str, Any], record: dict[str, Any] | None
+    family: ModuleType,
+    arrays: dict[str, Array],
+    config: dict[str, Any],
+    record: dict[str, Any] | None,
 ) -> Parsed:
     """Parses a timm file and its config.json."""
     if config.get('model_type') is not None and 'architecture' not in config:
         raise UserError('config.json is one of transformers, the arrays are those of timm')
-    kind, fields, notes = timm_model.describe(arrays, config)
+    kind, fields, notes = family.describe(arrays, config)
     size, view = timm_model.image_size(config), None
     if timm_config.has_settings(config):
         view, ignored = timm_config.evaluation_view(config, size or (224, 224))
         notes = notes._replace(ignored=notes.ignored + ignored)
     return Parsed(
-        'timm', kind, fields, arrays, timm.pieces, timm.table_rows(arrays), {}, size,
+        'timm', kind, fields, arrays, family.pieces, family.table_rows(arrays), {}, size,
         timm_config.label_names(config, fields['num_classes']), record,
         stated_loss(config), notes, size, view,
     )  # fmt: skip
@@ -137,8 +133,9 @@ def parse_hf(
     unknown = (*hf_config.unknown_keys(config, family.READ), *images.unknown)
     notes = Notes(guessed, {}, (*images.ignored, *cut), unknown)
     return Parsed(
-        'hf', 'vit', fields | images.normalisation, renamed, hf.pieces, family.table_rows(renamed),
-        unused_arrays(renamed, family.UNUSED), size_option(config, 'image_size'),
+        'hf', 'vit', fields | images.normalisation, renamed, family.pieces,
+        family.table_rows(renamed), unused_arrays(renamed, family.UNUSED),
+        size_option(config, 'image_size'),
         hf_config.class_names(config, fields['num_classes']), record,
         stated_loss(config), notes, size, images.view,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from vit_jax.convert.pieces import Piece
 from vit_jax.convert.stages import Loaded, Parsed, loss_of
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
-from vit_jax.models import embedding
+from vit_jax.models import embedding, relative
 
 
 def fit(
@@ -48,16 +48,20 @@ def fit(
     except UserError as e:
         raise UserError(e if path in str(e) else f'{path}: {e}') from e
     account = [('loaded', p.theirs, p.ours) for p in used if p.theirs in parsed.arrays]
-    if parsed.table and target != grid:
-        change = f'{grid[0]} x {grid[1]} -> {target[0]} x {target[1]}, {model.interpolation}'
-        account.append(('resized', parsed.table[0], change))
+    if target != grid:
+        change = 'any' if grid is None else f'{grid[0]} x {grid[1]} -> {target[0]} x {target[1]}'
+        if parsed.table:
+            account.append(('resized', parsed.table[0], f'{change}, {model.interpolation}'))
+        if parsed.offsets:
+            change += f', {model.style.bias.interpolation}'
+            account.append(('resized', parsed.offsets[0], change))
     account += [('re-initialised', name, 'zeros: the file has none') for name in zeros]
     for name in fresh:
         if name != 'pre_logits' and model.num_classes is not None:
             account.append(('re-initialised', name, f'zeros: {model.num_classes} classes'))
     account += [('unused', name, why) for name, why in sorted(unused.items())]
     account += parsed.notes.rows(model, fields)
-    size = (image_size or parsed.image_size) if parsed.table is None else None
+    size = (image_size or parsed.image_size) if grid is None and parsed.table is None else None
     if target is not None:
         size = tuple(n * s for n, s in zip(target, model.stride, strict=True))
     loss = None if 'head' in fresh else parsed.loss or loss_of(parsed.config)
@@ -185,6 +189,10 @@ def read_params(
     shapes = {name: x.shape for name, x in flatten_dict(shapes, sep='/').items()}
     if parsed.table is not None:
         shapes['posemb'] = (1, parsed.table[1], model.width)
+    offsets = [name for name in shapes if name.split('/')[-1] == 'bias_table']
+    before = sum(model.prefix.values()) if offsets else 0
+    for name in offsets:
+        shapes[name] = (*shapes[name][:-2], relative.rows(grid, before), shapes[name][-1])
     pieces.check_shapes(used, parsed.arrays, shapes)
     params = {name: aligned_empty(shape) for name, shape in shapes.items()}
     for name in params.keys() - {piece.ours for piece in used}:
@@ -194,6 +202,9 @@ def read_params(
     zeros = pieces.fill_params(used, parsed.arrays, params)
     if parsed.table is not None and target != grid:
         params['posemb'] = surgery.resize(params['posemb'], grid, target, model.interpolation)
+    for name in offsets if target != grid else ():
+        method = model.style.bias.interpolation
+        params[name] = surgery.resize_offsets(params[name], grid, target, method)
     arrays = {n: jax.device_put(x, may_alias=True) for n, x in params.items()}
     return unflatten_dict(arrays, sep='/'), zeros
 

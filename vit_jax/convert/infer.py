@@ -10,6 +10,7 @@ from vit_jax.convert import official
 from vit_jax.convert.stages import Parsed, size_of
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
+from vit_jax.models import relative
 from vit_jax.models.prefix import prefix_rows
 
 SIZES = (  # fields that are whole numbers above 0
@@ -42,9 +43,29 @@ def infer_model(
     model = build_model(parsed.kind, values)
     if parsed.kind == 'mixer':
         return model, infer_grid(mixer_tokens(parsed), model.stride, size)
+    if parsed.offsets is not None:
+        size = offset_size(parsed, model, size)
     if parsed.table is None:
-        return model, None
+        return model, None if parsed.offsets is None else model.grid(size)
     return infer_positions(parsed, model, values, size)
+
+
+def offset_size(
+    parsed: Parsed, model: nn.Module, size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Image size (height, width) whose offsets of patches a table has; UserError if none has."""
+    name, rows = parsed.offsets
+    before = sum(model.prefix.values())
+    if size is None:
+        side = (math.isqrt(max(rows - 3 * bool(before), 0)) + 1) // 2
+        size = side * model.stride[0], side * model.stride[1]
+    grid = tuple(n // s for n, s in zip(size, model.stride, strict=True))
+    if min(grid) < 1 or relative.rows(grid, before) != rows:
+        raise UserError(
+            f'array {name} has {rows} rows, which are not those of images of {size[0]} x {size[1]} '
+            f'pixels; {STATE_SIZE}'
+        )
+    return grid[0] * model.stride[0], grid[1] * model.stride[1]
 
 
 def infer_positions(

@@ -223,6 +223,6 @@ def limits(model: nn.Module) -> dict[str, tuple]:
     return common | dict(
         pool=('cls', 'gap'), posemb=('learn',), cls_token=(None, cls),
         dist_token=(False,), dist_head=(False,), registers=(0,),
-        cls_posemb=(True,) if cls else (True, False), pre_norm=(False,), fc_norm=(False,),
-        layer_scale=(None,), qk_norm=(False,), glu=(False,),
+        cls_posemb=(True,) if cls else (True, False), pre_norm=(False,),
+        layer_scale=(None,), glu=(False,),
     )  # fmt: skip

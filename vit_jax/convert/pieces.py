@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import flax.linen as nn
 import numpy as np
 
 from vit_jax.convert.files import Array
@@ -131,12 +132,17 @@ def file_arrays(pieces: Sequence[Piece], params: Mapping[str, np.ndarray]) -> di
     }
 
 
-def norm_pieces(theirs: str, ours: str, index: tuple = (), *, scale: str = 'scale') -> list[Piece]:
-    """Pieces of a norm: scale and bias."""
-    return [
-        Piece(f'{theirs}{scale}', f'{ours}/scale', index),
-        Piece(f'{theirs}bias', f'{ours}/bias', index),
-    ]
+def norm_pieces(
+    theirs: str, ours: str, index: tuple = (), *, model: nn.Module | None = None
+) -> list[Piece]:
+    """Pieces of a norm: scale and bias, in Flax's names.
+
+    With the `model`, in PyTorch's names, and without a bias for one of RMS norms.
+    """
+    scale = Piece(f'{theirs}{"scale" if model is None else "weight"}', f'{ours}/scale', index)
+    if model is not None and model.style.norm == 'rms':
+        return [scale]
+    return [scale, Piece(f'{theirs}bias', f'{ours}/bias', index)]
 
 
 def dense_pieces(theirs: str, ours: str, index: tuple = ()) -> list[Piece]:
@@ -155,17 +161,18 @@ def linear_pieces(
     inputs: int = 1,
     part: tuple[int, int] | None = None,
     at: tuple = (),
-    optional: bool = False,
+    bias: bool = True,
 ) -> list[Piece]:
     """Pieces of a dense layer in PyTorch's layout; `inputs` counts the kernel's input axes.
 
     `at` indexes output axes: it follows `index` in the bias, and the input axes in the kernel.
+    Without `bias` there is the kernel alone.
     """
     kernel = (*index, *(ALL,) * (inputs if at else 0), *at)
-    return [
-        Piece(f'{theirs}.weight', f'{ours}/kernel', kernel, inputs, part),
-        Piece(f'{theirs}.bias', f'{ours}/bias', (*index, *at), 'vector', part, optional),
-    ]
+    rows = [Piece(f'{theirs}.weight', f'{ours}/kernel', kernel, inputs, part)]
+    if bias:
+        rows.append(Piece(f'{theirs}.bias', f'{ours}/bias', (*index, *at), 'vector', part))
+    return rows
 
 
 def count_numbered(names: Iterable[str], pattern: str, first: int = 0) -> int:

@@ -1,5 +1,7 @@
 """Saves a model and its parameters as a checkpoint that other libraries load."""
 
+import dataclasses
+import operator
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,16 +14,26 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from vit_jax.convert import big_vision, hf, hf_processor, official, timm, views
+from vit_jax.convert import big_vision, hf, official, timm, views
 from vit_jax.convert.documents import PROBLEMS, class_names
+from vit_jax.convert.hf import processor as hf_processor
+from vit_jax.convert.hf import vit as hf_vit
 from vit_jax.convert.pieces import file_arrays
 from vit_jax.convert.stages import loss_of, size_of, view_of
 from vit_jax.convert.write import write_folder, write_npz
 from vit_jax.errors import UserError, shown
-from vit_jax.models import embedding, mixer, resnet
+from vit_jax.models import block, embedding, mixer, resnet, vit
 from vit_jax.models.interface import Metadata
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
+
+
+PLAIN = {  # {field: values that a format can express that says nothing else}
+    'posemb_at': ('stem',), 'patch_norm': (False,), 'last_norm': ('tokens',),
+    'pool_style.prefix': (False,), 'pool_style.num_heads': (None,), 'pool_style.mlp_dim': (None,),
+    'style.order': ('pre',), 'style.norm': ('layer',), 'style.norms': ((),),
+    'style.rope': (None,), 'style.bias': (None,),
+}  # fmt: skip
 
 
 class About(NamedTuple):
@@ -73,10 +85,11 @@ def save(
     about = describe(model, params, image_size, classes, config, loss, view)
     if fold:
         model, params = fold_positions(model, params, format, about.image_size)
+    model, params = with_biases(model, params, format)
     check_expressible(model, format, fold)
     check_params(model, params, about.image_size)
     if format == 'hf':
-        model, params = hf.with_both_pools(model, params)
+        model, params = hf_vit.with_both_pools(model, params)
     arrays = file_arrays(FAMILIES[format].pieces(model), params)
     if format in ('official', 'big_vision'):
         if path.suffix != '.npz':
@@ -88,9 +101,8 @@ def save(
         raise UserError(f'{path}: format {format} is a folder, name it without {path.suffix}')
     if about.image_size is None:
         raise UserError(f'format {format} states an image size; give image_size=...')
-    complete = hf.with_prefix if format == 'hf' else timm.without_embedding_bias
     documents, notes = folder_documents(format, model, about)
-    write_folder(path, complete(model, arrays), documents)
+    write_folder(path, FAMILIES[format].complete(model, arrays), documents)
     if notes:
         logging.warning('%s: as %s prepares images: %s', path, format, '; '.join(notes))
 
@@ -156,7 +168,7 @@ def table_size(model: nn.Module, params: dict[str, np.ndarray]) -> tuple[int, in
 def check_expressible(model: nn.Module, format: str, fold: bool = False) -> None:
     """Raises UserError for a field of the model that the format cannot express."""
     for field, values in limits_of(model, format).items():
-        value = getattr(model, field)
+        value = operator.attrgetter(field)(model)
         if value not in values:
             ways = ' or '.join(map(repr, values))
             foldable = field == 'cls_posemb' or (field, value) == ('posemb', 'sincos2d')
@@ -176,14 +188,38 @@ def can_express(model: nn.Module, format: str) -> bool:
     if isinstance(model, mixer.Mixer):
         return format == 'official'
     limits = limits_of(model, format)
-    return all(getattr(model, field) in values for field, values in limits.items())
+    return all(operator.attrgetter(f)(model) in values for f, values in limits.items())
 
 
 def limits_of(model: nn.Module, format: str) -> dict[str, tuple]:
     """{field: values that the format can express}."""
-    plain = dict(posemb_at=('stem',), rope=(None,), key_bias=(True,))
-    limits = plain if hasattr(model, 'rope') else {}
-    return limits | FAMILIES[format].limits(model)
+    return (PLAIN if isinstance(model, vit.Vit) else {}) | FAMILIES[format].limits(model)
+
+
+def with_biases(
+    model: nn.Module, params: dict[str, np.ndarray], format: str
+) -> tuple[nn.Module, dict[str, np.ndarray]]:
+    """(model, params) with zeros for absent biases that a file of the format has."""
+    if not isinstance(model, vit.Vit) or not model.style.unbiased:
+        return model, params
+    lacking = getattr(FAMILIES[format], 'absent_biases', lambda model: ())(model)
+    whole = model.clone(style=dataclasses.replace(model.style, unbiased=lacking))
+    kernels = {
+        'attn/qkv': (2, () if set(block.PROJECTIONS) <= set(lacking) else block.PROJECTIONS),
+        'attn/out': (3, ('out',)),
+        **{f'mlp/{name}': (2, ('mlp',)) for name in ('fc1', 'gate', 'fc2')},
+    }
+    for name, (axis, parts) in kernels.items():
+        kernel = params.get(f'encoder/{name}/kernel')
+        if kernel is None or not set(parts) - set(lacking):
+            continue
+        zeros = np.zeros((kernel.shape[0], *kernel.shape[axis:]), np.float32)
+        bias = np.array(params.get(f'encoder/{name}/bias', zeros))
+        for i, part in enumerate(block.PROJECTIONS if name == 'attn/qkv' else ()):
+            if part in model.style.unbiased:  # masked in the model, whatever it is
+                bias[:, i] = 0
+        params = params | {f'encoder/{name}/bias': bias}
+    return whole, params
 
 
 def check_params(

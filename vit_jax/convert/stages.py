@@ -34,6 +34,7 @@ class Parsed(NamedTuple):
     notes: Notes = Notes()  # on what the documents leave open
     input_size: tuple[int, int] | None = None
     view: str | dict | None = None
+    offsets: tuple[str, int] | None = None  # (name, rows) of a table of biases by offset
 
 
 class Loaded(NamedTuple):

@@ -1,4 +1,4 @@
-"""Resizes position tables to another image size, by the method of the code they come from."""
+"""Resizes tables of positions and offsets to another image size, as the code they are from."""
 
 import numpy as np
 
@@ -49,6 +49,35 @@ def bicubic_antialias(old: int, new: int) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
+def linear(old: int, new: int) -> np.ndarray:
+    """Weights [new, old] of PyTorch's linear interpolation without aligned corners."""
+    position = (np.arange(new) + 0.5) * old / new - 0.5
+    return interpolation(np.arange(old), np.clip(position, 0, old - 1))
+
+
+def geometric(old: int, new: int) -> np.ndarray:
+    """Weights [new, old] of BEiT's interpolation of offsets (unilm, beit/run_class_finetuning.py).
+
+    The old offsets lie on both sides of 0 at sums of a geometric series that reaches as far as the
+    new ones, which are whole numbers; between them it is linear, as in timm.
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio ** (old // 2)) / (1 - ratio) > new // 2:
+            high = ratio
+        else:
+            low = ratio
+    steps = np.cumsum(ratio ** np.arange(old // 2))
+    places = np.concatenate([-steps[::-1], [0], steps])
+    return interpolation(places, np.arange(new) - new // 2)
+
+
+def interpolation(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Weights [wanted, places] of linear interpolation; the outermost values hold beyond."""
+    return np.stack([np.interp(wanted, places, row) for row in np.eye(len(places))], axis=1)
+
+
 METHODS = {
     'linear': linear_aligned, 'bicubic': bicubic, 'bicubic_antialias': bicubic_antialias,
 }  # fmt: skip
@@ -70,3 +99,22 @@ def resize(
     patches = np.einsum('yh,xw,hwd->yxd', rows, columns, patches, optimize=True)
     patches = patches.reshape(1, new[0] * new[1], -1)
     return np.concatenate([table[:, :prefix], patches.astype(table.dtype)], axis=1)
+
+
+def resize_offsets(
+    table: np.ndarray, old: tuple[int, int], new: tuple[int, int], method: str
+) -> np.ndarray:
+    """Resizes a table of biases [..., R, H] by offset from the grid `old` (h, w) to `new`.
+
+    The rows are those of relative.Bias; those of tokens before the patches stay as they are. Equal
+    grids return the table itself. `method` is 'geometric' or 'linear'.
+    """
+    if tuple(old) == tuple(new):
+        return table
+    weights = {'geometric': geometric, 'linear': linear}[method]
+    (h, w), (rows, columns) = ([2 * n - 1 for n in grid] for grid in (old, new))
+    offsets, rest = table[..., : h * w, :], table[..., h * w :, :]
+    offsets = offsets.reshape(*table.shape[:-2], h, w, -1).astype(np.float64)
+    offsets = np.einsum('yh,xw,...hwn->...yxn', weights(h, rows), weights(w, columns), offsets)
+    offsets = offsets.reshape(*table.shape[:-2], rows * columns, -1).astype(table.dtype)
+    return np.concatenate([offsets, rest], axis=-2)

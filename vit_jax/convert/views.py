@@ -2,7 +2,7 @@
 
 Both resize the whole image with antialiasing and then crop it, as the views resize and
 small_central do; the view central crops first. Differences that no setting expresses are returned
-as notes for the user. hf_processor.py and timm_config.py read these settings back.
+as notes for the user. hf/processor.py and timm/config.py read these settings back.
 """
 
 import math

@@ -1,17 +1,19 @@
 """The values that a setting may have, declared by its annotation: `lr: Positive[float] = 1e-3`.
 
 An annotation is a type, a Literal, a union, a tuple of these, or Annotated with a Range (numbers)
-or Ascending (pairs). A float is always finite, and an int always fits 64 bits. An int is also a
-float, a bool is neither. A list counts as a tuple, as JSON has no tuples.
+or Ascending (pairs). A dataclass is a group of settings: a section, {field: value}, stands for it.
+A float is always finite, and an int always fits 64 bits. An int is also a float, a bool is neither.
+A list counts as a tuple, as JSON has no tuples.
 """
 
 import dataclasses
+import difflib
 import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from vit_jax.errors import UserError, shown
@@ -98,6 +100,18 @@ Prefetch = Annotated[int, Range(1, 65_536), MayChange()]
 
 def check(name: str, value: Any, annotation: Any) -> None:
     """Raises UserError with the setting's name unless the annotation allows the value."""
+    group = group_of(annotation)
+    if group is not None and isinstance(value, Mapping):
+        known = {field.name: field.type for field in dataclasses.fields(group)}
+        for key, inner in value.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1, cutoff=0)[0]
+                raise UserError(f'{name} has no key {shown(key)}; the nearest is {near!r}')
+            check(f'{name}.{key}', inner, known[key])
+        return
+    if group is not None and isinstance(value, group):
+        check_fields(name, value)
+        return
     if not allows(annotation, value):
         wanted = describe(annotation)
         if type(value) is int and not -(2**63) <= value < 2**63 and ' in ' not in wanted:
@@ -112,6 +126,34 @@ def check_fields(section: str, values: Any) -> None:
             check(f'{section}.{field.name}', getattr(values, field.name), field.type)
 
 
+def group_of(annotation: Any) -> type | None:
+    """The dataclass that an annotation, or a member of its union, is; None if there is none."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    unions = types.UnionType, typing.Union
+    members = typing.get_args(annotation) if typing.get_origin(annotation) in unions else ()
+    return next(filter(None, map(group_of, members)), None)
+
+
+def grouped(annotation: Any, value: Any) -> Any:
+    """The dataclass in `annotation` made of a section, and likewise the groups within it.
+
+    A list becomes a tuple; returns other values unchanged. The value has passed `check`.
+    """
+    group = group_of(annotation)
+    if group is not None and isinstance(value, Mapping):
+        known = {field.name: field.type for field in dataclasses.fields(group)}
+        return group(**{key: grouped(known[key], inner) for key, inner in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
+def section(value: Any) -> Any:
+    """The section {field: value} of a dataclass, groups within it too; else the value itself."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: section(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+
+
 def allows(annotation: Any, value: Any) -> bool:
     """Whether an annotation allows a value."""
     kind, of = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
@@ -123,6 +165,12 @@ def allows(annotation: Any, value: Any) -> bool:
         return any(type(value) is type(one) and value == one for one in of)
     if kind in (None, types.NoneType):
         return value is None
+    if dataclasses.is_dataclass(kind):
+        known = {f.name: f.type for f in dataclasses.fields(kind)}
+        values = section(value) if isinstance(value, kind) else value
+        return isinstance(values, Mapping) and all(
+            key in known and allows(known[key], inner) for key, inner in values.items()
+        )
     if kind is int:
         return type(value) is int and -(2**63) <= value < 2**63
     if kind is float:
@@ -153,5 +201,7 @@ def describe(annotation: Any) -> str:
     if kind is tuple and of:
         inner = [describe(one) for one in of if one is not ...]
         return f'tuple of {inner[0]}' if of[-1] is ... else f'({", ".join(inner)})'
+    if dataclasses.is_dataclass(kind):
+        return f'a section with keys {", ".join(f.name for f in dataclasses.fields(kind))}'
     names = {None: 'None', types.NoneType: 'None', dict: 'a section with keys'}
     return names.get(kind) or kind.__name__

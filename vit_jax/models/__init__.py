@@ -61,6 +61,7 @@ def fields(name: str) -> dict[str, tuple[Any, Any]]:
     rows = {n: (f.type, values.get(n, f.default)) for n, f in rows.items()}
     if 'patch_size' in rows:
         rows['patch_size'] = (bounds.Positive[int] | rows['patch_size'][0], values['patch_size'])
+    rows = {n: (kind, bounds.section(default)) for n, (kind, default) in rows.items()}
     return {'name': (str, name), **rows}
 
 
@@ -68,8 +69,8 @@ def build(name: str, num_classes: int | None = 1000, **values: Any) -> nn.Module
     """Builds a Flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16', 'bit-r50x1'.
 
     `values` override any field of the module (`width=96`, `pool='gap'`, `dtype='bfloat16'` or
-    `jnp.bfloat16`, `patch_size=4` or `(4, 8)`). Reads no file. Raises UserError for an unknown
-    field and names the nearest.
+    `jnp.bfloat16`, `patch_size=4` or `(4, 8)`, `style=dict(norm='rms')`). Reads no file. Raises
+    UserError for an unknown field and names the nearest.
     """
     module, _ = parts(name)
     valid = fields(name)
@@ -84,9 +85,7 @@ def build(name: str, num_classes: int | None = 1000, **values: Any) -> nn.Module
     values |= {'num_classes': num_classes, 'name': None}
     if isinstance(values.get('patch_size'), int):
         values['patch_size'] = (values['patch_size'],) * 2
-    for field in ('patch_size', 'mean', 'std', 'resnet', 'units'):
-        if values.get(field) is not None:
-            values[field] = tuple(values[field])
+    values = {f: bounds.grouped(valid[f][0], v) if f in valid else v for f, v in values.items()}
     model = module(**values)
     model.check()
     return model
@@ -95,7 +94,7 @@ def build(name: str, num_classes: int | None = 1000, **values: Any) -> nn.Module
 def describe(model: nn.Module) -> dict[str, Any]:
     """{field: value} of a model and a `name`, with which `build` makes the same model."""
     values = {
-        f.name: getattr(model, f.name)
+        f.name: bounds.section(getattr(model, f.name))
         for f in dataclasses.fields(model)
         if f.name not in NO_SETTINGS
     }

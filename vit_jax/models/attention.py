@@ -25,7 +25,7 @@ LARGE = 32 * MIB
 
 def chosen(
     kind: str, platform: str, device: str, *, tokens: int, width: int, heads: int,
-    dtype: DTypeLike, dropout: float, capture: bool, relative: bool,
+    dtype: DTypeLike, dropout: float, capture: bool, relative: bool, bias: bool = False,
 ) -> str:  # fmt: skip
     """Resolves 'auto' to the fastest implementation; raises UserError if `kind` does not apply.
 
@@ -35,6 +35,7 @@ def chosen(
     obstacles['pallas'] = obstacles['cudnn'] = (
         'it does not return the probabilities, which are captured' if capture
         else "it adds nothing to the logits, and model.posemb is 'relative'" if relative
+        else 'it adds nothing to the logits, and model.style.bias does' if bias
         else f'it cannot drop probabilities, and model.attention_dropout is {dropout}'
         if dropout else None
     )  # fmt: skip

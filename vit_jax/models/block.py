@@ -1,18 +1,50 @@
-"""The encoder block: multi-head self-attention and an MLP, each with a norm before it.
+"""The encoder block: multi-head self-attention and an MLP, with norms and residuals.
 
 Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C), L depth.
 """
 
+import dataclasses
 import functools
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vit_jax.models import attention, embedding, memory, rotary
-from vit_jax.models.layers import Dropout, Dtype, Mlp, Projection, dropped
+from vit_jax.models import attention, embedding, memory, relative, rotary
+from vit_jax.models.layers import Dropout, Dtype, Mlp, Projection, dropped, norm
 from vit_jax.models.memory import rounded, shard_batch
+
+PROJECTIONS = ('query', 'key', 'value')
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How blocks differ from those of arXiv:2010.11929; the defaults are those blocks."""
+
+    # norm before attention and before the MLP (pre); after each, before its residual sum (post,
+    # arXiv:2111.09883 section 3.2); or one norm before both, which run in parallel
+    # (arXiv:2302.05442 section 2)
+    order: Literal['pre', 'post', 'parallel'] = 'pre'
+    norm: Literal['layer', 'rms'] = 'layer'  # kind of all norms of the model
+    # further norms: of each head's queries and keys (arXiv:2302.05442 section 2), of the output of
+    # attention before its projection, of the hidden layer of the MLP (arXiv:2303.11331)
+    norms: tuple[Literal['query_key', 'attention', 'mlp'], ...] = ()
+    # layers without a bias: projections of attention, both layers of the MLP
+    unbiased: tuple[Literal['query', 'key', 'value', 'out', 'mlp'], ...] = ()
+    rope: rotary.Rope | None = None  # rotary positions of the patches
+    bias: relative.Bias | None = None  # biases of attention by the offset of two patches
+
+    def __post_init__(self) -> None:
+        for field, order in (('norms', ('query_key', 'attention', 'mlp')),
+                             ('unbiased', (*PROJECTIONS, 'out', 'mlp'))):  # fmt: skip
+            values = getattr(self, field)
+            if isinstance(values, (list, tuple)) and set(values) <= set(order):
+                object.__setattr__(self, field, tuple(n for n in order if n in values))
+
+
+PLAIN = Style()
 
 
 def qkv_init(
@@ -54,14 +86,15 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Multi-head self-attention (arXiv:1706.03762 section 3.2): [B, T, D] -> [B, T, D].
 
-    `rotation` is that of rotary.rotation, for queries and keys. Returns (output, probabilities
-    [B, H, T, T], or None where `capture` is off).
+    `rotation` is that of rotary.rotation, for queries and keys, `bias` [H, T, T] is added to the
+    logits. `grid` (h, w) are the patches, which come last among the tokens, for positions of this
+    block's own. Returns (output, probabilities [B, H, T, T], or None where `capture` is off).
     """
 
     num_heads: int
     kind: str = 'auto'
-    qk_norm: bool = False
-    key_bias: bool = True
+    style: Style = PLAIN
+    grid: tuple[int, int] = (0, 0)
     relative: bool = False  # a key per offset in the sequence, arXiv:2010.11929 app. D.4
     relative_std: float | None = None  # initial deviation of these keys; None: C^-0.5
     epsilon: float = 1e-6
@@ -73,37 +106,71 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None = None
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None = None,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        width = x.shape[-1]
+        b, t, width = x.shape
+        style = self.style
         heads = (self.num_heads, width // self.num_heads)
         dense = dict(dtype=self.dtype, quantize=self.quantize)
-        qkv, bias = Projection((width,), (3, *heads), qkv_init, True, **dense, name='qkv')(x)
-        if not self.key_bias:
-            bias = bias.at[1].set(0)
-        if self.qk_norm or rotation is not None:
-            q, k, v = jnp.split(qkv + bias.astype(self.dtype), 3, axis=2)  # [B, T, 1, H, C]
-            if self.qk_norm:
-                q = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='q_norm')(q)
-                k = nn.LayerNorm(self.epsilon, dtype=self.dtype, name='k_norm')(k)
-            if rotation is not None:
-                q, k = (rotary.rotate(x, *rotation) for x in (q, k))
-            qkv, bias = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(bias)
-        x, captured = self.attend(qkv, bias)
-        out = Projection(heads, (width,), **dense, name='out')(x)
-        return checkpoint_name(shard_batch(out), 'projected'), captured
+        absent = [name in style.unbiased for name in PROJECTIONS]
+        qkv, vector = Projection(
+            (width,), (3, *heads), qkv_init, True, **dense, use_bias=not all(absent), name='qkv'
+        )(x)
+        if vector is not None and any(absent):
+            vector = jnp.where(jnp.asarray(absent)[:, None, None], 0, vector)
+        qkv, vector = self.turned(qkv, vector, rotation)
+        if style.bias is not None and not style.bias.shared:
+            before = t - self.grid[0] * self.grid[1]
+            bias = relative.logits(self, style.bias, self.grid, before, self.num_heads)
+        if vector is None:
+            vector = jnp.zeros((3, *heads))
+        x, captured = self.attend(qkv, vector, bias)
+        if 'attention' in style.norms:
+            normed = norm(style.norm, self.epsilon, self.dtype, 'norm')(x.reshape(b, t, width))
+            x = normed.reshape(x.shape)
+        out = Projection(heads, (width,), **dense, use_bias='out' not in style.unbiased, name='out')
+        return checkpoint_name(shard_batch(out(x)), 'projected'), captured
 
-    def attend(self, qkv: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Attends: [B, T, 3, H, C], bias [3, H, C] -> ([B, T, H, C], probabilities or None)."""
+    def turned(
+        self, qkv: jax.Array, vector: jax.Array | None,
+        rotation: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(qkv [B, T, 3, H, C] with norms and rotations of queries and keys, bias still to add)."""
+        rope, normed = self.style.rope, 'query_key' in self.style.norms
+        if rope is None and not normed:
+            return qkv, vector
+        if vector is not None:
+            qkv = qkv + vector.astype(self.dtype)
+        q, k, v = jnp.split(qkv, 3, axis=2)  # [B, T, 1, H, C]
+        if normed:
+            q, k = (norm(self.style.norm, self.epsilon, self.dtype, f'{name}_norm')(x)
+                    for name, x in (('q', q), ('k', k)))  # fmt: skip
+        if rope is not None and rope.learnt:
+            shape = (2, self.num_heads, qkv.shape[-1] // 2)
+            learnt = self.param('rope', rotary.init_frequencies, shape, rope)
+            before = qkv.shape[1] - self.grid[0] * self.grid[1]
+            rotation = rotary.learnt_rotation(rope, self.grid, before, learnt)
+        if rope is not None:
+            q, k = (rotary.rotate(rope, x, *rotation) for x in (q, k))
+        return jnp.concatenate([q, k, v], axis=2), None
+
+    def attend(
+        self, qkv: jax.Array, vector: jax.Array, bias: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attends: [B, T, 3, H, C] -> ([B, T, H, C], probabilities or None).
+
+        `vector` [3, H, C] is added to qkv, `bias` [H, T, T] to the logits.
+        """
         _, tokens, _, heads, channels = qkv.shape
         kind = 'xla' if self.is_initializing() else attention.chosen(
             self.kind, *memory.target(), tokens=tokens, width=heads * channels, heads=heads,
             dtype=qkv.dtype, dropout=0.0 if self.deterministic else self.dropout,
-            capture=self.capture, relative=self.relative,
+            capture=self.capture, relative=self.relative, bias=bias is not None,
         )  # fmt: skip
         if kind == 'pallas':
-            return attention.pallas(qkv, bias), None
-        qkv = checkpoint_name(qkv + bias.astype(self.dtype), 'qkv')
+            return attention.pallas(qkv, vector), None
+        qkv = checkpoint_name(qkv + vector.astype(self.dtype), 'qkv')
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
         if kind == 'cudnn':
             return cudnn(q, k, v), None
@@ -115,6 +182,8 @@ class Attention(nn.Module):
             init = nn.initializers.normal(std)
             keys = self.param('relative', init, (2 * tokens - 1, heads, channels))
             logits += by_offset(jnp.einsum('bhqc,rhc->bhqr', q, keys.astype(self.dtype)))
+        if bias is not None:
+            logits += bias.astype(self.dtype)
         logits = checkpoint_name(logits, 'logits')
         probs = rounded(nn.softmax(logits.astype(jnp.float32)).astype(self.dtype))
         captured = probs if self.capture else None  # before dropout: what the model attends to
@@ -124,20 +193,20 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm encoder block (arXiv:2010.11929 eq. 2 and 3), as the body of a scan over depth.
+    """Encoder block (arXiv:2010.11929 eq. 2 and 3), as the body of a scan over depth.
 
     `drop_path` is the rate of this block (arXiv:1603.09382), `layer_scale` the initial value of
     per-channel residual scales (arXiv:2103.17239 eq. 3; None: no scales). Positions, its own or
-    `shared` ones, are added to its input. `rotation` is that of rotary.rotation.
+    `shared` ones, are added to its input. `grid`, `rotation` and `bias` are those of `Attention`.
     """
 
     num_heads: int
     mlp_dim: int
+    style: Style = PLAIN
+    grid: tuple[int, int] = (0, 0)
     gelu: str = 'tanh'
     glu: bool = False
     epsilon: float = 1e-6
-    qk_norm: bool = False
-    key_bias: bool = True
     relative: bool = False
     relative_std: float | None = None
     positions: tuple | None = None  # arguments of embedding.positions for a table of its own
@@ -168,21 +237,41 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, drop_path: jax.Array, shared: jax.Array | None = None,
-        rotation: tuple[jax.Array, jax.Array] | None = None,
+        rotation: tuple[jax.Array, jax.Array] | None = None, bias: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
         """(output, (attention probabilities, the output again)), the latter two if captured."""
-        norm = dict(epsilon=self.epsilon, dtype=self.dtype)
+        order = self.style.order
+        norms = {name: norm(self.style.norm, self.epsilon, self.dtype, name)
+                 for name in ('norm1', 'norm2')}  # fmt: skip
         if self.positions is not None:
             shared = embedding.positions(self, *self.positions)  # [1, T, D]
         if shared is not None:
             x = x + shared.astype(x.dtype)
         x = shard_batch(x)
-        y = nn.LayerNorm(**norm, name='norm1')(x)
+        normed = x if order == 'post' else norms['norm1'](x)
+        y, probabilities = self.attend(normed, rotation, bias)
+        if order == 'post':
+            y = norms['norm1'](y)
+        if order == 'parallel':
+            x = self.residual(x, y + self.feed_forward(normed), drop_path, 'scale1')
+        else:
+            x = checkpoint_name(self.residual(x, y, drop_path, 'scale1'), 'middle')
+            y = self.feed_forward(x if order == 'post' else norms['norm2'](x))
+            if order == 'post':
+                y = norms['norm2'](y)
+            x = self.residual(x, y, drop_path, 'scale2')
+        x = rounded(x)
+        return x, (probabilities, x if self.keep else None)
+
+    def attend(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, bias: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attention with dropout: [B, T, D] -> ([B, T, D], probabilities or None)."""
         y, probabilities = Attention(
             self.num_heads,
             self.attention,
-            qk_norm=self.qk_norm,
-            key_bias=self.key_bias,
+            self.style,
+            self.grid,
             relative=self.relative,
             relative_std=self.relative_std,
             epsilon=self.epsilon,
@@ -192,13 +281,15 @@ class Block(nn.Module):
             dtype=self.matmul_dtype,
             quantize=self.quantize,
             name='attn',
-        )(y, rotation)
-        y = Dropout(self.dropout, deterministic=self.deterministic)(y)
-        x = checkpoint_name(self.residual(x, y, drop_path, 'scale1'), 'middle')
-        y = nn.LayerNorm(**norm, name='norm2')(x)
-        y = Mlp(
+        )(x, rotation, bias)
+        return Dropout(self.dropout, deterministic=self.deterministic)(y), probabilities
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """The MLP: [B, T, D] -> [B, T, D]."""
+        style = self.style
+        return Mlp(
             self.mlp_dim, self.gelu, self.glu, self.dropout, self.deterministic, self.matmul_dtype,
-            self.quantize, name='mlp',
-        )(y)  # fmt: skip
-        x = rounded(self.residual(x, y, drop_path, 'scale2'))
-        return x, (probabilities, x if self.keep else None)
+            self.quantize, use_bias='mlp' not in style.unbiased,
+            hidden_norm=style.norm if 'mlp' in style.norms else None, epsilon=self.epsilon,
+            name='mlp',
+        )(x)  # fmt: skip

@@ -22,10 +22,16 @@ def vit_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     if model.posemb == 'relative':
         adds += model.depth * t * (2 * t - 1) * d
     if model.pool == 'map':
-        adds += n * (2 * d * d + 2 * d) + 2 * d * d + 2 * d * model.mlp_dim
-    rows, features = (t if model.pool == 'none' else 1), d * (1 + (model.pool == 'cls_gap'))
+        read = t if model.pool_style.prefix else n
+        hidden = model.pool_style.mlp_dim or model.mlp_dim
+        adds += read * (2 * d * d + 2 * d) + 2 * d * d + 2 * d * hidden
+    bias = model.style.bias
+    if bias is not None and bias.kind == 'mlp':
+        offsets = (2 * rows - 1) * (2 * columns - 1)
+        adds += offsets * bias.hidden * (2 + model.num_heads) * (1 if bias.shared else model.depth)
+    outputs, features = (t if model.pool == 'none' else 1), d * (1 + (model.pool == 'cls_gap'))
     if model.representation_size is not None:
-        adds += rows * features * model.representation_size
+        adds += outputs * features * model.representation_size
         features = model.representation_size
     heads = 1 + model.dist_head
-    return 2 * (adds + rows * features * (model.num_classes or 0) * heads)
+    return 2 * (adds + outputs * features * (model.num_classes or 0) * heads)

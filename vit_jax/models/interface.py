@@ -93,6 +93,10 @@ def check_size(
         counts.append((tables['posemb_x'].shape[-2], w))
     if 'relative' in encoder.get('attn', {}):
         counts.append(((encoder['attn']['relative'].shape[-3] + 1) // 2 - before, h * w))
+    if 'bias_table' in {**params, **encoder.get('attn', {})}:
+        rows = {**params, **encoder.get('attn', {})}['bias_table'].shape[-2]
+        if rows - 3 not in (offsets := (2 * h - 1) * (2 * w - 1), offsets - 3):
+            counts.append((f'offsets of {rows} rows', offsets))
     if 'token_mixing' in encoder:
         counts.append((encoder['token_mixing']['fc1']['kernel'].shape[-2], h * w))
     for expected, count in counts:

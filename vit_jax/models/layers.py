@@ -40,6 +40,12 @@ def gelu_of(kind: Gelu) -> Callable[[jax.Array], jax.Array]:
     return lambda x: nn.gelu(x, approximate=kind == 'tanh')
 
 
+def norm(kind: str, epsilon: float, dtype: Dtype, name: str) -> nn.Module:
+    """Norm over channels, within a module: 'layer' (arXiv:1607.06450), 'rms' (arXiv:1910.07467)."""
+    module = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}[kind]
+    return module(epsilon=epsilon, dtype=dtype, name=name)
+
+
 def head(num_classes: int, bias: float, dtype: Dtype, name: str = 'head') -> nn.Module:
     """Dense layer to logits, within a module; starts with a kernel of zeros and this `bias`."""
     return nn.Dense(
@@ -54,7 +60,8 @@ class Projection(nn.Module):
     [B, T, *inputs] -> [B, T, *features]; the kernel is [*inputs, *features]. The compiler lays out
     a product by its dimensions: with more than two it would copy between that layout and the matrix
     that a kernel takes. If the mesh shards heads, they stay a dimension. With `apart`, returns
-    (product, bias) for the caller to add. `quantize` is one of quantized.KINDS.
+    (product, bias) for the caller to add; the bias is None without `use_bias`. `quantize` is one of
+    quantized.KINDS.
     """
 
     inputs: tuple[int, ...]
@@ -63,9 +70,10 @@ class Projection(nn.Module):
     apart: bool = False
     dtype: Dtype = jnp.float32
     quantize: str = 'none'
+    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array | None]:
         matrix = math.prod(self.inputs), math.prod(self.features)
         shape = (*self.inputs, *self.features)
 
@@ -73,7 +81,9 @@ class Projection(nn.Module):
             return self.kernel_init(key, matrix, dtype).reshape(shape)
 
         kernel = self.param('kernel', init, shape, jnp.float32)
-        bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         dot = quantized.dot_general(self.quantize)
         if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:
@@ -84,7 +94,9 @@ class Projection(nn.Module):
             x = shard_batch(x.reshape(*x.shape[:2], matrix[0]))
             y = shard_batch(dot(x, kernel.reshape(matrix), (((2,), (0,)), ((), ()))))
             y = y.reshape(*y.shape[:2], *self.features)
-        return (y, bias) if self.apart else y + bias.astype(self.dtype)
+        if self.apart:
+            return y, bias
+        return y if bias is None else y + bias.astype(self.dtype)
 
 
 class Dropout(nn.Module):
@@ -113,7 +125,10 @@ class Dropout(nn.Module):
 
 class Mlp(nn.Module):
     """Two dense layers with GELU between: D -> mlp_dim -> D; with `glu`, SwiGLU
-    (arXiv:2002.05202 eq. 6)."""
+    (arXiv:2002.05202 eq. 6).
+
+    `hidden_norm` is the kind of a norm before the second layer (arXiv:2303.11331); None: none.
+    """
 
     mlp_dim: int
     gelu: str = 'tanh'
@@ -124,6 +139,9 @@ class Mlp(nn.Module):
     quantize: str = 'none'
     kernel_init: Any = nn.initializers.xavier_uniform()
     bias_init: Any = nn.initializers.normal(1e-6)
+    use_bias: bool = True
+    hidden_norm: str | None = None
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -131,6 +149,7 @@ class Mlp(nn.Module):
         dense = dict(
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
+            use_bias=self.use_bias,
             dtype=self.dtype,
             dot_general=quantized.dot_general(self.quantize),
         )
@@ -147,5 +166,7 @@ class Mlp(nn.Module):
         if self.deterministic and width >= WIDE and memory.target()[0] == 'tpu':
             x = jax.lax.optimization_barrier(x)
         x = Dropout(self.dropout, deterministic=self.deterministic)(x)
+        if self.hidden_norm is not None:
+            x = norm(self.hidden_norm, self.epsilon, self.dtype, 'norm')(x)
         x = checkpoint_name(shard_batch(nn.Dense(width, **dense, name='fc2')(x)), 'projected')
         return Dropout(self.dropout, deterministic=self.deterministic)(x)

@@ -38,6 +38,9 @@ RULES = (
     Rule(r'encoder/attn/qkv/bias', P(None, None, 'tensor', None), 'blocks'),  # [L, 3, H, C]
     Rule(r'encoder/attn/out/kernel', P(None, 'tensor', None, 'fsdp'), 'blocks'),  # [L, H, C, D]
     Rule(r'encoder/attn/relative', P(None, None, 'tensor', None), 'blocks'),  # [L, 2 T - 1, H, C]
+    Rule(r'encoder/attn/rope', P(None, None, 'tensor', None), 'blocks'),  # [L, 2, H, C / 2]
+    Rule(r'encoder/attn/bias_table', P(None, None, 'tensor'), 'blocks'),  # [L, R, H]
+    Rule(r'encoder/attn/bias_fc[12]/kernel', P(), 'blocks'),  # [L, 2, M] and [L, M, H]
     Rule(r'encoder/(mlp|channel_mixing)/(fc1|gate)/kernel', P(None, 'fsdp', 'tensor'), 'blocks'),
     Rule(r'encoder/(mlp|channel_mixing)/(fc1|gate)/bias', P(None, 'tensor'), 'blocks'),  # [L, M]
     Rule(r'encoder/(mlp|channel_mixing)/fc2/kernel', P(None, 'tensor', 'fsdp'), 'blocks'),
@@ -46,7 +49,8 @@ RULES = (
     Rule(r'encoder/(\w+/)*(bias|scale[12]?|posemb(_[yx])?)', P(), 'blocks'),
     Rule(r'embedding/kernel', P(None, None, None, 'fsdp'), 'stem'),  # [P, P, C, D]
     Rule(r'(conv_root|conv_proj|conv\d)/kernel', P(None, None, None, 'fsdp'), 'stem'),  # [h,w,C,F]
-    Rule(r'(embedding|pre_norm|gn_root|gn_proj|gn\d)/(bias|scale)', P(), 'stem'),
+    Rule(r'bias_(table|fc[12]/(kernel|bias))', P(), 'stem'),  # shared by all blocks
+    Rule(r'(embedding|patch_norm|pre_norm|gn_root|gn_proj|gn\d)/(bias|scale)', P(), 'stem'),
     Rule(r'cls|dist|registers|posemb(_[yx])?', P(), 'stem'),
     Rule(r'map_head/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D, H, C]
     Rule(r'map_head/(query|key|value)/bias', P('tensor', None)),  # [H, C]

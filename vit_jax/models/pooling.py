@@ -3,12 +3,24 @@
 Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C).
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.layers import Dtype, Mlp
+from vit_jax.io.bounds import Positive
+from vit_jax.models.layers import Dtype, Mlp, norm
 from vit_jax.models.memory import shard_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Details of `Vit.pool`."""
+
+    prefix: bool = False  # whether gap and map also read the tokens before the patches
+    num_heads: Positive[int] | None = None  # attention heads of map; None: those of the blocks
+    mlp_dim: Positive[int] | None = None  # hidden size of the MLP of map; None: that of the blocks
 
 
 def pooled(model: nn.Module, out: dict[str, jax.Array], first: jax.Array) -> jax.Array:
@@ -24,15 +36,20 @@ def pooled(model: nn.Module, out: dict[str, jax.Array], first: jax.Array) -> jax
     """
     if model.pool == 'cls':
         return out['cls']
+    tokens = out['encoded']
+    if model.prefix and (model.pool == 'none' or model.pool_style.prefix):
+        tokens = jnp.concatenate([first, tokens], axis=1)
     if model.pool == 'gap':
-        return out['encoded'].mean(axis=1)
+        return tokens.mean(axis=1)
     if model.pool == 'cls_gap':  # the linear head of DINOv2, arXiv:2304.07193 section 7.1
         return jnp.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=-1)
     if model.pool == 'map':
         return MapHead(
-            model.num_heads, model.mlp_dim, model.gelu, model.epsilon, model.dtype, name='map_head'
-        )(out['encoded'])
-    return jnp.concatenate([first, out['encoded']], axis=1) if model.prefix else out['encoded']
+            model.pool_style.num_heads or model.num_heads,
+            model.pool_style.mlp_dim or model.mlp_dim, model.gelu, model.epsilon, model.dtype,
+            model.style.norm, name='map_head',
+        )(tokens)  # fmt: skip
+    return tokens
 
 
 class MapHead(nn.Module):
@@ -46,6 +63,7 @@ class MapHead(nn.Module):
     gelu: str = 'tanh'
     epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
+    norm_kind: str = 'layer'
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -62,6 +80,6 @@ class MapHead(nn.Module):
         probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         x = jnp.einsum('bhqk,bkhc->bqhc', probs, v)
         x = shard_batch(nn.DenseGeneral(width, axis=(-2, -1), **dense, name='out')(x))
-        y = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x)
+        y = norm(self.norm_kind, self.epsilon, self.dtype, 'norm')(x)
         x = x + Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name='mlp')(y)
         return x[:, 0]

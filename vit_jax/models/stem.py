@@ -6,7 +6,7 @@ Shapes: B batch, H W image, C channels, N patches, D width.
 import flax.linen as nn
 import jax
 
-from vit_jax.models import embedding, resnet
+from vit_jax.models import embedding, layers, resnet
 
 
 def embed(model: nn.Module, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -18,6 +18,8 @@ def embed(model: nn.Module, images: jax.Array) -> tuple[jax.Array, jax.Array | N
         x = resnet.ResNet(model.resnet, model.resnet_width, *dtypes, name='resnet')(x)
     x = embedding.patches(x, model.width, model.patch_size, model.product_dtype)
     x = x.astype(model.dtype)
+    if model.patch_norm:
+        x = layers.norm(model.style.norm, model.epsilon, model.dtype, 'patch_norm')(x)
     if model.posemb_at != 'stem' or model.posemb in ('none', 'relative'):
         return x, None
     if model.posemb == 'sincos2d':

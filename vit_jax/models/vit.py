@@ -20,6 +20,7 @@ from vit_jax.models import (
     memory,
     pooling,
     quantized,
+    relative,
     resnet,
     rotary,
     stem,
@@ -51,7 +52,7 @@ class Vit(nn.Module):
     `pool='none'` both keep all T tokens: [B, T, K] and [B, T, D]. The intermediates are:
 
     tokens      [B, N, D]  embedded patches with their positions
-    encoded     [B, N, D]  patches after the last norm (before it with `fc_norm`)
+    encoded     [B, N, D]  patches after the last norm, if `last_norm` is 'tokens'
     cls         [B, D]     class token, likewise, if the model has one
     pre_logits  [B, D]     input of the head; [B, 2 D] with pool='cls_gap'
     logits      [B, K]     if the model has a head
@@ -61,7 +62,7 @@ class Vit(nn.Module):
 
     attention        [L, B, heads, T, T]  probabilities
     tokens_by_block  [L + 1, B, T, D]     input of the first block, then the output of each block
-    normed_by_block  [L + 1, B, T, D]     the same after the last norm (unchanged with `fc_norm`)
+    normed_by_block  [L + 1, B, T, D]     the same likewise after the last norm
 
     Capturing changes no output. `train` turns on dropout and stochastic depth. Raises UserError for
     images of another kind or size than the parameters are for, and for an unknown capture.
@@ -76,6 +77,7 @@ class Vit(nn.Module):
     mlp_dim: Positive[int] = 3072  # hidden size of the MLPs
     # what the head reads: class token, mean of the patches, both, attention pooling or all tokens
     pool: Literal['cls', 'gap', 'cls_gap', 'map', 'none'] = 'cls'
+    pool_style: pooling.Pool = pooling.Pool()  # details of `pool`: its tokens, heads and MLP
     # position embedding: learnt by patch, by row and column, or relative (arXiv:2010.11929 appendix
     # D.4); fixed sine-cosine (arXiv:2205.01580 section 3); none
     posemb: Literal['learn', 'learn2d', 'relative', 'sincos2d', 'none'] = 'learn'
@@ -84,8 +86,6 @@ class Vit(nn.Module):
     # initial deviation of learnt positions: 0.02 for arXiv:2010.11929 (vision_transformer
     # models_vit.py:192); None: width^-0.5, as big_vision, and that of a head for relative ones
     posemb_std: NonNegative[float] | None = None
-    # base of rotary positions of the patches in attention, arXiv:2508.10104 section 3.2; None: none
-    rope: Positive[float] | None = None
     # how the position table is resized to another image size
     interpolation: Literal['linear', 'bicubic', 'bicubic_antialias'] = 'linear'
     cls_token: bool | None = None  # class token; None: if `pool` reads it
@@ -99,10 +99,12 @@ class Vit(nn.Module):
     resnet: tuple[Positive[int], ...] | None = None
     resnet_width: Positive[float] = 1.0  # factor of the features of `resnet`
     pre_norm: bool = False  # norm before the first block, as in CLIP
-    fc_norm: bool = False  # last norm after pooling instead of before it
+    patch_norm: bool = False  # norm of the embedded patches before positions, arXiv:2411.14402
+    # last norm: of all tokens, of the pooled vector, or none
+    last_norm: Literal['tokens', 'pooled', 'none'] = 'tokens'
     layer_scale: NonNegative[float] | None = None  # initial scale of residual branches; None: none
-    qk_norm: bool = False  # norm of queries and keys
-    key_bias: bool = True  # keys have a bias; without one it stays zero
+    # order and kind of norms, absent biases, positions in attention: see models/block.py
+    style: block.Style = block.Style()
     gelu: layers.Gelu = 'tanh'  # exact GELU, its tanh approximation, or CLIP's quick one
     glu: bool = False  # SwiGLU instead of GELU, arXiv:2002.05202
     epsilon: Positive[float] = 1e-6  # term added to the variance in norms
@@ -178,11 +180,13 @@ class Vit(nn.Module):
             raise UserError(
                 f'model.width {self.width} is not divisible by model.num_heads {self.num_heads}'
             )
-        if self.rope is not None and self.width // self.num_heads % 4:
+        if self.style.rope is not None and self.width // self.num_heads % 4:
             raise UserError(
-                'model.rope needs heads of a number of channels divisible by 4, not '
+                'model.style.rope needs heads of a number of channels divisible by 4, not '
                 f'{self.width // self.num_heads}'
             )
+        if self.style.order == 'post' and self.layer_scale is not None:
+            raise UserError("model.layer_scale has no place in blocks of model.style.order 'post'")
         if self.pool in ('cls', 'cls_gap') and 'cls' not in self.prefix:
             raise UserError(f'model.pool {self.pool!r} needs model.cls_token')
         if self.dist_head and not self.dist_token:
@@ -216,25 +220,25 @@ class Vit(nn.Module):
         b, n, d = x.shape
         prefix = stem.prefix_tokens(self, positions)
         x = jnp.concatenate([jnp.tile(p, (b, 1, 1)) for p in prefix] + [x], axis=1)  # [B, T, D]
-        norm = dict(epsilon=self.epsilon, dtype=self.dtype)
         if self.pre_norm:
-            x = nn.LayerNorm(**norm, name='pre_norm')(x)
+            x = self.make_norm('pre_norm')(x)
         x = layers.Dropout(self.dropout, deterministic=not train)(x)
         x, by_block = self.encode(x, grid, train, capture)
         out |= by_block
-        last_norm = nn.LayerNorm(**norm, name='norm')
-        if 'normed_by_block' in out and not self.fc_norm:
-            out['normed_by_block'] = last_norm(out['normed_by_block'])
+        last_norm = self.make_norm('norm') if self.last_norm != 'none' else None
         # Separate, so that patches that no pooling reads are not normed.
         first, patches = x[:, :-n], x[:, -n:]
-        if not self.fc_norm:
+        if self.last_norm == 'tokens':
+            if 'normed_by_block' in out:
+                out['normed_by_block'] = last_norm(out['normed_by_block'])
             first, patches = last_norm(first), last_norm(patches)
         out['encoded'] = patches
         if 'cls' in self.prefix:
             out['cls'] = first[:, 0]
         dist = first[:, list(self.prefix).index('dist')] if self.dist_head else None
         x = memory.shard_batch(pooling.pooled(self, out, first))
-        x = out['pre_logits'] = self.represented(last_norm(x) if self.fc_norm else x)
+        x = last_norm(x) if self.last_norm == 'pooled' else x
+        x = out['pre_logits'] = self.represented(x)
         if self.num_classes is None:
             return x, out
         head = self.num_classes, self.head_bias, self.dtype
@@ -243,6 +247,10 @@ class Vit(nn.Module):
             logits = (logits + layers.head(*head, name='dist_head')(dist)) / 2
         out['logits'] = logits
         return logits, out
+
+    def make_norm(self, name: str) -> nn.Module:
+        """A norm of the model's kind."""
+        return layers.norm(self.style.norm, self.epsilon, self.dtype, name)
 
     def encode(
         self, x: jax.Array, grid: tuple[int, int], train: bool, capture: tuple[str, ...]
@@ -253,22 +261,25 @@ class Vit(nn.Module):
         """
         before = sum(self.prefix.values())
         table = (self.posemb, grid, before, self.width, self.posemb_std)
-        shared = rotation = None
-        if self.rope is not None:
-            rotation = rotary.rotation(grid, before, self.width // self.num_heads, self.rope)
+        shared = rotation = bias = None
+        rope, by_offset = self.style.rope, self.style.bias
+        if rope is not None and not rope.learnt:
+            rotation = rotary.rotation(rope, grid, before, self.width // self.num_heads)
+        if by_offset is not None and by_offset.shared:
+            bias = relative.logits(self, by_offset, grid, before, self.num_heads)
         if self.posemb_at == 'shared':
             shared = embedding.positions(self, *table)
         scan = self.is_initializing() or (train and self.remat != 'none')
         encoder = memory.stacked(
-            block.Block, self.depth, self.unroll, scan, self.remat, (0, nn.broadcast, nn.broadcast)
+            block.Block, self.depth, self.unroll, scan, self.remat, (0, *(nn.broadcast,) * 3)
         )(
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
+            style=self.style,
+            grid=grid,
             gelu=self.gelu,
             glu=self.glu,
             epsilon=self.epsilon,
-            qk_norm=self.qk_norm,
-            key_bias=self.key_bias,
             relative=self.posemb == 'relative',
             positions=table if self.posemb_at == 'layers' else None,
             relative_std=self.posemb_std,
@@ -286,7 +297,7 @@ class Vit(nn.Module):
             name='encoder',
         )
         rates = jnp.linspace(0, self.drop_path, self.depth)
-        y, (probabilities, tokens) = encoder(x, rates, shared, rotation)
+        y, (probabilities, tokens) = encoder(x, rates, shared, rotation, bias)
         arrays = {'attention': probabilities}
         if tokens is not None:
             tokens = jnp.concatenate([x[None], tokens])

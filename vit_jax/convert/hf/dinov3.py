@@ -9,15 +9,16 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert import hf_config
 from vit_jax.convert.documents import check_agreement, option, size_option
 from vit_jax.convert.files import Array
+from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.official import half_normalisation, shape_of
 from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
-from vit_jax.convert.timm_config import IMAGENET
-from vit_jax.convert.timm_model import guess_heads
+from vit_jax.convert.timm.config import IMAGENET
+from vit_jax.convert.timm.model import guess_heads
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
+from vit_jax.models import block, rotary, vit
 
 TYPE = 'dinov3_vit'
 PATCHES = 'embeddings.patch_embeddings.weight'
@@ -30,13 +31,27 @@ READ = {
     'use_gated_mlp', 'num_register_tokens',
     'pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale',  # of training, without effect here
 }  # fmt: skip
-BIASES = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj', 'proj': 'o_proj'}
+BIASES = {
+    'query': 'attention.q_proj.bias', 'key': 'attention.k_proj.bias',
+    'value': 'attention.v_proj.bias', 'out': 'attention.o_proj.bias', 'mlp': 'mlp.up_proj.bias',
+}  # fmt: skip
+FLAGS = {name: 'proj_bias' if name == 'out' else f'{name}_bias' for name in BIASES}
 LAYER = 'layer.0.'
 
 
-def matches(names: Collection[str]) -> bool:
+def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
     """Whether the arrays, without a prefix, are those of this family."""
     return PATCHES in names and f'{LAYER}attention.k_proj.weight' in names
+
+
+def expresses(model: nn.Module) -> bool:
+    """Whether a model is saved as one of this family."""
+    return isinstance(model, vit.Vit) and model.style.rope is not None
+
+
+def absent_biases(model: nn.Module) -> tuple[str, ...]:
+    """Those of `style.unbiased` that the file lacks, too: each has a flag."""
+    return model.style.unbiased
 
 
 def without_prefix(arrays: dict[str, Array]) -> dict[str, Array]:
@@ -73,8 +88,10 @@ def describe(
         mlp_dim=shape_of(arrays, f'{LAYER}mlp.up_proj.weight', 2)[0], glu=glu, gelu=gelu,
         epsilon=option(config, 'layer_norm_eps', 'a number above 0', 1e-5),
         pool='cls', cls_token=True, posemb='none',
-        rope=float(option(config, 'rope_theta', 'a number above 0', 100.0)),
-        key_bias=f'{LAYER}attention.k_proj.bias' in arrays,
+        style=block.Style(
+            rope=rotary.Rope(float(option(config, 'rope_theta', 'a number above 0', 100.0))),
+            unbiased=tuple(n for n, bias in BIASES.items() if f'{LAYER}{bias}' not in arrays),
+        ),
         registers=arrays[REGISTERS].shape[1] if REGISTERS in arrays else 0,
         layer_scale=float(option(config, 'layerscale_value', 'a number', 1.0)),
     )  # fmt: skip
@@ -82,7 +99,7 @@ def describe(
     if config:
         return kind, fields, {}
     why = 'there is no config.json'
-    guessed = dict.fromkeys(('num_heads', 'epsilon', 'rope', 'gelu'), why)
+    guessed = dict.fromkeys(('num_heads', 'epsilon', 'style', 'gelu'), why)
     return kind, fields, guessed
 
 
@@ -97,9 +114,7 @@ def check_config(
         hidden_size=fields['width'], num_hidden_layers=fields['depth'], num_channels=channels,
         intermediate_size=fields['mlp_dim'], patch_size=fields['patch_size'],
         use_gated_mlp=fields['glu'], num_register_tokens=fields['registers'],
-        mlp_bias=f'{LAYER}mlp.up_proj.bias' in arrays,
-        **{f'{key}_bias': f'{LAYER}attention.{name}.bias' in arrays
-           for key, name in BIASES.items()},
+        **{FLAGS[name]: f'{LAYER}{bias}' in arrays for name, bias in BIASES.items()},
     )  # fmt: skip
     stated = {
         'hidden_size': option(config, 'hidden_size', count, 384),
@@ -109,8 +124,7 @@ def check_config(
         'patch_size': size_option(config, 'patch_size') or (16, 16),
         'use_gated_mlp': option(config, 'use_gated_mlp', flag, False),
         'num_register_tokens': option(config, 'num_register_tokens', 'a whole number', 0),
-        'mlp_bias': option(config, 'mlp_bias', flag, True),
-        **{f'{key}_bias': option(config, f'{key}_bias', flag, key != 'key') for key in BIASES},
+        **{key: option(config, key, flag, name != 'key') for name, key in FLAGS.items()},
     }  # fmt: skip
     check_agreement(stated, inferred)
 
@@ -124,30 +138,32 @@ def pieces(model: nn.Module) -> list[Piece]:
         Piece(f'{projection}.bias', 'embedding/bias', layout='vector'),
         *(Piece(names[name], name) for name in model.prefix),
     ]
+    unbiased = model.style.unbiased
     layers = {'up_proj': 'fc1', 'down_proj': 'fc2', **({'gate_proj': 'gate'} if model.glu else {})}
     for i in range(model.depth):
         theirs, index = f'layer.{i}', (i,)
         for n in (1, 2):
-            rows += norm_pieces(f'{theirs}.norm{n}.', f'encoder/norm{n}', index, scale='weight')
+            rows += norm_pieces(f'{theirs}.norm{n}.', f'encoder/norm{n}', index, model=model)
             rows.append(Piece(f'{theirs}.layer_scale{n}.lambda1', f'encoder/scale{n}', index))
-        for k, name in enumerate(('q_proj', 'k_proj', 'v_proj')):
-            kernel, bias = linear_pieces(
-                f'{theirs}.attention.{name}', 'encoder/attn/qkv', index, at=(k,), optional=True
-            )
-            rows += [kernel, bias] if model.key_bias or name != 'k_proj' else [kernel]
+        for k, name in enumerate(block.PROJECTIONS):
+            rows += linear_pieces(
+                f'{theirs}.attention.{name[0]}_proj', 'encoder/attn/qkv', index, at=(k,),
+                bias=name not in unbiased,
+            )  # fmt: skip
         rows += linear_pieces(
-            f'{theirs}.attention.o_proj', 'encoder/attn/out', index, inputs=2, optional=True
-        )
+            f'{theirs}.attention.o_proj', 'encoder/attn/out', index, inputs=2,
+            bias='out' not in unbiased,
+        )  # fmt: skip
         for name, ours in layers.items():
             rows += linear_pieces(
-                f'{theirs}.mlp.{name}', f'encoder/mlp/{ours}', index, optional=True
+                f'{theirs}.mlp.{name}', f'encoder/mlp/{ours}', index, bias='mlp' not in unbiased
             )
-    return rows + norm_pieces('norm.', 'norm', scale='weight')
+    return rows + norm_pieces('norm.', 'norm', model=model)
 
 
-def without_effect(model: nn.Module) -> dict[str, np.ndarray]:
-    """Arrays of a file that outputs do not depend on."""
-    arrays = {'embeddings.mask_token': np.zeros((1, 1, model.width), np.float32)}
+def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of the file: with those that outputs do not depend on."""
+    arrays = arrays | {'embeddings.mask_token': np.zeros((1, 1, model.width), np.float32)}
     if not model.registers:
         arrays[REGISTERS] = np.zeros((1, 0, model.width), np.float32)
     return arrays
@@ -155,10 +171,11 @@ def without_effect(model: nn.Module) -> dict[str, np.ndarray]:
 
 def limits(model: nn.Module) -> dict[str, tuple]:
     """{field: values that the format can express} for `save`."""
-    return dict(
-        rope=(model.rope,), key_bias=(True, False), num_classes=(None,), resnet=(None,),
-        pool=('cls',), posemb=('none',), dist_token=(False,), pre_norm=(False,), fc_norm=(False,),
-        qk_norm=(False,), representation_size=(None,),
+    rope = rotary.Rope(model.style.rope.base)
+    return {'style.rope': (rope,)} | dict(
+        num_classes=(None,), resnet=(None,),
+        pool=('cls',), posemb=('none',), dist_token=(False,), pre_norm=(False,),
+        representation_size=(None,),
         layer_scale=(1.0 if model.layer_scale is None else model.layer_scale,),
     )  # fmt: skip
 
@@ -174,9 +191,10 @@ def model_config(
         architectures=['DINOv3ViTModel'], model_type=TYPE, dtype='float32',
         hidden_size=model.width, intermediate_size=model.mlp_dim, num_hidden_layers=model.depth,
         num_attention_heads=model.num_heads, image_size=image, patch_size=patch,
-        num_channels=len(model.mean), layer_norm_eps=model.epsilon, rope_theta=model.rope,
+        num_channels=len(model.mean), layer_norm_eps=model.epsilon,
+        rope_theta=model.style.rope.base,
         hidden_act='silu' if model.glu else hf_config.ACTS[model.gelu],
-        query_bias=True, key_bias=model.key_bias, value_bias=True, proj_bias=True, mlp_bias=True,
+        **{key: name not in model.style.unbiased for name, key in FLAGS.items()},
         layerscale_value=model.layer_scale, use_gated_mlp=model.glu,
         num_register_tokens=model.registers, attention_dropout=0.0, drop_path_rate=0.0,
         initializer_range=0.02,

@@ -1,6 +1,4 @@
-"""Folders of Hugging Face transformers: ViT (MAE and MSN too), DeiT, DINOv2; with heads or not.
-
-Saves a model with rotary positions as a DINOv3, by hf_dinov3.
+"""ViT (MAE and MSN too), DeiT and DINOv2 of transformers; with heads or not.
 
 GELU and epsilon are those of config.json, the input normalisation is that of
 preprocessor_config.json. Position tables are resized by bicubic interpolation, antialiased only in
@@ -13,16 +11,18 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert import hf_config, hf_dinov3
 from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
-from vit_jax.convert.hf_config import TYPES
+from vit_jax.convert.hf import config as hf_config
+from vit_jax.convert.hf.config import TYPES
 from vit_jax.convert.official import half_normalisation, shape_of
 from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces, rename_arrays
-from vit_jax.convert.timm_config import IMAGENET
-from vit_jax.convert.timm_model import guess_heads
+from vit_jax.convert.timm.config import IMAGENET
+from vit_jax.convert.timm.model import guess_heads
+from vit_jax.convert.timm.vit import whole_groups
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
+from vit_jax.models import block, vit
 
 UNUSED = ((r'embeddings\.mask_token|decoder\..*', 'for masked pre-training'),)
 READ = hf_config.READ
@@ -31,9 +31,19 @@ TABLE = 'embeddings.position_embeddings'
 INTERPOLATION = {'dinov2_with_registers': 'bicubic_antialias'}
 
 
-def matches(names: Collection[str]) -> bool:
+def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
     """Whether the arrays are those of this family."""
     return any(name == PATCHES or name.endswith('.' + PATCHES) for name in names)
+
+
+def expresses(model: nn.Module) -> bool:
+    """Whether a model is saved as one of this family."""
+    return isinstance(model, vit.Vit)
+
+
+def absent_biases(model: nn.Module) -> tuple[str, ...]:
+    """Those of `style.unbiased` that the file lacks, too: qkv_bias is a flag."""
+    return tuple(n for n in whole_groups(model.style.unbiased) if n in block.PROJECTIONS)
 
 
 def without_prefix(arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -97,6 +107,8 @@ def describe(
     )  # fmt: skip
     if kind.startswith('dinov2'):
         fields['layer_scale'] = float(option(config, 'layerscale_value', 'a number', 1.0))
+    if 'encoder.layer.0.attention.attention.query.bias' not in arrays:
+        fields['style'] = block.Style(unbiased=block.PROJECTIONS)
     if 'embeddings.register_tokens' in arrays:
         fields['registers'] = shape_of(arrays, 'embeddings.register_tokens', 3)[1]
     if 'pooler.dense.weight' in arrays:
@@ -121,8 +133,6 @@ def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int]:
 
 def pieces(model: nn.Module) -> list[Piece]:
     """Pieces of all arrays of a model's file, without the prefix of one inside a classifier."""
-    if model.rope is not None:
-        return hf_dinov3.pieces(model)
     dinov2 = model.layer_scale is not None
     names = {
         'cls': 'embeddings.cls_token', 'dist': 'embeddings.distillation_token',
@@ -137,7 +147,7 @@ def pieces(model: nn.Module) -> list[Piece]:
     ]
     for i in range(model.depth):
         rows += block_pieces(f'encoder.layer.{i}', (i,), model, dinov2)
-    rows += norm_pieces('layernorm.', 'norm', scale='weight')
+    rows += norm_pieces('layernorm.', 'norm', model=model)
     if model.representation_size is not None:
         rows += linear_pieces('pooler.dense', 'pre_logits')
     if model.num_classes is not None:
@@ -151,11 +161,11 @@ def block_pieces(theirs: str, index: tuple, model: nn.Module, dinov2: bool) -> l
     mlp = ('mlp.fc1', 'mlp.fc2') if dinov2 else ('intermediate.dense', 'output.dense')
     rows = []
     for i, name in enumerate(norms):
-        rows += norm_pieces(f'{theirs}.{name}.', f'encoder/norm{i + 1}', index, scale='weight')
+        rows += norm_pieces(f'{theirs}.{name}.', f'encoder/norm{i + 1}', index, model=model)
     for i, name in enumerate(('query', 'key', 'value')):
         rows += linear_pieces(
             f'{theirs}.attention.attention.{name}', 'encoder/attn/qkv', index, at=(i,),
-            optional=True,
+            bias='query' not in model.style.unbiased,
         )  # fmt: skip
     rows += linear_pieces(f'{theirs}.attention.output.dense', 'encoder/attn/out', index, inputs=2)
     if model.glu:
@@ -176,14 +186,11 @@ def model_config(
     model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
 ) -> dict[str, Any]:
     """Content of config.json."""
-    family = hf_config if model.rope is None else hf_dinov3
-    return family.model_config(model, size, classes)
+    return hf_config.model_config(model, size, classes)
 
 
 def limits(model: nn.Module) -> dict[str, tuple]:
     """{field: values that the format can express} for `save`."""
-    if model.rope is not None:
-        return hf_dinov3.limits(model)
     dinov2 = model.layer_scale is not None
     pools = ('cls',)
     if dinov2:
@@ -193,8 +200,8 @@ def limits(model: nn.Module) -> dict[str, tuple]:
         registers=(model.registers if dinov2 else 0,),
         registers_posemb=(False,) if model.registers else (False, True),
         dist_token=(False,) if dinov2 else (True, False), pre_norm=(False,),
-        fc_norm=(False, True) if dinov2 and model.pool == 'cls' else (False,),
-        qk_norm=(False,), glu=(True, False) if dinov2 else (False,),
+        last_norm=('tokens', 'pooled') if dinov2 and model.pool == 'cls' else ('tokens',),
+        glu=(True, False) if dinov2 else (False,),
         representation_size=(None,) if dinov2 or model.num_classes
         else (None, model.representation_size),
     )  # fmt: skip
@@ -210,7 +217,7 @@ def with_both_pools(
     Raises UserError for a model without a class token, since transformers would add one, which the
     patches would attend to.
     """
-    if model.layer_scale is None or model.num_classes is None or model.rope is not None:
+    if model.layer_scale is None or model.num_classes is None or not expresses(model):
         return model, params
     if 'cls' not in model.prefix:
         raise UserError('format hf has a class token in each DINOv2, this model none; timm can')
@@ -220,13 +227,11 @@ def with_both_pools(
     rows = [kernel, np.zeros_like(kernel)]
     kernel = np.concatenate(rows if model.pool == 'cls' else rows[::-1])
     # For a single token, a norm before the pooling equals one after it.
-    model = model.clone(pool='cls_gap', cls_token=None, fc_norm=False)
+    model = model.clone(pool='cls_gap', cls_token=None, last_norm='tokens')
     return model, params | {'head/kernel': kernel}
 
 
-def with_prefix(
-    model: nn.Module, arrays: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays, named as in `pieces`, under their names in the file, with all that is in it.
 
     Arrays of a model inside a classifier have a prefix. A DINOv2 with registers has a mask token,
@@ -236,8 +241,6 @@ def with_prefix(
     kind = hf_config.model_type(model)
     prefix = f'{kind}.' if model.num_classes is not None else ''
     arrays = {n if n.startswith(heads) else prefix + n: a for n, a in arrays.items()}
-    if kind == hf_dinov3.TYPE:
-        return arrays | hf_dinov3.without_effect(model)
     if kind == 'dinov2_with_registers':
         arrays[f'{prefix}embeddings.mask_token'] = np.zeros((1, model.width), np.float32)
     return arrays

@@ -1,4 +1,4 @@
-"""Checkpoints of timm's VisionTransformer: a folder with config.json, or one .safetensors file.
+"""timm's classes VisionTransformer and VisionTransformerDistilled.
 
 GELU is exact, norms have epsilon 1e-6 and images are in [-1, 1], unless the architecture differs.
 Position tables are resized by antialiased bicubic interpolation.
@@ -13,15 +13,23 @@ import numpy as np
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
+from vit_jax.convert.timm import model as model_of
+from vit_jax.convert.timm.config import GELUS, POOLS
 from vit_jax.errors import UserError
-
-POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}
-GELUS = {'gelu': 'exact', 'gelu_tanh': 'tanh', 'quick_gelu': 'quick'}
+from vit_jax.models import block, vit
 
 
-def matches(names: Collection[str]) -> bool:
-    """Whether the arrays are those of this family."""
+def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Whether the arrays are those of this class."""
     return 'patch_embed.proj.weight' in names
+
+
+def expresses(model: nn.Module) -> bool:
+    """Whether a model is saved as one of this class."""
+    return isinstance(model, vit.Vit)
+
+
+describe = model_of.describe
 
 
 def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
@@ -29,9 +37,18 @@ def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
     return ('pos_embed', shape_of(arrays, 'pos_embed', 3)[1]) if 'pos_embed' in arrays else None
 
 
-def without_embedding_bias(
-    model: nn.Module, arrays: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def absent_biases(model: nn.Module) -> tuple[str, ...]:
+    """Those of `style.unbiased` that the file lacks, too: qkv_bias and proj_bias are flags."""
+    return whole_groups(model.style.unbiased)
+
+
+def whole_groups(unbiased: Collection[str]) -> tuple[str, ...]:
+    """Those of query, key and value, and of out and mlp, that all lack their bias."""
+    groups = block.PROJECTIONS, ('out', 'mlp')
+    return tuple(n for group in groups if set(group) <= set(unbiased) for n in group)
+
+
+def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays without the bias of a patch embedding before a norm, which timm lacks.
 
     Raises UserError unless it is zero.
@@ -53,12 +70,14 @@ def pieces(model: nn.Module) -> list[Piece]:
     if model.posemb == 'learn':
         rows.append(Piece('pos_embed', 'posemb'))
     if model.pre_norm:
-        rows += norm_pieces('norm_pre.', 'pre_norm', scale='weight')
+        rows += norm_pieces('norm_pre.', 'pre_norm', model=model)
     for i in range(model.depth):
         rows += block_pieces(f'blocks.{i}', (i,), model)
-    rows += norm_pieces('fc_norm.' if model.fc_norm else 'norm.', 'norm', scale='weight')
+    if model.last_norm != 'none':
+        name = 'norm.' if model.last_norm == 'tokens' else 'fc_norm.'
+        rows += norm_pieces(name, 'norm', model=model)
     if model.pool == 'map':
-        rows += map_head_pieces('attn_pool', 'map_head')
+        rows += map_head_pieces('attn_pool', 'map_head', model)
     if model.representation_size is not None:
         rows += linear_pieces('pre_logits.fc', 'pre_logits')
     if model.num_classes is not None:
@@ -68,22 +87,26 @@ def pieces(model: nn.Module) -> list[Piece]:
 
 def block_pieces(theirs: str, index: tuple, model: nn.Module) -> list[Piece]:
     """Pieces of an encoder block."""
+    unbiased = model.style.unbiased
+    qkv, out, mlp = ('query' not in unbiased, 'out' not in unbiased, 'mlp' not in unbiased)
     rows = [
-        *norm_pieces(f'{theirs}.norm1.', 'encoder/norm1', index, scale='weight'),
-        *linear_pieces(f'{theirs}.attn.qkv', 'encoder/attn/qkv', index, optional=True),
-        *linear_pieces(f'{theirs}.attn.proj', 'encoder/attn/out', index, inputs=2),
-        *norm_pieces(f'{theirs}.norm2.', 'encoder/norm2', index, scale='weight'),
-        *linear_pieces(f'{theirs}.mlp.fc2', 'encoder/mlp/fc2', index),
+        *norm_pieces(f'{theirs}.norm1.', 'encoder/norm1', index, model=model),
+        *linear_pieces(f'{theirs}.attn.qkv', 'encoder/attn/qkv', index, bias=qkv),
+        *linear_pieces(f'{theirs}.attn.proj', 'encoder/attn/out', index, inputs=2, bias=out),
+        *norm_pieces(f'{theirs}.norm2.', 'encoder/norm2', index, model=model),
+        *linear_pieces(f'{theirs}.mlp.fc2', 'encoder/mlp/fc2', index, bias=mlp),
     ]
     if model.glu:  # gate first
-        rows += linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/gate', index, part=(0, 2))
-        rows += linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/fc1', index, part=(1, 2))
+        rows += linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/gate', index, part=(0, 2),
+                              bias=mlp)
+        rows += linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/fc1', index, part=(1, 2),
+                              bias=mlp)
     else:
-        rows += linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/fc1', index)
-    if model.qk_norm:
+        rows += linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/fc1', index, bias=mlp)
+    if 'query_key' in model.style.norms:
         for name in ('attn.q_norm', 'attn.k_norm'):
             ours = f'encoder/{name.replace(".", "/")}'
-            rows += norm_pieces(f'{theirs}.{name}.', ours, index, scale='weight')
+            rows += norm_pieces(f'{theirs}.{name}.', ours, index, model=model)
     if model.layer_scale is not None:
         rows += [
             Piece(f'{theirs}.ls{n}.gamma', f'encoder/scale{n}', index) for n in (1, 2)
@@ -91,7 +114,7 @@ def block_pieces(theirs: str, index: tuple, model: nn.Module) -> list[Piece]:
     return rows
 
 
-def map_head_pieces(theirs: str, ours: str) -> list[Piece]:
+def map_head_pieces(theirs: str, ours: str, model: nn.Module) -> list[Piece]:
     """Pieces of attention pooling; timm stores key and value in one array."""
     return [
         Piece(f'{theirs}.latent', f'{ours}/probe'),
@@ -99,7 +122,7 @@ def map_head_pieces(theirs: str, ours: str) -> list[Piece]:
         *(p for i, name in enumerate(('key', 'value'))
           for p in linear_pieces(f'{theirs}.kv', f'{ours}/{name}', part=(i, 2))),
         *linear_pieces(f'{theirs}.proj', f'{ours}/out', inputs=2),
-        *norm_pieces(f'{theirs}.norm.', f'{ours}/norm', scale='weight'),
+        *norm_pieces(f'{theirs}.norm.', f'{ours}/norm', model=model),
         *linear_pieces(f'{theirs}.mlp.fc1', f'{ours}/mlp/fc1'),
         *linear_pieces(f'{theirs}.mlp.fc2', f'{ours}/mlp/fc2'),
     ]  # fmt: skip
@@ -107,7 +130,7 @@ def map_head_pieces(theirs: str, ours: str) -> list[Piece]:
 
 def limits(model: nn.Module) -> dict[str, tuple]:
     """{field: values that the format can express} for `save`."""
-    return dict(
+    return {'style.norms': ((), ('query_key',))} | dict(
         epsilon=(1e-6,) if model.glu or model.dist_token else (1e-6, 1e-5),
         resnet=(None,), pool=('cls',) if model.dist_token
         else ('cls', 'gap', 'none') if model.glu else ('cls', 'gap', 'map', 'none'),
@@ -116,7 +139,7 @@ def limits(model: nn.Module) -> dict[str, tuple]:
         # dist_token: timm's distilled model has no registers, norms or other pooling of its own
         registers=(0,) if model.dist_token else (model.registers,),
         pre_norm=(False,) if model.dist_token else (True, False),
-        fc_norm=(False,) if model.dist_token else (True, False),
+        last_norm=('tokens',) if model.dist_token else ('tokens', 'pooled'),
         registers_posemb=(model.cls_posemb,)
         if model.registers and 'cls' in model.prefix and model.posemb == 'learn'
         else (True, False),
@@ -137,12 +160,17 @@ def model_config(
         global_pool={v: k for k, v in POOLS.items()}[model.pool],
         class_token='cls' in model.prefix, reg_tokens=model.registers,
         no_embed_class=not model.prefix_posemb and bool(model.prefix),
-        pre_norm=model.pre_norm, fc_norm=model.fc_norm, qk_norm=model.qk_norm,
+        pre_norm=model.pre_norm, fc_norm=model.last_norm == 'pooled',
+        qk_norm='query_key' in model.style.norms,
         init_values=model.layer_scale, pos_embed='learn' if model.posemb == 'learn' else 'none',
         act_layer={v: k for k, v in GELUS.items()}[model.gelu],
     )  # fmt: skip
     # JSON cannot set epsilon and SwiGLU: start from architectures that have them.
     architecture = 'vit_base_patch16_clip_224' if model.epsilon == 1e-5 else 'vit_base_patch16_224'
+    if 'query' in model.style.unbiased:
+        args['qkv_bias'] = False
+    if 'out' in model.style.unbiased:
+        args['proj_bias'] = False
     if model.glu:
         architecture = 'vit_giant_patch14_dinov2'
         args |= dict(act_layer='silu')

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from vit_jax.convert.documents import KINDS, check_agreement, option, size_option
-from vit_jax.convert.timm import mlp_ratio
+from vit_jax.convert.timm.vit import mlp_ratio
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -155,8 +155,6 @@ def class_names(config: dict[str, Any], count: int | None) -> tuple[str, ...] | 
 
 def model_type(model: nn.Module) -> str:
     """The model_type that a model is saved as."""
-    if model.rope is not None:
-        return 'dinov3_vit'
     if model.layer_scale is not None:
         return 'dinov2_with_registers' if model.registers else 'dinov2'
     return 'deit' if model.dist_token else 'vit'
@@ -178,7 +176,8 @@ def model_config(
         hidden_size=model.width, num_hidden_layers=model.depth,
         num_attention_heads=model.num_heads, image_size=image,
         patch_size=patch[0] if patch[0] == patch[1] else list(patch),
-        num_channels=len(model.mean), layer_norm_eps=model.epsilon, qkv_bias=True,
+        num_channels=len(model.mean), layer_norm_eps=model.epsilon,
+        qkv_bias='query' not in model.style.unbiased,
         hidden_act=ACTS[model.gelu],
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Reads config.json of timm: arguments of its VisionTransformer, preprocessing of images.
 
-timm_architectures.json has the arguments in which each architecture of timm 1.0.31's
+architectures.json has the arguments in which each architecture of timm 1.0.31's
 vision_transformer.py, deit.py and vision_transformer_hybrid.py differs from the class's defaults,
 and former names of architectures.
 """
@@ -15,6 +15,8 @@ from vit_jax.convert.documents import KINDS, channel_values, check_class_names, 
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
+POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}
+GELUS = {'gelu': 'exact', 'gelu_tanh': 'tanh', 'quick_gelu': 'quick'}
 MOST_PIXELS = 16_384  # a side of the image before the crop
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # Defaults of the class VisionTransformer; `epsilon` and `distilled` are not arguments.
@@ -70,7 +72,7 @@ READ = {
 @functools.cache
 def tables() -> dict[str, dict[str, Any]]:
     """{'architectures': {name: arguments}, 'renamed': {former name: name}}."""
-    file = importlib.resources.files('vit_jax.convert') / 'timm_architectures.json'
+    file = importlib.resources.files('vit_jax.convert.timm') / 'architectures.json'
     return json.loads(file.read_text(encoding='utf-8'))
 
 

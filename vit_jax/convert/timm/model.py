@@ -6,16 +6,15 @@ What neither determines is guessed, and listed as a guess in the account.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from vit_jax.convert import timm_config
 from vit_jax.convert.documents import Notes, check_agreement, size_option
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import half_normalisation, shape_of
 from vit_jax.convert.pieces import count_numbered
-from vit_jax.convert.timm import GELUS, POOLS
-from vit_jax.convert.timm_config import IMAGENET
+from vit_jax.convert.timm import config as timm_config
+from vit_jax.convert.timm.config import GELUS, IMAGENET, POOLS
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
-from vit_jax.models import vit
+from vit_jax.models import block, vit
 
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
@@ -180,10 +179,11 @@ def describe(
         cls_token=inferred['class_token'], dist_token=inferred['distilled'],
         dist_head='head_dist.weight' in arrays, registers=inferred['reg_tokens'],
         posemb=inferred['pos_embed'], interpolation='bicubic_antialias',
-        pre_norm=inferred['pre_norm'], fc_norm='fc_norm.weight' in arrays,
+        pre_norm=inferred['pre_norm'],
+        last_norm='pooled' if 'fc_norm.weight' in arrays else 'tokens',
         layer_scale=float(args.get('init_values') or 1e-5)
         if inferred['init_values'] == 'a layer scale' else None,
-        qk_norm=inferred['qk_norm'], gelu=gelu_of(args, glu), glu=glu,
+        style=style_of(inferred), gelu=gelu_of(args, glu), glu=glu,
         epsilon=args.get('epsilon', 1e-5 if inferred['pre_norm'] else 1e-6),
     )  # fmt: skip
     if 'pre_logits.fc.weight' in arrays:
@@ -202,6 +202,15 @@ def describe(
         why = "without a head timm gives the mean of both tokens, here it is the class token's"
         notes = notes._replace(ignored=(('dist_token', why),))
     return 'vit', fields, notes
+
+
+def style_of(inferred: Mapping[str, Any]) -> block.Style:
+    """The style of the blocks that arguments of timm's class stand for."""
+    unbiased = () if inferred['qkv_bias'] else block.PROJECTIONS
+    return block.Style(
+        norms=('query_key',) if inferred['qk_norm'] else (),
+        unbiased=unbiased if inferred['proj_bias'] else (*unbiased, 'out', 'mlp'),
+    )
 
 
 def with_normalisation(
