@@ -1,0 +1,225 @@
+"""Compares timm's models with what vit_jax makes of their files: python tests/compare_timm.py [PART ...]
+
+Every architecture of timm's families that this package reads is made small (two blocks, other
+sizes kept in proportion), gets random weights, is saved by timm, loaded by vit_jax and compared at
+its own and at another image size, in float32: logits, the input of the head and the patches'
+features. Prints a line for each architecture and a summary by family. PART limits it to names
+that contain one of the texts. With --record FOLDER, keeps the file and what timm returns of each
+named architecture, in the layout of tests/data.
+
+Not a test, as it takes minutes and needs timm, which needs torchvision.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import pathlib
+import sys
+import tempfile
+import warnings
+from unittest import mock
+
+import jax
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import vit_jax
+from vit_jax.errors import UserError
+
+MODULES = (
+    'vision_transformer', 'deit', 'beit', 'eva', 'vision_transformer_relpos',
+    'vision_transformer_hybrid', 'naflexvit', 'mlp_mixer', 'resnetv2',
+)  # fmt: skip
+TOLERANCE = 1e-4
+CLASSES = 7
+
+
+def entry(name):
+    """(module of timm, {argument: value}) that timm makes an architecture of."""
+    caught = {}
+
+    class Caught(Exception):
+        pass
+
+    def build(kind, variant, pretrained, **kwargs):
+        caught.update(kwargs)
+        raise Caught
+
+    function = timm.model_entrypoint(name)
+    modules = [sys.modules[function.__module__], timm.models.vision_transformer]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, 'build_model_with_cfg', build))
+        stack.enter_context(contextlib.suppress(Caught))
+        function()
+    return function.__module__.split('.')[-1], caught
+
+
+def small(name, module, args, width=16):
+    """Arguments of a small model of the architecture: two blocks, few heads of `width` channels."""
+    if module == 'resnetv2':
+        return dict(num_classes=CLASSES)
+    if module == 'mlp_mixer':
+        return dict(num_blocks=2, embed_dim=24, img_size=32, patch_size=8, num_classes=CLASSES)
+    if module == 'naflexvit':
+        return dict(depth=2, embed_dim=4 * width, num_heads=4, num_classes=CLASSES)
+    heads = min(args.get('num_heads', 12), 4)
+    patch = args.get('patch_size', 16)
+    sizes = dict(embed_dim=heads * width, num_heads=heads, depth=2, num_classes=CLASSES)
+    if module == 'vision_transformer_hybrid':
+        return sizes | dict(img_size=args.get('img_size', 224) // 2)
+    if args.get('num_kv_heads') is not None:
+        sizes['num_kv_heads'] = (heads, heads // 2)
+    if args.get('rel_pos_dim'):
+        sizes['rel_pos_dim'] = 24
+    if args.get('ref_feat_shape') is not None:
+        sizes['ref_feat_shape'] = (5, 5)
+    return sizes | dict(img_size=patch * 4)
+
+
+def randomised(module, seed):
+    """The module with random weights, so that no array is without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            scale = 0.5 if p.ndim > 1 and 'norm' not in key else 0.3
+            if p.ndim > 1 and 'embed' not in key and 'token' not in key and 'latent' not in key:
+                scale = 1.5 / p[0].numel() ** 0.5
+            norm = p.ndim == 1 and key.endswith(('norm.weight', 'norm1.weight', 'norm2.weight'))
+            p.copy_(noise * scale + (1.0 if norm else 0.0))
+    return module.eval()
+
+
+def made(name, args, seed, half=False):
+    """The architecture with random weights; with `half`, weights that float16 can express."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter('ignore')
+        module = randomised(timm.create_model(name, **args), seed)
+    return module.half().float() if half else module
+
+
+def outputs(module, images):
+    """{name: array} that timm makes of images [B, H, W, C]."""
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        if hasattr(module, 'embeds'):  # NaFlexVit pads and masks unless it gets one size
+            features = module.forward_features(x)
+            features = features['patches'] if isinstance(features, dict) else features
+        else:
+            features = module.forward_features(x)
+        logits = module(x)
+        pooled = module.forward_head(features, pre_logits=True)
+    arrays = dict(logits=logits.numpy(), pre_logits=pooled.numpy())
+    if features.ndim == 3:
+        before = getattr(module, 'num_prefix_tokens', 0)
+        arrays['encoded'] = features[:, before:].numpy()
+    return arrays
+
+
+def difference(folder, images, theirs, **options):
+    """Largest difference of what vit_jax makes of images from {name: array}."""
+    model, params = vit_jax.load(folder, **options)
+    _, out = jax.jit(lambda p, x: model.apply({'params': p}, x))(params, images)
+    out = {k: v for k, v in out.items() if k in theirs}
+    assert {'logits', 'pre_logits'} <= out.keys(), sorted(out)
+    return max(float(np.abs(np.asarray(v) - theirs[k]).max()) for k, v in out.items())
+
+
+def saved(module, name, args, folder):
+    """Writes the files that timm's push_to_hf_hub would."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        timm.models.save_for_hf(module, folder, model_args=args, safe_serialization=True)
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['architecture'] == name, config['architecture']
+
+
+def compare(name, folder, seed):
+    """(family, largest difference, None) or (family, None, why it was refused)."""
+    family, given = entry(name)
+    args = small(name, family, given)
+    module = made(name, args, seed)
+    saved(module, name, args, folder)
+    generator = np.random.default_rng(seed)
+    size = getattr(getattr(module, 'patch_embed', None), 'img_size', None) or (64, 64)
+    images = generator.normal(size=(2, *size, 3)).astype(np.float32)
+    found = []
+    with jax.default_matmul_precision('highest'):
+        found.append(difference(folder, images, outputs(module, images)))
+        step = getattr(getattr(module, 'patch_embed', None), 'patch_size', (16, 16))
+        other = size[0] + 2 * step[0], size[1] + step[1]
+        if family in ('vision_transformer_hybrid', 'resnetv2'):
+            other = size[0] + 32, size[1] + 64
+        images = generator.normal(size=(2, *other, 3)).astype(np.float32)
+        if family in ('mlp_mixer',):
+            return family, found[0], None
+        resized = module
+        if family not in ('resnetv2', 'naflexvit'):
+            with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+                warnings.simplefilter('ignore')
+                resized = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=other)
+        options = {} if family == 'resnetv2' else dict(image_size=other)
+        found.append(difference(folder, images, outputs(resized.eval(), images), **options))
+    return family, max(found), None
+
+
+def record(name, folder, seed, label, **changes):
+    """Writes tests/data's LABEL/ and LABEL.expected.npz of a tiny model in float16."""
+    family, given = entry(name)
+    args = small(name, family, given, width=4) | changes
+    module = made(name, args, seed, half=True)
+    target = folder / label
+    saved(module, name, args, target)
+    arrays = load_file(target / 'model.safetensors')
+    save_file({k: v.half() for k, v in arrays.items()}, target / 'model.safetensors',
+              metadata={'format': 'pt'})  # fmt: skip
+    size = getattr(getattr(module, 'patch_embed', None), 'img_size', None) or (32, 32)
+    images = np.random.default_rng(seed).normal(size=(1, *size, 3)).astype(np.float16)
+    images = images.astype(np.float32)
+    theirs = outputs(module, images)
+    theirs.pop('encoded', None)
+    np.savez_compressed(folder / f'{label}.expected.npz', images=images, **theirs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('parts', nargs='*')
+    parser.add_argument('--record', type=pathlib.Path)
+    parser.add_argument('--label')
+    options = parser.parse_args()
+    names = [n for m in MODULES for n in timm.list_models(module=m)]
+    names = [n for n in names if not options.parts or any(p in n for p in options.parts)]
+    if options.record:
+        for name in names if options.label is None else names[:1]:
+            record(name, options.record, 0, options.label or f'timm_{name}')
+        return
+    table = collections.defaultdict(lambda: collections.Counter(equal=0, refused=0, wrong=0))
+    largest = collections.defaultdict(float)
+    for i, name in enumerate(names):
+        with tempfile.TemporaryDirectory() as folder:
+            family = entry(name)[0]
+            try:
+                _, value, _ = compare(name, pathlib.Path(folder), i)
+                verdict = 'equal' if value < TOLERANCE else 'wrong'
+                if verdict == 'equal':
+                    largest[family] = max(largest[family], value)
+                text = f'{value:.1e}'
+            except UserError as e:
+                verdict, text = 'refused', str(e).replace(folder, '').strip(': ')[:160]
+            except Exception as e:  # timm's, or a fault of vit_jax
+                verdict, text = 'error', f'{type(e).__name__}: {e}'.replace('\n', ' ')[:160]
+        table[family][verdict] += 1
+        print(f'{name:45} {verdict:8} {text}', flush=True)
+    for family, row in table.items():
+        print(f'{family:28} {dict(row)} largest difference {largest[family]:.1e}')
+    total = sum(table.values(), collections.Counter())
+    print(f'{"all":28} {dict(total)}')
+
+
+if __name__ == '__main__':
+    main()
