@@ -1,4 +1,6 @@
-"""Compares timm's models with what vit_jax makes of their files: python tests/compare_timm.py [PART ...]
+"""Compares timm's models with what vit_jax makes of their files.
+
+    python tests/compare_timm.py [PART ...]
 
 Every architecture of timm's families that this package reads is made small (two blocks, other
 sizes kept in proportion), gets random weights, is saved by timm, loaded by vit_jax and compared at
