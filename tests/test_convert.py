@@ -724,9 +724,15 @@ def test_big_vision_with_two_towers(prefix, tmp_path):
     towers |= {f'{prefix}video/{n}': a for n, a in other.items()}
     towers[f'{prefix}t'] = np.ones(1, np.float32)
     path = written(tmp_path / 'two.npz', towers)
-    by_itself = assert_is(path, 'big_vision_map_learn')
     by_name = assert_is(f'{path}:img', 'big_vision_map_learn')
-    assert by_itself.account == by_name.account
+    for part in ('image', 'encoder'):
+        by_part = load.read(path, part=part)
+        assert by_part.account == by_name.account
+        assert_same_bits(by_part.params, by_name.params)
+    with pytest.raises(UserError, match="a text tower; give part='image'"):
+        load.read(path)
+    with pytest.raises(UserError, match="no part 'text'; there are encoder, image"):
+        load.read(path, part='text')
     unused = {'t', 'txt/Embed_0/embedding', *(f'video/{n}' for n in other)}
     assert done(by_name.account)['unused'] == unused
     assert_is(f'{path}:video', 'big_vision_tok_learn')

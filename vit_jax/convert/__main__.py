@@ -21,6 +21,10 @@ from vit_jax.io.text import aligned, printable
 TO = flags.DEFINE_enum('to', None, list(save.FAMILIES), 'The format to write.')
 LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')
 SIZE = flags.DEFINE_list('image_size', None, 'Pixels, or height,width: resize the positions.')
+PART = flags.DEFINE_enum(
+    'part', None, list(load.PARTS), 'Of a file that holds more than a ViT: its encoder, or the '
+    'image tower beside a text tower.',
+)  # fmt: skip
 CLASSES = flags.DEFINE_integer(
     'num_classes', None, 'A new head of zeros; 0: no head.', lower_bound=0
 )
@@ -79,8 +83,8 @@ def main(argv: list[str], changes: list[tuple[str, str]]) -> None:
     for key in fields.keys() & inspect.signature(load.read).parameters.keys():
         raise UserError(f'--model.{key} is no field of a model; see --help for flags')
     loaded = load.read(
-        argv[1], image_size=size(), num_classes=CLASSES.value, keep_pre_logits=KEEP.value,
-        ema=None if EMA.value else False, **fields,
+        argv[1], part=PART.value, image_size=size(), num_classes=CLASSES.value,
+        keep_pre_logits=KEEP.value, ema=None if EMA.value else False, **fields,
     )  # fmt: skip
     print(printable(describe(loaded), keep='\n'))
     print(load.format_account(loaded.account))

@@ -21,6 +21,7 @@ from vit_jax.convert.pieces import (
     norm_pieces,
     rename_arrays,
 )
+from vit_jax.convert.stages import TWO_TOWERS
 from vit_jax.errors import UserError
 
 TABLE = 'pos_embedding'
@@ -28,12 +29,12 @@ STACK = 'Transformer/encoderblock/'
 
 
 def select_arrays(
-    arrays: Mapping[str, Array], tower: str | None = None
+    arrays: Mapping[str, Array], tower: str | None = None, part: str | None = None
 ) -> tuple[dict[str, Array], dict[str, str]]:
     """(arrays of the model under current names, {other array: why it is unused}).
 
-    `tower` names one tower of a file with several, such as 'img'. None: 'img' if the file has no
-    model outside its towers.
+    `tower` names one tower of a file with several, such as 'img', which any `part` stands for.
+    None: 'img' if it is the only tower. Raises UserError if there is also a text tower.
     """
     unused, selected = {}, arrays
     if any(name.startswith('params/') for name in arrays):
@@ -42,6 +43,8 @@ def select_arrays(
     stems = ('embedding/kernel', 'stem/kernel')  # of a ViT, of an MLP-Mixer
     in_model, in_tower = (any(prefix + n in selected for n in stems) for prefix in ('', 'img/'))
     if tower is None and in_tower and not in_model:
+        if part is None and any(name.startswith('txt/') for name in selected):
+            raise UserError(TWO_TOWERS)
         tower = 'img'
     if tower is not None:
         chosen = {n: a for n, a in selected.items() if n.startswith(f'{tower}/')}

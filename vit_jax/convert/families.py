@@ -26,8 +26,13 @@ from vit_jax.errors import UserError
 from vit_jax.io.storage import read_json
 
 
-def parse_folder(arrays: dict[str, Array], folder: pathlib.Path) -> Parsed | None:
-    """Parses .safetensors arrays and the documents in a folder; None if no family matches."""
+def parse_folder(
+    arrays: dict[str, Array], folder: pathlib.Path, part: str | None = None
+) -> Parsed | None:
+    """Parses .safetensors arrays and the documents in a folder; None if no family matches.
+
+    `part` is that of `load`.
+    """
     config = read_json(folder / 'config.json')
     record = read_json(folder / 'run_config.json') or None
     timm_class = timm.class_of_file(arrays, config)
@@ -38,7 +43,7 @@ def parse_folder(arrays: dict[str, Array], folder: pathlib.Path) -> Parsed | Non
         names = 'processor_config.json', 'preprocessor_config.json'
         documents = (read_json(folder / name) for name in names)
         settings = hf_processor.processor_settings(*documents)
-        return parse_hf(family, arrays, config, settings, record)
+        return parse_hf(family, arrays, config, settings, record, part)
     return None
 
 
@@ -48,8 +53,13 @@ def read_sidecar(path: pathlib.Path) -> dict[str, Any]:
     return record if record.get('arrays') == files.zip_digest(path) else {}
 
 
-def parse_npz(arrays: dict[str, Array], tower: str | None, path: pathlib.Path) -> Parsed:
-    """Parses an official or big_vision file, and the .json that `save` wrote beside it."""
+def parse_npz(
+    arrays: dict[str, Array], tower: str | None, part: str | None, path: pathlib.Path
+) -> Parsed:
+    """Parses an official or big_vision file, and the .json that `save` wrote beside it.
+
+    `tower` names one tower of several, `part` is that of `load`.
+    """
     record = read_sidecar(path)
     size = size_option(record, 'image_size', 'the .json beside it')
     extra = dict(
@@ -64,7 +74,7 @@ def parse_npz(arrays: dict[str, Array], tower: str | None, path: pathlib.Path) -
         kind, fields = official.describe(renamed)
         table = official.table_rows(renamed)
         return Parsed('official', kind, fields, renamed, official.pieces, table, {}, **extra)
-    renamed, unused = big_vision.select_arrays(arrays, tower)
+    renamed, unused = big_vision.select_arrays(arrays, tower, part)
     if official.is_mixer(renamed):
         return Parsed(
             'big_vision', 'mixer', official.describe_mixer(renamed), renamed, official.pieces, None,
@@ -118,9 +128,10 @@ def parse_hf(
     config: dict[str, Any],
     processor: tuple[dict[str, Any], str | None],
     record: dict[str, Any] | None,
+    part: str | None,
 ) -> Parsed:
     """Parses a folder of transformers; `processor` is (settings, name of their file)."""
-    renamed = family.without_prefix(arrays)
+    renamed, config, others = select_part(family, arrays, config, part)
     kind, fields, guessed = family.describe(renamed, config)
     channels = shape_of(renamed, family.PATCHES, 4)[1]
     if processor[1] is None:
@@ -134,11 +145,24 @@ def parse_hf(
     notes = Notes(guessed, {}, (*images.ignored, *cut), unknown)
     return Parsed(
         'hf', 'vit', fields | images.normalisation, renamed, family.pieces,
-        family.table_rows(renamed), unused_arrays(renamed, family.UNUSED),
+        family.table_rows(renamed), unused_arrays(renamed, family.UNUSED) | others,
         size_option(config, 'image_size'),
         hf_config.class_names(config, fields['num_classes']), record,
         stated_loss(config), notes, size, images.view,
     )  # fmt: skip
+
+
+def select_part(
+    family: ModuleType, arrays: dict[str, Array], config: dict[str, Any], part: str | None
+) -> tuple[dict[str, Array], dict[str, Any], dict[str, str]]:
+    """(arrays, config, {array outside of the part: why it is unused}) of the `part` of a file.
+
+    A family whose files hold more than an encoder has a function `select` for this, which raises
+    UserError for a part that they lack, or that needs a name. For others any part is the encoder.
+    """
+    if hasattr(family, 'select'):
+        return family.select(arrays, config, part)
+    return family.without_prefix(arrays), config, {}
 
 
 def whole_patches(

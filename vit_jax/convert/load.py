@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 from absl import logging
@@ -17,16 +17,20 @@ from vit_jax.convert import families, files, run, shards
 from vit_jax.convert.files import Array
 from vit_jax.convert.fit import fit
 from vit_jax.convert.stages import Loaded, Parsed, size_of
-from vit_jax.errors import UserError, shown
+from vit_jax.errors import UserError, check_choice, shown
 from vit_jax.io import fetch
 from vit_jax.io.text import aligned, printable
 
-ARGUMENTS = ('image_size', 'num_classes', 'keep_pre_logits', 'ema', 'source_image_size')
+ARGUMENTS = (
+    'part', 'image_size', 'num_classes', 'keep_pre_logits', 'ema', 'source_image_size',
+)  # fmt: skip
+PARTS = ('encoder', 'image')
 
 
 def load(
     path: str | os.PathLike,
     *,
+    part: Literal['encoder', 'image'] | None = None,
     image_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
     keep_pre_logits: bool = False,
@@ -46,6 +50,8 @@ def load(
       path: a local path, a gs://, https:// or hf:// address or a name of the catalogue, of: an
         official or big_vision .npz ('FILE.npz:img' for one tower of several); a timm or Hugging
         Face folder or .safetensors; a run's workdir or one of its checkpoints.
+      part: the part of a file that holds more than a ViT: 'encoder' is the bare ViT of any file,
+        'image' the image tower of one with an image and a text tower. None: all that it holds.
       image_size: int or (height, width) to which the position table is resized, by the method of
         its source. None: the size in preprocessor_config.json, as for every command, else that of
         the position table (224 and 518 for DINOv2 of transformers).
@@ -63,8 +69,8 @@ def load(
         if near and field not in ARGUMENTS:
             raise UserError(f'load has no argument {field!r}; the nearest is {near[0]!r}')
     loaded = read(
-        path, image_size=image_size, num_classes=num_classes, keep_pre_logits=keep_pre_logits,
-        ema=ema, as_input=True, **fields,
+        path, part=part, image_size=image_size, num_classes=num_classes,
+        keep_pre_logits=keep_pre_logits, ema=ema, as_input=True, **fields,
     )  # fmt: skip
     logging.info('%s: %s\n%s', path, loaded.source, format_account(loaded.account))
     if image_size is None:
@@ -76,6 +82,7 @@ def load(
 def read(
     path: str | os.PathLike,
     *,
+    part: Literal['encoder', 'image'] | None = None,
     image_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
     keep_pre_logits: bool = False,
@@ -92,6 +99,8 @@ def read(
     """
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise UserError(f'the checkpoint is {shown(path)}, not a path, an address or a name')
+    if part is not None:
+        check_choice('part', part, PARTS)
     address, tower = split_tower(resolve(str(path)))
     options = dict(
         image_size=size_of(image_size), num_classes=num_classes, values=values,
@@ -103,7 +112,7 @@ def read(
     local = fetch.local(address)
     if ema:
         raise UserError(f'{path} is not a checkpoint of a run, so it has no moving average (ema)')
-    with open_checkpoint(local, tower) as parsed:
+    with open_checkpoint(local, tower, part) as parsed:
         if as_input and image_size is None:
             options['image_size'] = parsed.input_size
         loaded = fit(parsed, str(path), **options)
@@ -168,16 +177,20 @@ def split_tower(address: str) -> tuple[str, str | None]:
 
 
 @contextlib.contextmanager
-def open_checkpoint(local: str | os.PathLike, tower: str | None = None) -> Iterator[Parsed]:
+def open_checkpoint(
+    local: str | os.PathLike, tower: str | None = None, part: str | None = None
+) -> Iterator[Parsed]:
     """Opens a local file or folder of any family; its arrays can be read while it is open.
 
-    `tower` names one tower of an .npz with several.
+    `tower` names one tower of an .npz with several, `part` is that of `load`.
     """
     with contextlib.ExitStack() as stack:
-        yield parse(pathlib.Path(local), tower, stack)
+        yield parse(pathlib.Path(local), tower, part, stack)
 
 
-def parse(local: pathlib.Path, tower: str | None, stack: contextlib.ExitStack) -> Parsed:
+def parse(
+    local: pathlib.Path, tower: str | None, part: str | None, stack: contextlib.ExitStack
+) -> Parsed:
     """Parses local files by their family, which the names of the arrays determine.
 
     The files are open until `stack` closes.
@@ -186,8 +199,8 @@ def parse(local: pathlib.Path, tower: str | None, stack: contextlib.ExitStack) -
     try:
         arrays = open_shards(paths, stack)
         if str(paths[0]).endswith('.npz'):
-            return families.parse_npz(arrays, tower, paths[0])
-        parsed = families.parse_folder(arrays, folder)
+            return families.parse_npz(arrays, tower, part, paths[0])
+        parsed = families.parse_folder(arrays, folder, part)
     except UserError as e:
         raise UserError(e if str(local) in str(e) else f'{local}: {e}') from e
     if parsed is None:

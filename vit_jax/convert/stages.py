@@ -15,6 +15,10 @@ from vit_jax.io.text import brief
 from vit_jax.models.interface import Metadata
 
 MOST_PIXELS = 65_536  # a side, as bounds.Pixels
+TWO_TOWERS = (
+    "the file has an image tower and a text tower; give part='image' (python -m vit_jax.convert "
+    'SRC DST --part image) for the image tower alone'
+)
 
 
 class Parsed(NamedTuple):
