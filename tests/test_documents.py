@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import vit_jax
 from vit_jax.convert import families, files, load
-from vit_jax.convert.timm import config as timm_config
+from vit_jax.convert.timm import arguments as timm_arguments
+from vit_jax.convert.timm import model as timm_model
 from vit_jax.data import tasks
 from vit_jax.errors import UserError
 
@@ -36,6 +37,11 @@ def timm_parts(name='timm_vit_token'):
     config = json.loads((DATA / name / 'config.json').read_text())
     config |= dict(num_features=48, pretrained_cfg=dict(HALF, input_size=[3, 32, 32]))
     return load_file(DATA / name / 'model.safetensors'), config
+
+
+def vit_arguments(config):
+    """Arguments of timm's VisionTransformer."""
+    return timm_arguments.arguments(config, timm_model.SIGNATURE)
 
 
 def hf_arrays(kind='vit', width=48, depth=2, hidden=96, rows=17, classes=5, head=True):
@@ -148,18 +154,18 @@ def test_an_argument_that_is_not_known_is_refused(tmp_path):
 
 def test_each_known_architecture_is_expressed_or_refused_with_its_argument():
     refused = set()
-    for name, sets in timm_config.tables()['architectures'].items():
+    for name, sets in timm_arguments.tables(timm_model.SIGNATURE)['architectures'].items():
         try:
-            args = timm_config.arguments({'architecture': f'{name}.tag'})
+            args = vit_arguments({'architecture': f'{name}.tag'})
         except UserError as e:
             named = [key for key in sets if f'{key} of architecture' in str(e)]
             assert named or 'is a hybrid' in str(e)
             refused.add(name)
         else:
-            assert args == timm_config.DEFAULTS | sets
+            assert args == timm_model.SIGNATURE.defaults | sets
     assert {'vit_base_patch16_rpn_224', 'vit_base_r50_s16_224', 'beit3_base_patch16_224'} <= refused
     assert len(refused) < 50 and 'vit_base_patch16_224' not in refused
-    args = timm_config.arguments({'architecture': 'vit_large_patch14_224_clip_laion2b'})
+    args = vit_arguments({'architecture': 'vit_large_patch14_224_clip_laion2b'})
     assert (args['num_heads'], args['epsilon']) == (16, 1e-5)  # by its name today
 
 
@@ -196,7 +202,7 @@ def test_what_a_config_of_transformers_leaves_out_has_the_default_of_its_class(t
 
 
 def test_what_a_config_of_timm_leaves_out_is_what_its_architecture_sets():
-    arguments = timm_config.arguments
+    arguments = vit_arguments
     assert arguments({'architecture': 'vit_base_patch16_gap_224'})['num_heads'] == 16
     assert arguments({'architecture': 'vit_base_patch16_clip_quickgelu_224'})['act_layer'] == (
         'quick_gelu'

@@ -118,8 +118,12 @@ def parse_timm(
     return Parsed(
         'timm', kind, fields, arrays, family.pieces, family.table_rows(arrays), {}, size,
         timm_config.label_names(config, fields['num_classes']), record,
-        stated_loss(config), notes, size, view,
+        stated_loss(config), notes, size, view, getattr(family, 'offset_rows', no_offsets)(arrays),
     )  # fmt: skip
+
+
+def no_offsets(arrays: dict[str, Array]) -> None:
+    """None, for families without a table of biases by offset."""
 
 
 def parse_hf(

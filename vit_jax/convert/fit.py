@@ -195,6 +195,8 @@ def read_params(
         shapes[name] = (*shapes[name][:-2], relative.rows(grid, before), shapes[name][-1])
     pieces.check_shapes(used, parsed.arrays, shapes)
     params = {name: aligned_empty(shape) for name, shape in shapes.items()}
+    for name in params.keys() & {'encoder/attn/qkv/bias'}:  # a file may lack that of keys
+        params[name][...] = 0
     for name in params.keys() - {piece.ours for piece in used}:
         if name.split('/')[0] not in fresh:
             raise UserError(f'the file has no array for parameter {name} {list(shapes[name])}')

@@ -1,13 +1,5 @@
-"""Reads config.json of timm: arguments of its VisionTransformer, preprocessing of images.
+"""Reads config.json of timm: preprocessing of images, classes, unknown keys."""
 
-architectures.json has the arguments in which each architecture of timm 1.0.31's
-vision_transformer.py, deit.py and vision_transformer_hybrid.py differs from the class's defaults,
-and former names of architectures.
-"""
-
-import functools
-import importlib.resources
-import json
 import math
 from typing import Any
 
@@ -19,41 +11,6 @@ POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}
 GELUS = {'gelu': 'exact', 'gelu_tanh': 'tanh', 'quick_gelu': 'quick'}
 MOST_PIXELS = 16_384  # a side of the image before the crop
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-# Defaults of the class VisionTransformer; `epsilon` and `distilled` are not arguments.
-DEFAULTS = dict(
-    img_size=224, patch_size=16, in_chans=3, num_classes=1000, global_pool='token', embed_dim=768,
-    depth=12, num_heads=12, mlp_ratio=4, qkv_bias=True, qk_norm=False, scale_attn_norm=False,
-    scale_mlp_norm=False, proj_bias=True, init_values=None, class_token=True, pos_embed='learn',
-    no_embed_class=False, reg_tokens=0, pre_norm=False, final_norm=True, fc_norm=None,
-    pool_include_prefix=False, embed_layer=None, embed_norm_layer=None, norm_layer=None,
-    act_layer=None, block_fn=None, mlp_layer=None, attn_layer=None, epsilon=1e-6, distilled=False,
-)  # fmt: skip
-KIND = {  # of arguments in JSON, as in documents.KINDS
-    **dict.fromkeys(('global_pool', 'pos_embed', 'norm_layer', 'act_layer'), 'a text'),
-    **dict.fromkeys(
-        ('in_chans', 'embed_dim', 'depth', 'num_heads'), 'a whole number above 0'
-    ),
-    **dict.fromkeys(('num_classes', 'reg_tokens'), 'a whole number'),
-    **dict.fromkeys(
-        ('qkv_bias', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm', 'proj_bias', 'class_token',
-         'no_embed_class', 'pre_norm', 'final_norm', 'fc_norm', 'pool_include_prefix'),
-        'true or false',
-    ),
-    'mlp_ratio': 'a number above 0', 'init_values': 'a number',
-}  # fmt: skip
-# Outputs of a trained model do not depend on these: rates and initialisation in training, and
-# whether the weights take images of other sizes.
-IRRELEVANT_ARGS = {
-    'drop_rate', 'pos_drop_rate', 'patch_drop_rate', 'proj_drop_rate', 'attn_drop_rate',
-    'drop_path_rate', 'weight_init', 'fix_init', 'dynamic_img_size', 'dynamic_img_pad',
-    'strict_img_size',
-}  # fmt: skip
-# The only supported values, by argument.
-ONLY = {
-    'scale_attn_norm': (False,), 'scale_mlp_norm': (False,), 'final_norm': (True,),
-    'embed_norm_layer': (None,), 'norm_layer': (None,), 'block_fn': (None,),
-    'mlp_layer': (None, 'SwiGLUPacked'), 'attn_layer': (None,), 'embed_layer': (None,),
-}  # fmt: skip
 # Keys of the top level and of pretrained_cfg without effect here: the origin of the weights, other
 # evaluations of timm, and names of layers to replace for another head.
 IRRELEVANT = {
@@ -69,13 +26,6 @@ READ = {
 }  # fmt: skip
 
 
-@functools.cache
-def tables() -> dict[str, dict[str, Any]]:
-    """{'architectures': {name: arguments}, 'renamed': {former name: name}}."""
-    file = importlib.resources.files('vit_jax.convert.timm') / 'architectures.json'
-    return json.loads(file.read_text(encoding='utf-8'))
-
-
 def pretrained_setting(
     config: dict[str, Any], key: str, kind: str | None = None, default: Any = None
 ) -> Any:
@@ -85,94 +35,12 @@ def pretrained_setting(
     return section.get(key, default) if kind is None else option(section, key, kind, default)
 
 
-def architecture(config: dict[str, Any]) -> str | None:
-    """The name of a known architecture; None if the config names none; else raises UserError.
-
-    'vit' is the class itself, whose defaults apply to arguments that model_args leave out.
-    """
-    name = pretrained_setting(config, 'architecture', 'a text')
-    if name is None:
-        return None
-    known = tables()
-    short = name.partition('.')[0]  # without the tag of the weights
-    short = known['renamed'].get(short, short)
-    if short != 'vit' and short not in known['architectures']:
-        raise UserError(
-            f'config.json: architecture {brief(repr(name))} is none of timm\'s VisionTransformer '
-            "that is known here; if it is one of them under another name, put timm's name there"
-        )
-    return short
-
-
-def arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """{argument: value} of the class: all of them if the config names an architecture.
-
-    Otherwise only those in model_args. Raises UserError for an argument that is unknown or has an
-    unsupported value.
-    """
-    name = architecture(config)
-    given = option(config, 'model_args', 'an object', {})
-    for key in given:
-        if key not in DEFAULTS.keys() - {'epsilon', 'distilled'} | IRRELEVANT_ARGS:
-            raise UserError(
-                f'config.json: model_args has {brief(repr(key))}, which is not a known argument '
-                "of timm's VisionTransformer; remove it if no output depends on it"
-            )
-    given = {k: v for k, v in given.items() if k not in IRRELEVANT_ARGS}
-    for key, value in given.items():
-        if value is None and DEFAULTS[key] is not None and key != 'pos_embed':
-            raise UserError(f'config.json: {key} of model_args is null')
-        option(given, key, KIND.get(key, 'anything'))
-    given = normalise_arguments(given)
-    args = {}
-    if name is not None:
-        args = DEFAULTS | pretrained_arguments(config) | tables()['architectures'].get(name, {})
-    if 'norm_layer' in given and name is not None:
-        args['epsilon'] = DEFAULTS['epsilon']
-    args |= given
-    for key, values in ONLY.items():
-        if args.get(key, values[0]) not in values:
-            raise UserError(refusal(key, args[key], name))
-    return args
-
-
-def normalise_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Replaces names of default norms and attention by None, and lower-cases act_layer."""
-    given = dict(given)
-    if str(given.get('norm_layer', '')).replace('_', '').lower() == 'layernorm':
-        given['norm_layer'] = None
-    if given.get('attn_layer') in ('', 'attn'):
-        given['attn_layer'] = None
-    if given.get('act_layer') is not None:
-        given['act_layer'] = given['act_layer'].lower() or None
-    return given
-
-
-def pretrained_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """{argument: value} that timm takes from pretrained_cfg."""
-    size = input_size(config)
-    args = {} if size is None else {'in_chans': size[0], 'img_size': list(size[1:])}
-    count = stated_classes(config)
-    return args if count is None else args | {'num_classes': count}
-
-
 def stated_classes(config: dict[str, Any]) -> int | None:
     """num_classes outside of model_args; as in timm, the top level precedes pretrained_cfg."""
     section = config if config.get('num_classes') is not None else option(
         config, 'pretrained_cfg', 'an object', {}
     )  # fmt: skip
     return option(section, 'num_classes', 'a whole number')
-
-
-def refusal(key: str, value: Any, name: str | None) -> str:
-    """The error message for an unsupported argument."""
-    if value == 'HybridEmbed':
-        return (
-            f'config.json: {name} is a hybrid of timm: its patches are of a ResNet\'s features, '
-            'which only an .npz file of google-research/vision_transformer has here'
-        )
-    of = f' of architecture {name}' if name else ''
-    return f'config.json: {key}{of} is {brief(repr(value))}, which is not supported'
 
 
 def input_size(config: dict[str, Any]) -> tuple[int, int, int] | None:

@@ -10,12 +10,31 @@ from vit_jax.convert.documents import Notes, check_agreement, size_option
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import half_normalisation, shape_of
 from vit_jax.convert.pieces import count_numbered
+from vit_jax.convert.timm import arguments
 from vit_jax.convert.timm import config as timm_config
 from vit_jax.convert.timm.config import GELUS, IMAGENET, POOLS
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 from vit_jax.models import block, vit
 
+# `epsilon` (of the norms) and `distilled` are not arguments.
+SIGNATURE = arguments.Signature(
+    'VisionTransformer', 'architectures.json', dict(
+        img_size=224, patch_size=16, in_chans=3, num_classes=1000, global_pool='token',
+        embed_dim=768, depth=12, num_heads=12, mlp_ratio=4, qkv_bias=True, qk_norm=False,
+        scale_attn_norm=False, scale_mlp_norm=False, proj_bias=True, init_values=None,
+        class_token=True, pos_embed='learn', no_embed_class=False, reg_tokens=0, pre_norm=False,
+        final_norm=True, fc_norm=None, pool_include_prefix=False, embed_layer=None,
+        embed_norm_layer=None, norm_layer=None, act_layer=None, block_fn=None, mlp_layer=None,
+        attn_layer=None, epsilon=1e-6, distilled=False,
+    ),
+    only={
+        'scale_attn_norm': (False,), 'scale_mlp_norm': (False,), 'final_norm': (True,),
+        'embed_norm_layer': (None,), 'norm_layer': (None,), 'block_fn': (None,),
+        'mlp_layer': (None, 'SwiGLUPacked'), 'attn_layer': (None,), 'embed_layer': (None,),
+    },
+    derived=('epsilon', 'distilled'),
+)  # fmt: skip
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
 
@@ -153,8 +172,8 @@ def describe(
 ) -> tuple[str, dict[str, Any], Notes]:
     """(kind, {field: value}, Notes) of the model, from arrays (names, shapes) and config.json."""
     if any(name.startswith('patch_embed.backbone.') for name in arrays):
-        raise UserError(timm_config.refusal('embed_layer', 'HybridEmbed', 'this'))
-    args = timm_config.arguments(config)
+        raise UserError(arguments.refusal('embed_layer', 'HybridEmbed', 'this'))
+    args = arguments.arguments(config, SIGNATURE)
     width, channels, *patch = shape_of(arrays, 'patch_embed.proj.weight', 4)
     depth = count_numbered(arrays, r'blocks\.(\d+)\.')
     hidden = shape_of(arrays, 'blocks.0.mlp.fc1.weight', 2)[0]
@@ -166,7 +185,7 @@ def describe(
     check_arguments(args, inferred, hidden, glu)
     if inferred['distilled'] and 'fc_norm.weight' in arrays:
         raise UserError('fc_norm: the distilled model of timm has that norm and does not use it')
-    if timm_config.architecture(config) is None:
+    if arguments.architecture(config, SIGNATURE) is None:
         check_unambiguous(arrays, inferred)
     check_agreement({'num_features': config.get('num_features')}, {'num_features': width})
     pool, guessed, unsettled = pooling(args, config, arrays)

@@ -1,0 +1,167 @@
+"""Reads arguments of timm's classes from config.json: from model_args and from the architecture.
+
+Each class has a `Signature`. A JSON file beside this module has the arguments in which each
+architecture of timm 1.0.31 differs from the class's defaults, and former names of architectures.
+"""
+
+import functools
+import importlib.resources
+import json
+from typing import Any, NamedTuple
+
+from vit_jax.convert.documents import option
+from vit_jax.convert.timm.config import input_size, pretrained_setting, stated_classes
+from vit_jax.errors import UserError
+from vit_jax.io.text import brief
+
+KIND = {  # of arguments in JSON, as in documents.KINDS
+    **dict.fromkeys(
+        ('global_pool', 'pos_embed', 'norm_layer', 'embed_norm_layer', 'act_layer', 'rel_pos_type'),
+        'a text',
+    ),
+    **dict.fromkeys(
+        ('in_chans', 'embed_dim', 'depth', 'num_heads'), 'a whole number above 0'
+    ),
+    **dict.fromkeys(('num_classes', 'reg_tokens', 'rel_pos_dim'), 'a whole number'),
+    **dict.fromkeys(
+        ('qkv_bias', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm', 'proj_bias', 'class_token',
+         'no_embed_class', 'pre_norm', 'final_norm', 'fc_norm', 'pool_include_prefix',
+         'swiglu_mlp', 'scale_mlp', 'use_abs_pos_emb', 'use_rel_pos_bias',
+         'use_shared_rel_pos_bias', 'use_fc_norm', 'shared_rel_pos'),
+        'true or false',
+    ),
+    'mlp_ratio': 'a number above 0', 'init_values': 'a number',
+}  # fmt: skip
+# Outputs of a trained model do not depend on these: rates and initialisation in training, and
+# whether the weights take images of other sizes.
+IRRELEVANT_ARGS = {
+    'drop_rate', 'pos_drop_rate', 'patch_drop_rate', 'proj_drop_rate', 'attn_drop_rate',
+    'drop_path_rate', 'weight_init', 'fix_init', 'head_init_scale', 'dynamic_img_size',
+    'dynamic_img_pad', 'strict_img_size',
+}  # fmt: skip
+# Kinds of norms by timm's name, without underscores.
+NORMS = {
+    'layernorm': 'LayerNorm', 'layernormfp32': 'LayerNorm', 'rmsnorm': 'RmsNorm',
+    'rmsnormfp32': 'RmsNorm',
+}  # fmt: skip
+DIFFERENTIAL = 'differential attention (arXiv:2410.05258)'
+FEATURES = {  # what unsupported values of arguments stand for
+    'diff': DIFFERENTIAL, 'DiffParallelScalingBlock': DIFFERENTIAL,
+    'ParallelThingsBlock': 'several attentions and MLPs side by side (arXiv:2203.09795)',
+}  # fmt: skip
+
+
+class Signature(NamedTuple):
+    """The arguments of a class of timm's models."""
+
+    name: str  # of the class
+    table: str  # file of its architectures
+    defaults: dict[str, Any]  # {argument: value}
+    only: dict[str, tuple] = {}  # {argument: supported values}, where not all are
+    derived: tuple[str, ...] = ()  # keys of `defaults` and of the table that are no arguments
+
+
+def tables(signature: Signature) -> dict[str, dict[str, Any]]:
+    """{'architectures': {name: arguments}, 'renamed': {former name: name}} of a class."""
+    return read_table(signature.table)
+
+
+@functools.cache
+def read_table(name: str) -> dict[str, dict[str, Any]]:
+    """Content of a JSON file of this package."""
+    file = importlib.resources.files('vit_jax.convert.timm') / name
+    return json.loads(file.read_text(encoding='utf-8'))
+
+
+def known_name(config: dict[str, Any], signature: Signature) -> str | None:
+    """The architecture of this class that the config names; None if it names none of them."""
+    name = pretrained_setting(config, 'architecture', 'a text')
+    if name is None:
+        return None
+    known = tables(signature)
+    short = name.partition('.')[0]  # without the tag of the weights
+    short = known['renamed'].get(short, short)
+    return short if short in known['architectures'] else None
+
+
+def architecture(config: dict[str, Any], signature: Signature) -> str | None:
+    """The name of an architecture of this class; None if the config names none.
+
+    Raises UserError for any other name. 'vit' is VisionTransformer with its defaults.
+    """
+    name = pretrained_setting(config, 'architecture', 'a text')
+    short = known_name(config, signature)
+    if name is not None and short is None:
+        raise UserError(
+            f"config.json: architecture {brief(repr(name))} is none of timm's {signature.name} "
+            "that is known here; if it is one of them under another name, put timm's name there"
+        )
+    return short
+
+
+def arguments(config: dict[str, Any], signature: Signature) -> dict[str, Any]:
+    """{argument: value} of the class: all of them if the config names an architecture.
+
+    Otherwise only those in model_args. Raises UserError for an argument that is unknown or has an
+    unsupported value.
+    """
+    name = architecture(config, signature)
+    given = given_arguments(config, signature)
+    args = {}
+    if name is not None:
+        sets = tables(signature)['architectures'][name]
+        args = signature.defaults | pretrained_arguments(config) | sets
+    if 'norm_layer' in given and name is not None:
+        args['epsilon'] = signature.defaults['epsilon']
+    args |= given
+    for key, values in signature.only.items():
+        if args.get(key, values[0]) not in values:
+            raise UserError(refusal(key, args[key], name))
+    return args
+
+
+def given_arguments(config: dict[str, Any], signature: Signature) -> dict[str, Any]:
+    """{argument: value} of model_args that outputs depend on; names of layers as in the tables."""
+    given = option(config, 'model_args', 'an object', {})
+    for key in given:
+        if key not in signature.defaults.keys() - set(signature.derived) | IRRELEVANT_ARGS:
+            raise UserError(
+                f'config.json: model_args has {brief(repr(key))}, which is not a known argument '
+                f"of timm's {signature.name}; remove it if no output depends on it"
+            )
+    given = {k: v for k, v in given.items() if k not in IRRELEVANT_ARGS}
+    for key, value in given.items():
+        if value is None and signature.defaults[key] is not None and key != 'pos_embed':
+            raise UserError(f'config.json: {key} of model_args is null')
+        option(given, key, KIND.get(key, 'anything'))
+    for key in ('norm_layer', 'embed_norm_layer') & given.keys():
+        norm = given[key] or None
+        given[key] = norm and NORMS.get(norm.replace('_', '').lower(), norm)
+    if given.get('norm_layer') == 'LayerNorm':
+        given['norm_layer'] = None
+    if given.get('attn_layer') in ('', 'attn'):
+        given['attn_layer'] = None
+    if given.get('act_layer') is not None:
+        given['act_layer'] = given['act_layer'].lower() or None
+    return given
+
+
+def pretrained_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """{argument: value} that timm takes from pretrained_cfg."""
+    size = input_size(config)
+    args = {} if size is None else {'in_chans': size[0], 'img_size': list(size[1:])}
+    count = stated_classes(config)
+    return args if count is None else args | {'num_classes': count}
+
+
+def refusal(key: str, value: Any, name: str | None) -> str:
+    """The error message for an unsupported argument."""
+    if value == 'HybridEmbed':
+        return (
+            f'config.json: {name} is a hybrid of timm: its patches are of a ResNet\'s features, '
+            'which only an .npz file of google-research/vision_transformer has here'
+        )
+    of = f' of architecture {name}' if name else ''
+    feature = FEATURES.get(value) if isinstance(value, str) else None
+    what = f': {feature} is' if feature else ', which is'
+    return f'config.json: {key}{of} is {brief(repr(value))}{what} not supported'
