@@ -44,6 +44,11 @@ SIZES = {
     'e': dict(width=1792, depth=56, num_heads=16, mlp_dim=15360),
 }
 
+OF_BLOCKS = (  # fields that each block has, too
+    'num_heads', 'mlp_dim', 'style', 'gelu', 'glu', 'epsilon', 'layer_scale', 'dropout',
+    'attention', 'attention_dropout', 'dtype', 'quantize',
+)  # fmt: skip
+
 
 class Vit(nn.Module):
     """Images [B, H, W, C], normalised floats, to (output, named intermediates).
@@ -214,18 +219,18 @@ class Vit(nn.Module):
         grid = self.grid(images.shape[1:])
         rows = self.prefix if self.posemb == 'relative' else self.prefix_posemb
         interface.check_size(images, grid, self.variables.get('params', {}), sum(rows.values()))
-        out = {}
         x, positions = stem.embed(self, images)
-        out['tokens'] = x
+        out = {'tokens': x}
         b, n, d = x.shape
         prefix = stem.prefix_tokens(self, positions)
         x = jnp.concatenate([jnp.tile(p, (b, 1, 1)) for p in prefix] + [x], axis=1)  # [B, T, D]
+        norm = self.style.norm, self.epsilon, self.dtype
         if self.pre_norm:
-            x = self.make_norm('pre_norm')(x)
+            x = layers.norm(*norm, 'pre_norm')(x)
         x = layers.Dropout(self.dropout, deterministic=not train)(x)
         x, by_block = self.encode(x, grid, train, capture)
         out |= by_block
-        last_norm = self.make_norm('norm') if self.last_norm != 'none' else None
+        last_norm = layers.norm(*norm, 'norm') if self.last_norm != 'none' else None
         # Separate, so that patches that no pooling reads are not normed.
         first, patches = x[:, :-n], x[:, -n:]
         if self.last_norm == 'tokens':
@@ -237,8 +242,8 @@ class Vit(nn.Module):
             out['cls'] = first[:, 0]
         dist = first[:, list(self.prefix).index('dist')] if self.dist_head else None
         x = memory.shard_batch(pooling.pooled(self, out, first))
-        x = last_norm(x) if self.last_norm == 'pooled' else x
-        x = out['pre_logits'] = self.represented(x)
+        x = self.represented(last_norm(x) if self.last_norm == 'pooled' else x)
+        out['pre_logits'] = x
         if self.num_classes is None:
             return x, out
         head = self.num_classes, self.head_bias, self.dtype
@@ -247,10 +252,6 @@ class Vit(nn.Module):
             logits = (logits + layers.head(*head, name='dist_head')(dist)) / 2
         out['logits'] = logits
         return logits, out
-
-    def make_norm(self, name: str) -> nn.Module:
-        """A norm of the model's kind."""
-        return layers.norm(self.style.norm, self.epsilon, self.dtype, name)
 
     def encode(
         self, x: jax.Array, grid: tuple[int, int], train: bool, capture: tuple[str, ...]
@@ -273,27 +274,16 @@ class Vit(nn.Module):
         encoder = memory.stacked(
             block.Block, self.depth, self.unroll, scan, self.remat, (0, *(nn.broadcast,) * 3)
         )(
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            style=self.style,
+            **{name: getattr(self, name) for name in OF_BLOCKS},
             grid=grid,
-            gelu=self.gelu,
-            glu=self.glu,
-            epsilon=self.epsilon,
             relative=self.posemb == 'relative',
             positions=table if self.posemb_at == 'layers' else None,
             relative_std=self.posemb_std,
-            layer_scale=self.layer_scale,
-            dropout=self.dropout,
-            attention=self.attention,
-            attention_dropout=self.attention_dropout,
             stochastic_depth=self.drop_path > 0,
             deterministic=not train,
             capture='attention' in capture,
             keep=bool({'tokens_by_block', 'normed_by_block'} & set(capture)),
-            dtype=self.dtype,
             matmul_dtype=self.product_dtype,
-            quantize=self.quantize,
             name='encoder',
         )
         rates = jnp.linspace(0, self.drop_path, self.depth)
