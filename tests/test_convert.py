@@ -150,6 +150,8 @@ DINOV3 = dict(
     hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
     image_size=32, patch_size=8, num_register_tokens=3, layerscale_value=0.7,
 )  # fmt: skip
+BEIT = VIT | dict(layer_scale_init_value=0.7)
+PIXIO = DINOV2 | dict(n_cls_tokens=3)
 CLASSES = ('ant', 'bee', 'cat', 'dog', 'eel')
 NAMED = dict(id2label=dict(enumerate(CLASSES)), label2id={n: i for i, n in enumerate(CLASSES)})
 HF = {
@@ -171,6 +173,15 @@ HF = {
         'DINOv3ViTModel', DINOV3 | dict(key_bias=True, query_bias=False, num_register_tokens=0),
     ),
     'dinov3_rectangle': ('DINOv3ViTModel', DINOV3 | dict(image_size=(24, 40), rope_theta=30.0)),
+    'beit': ('BeitModel', BEIT | dict(use_relative_position_bias=True)),
+    'beit_shared': ('BeitForImageClassification', BEIT | NAMED | dict(
+        use_shared_relative_position_bias=True, use_absolute_position_embeddings=True,
+        use_mean_pooling=False,
+    )),
+    'ijepa': ('IJepaModel', VIT),
+    'ijepa_classes': ('IJepaForImageClassification', VIT | NAMED),
+    'pixio': ('PixioModel', PIXIO),
+    'aimv2': ('Aimv2VisionModel', VIT | dict(use_head=False)),
     'registers': ('Dinov2WithRegistersModel', DINOV2),
     'registers_classes': (
         'Dinov2WithRegistersForImageClassification', DINOV2 | NAMED | dict(num_register_tokens=3),
@@ -222,10 +233,14 @@ def assert_as_transformers(model, params, images, theirs):
     if hasattr(theirs, 'logits'):
         assert_close(logits, theirs.logits.numpy())
         return
-    tokens = theirs.last_hidden_state.numpy()
-    assert_close(out['cls'], tokens[:, 0])
+    tokens, pooled = theirs.last_hidden_state.numpy(), theirs.get('pooler_output')
     assert_close(out['encoded'], tokens[:, sum(model.prefix.values()) :])
-    assert_close(logits, theirs.pooler_output.numpy())
+    if 'cls' in model.prefix:
+        assert_close(out['cls'], tokens[:, 0])
+    if model.pool == 'none':  # Pixio has the mean of its class tokens
+        pooled, logits = None, assert_close(logits, tokens)
+    if pooled is not None:
+        assert_close(logits, pooled.numpy())
 
 
 def test_transformers_loads(hf):
@@ -235,21 +250,23 @@ def test_transformers_loads(hf):
     assert_as_transformers(hf.read.model, hf.read.params, hf.images, theirs)
     zeros = done(hf.read.account).get('re-initialised', set())
     assert not zeros
-    absent = {'vit_no_qkv_bias': ('query', 'key', 'value'), 'dinov3_key_bias': ('query',)}
-    absent = absent.get(hf.name, ('key',) if hf.name.startswith('dinov3') else ())
+    absent = {'vit_no_qkv_bias': ('query', 'key', 'value'), 'dinov3_key_bias': ('query',),
+              'aimv2': ('query', 'key', 'value', 'out', 'mlp')}  # fmt: skip
+    absent = absent.get(hf.name, ('key',) if hf.name.startswith(('dinov3', 'beit')) else ())
     assert hf.read.model.style.unbiased == absent
     unused = done(hf.read.account).get('unused', set())
     assert unused <= {'embeddings.mask_token'}
 
 
 @pytest.mark.parametrize('hf', [
-    'vit', 'deit_pooler', 'deit_teacher', 'dinov2', 'registers_classes', 'dinov3',
+    'vit', 'deit_pooler', 'deit_teacher', 'dinov2', 'registers_classes', 'dinov3', 'beit',
+    'beit_shared', 'ijepa', 'pixio',
 ], indirect=True)  # fmt: skip
 def test_transformers_resizes(hf):
     patch = hf.fields['patch_size']
     size = hf.size[0] + 2 * patch, hf.size[1] + patch
     images = random_images(2, *size, hf.images.shape[-1])
-    has_option = 'mlp_ratio' not in hf.fields and 'dinov3' not in hf.name
+    has_option = 'mlp_ratio' not in hf.fields and 'dinov3' not in hf.name  # others always do it
     options = {} if not has_option else dict(interpolate_pos_encoding=True)
     model, params = vit_jax.load(hf.folder, image_size=size)
     assert_as_transformers(model, params, images, by_torch(hf.module, images, **options))
@@ -310,6 +327,83 @@ def test_other_pre_training_of_a_vit(kind, config, tmp_path):
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
     unused = done(read.account).get('unused', set())
     assert all(name.startswith('decoder.') for name in unused) and bool(unused) == bool(mae)
+
+
+def encoder_of_detector(module, x):
+    """Tokens of a YOLOS whose detection tokens leave before the first block."""
+    x = module.vit.embeddings(x)[:, : -module.config.num_detection_tokens]
+    for layer in module.vit.encoder.layer:
+        x = layer(x)
+    return module.vit.layernorm(x)
+
+
+def encoder_of_eomt(module, x):
+    """Tokens of an EoMT that no queries join."""
+    rope = getattr(module, 'rope_embeddings', None)
+    extra = {} if rope is None else dict(position_embeddings=rope(x))
+    x = module.embeddings(x)
+    for layer in module.layers:
+        x = layer(x, **extra)
+    return module.layernorm(x)
+
+
+HEADS = dict(neck_hidden_sizes=[8] * 4, fusion_hidden_size=8)
+QUERIES = dict(num_queries=5, num_blocks=1, num_upscale_blocks=1)
+INSIDE = {  # class, fields, fields of its backbone, how the encoder's tokens are got, another size
+    'data2vec': ('Data2VecVisionForSemanticSegmentation', VIT | dict(
+        use_relative_position_bias=True, num_hidden_layers=4, out_indices=[0, 1, 2, 3]), None,
+        lambda m, x: m.data2vec_vision(x).last_hidden_state, True),
+    'dpt': ('DPTForDepthEstimation', VIT | HEADS, None,
+            lambda m, x: m.dpt(x).last_hidden_state, True),
+    'depth_anything': ('DepthAnythingForDepthEstimation', HEADS | dict(reassemble_hidden_size=48),
+                       DINOV2 | dict(out_features=['stage2']),
+                       lambda m, x: m.backbone(x).feature_maps[0].flatten(2).swapaxes(1, 2), True),
+    'yolos': ('YolosForObjectDetection', VIT | dict(
+        image_size=[24, 40], num_detection_tokens=5, use_mid_position_embeddings=False), None,
+        encoder_of_detector, True),
+    'eomt': ('EomtForUniversalSegmentation', DINOV2 | QUERIES, None, encoder_of_eomt, False),
+    'eomt_gated': ('EomtForUniversalSegmentation', DINOV2 | QUERIES | dict(use_swiglu_ffn=True),
+                   None, encoder_of_eomt, False),
+    'eomt_dinov3': ('EomtDinov3ForUniversalSegmentation', DINOV3 | QUERIES, None, encoder_of_eomt,
+                    True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', INSIDE)
+def test_encoders_inside_of_other_models_of_transformers(name, tmp_path):
+    torch = pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    kind, fields, inner, tokens, resizes = INSIDE[name]
+    if inner is not None:
+        fields = fields | dict(backbone_config=transformers.Dinov2Config(**inner))
+    kind = getattr(transformers, kind)
+    module = randomised(kind(kind.config_class(**fields)))
+    module.save_pretrained(tmp_path / 'in')
+    with pytest.raises(UserError, match=r"give part='encoder' \(.*\) for the encoder alone"):
+        load.read(tmp_path / 'in')
+    read = load.read(tmp_path / 'in', part='encoder')
+    patch = read.model.stride[0]
+    for extra in (0, 1) if resizes else (0,):
+        size = read.image_size[0] + 2 * extra * patch, read.image_size[1] + extra * patch
+        images = random_images(2, *size, 3)
+        with torch.no_grad():
+            theirs = tokens(module, torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
+        model, params = vit_jax.load(tmp_path / 'in', part='encoder', image_size=size)
+        ours = outputs(model, params, images)[1]['encoded']
+        assert_close(ours, theirs[:, -ours.shape[1] :])
+    assert model.num_classes is None and not np.isnan(ours).any()
+    if read.model.last_norm != 'none':
+        vit_jax.save(tmp_path / 'out', read.model, read.params, 'hf', image_size=read.image_size)
+        assert_same_bits(load.read(tmp_path / 'out').params, read.params)
+
+
+def test_positions_between_blocks_of_a_detector_are_refused(tmp_path):
+    pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    config = transformers.YolosConfig(**(VIT | dict(image_size=[24, 40], num_detection_tokens=5)))
+    transformers.YolosModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match='positions between the blocks of YOLOS'):
+        load.read(tmp_path, part='encoder')
 
 
 def test_shards_of_transformers(tmp_path):
@@ -505,7 +599,7 @@ MADE = {
 WAYS = {
     'big_vision_gap_sincos': ('big_vision', 'official'),
     'big_vision_map_learn': ('big_vision timm', ''),
-    'big_vision_scan_gap': ('official big_vision timm', ''),
+    'big_vision_scan_gap': ('official big_vision timm hf', ''),
     'big_vision_tok_learn': ('big_vision timm', 'official hf'),
     'official_hybrid_resnet': ('official', ''),
     'official_hybrid_stem': ('official', ''),
@@ -516,7 +610,7 @@ WAYS = {
     'timm_vit_avg_fcnorm': ('timm', ''),
     'timm_vit_registers': ('timm', 'hf'),
     'timm_vit_token': ('timm hf', ''),
-    'official_vit_gap': ('official big_vision timm', ''),
+    'official_vit_gap': ('official big_vision timm hf', ''),
     'official_rectangle': ('official timm hf', 'big_vision'),
     'big_vision_cls_sincos': ('big_vision', 'official timm hf'),
     'hf_vit': ('hf', ''),

@@ -17,6 +17,7 @@ from vit_jax.convert.documents import (
 )
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf import config as hf_config
+from vit_jax.convert.hf import inside as hf_inside
 from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.stages import Parsed
@@ -38,12 +39,14 @@ def parse_folder(
     timm_class = timm.class_of_file(arrays, config)
     if timm_class is not None:
         return parse_timm(timm_class, arrays, config, record)
+    arrays, config, others = hf_inside.encoder_of(arrays, config, part)
     family = hf.family_of_file(arrays, config)
     if family is not None:
         names = 'processor_config.json', 'preprocessor_config.json'
         documents = (read_json(folder / name) for name in names)
         settings = hf_processor.processor_settings(*documents)
-        return parse_hf(family, arrays, config, settings, record, part)
+        parsed = parse_hf(family, arrays, config, settings, record, part)
+        return parsed._replace(unused=parsed.unused | others)
     return None
 
 
@@ -153,6 +156,7 @@ def parse_hf(
         size_option(config, 'image_size'),
         hf_config.class_names(config, fields['num_classes']), record,
         stated_loss(config), notes, size, images.view,
+        getattr(family, 'offset_rows', no_offsets)(renamed),
     )  # fmt: skip
 
 

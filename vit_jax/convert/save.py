@@ -88,7 +88,7 @@ def save(
     model, params = with_biases(model, params, format)
     check_expressible(model, format, fold)
     check_params(model, params, about.image_size)
-    if format == 'hf':
+    if format == 'hf' and hf.family_of_model(model) is hf_vit:
         model, params = hf_vit.with_both_pools(model, params)
     arrays = file_arrays(FAMILIES[format].pieces(model), params)
     if format in ('official', 'big_vision'):

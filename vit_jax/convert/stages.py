@@ -19,6 +19,9 @@ TWO_TOWERS = (
     "the file has an image tower and a text tower; give part='image' (python -m vit_jax.convert "
     'SRC DST --part image) for the image tower alone'
 )
+ENCODER = (
+    "give part='encoder' (python -m vit_jax.convert SRC DST --part encoder) for the encoder alone"
+)
 
 
 class Parsed(NamedTuple):

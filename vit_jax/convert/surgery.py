@@ -79,7 +79,8 @@ def interpolation(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 METHODS = {
-    'linear': linear_aligned, 'bicubic': bicubic, 'bicubic_antialias': bicubic_antialias,
+    'linear': linear_aligned, 'bilinear': linear, 'bicubic': bicubic,
+    'bicubic_antialias': bicubic_antialias,
 }  # fmt: skip
 
 

@@ -91,8 +91,8 @@ class Vit(nn.Module):
     # initial deviation of learnt positions: 0.02 for arXiv:2010.11929 (vision_transformer
     # models_vit.py:192); None: width^-0.5, as big_vision, and that of a head for relative ones
     posemb_std: NonNegative[float] | None = None
-    # how the position table is resized to another image size
-    interpolation: Literal['linear', 'bicubic', 'bicubic_antialias'] = 'linear'
+    # how the position table is resized to another image size; linear keeps its corners
+    interpolation: Literal['linear', 'bilinear', 'bicubic', 'bicubic_antialias'] = 'linear'
     cls_token: bool | None = None  # class token; None: if `pool` reads it
     dist_token: bool = False  # distillation token, arXiv:2012.12877 section 4
     dist_head: bool = False  # head on the distillation token; logits are the mean of both heads

@@ -11,10 +11,11 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert.hf import dinov3, vit
+from vit_jax.convert.hf import aimv2, beit, dinov3, vit
 from vit_jax.convert.pieces import Piece
 
-FAMILIES = (dinov3, vit)  # the first that matches is that of a file, or of a model to save
+# The first that matches is the family of a file, or of a model to save.
+FAMILIES = (dinov3, aimv2, beit, vit)
 
 
 def family_of_file(names: Collection[str], config: Mapping[str, Any]) -> ModuleType | None:

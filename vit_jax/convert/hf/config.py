@@ -13,22 +13,37 @@ from vit_jax.convert.timm.vit import mlp_ratio
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
-TYPES = ('vit', 'deit', 'dinov2', 'dinov2_with_registers', 'vit_mae', 'vit_msn')
 EPSILON = {  # the default layer_norm_eps
     'vit': 1e-12, 'deit': 1e-12, 'vit_mae': 1e-12, 'vit_msn': 1e-6, 'dinov2': 1e-6,
-    'dinov2_with_registers': 1e-6,
+    'dinov2_with_registers': 1e-6, 'ijepa': 1e-12, 'pixio': 1e-6, 'dpt': 1e-12, 'yolos': 1e-12,
 }  # fmt: skip
-HEADS = 12  # the default num_attention_heads of each
+TYPES = tuple(EPSILON)
+HEADS = {'pixio': 16}  # the default num_attention_heads; others: 12
+RATIO = ('dinov2', 'dinov2_with_registers', 'pixio')  # with an mlp_ratio
 GELUS = {
     'gelu': 'exact', 'gelu_python': 'exact', 'gelu_pytorch_tanh': 'tanh', 'gelu_new': 'tanh',
     'gelu_fast': 'tanh', 'quick_gelu': 'quick',
+}  # fmt: skip
+STEMS = {  # of the names of classes
+    'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2', 'ijepa': 'IJepa', 'pixio': 'Pixio',
+    'dinov2_with_registers': 'Dinov2WithRegisters',
 }  # fmt: skip
 ACTS = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'quick': 'quick_gelu'}  # by kind of GELU
 READ = {
     'model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'hidden_act',
     'layer_norm_eps', 'image_size', 'patch_size', 'num_channels', 'qkv_bias', 'id2label',
     'num_labels', 'problem_type', 'intermediate_size', 'pooler_output_size', 'pooler_act',
-    'mlp_ratio', 'layerscale_value', 'use_swiglu_ffn', 'num_register_tokens',
+    'mlp_ratio', 'layerscale_value', 'use_swiglu_ffn', 'num_register_tokens', 'n_cls_tokens',
+}  # fmt: skip
+READ_AROUND = {  # keys of DPT and YOLOS that the encoder does not depend on, but for its arrays
+    'num_detection_tokens', 'use_mid_position_embeddings', 'auxiliary_loss', 'class_cost',
+    'bbox_cost', 'giou_cost', 'bbox_loss_coefficient', 'giou_loss_coefficient', 'eos_coefficient',
+    'is_hybrid', 'backbone_out_indices', 'readout_type', 'reassemble_factors',
+    'neck_hidden_sizes', 'fusion_hidden_size', 'head_in_index',
+    'use_batch_norm_in_fusion_residual', 'use_bias_in_fusion_residual', 'add_projection',
+    'use_auxiliary_head', 'auxiliary_loss_weight', 'semantic_loss_ignore_index',
+    'semantic_classifier_dropout', 'backbone_featmap_shape', 'neck_ignore_stages',
+    'backbone_config',
 }  # fmt: skip
 # Outputs of a trained model in evaluation do not depend on these: dropout rates, initialisation,
 # what is returned and how, decoders of pre-training, feature maps of a backbone, versions and
@@ -82,7 +97,7 @@ def check_config(
             ('num_hidden_layers', 'a whole number above 0'),
             ('num_channels', 'a whole number above 0'), ('use_swiglu_ffn', 'true or false'),
             ('num_register_tokens', 'a whole number'), ('num_labels', 'a whole number'),
-            ('qkv_bias', 'true or false'),
+            ('qkv_bias', 'true or false'), ('n_cls_tokens', 'a whole number above 0'),
         )
     }  # fmt: skip
     inferred = dict(
@@ -95,9 +110,10 @@ def check_config(
         stated['qkv_bias'] = True
     if fields['num_classes'] is not None:
         inferred['num_labels'] = fields['num_classes']
-    if kind.startswith('dinov2'):
+    if kind in RATIO:
         inferred['use_swiglu_ffn'] = fields['glu']
-        inferred['num_register_tokens'] = fields.get('registers', 0)
+        registers = fields.get('registers', 0)
+        inferred |= dict(num_register_tokens=registers, n_cls_tokens=registers)
         check_ratio(config, fields)
     else:
         inferred['intermediate_size'] = fields['mlp_dim']
@@ -111,7 +127,7 @@ def check_config(
 
 
 def check_ratio(config: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Raises UserError if mlp_ratio of a DINOv2 does not match the MLP in the arrays."""
+    """Raises UserError if mlp_ratio does not match the MLP in the arrays."""
     ratio = option(config, 'mlp_ratio', 'a number above 0')
     if ratio is None:
         return
@@ -131,7 +147,8 @@ def check_table(config: dict[str, Any], fields: dict[str, Any], rows: int) -> No
     if size is None:
         return
     h, w = (n // p for n, p in zip(size, fields['patch_size'], strict=True))
-    before = 2 if fields['dist_token'] else 1
+    before = fields['cls_token'] + fields['dist_token']
+    before += fields['registers'] if fields.get('registers_posemb') else 0
     if h * w + before != rows:
         raise UserError(
             f'config.json: image_size is {config["image_size"]}, which has {h} x {w} patches, but '
@@ -157,29 +174,50 @@ def model_type(model: nn.Module) -> str:
     """The model_type that a model is saved as."""
     if model.layer_scale is not None:
         return 'dinov2_with_registers' if model.registers else 'dinov2'
-    return 'deit' if model.dist_token else 'vit'
+    if model.dist_token:
+        return 'deit'
+    if 'cls' in model.prefix:
+        return 'vit'
+    return 'pixio' if model.registers else 'ijepa'
+
+
+def shared_config(model: nn.Module, size: tuple[int, int], name: str, kind: str) -> dict[str, Any]:
+    """Keys of config.json that most types have; `name` is that of the class, `kind` model_type."""
+    image, patch = (
+        pair[0] if pair[0] == pair[1] else list(pair) for pair in (size, model.patch_size)
+    )
+    return dict(
+        architectures=[name], model_type=kind, dtype='float32',
+        hidden_size=model.width, num_hidden_layers=model.depth,
+        num_attention_heads=model.num_heads, image_size=image, patch_size=patch,
+        num_channels=len(model.mean), layer_norm_eps=model.epsilon, hidden_act=ACTS[model.gelu],
+        initializer_range=0.02,
+    )  # fmt: skip
+
+
+def labels(model: nn.Module, classes: Sequence[str] | None) -> dict[str, Any]:
+    """Keys of config.json that name the classes of a model with a head."""
+    if model.num_classes is None:
+        return {}
+    names = classes or [f'LABEL_{i}' for i in range(model.num_classes)]
+    return dict(
+        id2label={str(i): name for i, name in enumerate(names)},
+        label2id={name: i for i, name in enumerate(names)},
+    )  # fmt: skip
 
 
 def model_config(
     model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Content of config.json."""
+    """Content of config.json of a type of TYPES."""
     kind = model_type(model)
-    stem = {'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2'}.get(kind, 'Dinov2WithRegisters')
+    stem = STEMS[kind]
     suffix = 'Model' if model.num_classes is None else 'ForImageClassification'
     if model.dist_head:
         suffix += 'WithTeacher'
-    image = size[0] if size[0] == size[1] else list(size)
-    patch = model.patch_size
-    config = dict(
-        architectures=[stem + suffix], model_type=kind, dtype='float32',
-        hidden_size=model.width, num_hidden_layers=model.depth,
-        num_attention_heads=model.num_heads, image_size=image,
-        patch_size=patch[0] if patch[0] == patch[1] else list(patch),
-        num_channels=len(model.mean), layer_norm_eps=model.epsilon,
-        qkv_bias='query' not in model.style.unbiased,
-        hidden_act=ACTS[model.gelu],
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02,
+    config = shared_config(model, size, stem + suffix, kind) | dict(
+        qkv_bias='query' not in model.style.unbiased, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     if kind.startswith('dinov2'):
         config |= dict(layerscale_value=model.layer_scale, use_swiglu_ffn=model.glu)
@@ -188,17 +226,15 @@ def model_config(
             config['num_register_tokens'] = model.registers
         else:
             config['use_mask_token'] = False
+    elif kind == 'pixio':
+        config |= dict(
+            n_cls_tokens=model.registers, mlp_ratio=mlp_ratio(model.mlp_dim, model.width)
+        )
     else:
         config['intermediate_size'] = model.mlp_dim
         if model.representation_size is not None:
             config |= dict(pooler_output_size=model.representation_size, pooler_act='tanh')
-    if model.num_classes is not None:
-        names = classes or [f'LABEL_{i}' for i in range(model.num_classes)]
-        config |= dict(
-            id2label={str(i): name for i, name in enumerate(names)},
-            label2id={name: i for i, name in enumerate(names)},
-        )  # fmt: skip
-    return config
+    return config | labels(model, classes)
 
 
 def dinov2_mlp_ratio(model: nn.Module) -> int | float:

@@ -11,9 +11,10 @@ import numpy as np
 
 from vit_jax.convert.documents import check_agreement, option, size_option
 from vit_jax.convert.files import Array
+from vit_jax.convert.hf import blocks
 from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
+from vit_jax.convert.pieces import Piece, count_numbered, norm_pieces
 from vit_jax.convert.timm.config import IMAGENET
 from vit_jax.convert.timm.model import guess_heads
 from vit_jax.errors import UserError
@@ -138,26 +139,8 @@ def pieces(model: nn.Module) -> list[Piece]:
         Piece(f'{projection}.bias', 'embedding/bias', layout='vector'),
         *(Piece(names[name], name) for name in model.prefix),
     ]
-    unbiased = model.style.unbiased
-    layers = {'up_proj': 'fc1', 'down_proj': 'fc2', **({'gate_proj': 'gate'} if model.glu else {})}
     for i in range(model.depth):
-        theirs, index = f'layer.{i}', (i,)
-        for n in (1, 2):
-            rows += norm_pieces(f'{theirs}.norm{n}.', f'encoder/norm{n}', index, model=model)
-            rows.append(Piece(f'{theirs}.layer_scale{n}.lambda1', f'encoder/scale{n}', index))
-        for k, name in enumerate(block.PROJECTIONS):
-            rows += linear_pieces(
-                f'{theirs}.attention.{name[0]}_proj', 'encoder/attn/qkv', index, at=(k,),
-                bias=name not in unbiased,
-            )  # fmt: skip
-        rows += linear_pieces(
-            f'{theirs}.attention.o_proj', 'encoder/attn/out', index, inputs=2,
-            bias='out' not in unbiased,
-        )  # fmt: skip
-        for name, ours in layers.items():
-            rows += linear_pieces(
-                f'{theirs}.mlp.{name}', f'encoder/mlp/{ours}', index, bias='mlp' not in unbiased
-            )
+        rows += blocks.block_pieces(model, blocks.DINOV3, f'layer.{i}', (i,))
     return rows + norm_pieces('norm.', 'norm', model=model)
 
 
@@ -184,18 +167,11 @@ def model_config(
     model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
 ) -> dict[str, Any]:
     """Content of config.json."""
-    image, patch = (
-        pair[0] if pair[0] == pair[1] else list(pair) for pair in (size, model.patch_size)
-    )
-    return dict(
-        architectures=['DINOv3ViTModel'], model_type=TYPE, dtype='float32',
-        hidden_size=model.width, intermediate_size=model.mlp_dim, num_hidden_layers=model.depth,
-        num_attention_heads=model.num_heads, image_size=image, patch_size=patch,
-        num_channels=len(model.mean), layer_norm_eps=model.epsilon,
-        rope_theta=model.style.rope.base,
+    shared = hf_config.shared_config(model, size, 'DINOv3ViTModel', TYPE)
+    return shared | dict(
+        intermediate_size=model.mlp_dim, rope_theta=model.style.rope.base,
         hidden_act='silu' if model.glu else hf_config.ACTS[model.gelu],
         **{key: name not in model.style.unbiased for name, key in FLAGS.items()},
         layerscale_value=model.layer_scale, use_gated_mlp=model.glu,
         num_register_tokens=model.registers, attention_dropout=0.0, drop_path_rate=0.0,
-        initializer_range=0.02,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""ViT (MAE and MSN too), DeiT and DINOv2 of transformers; with heads or not.
+"""ViT (MAE, MSN, I-JEPA too), DeiT, DINOv2 and Pixio of transformers, encoders of DPT and YOLOS.
 
 GELU and epsilon are those of config.json, the input normalisation is that of
 preprocessor_config.json. Position tables are resized by bicubic interpolation, antialiased only in
-DINOv2 with registers.
+DINOv2 with registers, and by bilinear interpolation in DPT.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,10 +13,12 @@ import numpy as np
 
 from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
+from vit_jax.convert.hf import blocks
 from vit_jax.convert.hf import config as hf_config
-from vit_jax.convert.hf.config import TYPES
+from vit_jax.convert.hf.config import TYPES, model_type
 from vit_jax.convert.official import half_normalisation, shape_of
 from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces, rename_arrays
+from vit_jax.convert.stages import ENCODER
 from vit_jax.convert.timm.config import IMAGENET
 from vit_jax.convert.timm.model import guess_heads
 from vit_jax.convert.timm.vit import whole_groups
@@ -24,11 +26,20 @@ from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 from vit_jax.models import block, vit
 
-UNUSED = ((r'embeddings\.mask_token|decoder\..*', 'for masked pre-training'),)
-READ = hf_config.READ
+DETECTION = 'embeddings.detection_tokens'
+UNUSED = (
+    (r'embeddings\.mask_token|decoder\..*', 'for masked pre-training'),
+    (DETECTION, 'of the detector, as are their positions'),
+)
+OTHERS = {  # first part of names, of arrays around an encoder: what they are for
+    'neck': 'maps of depth or classes', 'head': 'maps of depth or classes',
+    'auxiliary_head': 'maps of depth or classes', 'class_labels_classifier': 'detection',
+    'bbox_predictor': 'detection',
+}  # fmt: skip
+READ = hf_config.READ | hf_config.READ_AROUND
 PATCHES = 'embeddings.patch_embeddings.projection.weight'
 TABLE = 'embeddings.position_embeddings'
-INTERPOLATION = {'dinov2_with_registers': 'bicubic_antialias'}
+INTERPOLATION = {'dinov2_with_registers': 'bicubic_antialias', 'dpt': 'bilinear'}
 
 
 def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
@@ -52,17 +63,59 @@ def without_prefix(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return rename_arrays(arrays, {name: name.removeprefix(prefix) for name in arrays})
 
 
-def infer_model_type(arrays: Collection[str], config: dict[str, Any]) -> str:
+def select(
+    arrays: Mapping[str, Array], config: dict[str, Any], part: str | None
+) -> tuple[dict[str, Array], dict[str, Any], dict[str, str]]:
+    """(arrays of the encoder, config, {array around it: what it is for}).
+
+    Raises UserError for a model around an encoder unless `part` names the encoder. Position tables
+    of detectors lose the rows of detection tokens, which come last.
+    """
+    renamed = without_prefix(arrays)
+    others = {n: f'for {OTHERS[first]}' for n in renamed if (first := n.split('.')[0]) in OTHERS}
+    task = next(iter(others.values()), 'for detection' if DETECTION in renamed else None)
+    if task is not None and part is None:
+        raise UserError(f'the file has more than an encoder, {task}; {ENCODER}')
+    if DETECTION in renamed:
+        if 'encoder.mid_position_embeddings' in renamed:
+            raise UserError(
+                'array encoder.mid_position_embeddings: positions between the blocks of YOLOS '
+                'are not supported'
+            )
+        rows = table_rows(renamed)[1] - shape_of(renamed, DETECTION, 3)[1]
+        renamed[TABLE] = first_rows(renamed[TABLE], max(rows, 0))
+    return renamed, config, others
+
+
+def first_rows(array: Array, count: int) -> Array:
+    """The first rows of an array [1, R, D]."""
+
+    def fill(out: np.ndarray) -> None:
+        whole = np.empty(out.size // max(count, 1) * array.shape[1], np.uint8)
+        array.fill(whole)
+        out[...] = whole[: out.size]
+
+    return array._replace(shape=(1, count, *array.shape[2:]), fill=fill)
+
+
+def infer_model_type(arrays: Mapping[str, Array], config: dict[str, Any]) -> str:
     """One of TYPES, from config.json or else the arrays; raises UserError if they disagree."""
+    layer = 'encoder.layer.0.'
     inferred = 'deit' if 'embeddings.distillation_token' in arrays else 'vit'
-    if 'encoder.layer.0.mlp.fc2.weight' in arrays or 'encoder.layer.0.norm1.weight' in arrays:
+    if f'{layer}layer_scale1.lambda1' in arrays:
         registers = 'embeddings.register_tokens' in arrays
         inferred = 'dinov2_with_registers' if registers else 'dinov2'
+    elif f'{layer}norm1.weight' in arrays:
+        inferred = 'pixio'
+    elif DETECTION in arrays:
+        inferred = 'yolos'
+    elif 'embeddings.cls_token' not in arrays:
+        inferred = 'ijepa'
     kind = option(config, 'model_type', 'a text', inferred)
     if kind not in TYPES:
         types = ', '.join(TYPES)
         raise UserError(f'config.json: model_type {brief(repr(kind))} is none of {types}')
-    if inferred != (kind if kind not in ('vit_mae', 'vit_msn') else 'vit'):
+    if inferred != (kind if kind not in ('vit_mae', 'vit_msn', 'dpt') else 'vit'):
         raise UserError(
             f'config.json: model_type is {kind!r}, but the arrays are those of {inferred}'
         )
@@ -80,7 +133,8 @@ def mlp_size(arrays: Mapping[str, Array], kind: str) -> tuple[int, bool]:
 
 def guess_normalisation(kind: str, channels: int) -> dict[str, tuple[float, ...]]:
     """{mean, std} to assume without a preprocessor_config.json."""
-    return IMAGENET if kind != 'vit' and channels == 3 else half_normalisation(channels)
+    half = kind in ('vit', 'dpt') or channels != 3
+    return half_normalisation(channels) if half else IMAGENET
 
 
 def describe(
@@ -94,13 +148,13 @@ def describe(
     gelu = hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'gelu'))
     head = next((n for n in ('classifier', 'cls_classifier') if f'{n}.weight' in arrays), None)
     shape = shape_of(arrays, f'{head}.weight', 2) if head else (None, width)
-    heads = hf_config.HEADS if config else guess_heads(width, depth)
+    heads = hf_config.HEADS.get(kind, 12) if config else guess_heads(width, depth)
     fields = dict(
         num_classes=shape[0], patch_size=tuple(patch), width=width, depth=depth,
         num_heads=option(config, 'num_attention_heads', 'a whole number above 0', heads),
         mlp_dim=mlp_dim, glu=glu, gelu=gelu,
         epsilon=option(config, 'layer_norm_eps', 'a number above 0', hf_config.EPSILON[kind]),
-        pool='cls_gap' if shape[1] == 2 * width else 'cls', cls_token=True,
+        **prefix_fields(arrays, kind, shape[1] == 2 * width),
         dist_token='embeddings.distillation_token' in arrays,
         dist_head='distillation_classifier.weight' in arrays,
         interpolation=INTERPOLATION.get(kind, 'bicubic'),
@@ -109,8 +163,6 @@ def describe(
         fields['layer_scale'] = float(option(config, 'layerscale_value', 'a number', 1.0))
     if 'encoder.layer.0.attention.attention.query.bias' not in arrays:
         fields['style'] = block.Style(unbiased=block.PROJECTIONS)
-    if 'embeddings.register_tokens' in arrays:
-        fields['registers'] = shape_of(arrays, 'embeddings.register_tokens', 3)[1]
     if 'pooler.dense.weight' in arrays:
         fields['representation_size'] = shape_of(arrays, 'pooler.dense.weight', 2)[0]
         pooler = option(config, 'pooler_act', 'a text', 'tanh')
@@ -119,11 +171,32 @@ def describe(
     hf_config.check_config(config, arrays, kind, fields, channels)
     hf_config.check_table(config, fields, table_rows(arrays)[1])
     guessed = {}
+    if kind == 'ijepa' and not fields['num_classes']:
+        guessed['pool'] = 'the file has no head; it is that of a classifier'
+    if fields['pool'] == 'none':
+        guessed['pool'] = 'transformers gives the mean of the first registers, its class tokens'
     if not config:
-        guessed = dict(
+        guessed |= dict(
             num_heads='there is no config.json', epsilon='of the norms; there is no config.json',
         ) | ({} if glu else {'gelu': 'there is no config.json'})  # fmt: skip
     return kind, fields, guessed
+
+
+def prefix_fields(arrays: Mapping[str, Array], kind: str, both: bool) -> dict[str, Any]:
+    """{field: value} of the tokens before the patches, and of what the head reads.
+
+    The class tokens of a Pixio are registers with positions. `both` says that the head reads the
+    class token and the mean of the patches.
+    """
+    if kind == 'ijepa':
+        return dict(pool='gap', cls_token=False)
+    fields = dict(pool='cls_gap' if both else 'cls', cls_token=True)
+    if 'embeddings.register_tokens' in arrays:
+        fields['registers'] = shape_of(arrays, 'embeddings.register_tokens', 3)[1]
+    count = shape_of(arrays, 'embeddings.cls_token', 3)[1]
+    if kind == 'pixio':
+        return dict(pool='none', cls_token=False, registers=count, registers_posemb=True)
+    return fields
 
 
 def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int]:
@@ -133,10 +206,10 @@ def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int]:
 
 def pieces(model: nn.Module) -> list[Piece]:
     """Pieces of all arrays of a model's file, without the prefix of one inside a classifier."""
-    dinov2 = model.layer_scale is not None
+    kind = model_type(model)
     names = {
         'cls': 'embeddings.cls_token', 'dist': 'embeddings.distillation_token',
-        'registers': 'embeddings.register_tokens',
+        'registers': 'embeddings.cls_token' if kind == 'pixio' else 'embeddings.register_tokens',
     }  # fmt: skip
     projection = PATCHES.removesuffix('.weight')
     rows = [
@@ -145,41 +218,17 @@ def pieces(model: nn.Module) -> list[Piece]:
         *(Piece(names[name], name) for name in model.prefix),
         Piece(TABLE, 'posemb'),
     ]
+    layers = blocks.DINOV2_GATED if model.glu else blocks.DINOV2
+    layers = layers if kind.startswith('dinov2') else blocks.VIT
+    layers = blocks.PIXIO if kind == 'pixio' else layers
     for i in range(model.depth):
-        rows += block_pieces(f'encoder.layer.{i}', (i,), model, dinov2)
+        rows += blocks.block_pieces(model, layers, f'encoder.layer.{i}', (i,))
     rows += norm_pieces('layernorm.', 'norm', model=model)
     if model.representation_size is not None:
         rows += linear_pieces('pooler.dense', 'pre_logits')
     if model.num_classes is not None:
         rows += linear_pieces('cls_classifier' if model.dist_head else 'classifier', 'head')
     return rows + (linear_pieces('distillation_classifier', 'dist_head') if model.dist_head else [])
-
-
-def block_pieces(theirs: str, index: tuple, model: nn.Module, dinov2: bool) -> list[Piece]:
-    """Pieces of an encoder block."""
-    norms = ('norm1', 'norm2') if dinov2 else ('layernorm_before', 'layernorm_after')
-    mlp = ('mlp.fc1', 'mlp.fc2') if dinov2 else ('intermediate.dense', 'output.dense')
-    rows = []
-    for i, name in enumerate(norms):
-        rows += norm_pieces(f'{theirs}.{name}.', f'encoder/norm{i + 1}', index, model=model)
-    for i, name in enumerate(('query', 'key', 'value')):
-        rows += linear_pieces(
-            f'{theirs}.attention.attention.{name}', 'encoder/attn/qkv', index, at=(i,),
-            bias='query' not in model.style.unbiased,
-        )  # fmt: skip
-    rows += linear_pieces(f'{theirs}.attention.output.dense', 'encoder/attn/out', index, inputs=2)
-    if model.glu:
-        rows += linear_pieces(f'{theirs}.mlp.weights_in', 'encoder/mlp/gate', index, part=(0, 2))
-        rows += linear_pieces(f'{theirs}.mlp.weights_in', 'encoder/mlp/fc1', index, part=(1, 2))
-        rows += linear_pieces(f'{theirs}.mlp.weights_out', 'encoder/mlp/fc2', index)
-    else:
-        rows += linear_pieces(f'{theirs}.{mlp[0]}', 'encoder/mlp/fc1', index)
-        rows += linear_pieces(f'{theirs}.{mlp[1]}', 'encoder/mlp/fc2', index)
-    if dinov2:
-        rows += [
-            Piece(f'{theirs}.layer_scale{n}.lambda1', f'encoder/scale{n}', index) for n in (1, 2)
-        ]
-    return rows
 
 
 def model_config(
@@ -191,19 +240,21 @@ def model_config(
 
 def limits(model: nn.Module) -> dict[str, tuple]:
     """{field: values that the format can express} for `save`."""
-    dinov2 = model.layer_scale is not None
-    pools = ('cls',)
+    kind = model_type(model)
+    dinov2 = kind.startswith('dinov2')
+    pools = {'ijepa': ('gap',), 'pixio': ('none',)}.get(kind, ('cls',))
     if dinov2:
         pools = ('cls', 'gap', 'cls_gap') if model.num_classes else ('cls', 'cls_gap')
+    bare = dinov2 or kind in ('ijepa', 'pixio') or model.num_classes
     return dict(
         resnet=(None,), pool=pools, posemb=('learn',), cls_posemb=(True,),
-        registers=(model.registers if dinov2 else 0,),
-        registers_posemb=(False,) if model.registers else (False, True),
+        num_classes=(None,) if kind == 'pixio' else (model.num_classes,),
+        registers=(model.registers if dinov2 or kind == 'pixio' else 0,),
+        registers_posemb=(kind == 'pixio',) if model.registers else (False, True),
         dist_token=(False,) if dinov2 else (True, False), pre_norm=(False,),
         last_norm=('tokens', 'pooled') if dinov2 and model.pool == 'cls' else ('tokens',),
         glu=(True, False) if dinov2 else (False,),
-        representation_size=(None,) if dinov2 or model.num_classes
-        else (None, model.representation_size),
+        representation_size=(None,) if bare else (None, model.representation_size),
     )  # fmt: skip
 
 
@@ -238,7 +289,7 @@ def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.nd
     which is zeros here.
     """
     heads = ('classifier.', 'cls_classifier.', 'distillation_classifier.')
-    kind = hf_config.model_type(model)
+    kind = model_type(model)
     prefix = f'{kind}.' if model.num_classes is not None else ''
     arrays = {n if n.startswith(heads) else prefix + n: a for n, a in arrays.items()}
     if kind == 'dinov2_with_registers':

@@ -1,0 +1,313 @@
+"""Compares transformers' models with what vit_jax makes of their folders.
+
+    python tests/compare_transformers.py [PART ...]
+
+Each kind, a model class in one variant, is made small (two blocks), gets random weights, is saved
+by transformers, loaded by vit_jax and compared at its own and, where transformers can resize its
+positions, at another image size, in float32. Compared are logits, pooled vector, class token and
+patches' features, as far as transformers returns them. Then it is written by vit_jax and loaded
+again: its parameters are the same to the bit. Prints a line for each kind and a summary by model
+type. PART limits it to kinds whose line contains one of the texts.
+
+Not a test, as it takes minutes; a few kinds are in test_convert.py.
+"""
+
+import argparse
+import collections
+import io
+import pathlib
+import tempfile
+import warnings
+from contextlib import redirect_stderr
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+import vit_jax
+from vit_jax.errors import UserError
+
+TOLERANCE = 1e-4
+SIZES = dict(
+    hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+    image_size=32, patch_size=8,
+)  # fmt: skip
+RATIO = {k: v for k, v in SIZES.items() if k != 'intermediate_size'} | dict(mlp_ratio=2)
+HEADS = dict(neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8)
+DPT = SIZES | HEADS | dict(num_hidden_layers=4, backbone_out_indices=[0, 1, 2, 3])
+EOMT = RATIO | dict(num_blocks=1, num_queries=5, num_upscale_blocks=1)
+EOMT_DINOV3 = SIZES | dict(num_blocks=1, num_queries=5, num_upscale_blocks=1)
+DETECTOR = dict(image_size=[32, 48], num_detection_tokens=5, use_mid_position_embeddings=False)
+DECODER = dict(
+    decoder_hidden_size=24, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+    decoder_intermediate_size=24, mask_ratio=0.0,
+)  # fmt: skip
+GATED_V3 = dict(use_gated_mlp=True, hidden_act='silu')
+CLASSES = dict(num_labels=7)
+OWN, SHARED = 'use_relative_position_bias', 'use_shared_relative_position_bias'
+MAPS = SIZES | {'num_hidden_layers': 4, OWN: True}
+ABSOLUTE, MEAN = 'use_absolute_position_embeddings', 'use_mean_pooling'
+
+
+def by_model(module, pixels, options):
+    """{name: tensor} that a model or a classifier returns."""
+    result = module(pixels, **options)
+    found = {}
+    if getattr(result, 'logits', None) is not None:
+        found['logits'] = result.logits
+    if getattr(result, 'last_hidden_state', None) is not None:
+        found['tokens'] = result.last_hidden_state
+    if getattr(result, 'pooler_output', None) is not None:
+        found['pre_logits'] = result.pooler_output
+    return found
+
+
+def inside(name):
+    """Like by_model, of the encoder that is an attribute of the module."""
+    def of(module, pixels, options):
+        return tokens(getattr(module, name), pixels, options)
+
+    return of
+
+
+def class_token(module, pixels, options):
+    """The class token of an MAE, which has its patches in a random order."""
+    return {'cls': getattr(module, 'vit', module)(pixels).last_hidden_state[:, 0]}
+
+
+def by_features(module, pixels, options):
+    """The last map of a backbone [B, D, h, w], as tokens."""
+    maps = getattr(module, 'backbone', module)(pixels).feature_maps[-1]
+    return {'tokens': maps.flatten(2).transpose(1, 2)}
+
+
+def without_queries(module, pixels, options):
+    """The encoder of an EoMT, in which no queries join the tokens."""
+    x = module.embeddings(pixels)
+    extra = {}
+    if hasattr(module, 'rope_embeddings'):
+        extra = dict(position_embeddings=module.rope_embeddings(pixels))
+    for layer in module.layers:
+        x = layer(x, **extra)
+    return {'tokens': module.layernorm(x)}
+
+
+def without_detection(module, pixels, options):
+    """The encoder of a YOLOS, whose detection tokens leave before the first block."""
+    model = getattr(module, 'vit', module)
+    count = model.config.num_detection_tokens
+    x = model.embeddings(pixels)[:, :-count]
+    for layer in model.encoder.layer:
+        x = layer(x)
+        x = x[0] if isinstance(x, tuple) else x
+    return {'tokens': model.layernorm(x)}
+
+
+def tokens(module, pixels, options):
+    """Tokens alone, where transformers pools in another way."""
+    return {'tokens': module(pixels, **options).last_hidden_state}
+
+
+# (class, what differs from its type's base, how transformers' result is read, arguments of load)
+def rows(name, base, *variants, by=by_model, part=None, resize=True):
+    return [(name, base | variant, by, part, resize) for variant in variants or ({},)]
+
+
+def backbone(name, base, **changes):
+    """A config of a backbone that returns its last map."""
+    kind = getattr(transformers, name)
+    return kind(**(base | dict(out_features=['stage1', 'stage2'])), **changes)
+
+
+KINDS = [
+    *rows('ViTModel', SIZES, {}, dict(hidden_act='quick_gelu')),
+    *rows('ViTModel', SIZES, dict(image_size=(24, 40)), resize=False),
+    *rows('ViTForImageClassification', SIZES | CLASSES, {}, dict(qkv_bias=False),
+          dict(hidden_act='gelu_new', num_channels=1)),
+    *rows('ViTForMaskedImageModeling', SIZES | dict(encoder_stride=8), by=inside('vit')),
+    *rows('DeiTModel', SIZES),
+    *rows('DeiTModel', SIZES, dict(image_size=(24, 40)), resize=False),
+    *rows('DeiTForImageClassification', SIZES | CLASSES, {}, dict(qkv_bias=False)),
+    *rows('DeiTForImageClassificationWithTeacher', SIZES | CLASSES),
+    *rows('ViTMAEModel', SIZES | dict(mask_ratio=0.0), by=class_token, resize=False),
+    *rows('ViTMAEForPreTraining', SIZES | DECODER, by=class_token, resize=False),
+    *rows('ViTMSNModel', SIZES),
+    *rows('ViTMSNForImageClassification', SIZES | CLASSES),
+    *rows('Dinov2Model', RATIO, {}, dict(use_swiglu_ffn=True), dict(hidden_act='quick_gelu')),
+    *rows('Dinov2ForImageClassification', RATIO | CLASSES, {}, dict(use_swiglu_ffn=True)),
+    *rows('Dinov2Backbone', RATIO, by=by_features),
+    *rows('Dinov2WithRegistersModel', RATIO, {}, dict(num_register_tokens=2, use_swiglu_ffn=True)),
+    *rows('Dinov2WithRegistersForImageClassification', RATIO | CLASSES),
+    *rows('Dinov2WithRegistersBackbone', RATIO, by=by_features),
+    *rows('DINOv3ViTModel', SIZES, {}, GATED_V3, dict(num_register_tokens=3, key_bias=True),
+          dict(image_size=(24, 40), query_bias=False, mlp_bias=False)),
+    *rows('DINOv3ViTBackbone', SIZES, by=by_features),
+    *rows('BeitModel', SIZES, {}, {OWN: True}, {SHARED: True}, {OWN: True, MEAN: False},
+          {SHARED: True, ABSOLUTE: True}, {ABSOLUTE: True, MEAN: False},
+          {OWN: True, 'layer_scale_init_value': 0.0}),
+    *rows('BeitForImageClassification', SIZES | CLASSES, {OWN: True}, {SHARED: True, MEAN: False},
+          {ABSOLUTE: True}),
+    *rows('BeitForMaskedImageModeling', SIZES | dict(use_mask_token=True), {SHARED: True},
+          {SHARED: True, MEAN: False}, by=inside('beit')),
+    *rows('BeitForSemanticSegmentation', MAPS | {'out_indices': [1, 2, 3, 4]},
+          by=inside('beit'), part='encoder'),
+    *rows('BeitBackbone', SIZES | {OWN: True}, by=by_features),
+    *rows('Data2VecVisionModel', SIZES, {OWN: True}, {SHARED: True, MEAN: False}),
+    *rows('Data2VecVisionForImageClassification', SIZES | CLASSES, {OWN: True},
+          {ABSOLUTE: True, MEAN: False}),
+    *rows('Data2VecVisionForSemanticSegmentation', MAPS | {'out_indices': [0, 1, 2, 3]},
+          by=inside('data2vec_vision'), part='encoder'),
+    *rows('IJepaModel', SIZES, {}, dict(qkv_bias=False)),
+    *rows('IJepaForImageClassification', SIZES | CLASSES),
+    *rows('PixioModel', RATIO, {}, dict(n_cls_tokens=1), by=tokens),
+    *rows('Aimv2VisionModel', SIZES | dict(use_head=False), {}, dict(qkv_bias=True, mlp_bias=True),
+          resize=False),
+    *rows('Aimv2VisionModel', SIZES, by=tokens, part='encoder', resize=False),
+    *rows('Aimv2VisionModel', SIZES, resize=False),
+    *rows('Aimv2VisionModel', SIZES | dict(use_head=False, is_native=True), resize=False),
+    *rows('DPTModel', SIZES),
+    *rows('DPTForDepthEstimation', DPT, by=inside('dpt'), part='encoder'),
+    *rows('DPTForSemanticSegmentation', DPT, by=inside('dpt'), part='encoder'),
+    *rows('DPTForDepthEstimation', DPT),
+    *rows('DPTForDepthEstimation', HEADS | dict(
+        backbone_config=('Dinov2Config', RATIO), reassemble_factors=[1, 1]),
+        by=by_features, part='encoder'),
+    *rows('DepthAnythingForDepthEstimation', HEADS | dict(
+        backbone_config=('Dinov2Config', RATIO), reassemble_hidden_size=48),
+        by=by_features, part='encoder'),
+    *rows('YolosModel', SIZES | DETECTOR, by=without_detection),
+    *rows('YolosModel', SIZES | DETECTOR, by=without_detection, part='encoder'),
+    *rows('YolosForObjectDetection', SIZES | DETECTOR, {}, dict(use_mid_position_embeddings=True),
+          by=without_detection, part='encoder'),
+    *rows('EomtForUniversalSegmentation', EOMT, {}, dict(use_swiglu_ffn=True),
+          by=without_queries, part='encoder', resize=False),
+    *rows('EomtForUniversalSegmentation', EOMT, by=without_queries, resize=False),
+    *rows('EomtDinov3ForUniversalSegmentation', EOMT_DINOV3, {}, GATED_V3, by=without_queries,
+          part='encoder'),
+]  # fmt: skip
+
+
+def randomised(module, seed):
+    """The module with random weights, so that no array is without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in module.named_parameters():
+            one = 'norm' in key and key.endswith('weight') and p.ndim == 1
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + one)
+    return module.eval()
+
+
+def made(name, fields, seed):
+    """A class of transformers with random weights."""
+    fields = {k: backbone(*v) if isinstance(v, tuple) and isinstance(v[0], str) else v
+              for k, v in fields.items()}  # fmt: skip
+    kind = getattr(transformers, name)
+    torch.manual_seed(seed)
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter('ignore')
+        return randomised(kind(kind.config_class(**fields)), seed)
+
+
+def difference(folder, images, theirs, **options):
+    """Largest difference of what vit_jax makes of images from {name: tensor}."""
+    model, params = vit_jax.load(folder, **options)
+    apply = jax.jit(
+        lambda p, x: model.apply({'params': p}, x),
+        compiler_options={'xla_backend_optimization_level': 0},  # compiles in half the time
+    )
+    _, out = apply(params, images)
+    theirs = {k: v.numpy() for k, v in theirs.items()}
+    tokens = theirs.pop('tokens', None)
+    if tokens is not None:
+        count = out['encoded'].shape[1]
+        theirs['encoded'] = tokens[:, -count:]
+        before = tokens.shape[1] - count
+        assert before in (0, sum(model.prefix.values())), (before, model.prefix)
+        if 'cls' in out and before:
+            theirs['cls'] = tokens[:, 0]
+    assert theirs
+    return max(float(np.abs(np.asarray(out[k]) - v).max()) for k, v in theirs.items())
+
+
+def check_saved(folder, **options):
+    """Raises AssertionError unless what vit_jax writes is, to the bit, what it has loaded."""
+    model, params = vit_jax.load(folder, **options)
+    vit_jax.save(folder / 'again', model, params, 'hf')
+    back, again = vit_jax.load(folder / 'again')
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    assert back.style == model.style and back.pool == model.pool, (back, model)
+
+
+def compare(name, fields, by, part, resize, folder, seed):
+    """Largest difference."""
+    module = made(name, fields, seed)
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter('ignore')
+        module.save_pretrained(folder)
+    config = getattr(module.config, 'backbone_config', None) or module.config
+    size = config.image_size
+    size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    generator = np.random.default_rng(seed)
+    found = []
+    for extra in ((0, 0), (16, 8)) if resize else ((0, 0),):
+        other = size[0] + extra[0], size[1] + extra[1]
+        images = generator.normal(size=(2, *other, config.num_channels)).astype(np.float32)
+        pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        has = 'position_embeddings' in str(module.state_dict().keys()) and any(extra)
+        options = dict(interpolate_pos_encoding=True) if has and accepts(name) else {}
+        with torch.no_grad():
+            theirs = by(module, pixels, options)
+        found.append(difference(folder, images, theirs, part=part, image_size=other))
+    return max(found)
+
+
+def accepts(name):
+    """Whether the class has an argument to interpolate positions; others always do it."""
+    never = 'Dinov2', 'Pixio', 'Yolos', 'DPT', 'Depth', 'Backbone', 'DINOv3', 'Eomt'
+    return not any(part in name for part in never)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('parts', nargs='*')
+    options = parser.parse_args()
+    table = collections.defaultdict(lambda: collections.Counter(equal=0, refused=0, wrong=0))
+    largest = collections.defaultdict(float)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    for i, (name, fields, by, part, resize) in enumerate(KINDS):
+        base = next((b for b in (SIZES, RATIO) if b.items() <= fields.items()), {})
+        base = base | CLASSES | HEADS | DECODER
+        changes = {k: v for k, v in fields.items() if base.get(k) != v and 'config' not in k}
+        line = f'{name} {part or ""} {changes or ""}'
+        if options.parts and not any(p in line for p in options.parts):
+            continue
+        kind = getattr(transformers, name).config_class.model_type
+        with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision('highest'):
+            folder, saved = pathlib.Path(folder) / 'saved', ''
+            try:
+                value = compare(name, fields, by, part, resize, folder, i)
+                verdict = 'equal' if value < TOLERANCE else 'wrong'
+                if verdict == 'equal':
+                    largest[kind] = max(largest[kind], value)
+                text = f'{value:.1e}'
+                try:
+                    check_saved(folder, part=part)
+                except UserError as e:
+                    saved = f'not saved: {e}'.replace(str(folder), '')
+            except UserError as e:
+                verdict, text = 'refused', str(e).replace(str(folder), '').strip(': ')
+            except Exception as e:  # of transformers, or a fault of vit_jax
+                verdict, text = 'error', f'{type(e).__name__}: {e}'.replace('\n', ' ')[:300]
+        table[kind][verdict] += 1
+        print(f'{verdict:8} {line}\n         {text} {saved}', flush=True)
+    for kind, row in table.items():
+        print(f'{kind:28} {dict(row)} largest difference {largest[kind]:.1e}')
+    total = sum(table.values(), collections.Counter())
+    print(f'{"all":28} {dict(total)}')
+
+
+if __name__ == '__main__':
+    main()
