@@ -559,6 +559,17 @@ def test_what_the_config_of_a_timm_folder_says(fields, architecture, args, tmp_p
     assert config['model_args'].items() >= args.items()
 
 
+def test_transformers_wrapper_of_timm(tmp_path):
+    arrays = load_file(location('timm_vit_token') / 'model.safetensors')
+    config = json.loads((location('timm_vit_token') / 'config.json').read_text())
+    config |= dict(model_type='timm_wrapper', do_pooling=True, initializer_range=0.02,
+                   architectures=['TimmWrapperForImageClassification'], dtype='float32')
+    save_file({f'timm_model.{n}': a for n, a in arrays.items()}, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    back = assert_is(tmp_path, 'timm_vit_token')
+    assert back.source == 'timm' and 'ignored' not in done(back.account)
+
+
 # 4. Round trips.
 
 

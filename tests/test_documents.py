@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import vit_jax
 from vit_jax.convert import families, files, load
+from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.timm import arguments as timm_arguments
 from vit_jax.convert.timm import model as timm_model
 from vit_jax.data import tasks
@@ -327,6 +328,21 @@ def test_what_no_view_expresses_is_named(settings, key, tmp_path):
     read = load.read(folder)
     assert set(rows(read.account, 'ignored')) == {key}
     assert tasks.make_view(read.view, (32, 32))(np.zeros((50, 60, 3), np.uint8), None).any() == 0
+
+
+@pytest.mark.parametrize('kind, settings, size, ignored', [
+    ('DPT', dict(size=dict(height=518, width=518), keep_aspect_ratio=True,
+                 ensure_multiple_of=14, do_pad=False), (518, 518), {'keep_aspect_ratio'}),
+    ('Yolos', dict(size=dict(shortest_edge=512, longest_edge=1333), do_pad=True,
+                   format='coco_detection'), None, {'size', 'do_pad'}),
+    ('Eomt', dict(size=640, do_split_image=True), (640, 640), {'size', 'do_split_image'}),
+])  # fmt: skip
+def test_processors_of_models_around_an_encoder(kind, settings, size, ignored):
+    settings = settings | dict(image_processor_type=f'{kind}ImageProcessor', image_mean=[0.1] * 3)
+    found = hf_processor.read(settings, 'preprocessor_config.json', 'vit', 3)
+    assert (found.size, {key for key, _ in found.ignored}, found.unknown) == (size, ignored, ())
+    assert found.normalisation['mean'] == (0.1,) * 3
+    assert set(found.normalisation['std']) == ({0.5} if kind == 'DPT' else {0.229, 0.224, 0.225})
 
 
 def test_a_view_grows_with_the_image_size(tmp_path):

@@ -26,6 +26,12 @@ CROPPED = SQUARE | dict(
     size={'shortest_edge': 224}, crop_size={'height': 224, 'width': 224}, do_center_crop=True,
     image_mean=CLIP[0], image_std=CLIP[1], default_to_square=False,
 )  # fmt: skip
+AROUND = SQUARE | dict(
+    resample=BILINEAR, image_mean=list(IMAGENET['mean']), image_std=list(IMAGENET['std']),
+    default_to_square=False,
+)  # fmt: skip
+# Those of models around an encoder, whose padding makes images of a batch equal in size.
+PADDED = ('DPT', 'Yolos', 'Eomt', 'ZoeDepth')
 DEFAULTS = {
     'ViT': SQUARE | dict(resample=BILINEAR),
     'DeiT': SQUARE | dict(
@@ -39,9 +45,15 @@ DEFAULTS = {
         resample=BILINEAR, image_mean=list(IMAGENET['mean']), image_std=list(IMAGENET['std']),
     ),
     'Beit': SQUARE | dict(crop_size={'height': 224, 'width': 224}),
+    'DPT': SQUARE | dict(size={'height': 384, 'width': 384}),
+    'Yolos': AROUND | dict(size={'shortest_edge': 800, 'longest_edge': 1333}),
+    'Eomt': AROUND | dict(size={'shortest_edge': 640, 'longest_edge': 640}),
+    'ZoeDepth': SQUARE | dict(size={'height': 384, 'width': 512}, resample=BILINEAR),
 }  # fmt: skip
 OF_MODEL = {  # others: ViT
     'deit': 'DeiT', 'dinov2': 'Bit', 'dinov2_with_registers': 'Bit', 'dinov3_vit': 'DINOv3ViT',
+    'beit': 'Beit', 'data2vec-vision': 'Beit', 'aimv2_vision_model': 'CLIP', 'pixio': 'Bit',
+    'dpt': 'DPT', 'yolos': 'Yolos',
 }  # fmt: skip
 SWITCHES = ('do_resize', 'do_rescale', 'do_normalize')  # true where they are left out
 READ = {
@@ -54,7 +66,8 @@ IRRELEVANT = {
     'processor_class', '_valid_processor_keys', '_processor_class', 'data_format', 'device',
     'input_data_format', 'return_tensors', 'disable_grouping', 'do_convert_rgb', 'auto_map',
     'do_reduce_labels', 'reduce_labels', 'image_seq_length', 'transformers_version', 'backend',
-    'pad_size',
+    'pad_size', 'size_divisor', 'ensure_multiple_of', 'keep_aspect_ratio', 'do_split_image',
+    'format', 'ignore_index', 'do_convert_annotations', 'num_labels', 'annotation_format',
 }  # fmt: skip
 # Steps that change pixel values and are not supported.
 REFUSED = ('do_flip_channel_order', 'do_grayscale', 'rescale_offset', 'offset', 'do_pad')
@@ -101,16 +114,20 @@ def processor_class(config: dict[str, Any], model_type: str, file: str) -> str:
 
 def read(config: dict[str, Any], file: str, model_type: str, channels: int) -> Preprocessing:
     """Parses the settings of `file`; raises UserError for a step that is not supported."""
+    kind = processor_class(config, model_type, file)
     for key in REFUSED:
-        if config.get(key):
+        if config.get(key) and not (key == 'do_pad' and kind in PADDED):
             raise UserError(
                 f'{file}: {key} is {brief(repr(config[key]))}, which is not supported'
             )
-    values = DEFAULTS[processor_class(config, model_type, file)] | dict.fromkeys(SWITCHES, True)
+    values = DEFAULTS[kind] | dict.fromkeys(SWITCHES, True)
     values = values | {k: v for k, v in config.items() if v is not None}
     for key in (*SWITCHES, 'do_center_crop', 'default_to_square'):
         option(values, key, 'true or false', file=file)
     size, view, ignored = geometry(values, file)
+    for key in ('do_pad', 'keep_aspect_ratio', 'do_split_image'):
+        if config.get(key):
+            ignored.append((key, 'the encoder takes images of its own size here'))
     unknown = (f'{file}: {brief(k)}' for k in config if k not in READ | IRRELEVANT | {*REFUSED})
     return Preprocessing(
         normalisation(values, channels, file), size, view, tuple(ignored), tuple(unknown)
