@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import random
 import re
 import resource
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from recorded import DATA, FIXTURES, location
 from safetensors.numpy import load_file, save_file
 
 import vit_jax
@@ -29,15 +29,8 @@ from vit_jax import models
 from vit_jax.convert import load, save
 from vit_jax.errors import UserError
 
-DATA = pathlib.Path(__file__).with_name('data')
-FIXTURES = sorted(p.name.removesuffix('.expected.npz') for p in DATA.glob('*.expected.npz'))
 FORMATS = ('official', 'big_vision', 'timm', 'hf')
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-
-
-def location(name):
-    """Where the checkpoint of a fixture is."""
-    return DATA / name if (DATA / name).is_dir() else DATA / f'{name}.npz'
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from learners import classifier, loss_of
-from test_convert import DATA, FIXTURES, location
+from recorded import DATA, FIXTURES, location
 
 import vit_jax
 from vit_jax import optim, sharding, step

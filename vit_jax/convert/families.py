@@ -36,7 +36,7 @@ def parse_folder(
     """
     config = read_json(folder / 'config.json')
     record = read_json(folder / 'run_config.json') or None
-    arrays, config = timm.unwrapped(arrays, config)
+    arrays, config = hf_inside.without_wrapper(arrays, config)
     timm_class = timm.class_of_file(arrays, config)
     if timm_class is not None:
         return parse_timm(timm_class, arrays, config, record)

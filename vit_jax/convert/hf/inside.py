@@ -10,6 +10,7 @@ import numpy as np
 
 from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
+from vit_jax.convert.hf.config import IRRELEVANT
 from vit_jax.convert.pieces import rename_arrays
 from vit_jax.convert.stages import ENCODER
 from vit_jax.errors import UserError
@@ -61,6 +62,20 @@ def encoder_of(
     others = {name: f'of {kind} around the encoder' for name in arrays}
     chosen = {n.removeprefix(BACKBONE): x for n, x in arrays.items() if n.startswith(BACKBONE)}
     return chosen, inner, {n: why for n, why in others.items() if not n.startswith(BACKBONE)}
+
+
+def without_wrapper(
+    arrays: dict[str, Array], config: dict[str, Any]
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """(arrays, config.json) as timm writes them, of a file of transformers' wrapper of timm.
+
+    Returns those of other files as they are.
+    """
+    if config.get('model_type') != 'timm_wrapper':
+        return arrays, config
+    names = {name: name.removeprefix('timm_model.') for name in arrays}
+    more = IRRELEVANT | {'model_type', 'do_pooling', 'id2label', 'num_labels'}
+    return rename_arrays(arrays, names), {k: v for k, v in config.items() if k not in more}
 
 
 def check_part(kind: str, part: str | None) -> None:

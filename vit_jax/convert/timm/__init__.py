@@ -12,24 +12,10 @@ import flax.linen as nn
 import numpy as np
 
 from vit_jax.convert.files import Array
-from vit_jax.convert.hf.config import IRRELEVANT
-from vit_jax.convert.pieces import Piece, rename_arrays
+from vit_jax.convert.pieces import Piece
 from vit_jax.convert.timm import vit
 
 CLASSES = (vit,)  # the first that matches is the class of a file, or of a model to save
-
-WRAPPER = {'model_type', 'do_pooling', 'id2label', 'num_labels'}  # keys of transformers' wrapper
-
-
-def unwrapped(
-    arrays: dict[str, Array], config: dict[str, Any]
-) -> tuple[dict[str, Array], dict[str, Any]]:
-    """(arrays, config.json) as timm writes them; transformers' wrapper of timm has more in both."""
-    if config.get('model_type') != 'timm_wrapper':
-        return arrays, config
-    names = {name: name.removeprefix('timm_model.') for name in arrays}
-    config = {k: v for k, v in config.items() if k not in WRAPPER | IRRELEVANT}
-    return rename_arrays(arrays, names), config
 
 
 def class_of_file(names: Collection[str], config: Mapping[str, Any]) -> ModuleType | None:
