@@ -24,6 +24,7 @@ import warnings
 from unittest import mock
 
 import jax
+import noise
 import numpy as np
 import timm
 import torch
@@ -64,16 +65,26 @@ def entry(name):
 def small(name, module, args, width=16):
     """Arguments of a small model of the architecture: two blocks, few heads of `width` channels."""
     if module == 'resnetv2':
-        return dict(num_classes=CLASSES)
+        factor = args.get('width_factor')
+        if not factor:
+            return dict(num_classes=CLASSES)
+        root = 32 if factor == 3 else 32 // factor
+        stages = (4 * root, 8 * root) if args['layers'] == [3, 4, 6, 3] else (4 * root,)
+        return dict(num_classes=CLASSES, stem_chs=root, channels=stages)
     if module == 'mlp_mixer':
-        return dict(num_blocks=2, embed_dim=24, img_size=32, patch_size=8, num_classes=CLASSES)
+        return dict(img_size=4 * args['patch_size'], num_classes=CLASSES)  # it allows no others
     if module == 'naflexvit':
-        return dict(depth=2, embed_dim=4 * width, num_heads=4, num_classes=CLASSES)
+        return dict(
+            depth=2, embed_dim=4 * width, num_heads=4, num_classes=CLASSES,
+            pos_embed_grid_size=(4, 4),
+        )  # fmt: skip
+    if name == 'vit_base_mci_224':  # the stem fixes the width
+        return dict(depth=2, num_classes=CLASSES)
     heads = min(args.get('num_heads', 12), 4)
     patch = args.get('patch_size', 16)
     sizes = dict(embed_dim=heads * width, num_heads=heads, depth=2, num_classes=CLASSES)
     if module == 'vision_transformer_hybrid':
-        return sizes | dict(img_size=args.get('img_size', 224) // 2)
+        return sizes | dict(img_size=128)
     if args.get('num_kv_heads') is not None:
         sizes['num_kv_heads'] = (heads, heads // 2)
     if args.get('rel_pos_dim'):
@@ -132,6 +143,15 @@ def difference(folder, images, theirs, **options):
     return max(float(np.abs(np.asarray(v) - theirs[k]).max()) for k, v in out.items())
 
 
+def image_size(module):
+    """(height, width) of the images that a model is for."""
+    if hasattr(module, 'embeds'):
+        grid, patch = module.embeds.pos_embed_grid_size, module.embeds.patch_size
+        return grid[0] * patch[0], grid[1] * patch[1]
+    patches = getattr(module, 'patch_embed', None) or getattr(module, 'stem', None)
+    return getattr(patches, 'img_size', None) or (64, 64)
+
+
 def saved(module, name, args, folder):
     """Writes the files that timm's push_to_hf_hub would."""
     with warnings.catch_warnings():
@@ -148,14 +168,15 @@ def compare(name, folder, seed):
     module = made(name, args, seed)
     saved(module, name, args, folder)
     generator = np.random.default_rng(seed)
-    size = getattr(getattr(module, 'patch_embed', None), 'img_size', None) or (64, 64)
+    size = image_size(module)
     images = generator.normal(size=(2, *size, 3)).astype(np.float32)
     found = []
     with jax.default_matmul_precision('highest'):
-        found.append(difference(folder, images, outputs(module, images)))
+        options = dict(image_size=size) if family == 'naflexvit' else {}
+        found.append(difference(folder, images, outputs(module, images), **options))
         step = getattr(getattr(module, 'patch_embed', None), 'patch_size', (16, 16))
         other = size[0] + 2 * step[0], size[1] + step[1]
-        if family in ('vision_transformer_hybrid', 'resnetv2'):
+        if family in ('vision_transformer_hybrid', 'resnetv2', 'naflexvit'):
             other = size[0] + 32, size[1] + 64
         images = generator.normal(size=(2, *other, 3)).astype(np.float32)
         if family in ('mlp_mixer',):
@@ -170,22 +191,44 @@ def compare(name, folder, seed):
     return family, max(found), None
 
 
-def record(name, folder, seed, label, **changes):
-    """Writes tests/data's LABEL/ and LABEL.expected.npz of a tiny model in float16."""
+def record(name, folder, seed, label, by_name, **changes):
+    """Writes tests/data's LABEL/ and LABEL.expected.npz of a tiny model in float16.
+
+    With `by_name` its weights are those of noise.py, and only their shapes are written.
+    """
     family, given = entry(name)
     args = small(name, family, given, width=4) | changes
     module = made(name, args, seed, half=True)
     target = folder / label
-    saved(module, name, args, target)
-    arrays = load_file(target / 'model.safetensors')
-    save_file({k: v.half() for k, v in arrays.items()}, target / 'model.safetensors',
-              metadata={'format': 'pt'})  # fmt: skip
-    size = getattr(getattr(module, 'patch_embed', None), 'img_size', None) or (32, 32)
-    images = np.random.default_rng(seed).normal(size=(1, *size, 3)).astype(np.float16)
-    images = images.astype(np.float32)
-    theirs = outputs(module, images)
-    theirs.pop('encoded', None)
-    np.savez_compressed(folder / f'{label}.expected.npz', images=images, **theirs)
+    if by_name:
+        shapes = {k: list(v.shape) for k, v in module.state_dict().items()}
+        arrays = {k: torch.from_numpy(noise.values(k, v)) for k, v in shapes.items()}
+        module.load_state_dict(arrays)
+        saved(module, name, args, target)
+        (target / 'model.safetensors').unlink()
+        (target / 'arrays.json').write_text(json.dumps(shapes, indent=0) + '\n')
+    else:
+        saved(module, name, args, target)
+        arrays = load_file(target / 'model.safetensors')
+        save_file({k: v.half() for k, v in arrays.items()}, target / 'model.safetensors',
+                  metadata={'format': 'pt'})  # fmt: skip
+    size = image_size(module)
+    channels = args.get('in_chans', 3)
+    if family == 'naflexvit':  # its tables fit other images than it was evaluated on
+        config = json.loads((target / 'config.json').read_text())
+        config['pretrained_cfg']['input_size'] = [channels, *size]
+        (target / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    expected = {}
+    sizes = {'': size}
+    if family in ('naflexvit', 'resnetv2'):  # which take images of any size
+        sizes['_resized'] = size[0] // 2, size[1] + size[1] // 4
+    for suffix, one in sizes.items():
+        images = np.random.default_rng(seed).normal(size=(1, *one, channels)).astype(np.float16)
+        images = images.astype(np.float32)
+        theirs = outputs(module, images) | {'images': images}
+        theirs.pop('encoded', None)
+        expected |= {f'{key}{suffix}': value for key, value in theirs.items()}
+    np.savez_compressed(folder / f'{label}.expected.npz', **expected)
 
 
 def main():
@@ -193,12 +236,15 @@ def main():
     parser.add_argument('parts', nargs='*')
     parser.add_argument('--record', type=pathlib.Path)
     parser.add_argument('--label')
+    parser.add_argument('--by_name', action='store_true', help='record shapes of weights alone')
+    parser.add_argument('--changes', type=json.loads, default={}, help='arguments to record with')
     options = parser.parse_args()
     names = [n for m in MODULES for n in timm.list_models(module=m)]
     names = [n for n in names if not options.parts or any(p in n for p in options.parts)]
     if options.record:
         for name in names if options.label is None else names[:1]:
-            record(name, options.record, 0, options.label or f'timm_{name}')
+            label = options.label or f'timm_{name}'
+            record(name, options.record, 0, label, options.by_name, **options.changes)
         return
     table = collections.defaultdict(lambda: collections.Counter(equal=0, refused=0, wrong=0))
     largest = collections.defaultdict(float)

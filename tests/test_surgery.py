@@ -36,7 +36,7 @@ def zoomed(grid, new):
 
 
 def by_torch(grid, new, antialias, mode='bicubic'):
-    """[h, w, D] at another size by PyTorch's filter `mode`."""
+    """[h, w, D] at another size by PyTorch's filter."""
     torch = pytest.importorskip('torch')
     if grid.shape[1] == new[1] == 1:  # PyTorch 2.13 gets that wrong, and its transpose right
         return by_torch(grid.swapaxes(0, 1), new[::-1], antialias, mode).swapaxes(0, 1)
@@ -50,6 +50,7 @@ def by_torch(grid, new, antialias, mode='bicubic'):
 REFERENCES = {
     'linear': zoomed,
     'bilinear': functools.partial(by_torch, antialias=False, mode='bilinear'),
+    'bilinear_antialias': functools.partial(by_torch, antialias=True, mode='bilinear'),
     'bicubic': functools.partial(by_torch, antialias=False),
     'bicubic_antialias': functools.partial(by_torch, antialias=True),
 }
@@ -72,10 +73,21 @@ def test_each_interpolation_is_its_librarys(method, old, new):
 
 def test_the_interpolations_differ():
     table = noise(1, 49, 6)
+    assert REFERENCES.keys() == surgery.METHODS.keys()
     for new in ((4, 4), (9, 9)):
-        resized = [surgery.resize(table, (7, 7), new, method) for method in REFERENCES]
-        for a, b in itertools.combinations(resized, 2):
-            assert np.abs(a - b).max() > 0.01
+        tables = {method: surgery.resize(table, (7, 7), new, method) for method in REFERENCES}
+        for a, b in itertools.combinations(REFERENCES, 2):
+            same = {a, b} == {'bilinear', 'bilinear_antialias'} and new == (9, 9)
+            assert (np.abs(tables[a] - tables[b]).max() < 1e-5) == same
+
+
+@pytest.mark.parametrize('new', [(3, 6), (6, 3), (4, 2)])
+def test_a_square_table_is_cropped(new):
+    table, side = noise(1, 2 + 16, 6), max(new)
+    whole = surgery.resize(table, (4, 4), (side, side), 'bicubic')[0, 2:].reshape(side, side, 6)
+    part = surgery.resize(table, (4, 4), new, 'bicubic', square=True)
+    np.testing.assert_array_equal(part[:, :2], table[:, :2])
+    np.testing.assert_allclose(part[0, 2:].reshape(*new, 6), whole[: new[0], : new[1]], atol=1e-6)
 
 
 @pytest.mark.parametrize('method', REFERENCES)

@@ -114,15 +114,19 @@ def parse_timm(
     """Parses a timm file and its config.json."""
     if config.get('model_type') is not None and 'architecture' not in config:
         raise UserError('config.json is one of transformers, the arrays are those of timm')
+    size = input_size = timm_model.image_size(config)
+    view = None
+    if hasattr(family, 'current_arrays'):
+        size, arrays = family.table_size(arrays, config), family.current_arrays(arrays)
     kind, fields, notes = family.describe(arrays, config)
-    size, view = timm_model.image_size(config), None
     if timm_config.has_settings(config):
-        view, ignored = timm_config.evaluation_view(config, size or (224, 224))
+        view, ignored = timm_config.evaluation_view(config, input_size or (224, 224))
         notes = notes._replace(ignored=notes.ignored + ignored)
     return Parsed(
         'timm', kind, fields, arrays, family.pieces, family.table_rows(arrays), {}, size,
         timm_config.label_names(config, fields['num_classes']), record,
-        stated_loss(config), notes, size, view, getattr(family, 'offset_rows', no_offsets)(arrays),
+        stated_loss(config), notes, input_size, view,
+        getattr(family, 'offset_rows', no_offsets)(arrays),
     )  # fmt: skip
 
 

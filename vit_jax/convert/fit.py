@@ -203,7 +203,8 @@ def read_params(
         params[name][...] = 0
     zeros = pieces.fill_params(used, parsed.arrays, params)
     if parsed.table is not None and target != grid:
-        params['posemb'] = surgery.resize(params['posemb'], grid, target, model.interpolation)
+        method, square = model.interpolation, model.square_posemb
+        params['posemb'] = surgery.resize(params['posemb'], grid, target, method, square)
     for name in offsets if target != grid else ():
         method = model.style.bias.interpolation
         params[name] = surgery.resize_offsets(params[name], grid, target, method)

@@ -103,6 +103,8 @@ def mixer_tokens(parsed: Parsed) -> int:
     """Number of patches that an MLP-Mixer is for."""
     if parsed.family == 'vit_jax':
         return parsed.arrays['encoder/token_mixing/fc1/kernel'].shape[1]
+    if parsed.family == 'timm':
+        return official.shape_of(parsed.arrays, 'blocks.0.mlp_tokens.fc1.weight', 2)[1]
     return official.mixer_tokens(parsed.arrays)
 
 

@@ -224,5 +224,5 @@ def limits(model: nn.Module) -> dict[str, tuple]:
         pool=('cls', 'gap'), posemb=('learn',), cls_token=(None, cls),
         dist_token=(False,), dist_head=(False,), registers=(0,),
         cls_posemb=(True,) if cls else (True, False), pre_norm=(False,),
-        layer_scale=(None,), glu=(False,),
+        layer_scale=(None,), glu=(False,), resnet_epsilon=('official',),
     )  # fmt: skip

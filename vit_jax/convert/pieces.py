@@ -23,9 +23,9 @@ class Piece(NamedTuple):
     """Maps an array of a file, or an equal `part` of its first axis, to a slice of a parameter.
 
     `layout` is how the file stores the slice: 'same'; 'vector': flattened to one axis; 'conv':
-    [h, w, C, F] as PyTorch's [F, C, h, w]; a number n: PyTorch's [outputs, inputs] for a kernel
-    whose first n axes are inputs. An `optional` array that the file lacks (a bias) is loaded as
-    zeros.
+    [h, w, C, F] as PyTorch's [F, C, h, w]; 'pixel': [C, F] as its [F, C, 1, 1]; a number n:
+    PyTorch's [outputs, inputs] for a kernel whose first n axes are inputs. An `optional` array that
+    the file lacks (a bias) is loaded as zeros.
     """
 
     theirs: str
@@ -41,6 +41,8 @@ class Piece(NamedTuple):
             shape = (math.prod(ours),)
         elif self.layout == 'conv':
             shape = tuple(ours[i] for i in (3, 2, 0, 1))
+        elif self.layout == 'pixel':
+            shape = (ours[1], ours[0], 1, 1)
         elif self.layout == 'same':
             shape = tuple(ours)
         else:
@@ -54,6 +56,8 @@ class Piece(NamedTuple):
             array = array[self.part[0] * rows : (self.part[0] + 1) * rows]
         if self.layout == 'conv':
             array = array.transpose(2, 3, 1, 0)
+        elif self.layout == 'pixel':
+            array = array[..., 0, 0].T
         elif isinstance(self.layout, int):
             array = array.T
         out[...] = array.reshape(out.shape)
@@ -64,6 +68,8 @@ class Piece(NamedTuple):
             return ours.reshape(-1)
         if self.layout == 'conv':
             return ours.transpose(3, 2, 0, 1)
+        if self.layout == 'pixel':
+            return ours.T[..., None, None]
         if isinstance(self.layout, int):
             return ours.reshape(math.prod(ours.shape[: self.layout]), -1).T
         return ours
@@ -143,6 +149,12 @@ def norm_pieces(
     if model is not None and model.style.norm == 'rms':
         return [scale]
     return [scale, Piece(f'{theirs}bias', f'{ours}/bias', index)]
+
+
+def affine_pieces(theirs: str, ours: str, index: tuple = ()) -> list[Piece]:
+    """Pieces of the scale and bias of a norm in PyTorch's names."""
+    names = {'weight': 'scale', 'bias': 'bias'}
+    return [Piece(f'{theirs}.{their}', f'{ours}/{our}', index) for their, our in names.items()]
 
 
 def dense_pieces(theirs: str, ours: str, index: tuple = ()) -> list[Piece]:

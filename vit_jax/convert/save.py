@@ -27,7 +27,7 @@ from vit_jax.models.interface import Metadata
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 
-
+OF_MIXER = ('official', 'timm')  # formats that have MLP-Mixer
 PLAIN = {  # {field: values that a format can express that says nothing else}
     'posemb_at': ('stem',), 'patch_norm': (False,), 'last_norm': ('tokens',),
     'pool_style.prefix': (False,), 'pool_style.num_heads': (None,), 'pool_style.mlp_dim': (None,),
@@ -124,10 +124,10 @@ def check_arguments(
         raise UserError(f'format {format!r} is none of {", ".join(FAMILIES)}')
     if '://' in str(path) or ':/' in str(path):
         raise UserError(f'{path}: save writes local files; copy them from there')
-    if isinstance(model, mixer.Mixer) and format != 'official':
-        raise UserError(f'format {format} has no MLP-Mixer; official has')
-    if isinstance(model, resnet.Bit):
-        raise UserError(f'format {format} has no BiT ResNet; a workdir keeps one')
+    if isinstance(model, mixer.Mixer) and format not in OF_MIXER:
+        raise UserError(f'format {format} has no MLP-Mixer; {" and ".join(OF_MIXER)} have')
+    if isinstance(model, resnet.Bit) and format != 'timm':
+        raise UserError(f'format {format} has no BiT ResNet; timm has, and a workdir keeps one')
     return path, {k: np.asarray(v) for k, v in flatten_dict(params, sep='/').items()}
 
 
@@ -185,8 +185,10 @@ def check_expressible(model: nn.Module, format: str, fold: bool = False) -> None
 
 def can_express(model: nn.Module, format: str) -> bool:
     """Whether the format can express every field of the model."""
-    if isinstance(model, mixer.Mixer):
-        return format == 'official'
+    if not isinstance(model, vit.Vit) and format not in (
+        OF_MIXER if isinstance(model, mixer.Mixer) else ('timm',)
+    ):
+        return False
     limits = limits_of(model, format)
     return all(operator.attrgetter(f)(model) in values for f, values in limits.items())
 
@@ -247,6 +249,8 @@ def fold_positions(
     model: nn.Module, params: dict[str, np.ndarray], format: str, size: tuple[int, int] | None
 ) -> tuple[nn.Module, dict[str, np.ndarray]]:
     """(model, params) with positions as the format has them; float32 outputs stay bitwise equal."""
+    if not isinstance(model, vit.Vit):
+        return model, params
     params = dict(params)
     if model.posemb == 'sincos2d' and format != 'big_vision':
         if size is None:

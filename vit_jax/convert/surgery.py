@@ -1,5 +1,7 @@
 """Resizes tables of positions and offsets to another image size, as the code they are from."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -34,17 +36,29 @@ def bicubic(old: int, new: int) -> np.ndarray:
 
 
 def bicubic_antialias(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of PyTorch's antialiased bicubic interpolation: a = -1/2.
+    """Weights [new, old] of PyTorch's antialiased bicubic interpolation: a = -1/2."""
+    return antialiased(old, new, lambda x: cubic(x, -0.5), 2)
+
+
+def linear_antialias(old: int, new: int) -> np.ndarray:
+    """Weights [new, old] of PyTorch's antialiased linear interpolation."""
+    return antialiased(old, new, lambda x: np.maximum(1 - np.abs(x), 0), 1)
+
+
+def antialiased(
+    old: int, new: int, kernel: Callable[[np.ndarray], np.ndarray], reach: int
+) -> np.ndarray:
+    """Weights [new, old] of interpolation by a kernel that is 0 beyond `reach`.
 
     The kernel widens by old / new where the table shrinks. Taps outside the table are dropped and
     the others rescaled to sum to 1.
     """
     scale = max(old / new, 1)
     centre = (np.arange(new)[:, None] + 0.5) * old / new
-    low = np.maximum((centre - 2 * scale + 0.5).astype(int), 0)
-    high = np.minimum((centre + 2 * scale + 0.5).astype(int), old)
+    low = np.maximum((centre - reach * scale + 0.5).astype(int), 0)
+    high = np.minimum((centre + reach * scale + 0.5).astype(int), old)
     index = np.arange(old)[None]
-    weights = cubic((index - centre + 0.5) / scale, -0.5)
+    weights = kernel((index - centre + 0.5) / scale)
     weights = np.where((index >= low) & (index < high), weights, 0)
     return weights / weights.sum(axis=1, keepdims=True)
 
@@ -79,24 +93,29 @@ def interpolation(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 METHODS = {
-    'linear': linear_aligned, 'bilinear': linear, 'bicubic': bicubic,
-    'bicubic_antialias': bicubic_antialias,
+    'linear': linear_aligned, 'bilinear': linear, 'bilinear_antialias': linear_antialias,
+    'bicubic': bicubic, 'bicubic_antialias': bicubic_antialias,
 }  # fmt: skip
 
 
 def resize(
-    table: np.ndarray, old: tuple[int, int], new: tuple[int, int], method: str
+    table: np.ndarray,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    method: str,
+    square: bool = False,
 ) -> np.ndarray:
     """Resizes a position table [1, prefix + h * w, D] from the grid `old` (h, w) to `new`.
 
     Rows of prefix tokens stay as they are. Equal grids return the table itself. `method` is a key
-    of METHODS.
+    of METHODS. With `square` the grid becomes a square, of which `new` takes the top left part.
     """
     if tuple(old) == tuple(new):
         return table
     prefix = table.shape[1] - old[0] * old[1]
     patches = table[0, prefix:].reshape(*old, -1).astype(np.float64)
-    rows, columns = METHODS[method](old[0], new[0]), METHODS[method](old[1], new[1])
+    sides = (max(new),) * 2 if square else new
+    rows, columns = (METHODS[method](n, m)[:k] for n, m, k in zip(old, sides, new, strict=True))
     patches = np.einsum('yh,xw,hwd->yxd', rows, columns, patches, optimize=True)
     patches = patches.reshape(1, new[0] * new[1], -1)
     return np.concatenate([table[:, :prefix], patches.astype(table.dtype)], axis=1)

@@ -23,6 +23,8 @@ ROOT_STRIDE = 4
 
 # Units by stage: arXiv:1512.03385 table 1 (50 to 152 layers), arXiv:1603.05027 table 5 (200).
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+# {source: (term added to the variance of kernels, to that of groups)}; None: 1e-5 to the deviation
+EPSILONS = {'official': (None, 1e-6), 'timm': (1e-8, 1e-5)}
 
 
 def stride(units: tuple[int, ...]) -> int:
@@ -82,8 +84,9 @@ def multiply_adds(
 class StdConv(nn.Module):
     """Convolution without bias; its kernel is scaled to mean 0, deviation 1 over its inputs.
 
-    Computes in `matmul_dtype` and returns `dtype`. What keeps the scale finite is that of
-    vision_transformer models_resnet.py:26, or with `centred` of big_vision models/bit_paper.py:33.
+    Computes in `matmul_dtype` and returns `dtype`. What keeps the scale finite is `epsilon`, added
+    to the variance as in big_vision models/bit_paper.py:33 and in timm, or if it is None 1e-5,
+    added to the deviation as in vision_transformer models_resnet.py:26.
     """
 
     features: int
@@ -92,6 +95,7 @@ class StdConv(nn.Module):
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
     centred: bool = False  # BiT's: the same padding on both sides for any stride, as in PyTorch
+    epsilon: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -99,7 +103,10 @@ class StdConv(nn.Module):
         kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
         kernel = kernel - kernel.mean(axis=(0, 1, 2))
         variance = kernel.var(axis=(0, 1, 2))
-        kernel /= jnp.sqrt(variance + 1e-10) if self.centred else jnp.sqrt(variance) + 1e-5
+        if self.epsilon is None:
+            kernel /= jnp.sqrt(variance) + 1e-5
+        else:
+            kernel /= jnp.sqrt(variance + self.epsilon)
         padding = ((self.size // 2,) * 2,) * 2 if self.centred else 'SAME'
         return memory.shard_batch(jax.lax.conv_general_dilated(
             x.astype(self.matmul_dtype), kernel.astype(self.matmul_dtype), (self.stride,) * 2,
@@ -114,13 +121,18 @@ class Unit(nn.Module):
     stride: int = 1
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
+    epsilon: tuple[float | None, float] = EPSILONS['official']  # of kernels, of norms
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(StdConv, dtype=self.dtype, matmul_dtype=self.matmul_dtype)
+        conv = partial(
+            StdConv, dtype=self.dtype, matmul_dtype=self.matmul_dtype, epsilon=self.epsilon[0]
+        )
 
         def norm(name, scale=nn.initializers.ones):
-            return nn.GroupNorm(GROUPS, dtype=self.dtype, scale_init=scale, name=name)
+            return nn.GroupNorm(
+                GROUPS, epsilon=self.epsilon[1], dtype=self.dtype, scale_init=scale, name=name
+            )
 
         residual, outer = x, 4 * self.features
         if x.shape[-1] != outer or self.stride != 1:
@@ -138,18 +150,20 @@ class ResNet(nn.Module):
     width: float = 1.0
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
+    epsilon: tuple[float | None, float] = EPSILONS['official']  # of kernels, of norms
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        features = root_features(self.width)
+        features, (of_kernels, of_norms) = root_features(self.width), self.epsilon
         dtypes = self.dtype, self.matmul_dtype
-        x = StdConv(features, 7, 2, *dtypes, name='conv_root')(x)
-        x = nn.relu(nn.GroupNorm(GROUPS, dtype=self.dtype, name='gn_root')(x))
+        x = StdConv(features, 7, 2, *dtypes, epsilon=of_kernels, name='conv_root')(x)
+        norm = nn.GroupNorm(GROUPS, epsilon=of_norms, dtype=self.dtype, name='gn_root')
+        x = nn.relu(norm(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
         for i, (count, inner, first) in enumerate(stages(self.units, self.width)):
             for j in range(count):
                 by = first if j == 0 else 1
-                x = Unit(inner, by, *dtypes, name=f'block{i + 1}_unit{j + 1}')(x)
+                x = Unit(inner, by, *dtypes, self.epsilon, name=f'block{i + 1}_unit{j + 1}')(x)
         return x
 
 
@@ -160,12 +174,14 @@ class PreActUnit(nn.Module):
     stride: int = 1
     dtype: Any = jnp.float32
     matmul_dtype: Any = jnp.float32
+    epsilon: float = 1e-10  # of kernels
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         conv = partial(
-            StdConv, dtype=self.dtype, matmul_dtype=self.matmul_dtype, centred=True
-        )
+            StdConv, dtype=self.dtype, matmul_dtype=self.matmul_dtype, centred=True,
+            epsilon=self.epsilon,
+        )  # fmt: skip
 
         def normed(x, name):
             return nn.relu(nn.GroupNorm(GROUPS, epsilon=1e-5, dtype=self.dtype, name=name)(x))
@@ -190,6 +206,7 @@ class Bit(nn.Module):
     num_classes: Positive[int] | None = 1000  # outputs of the head; None: no head
     units: tuple[Positive[int], ...] = DEPTHS[50]  # bottleneck units in each stage
     width: Positive[float] = 1.0  # factor of the features, of which the root block has 64
+    kernel_epsilon: Positive[float] = 1e-10  # added to the variance of kernels that it scales
     head_bias: Finite[float] = 0.0  # initial bias of the head; -log K starts sigmoid losses near 0
     dtype: Float = 'float32'  # dtype of the computation; parameters are float32
     # dtype of operands and results of the convolutions alone, while the residual stream, norms and
@@ -257,14 +274,15 @@ class Bit(nn.Module):
         interface.captures(capture, self.captures)
         features = root_features(self.width)
         dtypes = self.dtype, self.product_dtype
-        x = StdConv(features, 7, 2, *dtypes, True, name='conv_root')(images)
+        x = StdConv(features, 7, 2, *dtypes, True, self.kernel_epsilon, name='conv_root')(images)
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         x = nn.max_pool(x, (3, 3), strides=(2, 2))
         for i, (count, inner, first) in enumerate(stages(self.units, self.width)):
             for j in range(count):
                 unit = PreActUnit(
-                    inner, first if j == 0 else 1, *dtypes, name=f'block{i + 1}_unit{j + 1}'
-                )
+                    inner, first if j == 0 else 1, *dtypes, self.kernel_epsilon,
+                    name=f'block{i + 1}_unit{j + 1}',
+                )  # fmt: skip
                 x = unit(x)
         b, h, w, f = x.shape
         out = {'tokens': memory.shard_batch(x.reshape(b, h * w, f))}

@@ -15,7 +15,8 @@ def embed(model: nn.Module, images: jax.Array) -> tuple[jax.Array, jax.Array | N
     dtypes = model.dtype, model.product_dtype
     x = images.astype(model.dtype)
     if model.resnet is not None:
-        x = resnet.ResNet(model.resnet, model.resnet_width, *dtypes, name='resnet')(x)
+        epsilon = resnet.EPSILONS[model.resnet_epsilon]
+        x = resnet.ResNet(model.resnet, model.resnet_width, *dtypes, epsilon, name='resnet')(x)
     x = embedding.patches(x, model.width, model.patch_size, model.product_dtype)
     x = x.astype(model.dtype)
     if model.patch_norm:

@@ -91,8 +91,12 @@ class Vit(nn.Module):
     # initial deviation of learnt positions: 0.02 for arXiv:2010.11929 (vision_transformer
     # models_vit.py:192); None: width^-0.5, as big_vision, and that of a head for relative ones
     posemb_std: NonNegative[float] | None = None
-    # how the position table is resized to another image size; linear keeps its corners
-    interpolation: Literal['linear', 'bilinear', 'bicubic', 'bicubic_antialias'] = 'linear'
+    # how the position table is resized to another image size; linear has aligned corners
+    interpolation: Literal[
+        'linear', 'bilinear', 'bilinear_antialias', 'bicubic', 'bicubic_antialias'
+    ] = 'linear'
+    # it is resized to a square, of which other images take the top left part
+    square_posemb: bool = False
     cls_token: bool | None = None  # class token; None: if `pool` reads it
     dist_token: bool = False  # distillation token, arXiv:2012.12877 section 4
     dist_head: bool = False  # head on the distillation token; logits are the mean of both heads
@@ -103,6 +107,8 @@ class Vit(nn.Module):
     # units in each stage of a ResNet before the patches (hybrid); (): its root block only
     resnet: tuple[Positive[int], ...] | None = None
     resnet_width: Positive[float] = 1.0  # factor of the features of `resnet`
+    # terms that keep scales in `resnet` finite: those of vision_transformer, or of timm's hybrids
+    resnet_epsilon: Literal['official', 'timm'] = 'official'
     pre_norm: bool = False  # norm before the first block, as in CLIP
     patch_norm: bool = False  # norm of the embedded patches before positions, arXiv:2411.14402
     # last norm: of all tokens, of the pooled vector, or none

@@ -13,9 +13,10 @@ import numpy as np
 
 from vit_jax.convert.files import Array
 from vit_jax.convert.pieces import Piece
-from vit_jax.convert.timm import vit
+from vit_jax.convert.timm import bit, hybrid, mixer, naflex, vit
 
-CLASSES = (vit,)  # the first that matches is the class of a file, or of a model to save
+# The first that matches is the class of a file, or of a model to save.
+CLASSES = (hybrid, naflex, mixer, bit, vit)
 
 
 def class_of_file(names: Collection[str], config: Mapping[str, Any]) -> ModuleType | None:

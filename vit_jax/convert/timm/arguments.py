@@ -7,7 +7,10 @@ architecture of timm 1.0.31 differs from the class's defaults, and former names 
 import functools
 import importlib.resources
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import flax.linen as nn
 
 from vit_jax.convert.documents import option
 from vit_jax.convert.timm.config import input_size, pretrained_setting, stated_classes
@@ -16,28 +19,37 @@ from vit_jax.io.text import brief
 
 KIND = {  # of arguments in JSON, as in documents.KINDS
     **dict.fromkeys(
-        ('global_pool', 'pos_embed', 'norm_layer', 'embed_norm_layer', 'act_layer', 'rel_pos_type'),
+        ('global_pool', 'pos_embed', 'norm_layer', 'embed_norm_layer', 'act_layer', 'rel_pos_type',
+         'pos_embed_interp_mode'),
         'a text',
     ),
     **dict.fromkeys(
-        ('in_chans', 'embed_dim', 'depth', 'num_heads'), 'a whole number above 0'
+        ('in_chans', 'embed_dim', 'depth', 'num_heads', 'attn_pool_num_heads', 'num_blocks',
+         'stem_chs'),
+        'a whole number above 0',
     ),
     **dict.fromkeys(('num_classes', 'reg_tokens', 'rel_pos_dim'), 'a whole number'),
     **dict.fromkeys(
         ('qkv_bias', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm', 'proj_bias', 'class_token',
          'no_embed_class', 'pre_norm', 'final_norm', 'fc_norm', 'pool_include_prefix',
          'swiglu_mlp', 'scale_mlp', 'use_abs_pos_emb', 'use_rel_pos_bias',
-         'use_shared_rel_pos_bias', 'use_fc_norm', 'shared_rel_pos'),
+         'use_shared_rel_pos_bias', 'use_fc_norm', 'shared_rel_pos',
+         'pos_embed_ar_preserving', 'pos_embed_antialias', 'pos_embed_align_corners', 'stem_norm',
+         'preact', 'basic', 'avg_down'),
         'true or false',
     ),
-    'mlp_ratio': 'a number above 0', 'init_values': 'a number',
+    **dict.fromkeys(
+        ('mlp_ratio', 'attn_pool_mlp_ratio', 'width_factor', 'bottle_ratio'), 'a number above 0'
+    ),
+    **dict.fromkeys(('layers', 'channels'), 'a list'), 'init_values': 'a number',
 }  # fmt: skip
 # Outputs of a trained model do not depend on these: rates and initialisation in training, and
 # whether the weights take images of other sizes.
 IRRELEVANT_ARGS = {
     'drop_rate', 'pos_drop_rate', 'patch_drop_rate', 'proj_drop_rate', 'attn_drop_rate',
     'drop_path_rate', 'weight_init', 'fix_init', 'head_init_scale', 'dynamic_img_size',
-    'dynamic_img_pad', 'strict_img_size',
+    'dynamic_img_pad', 'strict_img_size', 'nlhb', 'zero_init_last', 'enable_patch_interpolator',
+    'pos_embed_use_grid_sample', 'use_key_only_attn_mask',
 }  # fmt: skip
 # Kinds of norms by timm's name, without underscores.
 NORMS = {
@@ -58,6 +70,8 @@ class Signature(NamedTuple):
     table: str  # file of its architectures
     defaults: dict[str, Any]  # {argument: value}
     only: dict[str, tuple] = {}  # {argument: supported values}, where not all are
+    features: dict[str, str] = {}  # {argument: what its unsupported values stand for}
+    kinds: dict[str, str] = {}  # as KIND, where arguments of the same name differ
     derived: tuple[str, ...] = ()  # keys of `defaults` and of the table that are no arguments
 
 
@@ -116,7 +130,7 @@ def arguments(config: dict[str, Any], signature: Signature) -> dict[str, Any]:
     args |= given
     for key, values in signature.only.items():
         if args.get(key, values[0]) not in values:
-            raise UserError(refusal(key, args[key], name))
+            raise UserError(refusal(key, args[key], name, signature.features.get(key)))
     return args
 
 
@@ -133,7 +147,7 @@ def given_arguments(config: dict[str, Any], signature: Signature) -> dict[str, A
     for key, value in given.items():
         if value is None and signature.defaults[key] is not None and key != 'pos_embed':
             raise UserError(f'config.json: {key} of model_args is null')
-        option(given, key, KIND.get(key, 'anything'))
+        option(given, key, (KIND | signature.kinds).get(key, 'anything'))
     for key in ('norm_layer', 'embed_norm_layer') & given.keys():
         norm = given[key] or None
         given[key] = norm and NORMS.get(norm.replace('_', '').lower(), norm)
@@ -154,14 +168,31 @@ def pretrained_arguments(config: dict[str, Any]) -> dict[str, Any]:
     return args if count is None else args | {'num_classes': count}
 
 
-def refusal(key: str, value: Any, name: str | None) -> str:
-    """The error message for an unsupported argument."""
-    if value == 'HybridEmbed':
-        return (
-            f'config.json: {name} is a hybrid of timm: its patches are of a ResNet\'s features, '
-            'which only an .npz file of google-research/vision_transformer has here'
-        )
+def refusal(key: str, value: Any, name: str | None, feature: str | None) -> str:
+    """The error message for an unsupported argument, which stands for a `feature`."""
     of = f' of architecture {name}' if name else ''
-    feature = FEATURES.get(value) if isinstance(value, str) else None
+    feature = feature or (FEATURES.get(value) if isinstance(value, str) else None)
     what = f': {feature} is' if feature else ', which is'
     return f'config.json: {key}{of} is {brief(repr(value))}{what} not supported'
+
+
+def document(
+    architecture: str,
+    args: dict[str, Any],
+    model: nn.Module,
+    size: tuple[int, int],
+    classes: Sequence[str] | None,
+    *,
+    first_conv: str,
+    classifier: str,
+) -> dict[str, Any]:
+    """Content of config.json of an architecture with these arguments."""
+    outputs = model.num_classes or 0
+    config = dict(
+        architecture=architecture, num_classes=outputs, model_args=args,
+        pretrained_cfg=dict(
+            input_size=[len(model.mean), *size], mean=list(model.mean), std=list(model.std),
+            num_classes=outputs, first_conv=first_conv, classifier=classifier,
+        ),
+    )  # fmt: skip
+    return config | (dict(label_names=list(classes)) if classes else {})

@@ -31,7 +31,8 @@ SIGNATURE = arguments.Signature(
     only={
         'scale_attn_norm': (False,), 'scale_mlp_norm': (False,), 'final_norm': (True,),
         'embed_norm_layer': (None,), 'norm_layer': (None,), 'block_fn': (None,),
-        'mlp_layer': (None, 'SwiGLUPacked'), 'attn_layer': (None,), 'embed_layer': (None,),
+        'mlp_layer': (None, 'SwiGLUPacked'), 'attn_layer': (None,),
+        'embed_layer': (None, 'HybridEmbed'),
     },
     derived=('epsilon', 'distilled'),
 )  # fmt: skip
@@ -171,8 +172,6 @@ def describe(
     arrays: Mapping[str, Array], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any], Notes]:
     """(kind, {field: value}, Notes) of the model, from arrays (names, shapes) and config.json."""
-    if any(name.startswith('patch_embed.backbone.') for name in arrays):
-        raise UserError(arguments.refusal('embed_layer', 'HybridEmbed', 'this'))
     args = arguments.arguments(config, SIGNATURE)
     width, channels, *patch = shape_of(arrays, 'patch_embed.proj.weight', 4)
     depth = count_numbered(arrays, r'blocks\.(\d+)\.')

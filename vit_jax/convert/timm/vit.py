@@ -10,9 +10,11 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from vit_jax.convert.documents import Notes
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
+from vit_jax.convert.timm import arguments
 from vit_jax.convert.timm import model as model_of
 from vit_jax.convert.timm.config import GELUS, POOLS
 from vit_jax.errors import UserError
@@ -29,7 +31,13 @@ def expresses(model: nn.Module) -> bool:
     return isinstance(model, vit.Vit)
 
 
-describe = model_of.describe
+def describe(
+    arrays: Mapping[str, Array], config: dict[str, Any]
+) -> tuple[str, dict[str, Any], Notes]:
+    """(kind, {field: value}, Notes) of the model, from arrays (names, shapes) and config.json."""
+    if arguments.arguments(config, model_of.SIGNATURE).get('embed_layer') is not None:
+        raise UserError('config.json names a hybrid, but the arrays have no ResNet')
+    return model_of.describe(arrays, config)
 
 
 def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
