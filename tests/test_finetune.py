@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -215,6 +216,12 @@ def test_convert_prints_the_catalogue_and_what_a_checkpoint_is(pretrained, tmp_p
     status, out, _ = launched.run('convert', '--list')
     assert status == 0 and len(out.splitlines()) == len(load.catalogue()) + 1 > 200
     assert 'augreg/b_16-i21k ' in out and 'gs://vit_models/augreg/' in out
+    status, part, _ = launched.run('convert', '--list', '--like=DINOv3')
+    names = [line.split()[0] for line in part.splitlines()]
+    assert status == 0 and names[0] == 'name' and all('dinov3' in name for name in names[1:])
+    assert len(names) > 5 and all(line in out for line in map(str.strip, names))
+    status, _, error = launched.run('convert', '--list', '--like=dinov33')
+    assert status == 2 and "contains 'dinov33'; near it: dinov3" in error
     status, out, _ = launched.run('convert', pretrained)
     assert status == 0 and 'width = 16' in out and 'for images of 8 x 8' in out
     foreign = tmp_path / 'mine'
@@ -241,6 +248,12 @@ def test_every_name_of_the_catalogue_is_well_formed():
             row['family'] in ('official', 'big_vision')), name
         assert row['source'] and 0 < row['image_size'] < 1000, name
         assert row['accuracy'] is None or 50 < row['accuracy'] < 92, name
+        assert (row['accuracy'] is None) == (row['metric'] is None), name
+        assert row['licence'] is None or re.fullmatch(r'[a-z0-9.-]+', row['licence']), name
+    names = list(load.catalogue())
+    assert names == sorted(names)
+    addresses = [row['address'] for row in load.catalogue().values()]
+    assert len(set(addresses)) == len(addresses)
     assert load.resolve('augreg/b_16-i21k').startswith('gs://vit_models/augreg/B_16-i21k-300ep')
 
 

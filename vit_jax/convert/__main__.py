@@ -5,8 +5,10 @@ catalogue (--list), a run's workdir. Without DST, the command only describes SRC
 --model.FIELD=VALUE overrides a field of the model that was read: --model.epsilon=1e-6.
 """
 
+import difflib
 import inspect
 import pathlib
+import re
 
 from absl import flags
 
@@ -16,10 +18,11 @@ from vit_jax.convert.stages import Loaded
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import storage
-from vit_jax.io.text import aligned, printable
+from vit_jax.io.text import aligned, brief, printable
 
 TO = flags.DEFINE_enum('to', None, list(save.FAMILIES), 'The format to write.')
 LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')
+LIKE = flags.DEFINE_string('like', None, 'Print the part of it whose names contain this text.')
 SIZE = flags.DEFINE_list('image_size', None, 'Pixels, or height,width: resize the positions.')
 PART = flags.DEFINE_enum(
     'part', None, list(load.PARTS), 'Of a file that holds more than a ViT: its encoder, or the '
@@ -37,12 +40,24 @@ FOLD = flags.DEFINE_bool(
 FORCE = flags.DEFINE_bool('force', False, 'Replace what an earlier export wrote at DST.')
 
 
-def catalogue() -> str:
-    """Formats the catalogue of public checkpoints as a table."""
-    rows = [('name', 'family', 'px', 'ImageNet', 'address')]
-    for name, row in load.catalogue().items():
+def catalogue(like: str = '') -> str:
+    """Formats the catalogue of public checkpoints as a table of the names that contain `like`.
+
+    Raises UserError if none does.
+    """
+    entries = load.catalogue()
+    names = [name for name in entries if like.lower() in name.lower()]
+    if not names:
+        words = {word for name in entries for word in (name, *re.split(r'[/.]', name))}
+        near = difflib.get_close_matches(like, sorted(words), 3, cutoff=0.5)
+        hint = f'; near it: {", ".join(near)}' if near else ''
+        raise UserError(f'no name of the catalogue contains {brief(repr(like))}{hint}')
+    rows = [('name', 'family', 'px', 'ImageNet', 'licence', 'address')]
+    for name in names:
+        row = entries[name]
         accuracy = '' if row['accuracy'] is None else f'{row["accuracy"]:.2f}%'
-        rows.append((name, row['family'], str(row['image_size']), accuracy, row['address']))
+        shown = row['family'], str(row['image_size']), accuracy, row['licence'] or ''
+        rows.append((name, *shown, row['address']))
     return aligned(rows)
 
 
@@ -69,8 +84,8 @@ def describe(loaded: Loaded) -> str:
 
 
 def main(argv: list[str], changes: list[tuple[str, str]]) -> None:
-    if LIST.value:
-        print(catalogue())
+    if LIST.value or LIKE.value is not None:
+        print(catalogue(LIKE.value or ''))
         return
     if len(argv) not in (2, 3) or (len(argv) == 3) != (TO.value is not None):
         raise UserError('usage: python -m vit_jax.convert SRC [DST --to FORMAT], or --list')

@@ -165,7 +165,10 @@ def resolve(path: str) -> str:
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """{name: {address, family, image_size, source, metric, accuracy}} of public checkpoints."""
+    """{name: {address, family, image_size, source, metric, accuracy, licence}} of checkpoints.
+
+    What no public source states is None.
+    """
     file = importlib.resources.files('vit_jax.convert') / 'catalogue.json'
     return json.loads(file.read_text(encoding='utf-8'))
 
