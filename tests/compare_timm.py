@@ -5,9 +5,14 @@
 Every architecture of timm's families that this package reads is made small (two blocks, other
 sizes kept in proportion), gets random weights, is saved by timm, loaded by vit_jax and compared at
 its own and at another image size, in float32: logits, the input of the head and the patches'
-features. Prints a line for each architecture and a summary by family. PART limits it to names
-that contain one of the texts. With --record FOLDER, keeps the file and what timm returns of each
-named architecture, in the layout of tests/data.
+features. What vit_jax saves of it again must have the same arrays, and timm must build a model of
+it with the same outputs. Prints a line for each architecture and a summary by family. PART limits
+it to names that contain one of the texts.
+
+    python tests/compare_timm.py --record FOLDER NAME [--label LABEL] [--args JSON]
+
+keeps the file of one architecture, made tiny, in float16, and what timm returns, in the layout of
+tests/data. JSON has arguments of the class.
 
 Not a test, as it takes minutes and needs timm, which needs torchvision.
 """
@@ -113,7 +118,11 @@ def made(name, args, seed, half=False):
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter('ignore')
         module = randomised(timm.create_model(name, **args), seed)
-    return module.half().float() if half else module
+    if half:  # tables that are no weights keep their precision
+        state = module.state_dict()
+        module.load_state_dict({k: v.half() if v.is_floating_point() else v
+                                for k, v in state.items()})  # fmt: skip
+    return module
 
 
 def outputs(module, images):
@@ -137,6 +146,11 @@ def outputs(module, images):
 def difference(folder, images, theirs, **options):
     """Largest difference of what vit_jax makes of images from {name: array}."""
     model, params = vit_jax.load(folder, **options)
+    return of_model(model, params, images, theirs)
+
+
+def of_model(model, params, images, theirs):
+    """Largest difference of what a model of vit_jax makes of images from {name: array}."""
     _, out = jax.jit(lambda p, x: model.apply({'params': p}, x))(params, images)
     out = {k: v for k, v in out.items() if k in theirs}
     assert {'logits', 'pre_logits'} <= out.keys(), sorted(out)
@@ -152,6 +166,23 @@ def image_size(module):
     return getattr(patches, 'img_size', None) or (64, 64)
 
 
+def saved_back(folder, images):
+    """Why vit_jax does not save as timm what it loads; None if timm loads it, to the same."""
+    model, params = vit_jax.load(folder)
+    try:
+        vit_jax.save(folder / 'out', model, params, 'timm', image_size=images.shape[1:3])
+    except UserError as e:
+        return str(e)
+    theirs, ours = (load_file(path / 'model.safetensors') for path in (folder, folder / 'out'))
+    if theirs.keys() != ours.keys() or not all(ours[k].equal(theirs[k]) for k in ours):
+        return f'other arrays: {sorted(theirs.keys() ^ ours.keys())[:4]}'
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter('ignore')
+        module = timm.create_model(f'local-dir:{folder / "out"}', pretrained=True).eval()
+    value = of_model(model, params, images, outputs(module, images))
+    return None if value < TOLERANCE else f'saved as another model: {value:.1e}'
+
+
 def saved(module, name, args, folder):
     """Writes the files that timm's push_to_hf_hub would."""
     with warnings.catch_warnings():
@@ -162,7 +193,7 @@ def saved(module, name, args, folder):
 
 
 def compare(name, folder, seed):
-    """(family, largest difference, None) or (family, None, why it was refused)."""
+    """(family, largest difference, why it was not saved back, or None)."""
     family, given = entry(name)
     args = small(name, family, given)
     module = made(name, args, seed)
@@ -174,13 +205,14 @@ def compare(name, folder, seed):
     with jax.default_matmul_precision('highest'):
         options = dict(image_size=size) if family == 'naflexvit' else {}
         found.append(difference(folder, images, outputs(module, images), **options))
+        back = saved_back(folder, images) if not options else None
         step = getattr(getattr(module, 'patch_embed', None), 'patch_size', (16, 16))
         other = size[0] + 2 * step[0], size[1] + step[1]
         if family in ('vision_transformer_hybrid', 'resnetv2', 'naflexvit'):
             other = size[0] + 32, size[1] + 64
         images = generator.normal(size=(2, *other, 3)).astype(np.float32)
         if family in ('mlp_mixer',):
-            return family, found[0], None
+            return family, found[0], back
         resized = module
         if family not in ('resnetv2', 'naflexvit'):
             with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -188,7 +220,7 @@ def compare(name, folder, seed):
                 resized = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=other)
         options = {} if family == 'resnetv2' else dict(image_size=other)
         found.append(difference(folder, images, outputs(resized.eval(), images), **options))
-    return family, max(found), None
+    return family, max(found), back
 
 
 def record(name, folder, seed, label, by_name, **changes):
@@ -197,7 +229,10 @@ def record(name, folder, seed, label, by_name, **changes):
     With `by_name` its weights are those of noise.py, and only their shapes are written.
     """
     family, given = entry(name)
-    args = small(name, family, given, width=4) | changes
+    args = small(name, family, given)
+    if 'img_size' in args and 'embed_dim' in args:
+        args |= dict(embed_dim=16, num_heads=2, mlp_ratio=1.5, patch_size=2, img_size=8)
+    args |= changes
     module = made(name, args, seed, half=True)
     target = folder / label
     if by_name:
@@ -209,9 +244,6 @@ def record(name, folder, seed, label, by_name, **changes):
         (target / 'arrays.json').write_text(json.dumps(shapes, indent=0) + '\n')
     else:
         saved(module, name, args, target)
-        arrays = load_file(target / 'model.safetensors')
-        save_file({k: v.half() for k, v in arrays.items()}, target / 'model.safetensors',
-                  metadata={'format': 'pt'})  # fmt: skip
     size = image_size(module)
     channels = args.get('in_chans', 3)
     if family == 'naflexvit':  # its tables fit other images than it was evaluated on
@@ -222,12 +254,20 @@ def record(name, folder, seed, label, by_name, **changes):
     sizes = {'': size}
     if family in ('naflexvit', 'resnetv2'):  # which take images of any size
         sizes['_resized'] = size[0] // 2, size[1] + size[1] // 4
+    elif 'img_size' in args and not by_name:
+        sizes['_resized'] = size[0] * 3 // 2, size[1] * 5 // 4
     for suffix, one in sizes.items():
+        if suffix and 'img_size' in args:
+            module = timm.create_model(f'local-dir:{target}', pretrained=True, img_size=one).eval()
         images = np.random.default_rng(seed).normal(size=(1, *one, channels)).astype(np.float16)
         images = images.astype(np.float32)
         theirs = outputs(module, images) | {'images': images}
         theirs.pop('encoded', None)
         expected |= {f'{key}{suffix}': value for key, value in theirs.items()}
+    if not by_name:
+        arrays = load_file(target / 'model.safetensors')
+        save_file({k: v.half() for k, v in arrays.items()}, target / 'model.safetensors',
+                  metadata={'format': 'pt'})  # fmt: skip
     np.savez_compressed(folder / f'{label}.expected.npz', **expected)
 
 
@@ -252,11 +292,11 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             family = entry(name)[0]
             try:
-                _, value, _ = compare(name, pathlib.Path(folder), i)
+                _, value, back = compare(name, pathlib.Path(folder), i)
                 verdict = 'equal' if value < TOLERANCE else 'wrong'
                 if verdict == 'equal':
                     largest[family] = max(largest[family], value)
-                text = f'{value:.1e}'
+                text = f'{value:.1e}' + (f', not saved: {back[:120]}' if back else '')
             except UserError as e:
                 verdict, text = 'refused', str(e).replace(folder, '').strip(': ')[:160]
             except Exception as e:  # timm's, or a fault of vit_jax

@@ -123,8 +123,7 @@ def test_a_key_of_transformers_that_the_arrays_contradict_is_an_error(key, value
 
 def test_an_architecture_that_is_not_known_is_refused(tmp_path):
     arrays, config = timm_parts()
-    for name in ('vit_pe_core_base_patch16_224', 'eva02_base_patch14_224', 'swin_tiny', 'resnet50',
-                 'vit_base_patch16_224x', 'constructor', '', ' '):  # fmt: skip
+    for name in ('swin_tiny', 'resnet50', 'vit_base_patch16_224x', 'constructor', '', ' '):
         written(tmp_path / 'a', arrays, config=config | dict(architecture=name))
         with pytest.raises(UserError, match=f"architecture '{name}' is none of timm"):
             load.read(tmp_path / 'a')

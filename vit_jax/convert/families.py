@@ -122,8 +122,9 @@ def parse_timm(
     if timm_config.has_settings(config):
         view, ignored = timm_config.evaluation_view(config, input_size or (224, 224))
         notes = notes._replace(ignored=notes.ignored + ignored)
+    pieces = getattr(family, 'pieces_of', lambda names: family.pieces)(arrays)
     return Parsed(
-        'timm', kind, fields, arrays, family.pieces, family.table_rows(arrays), {}, size,
+        'timm', kind, fields, arrays, pieces, family.table_rows(arrays), {}, size,
         timm_config.label_names(config, fields['num_classes']), record,
         stated_loss(config), notes, input_size, view,
         getattr(family, 'offset_rows', no_offsets)(arrays),

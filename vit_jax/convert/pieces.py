@@ -23,9 +23,9 @@ class Piece(NamedTuple):
     """Maps an array of a file, or an equal `part` of its first axis, to a slice of a parameter.
 
     `layout` is how the file stores the slice: 'same'; 'vector': flattened to one axis; 'conv':
-    [h, w, C, F] as PyTorch's [F, C, h, w]; 'pixel': [C, F] as its [F, C, 1, 1]; a number n:
-    PyTorch's [outputs, inputs] for a kernel whose first n axes are inputs. An `optional` array that
-    the file lacks (a bias) is loaded as zeros.
+    [h, w, C, F] as PyTorch's [F, C, h, w]; 'pixel': [C, F] as its [F, C, 1, 1]; 'swapped': its
+    first two axes the other way round; a number n: PyTorch's [outputs, inputs] for a kernel whose
+    first n axes are inputs. An `optional` array that the file lacks (a bias) is loaded as zeros.
     """
 
     theirs: str
@@ -43,6 +43,8 @@ class Piece(NamedTuple):
             shape = tuple(ours[i] for i in (3, 2, 0, 1))
         elif self.layout == 'pixel':
             shape = (ours[1], ours[0], 1, 1)
+        elif self.layout == 'swapped':
+            shape = (ours[1], ours[0], *ours[2:])
         elif self.layout == 'same':
             shape = tuple(ours)
         else:
@@ -58,6 +60,8 @@ class Piece(NamedTuple):
             array = array.transpose(2, 3, 1, 0)
         elif self.layout == 'pixel':
             array = array[..., 0, 0].T
+        elif self.layout == 'swapped':
+            array = array.swapaxes(0, 1)
         elif isinstance(self.layout, int):
             array = array.T
         out[...] = array.reshape(out.shape)
@@ -70,6 +74,8 @@ class Piece(NamedTuple):
             return ours.transpose(3, 2, 0, 1)
         if self.layout == 'pixel':
             return ours.T[..., None, None]
+        if self.layout == 'swapped':
+            return ours.swapaxes(0, 1)
         if isinstance(self.layout, int):
             return ours.reshape(math.prod(ours.shape[: self.layout]), -1).T
         return ours

@@ -20,7 +20,7 @@ from vit_jax.io.text import brief
 KIND = {  # of arguments in JSON, as in documents.KINDS
     **dict.fromkeys(
         ('global_pool', 'pos_embed', 'norm_layer', 'embed_norm_layer', 'act_layer', 'rel_pos_type',
-         'pos_embed_interp_mode'),
+         'pos_embed_interp_mode', 'attn_type', 'rope_type', 'rope_grid_indexing'),
         'a text',
     ),
     **dict.fromkeys(
@@ -28,28 +28,36 @@ KIND = {  # of arguments in JSON, as in documents.KINDS
          'stem_chs'),
         'a whole number above 0',
     ),
-    **dict.fromkeys(('num_classes', 'reg_tokens', 'rel_pos_dim'), 'a whole number'),
+    **dict.fromkeys(
+        ('num_classes', 'reg_tokens', 'rel_pos_dim', 'num_reg_tokens', 'swiglu_align_to'),
+        'a whole number',
+    ),
     **dict.fromkeys(
         ('qkv_bias', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm', 'proj_bias', 'class_token',
          'no_embed_class', 'pre_norm', 'final_norm', 'fc_norm', 'pool_include_prefix',
          'swiglu_mlp', 'scale_mlp', 'use_abs_pos_emb', 'use_rel_pos_bias',
          'use_shared_rel_pos_bias', 'use_fc_norm', 'shared_rel_pos',
          'pos_embed_ar_preserving', 'pos_embed_antialias', 'pos_embed_align_corners', 'stem_norm',
-         'preact', 'basic', 'avg_down'),
+         'preact', 'basic', 'avg_down', 'qkv_fused', 'scale_attn_inner', 'attn_only_layer_scale',
+         'use_rot_pos_emb', 'rope_rotate_half', 'use_post_norm', 'use_pre_transformer_norm',
+         'use_post_transformer_norm'),
         'true or false',
     ),
     **dict.fromkeys(
-        ('mlp_ratio', 'attn_pool_mlp_ratio', 'width_factor', 'bottle_ratio'), 'a number above 0'
+        ('mlp_ratio', 'attn_pool_mlp_ratio', 'width_factor', 'bottle_ratio', 'rope_temperature'),
+        'a number above 0',
     ),
-    **dict.fromkeys(('layers', 'channels'), 'a list'), 'init_values': 'a number',
+    **dict.fromkeys(('layers', 'channels'), 'a list'),
+    **dict.fromkeys(('init_values', 'rope_grid_offset'), 'a number'),
 }  # fmt: skip
-# Outputs of a trained model do not depend on these: rates and initialisation in training, and
-# whether the weights take images of other sizes.
+# Outputs of a trained model do not depend on these: rates, initialisation and changes of positions
+# in training, sections of positions in text, and whether the weights take images of other sizes.
 IRRELEVANT_ARGS = {
     'drop_rate', 'pos_drop_rate', 'patch_drop_rate', 'proj_drop_rate', 'attn_drop_rate',
     'drop_path_rate', 'weight_init', 'fix_init', 'head_init_scale', 'dynamic_img_size',
     'dynamic_img_pad', 'strict_img_size', 'nlhb', 'zero_init_last', 'enable_patch_interpolator',
-    'pos_embed_use_grid_sample', 'use_key_only_attn_mask',
+    'pos_embed_use_grid_sample', 'use_key_only_attn_mask', 'rope_shift_coords',
+    'rope_jitter_coords', 'rope_rescale_coords', 'rope_mrope_section',
 }  # fmt: skip
 # Kinds of norms by timm's name, without underscores.
 NORMS = {
@@ -57,9 +65,11 @@ NORMS = {
     'rmsnormfp32': 'RmsNorm',
 }  # fmt: skip
 DIFFERENTIAL = 'differential attention (arXiv:2410.05258)'
-FEATURES = {  # what unsupported values of arguments stand for
+FEATURES = {  # what unsupported values of arguments stand for, by the value or the argument
     'diff': DIFFERENTIAL, 'DiffParallelScalingBlock': DIFFERENTIAL,
     'ParallelThingsBlock': 'several attentions and MLPs side by side (arXiv:2203.09795)',
+    'num_kv_heads': 'attention with grouped queries (arXiv:2305.13245)',
+    'attn_only_layer_scale': 'a layer scale of attention alone',
 }  # fmt: skip
 
 
@@ -171,7 +181,7 @@ def pretrained_arguments(config: dict[str, Any]) -> dict[str, Any]:
 def refusal(key: str, value: Any, name: str | None, feature: str | None) -> str:
     """The error message for an unsupported argument, which stands for a `feature`."""
     of = f' of architecture {name}' if name else ''
-    feature = feature or (FEATURES.get(value) if isinstance(value, str) else None)
+    feature = feature or FEATURES.get(key) or FEATURES.get(str(value))
     what = f': {feature} is' if feature else ', which is'
     return f'config.json: {key}{of} is {brief(repr(value))}{what} not supported'
 

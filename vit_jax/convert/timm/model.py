@@ -238,9 +238,15 @@ def with_normalisation(
     arrays: Collection[str],
     guessed: dict[str, str],
     unsettled: dict[str, str],
+    default: dict[str, tuple[float, ...]] | None = None,
 ) -> tuple[dict[str, Any], Notes]:
-    """(fields with mean and std of the images, Notes)."""
-    default, why = guess_normalisation(arrays, channels), 'of the images; nothing states it'
+    """(fields with mean and std of the images, Notes).
+
+    Images of three channels that nothing is stated of have the `default`, if one is given.
+    """
+    if default is None or channels != 3:
+        default = guess_normalisation(arrays, channels)
+    why = 'of the images; nothing states it'
     if timm_config.has_settings(config) and channels == 3:
         default, why = IMAGENET, "of the images; config.json leaves it out: timm's default"
     stated = timm_config.stated_normalisation(config, channels)

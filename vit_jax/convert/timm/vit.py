@@ -69,6 +69,14 @@ def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.nd
 
 def pieces(model: nn.Module) -> list[Piece]:
     """Pieces of all arrays of a model's file."""
+    rows = stem_pieces(model)
+    for i in range(model.depth):
+        rows += block_pieces(f'blocks.{i}', (i,), model)
+    return rows + head_pieces(model)
+
+
+def stem_pieces(model: nn.Module) -> list[Piece]:
+    """Pieces of what comes before the blocks."""
     rows = [
         Piece('patch_embed.proj.weight', 'embedding/kernel', layout='conv'),
         Piece('patch_embed.proj.bias', 'embedding/bias', layout='vector', optional=True),
@@ -77,10 +85,12 @@ def pieces(model: nn.Module) -> list[Piece]:
     rows += [Piece(names[name], name) for name in model.prefix]
     if model.posemb == 'learn':
         rows.append(Piece('pos_embed', 'posemb'))
-    if model.pre_norm:
-        rows += norm_pieces('norm_pre.', 'pre_norm', model=model)
-    for i in range(model.depth):
-        rows += block_pieces(f'blocks.{i}', (i,), model)
+    return rows + (norm_pieces('norm_pre.', 'pre_norm', model=model) if model.pre_norm else [])
+
+
+def head_pieces(model: nn.Module) -> list[Piece]:
+    """Pieces of what comes after the blocks."""
+    rows = []
     if model.last_norm != 'none':
         name = 'norm.' if model.last_norm == 'tokens' else 'fc_norm.'
         rows += norm_pieces(name, 'norm', model=model)
