@@ -104,6 +104,37 @@ def without_detection(module, pixels, options):
     return {'tokens': model.layernorm(x)}
 
 
+def by_tower(module, pixels, options):
+    """Tokens and output of an image tower, by itself or beside a text tower."""
+    inputs = dict(pixel_values=pixels, **options)
+    if 'Siglip2' in type(module).__name__:
+        b, c, h, w = pixels.shape
+        side = SIZES['patch_size']
+        x = pixels.reshape(b, c, h // side, side, w // side, side).permute(0, 2, 4, 3, 5, 1)
+        x = x.reshape(b, h * w // side**2, -1)
+        shapes = torch.tensor([[h // side, w // side]] * b)
+        inputs = dict(pixel_values=x, pixel_attention_mask=torch.ones(x.shape[:2]),
+                      spatial_shapes=shapes)  # fmt: skip
+    module = getattr(module, 'clip', getattr(module, 'owlvit', module))
+    tower = getattr(module, 'vision_model', module)
+    found = {'tokens': tower(**inputs).last_hidden_state}
+    if 'Blip' in type(module).__name__:  # its pooled vector has the last norm twice
+        return found
+    if hasattr(module, 'get_image_features'):
+        return found | {'output': module.get_image_features(**inputs).pooler_output}
+    result = module(**inputs)
+    names = 'logits', 'image_embeds', 'pooler_output'
+    output = next((result[n] for n in names if result.get(n) is not None), None)
+    if 'Classification' in type(module).__name__:
+        found = {}  # the tower's own pooling is not read
+    return found if output is None else found | {'output': output}
+
+
+def refused(module, pixels, options):
+    """Nothing, as files of such a model are refused."""
+    return {}
+
+
 def tokens(module, pixels, options):
     """Tokens alone, where transformers pools in another way."""
     return {'tokens': module(pixels, **options).last_hidden_state}
@@ -120,7 +151,52 @@ def backbone(name, base, **changes):
     return kind(**(base | dict(out_features=['stage1', 'stage2'])), **changes)
 
 
+TEXT = dict(
+    hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96, vocab_size=99,
+    max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+PAIR = dict(vision_config=SIZES, text_config=TEXT)
+PROJECTED = dict(projection_dim=24)
+NAFLEX = {k: v for k, v in SIZES.items() if k != 'image_size'} | dict(num_patches=16)
+NAFLEX_PAIR = dict(vision_config=NAFLEX, text_config=TEXT)
+GELU = dict(hidden_act='gelu', layer_norm_eps=1e-6)
+TOWERS = [
+    *rows('CLIPVisionModel', SIZES, {}, GELU, by=by_tower),
+    *rows('CLIPVisionModelWithProjection', SIZES | PROJECTED, {}, GELU, by=by_tower),
+    *rows('CLIPForImageClassification', PAIR | CLASSES, by=by_tower),
+    *rows('CLIPModel', PAIR | PROJECTED, by=by_tower, part='image'),
+    *rows('MetaClip2VisionModel', SIZES, by=by_tower),
+    *rows('MetaClip2VisionModelWithProjection', SIZES | PROJECTED, by=by_tower),
+    *rows('MetaClip2ForImageClassification', PAIR | CLASSES, by=by_tower),
+    *rows('MetaClip2Model', PAIR | PROJECTED, by=by_tower, part='image'),
+    *rows('AltCLIPVisionModel', SIZES, by=by_tower),
+    *rows('AltCLIPModel', dict(vision_config=SIZES, text_config=TEXT | dict(project_dim=24)),
+          PROJECTED, by=by_tower, part='image'),
+    *rows('ChineseCLIPVisionModel', SIZES, by=by_tower),
+    *rows('ChineseCLIPModel', PAIR | PROJECTED, by=by_tower, part='image'),
+    *rows('CLIPSegVisionModel', SIZES, by=by_tower),
+    *rows('CLIPSegForImageSegmentation', PAIR | PROJECTED, dict(extract_layers=[0, 1]),
+          by=by_tower, part='image'),
+    *rows('OwlViTVisionModel', SIZES, by=by_tower),
+    *rows('OwlViTForObjectDetection', PAIR, dict(projection_dim=48), by=by_tower, part='image'),
+    *rows('Owlv2VisionModel', SIZES, by=by_tower),
+    *rows('SiglipVisionModel', SIZES, {}, dict(vision_use_head=False), by=by_tower),
+    *rows('SiglipForImageClassification', PAIR | CLASSES, by=by_tower),
+    *rows('SiglipModel', PAIR, by=by_tower, part='image'),
+    *rows('Siglip2VisionModel', NAFLEX, {}, dict(vision_use_head=False), by=by_tower),
+    *rows('Siglip2ForImageClassification', NAFLEX_PAIR | CLASSES, by=by_tower),
+    *rows('Siglip2Model', NAFLEX_PAIR, by=by_tower, part='image'),
+    *rows('BlipVisionModel', SIZES, by=by_tower),
+    *rows('BlipModel', PAIR | PROJECTED, by=by_tower, part='image'),
+    *rows('XCLIPVisionModel', SIZES, by=refused, resize=False),
+    *rows('GroupViTVisionModel', dict(
+        hidden_size=48, intermediate_size=96, image_size=32, patch_size=8, depths=[1, 1],
+        num_hidden_layers=2, num_group_tokens=[4, 0], num_output_groups=[4, 2],
+        num_attention_heads=3, assign_mlp_ratio=[0.5, 4],
+    ), by=refused, resize=False),
+]  # fmt: skip
 KINDS = [
+    *TOWERS,
     *rows('ViTModel', SIZES, {}, dict(hidden_act='quick_gelu')),
     *rows('ViTModel', SIZES, dict(image_size=(24, 40)), resize=False),
     *rows('ViTForImageClassification', SIZES | CLASSES, {}, dict(qkv_bias=False),
@@ -216,7 +292,8 @@ def difference(folder, images, theirs, **options):
         lambda p, x: model.apply({'params': p}, x),
         compiler_options={'xla_backend_optimization_level': 0},  # compiles in half the time
     )
-    _, out = apply(params, images)
+    output, out = apply(params, images)
+    out['output'] = output
     theirs = {k: v.numpy() for k, v in theirs.items()}
     tokens = theirs.pop('tokens', None)
     if tokens is not None:
@@ -245,16 +322,19 @@ def compare(name, fields, by, part, resize, folder, seed):
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter('ignore')
         module.save_pretrained(folder)
-    config = getattr(module.config, 'backbone_config', None) or module.config
-    size = config.image_size
+    names = 'backbone_config', 'vision_config'
+    inner = (getattr(module.config, n, None) for n in names)
+    config = next(filter(None, inner), module.config)
+    size = getattr(config, 'image_size', None) or SIZES['image_size']
     size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     generator = np.random.default_rng(seed)
     found = []
     for extra in ((0, 0), (16, 8)) if resize else ((0, 0),):
         other = size[0] + extra[0], size[1] + extra[1]
-        images = generator.normal(size=(2, *other, config.num_channels)).astype(np.float32)
+        channels = getattr(config, 'num_channels', 3)
+        images = generator.normal(size=(2, *other, channels)).astype(np.float32)
         pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-        has = 'position_embeddings' in str(module.state_dict().keys()) and any(extra)
+        has = 'position_embedding' in str(module.state_dict().keys()) and any(extra)
         options = dict(interpolate_pos_encoding=True) if has and accepts(name) else {}
         with torch.no_grad():
             theirs = by(module, pixels, options)
@@ -264,7 +344,7 @@ def compare(name, fields, by, part, resize, folder, seed):
 
 def accepts(name):
     """Whether the class has an argument to interpolate positions; others always do it."""
-    never = 'Dinov2', 'Pixio', 'Yolos', 'DPT', 'Depth', 'Backbone', 'DINOv3', 'Eomt'
+    never = 'Siglip2', 'Dinov2', 'Pixio', 'Yolos', 'DPT', 'Depth', 'Backbone', 'DINOv3', 'Eomt'
     return not any(part in name for part in never)
 
 

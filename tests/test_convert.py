@@ -20,6 +20,7 @@ import launched
 import ml_dtypes
 import numpy as np
 import pytest
+from compared import assert_close, done, outputs, random_images, randomised
 from flax.traverse_util import flatten_dict
 from recorded import DATA, FIXTURES, location
 from safetensors.numpy import load_file, save_file
@@ -40,33 +41,10 @@ def fixture(name):
     return load.read(location(name))
 
 
-@functools.cache
-def compiled(model):
-    return jax.jit(
-        lambda params, images: model.apply({'params': params}, images),
-        compiler_options={'xla_backend_optimization_level': 0},  # compiles in half the time
-    )
-
-
-def outputs(model, params, images):
-    """(output, intermediates) as NumPy arrays."""
-    with jax.default_matmul_precision('highest'):
-        return jax.device_get(compiled(model)(params, images))
-
-
 def noise_like(shapes, seed=0):
     """Parameters of these shapes that are no zeros anywhere."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
-
-
-def random_images(*shape):
-    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
-
-
-def assert_close(ours, theirs, atol=1e-4):
-    assert ours.shape == theirs.shape and np.abs(theirs).max() > 0.1
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
 
 def assert_same_bits(a, b):
@@ -84,14 +62,6 @@ def different(model, other):
         f.name for f in dataclasses.fields(model) if f.compare and f.name not in ('parent', 'name')
     ]
     return {f for f in fields if getattr(model, f) != getattr(other, f)}
-
-
-def done(account):
-    """{what was done: {arrays}} of an account."""
-    groups = {}
-    for what, name, _ in account:
-        groups.setdefault(what, set()).add(name)
-    return groups
 
 
 # 1. Recorded results of other libraries.
@@ -182,18 +152,6 @@ HF = {
         'Dinov2WithRegistersForImageClassification', DINOV2 | NAMED | dict(num_register_tokens=3),
     ),
 }  # fmt: skip
-
-
-def randomised(module):
-    """A torch module whose every parameter is noise, those of norms around one."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            one = 'norm' in name and name.endswith('weight')
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + one)
-    return module.eval()
 
 
 def by_torch(module, images, **options):
@@ -625,6 +583,9 @@ WAYS = {
     'big_vision_map_learn': ('big_vision timm', ''),
     'big_vision_scan_gap': ('official big_vision timm hf', ''),
     'big_vision_tok_learn': ('big_vision timm', 'official hf'),
+    'hf_clip': ('timm hf', ''),
+    'hf_siglip': ('big_vision timm hf', ''),
+    'hf_siglip2': ('big_vision timm hf', ''),
     'official_hybrid_resnet': ('official', ''),
     'official_hybrid_stem': ('official', ''),
     'official_mixer': ('official', ''),
@@ -679,13 +640,14 @@ def file_of(folder, format):
 
 
 def assert_all_loaded(read):
-    """Apart from a token that transformers' DINOv2 with registers cannot do without.
+    """Apart from a token that transformers' DINOv2 with registers cannot do without, and biases.
 
-    And from the bias of patches before a norm, which timm leaves out.
+    timm and CLIP have no bias of patches before a norm, CLIP none of its projection.
     """
-    assert done(read.account).keys() <= {'loaded', 'unused', 're-initialised'}
     zeros = done(read.account).get('re-initialised', set())
-    assert zeros <= ({'embedding/bias'} if getattr(read.model, 'pre_norm', False) else set())
+    clip = getattr(read.model, 'pre_norm', False)
+    assert zeros <= ({'embedding/bias', 'head/bias'} if clip else set())
+    assert done(read.account).keys() <= {'loaded', 'unused', 're-initialised'}
     unused = done(read.account).get('unused', set())
     assert unused <= ({'embeddings.mask_token'} if getattr(read.model, 'registers', 0) else set())
 

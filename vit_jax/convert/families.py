@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
-from vit_jax.convert import big_vision, files, hf, official, timm, views
+from vit_jax.convert import big_vision, files, hf, official, open_clip, timm, views
 from vit_jax.convert.documents import (
     PROBLEMS,
     Notes,
@@ -34,6 +34,8 @@ def parse_folder(
 
     `part` is that of `load`.
     """
+    if open_clip.matches(arrays):
+        return parse_open_clip(arrays, read_json(folder / open_clip.FILE), part)
     config = read_json(folder / 'config.json')
     record = read_json(folder / 'run_config.json') or None
     arrays, config = hf_inside.without_wrapper(arrays, config)
@@ -131,6 +133,55 @@ def parse_timm(
     )  # fmt: skip
 
 
+def parse_open_clip(
+    arrays: dict[str, Array], config: dict[str, Any], part: str | None
+) -> Parsed:
+    """Parses the image tower of a file of OpenCLIP and its open_clip_config.json."""
+    tower, others = open_clip.select(arrays, part)
+    unknown = open_clip.unknown_keys(config)
+    if open_clip.PATCHES not in tower:
+        parsed = parse_trunk(tower, config)
+        return parsed._replace(unused=others, notes=parsed.notes._replace(unknown=unknown))
+    fields, guessed = open_clip.describe(tower, config)
+    size = open_clip.image_size(config)
+    view, ignored = timm_config.evaluation_view(
+        open_clip.view_settings(config), size or (224, 224)
+    )
+    return Parsed(
+        'open_clip', 'vit', fields, tower, open_clip.pieces, open_clip.table_rows(tower), others,
+        size, None, None, None, Notes(guessed, {}, ignored, unknown), size, view,
+    )  # fmt: skip
+
+
+def parse_trunk(tower: dict[str, Array], config: dict[str, Any]) -> Parsed:
+    """Parses an image tower of OpenCLIP that is a model of timm, with a projection or not."""
+    trunk = {
+        n.removeprefix(open_clip.TRUNK): a for n, a in tower.items()
+        if n.startswith(open_clip.TRUNK)
+    }  # fmt: skip
+    projection = {n: a for n, a in tower.items() if not n.startswith(open_clip.TRUNK)}
+    try:
+        of_trunk = open_clip.trunk_config(tower, config)
+        family = timm.class_of_file(trunk, of_trunk)
+        if family is None:
+            name = of_trunk['architecture']
+            raise UserError(f'{open_clip.FILE}: timm_model_name {name!r} is not supported')
+        parsed = parse_timm(family, trunk, of_trunk, None)
+    except UserError as e:
+        text = str(e)
+        if open_clip.FILE not in text:
+            text = text.replace('config.json', open_clip.FILE)
+        raise UserError(text) from e
+    parsed = parsed._replace(family='open_clip')
+    if open_clip.PROJECTION not in projection:
+        return parsed
+    count = shape_of(tower, open_clip.PROJECTION, 2)[0]
+    return parsed._replace(
+        arrays=trunk | projection, fields=parsed.fields | dict(num_classes=count),
+        pieces=lambda model: open_clip.projected_pieces(family.pieces, model),
+    )  # fmt: skip
+
+
 def no_offsets(arrays: dict[str, Array]) -> None:
     """None, for families without a table of biases by offset."""
 
@@ -146,7 +197,10 @@ def parse_hf(
     """Parses a folder of transformers; `processor` is (settings, name of their file)."""
     renamed, config, others = select_part(family, arrays, config, part)
     kind, fields, guessed = family.describe(renamed, config)
-    channels = shape_of(renamed, family.PATCHES, 4)[1]
+    if hasattr(family, 'count_channels'):
+        channels = family.count_channels(renamed, config)
+    else:
+        channels = shape_of(renamed, family.PATCHES, 4)[1]
     if processor[1] is None:
         images = hf_processor.Preprocessing(family.guess_normalisation(kind, channels))
         why = 'of the images; there is no preprocessor_config.json'

@@ -142,7 +142,7 @@ def log_notes(
     parts = [f'{name}: {why}' for name, why in parsed.notes.ignored]
     if parsed.notes.unknown:
         parts.append(f'unknown and ignored: {", ".join(parsed.notes.unknown)}')
-    if guesses and parsed.family in ('timm', 'hf'):
+    if guesses and parsed.family in ('timm', 'hf', 'open_clip'):
         parts.append(f'guessed, as nothing states them: {", ".join(guesses)}')
     if parts:
         logging.warning('%s: %s', printable(path), '; '.join(map(printable, parts)))

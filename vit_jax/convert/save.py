@@ -293,7 +293,9 @@ def folder_documents(
         documents['config.json']['problem_type'] = PROBLEMS[about.loss]
     if format == 'hf':
         settings, notes = views.processor_settings(about.view, about.image_size)
-        documents['preprocessor_config.json'] = hf_processor.processor_config(model, settings)
+        documents['preprocessor_config.json'] = hf_processor.processor_config(
+            model, settings, getattr(hf.family_of_model(model), 'PROCESSOR', None)
+        )
     else:
         settings, notes = views.pretrained_settings(about.view, about.image_size)
         documents['config.json']['pretrained_cfg'] |= settings

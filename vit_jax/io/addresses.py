@@ -120,7 +120,8 @@ def files_beside(
     if info.get('type') == 'directory':
         raise UserError(f'{address} is a folder; the name of a folder cannot end in a file suffix')
     files = [File(name, path, version(info))]
-    usual = {'.safetensors': COMPANIONS, '.npz': (pathlib.PurePath(name).stem + '.json',)}
+    beside = ('open_clip_config.json',) if name.startswith('open_clip') else COMPANIONS
+    usual = {'.safetensors': beside, '.npz': (pathlib.PurePath(name).stem + '.json',)}
     for other in dict.fromkeys((*usual.get(pathlib.PurePath(name).suffix, ()), *companions)):
         before, mark, query = path.partition('?')
         sibling = before.rsplit('/', 1)[0] + f'/{other}{mark}{query}'

@@ -11,11 +11,11 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert.hf import aimv2, beit, dinov3, vit
+from vit_jax.convert.hf import aimv2, beit, blip, clip, dinov3, siglip, siglip2, vit
 from vit_jax.convert.pieces import Piece
 
 # The first that matches is the family of a file, or of a model to save.
-FAMILIES = (dinov3, aimv2, beit, vit)
+FAMILIES = (dinov3, aimv2, beit, siglip2, siglip, clip, blip, vit)
 
 
 def family_of_file(names: Collection[str], config: Mapping[str, Any]) -> ModuleType | None:

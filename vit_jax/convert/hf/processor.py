@@ -31,7 +31,7 @@ AROUND = SQUARE | dict(
     default_to_square=False,
 )  # fmt: skip
 # Those of models around an encoder, whose padding makes images of a batch equal in size.
-PADDED = ('DPT', 'Yolos', 'Eomt', 'ZoeDepth')
+PADDED = ('DPT', 'Yolos', 'Eomt', 'ZoeDepth', 'Owlv2')
 DEFAULTS = {
     'ViT': SQUARE | dict(resample=BILINEAR),
     'DeiT': SQUARE | dict(
@@ -44,6 +44,19 @@ DEFAULTS = {
     'DINOv3ViT': SQUARE | dict(
         resample=BILINEAR, image_mean=list(IMAGENET['mean']), image_std=list(IMAGENET['std']),
     ),
+    'Siglip2': SQUARE | dict(resample=BILINEAR, patch_size=16, max_num_patches=256),
+    'ChineseCLIP': CROPPED,
+    'Blip': SQUARE | dict(
+        size={'height': 384, 'width': 384}, image_mean=CLIP[0], image_std=CLIP[1],
+    ),
+    'OwlViT': SQUARE | dict(
+        size={'height': 768, 'width': 768}, crop_size={'height': 768, 'width': 768},
+        image_mean=CLIP[0], image_std=CLIP[1],
+    ),
+    'Owlv2': SQUARE | dict(
+        size={'height': 960, 'width': 960}, resample=BILINEAR, image_mean=CLIP[0],
+        image_std=CLIP[1],
+    ),
     'Beit': SQUARE | dict(crop_size={'height': 224, 'width': 224}),
     'DPT': SQUARE | dict(size={'height': 384, 'width': 384}),
     'Yolos': AROUND | dict(size={'shortest_edge': 800, 'longest_edge': 1333}),
@@ -54,11 +67,15 @@ OF_MODEL = {  # others: ViT
     'deit': 'DeiT', 'dinov2': 'Bit', 'dinov2_with_registers': 'Bit', 'dinov3_vit': 'DINOv3ViT',
     'beit': 'Beit', 'data2vec-vision': 'Beit', 'aimv2_vision_model': 'CLIP', 'pixio': 'Bit',
     'dpt': 'DPT', 'yolos': 'Yolos',
+    'clip': 'CLIP', 'metaclip_2': 'CLIP', 'altclip': 'CLIP', 'chinese_clip': 'ChineseCLIP',
+    'siglip': 'Siglip', 'siglip2': 'Siglip2', 'blip': 'Blip', 'owlvit': 'OwlViT',
+    'owlv2': 'Owlv2',
 }  # fmt: skip
 SWITCHES = ('do_resize', 'do_rescale', 'do_normalize')  # true where they are left out
 READ = {
     'image_processor_type', 'feature_extractor_type', 'size', 'crop_size', 'do_center_crop',
     'default_to_square', 'resample', 'rescale_factor', 'image_mean', 'image_std', *SWITCHES,
+    'patch_size', 'max_num_patches',
 }  # fmt: skip
 # How arrays are passed and returned, names of other classes, and label maps, which no image has
 # here; images are always RGB here.
@@ -179,6 +196,12 @@ def geometry(
         method = 'bicubic'
         ignored.append(('resample', 'views here have bilinear and bicubic filters: bicubic'))
     resampling = dict(method=method, antialias=True)
+    if values.get('max_num_patches'):
+        count = option(values, 'max_num_patches', 'a whole number above 0', file=file)
+        patch = option(values, 'patch_size', 'a number of pixels', 16, file=file)
+        side = math.isqrt(count) * patch
+        ignored.append(('max_num_patches', "the image's aspect stays there; here a square"))
+        return (side, side), dict(name='resize', **resampling), ignored
     crop = None
     if values['do_center_crop']:
         crop = values['crop_size'] if values['crop_size'] is not None else values['size']
@@ -211,11 +234,25 @@ def geometry(
     return target, dict(name=name, **resampling), ignored
 
 
-def processor_config(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    """Content of preprocessor_config.json; `settings` are those of `views.processor_settings`."""
-    kind = 'DeiTImageProcessor' if model.dist_token else 'ViTImageProcessor'
-    if model.layer_scale is not None or settings['do_center_crop']:
+def processor_config(
+    model: nn.Module, settings: dict[str, Any], kind: str | None = None
+) -> dict[str, Any]:
+    """Content of preprocessor_config.json.
+
+    `settings` are those of `views.processor_settings`, `kind` is the class of a family of its own.
+    """
+    if kind is None:
+        kind = 'DeiTImageProcessor' if model.dist_token else 'ViTImageProcessor'
+    crops = settings['do_center_crop'] or (model.layer_scale is not None)
+    if crops and kind != 'CLIPImageProcessor':
         kind = 'BitImageProcessor'  # the others of transformers 4 do not crop
+    if kind == 'Siglip2ImageProcessor':  # it makes patches of images of any aspect
+        size, patch = settings['size'], model.patch_size
+        count = size['height'] // patch[0] * (size['width'] // patch[1])
+        settings = dict(
+            do_resize=True, resample=settings['resample'], patch_size=patch[0],
+            max_num_patches=count,
+        )  # fmt: skip
     return dict(
         image_processor_type=kind, **settings, do_rescale=True, rescale_factor=1 / 255,
         do_normalize=True, image_mean=list(model.mean), image_std=list(model.std),
