@@ -469,6 +469,21 @@ def test_timm(name, tmp_path):
         assert_close(logits, theirs(other, images))
 
 
+# The architecture that a file is saved as.
+ARCHITECTURES = {
+    **dict.fromkeys(
+        ('timm_vit_token', 'timm_vit_avg_fcnorm', 'timm_deit3', 'timm_vit_registers',
+         'timm_siglip_map'), 'vit_base_patch16_224',
+    ),
+    'timm_aimv2': 'aimv2_large_patch14_224', 'timm_beit': 'beit_base_patch16_224',
+    'timm_beit3': 'vit_base_patch16_clip_224', 'timm_beit_shared': 'beit_base_patch16_224',
+    'timm_parallel': 'vit_base_patch16_xp_224', 'timm_radio': 'vit_base_patch16_radio_v3',
+    'timm_relpos': 'vit_relpos_base_patch16_224',
+    'timm_relpos_cls': 'vit_relpos_base_patch16_rpn_224',
+    'timm_rpn': 'vit_base_patch16_rpn_224', 'timm_srelpos': 'vit_relpos_base_patch16_224',
+}  # fmt: skip
+
+
 @pytest.mark.parametrize('name', [name for name in FIXTURES if name.startswith('timm')])
 def test_a_timm_file_is_written_as_timm_wrote_it(name, tmp_path):
     read = fixture(name)
@@ -482,17 +497,15 @@ def test_a_timm_file_is_written_as_timm_wrote_it(name, tmp_path):
     for key in theirs:
         assert ours[key].dtype == np.float32 and ours[key].shape == theirs[key].shape, key
         assert ours[key].tobytes() == theirs[key].astype(np.float32).tobytes(), key
-    theirs = json.loads((location(name) / 'config.json').read_text())
-    ours = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert ours['pretrained_cfg']['input_size'] == [3, *size]
-    assert ours['pretrained_cfg']['mean'] == list(read.model.mean)
-    assert ours['pretrained_cfg']['std'] == list(read.model.std)
-    assert ours['label_names'] == classes and ours['num_classes'] == len(classes)
-    if theirs['architecture'] == 'vit':  # the class itself, of which all is said
-        args = theirs['model_args'] | dict(img_size=[32, 32], patch_size=[8, 8])
-        assert ours['model_args'].items() >= args.items()
-        assert ours['model_args']['act_layer'] == 'gelu'
-        assert ours['architecture'] == 'vit_base_patch16_224'  # sets nothing that args leave
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    if name in ARCHITECTURES:
+        assert config['architecture'] == ARCHITECTURES[name]
+    assert config['num_classes'] == len(classes) and config['label_names'] == classes
+    assert config['pretrained_cfg']['input_size'] == [3, *size]
+    assert config['pretrained_cfg']['mean'] == list(read.model.mean)
+    assert config['pretrained_cfg']['std'] == list(read.model.std)
+    back = load.read(tmp_path / 'out')
+    assert back.model == read.model and back.image_size == (read.image_size and size)
 
 
 @pytest.mark.parametrize('fields, architecture, args', [
@@ -503,7 +516,16 @@ def test_a_timm_file_is_written_as_timm_wrote_it(name, tmp_path):
     (dict(posemb='none', cls_posemb=True), 'vit_base_patch16_224', dict(pos_embed='none')),
     (dict(pool='none'), 'vit_base_patch16_224', dict(global_pool='')),
     (dict(pool='gap', cls_token=True), 'vit_base_patch16_224',
-     dict(global_pool='avg', class_token=True, fc_norm=False)),
+     dict(global_pool='avg', fc_norm=False)),
+    (dict(style=dict(norm='rms'), patch_norm=True), 'vit_base_patch16_224',
+     dict(norm_layer='rmsnorm', embed_norm_layer='rmsnorm')),
+    (dict(style=dict(norm='rms'), glu=True, epsilon=1e-5), 'aimv2_large_patch14_224',
+     dict(embed_norm_layer='', mlp_ratio=2, class_token=True)),
+    (dict(style=dict(order='parallel')), 'vit_base_patch16_xp_224',
+     dict(norm_layer='layernorm', pre_norm=False, qkv_bias=True, qk_norm=False)),
+    (dict(interpolation='bilinear'), 'flexivit_base', dict(no_embed_class=False)),
+    (dict(last_norm='none', style=dict(norms=['attention'])), 'vit_base_patch16_radio_v3',
+     dict(init_values=None, reg_tokens=0, scale_attn_norm=True)),
     (dict(dist_token=True, dist_head=True), 'deit_base_distilled_patch16_224', {}),
 ])  # fmt: skip
 def test_what_the_config_of_a_timm_folder_says(fields, architecture, args, tmp_path):
@@ -576,6 +598,17 @@ MADE = {
     ),
     'timm_swiglu_unpooled': (dict(gelu='exact', glu=True, pool='none', num_classes=None), (32, 32)),
     'timm_distilled': (dict(IMAGENET, gelu='exact', dist_token=True, dist_head=True), (32, 32)),
+    'timm_parallel_layer': (
+        dict(gelu='exact', layer_scale=0.1, style=dict(order='parallel')), (32, 32),
+    ),
+    'timm_rms_swiglu': (
+        dict(gelu='exact', glu=True, patch_norm=True,
+             style=dict(norm='rms', norms=['mlp'], unbiased=['out', 'mlp'])), (24, 40),
+    ),
+    'timm_relpos_mlp': (
+        dict(gelu='exact', pool='gap', layer_scale=0.1, posemb='none',
+             style=dict(bias=dict(kind='mlp'), norms=['query_key'])), (24, 40),
+    ),
 }  # fmt: skip
 # {model: (formats that express it, those that express it with fold=True as well)}
 WAYS = {
@@ -590,6 +623,17 @@ WAYS = {
     'official_hybrid_stem': ('official', ''),
     'official_mixer': ('official', ''),
     'official_vit_prelogits': ('official', 'big_vision'),
+    'timm_aimv2': ('timm', ''),
+    'timm_beit': ('timm hf', ''),
+    'timm_beit3': ('timm', ''),
+    'timm_beit_shared': ('timm', ''),
+    'timm_parallel': ('timm', ''),
+    'timm_prefix_pool': ('timm', ''),
+    'timm_radio': ('timm', ''),
+    'timm_relpos': ('timm', ''),
+    'timm_relpos_cls': ('timm', ''),
+    'timm_rpn': ('timm', ''),
+    'timm_srelpos': ('timm', ''),
     'timm_deit3': ('timm', 'hf'),
     'timm_siglip_map': ('timm', ''),
     'timm_vit_avg_fcnorm': ('timm', ''),
@@ -622,6 +666,9 @@ WAYS = {
     'timm_quick_no_positions': ('timm', ''),
     'timm_swiglu_unpooled': ('timm', ''),
     'timm_distilled': ('timm hf', ''),
+    'timm_parallel_layer': ('timm', ''),
+    'timm_rms_swiglu': ('timm', ''),
+    'timm_relpos_mlp': ('timm', ''),
 }
 
 

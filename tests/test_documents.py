@@ -1,8 +1,10 @@
 """What JSON files beside weights state: read, compared with the arrays, or named."""
 
+import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -20,6 +22,10 @@ from vit_jax.errors import UserError
 
 DATA = pathlib.Path(__file__).with_name('data')
 TIMM = sorted(p.name for p in DATA.glob('timm_*') if p.is_dir())
+NAMED = [  # whose config.json names an architecture
+    name for name in TIMM
+    if json.loads((DATA / name / 'config.json').read_text())['architecture'] != 'vit'
+]  # fmt: skip
 HALF = dict(mean=[0.5] * 3, std=[0.5] * 3)
 
 
@@ -134,39 +140,82 @@ def test_an_argument_that_is_not_known_is_refused(tmp_path):
     folder = written(tmp_path / 'a', arrays)
     for key, value in [
         ('rope', True), ('epsilon', 1e-3), ('distilled', True), ('norm_eps', 1e-3), ('', 1),
-        *((key, value) for key, value in dict(
-            scale_attn_norm=True, scale_mlp_norm=True, final_norm=False, norm_layer='rmsnorm',
-            embed_norm_layer='layernorm', block_fn='ResPostBlock', mlp_layer='SwiGLU',
-            attn_layer='diff', embed_layer='Other', act_layer='relu', global_pool='avgmax',
-        ).items()),
+        ('interpolation', 'linear'), ('norm_layer', 'simplenorm'), ('norm_layer', 'rmsnorm'),
+        ('embed_norm_layer', 'batchnorm'), ('embed_norm_layer', 'layernorm'),
+        ('block_fn', 'ParallelThingsBlock'), ('block_fn', 'ParallelScalingBlock'),
+        ('mlp_layer', 'GluMlp'), ('mlp_layer', 'SwiGLU'), ('attn_layer', 'diff'),
+        ('embed_layer', 'Other'), ('act_layer', 'relu'), ('global_pool', 'avgmax'),
+        ('scale_attn_norm', True), ('scale_mlp_norm', True), ('final_norm', False),
     ]:  # fmt: skip
         args = config['model_args'] | {key: value}
         written(folder, None, config=config | dict(model_args=args))
         with pytest.raises(UserError, match=f'config.json.*{key}'):
             load.read(folder)
     args = config['model_args'] | dict(pool_include_prefix=True)  # of no effect on a class token
-    assert load.read(written(folder, None, config=config | dict(model_args=args)))
+    written(folder, None, config=config | dict(model_args=args))
+    assert not load.read(folder).model.pool_style.prefix
     args = args | dict(global_pool='avg', fc_norm=False)
     written(folder, None, config=config | dict(model_args=args))
-    with pytest.raises(UserError, match='pool_include_prefix'):
-        load.read(folder)
+    assert load.read(folder).model.pool_style.prefix
 
 
 def test_each_known_architecture_is_expressed_or_refused_with_its_argument():
-    refused = set()
+    refused = {}
     for name, sets in timm_arguments.tables(timm_model.SIGNATURE)['architectures'].items():
         try:
             args = vit_arguments({'architecture': f'{name}.tag'})
         except UserError as e:
             named = [key for key in sets if f'{key} of architecture' in str(e)]
             assert named or 'is a hybrid' in str(e)
-            refused.add(name)
+            refused[name] = str(e)
         else:
             assert args == timm_model.SIGNATURE.defaults | sets
-    assert {'vit_base_patch16_rpn_224', 'vit_base_r50_s16_224', 'beit3_base_patch16_224'} <= refused
-    assert len(refused) < 50 and 'vit_base_patch16_224' not in refused
+    for name, words in (
+        ('vit_base_patch16_18x2_224', 'several attentions and MLPs side by side'),
+        ('vit_dwee_patch16_reg1_gap_256', 'differential attention'),
+        ('vit_dpwee_patch16_reg1_gap_256', 'differential attention'),
+    ):
+        assert words in refused[name] and 'not supported' in refused[name]
+    assert len(refused) < 20 and 'vit_base_patch16_224' not in refused
     args = vit_arguments({'architecture': 'vit_large_patch14_224_clip_laion2b'})
     assert (args['num_heads'], args['epsilon']) == (16, 1e-5)  # by its name today
+
+
+@pytest.mark.parametrize('name, key, value, words', [
+    ('timm_beit', 'use_abs_pos_emb', True, 'use_abs_pos_emb'),
+    ('timm_beit', 'use_shared_rel_pos_bias', True, 'use_shared_rel_pos_bias'),
+    ('timm_beit', 'swiglu_mlp', True, 'swiglu_mlp'), ('timm_beit', 'scale_mlp', True, 'scale_mlp'),
+    ('timm_beit', 'qkv_bias', False, 'qkv_bias'), ('timm_beit', 'qk_norm', False, 'not a known'),
+    ('timm_beit', 'img_size', 24, 'relative_position_bias_table has 52 rows'),
+    ('timm_beit', 'global_pool', 'map', 'global_pool'),
+    ('timm_relpos', 'rel_pos_type', 'mlp', 'rel_pos_type'),
+    ('timm_srelpos', 'rel_pos_type', 'mlp_swin', 'log-spaced offsets as in Swin'),
+    ('timm_srelpos', 'rel_pos_dim', 16, 'rel_pos_dim'),
+    ('timm_srelpos', 'shared_rel_pos', False, 'shared_rel_pos'),
+    ('timm_relpos', 'norm_layer', 'rmsnorm', 'norm_layer'),
+    ('timm_aimv2', 'norm_layer', 'rmsnorm', 'with epsilon 1e-05, the other norms'),
+    ('timm_aimv2', 'embed_norm_layer', 'layernorm', 'embed_norm_layer'),
+    ('timm_parallel', 'proj_bias', False, 'proj_bias'), ('timm_rpn', 'proj_bias', False, 'proj_b'),
+])  # fmt: skip
+def test_an_argument_of_other_classes_that_the_arrays_contradict(name, key, value, words, tmp_path):
+    config = json.loads((DATA / name / 'config.json').read_text())
+    arrays = load_file(DATA / name / 'model.safetensors')
+    assert load.read(written(tmp_path / 'a', arrays, config=config), values=False)
+    config['model_args'][key] = value
+    with pytest.raises(UserError, match=re.escape(words)):
+        load.read(written(tmp_path / 'a', None, config=config))
+
+
+def test_arrays_of_features_that_no_model_here_has(tmp_path):
+    arrays, config = timm_parts()
+    for name, words in (
+        ('blocks.0.attn.lambda_q1', 'differential attention'),
+        ('blocks.0.attns.0.norm.weight', 'several attentions and MLPs'),
+        ('blocks.0.attn.gate.weight', 'a gate on the output of attention'),
+    ):
+        folder = written(tmp_path / 'a', arrays | {name: np.ones(4, np.float32)}, config=config)
+        with pytest.raises(UserError, match=words):
+            load.read(folder)
 
 
 def test_keys_that_nobody_knows_are_named(tmp_path):
@@ -255,6 +304,23 @@ def test_bare_arrays_that_other_models_of_timm_have_too_are_refused(change, othe
     arrays = change(timm_parts('timm_siglip_map')[0])
     with pytest.raises(UserError, match=f'{other}.*config.json'):
         load.read(written(tmp_path / 'a', arrays), num_heads=3)
+
+
+@pytest.mark.parametrize('name', NAMED)
+def test_a_bare_file_of_timm_is_as_with_its_config_refused_or_a_named_guess(name, tmp_path):
+    whole = load.read(DATA / name)
+    shutil.copy(DATA / name / 'model.safetensors', tmp_path)
+    try:
+        bare = load.read(tmp_path / 'model.safetensors', num_heads=whole.model.num_heads)
+    except UserError as e:
+        assert 'put a config.json beside them' in str(e)
+        assert name in ('timm_rpn', 'timm_prefix_pool', 'timm_relpos_cls')
+        return
+    guessed = {row.split('=')[0] for row in rows(bare.account, 'guessed')}
+    guessed |= {'interpolation', 'layer_scale'}  # of positions at other sizes; initial values
+    for field in dataclasses.fields(bare.model):
+        a, b = getattr(bare.model, field.name), getattr(whole.model, field.name)
+        assert field.name in guessed or not field.compare or a == b, field.name
 
 
 def test_pooling_that_files_disagree_on_is_settled_by_a_keyword(tmp_path):

@@ -22,7 +22,6 @@ from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.stages import Parsed
 from vit_jax.convert.timm import config as timm_config
-from vit_jax.convert.timm import model as timm_model
 from vit_jax.errors import UserError
 from vit_jax.io.storage import read_json
 
@@ -116,7 +115,7 @@ def parse_timm(
     """Parses a timm file and its config.json."""
     if config.get('model_type') is not None and 'architecture' not in config:
         raise UserError('config.json is one of transformers, the arrays are those of timm')
-    size = input_size = timm_model.image_size(config)
+    size = input_size = timm_config.image_size(config)
     view = None
     if hasattr(family, 'current_arrays'):
         size, arrays = family.table_size(arrays, config), family.current_arrays(arrays)

@@ -57,7 +57,7 @@ def offset_size(
     name, rows = parsed.offsets
     before = sum(model.prefix.values())
     if size is None:
-        side = (math.isqrt(max(rows - 3 * bool(before), 0)) + 1) // 2
+        side = relative.square_side(rows, before)
         size = side * model.stride[0], side * model.stride[1]
     grid = tuple(n // s for n, s in zip(size, model.stride, strict=True))
     if min(grid) < 1 or relative.rows(grid, before) != rows:

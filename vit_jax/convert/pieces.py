@@ -20,12 +20,14 @@ ALL = slice(None)
 
 
 class Piece(NamedTuple):
-    """Maps an array of a file, or an equal `part` of its first axis, to a slice of a parameter.
+    """Maps an array of a file, or rows of it, to a slice of a parameter.
 
-    `layout` is how the file stores the slice: 'same'; 'vector': flattened to one axis; 'conv':
-    [h, w, C, F] as PyTorch's [F, C, h, w]; 'pixel': [C, F] as its [F, C, 1, 1]; 'swapped': its
-    first two axes the other way round; a number n: PyTorch's [outputs, inputs] for a kernel whose
-    first n axes are inputs. An `optional` array that the file lacks (a bias) is loaded as zeros.
+    `part` is one of so many equal parts of the array's first axis, `around` counts its rows before
+    and after the meant ones, where parts are unequal. `layout` is how the file stores the slice:
+    'same'; 'vector': flattened to one axis; 'conv': [h, w, C, F] as PyTorch's [F, C, h, w];
+    'pixel': [C, F] as its [F, C, 1, 1]; 'swapped': its first two axes the other way round; a number
+    n: PyTorch's [outputs, inputs] for a kernel whose first n axes are inputs. An `optional` array
+    that the file lacks (a bias) is loaded as zeros.
     """
 
     theirs: str
@@ -34,6 +36,7 @@ class Piece(NamedTuple):
     layout: str | int = 'same'
     part: tuple[int, int] | None = None  # (which, of how many)
     optional: bool = False
+    around: tuple[int, int] = (0, 0)  # (rows before, rows after)
 
     def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
         """The shape of the file's array for a slice of the parameter of shape `ours`."""
@@ -49,13 +52,18 @@ class Piece(NamedTuple):
             shape = tuple(ours)
         else:
             shape = (math.prod(ours[self.layout :]), math.prod(ours[: self.layout]))
-        return shape if self.part is None else (shape[0] * self.part[1], *shape[1:])
+        if self.part is None and not any(self.around):
+            return shape
+        count = 1 if self.part is None else self.part[1]
+        return (shape[0] * count + sum(self.around), *shape[1:])
 
     def load(self, array: np.ndarray, out: np.ndarray) -> None:
         """Writes the file's array to its slice `out` of the parameter."""
         if self.part is not None:
             rows = array.shape[0] // self.part[1]
             array = array[self.part[0] * rows : (self.part[0] + 1) * rows]
+        if any(self.around):
+            array = array[self.around[0] : len(array) - self.around[1]]
         if self.layout == 'conv':
             array = array.transpose(2, 3, 1, 0)
         elif self.layout == 'pixel':
@@ -126,7 +134,8 @@ def fill_params(
             continue
         array = arrays[piece.theirs]
         if last[0] != piece.theirs:  # parts of one array are adjacent: read it once
-            direct = out if piece.layout == 'same' and piece.part is None else None
+            whole = piece.part is None and not any(piece.around)
+            direct = out if piece.layout == 'same' and whole else None
             last = piece.theirs, array.read(piece.theirs, direct)
         if not np.shares_memory(last[1], out):
             piece.load(last[1], out)
@@ -180,6 +189,7 @@ def linear_pieces(
     part: tuple[int, int] | None = None,
     at: tuple = (),
     bias: bool = True,
+    around: tuple[int, int] = (0, 0),
 ) -> list[Piece]:
     """Pieces of a dense layer in PyTorch's layout; `inputs` counts the kernel's input axes.
 
@@ -187,9 +197,12 @@ def linear_pieces(
     Without `bias` there is the kernel alone.
     """
     kernel = (*index, *(ALL,) * (inputs if at else 0), *at)
-    rows = [Piece(f'{theirs}.weight', f'{ours}/kernel', kernel, inputs, part)]
+    rows = [Piece(f'{theirs}.weight', f'{ours}/kernel', kernel, inputs, part, around=around)]
     if bias:
-        rows.append(Piece(f'{theirs}.bias', f'{ours}/bias', (*index, *at), 'vector', part))
+        where = (*index, *at)
+        rows.append(
+            Piece(f'{theirs}.bias', f'{ours}/bias', where, 'vector', part, around=around)
+        )
     return rows
 
 

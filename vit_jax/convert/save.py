@@ -1,6 +1,7 @@
 """Saves a model and its parameters as a checkpoint that other libraries load."""
 
 import dataclasses
+import math
 import operator
 import os
 import pathlib
@@ -22,7 +23,7 @@ from vit_jax.convert.pieces import file_arrays
 from vit_jax.convert.stages import loss_of, size_of, view_of
 from vit_jax.convert.write import write_folder, write_npz
 from vit_jax.errors import UserError, shown
-from vit_jax.models import block, embedding, mixer, resnet, vit
+from vit_jax.models import block, embedding, mixer, relative, resnet, vit
 from vit_jax.models.interface import Metadata
 
 FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
@@ -157,12 +158,18 @@ def describe(
 
 
 def table_size(model: nn.Module, params: dict[str, np.ndarray]) -> tuple[int, int] | None:
-    """Image size (height, width) of a square position table; None without one."""
-    if 'posemb' not in params:
+    """Image size (height, width) of a square table of positions or offsets; None without one."""
+    if 'posemb' in params:
+        count = params['posemb'].shape[1] - sum(model.prefix_posemb.values())
+        side = math.isqrt(count)
+        return (side * model.stride[0], side * model.stride[1]) if side * side == count else None
+    table = next((x for n, x in params.items() if n.split('/')[-1] == 'bias_table'), None)
+    if table is None:
         return None
-    count = params['posemb'].shape[1] - sum(model.prefix_posemb.values())
-    side = round(count**0.5)
-    return (side * model.stride[0], side * model.stride[1]) if side * side == count else None
+    before, rows = sum(model.prefix.values()), table.shape[-2]
+    side = relative.square_side(rows, before)
+    size = side * model.stride[0], side * model.stride[1]
+    return size if side and relative.rows((side, side), before) == rows else None
 
 
 def check_expressible(model: nn.Module, format: str, fold: bool = False) -> None:

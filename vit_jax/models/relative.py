@@ -4,6 +4,7 @@ Shapes: h w grid of patches, N patches (h * w), T tokens, H heads, M hidden size
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -35,6 +36,11 @@ class Bias:
 def rows(grid: tuple[int, int], before: int) -> int:
     """Rows of the table for a grid (h, w) and a number of tokens before the patches."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + (3 if before else 0)
+
+
+def square_side(count: int, before: int) -> int:
+    """Side of the square grid whose table has `count` rows, if one has; else of a smaller one."""
+    return (math.isqrt(max(count - 3 * bool(before), 0)) + 1) // 2
 
 
 def index(grid: tuple[int, int], before: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from vit_jax.convert.documents import KINDS, check_agreement, option, size_option
-from vit_jax.convert.timm.vit import mlp_ratio
+from vit_jax.convert.timm.saving import mlp_ratio
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 

@@ -21,7 +21,7 @@ from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pi
 from vit_jax.convert.stages import ENCODER
 from vit_jax.convert.timm.config import IMAGENET
 from vit_jax.convert.timm.model import guess_heads
-from vit_jax.convert.timm.vit import whole_groups
+from vit_jax.convert.timm.saving import whole_groups
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 from vit_jax.models import block, vit

@@ -13,10 +13,10 @@ import numpy as np
 
 from vit_jax.convert.files import Array
 from vit_jax.convert.pieces import Piece
-from vit_jax.convert.timm import bit, eva, hybrid, mixer, naflex, vit
+from vit_jax.convert.timm import beit, bit, eva, hybrid, mixer, naflex, relpos, vit
 
 # The first that matches is the class of a file, or of a model to save.
-CLASSES = (hybrid, naflex, mixer, bit, eva, vit)
+CLASSES = (hybrid, naflex, mixer, bit, beit, relpos, eva, vit)
 
 
 def class_of_file(names: Collection[str], config: Mapping[str, Any]) -> ModuleType | None:

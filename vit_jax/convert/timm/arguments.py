@@ -135,7 +135,7 @@ def arguments(config: dict[str, Any], signature: Signature) -> dict[str, Any]:
     if name is not None:
         sets = tables(signature)['architectures'][name]
         args = signature.defaults | pretrained_arguments(config) | sets
-    if 'norm_layer' in given and name is not None:
+    if 'norm_layer' in given and 'epsilon' in args:
         args['epsilon'] = signature.defaults['epsilon']
     args |= given
     for key, values in signature.only.items():
@@ -155,7 +155,8 @@ def given_arguments(config: dict[str, Any], signature: Signature) -> dict[str, A
             )
     given = {k: v for k, v in given.items() if k not in IRRELEVANT_ARGS}
     for key, value in given.items():
-        if value is None and signature.defaults[key] is not None and key != 'pos_embed':
+        nullable = signature.defaults[key] is None or key in ('pos_embed', 'init_values')
+        if value is None and not nullable:
             raise UserError(f'config.json: {key} of model_args is null')
         option(given, key, (KIND | signature.kinds).get(key, 'anything'))
     for key in ('norm_layer', 'embed_norm_layer') & given.keys():

@@ -3,7 +3,14 @@
 import math
 from typing import Any
 
-from vit_jax.convert.documents import KINDS, channel_values, check_class_names, option
+from vit_jax.convert.documents import (
+    KINDS,
+    Notes,
+    channel_values,
+    check_class_names,
+    option,
+    size_option,
+)
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -112,3 +119,30 @@ def label_names(config: dict[str, Any], count: int | None) -> tuple[str, ...] | 
             if section.get(key) is not None:
                 return check_class_names(section[key], count, key)
     return None
+
+
+def with_normalisation(
+    fields: dict[str, Any],
+    config: dict[str, Any],
+    channels: int,
+    default: dict[str, tuple[float, ...]],
+    guessed: dict[str, str],
+    unsettled: dict[str, str],
+) -> tuple[dict[str, Any], Notes]:
+    """(fields with mean and std of the images, Notes); `default` where nothing states them."""
+    why = 'of the images; nothing states it'
+    if has_settings(config) and channels == 3:
+        default, why = IMAGENET, "of the images; config.json leaves it out: timm's default"
+    stated = stated_normalisation(config, channels)
+    guessed = guessed | {key: why for key in default if key not in stated}
+    notes = Notes(guessed, unsettled, (), unknown_keys(config))
+    return fields | default | stated, notes
+
+
+def image_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Image size (height, width) of the checkpoint; None if the config does not state it."""
+    size = size_option(config.get('model_args') or {}, 'img_size')
+    if size is None:
+        stated = input_size(config)
+        size = stated and stated[1:]
+    return size

@@ -42,15 +42,15 @@ def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
 
 
 def expresses(model: nn.Module) -> bool:
-    """Whether a model is saved as one of this class: it has rotary positions, norms within
-    attention or MLP, or keys alone without a bias.
+    """Whether a model is saved as one of this class: it has rotary positions, a norm within
+    a gated MLP, or keys without a bias beside queries or values with one.
     """
     if not isinstance(model, vit.Vit) or model.style.bias is not None:
         return False
     style, absent = model.style, set(block.PROJECTIONS) & set(model.style.unbiased)
     return (
-        style.rope is not None or bool({'attention', 'mlp'} & set(style.norms))
-        or 'key' in absent and len(absent) < 3
+        style.rope is not None or 'key' in absent and len(absent) < 3
+        or model.glu and 'mlp' in style.norms
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from vit_jax.convert.timm import arguments
 from vit_jax.convert.timm import config as timm_config
 from vit_jax.convert.timm import model as model_of
 from vit_jax.convert.timm.arguments import Signature
-from vit_jax.convert.timm.vit import mlp_ratio
+from vit_jax.convert.timm.saving import mlp_ratio
 from vit_jax.errors import UserError
 from vit_jax.models import mixer
 

@@ -3,21 +3,22 @@
 What neither determines is guessed, and listed as a guess in the account.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from vit_jax.convert.documents import Notes, check_agreement, size_option
+from vit_jax.convert.documents import Notes
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import count_numbered
-from vit_jax.convert.timm import arguments
+from vit_jax.convert.timm import arguments, frame
 from vit_jax.convert.timm import config as timm_config
-from vit_jax.convert.timm.config import GELUS, IMAGENET, POOLS
+from vit_jax.convert.timm.config import GELUS, IMAGENET
+from vit_jax.convert.timm.pooling import pooling
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 from vit_jax.models import block, vit
+from vit_jax.models.pooling import Pool
 
-# `epsilon` (of the norms) and `distilled` are not arguments.
+# `epsilon` (of the norms), `distilled` and `interpolation` (of positions) are not arguments.
 SIGNATURE = arguments.Signature(
     'VisionTransformer', 'architectures.json', dict(
         img_size=224, patch_size=16, in_chans=3, num_classes=1000, global_pool='token',
@@ -26,17 +27,31 @@ SIGNATURE = arguments.Signature(
         class_token=True, pos_embed='learn', no_embed_class=False, reg_tokens=0, pre_norm=False,
         final_norm=True, fc_norm=None, pool_include_prefix=False, embed_layer=None,
         embed_norm_layer=None, norm_layer=None, act_layer=None, block_fn=None, mlp_layer=None,
-        attn_layer=None, epsilon=1e-6, distilled=False,
+        attn_layer=None, epsilon=1e-6, distilled=False, interpolation='bicubic_antialias',
     ),
-    only={
-        'scale_attn_norm': (False,), 'scale_mlp_norm': (False,), 'final_norm': (True,),
-        'embed_norm_layer': (None,), 'norm_layer': (None,), 'block_fn': (None,),
-        'mlp_layer': (None, 'SwiGLUPacked'), 'attn_layer': (None,),
-        'embed_layer': (None, 'HybridEmbed'),
-    },
-    derived=('epsilon', 'distilled'),
+    only=dict(
+        embed_norm_layer=(None, 'LayerNorm', 'RmsNorm'), norm_layer=(None, 'RmsNorm'),
+        block_fn=(None, 'ResPostBlock', 'ParallelScalingBlock'),
+        mlp_layer=(None, 'SwiGLUPacked', 'SwiGLU'), attn_layer=(None,),
+        embed_layer=(None, 'HybridEmbed'),
+    ),
+    derived=('epsilon', 'distilled', 'interpolation'),
 )  # fmt: skip
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+BLOCK = 'blocks.0.'
+SERIAL = dict(
+    norm1='norm1', qkv='attn.qkv', q_norm='attn.q_norm', k_norm='attn.k_norm', out='attn.proj',
+    fc1='mlp.fc1', fc2='mlp.fc2', scale1='ls1.gamma',
+)  # fmt: skip
+PARALLEL = dict(  # names of the layers of a ParallelScalingBlock, without the MLP's first
+    norm1='in_norm', qkv='in_proj', q_norm='q_norm', k_norm='k_norm', out='attn_out_proj',
+    fc2='mlp_out_proj', scale1='ls.gamma',
+)  # fmt: skip
+UNSUPPORTED = {  # what arrays of blocks stand for
+    'attn.lambda_': arguments.DIFFERENTIAL, 'lambda_': arguments.DIFFERENTIAL,
+    'attns.': arguments.FEATURES['ParallelThingsBlock'],
+    'attn.gate.': 'a gate on the output of attention',
+}  # fmt: skip
 
 
 def guess_heads(width: int, depth: int) -> int | None:
@@ -61,49 +76,104 @@ def guess_normalisation(arrays: Collection[str], channels: int) -> dict[str, tup
     """{mean, std} that the arrays suggest where no config.json states them."""
     if channels != 3:
         return half_normalisation(channels)
-    if 'norm_pre.weight' in arrays:
+    if 'norm_pre.weight' in arrays or 'patch_embed.norm.weight' in arrays:
         return CLIP
-    deit3 = 'blocks.0.ls1.gamma' in arrays and 'reg_token' not in arrays
+    deit3 = f'{BLOCK}ls1.gamma' in arrays and 'reg_token' not in arrays
     return IMAGENET if 'dist_token' in arrays or deit3 else half_normalisation(3)
 
 
-def inferred_arguments(
-    arrays: Mapping[str, Array], width: int, depth: int, channels: int, patch: Sequence[int]
-) -> dict[str, Any]:
-    """{argument: value} of timm's class, as far as names and shapes of arrays determine it."""
-    block = 'blocks.0.'
-    return dict(
-        embed_dim=width, depth=depth, in_chans=channels, patch_size=tuple(patch),
-        qkv_bias=block + 'attn.qkv.bias' in arrays, proj_bias=block + 'attn.proj.bias' in arrays,
-        qk_norm=block + 'attn.q_norm.weight' in arrays, pre_norm='norm_pre.weight' in arrays,
-        class_token='cls_token' in arrays, distilled='dist_token' in arrays,
+def with_normalisation(
+    fields: dict[str, Any], config: dict[str, Any], channels: int, arrays: Collection[str],
+    guessed: dict[str, str], unsettled: dict[str, str],
+    default: dict[str, tuple[float, ...]] | None = None,
+) -> tuple[dict[str, Any], Notes]:  # fmt: skip
+    """(fields with mean and std of the images, Notes).
+
+    Images of three channels that nothing is stated of have the `default`, if one is given.
+    """
+    if default is None or channels != 3:
+        default = guess_normalisation(arrays, channels)
+    return timm_config.with_normalisation(fields, config, channels, default, guessed, unsettled)
+
+
+def check_supported(arrays: Collection[str]) -> None:
+    """Raises UserError for arrays of blocks that no model here has."""
+    for start, feature in UNSUPPORTED.items():
+        name = next((name for name in arrays if name.startswith(BLOCK + start)), None)
+        if name is not None:
+            raise UserError(f'array {name} is of a model of timm with {feature}: not supported')
+
+
+def norm_kind(arrays: Collection[str], name: str) -> str | None:
+    """'LayerNorm' or, of a norm without a bias, 'RmsNorm'; None if the arrays lack the norm."""
+    if f'{name}.weight' not in arrays:
+        return None
+    return 'LayerNorm' if f'{name}.bias' in arrays else 'RmsNorm'
+
+
+def gated_layer(arrays: Mapping[str, Array], mlp_dim: int) -> str | None:
+    """mlp_layer of a gated MLP: with its gate in an array of its own, or in one; None: plain."""
+    if f'{BLOCK}mlp.fc1_g.weight' in arrays:
+        return 'SwiGLU'
+    packed = arrays.get(f'{BLOCK}mlp.fc1.weight')
+    return 'SwiGLUPacked' if packed is not None and packed.shape[0] == 2 * mlp_dim else None
+
+
+def inferred_arguments(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """{argument: value} of timm's class, as far as names and shapes of arrays determine it.
+
+    And `mlp_dim`, the hidden size of the MLPs.
+    """
+    parallel = f'{BLOCK}in_proj.weight' in arrays
+    names = PARALLEL if parallel else SERIAL
+    layers = {key: BLOCK + name for key, name in names.items()}
+    mlp_dim = shape_of(arrays, f'{layers["fc2"]}.weight', 2)[1]
+    return frame.inferred_arguments(arrays) | dict(
+        mlp_dim=mlp_dim,
+        qkv_bias=f'{layers["qkv"]}.bias' in arrays, proj_bias=f'{layers["out"]}.bias' in arrays,
+        qk_norm=f'{layers["q_norm"]}.weight' in arrays, pre_norm='norm_pre.weight' in arrays,
+        scale_attn_norm=f'{BLOCK}attn.norm.weight' in arrays,
+        scale_mlp_norm=f'{BLOCK}mlp.norm.weight' in arrays,
+        norm_layer=norm_kind(arrays, layers['norm1']) or 'LayerNorm',
+        embed_norm_layer=norm_kind(arrays, 'patch_embed.norm') or 'none',
+        final_norm='norm.weight' in arrays or 'fc_norm.weight' in arrays,
+        distilled='dist_token' in arrays,
         reg_tokens=shape_of(arrays, 'reg_token', 3)[1] if 'reg_token' in arrays else 0,
         pos_embed='learn' if 'pos_embed' in arrays else 'none',
-        num_classes=shape_of(arrays, 'head.weight', 2)[0] if 'head.weight' in arrays else 0,
-        init_values='a layer scale' if block + 'ls1.gamma' in arrays else 'no layer scale',
+        init_values=frame.SCALED if layers['scale1'] in arrays else frame.UNSCALED,
+        block_fn='ParallelScalingBlock' if parallel else 'Block',
+        mlp_layer=gated_layer(arrays, mlp_dim) or 'Mlp',
     )  # fmt: skip
 
 
-def check_arguments(args: dict[str, Any], inferred: dict[str, Any], hidden: int, glu: bool) -> None:
+def check_arguments(
+    config: dict[str, Any], args: dict[str, Any], inferred: dict[str, Any]
+) -> None:
     """Raises UserError if an argument contradicts `inferred`, those that the arrays imply."""
     stated = dict(args)
-    if 'init_values' in args:
-        stated['init_values'] = 'a layer scale' if args['init_values'] else 'no layer scale'
-    if 'patch_size' in args:
-        stated['patch_size'] = size_option(args, 'patch_size')
-    if 'pos_embed' in args:
-        stated['pos_embed'] = args['pos_embed'] or 'none'
-    check_agreement(stated, inferred)
-    ratio = args.get('mlp_ratio')
-    if ratio is not None and int(inferred['embed_dim'] * ratio) != hidden:
+    for key, default in (('pos_embed', 'none'), ('norm_layer', 'LayerNorm'), ('block_fn', 'Block'),
+                         ('embed_norm_layer', 'none'), ('mlp_layer', 'Mlp')):  # fmt: skip
+        if key in args:
+            stated[key] = args[key] or default
+    if args.get('block_fn') == 'ResPostBlock':  # has no layer scale, but that initial value
+        stated |= dict(block_fn='Block', init_values=None)
+    packed = inferred['mlp_layer'] == 'SwiGLUPacked'
+    frame.check_arguments(config, stated, inferred, inferred['mlp_dim'] * (2 if packed else 1))
+
+
+def check_norms(config: dict[str, Any], args: dict[str, Any], inferred: dict[str, Any]) -> None:
+    """Raises UserError unless the norm of the patches is of the kind of the others."""
+    kind = inferred['embed_norm_layer']
+    if kind == 'none':
+        return
+    name, given = arguments.architecture(config, SIGNATURE), config.get('model_args') or {}
+    epsilon = SIGNATURE.defaults['epsilon']  # of a norm that model_args give
+    if name is not None and 'embed_norm_layer' not in given:
+        epsilon = arguments.tables(SIGNATURE)['architectures'][name].get('epsilon', epsilon)
+    if kind != inferred['norm_layer'] or args.get('epsilon', epsilon) != epsilon:
         raise UserError(
-            f'config.json: mlp_ratio is {ratio}, which makes an MLP of '
-            f'{int(inferred["embed_dim"] * ratio)}, but the arrays have {hidden}'
-        )
-    if 'mlp_layer' in args and glu != (args['mlp_layer'] is not None):
-        kinds = {True: 'a gated MLP', False: 'a plain MLP'}
-        raise UserError(
-            f'config.json is of a model with {kinds[not glu]}, but the arrays have {kinds[glu]}'
+            f'config.json: embed_norm_layer is {kind} with epsilon {epsilon}, the other norms are '
+            f'{inferred["norm_layer"]} with {args.get("epsilon", epsilon)}: not supported'
         )
 
 
@@ -114,9 +184,11 @@ def check_unambiguous(arrays: Collection[str], inferred: dict[str, Any]) -> None
         other = 'vit_pe_core_*, whose rotary positions leave no array'
     elif maps and inferred['reg_tokens']:
         other = 'test_vit3, which pools its registers with the patches'
-    elif inferred['init_values'] == 'no layer scale' and not (
-        inferred['qkv_bias'] or inferred['class_token']
-    ):
+    elif (
+        (inferred['init_values'], inferred['norm_layer'], inferred['block_fn'])
+        == (frame.UNSCALED, 'LayerNorm', 'Block')
+        and not (inferred['qkv_bias'] or inferred['class_token'])
+    ):  # fmt: skip
         other = 'vit_base_patch16_rpn_224, which has its norms behind attention and MLP'
     if other:
         raise UserError(
@@ -125,47 +197,14 @@ def check_unambiguous(arrays: Collection[str], inferred: dict[str, Any]) -> None
         )
 
 
-def fits_pooling(pool: str, args: dict[str, Any], arrays: Collection[str]) -> bool:
-    """Whether a model with timm's pooling `pool` has these arrays."""
-    fc_norm = args.get('fc_norm')
-    fc_norm = pool in ('avg', 'avgmax', 'max') if fc_norm is None else fc_norm
-    return (
-        (pool == 'map') == ('attn_pool.latent' in arrays)
-        and fc_norm == ('fc_norm.weight' in arrays)
-        and (pool != 'token' or 'cls_token' in arrays)
-    )
-
-
-def pooling(
-    args: dict[str, Any], config: dict[str, Any], arrays: Collection[str]
-) -> tuple[str, dict[str, str], dict[str, str]]:
-    """(timm's pooling, {'pool': why it is a guess}, {'pool': why it must be given})."""
-    given = (config.get('model_args') or {}).get('global_pool')
-    stated = timm_config.pretrained_setting(config, 'global_pool', 'a text')
-    pool = args.get('global_pool', stated)
-    for value in (pool, stated):
-        if value is not None and value not in POOLS:
-            names = ', '.join(map(repr, POOLS))
-            raise UserError(f'config.json: global_pool {brief(repr(value))} is none of {names}')
-    if pool is None:
-        maps, cls = 'attn_pool.latent' in arrays, 'cls_token' in arrays
-        pool = 'map' if maps else 'token' if cls and 'fc_norm.weight' not in arrays else 'avg'
-        why = 'the arrays of a model with a class token are the same with another pooling'
-        return pool, {} if maps or not cls else {'pool': why}, {}
-    if given is None and stated not in (None, pool) and fits_pooling(stated, args, arrays):
-        if fits_pooling(pool, args, arrays):
-            why = (
-                f'config.json: global_pool is {brief(repr(stated))}, but timm builds the '
-                f'architecture with {pool!r}, and the arrays fit both'
-            )
-            return stated, {}, {'pool': why}
-        pool = stated
-    if not fits_pooling(pool, args, arrays):
-        raise UserError(
-            f'config.json: global_pool is {pool!r} with fc_norm {args.get("fc_norm")}, which '
-            'the arrays (norm, fc_norm, attn_pool, cls_token) do not fit'
-        )
-    return pool, {}, {}
+def check_combination(args: dict[str, Any], inferred: dict[str, Any], pool: str) -> None:
+    """Raises UserError for features that no model here has together."""
+    if inferred['block_fn'] == 'ParallelScalingBlock' and not inferred['proj_bias']:
+        raise UserError('proj_bias: a parallel block without biases of its outputs: not supported')
+    if args.get('block_fn') == 'ResPostBlock' and inferred['mlp_layer'] != 'Mlp':
+        raise UserError('mlp_layer: a gated MLP before its norm: not supported')
+    if pool == 'map' and inferred['mlp_layer'] != 'Mlp':
+        raise UserError('global_pool: attention pooling with an MLP of SiLU: not supported')
 
 
 def describe(
@@ -173,48 +212,26 @@ def describe(
 ) -> tuple[str, dict[str, Any], Notes]:
     """(kind, {field: value}, Notes) of the model, from arrays (names, shapes) and config.json."""
     args = arguments.arguments(config, SIGNATURE)
-    width, channels, *patch = shape_of(arrays, 'patch_embed.proj.weight', 4)
-    depth = count_numbered(arrays, r'blocks\.(\d+)\.')
-    hidden = shape_of(arrays, 'blocks.0.mlp.fc1.weight', 2)[0]
-    mlp_dim = shape_of(arrays, 'blocks.0.mlp.fc2.weight', 2)[1]
-    glu = hidden == 2 * mlp_dim
-    inferred = inferred_arguments(arrays, width, depth, channels, patch)
-    if inferred['num_classes'] == 0 and timm_config.stated_classes(config) is None:
-        args.pop('num_classes', None)  # the file leaves out the head
-    check_arguments(args, inferred, hidden, glu)
+    check_supported(arrays)
+    inferred = inferred_arguments(arrays)
+    check_arguments(config, args, inferred)
+    check_norms(config, args, inferred)
     if inferred['distilled'] and 'fc_norm.weight' in arrays:
         raise UserError('fc_norm: the distilled model of timm has that norm and does not use it')
     if arguments.architecture(config, SIGNATURE) is None:
         check_unambiguous(arrays, inferred)
-    check_agreement({'num_features': config.get('num_features')}, {'num_features': width})
     pool, guessed, unsettled = pooling(args, config, arrays)
-    prefix = inferred['class_token'] + inferred['distilled'] + inferred['reg_tokens']
-    if args.get('pool_include_prefix') and pool in ('avg', 'map') and prefix:
-        raise UserError('config.json: pool_include_prefix: pooling here is that of patches alone')
-    fields = dict(
-        num_classes=inferred['num_classes'] or None, patch_size=tuple(patch), width=width,
-        depth=depth, mlp_dim=mlp_dim, num_heads=args.get('num_heads'), pool=POOLS[pool],
-        cls_token=inferred['class_token'], dist_token=inferred['distilled'],
-        dist_head='head_dist.weight' in arrays, registers=inferred['reg_tokens'],
-        posemb=inferred['pos_embed'], interpolation='bicubic_antialias',
-        pre_norm=inferred['pre_norm'],
-        last_norm='pooled' if 'fc_norm.weight' in arrays else 'tokens',
-        layer_scale=float(args.get('init_values') or 1e-5)
-        if inferred['init_values'] == 'a layer scale' else None,
-        style=style_of(inferred), gelu=gelu_of(args, glu), glu=glu,
-        epsilon=args.get('epsilon', 1e-5 if inferred['pre_norm'] else 1e-6),
-    )  # fmt: skip
-    if 'pre_logits.fc.weight' in arrays:
-        fields['representation_size'] = shape_of(arrays, 'pre_logits.fc.weight', 2)[0]
-    if 'no_embed_class' in args:
-        fields |= dict.fromkeys(('cls_posemb', 'registers_posemb'), not args['no_embed_class'])
+    check_combination(args, inferred, pool)
+    fields = fields_of(arrays, args, inferred, pool)
     if fields['num_heads'] is None:
-        fields['num_heads'] = guess_heads(width, depth)
-        guessed = guessed | {'num_heads': 'fused weights do not show it'}
+        fields['num_heads'] = heads_of(arrays, inferred)
+        if not inferred['qk_norm']:
+            guessed = guessed | {'num_heads': 'fused weights do not show it'}
     if 'epsilon' not in args:
         guessed = guessed | {'epsilon': 'of the norms; arrays do not show it'}
-    if 'act_layer' not in args and not glu:
+    if 'act_layer' not in args and not fields['glu']:
         guessed = guessed | {'gelu': 'arrays do not show its kind'}
+    channels = inferred['in_chans']
     fields, notes = with_normalisation(fields, config, channels, arrays, guessed, unsettled)
     if inferred['distilled'] and not inferred['num_classes']:
         why = "without a head timm gives the mean of both tokens, here it is the class token's"
@@ -222,43 +239,52 @@ def describe(
     return 'vit', fields, notes
 
 
-def style_of(inferred: Mapping[str, Any]) -> block.Style:
+def fields_of(
+    arrays: Mapping[str, Array], args: dict[str, Any], inferred: dict[str, Any], pool: str
+) -> dict[str, Any]:
+    """{field: value} of the model; `num_heads` is None where no argument states it."""
+    glu = inferred['mlp_layer'] != 'Mlp'
+    prefix = inferred['class_token'] + inferred['distilled'] + inferred['reg_tokens']
+    reads_prefix = bool(args.get('pool_include_prefix') and pool in ('avg', 'map') and prefix)
+    small = inferred['pre_norm'] and inferred['norm_layer'] == 'LayerNorm'
+    small |= inferred['mlp_layer'] == 'SwiGLU' or inferred['scale_attn_norm']
+    fields = frame.fields_of(arrays, args, inferred, pool) | dict(
+        mlp_dim=inferred['mlp_dim'], num_heads=args.get('num_heads'),
+        pool_style=Pool(prefix=reads_prefix), dist_token=inferred['distilled'],
+        dist_head='head_dist.weight' in arrays, registers=inferred['reg_tokens'],
+        posemb=inferred['pos_embed'],
+        interpolation=args.get('interpolation', SIGNATURE.defaults['interpolation']),
+        pre_norm=inferred['pre_norm'], patch_norm=inferred['embed_norm_layer'] != 'none',
+        style=style_of(args, inferred), gelu=gelu_of(args, glu), glu=glu,
+        epsilon=args.get('epsilon', 1e-5 if small else 1e-6),
+    )  # fmt: skip
+    if 'pre_logits.fc.weight' in arrays:
+        fields['representation_size'] = shape_of(arrays, 'pre_logits.fc.weight', 2)[0]
+    if 'no_embed_class' in args:
+        fields |= dict.fromkeys(('cls_posemb', 'registers_posemb'), not args['no_embed_class'])
+    return fields
+
+
+def heads_of(arrays: Mapping[str, Array], inferred: dict[str, Any]) -> int | None:
+    """Number of heads by the norm of queries, else a guess; None without one."""
+    names = PARALLEL if inferred['block_fn'] == 'ParallelScalingBlock' else SERIAL
+    width = inferred['embed_dim']
+    if inferred['qk_norm']:
+        return width // shape_of(arrays, f'{BLOCK}{names["q_norm"]}.weight', 1)[0]
+    if inferred['mlp_layer'] == 'SwiGLU' and width % 128 == 0:  # arXiv:2411.14402 table 1
+        return width // 128
+    return guess_heads(width, inferred['depth'])
+
+
+def style_of(args: Mapping[str, Any], inferred: Mapping[str, Any]) -> block.Style:
     """The style of the blocks that arguments of timm's class stand for."""
+    orders = {'ResPostBlock': 'post', 'ParallelScalingBlock': 'parallel'}
+    kind = args.get('block_fn') or inferred['block_fn']
+    norms = dict(query_key='qk_norm', attention='scale_attn_norm', mlp='scale_mlp_norm')
     unbiased = () if inferred['qkv_bias'] else block.PROJECTIONS
     return block.Style(
-        norms=('query_key',) if inferred['qk_norm'] else (),
+        order=orders.get(kind, 'pre'),
+        norm='rms' if inferred['norm_layer'] == 'RmsNorm' else 'layer',
+        norms=tuple(norm for norm, key in norms.items() if inferred[key]),
         unbiased=unbiased if inferred['proj_bias'] else (*unbiased, 'out', 'mlp'),
     )
-
-
-def with_normalisation(
-    fields: dict[str, Any],
-    config: dict[str, Any],
-    channels: int,
-    arrays: Collection[str],
-    guessed: dict[str, str],
-    unsettled: dict[str, str],
-    default: dict[str, tuple[float, ...]] | None = None,
-) -> tuple[dict[str, Any], Notes]:
-    """(fields with mean and std of the images, Notes).
-
-    Images of three channels that nothing is stated of have the `default`, if one is given.
-    """
-    if default is None or channels != 3:
-        default = guess_normalisation(arrays, channels)
-    why = 'of the images; nothing states it'
-    if timm_config.has_settings(config) and channels == 3:
-        default, why = IMAGENET, "of the images; config.json leaves it out: timm's default"
-    stated = timm_config.stated_normalisation(config, channels)
-    guessed = guessed | {key: why for key in default if key not in stated}
-    notes = Notes(guessed, unsettled, (), timm_config.unknown_keys(config))
-    return fields | default | stated, notes
-
-
-def image_size(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Image size (height, width) of the checkpoint; None if the config does not state it."""
-    size = size_option(config.get('model_args') or {}, 'img_size')
-    if size is None:
-        stated = timm_config.input_size(config)
-        size = stated and stated[1:]
-    return size

@@ -12,9 +12,8 @@ import numpy as np
 from vit_jax.convert.documents import Notes, check_agreement, size_option
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
-from vit_jax.convert.pieces import Piece, count_numbered
+from vit_jax.convert.pieces import Piece
 from vit_jax.convert.timm import arguments, vit
-from vit_jax.convert.timm import config as timm_config
 from vit_jax.convert.timm import model as model_of
 from vit_jax.convert.timm.arguments import Signature
 from vit_jax.convert.timm.config import POOLS
@@ -146,26 +145,24 @@ def describe(
         {'patch_size and in_chans': patch[0] * patch[1] * channels},
         {'patch_size and in_chans': inputs},
     )
-    depth = count_numbered(arrays, r'blocks\.(\d+)\.')
     mlp_dim = shape_of(arrays, 'blocks.0.mlp.fc1.weight', 2)[0]
-    inferred = model_of.inferred_arguments(arrays, width, depth, channels, patch)
-    if inferred['num_classes'] == 0 and timm_config.stated_classes(config) is None:
-        args.pop('num_classes')  # the file leaves out the head
+    proj = arrays['patch_embed.proj.weight']._replace(shape=(width, channels, *patch))
+    inferred = model_of.inferred_arguments({**arrays, 'patch_embed.proj.weight': proj})
     learnt = 'none' if args['pos_embed'] in ('', 'none') else 'learn'
-    model_of.check_arguments(args | dict(pos_embed=learnt), inferred, mlp_dim, False)
-    check_agreement({'num_features': config.get('num_features')}, {'num_features': width})
+    model_of.check_arguments(config, args | dict(pos_embed=learnt), inferred)
     check_agreement(
         {'final_norm and fc_norm': last_norm(args), 'map': args['global_pool'] == 'map'},
         {'final_norm and fc_norm': norm_of(arrays), 'map': 'attn_pool.latent' in arrays},
     )
     interpolation, square = resizing(args)
     fields = dict(
-        num_classes=inferred['num_classes'] or None, patch_size=patch, width=width, depth=depth,
-        mlp_dim=mlp_dim, num_heads=args['num_heads'], pool=POOLS[args['global_pool']],
-        pool_style=pool_style(args, arrays, mlp_dim), cls_token=inferred['class_token'],
+        num_classes=inferred['num_classes'] or None, patch_size=patch, width=width,
+        depth=inferred['depth'], mlp_dim=mlp_dim, num_heads=args['num_heads'],
+        pool=POOLS[args['global_pool']], pool_style=pool_style(args, arrays, mlp_dim),
+        cls_token=inferred['class_token'],
         registers=inferred['reg_tokens'], posemb=learnt, cls_posemb=False, registers_posemb=False,
         interpolation=interpolation, square_posemb=square, pre_norm=inferred['pre_norm'],
-        last_norm=last_norm(args), style=model_of.style_of(inferred),
+        last_norm=last_norm(args), style=model_of.style_of(args, inferred),
         layer_scale=float(args['init_values'] or 1e-5) if args['init_values'] is not None else None,
         gelu=model_of.gelu_of(args, False), epsilon=1e-6,
     )  # fmt: skip

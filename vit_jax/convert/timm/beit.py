@@ -1,0 +1,178 @@
+"""timm's class Beit: BEiT and BEiT v2 (arXiv:2106.08254, arXiv:2208.06366).
+
+Attention has biases by offset, those of each block or shared ones, instead of a position table or
+beside it. Keys have no bias. GELU is exact, norms have epsilon 1e-6.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from vit_jax.convert.documents import Notes
+from vit_jax.convert.files import Array
+from vit_jax.convert.official import half_normalisation, shape_of
+from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
+from vit_jax.convert.timm import arguments, frame, saving
+from vit_jax.convert.timm.config import POOLS, with_normalisation
+from vit_jax.convert.timm.model import guess_heads
+from vit_jax.convert.timm.pooling import pooling
+from vit_jax.errors import UserError
+from vit_jax.models import block, relative, vit
+
+SIGNATURE = arguments.Signature(
+    'Beit', 'beit.json', dict(
+        img_size=224, patch_size=16, in_chans=3, num_classes=1000, global_pool='avg',
+        embed_dim=768, depth=12, num_heads=12, qkv_bias=True, mlp_ratio=4, swiglu_mlp=False,
+        scale_mlp=False, norm_layer=None, init_values=None, use_abs_pos_emb=True,
+        use_rel_pos_bias=False, use_shared_rel_pos_bias=False, use_fc_norm=None,
+    ),
+    only=dict(norm_layer=(None,), global_pool=('avg', 'token', '')),
+)  # fmt: skip
+BLOCK = 'blocks.0.'
+TABLE = 'relative_position_bias_table'
+OWN, SHARED = f'{BLOCK}attn.{TABLE}', f'rel_pos_bias.{TABLE}'
+
+
+def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Whether the arrays, or the architecture of the config, are of this class."""
+    return OWN in names or SHARED in names or arguments.known_name(config, SIGNATURE) is not None
+
+
+def expresses(model: nn.Module) -> bool:
+    """Whether a model is saved as one of this class, whose keys have no bias."""
+    bias = model.style.bias if isinstance(model, vit.Vit) else None
+    if bias is None or bias.kind != 'table':
+        return False
+    return 'cls' in model.prefix and 'key' in model.style.unbiased
+
+
+def absent_biases(model: nn.Module) -> tuple[str, ...]:
+    """Those of `style.unbiased` that the file lacks, too: that of keys, or with qkv_bias all."""
+    qkv = block.PROJECTIONS
+    return qkv if set(qkv) <= set(model.style.unbiased) else ('key',)
+
+
+def inferred_arguments(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """{argument: value}, as far as names and shapes of arrays determine it."""
+    return frame.inferred_arguments(arrays) | dict(
+        qkv_bias=f'{BLOCK}attn.q_bias' in arrays, swiglu_mlp=f'{BLOCK}mlp.fc1_g.weight' in arrays,
+        scale_mlp=f'{BLOCK}mlp.norm.weight' in arrays,
+        init_values=frame.SCALED if f'{BLOCK}gamma_1' in arrays else frame.UNSCALED,
+        use_abs_pos_emb='pos_embed' in arrays, use_rel_pos_bias=OWN in arrays,
+        use_shared_rel_pos_bias=SHARED in arrays,
+    )  # fmt: skip
+
+
+def describe(
+    arrays: Mapping[str, Array], config: dict[str, Any]
+) -> tuple[str, dict[str, Any], Notes]:
+    """(kind, {field: value}, Notes) of the model, from arrays (names, shapes) and config.json."""
+    args = arguments.arguments(config, SIGNATURE)
+    inferred = inferred_arguments(arrays)
+    mlp_dim = shape_of(arrays, f'{BLOCK}mlp.fc2.weight', 2)[1]
+    frame.check_arguments(config, args, inferred, mlp_dim)
+    pool, guessed, unsettled = pooling(args | {'fc_norm': args.get('use_fc_norm')}, config, arrays)
+    if inferred['use_rel_pos_bias'] and inferred['use_shared_rel_pos_bias']:
+        raise UserError('biases by offset of each block beside shared ones: not supported')
+    table = offset_rows(arrays)
+    heads = args.get('num_heads') if table is None else shape_of(arrays, table[0], 2)[1]
+    if heads is None:
+        heads = guess_heads(inferred['embed_dim'], inferred['depth'])
+        guessed = guessed | {'num_heads': 'fused weights do not show it'}
+    bias = None
+    if table is not None:
+        bias = relative.Bias('table', shared=inferred['use_shared_rel_pos_bias'])
+    fields = frame.fields_of(arrays, args, inferred, pool) | dict(
+        mlp_dim=mlp_dim, num_heads=heads, glu=inferred['swiglu_mlp'], gelu='exact', epsilon=1e-6,
+        posemb='learn' if inferred['use_abs_pos_emb'] else 'none', cls_posemb=True,
+        interpolation='bicubic_antialias',
+        style=block.Style(
+            norms=('mlp',) if inferred['scale_mlp'] else (),
+            unbiased=('key',) if inferred['qkv_bias'] else block.PROJECTIONS, bias=bias,
+        ),
+    )  # fmt: skip
+    channels = inferred['in_chans']
+    default = half_normalisation(channels)
+    return 'vit', *with_normalisation(fields, config, channels, default, guessed, unsettled)
+
+
+def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
+    """(name, rows) of the position table; None without one."""
+    return ('pos_embed', shape_of(arrays, 'pos_embed', 3)[1]) if 'pos_embed' in arrays else None
+
+
+def offset_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
+    """(name, rows) of a table of biases by offset; None without one."""
+    name = next((name for name in (OWN, SHARED) if name in arrays), None)
+    return name and (name, shape_of(arrays, name, 2)[0])
+
+
+def pieces(model: nn.Module) -> list[Piece]:
+    """Pieces of all arrays of a model's file."""
+    rows, bias = frame.stem_pieces(model), model.style.bias
+    if model.posemb == 'learn':
+        rows.append(Piece('pos_embed', 'posemb'))
+    if bias is not None and bias.shared:
+        rows.append(Piece(SHARED, 'bias_table'))
+    for i in range(model.depth):
+        rows += block_pieces(f'blocks.{i}', (i,), model)
+    return rows + frame.head_pieces(model)
+
+
+def block_pieces(theirs: str, index: tuple, model: nn.Module) -> list[Piece]:
+    """Pieces of an encoder block."""
+    bias, unbiased = model.style.bias, model.style.unbiased
+    rows = [
+        *norm_pieces(f'{theirs}.norm1.', 'encoder/norm1', index, model=model),
+        *linear_pieces(f'{theirs}.attn.qkv', 'encoder/attn/qkv', index, bias=False),
+        *(Piece(f'{theirs}.attn.{name[0]}_bias', 'encoder/attn/qkv/bias', (*index, i), 'vector')
+          for i, name in enumerate(block.PROJECTIONS) if name not in unbiased),
+        *linear_pieces(f'{theirs}.attn.proj', 'encoder/attn/out', index, inputs=2),
+        *norm_pieces(f'{theirs}.norm2.', 'encoder/norm2', index, model=model),
+        *linear_pieces(f'{theirs}.mlp.fc2', 'encoder/mlp/fc2', index),
+    ]  # fmt: skip
+    layers = {'gate': 'fc1_g', 'fc1': 'fc1_x'} if model.glu else {'fc1': 'fc1'}
+    for ours, name in layers.items():
+        rows += linear_pieces(f'{theirs}.mlp.{name}', f'encoder/mlp/{ours}', index)
+    if bias is not None and not bias.shared:
+        rows.append(Piece(f'{theirs}.attn.{TABLE}', 'encoder/attn/bias_table', index))
+    if 'mlp' in model.style.norms:
+        rows += norm_pieces(f'{theirs}.mlp.norm.', 'encoder/mlp/norm', index, model=model)
+    if model.layer_scale is not None:
+        rows += [Piece(f'{theirs}.gamma_{n}', f'encoder/scale{n}', index) for n in (1, 2)]
+    return rows
+
+
+def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of the file: those of the pieces."""
+    return arrays
+
+
+def limits(model: nn.Module) -> dict[str, tuple]:
+    """{field: values that the format can express} for `save`."""
+    return {'style.bias': (model.style.bias,), 'style.norms': ((), ('mlp',))} | dict(
+        epsilon=(1e-6,), gelu=('exact',), resnet=(None,), pool=('cls', 'gap', 'none'),
+        cls_token=(None, True) if model.pool == 'cls' else (True,), dist_token=(False,),
+        registers=(0,), posemb=('learn', 'none'), cls_posemb=(True,), pre_norm=(False,),
+        last_norm=('tokens', 'pooled'), representation_size=(None,),
+    )  # fmt: skip
+
+
+def model_config(
+    model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
+) -> dict[str, Any]:
+    """Content of config.json for timm.create_model('local-dir:...')."""
+    bias = model.style.bias
+    args = dict(
+        mlp_ratio=saving.mlp_ratio(model.mlp_dim, model.width),
+        global_pool={v: k for k, v in POOLS.items()}[model.pool],
+        qkv_bias='query' not in model.style.unbiased, swiglu_mlp=model.glu,
+        scale_mlp='mlp' in model.style.norms, init_values=model.layer_scale,
+        use_abs_pos_emb=model.posemb == 'learn', use_rel_pos_bias=not bias.shared,
+        use_shared_rel_pos_bias=bias.shared, use_fc_norm=model.last_norm == 'pooled',
+    )  # fmt: skip
+    name = 'beit_base_patch16_224'
+    sets = SIGNATURE.defaults | arguments.tables(SIGNATURE)['architectures'][name]
+    return saving.document(name, args, sets, model, size, classes)
