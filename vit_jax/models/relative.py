@@ -26,7 +26,7 @@ class Bias:
     before the patches (arXiv:2111.09883 section 3.3, without its scaling).
     """
 
-    kind: Literal['table', 'mlp'] = 'table'
+    kind: Literal['table', 'mlp'] = 'table'  # numbers by offset, or an MLP of the offset
     shared: bool = False  # one for all blocks, or one in each
     hidden: Positive[int] = 128  # hidden size of the MLP
     # how a table is resized to another image size: as BEiT's code or as transformers does it

@@ -67,7 +67,7 @@ class Vit(nn.Module):
 
     attention        [L, B, heads, T, T]  probabilities
     tokens_by_block  [L + 1, B, T, D]     input of the first block, then the output of each block
-    normed_by_block  [L + 1, B, T, D]     the same likewise after the last norm
+    normed_by_block  [L + 1, B, T, D]     the same after the last norm, likewise
 
     Capturing changes no output. `train` turns on dropout and stochastic depth. Raises UserError for
     images of another kind or size than the parameters are for, and for an unknown capture.
