@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 
 from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
-from vit_jax.convert.timm import arguments, eva_model
+from vit_jax.convert.timm import arguments, eva_model, saving
 from vit_jax.convert.timm import model as vit_model
 from vit_jax.convert.timm import vit as timm_vit
 from vit_jax.convert.timm.config import POOLS
@@ -196,7 +196,7 @@ def written_arguments(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]
     args = dict(
         img_size=list(size), patch_size=list(model.patch_size), embed_dim=model.width,
         depth=model.depth, num_heads=model.num_heads,
-        mlp_ratio=timm_vit.mlp_ratio(model.mlp_dim, model.width), swiglu_mlp=model.glu,
+        mlp_ratio=saving.mlp_ratio(model.mlp_dim, model.width), swiglu_mlp=model.glu,
         global_pool={v: k for k, v in POOLS.items()}[model.pool],
         class_token='cls' in model.prefix, num_reg_tokens=model.registers,
         use_abs_pos_emb=model.posemb == 'learn', use_pre_transformer_norm=model.pre_norm,
@@ -215,7 +215,7 @@ def written_arguments(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]
     if model.pool == 'map':
         hidden = model.pool_style.mlp_dim or model.mlp_dim
         args['attn_pool_num_heads'] = model.pool_style.num_heads or model.num_heads
-        args['attn_pool_mlp_ratio'] = timm_vit.mlp_ratio(hidden, model.width)
+        args['attn_pool_mlp_ratio'] = saving.mlp_ratio(hidden, model.width)
     if rope is None:
         return args
     index = rope.coordinates == 'index'
