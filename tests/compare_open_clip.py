@@ -66,7 +66,8 @@ def small_architecture(name, args):
     known = [table for table in tables if name in table]
     with made, contextlib.ExitStack() as stack:
         for table in known:
-            stack.enter_context(mock.patch.dict(table, {name: table[name] | args}))
+            as_json = json.loads(json.dumps(args))
+            stack.enter_context(mock.patch.dict(table, {name: table[name] | as_json}))
         yield
 
 
