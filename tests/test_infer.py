@@ -1,18 +1,15 @@
 """How many tokens and rows of a position table the fields of a model give, without the model."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import pytest
+from recorded import DATA, FIXTURES, location
 
 from vit_jax import models
 from vit_jax.convert import infer, load
-from vit_jax.models import vit
+from vit_jax.models import mixer, vit
 from vit_jax.models.prefix import prefix_counts, prefix_rows
 
-DATA = pathlib.Path(__file__).with_name('data')
-FILES = sorted(p.name.removesuffix('.expected.npz') for p in DATA.glob('*.expected.npz'))
 PREFIXES = [  # fields that decide which tokens are before the patches, and which have positions
     dict(pool='cls'),
     dict(pool='cls', cls_posemb=False, registers=3),
@@ -67,17 +64,18 @@ def test_prefixes(posemb, posemb_at):
     assert len(shapes) > 1
 
 
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', FIXTURES)
 def test_files(name):
-    path = DATA / name if (DATA / name).is_dir() else DATA / f'{name}.npz'
-    with load.open_checkpoint(path) as parsed:
+    with load.open_checkpoint(location(name)) as parsed:
         model, grid = infer.infer_model(parsed, {}, None)
     if isinstance(model, vit.Vit):
         rows, tokens = computed(models.describe(model), grid or (2, 2))
         assert (rows, tokens) == built(model, grid or (2, 2))
         assert rows == (parsed.table and parsed.table[1])
-    else:
+    elif isinstance(model, mixer.Mixer):
         assert infer.mixer_tokens(parsed) == grid[0] * grid[1]
+    else:
+        assert grid is None
 
 
 def test_one_model_is_built_whatever_the_table_may_have(monkeypatch):

@@ -94,6 +94,13 @@ def introduction(function: Callable) -> str:
     return re.split(r'\n+(?:Args|Attributes|Returns|Raises|Yields):\n', inspect.getdoc(function))[0]
 
 
+def of_model(name: str, text: str) -> Section:
+    """Makes the Section of the fields of a model, those within groups included."""
+    module, _ = models.parts(name)
+    known = {k: v for k, v in models.fields(name).items() if k not in keys_of(keys.model)}
+    return Section(3, name.partition('-')[0], text, *flattened(known, fields(module)))
+
+
 def of(level: int, title: str, function: Callable, *others: Callable) -> Section:
     """Makes the Section of a function's settings, together with those of `others`."""
     known, meanings = {}, {}
@@ -116,10 +123,7 @@ def sections() -> Iterator[Section]:
     yield of(3, 'expected', keys.expectation)
     yield of(2, 'model', keys.model)
     for name, text in MODELS.items():
-        module, _ = models.parts(name)
-        known = {k: v for k, v in models.fields(name).items() if k not in keys_of(keys.model)}
-        known, meanings = flattened(known, fields(module))
-        yield Section(3, name.partition('-')[0], text, known, meanings)
+        yield of_model(name, text)
     yield of(2, 'data', keys.data)
     for name, function in components('data.task'):
         yield of(3, f"task='{name}'", function)

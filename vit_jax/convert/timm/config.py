@@ -141,7 +141,7 @@ def with_normalisation(
 
 def image_size(config: dict[str, Any]) -> tuple[int, int] | None:
     """Image size (height, width) of the checkpoint; None if the config does not state it."""
-    size = size_option(config.get('model_args') or {}, 'img_size')
+    size = size_option(option(config, 'model_args', 'an object', {}), 'img_size')
     if size is None:
         stated = input_size(config)
         size = stated and stated[1:]

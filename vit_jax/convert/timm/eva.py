@@ -27,7 +27,7 @@ complete = timm_vit.complete
 
 def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
     """Whether the arrays are those of this class."""
-    if 'patch_embed.proj.weight' not in names:
+    if 'patch_embed.proj.weight' not in names or 'patch_embed.norm.weight' in names:
         return False
     if arguments.known_name(dict(config), eva_model.SIGNATURE) is not None:
         return True
