@@ -101,7 +101,7 @@ Prefetch = Annotated[int, Range(1, 65_536), MayChange()]
 def check(name: str, value: Any, annotation: Any) -> None:
     """Raises UserError with the setting's name unless the annotation allows the value."""
     group = group_of(annotation)
-    if group is not None and isinstance(value, Mapping):
+    if group is not None and is_section(value):
         known = {field.name: field.type for field in dataclasses.fields(group)}
         for key, inner in value.items():
             if key not in known:
@@ -141,10 +141,15 @@ def grouped(annotation: Any, value: Any) -> Any:
     A list becomes a tuple; returns other values unchanged. The value has passed `check`.
     """
     group = group_of(annotation)
-    if group is not None and isinstance(value, Mapping):
+    if group is not None and is_section(value):
         known = {field.name: field.type for field in dataclasses.fields(group)}
         return group(**{key: grouped(known[key], inner) for key, inner in value.items()})
     return tuple(value) if isinstance(value, list) else value
+
+
+def is_section(value: Any) -> bool:
+    """Whether a value has keys and values: a dict, or a ConfigDict, which is no Mapping."""
+    return isinstance(value, Mapping) or hasattr(value, 'items') and hasattr(value, 'keys')
 
 
 def section(value: Any) -> Any:
@@ -168,7 +173,7 @@ def allows(annotation: Any, value: Any) -> bool:
     if dataclasses.is_dataclass(kind):
         known = {f.name: f.type for f in dataclasses.fields(kind)}
         values = section(value) if isinstance(value, kind) else value
-        return isinstance(values, Mapping) and all(
+        return is_section(values) and all(
             key in known and allows(known[key], inner) for key, inner in values.items()
         )
     if kind is int:

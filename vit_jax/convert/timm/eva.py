@@ -50,7 +50,7 @@ def expresses(model: nn.Module) -> bool:
     style, absent = model.style, set(block.PROJECTIONS) & set(model.style.unbiased)
     return (
         style.rope is not None or 'key' in absent and len(absent) < 3
-        or model.glu and 'mlp' in style.norms
+        or model.glu and 'mlp' in style.norms and not model.patch_norm
     )  # fmt: skip
 
 
