@@ -11,7 +11,7 @@ from learners import classifier, loss_of
 from recorded import DATA, FIXTURES, location
 
 import vit_jax
-from vit_jax import optim, sharding, step
+from vit_jax import optim
 from vit_jax.models import parameters
 
 CLASSES = 3
@@ -29,11 +29,16 @@ def of_file(name):
     return model, params, rng.integers(0, 256, (8, *shape), np.uint8)
 
 
-def without_gradient(name, value, model):
-    """Whether a gradient of zeros is right; `value` [L, ...] is that of a parameter."""
+def without_gradient(name, value, model, dead):
+    """Whether a gradient of zeros in the layers `dead` is right; `value` is that of all [L, ...].
+
+    Biases of an MLP by offset are among patches, which a class token does not read in the last.
+    """
     style = getattr(model, 'style', None)
     if re.fullmatch(INVARIANT, name):
         return True
+    if name.startswith('encoder/attn/bias_fc') and model.pool == 'cls':
+        return dead == [model.depth - 1]
     if name != 'encoder/attn/qkv/bias' or style is None:
         return False
     rest = np.delete(value, 1, axis=1)  # keys: see INVARIANT
@@ -50,10 +55,9 @@ def test_a_family_is_fine_tuned(name):
     batch = dict(
         image=images, label=np.arange(8, dtype=np.int32) % CLASSES, mask=np.ones(8, np.float32)
     )
-    tx = optim.make(step.abstract_params(objective), 9, lr=1e-2, decay=())
-    split = step.abstract_state(objective, tx, sharding.make_mesh(data=4, fsdp=2))
-    kernel = split.params['embedding']['kernel'] if 'embedding' in params else None
-    assert kernel is None or 'fsdp' in kernel.sharding.spec  # and every array has a rule
+    for key, leaf in parameters.named_leaves(params).items():
+        spec = parameters.find_rule(key, leaf.shape).spec  # raises without a rule for an array
+        assert 'fsdp' in spec or leaf.size < 1e4 or not key.endswith('kernel'), key
 
     of_loss = jax.jit(jax.value_and_grad(loss_of(objective), has_aux=True))
     losses = []
@@ -73,7 +77,7 @@ def test_a_family_is_fine_tuned(name):
         assert np.isfinite(value).all(), key
         layers = value if key.startswith('encoder/') else value[None]
         dead = [i for i, layer in enumerate(layers) if not np.any(np.abs(layer) > 1e-9)]
-        assert not dead or without_gradient(key, value, model), (key, dead)
+        assert not dead or without_gradient(key, value, model, dead), (key, dead)
 
 
 @pytest.mark.parametrize('name', FIXTURES)
