@@ -273,8 +273,6 @@ def record(name, folder, seed, label, by_name, **changes):
     elif family not in ('mlp_mixer', 'vision_transformer_hybrid'):
         sizes['_resized'] = size[0] * 3 // 2, size[1] * 5 // 4
     for suffix, one in sizes.items():
-        if suffix and 'img_size' in args:
-            module = timm.create_model(f'local-dir:{target}', pretrained=True, img_size=one).eval()
         images = np.random.default_rng(seed).normal(size=(1, *one, channels)).astype(np.float16)
         images = images.astype(np.float32)
         if suffix and family not in ('naflexvit', 'resnetv2'):
@@ -282,10 +280,6 @@ def record(name, folder, seed, label, by_name, **changes):
         theirs = outputs(module, images) | {'images': images}
         theirs.pop('encoded', None)
         expected |= {f'{key}{suffix}': value for key, value in theirs.items()}
-    if not by_name:
-        arrays = load_file(target / 'model.safetensors')
-        save_file({k: v.half() for k, v in arrays.items()}, target / 'model.safetensors',
-                  metadata={'format': 'pt'})  # fmt: skip
     np.savez_compressed(folder / f'{label}.expected.npz', **expected)
     if not by_name:
         arrays = load_file(target / 'model.safetensors')  # which timm would resize in float16
