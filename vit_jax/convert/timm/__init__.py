@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert.files import Array
 from vit_jax.convert.pieces import Piece
 from vit_jax.convert.timm import beit, bit, eva, hybrid, mixer, naflex, relpos, vit
 
@@ -45,8 +44,8 @@ def absent_biases(model: nn.Module) -> tuple[str, ...]:
 
 
 def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays of the file, from those of the pieces."""
-    return class_of_model(model).complete(model, arrays)
+    """Arrays of the file: those of the pieces, but where the class has a `complete` of its own."""
+    return getattr(class_of_model(model), 'complete', lambda _, arrays: arrays)(model, arrays)
 
 
 def model_config(
@@ -54,8 +53,3 @@ def model_config(
 ) -> dict[str, Any]:
     """Content of config.json for timm.create_model('local-dir:...')."""
     return class_of_model(model).model_config(model, size, classes)
-
-
-def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
-    """(name, rows) of the position table; None without one."""
-    return vit.table_rows(arrays)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 
 from vit_jax.convert.documents import Notes, check_agreement
 from vit_jax.convert.files import Array
@@ -89,11 +88,6 @@ def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
     """(): no layer has a bias that it could lack."""
     return ()
-
-
-def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays: the pieces are all that a file has."""
-    return arrays
 
 
 def pieces(model: nn.Module) -> list[Piece]:

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 
 from vit_jax.convert.documents import Notes
 from vit_jax.convert.files import Array
@@ -172,11 +171,6 @@ def block_pieces(theirs: str, index: tuple, model: nn.Module) -> list[Piece]:
     if model.layer_scale is not None:
         rows += [Piece(f'{theirs}.ls{n}.gamma', f'encoder/scale{n}', index) for n in (1, 2)]
     return rows
-
-
-def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays of the file: those of the pieces."""
-    return arrays
 
 
 def limits(model: nn.Module) -> dict[str, tuple]:
