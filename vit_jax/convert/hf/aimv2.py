@@ -18,7 +18,6 @@ from vit_jax.convert.pieces import Piece, count_numbered, norm_pieces
 from vit_jax.convert.stages import ENCODER
 from vit_jax.convert.timm.model import CLIP, guess_heads
 from vit_jax.errors import UserError
-from vit_jax.io.text import brief
 from vit_jax.models import block, vit
 
 TYPE = 'aimv2_vision_model'
@@ -85,11 +84,7 @@ def describe(
     arrays: Mapping[str, Array], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
-    kind = option(config, 'model_type', 'a text', TYPE)
-    if kind != TYPE:
-        raise UserError(
-            f'config.json: model_type is {brief(repr(kind))}, but the arrays are those of {TYPE}'
-        )
+    kind = hf_config.stated_type(config, TYPE)
     width, channels, *patch = shape_of(arrays, PATCHES, 4)
     depth = count_numbered(arrays, r'encoder\.layers\.(\d+)\.')
     gelu = hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'silu'), True)

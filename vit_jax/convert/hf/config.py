@@ -72,6 +72,17 @@ def unknown_keys(config: dict[str, Any], read: Collection[str]) -> tuple[str, ..
     return tuple(f'config.json: {brief(key)}' for key in config if key not in known)
 
 
+def stated_type(config: dict[str, Any], arrays_of: str) -> str:
+    """The model_type `arrays_of`, which the arrays have; raises UserError if the config differs."""
+    kind = option(config, 'model_type', 'a text', arrays_of)
+    if kind != arrays_of:
+        raise UserError(
+            f'config.json: model_type is {brief(repr(kind))}, but the arrays are those of '
+            f'{arrays_of}'
+        )
+    return kind
+
+
 def gelu_of(act: str, gated: bool = False) -> str:
     """The kind of GELU of `hidden_act`; 'exact' for a gated MLP, whose SiLU is the only one."""
     kinds = {'silu': 'exact', 'swish': 'exact'} if gated else GELUS
