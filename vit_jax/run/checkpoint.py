@@ -252,7 +252,7 @@ def restore_newest(workdir: os.PathLike | str, abstract: Any) -> Any | None:
     for _ in range(10):
         try:
             checkpoints = Checkpoints(workdir, read_only=True)
-        except FileNotFoundError:  # Orbax listed a checkpoint that has been deleted
+        except (FileNotFoundError, NotADirectoryError):  # a checkpoint vanished as Orbax listed it
             continue
         with checkpoints:
             steps = checkpoints.steps()
