@@ -87,6 +87,74 @@ def test_published_sizes_of_hybrids(name, millions):
     assert abs(count / 1e6 / millions - 1) < 0.01
 
 
+def test_blocks_read_the_visible_patches_alone():
+    model, params, images = small(registers=1)
+
+    def encoded(images, visible):
+        out = model.apply({'params': params}, images, visible=visible)[1]
+        return out['encoded'], out['cls']
+
+    every = jnp.tile(jnp.arange(6), (2, 1))
+    plain = model.apply({'params': params}, images)[1]
+    np.testing.assert_array_equal(encoded(images, every)[0], plain['encoded'])
+    some = jnp.array([[4, 1, 3], [0, 5, 2]])
+    patches, cls = encoded(images, some)
+    assert patches.shape == (2, 3, 24) and np.abs(cls - plain['cls']).max() > 1e-3
+    hidden = images.copy()
+    hidden[0, :4, :4] = hidden[0, :4, 8:] = hidden[0, 4:, 8:] = np.nan  # patches 0, 2 and 5
+    hidden[1, :4, 4:8] = hidden[1, 4:, :8] = np.nan  # patches 1, 3 and 4
+    np.testing.assert_array_equal(encoded(hidden, some)[0], patches)
+    turned = encoded(images, some[:, ::-1])
+    np.testing.assert_allclose(turned[0], patches[:, ::-1], atol=1e-5)
+    np.testing.assert_allclose(turned[1], cls, atol=1e-5)
+    for fields in (dict(posemb='relative'), dict(posemb_at='layers'), dict(style=dict(bias={})),
+                   dict(posemb='none', width=48, style=dict(rope={}))):  # fmt: skip
+        other, weights, _ = small(**fields)
+        with pytest.raises(UserError, match='places all patches within the blocks'):
+            other.apply({'params': weights}, images, visible=some)
+
+
+@pytest.mark.parametrize('fields', [
+    {}, dict(style=dict(bias={})), dict(style=dict(bias=dict(shared=True))),
+    dict(posemb='relative', remat='full'), dict(posemb_at='shared'),
+])  # fmt: skip
+def test_a_token_reads_those_that_it_attends_to_alone(fields):
+    model, params, images = small(pool='gap', **fields)
+
+    def encoded(images, attend):
+        return model.apply({'params': params}, images, train=True, attend=attend)[1]['encoded']
+
+    causal = jnp.tril(jnp.ones((6, 6), bool))
+    plain = model.apply({'params': params}, images, train=True)[1]['encoded']
+    np.testing.assert_array_equal(encoded(images, causal[None] | True), plain)
+    first = encoded(images, jnp.stack([causal, causal | (jnp.arange(6) < 3)]))
+    assert np.abs(first - plain).max() > 1e-3
+    changed = images.copy()
+    changed[:, 4:, :4] += 1  # patch 3
+    second = encoded(changed, jnp.stack([causal, causal | (jnp.arange(6) < 3)]))
+    np.testing.assert_array_equal(second[:, :3], first[:, :3])
+    assert (np.abs(second - first).max(axis=(0, 2))[3:] > 1e-3).all()
+    changed = images.copy()
+    changed[:, :4, 8:] += 1  # patch 2, which all of the second image's read
+    third = encoded(changed, jnp.stack([causal, causal | (jnp.arange(6) < 3)]))
+    np.testing.assert_array_equal(third[0, :2], first[0, :2])
+    assert (np.abs(third - first)[1].max(axis=1) > 1e-3).all()
+
+
+def test_patches_are_corrupted_before_they_get_positions():
+    model, params, images = small()
+    mask = jnp.arange(6) < 2
+
+    def tokens(images):
+        corrupt = lambda x: jnp.where(mask[:, None], 0.5, x)  # noqa: E731
+        return model.apply({'params': params}, images, corrupt=corrupt)[1]['tokens']
+
+    found = tokens(images)
+    plain = model.apply({'params': params}, images)[1]['tokens']
+    np.testing.assert_allclose(found[:, :2], 0.5 + params['posemb'][:, 1:3].repeat(2, 0), rtol=1e-6)
+    np.testing.assert_array_equal(found[:, 2:], plain[:, 2:])
+
+
 @pytest.mark.parametrize('fields', [
     dict(), dict(pool='gap', representation_size=200), dict(pool='map'),
     dict(pool='none', num_classes=40), dict(registers=40, num_classes=None),

@@ -35,7 +35,7 @@ def chosen(
     obstacles['pallas'] = obstacles['cudnn'] = (
         'it does not return the probabilities, which are captured' if capture
         else "it adds nothing to the logits, and model.posemb is 'relative'" if relative
-        else 'it adds nothing to the logits, and model.style.bias does' if bias
+        else 'it adds nothing to the logits, and model.style.bias or a mask does' if bias
         else f'it cannot drop probabilities, and model.attention_dropout is {dropout}'
         if dropout else None
     )  # fmt: skip
@@ -63,6 +63,15 @@ def chosen(
     if obstacles[kind]:
         raise UserError(f"model.attention is {kind!r}, but {obstacles[kind]}; 'auto' chooses")
     return kind
+
+
+def masked(bias: jax.Array | None, attend: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Adds to `bias` [H, T, T] of logits the least number where `attend` [B, T, T] is false.
+
+    Returns [B, H, T, T], or [B, 1, T, T] of no bias.
+    """
+    mask = jnp.where(attend, 0, jnp.finfo(dtype).min).astype(dtype)[:, None]
+    return mask if bias is None else bias.astype(dtype) + mask
 
 
 def block_bytes(tokens: int, width: int, dtype: DTypeLike, buffers: int = 1) -> int:

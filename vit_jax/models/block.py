@@ -86,9 +86,10 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Multi-head self-attention (arXiv:1706.03762 section 3.2): [B, T, D] -> [B, T, D].
 
-    `rotation` is that of rotary.rotation, for queries and keys, `bias` [H, T, T] is added to the
-    logits. `grid` (h, w) are the patches, which come last among the tokens, for positions of this
-    block's own. Returns (output, probabilities [B, H, T, T], or None where `capture` is off).
+    `rotation` is that of rotary.rotation, for queries and keys. `bias`, of the shape [H, T, T],
+    [B, 1, T, T] or [B, H, T, T], is added to the logits. `grid` (h, w) are the patches, which come
+    last among the tokens, for positions of this block's own. Returns (output, probabilities
+    [B, H, T, T], or None where `capture` is off).
     """
 
     num_heads: int
@@ -122,7 +123,8 @@ class Attention(nn.Module):
         qkv, vector = self.turned(qkv, vector, rotation)
         if style.bias is not None and not style.bias.shared:
             before = t - self.grid[0] * self.grid[1]
-            bias = relative.logits(self, style.bias, self.grid, before, self.num_heads)
+            own = relative.logits(self, style.bias, self.grid, before, self.num_heads)
+            bias = own if bias is None else bias + own
         if vector is None:
             vector = jnp.zeros((3, *heads))
         x, captured = self.attend(qkv, vector, bias)
@@ -160,7 +162,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Attends: [B, T, 3, H, C] -> ([B, T, H, C], probabilities or None).
 
-        `vector` [3, H, C] is added to qkv, `bias` [H, T, T] to the logits.
+        `vector` [3, H, C] is added to qkv, `bias` to the logits [B, H, T, T].
         """
         _, tokens, _, heads, channels = qkv.shape
         kind = 'xla' if self.is_initializing() else attention.chosen(

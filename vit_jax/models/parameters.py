@@ -34,19 +34,23 @@ class Rule(NamedTuple):
 # MLP, F the features of a convolution. Kernels of stacked MLPs are [L, D, M] and [L, M, D].
 RULES = (
     # [L, D, 3, H, C]
-    Rule(r'encoder/attn/qkv/kernel', P(None, 'fsdp', None, 'tensor', None), 'blocks'),
-    Rule(r'encoder/attn/qkv/bias', P(None, None, 'tensor', None), 'blocks'),  # [L, 3, H, C]
-    Rule(r'encoder/attn/out/kernel', P(None, 'tensor', None, 'fsdp'), 'blocks'),  # [L, H, C, D]
-    Rule(r'encoder/attn/relative', P(None, None, 'tensor', None), 'blocks'),  # [L, 2 T - 1, H, C]
-    Rule(r'encoder/attn/rope', P(None, None, 'tensor', None), 'blocks'),  # [L, 2, H, C / 2]
-    Rule(r'encoder/attn/bias_table', P(None, None, 'tensor'), 'blocks'),  # [L, R, H]
-    Rule(r'encoder/attn/bias_fc[12]/kernel', P(), 'blocks'),  # [L, 2, M] and [L, M, H]
-    Rule(r'encoder/(mlp|channel_mixing)/(fc1|gate)/kernel', P(None, 'fsdp', 'tensor'), 'blocks'),
-    Rule(r'encoder/(mlp|channel_mixing)/(fc1|gate)/bias', P(None, 'tensor'), 'blocks'),  # [L, M]
-    Rule(r'encoder/(mlp|channel_mixing)/fc2/kernel', P(None, 'tensor', 'fsdp'), 'blocks'),
-    Rule(r'encoder/token_mixing/fc1/kernel', P(None, None, 'fsdp'), 'blocks'),  # [L, N, M]
-    Rule(r'encoder/token_mixing/fc2/kernel', P(None, 'fsdp', None), 'blocks'),  # [L, M, N]
-    Rule(r'encoder/(\w+/)*(bias|scale[12]?|posemb(_[yx])?)', P(), 'blocks'),
+    Rule(r'(en|de)coder/attn/qkv/kernel', P(None, 'fsdp', None, 'tensor', None), 'blocks'),
+    Rule(r'(en|de)coder/attn/qkv/bias', P(None, None, 'tensor', None), 'blocks'),  # [L, 3, H, C]
+    # [L, H, C, D]
+    Rule(r'(en|de)coder/attn/out/kernel', P(None, 'tensor', None, 'fsdp'), 'blocks'),
+    # [L, 2 T - 1, H, C]
+    Rule(r'(en|de)coder/attn/relative', P(None, None, 'tensor', None), 'blocks'),
+    Rule(r'(en|de)coder/attn/rope', P(None, None, 'tensor', None), 'blocks'),  # [L, 2, H, C / 2]
+    Rule(r'(en|de)coder/attn/bias_table', P(None, None, 'tensor'), 'blocks'),  # [L, R, H]
+    Rule(r'(en|de)coder/attn/bias_fc[12]/kernel', P(), 'blocks'),  # [L, 2, M] and [L, M, H]
+    Rule(r'(en|de)coder/(mlp|channel_mixing)/(fc1|gate)/kernel', P(None, 'fsdp', 'tensor'),
+         'blocks'),
+    # [L, M]
+    Rule(r'(en|de)coder/(mlp|channel_mixing)/(fc1|gate)/bias', P(None, 'tensor'), 'blocks'),
+    Rule(r'(en|de)coder/(mlp|channel_mixing)/fc2/kernel', P(None, 'tensor', 'fsdp'), 'blocks'),
+    Rule(r'(en|de)coder/token_mixing/fc1/kernel', P(None, None, 'fsdp'), 'blocks'),  # [L, N, M]
+    Rule(r'(en|de)coder/token_mixing/fc2/kernel', P(None, 'fsdp', None), 'blocks'),  # [L, M, N]
+    Rule(r'(en|de)coder/(\w+/)*(bias|scale[12]?|posemb(_[yx])?)', P(), 'blocks'),
     Rule(r'embedding/kernel', P(None, None, None, 'fsdp'), 'stem'),  # [P, P, C, D]
     Rule(r'(conv_root|conv_proj|conv\d)/kernel', P(None, None, None, 'fsdp'), 'stem'),  # [h,w,C,F]
     Rule(r'bias_(table|fc[12]/(kernel|bias))', P(), 'stem'),  # shared by all blocks

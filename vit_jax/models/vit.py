@@ -7,7 +7,6 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
@@ -15,14 +14,13 @@ from vit_jax.io.bounds import Finite, Float, NonNegative, Positive, Rate
 from vit_jax.models import (
     block,
     embedding,
+    encoder,
     interface,
     layers,
     memory,
     pooling,
     quantized,
-    relative,
     resnet,
-    rotary,
     stem,
 )
 from vit_jax.models.flops import vit_flops
@@ -44,11 +42,6 @@ SIZES = {
     'e': dict(width=1792, depth=56, num_heads=16, mlp_dim=15360),
 }
 
-OF_BLOCKS = (  # fields that each block has, too
-    'num_heads', 'mlp_dim', 'style', 'gelu', 'glu', 'epsilon', 'layer_scale', 'dropout',
-    'attention', 'attention_dropout', 'dtype', 'quantize',
-)  # fmt: skip
-
 
 class Vit(nn.Module):
     """Images [B, H, W, C], normalised floats, to (output, named intermediates).
@@ -69,8 +62,8 @@ class Vit(nn.Module):
     tokens_by_block  [L + 1, B, T, D]     input of the first block, then the output of each block
     normed_by_block  [L + 1, B, T, D]     the same after the last norm, likewise
 
-    Capturing changes no output. `train` turns on dropout and stochastic depth. Raises UserError for
-    images of another kind or size than the parameters are for, and for an unknown capture.
+    Capturing changes no output. Raises UserError for images of another kind or size than the
+    parameters are for, and for an unknown capture.
     """
 
     num_classes: Positive[int] | None = 1000  # outputs of the head; None: no head
@@ -217,24 +210,36 @@ class Vit(nn.Module):
         *,
         train: bool = False,
         capture: str | tuple[str, ...] = (),
+        corrupt: stem.Corrupt | None = None,
+        visible: jax.Array | None = None,
+        attend: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(output, named intermediates) of normalised floats [B, H, W, C]; see the class."""
+        """Computes (output, named intermediates) of images; see the class.
+
+        Args:
+          images: normalised floats [B, H, W, C].
+          train: whether dropout and stochastic depth are on.
+          capture: names of further intermediates.
+          corrupt: function of the embedded patches [B, N, D], called before positions are added.
+          visible: int [B, V], the patches that blocks read; no others are in the intermediates.
+            None: all.
+          attend: bool [B, T, T] or [1, T, T], true where a token (row) attends to another (column).
+            None: each attends to all.
+        """
         self.check()
         interface.check_images(images, len(self.mean))
         capture = interface.captures(capture, self.captures)
         grid = self.grid(images.shape[1:])
         rows = self.prefix if self.posemb == 'relative' else self.prefix_posemb
         interface.check_size(images, grid, self.variables.get('params', {}), sum(rows.values()))
-        x, positions = stem.embed(self, images)
-        out = {'tokens': x}
-        b, n, d = x.shape
-        prefix = stem.prefix_tokens(self, positions)
-        x = jnp.concatenate([jnp.tile(p, (b, 1, 1)) for p in prefix] + [x], axis=1)  # [B, T, D]
+        patches, x = stem.sequence(self, images, corrupt, visible)
+        out = {'tokens': patches}
+        n = patches.shape[1]
         norm = self.style.norm, self.epsilon, self.dtype
         if self.pre_norm:
             x = layers.norm(*norm, 'pre_norm')(x)
         x = layers.Dropout(self.dropout, deterministic=not train)(x)
-        x, by_block = self.encode(x, grid, train, capture)
+        x, by_block = encoder.encode(self, x, grid, attend, train, capture)
         out |= by_block
         last_norm = layers.norm(*norm, 'norm') if self.last_norm != 'none' else None
         # Separate, so that patches that no pooling reads are not normed.
@@ -258,47 +263,6 @@ class Vit(nn.Module):
             logits = (logits + layers.head(*head, name='dist_head')(dist)) / 2
         out['logits'] = logits
         return logits, out
-
-    def encode(
-        self, x: jax.Array, grid: tuple[int, int], train: bool, capture: tuple[str, ...]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Applies L blocks, their parameters stacked on a leading axis: [B, T, D] -> [B, T, D].
-
-        Also returns {name: array} of what is captured.
-        """
-        before = sum(self.prefix.values())
-        table = (self.posemb, grid, before, self.width, self.posemb_std)
-        shared = rotation = bias = None
-        rope, by_offset = self.style.rope, self.style.bias
-        if rope is not None and not rope.learnt:
-            rotation = rotary.rotation(rope, grid, before, self.width // self.num_heads)
-        if by_offset is not None and by_offset.shared:
-            bias = relative.logits(self, by_offset, grid, before, self.num_heads)
-        if self.posemb_at == 'shared':
-            shared = embedding.positions(self, *table)
-        scan = self.is_initializing() or (train and self.remat != 'none')
-        encoder = memory.stacked(
-            block.Block, self.depth, self.unroll, scan, self.remat, (0, *(nn.broadcast,) * 3)
-        )(
-            **{name: getattr(self, name) for name in OF_BLOCKS},
-            grid=grid,
-            relative=self.posemb == 'relative',
-            positions=table if self.posemb_at == 'layers' else None,
-            relative_std=self.posemb_std,
-            stochastic_depth=self.drop_path > 0,
-            deterministic=not train,
-            capture='attention' in capture,
-            keep=bool({'tokens_by_block', 'normed_by_block'} & set(capture)),
-            matmul_dtype=self.product_dtype,
-            name='encoder',
-        )
-        rates = jnp.linspace(0, self.drop_path, self.depth)
-        y, (probabilities, tokens) = encoder(x, rates, shared, rotation, bias)
-        arrays = {'attention': probabilities}
-        if tokens is not None:
-            tokens = jnp.concatenate([x[None], tokens])
-            arrays |= {'tokens_by_block': tokens, 'normed_by_block': tokens}
-        return y, {name: arrays[name] for name in capture}
 
     def represented(self, x: jax.Array) -> jax.Array:
         """The input of the head: x, or the representation layer applied to it."""
