@@ -1,5 +1,7 @@
 """evaluate, predict and export take the runs of a method of one's own."""
 
+import re
+
 import denoise
 import jax
 import launched
@@ -7,14 +9,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax import config, evaluate, export, predict, train
+from vit_jax import assembly, config, evaluate, export, predict, train
 from vit_jax.assembly import restore
 from vit_jax.convert import load
 from vit_jax.convert import run as run_files
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.export import __main__ as export_command
-from vit_jax.run import workdir
+from vit_jax.run import checkpoint, workdir
 
 # The same method without names, so that image files have all that it predicts from.
 NAMELESS = '''
@@ -48,21 +50,24 @@ METRICS = {'loss': 'min'}
 
 def siamese(model, examples):
     def init(key):
-        image = jnp.zeros((1, *examples.spec['image'].shape))
-        return {'online': model.init(key, image)['params'], 'predictor': {'kernel': jnp.eye(16)}}
+        params = model.init(key, jnp.zeros((1, *examples.spec['image'].shape)))['params']
+        return {'online': params, 'predictor': {'kernel': jnp.eye(16) / 2}}
 
     def encode(params, batch):
         return model.apply({'params': params}, model.normalise(batch['image']))[1]['pre_logits']
 
     def loss(params, extra, frozen, batch, key, step):
         made = encode(params['online'], batch) @ params['predictor']['kernel']
-        target = encode(extra['online'], batch)
+        target = encode(extra['average']['online'], batch)
         value = jnp.sum(jnp.mean((made - target) ** 2, 1) * batch['mask'])
         return value, ({'loss': value}, {})
 
     return Objective(
         init, loss, lambda params, batch: {'code': encode(params['online'], batch)},
-        lambda params: {'online': jax.tree.map(jnp.array, params['online'])},
+        lambda params: {'average': jax.tree.map(jnp.array, params)},
+        lambda extra, params, aux, step: {'average': jax.tree.map(
+            lambda old, new: (old + new) / 2, extra['average'], params
+        )},
         rules=((r'predictor/kernel', jax.sharding.PartitionSpec()),),
     )
 
@@ -179,8 +184,13 @@ def test_a_model_in_a_subtree_is_loaded_alone(folder, tmp_path):
     path = run_file(file, folder, tmp_path / 'run')
     parts, params = restore.parts_and_params(path, restore.config_of_method(path, with_model=True))
     found = load.read(path)
-    equal = jax.tree.map(np.array_equal, found.params, params['online'])
-    assert all(jax.tree.leaves(equal)) and found.model == parts.model
+    raw = load.read(path, ema=False)
+    state = checkpoint.restore_newest(path, parts.abstract)
+    for ours, theirs in ((found, state.extra['average']), (raw, state.params)):
+        equal = jax.tree.map(np.array_equal, ours.params, theirs['online'])
+        assert all(jax.tree.leaves(equal)) and ours.model == parts.model
+    kernels = (x.params['embedding']['kernel'] for x in (found, raw))
+    assert np.abs(np.subtract(*kernels)).max() > 1e-6
     assert [row for row in found.account if row[0] == 'unused'] == [
         ('unused', 'predictor/kernel', 'beside the model')
     ]
@@ -190,6 +200,19 @@ def test_a_model_in_a_subtree_is_loaded_alone(folder, tmp_path):
     np.testing.assert_allclose(made, code, rtol=1e-4, atol=1e-5)
     smaller = load.read(path, num_classes=3)  # as for fine-tuning
     assert smaller.params['head']['bias'].shape == (3,)
+
+    # A run of a method with a subtree begins from the model of another run, whatever its method.
+    full = config.override(
+        config.experiment.read(f'{file}:{folder}'), [('init_from', path), ('seed', '5')]
+    )
+    other = assembly.make(full, devices=jax.devices()[:2])
+    state, account = assembly.first_state(full, other)
+    for tree in (state.params, state.extra['average']):
+        equal = jax.tree.map(np.array_equal, tree['online'], found.params)
+        assert all(jax.tree.leaves(equal))
+        np.testing.assert_array_equal(tree['predictor']['kernel'], np.eye(16) / 2)
+    assert re.search('re-initialised +predictor/kernel +at random', account)
+    assert re.search('unused +predictor/kernel +beside the model', account)
 
     names = {'/'.join(k) for k in flatten_dict(params)}
     assert run_files.prefixes(parts.model, (8, 8), names) == ['online/']

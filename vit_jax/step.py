@@ -54,6 +54,12 @@ def init(objective: Objective, tx: optim.Optimizer, seed: int, abstract: State) 
     return make(jax.random.key(seed))
 
 
+def random_params(objective: Objective, seed: int, abstract: State) -> Any:
+    """The parameters of `init`, each shard created on its device."""
+    make = jax.jit(objective.init, out_shardings=sharding.shardings_of(abstract).params)
+    return make(jax.random.key(seed))
+
+
 def begin(params: Any, objective: Objective, tx: optim.Optimizer, abstract: State) -> State:
     """A state at step 0 with loaded parameters, numpy or JAX arrays, sharded as `abstract` is."""
     shardings = sharding.shardings_of(abstract)

@@ -7,12 +7,14 @@ import jax
 import numpy as np
 from etils import epath
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from vit_jax import config as configs
 from vit_jax import evaluators, models, optim, sharding, step
 from vit_jax.assembly import evaluations
 from vit_jax.convert import load as weights
+from vit_jax.convert import run
 from vit_jax.data import mixture, order, sources, tasks
 from vit_jax.data.readers import names
 from vit_jax.errors import UserError
@@ -125,7 +127,9 @@ def kept_classes(config: ConfigDict, path: epath.Path, begun: bool) -> Sequence[
     if not config.keep_head or config.init_from is None:
         return None
     classes = workdir.read_names(path / 'classes.json') if begun else None
-    return classes or weights.read(config.init_from, values=False, ema=None).classes
+    if classes:
+        return classes
+    return weights.read(config.init_from, part='encoder', values=False, ema=None).classes
 
 
 def steps_of(config: ConfigDict, source: Sized) -> int:
@@ -149,7 +153,10 @@ def example_ids(config: ConfigDict, parts: Parts, number: int) -> np.ndarray:
 
 
 def first_state(config: ConfigDict, parts: Parts) -> tuple[step.State, str | None]:
-    """The state at step 0, random or from `init_from`, and a table of what was loaded, or None."""
+    """The state at step 0, random or from `init_from`, and a table of what was loaded, or None.
+
+    Of a method that keeps the model in a subtree of its parameters, the others are random.
+    """
     if config.init_from is None:
         fresh = (parts.objective, parts.tx, config.seed, parts.abstract)
         return step.init(*fresh), None
@@ -158,13 +165,26 @@ def first_state(config: ConfigDict, parts: Parts) -> tuple[step.State, str | Non
             f'init_from is {config.init_from}, but objective {config.objective.name} has a network '
             'of its own, whose parameters no checkpoint of a model has'
         )
+    size, names = parts.spec['image'].shape[:2], parameters.named_leaves(parts.abstract.params)
+    subject = f'init_from is {config.init_from}, but objective {config.objective.name}'
+    prefix = run.only_prefix(parts.model, size, names, subject)
+    classes = names[f'{prefix}head/bias'].shape[0] if f'{prefix}head/bias' in names else 0
     of_head = ('name', 'num_classes', 'representation_size')
     fields = {k: v for k, v in models.describe(parts.model).items() if k not in of_head}
     found = weights.read(
-        config.init_from, ema=None, image_size=parts.spec['image'].shape[:2],
-        num_classes=None if config.keep_head else parts.model.num_classes,
+        config.init_from, part='encoder', ema=None, image_size=size,
+        num_classes=None if config.keep_head and classes else classes,
         keep_pre_logits=config.keep_pre_logits, **fields,
     )  # fmt: skip
-    parameters.check_same(found.params, parts.abstract.params, config.init_from)
-    state = step.begin(found.params, parts.objective, parts.tx, parts.abstract)
-    return state, weights.format_account(found.account)
+    own = {f'{prefix}{name}': x for name, x in parameters.named_leaves(found.params).items()}
+    inside = {name: x for name, x in names.items() if name.startswith(prefix)}
+    parameters.check_same(own, inside, config.init_from)
+    if len(inside) < len(names):
+        random = step.random_params(parts.objective, config.seed, parts.abstract)
+        own = parameters.named_leaves(random) | own
+    params = unflatten_dict(own, sep='/')
+    state = step.begin(params, parts.objective, parts.tx, parts.abstract)
+    account = [*found.account, *(
+        ('re-initialised', name, 'at random: beside the model') for name in names.keys() - inside
+    )]  # fmt: skip
+    return state, weights.format_account(account)

@@ -24,8 +24,8 @@ def scalars(
       epochs: length of the run in passes over the training data.
       accumulate: micro-batches that a batch is split into. Their gradients are averaged, which
         takes less memory than the whole batch.
-      init_from: checkpoint to begin training from: anything that `vit_jax.load` takes. The head
-        starts at zero, and a representation layer is left out.
+      init_from: checkpoint to begin training from: anything that `vit_jax.load` takes, of which the
+        encoder is used. The head starts at zero, and a representation layer is left out.
       keep_head: whether to keep the head of `init_from`, and its representation layer.
       keep_pre_logits: whether to keep the representation layer of `init_from`.
       expected: results that the run is judged by, see below.

@@ -112,8 +112,9 @@ def model_of(scalars: Mapping, begun: Mapping | None) -> dict[str, Any]:
     new_head = None if scalars['keep_head'] else 1
     try:
         found = weights.read(
-            path, num_classes=new_head, keep_pre_logits=scalars['keep_pre_logits'], values=False
-        )
+            path, part='encoder', num_classes=new_head, values=False,
+            keep_pre_logits=scalars['keep_pre_logits'],
+        )  # fmt: skip
     except UserError:
         kept = (begun or {}).get('model', {})
         if 'name' in kept and begun.get('init_from') == path:

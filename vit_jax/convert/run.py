@@ -86,8 +86,8 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
         prefix = ''
         if config['objective']['name'] != 'supervised':
             model = models.build(name, **{**values, 'num_classes': 1})
-            prefix = only_prefix(model, size, arrays, f'{address}: objective '
-                                 f'{config["objective"]["name"]}')
+            subject = f'{address}: objective {config["objective"]["name"]}'
+            prefix = only_prefix(model, size, arrays, subject)
         bias = arrays.get(f'{prefix}head/bias')
         values['num_classes'] = None if bias is None else bias.shape[0]
         model = models.build(name, **values)

@@ -36,7 +36,8 @@ class Objective(NamedTuple):
         is what `update` needs, {} if nothing. `step` counts updates, from 0.
       predict: (params, batch) -> {name: array}, which evaluators read. Dropout is off.
       extra: params -> tree that the method keeps beside the parameters, such as a moving average or
-        a centre. It is saved with the state.
+        a centre. It is saved with the state. Evaluations, and what loads the run, read `average` in
+        place of the parameters where a dict has it, a tree of the same structure.
       update: (extra, params, aux, step) -> extra, after each update, with the new parameters.
       frozen: arrays that are read and never change, such as a teacher's. They are not saved; a
         resumed run compares them with those that it started with.

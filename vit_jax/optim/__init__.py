@@ -58,7 +58,12 @@ def merge(trainable: Any, params: Any) -> Any:
 
 
 def averaged(state: Any) -> Any:
-    """The moving average of the parameters if a step.State has one, else the parameters."""
+    """The moving average of the parameters if a step.State has one, else the parameters.
+
+    A method has its own as `average` in what it keeps (objectives.Objective.extra).
+    """
+    if isinstance(state.extra, dict) and 'average' in state.extra:
+        return state.extra['average']
     nodes = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, AveragedParams))
     found = [x for x in nodes if isinstance(x, AveragedParams)]
     return merge(found[0].average, state.params) if found else state.params

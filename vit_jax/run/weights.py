@@ -47,7 +47,7 @@ def sources_of(saved: Mapping[str, Any], average: bool | None) -> dict[str, str]
     """{name of a parameter: name of the saved array that has it}; see `read_params`."""
     sources = {name: name for name in saved if name.startswith('params/')}
     for name in saved if average is not False else ():
-        match = re.fullmatch(r'opt_state/(?:.*/)?average/(.*)', name)
+        match = re.fullmatch(r'(?:opt_state/(?:.*/)?|extra/)average/(.*)', name)
         if match:
             sources[f'params/{match[1]}'] = name
     return sources
