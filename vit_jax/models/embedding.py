@@ -42,6 +42,21 @@ def patches(
     return shard_batch(x.reshape(b, h * w, d))
 
 
+def cut(images: jax.Array, patch_size: tuple[int, int]) -> jax.Array:
+    """Cuts images into patches: [B, H, W, C] -> [B, N, P * P * C], rows first."""
+    b, _, _, c = images.shape
+    (h, w), (y, x) = grid(images.shape[1:], patch_size), patch_size
+    images = images.reshape(b, h, y, w, x, c).swapaxes(2, 3)
+    return images.reshape(b, h * w, y * x * c)
+
+
+def joined(patches: jax.Array, grid: tuple[int, int], patch_size: tuple[int, int]) -> jax.Array:
+    """Joins patches of a grid (h, w) to images, the inverse of `cut`."""
+    (h, w), (y, x) = grid, patch_size
+    patches = patches.reshape(len(patches), h, w, y, x, -1).swapaxes(2, 3)
+    return patches.reshape(len(patches), h * y, w * x, -1)
+
+
 def sincos2d(h: int, w: int, width: int, *, temperature: float = 10_000.0) -> jax.Array:
     """Fixed 2-D sine-cosine positions, [1, h * w, D], rows first (arXiv:2205.01580 section 3)."""
     if width % 4:

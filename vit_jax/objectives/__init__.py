@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError, shown
 from vit_jax.models.parameters import named_leaves
+from vit_jax.models.vit import Vit
 
 
 class Examples(NamedTuple):
@@ -59,6 +61,31 @@ class Objective(NamedTuple):
     indivisible: str = ''
     flops: float | None = None
     settings: dict = {}
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of values [B] where mask [B] is 1; 0 if the mask is 0 everywhere."""
+    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def headless(model: Any, examples: Examples, method: str) -> Vit:
+    """The `Vit` of a config without a head; raises UserError for a model that `method` can't train.
+
+    Its patches are to fill the images of the examples.
+    """
+    if not isinstance(model, Vit):
+        raise UserError(
+            f'objective {method} trains a ViT, and model.name is that of a '
+            f'{type(model).__name__}'
+        )
+    if model.resnet is not None:
+        raise UserError(f'objective {method} reads pixels of patches, which model.resnet has not')
+    model = model.clone(num_classes=None, representation_size=None, dist_head=False)
+    try:
+        model.grid(examples.spec['image'].shape)
+    except UserError as e:
+        raise UserError(f'config data.image_size: {e}') from e
+    return model
 
 
 def check_metrics(metrics: Any) -> None:

@@ -13,15 +13,10 @@ import jax.numpy as jnp
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Rate
 from vit_jax.models import interface
-from vit_jax.objectives import Examples, Objective, losses, mixing
+from vit_jax.objectives import Examples, Objective, losses, masked_mean, mixing
 
 MIX = 0x6D6978  # folded into the key for mixing; dropout uses the key itself
 METRICS = {'loss': 'min', 'accuracy': 'max'}  # whether less or more is better
-
-
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of values [B] where mask [B] is 1; 0 if the mask is 0 everywhere."""
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def supervised(
