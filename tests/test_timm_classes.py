@@ -117,6 +117,11 @@ def test_architectures_of_bit(units, width, name, args):
     assert config['model_args'] == dict(in_chans=3, num_classes=0) | args
 
 
+def test_a_bit_without_its_architecture_is_as_wide_as_its_arrays(folder, tmp_path):
+    path = changed(folder('bit_small'), tmp_path / 'in', architecture=None)
+    assert load.read(path).model == load.read(folder('bit_small')).model
+
+
 def test_what_bit_and_mixer_cannot_express():
     limits = bit.limits(models.build('bit', units=(2, 1)))
     assert (2, 1) not in limits['units'] and (3, 4) in limits['units']

@@ -24,6 +24,7 @@ from vit_jax.convert.stages import Parsed
 from vit_jax.convert.timm import config as timm_config
 from vit_jax.errors import UserError
 from vit_jax.io.storage import read_json
+from vit_jax.io.text import brief
 
 
 def parse_folder(
@@ -160,24 +161,24 @@ def parse_trunk(tower: dict[str, Array], config: dict[str, Any]) -> Parsed:
     }  # fmt: skip
     projection = {n: a for n, a in tower.items() if not n.startswith(open_clip.TRUNK)}
     try:
-        of_trunk = open_clip.trunk_config(tower, config)
-        family = timm.class_of_file(trunk, of_trunk)
+        trunk_config = open_clip.trunk_config(tower, config)
+        family = timm.class_of_file(trunk, trunk_config)
         if family is None:
-            name = of_trunk['architecture']
-            raise UserError(f'{open_clip.FILE}: timm_model_name {name!r} is not supported')
-        parsed = parse_timm(family, trunk, of_trunk, None)
+            name = brief(repr(trunk_config['architecture']))
+            raise UserError(f'{open_clip.FILE}: timm_model_name {name} is not supported')
+        parsed = parse_timm(family, trunk, trunk_config, None)
     except UserError as e:
         text = str(e)
         if open_clip.FILE not in text:
             text = text.replace('config.json', open_clip.FILE)
         raise UserError(text) from e
-    parsed = parsed._replace(family='open_clip')
     if open_clip.PROJECTION not in projection:
-        return parsed
-    count = shape_of(tower, open_clip.PROJECTION, 2)[0]
+        return parsed._replace(family='open_clip')
+    count, of_trunk = shape_of(tower, open_clip.PROJECTION, 2)[0], parsed.pieces
     return parsed._replace(
-        arrays=trunk | projection, fields=parsed.fields | dict(num_classes=count),
-        pieces=lambda model: open_clip.projected_pieces(family.pieces, model),
+        family='open_clip', arrays=trunk | projection,
+        fields=parsed.fields | dict(num_classes=count),
+        pieces=lambda model: open_clip.projected_pieces(of_trunk, model),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib.resources
 import json
+import math
 import os
 import pathlib
 import re
@@ -25,6 +26,7 @@ ARGUMENTS = (
     'part', 'image_size', 'num_classes', 'keep_pre_logits', 'ema', 'source_image_size',
 )  # fmt: skip
 PARTS = ('encoder', 'image')
+MOST_PATCHES = 2**18  # of an image, unless the caller asks for more
 
 
 def load(
@@ -114,13 +116,30 @@ def read(
         raise UserError(f'{path} is not a checkpoint of a run, so it has no moving average (ema)')
     with open_checkpoint(local, tower, part) as parsed:
         if as_input and image_size is None:
-            options['image_size'] = parsed.input_size
+            options['image_size'] = stated_size(parsed, path)
         loaded = fit(parsed, str(path), **options)
         if as_input and image_size is None:
             account = [explain_resize(row, parsed) for row in loaded.account]
             loaded = loaded._replace(account=account)
     log_notes(path, parsed, loaded.account)
     return loaded
+
+
+def stated_size(parsed: Parsed, path: str | os.PathLike) -> tuple[int, int] | None:
+    """The input size that the documents state, if any.
+
+    Raises UserError for more than MOST_PATCHES patches, since positions would be resized to them.
+    """
+    size, patch = parsed.input_size, parsed.fields.get('patch_size')
+    if size is None or patch is None:
+        return size
+    count = math.prod(n // max(p, 1) for n, p in zip(size, patch, strict=True))
+    if count > MOST_PATCHES:
+        raise UserError(
+            f'{path}: the settings beside it are for images of {size[0]} x {size[1]} pixels, '
+            f'{count:,} patches; if that is meant, give image_size=({size[0]}, {size[1]})'
+        )
+    return size
 
 
 def explain_resize(row: tuple[str, str, str], parsed: Parsed) -> tuple[str, str, str]:

@@ -140,7 +140,7 @@ def gelu_of(stated: dict[str, Any], vision: dict[str, Any]) -> str:
     quick = option(stated, 'quick_gelu', 'true or false', False, FILE)
     given = option(vision, 'act_kwargs', 'an object', {}, FILE)
     kinds = {} if quick else {'none': 'exact', 'tanh': 'tanh'}
-    kind = given.get('approximate', 'none')
+    kind = option(given, 'approximate', 'a text', 'none', FILE)
     if given and (given.keys() - {'approximate'} or kind not in kinds):
         raise UserError(f'{FILE}: act_kwargs {brief(repr(given))} are not supported')
     return 'quick' if quick else kinds[kind]
@@ -229,7 +229,8 @@ def trunk_config(arrays: Mapping[str, Array], config: dict[str, Any]) -> dict[st
     pool = option(vision, 'timm_pool', 'a text', '' if 'timm_pool' in vision else 'avg', FILE)
     proj = option(vision, 'timm_proj', 'a text', '' if 'timm_proj' in vision else 'linear', FILE)
     if pool in ('abs_attn', 'rot_attn') or proj not in ('linear', 'none', ''):
-        raise UserError(f'{FILE}: timm_pool {pool!r} with timm_proj {proj!r} is not supported')
+        pair = f'timm_pool {brief(repr(pool))} with timm_proj {brief(repr(proj))}'
+        raise UserError(f'{FILE}: {pair} is not supported')
     args = {} if proj == 'linear' and not pool else {'global_pool': pool}
     images = {key: list(values) for key, values in normalisation(preprocess).items()}
     return dict(

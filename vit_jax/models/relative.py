@@ -43,24 +43,27 @@ def square_side(count: int, before: int) -> int:
     return (math.isqrt(max(count - 3 * bool(before), 0)) + 1) // 2
 
 
-def index(grid: tuple[int, int], before: int) -> np.ndarray:
-    """Row of the table for each pair of query and key, int [T, T]."""
+def index(grid: tuple[int, int], before: int) -> jax.Array:
+    """Row of the table for each pair of query and key, int32 [T, T].
+
+    An array of JAX, so that the shapes of a model for huge images take no memory.
+    """
     h, w = grid
-    y, x = (n.reshape(-1) for n in np.mgrid[:h, :w])
+    y, x = (n.reshape(-1) for n in jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing='ij'))
     patches = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
     if not before:
         return patches
-    count, t = (2 * h - 1) * (2 * w - 1), before + h * w
-    table = np.empty((t, t), int)
-    table[before:, before:] = patches
-    table[:before], table[:, :before], table[:before, :before] = count, count + 1, count + 2
-    return table
+    count = (2 * h - 1) * (2 * w - 1)
+    table = jnp.pad(patches, ((0, 0), (before, 0)), constant_values=count + 1)
+    table = jnp.pad(table, ((before, 0), (0, 0)), constant_values=count)
+    return table.at[:before, :before].set(count + 2)
 
 
-def log_offsets(grid: tuple[int, int]) -> np.ndarray:
+def log_offsets(grid: tuple[int, int]) -> jax.Array:
     """Logarithms of all offsets, float32 [(2 h - 1) (2 w - 1), 2], in the order of the table."""
-    offsets = np.mgrid[tuple(slice(1 - n, n) for n in grid)].reshape(2, -1).T
-    return (np.sign(offsets) * np.log1p(np.abs(offsets))).astype(np.float32)
+    sides = (np.arange(1 - n, n) for n in grid)
+    logs = ((np.sign(n) * np.log1p(np.abs(n))).astype(np.float32) for n in sides)
+    return jnp.stack([n.reshape(-1) for n in jnp.meshgrid(*logs, indexing='ij')], axis=1)
 
 
 def logits(
@@ -71,7 +74,7 @@ def logits(
     if bias.kind == 'table':
         table = scope.param('bias_table', nn.initializers.zeros, (rows(grid, before), heads))
         return jnp.moveaxis(table[place], -1, 0)
-    x = nn.relu(nn.Dense(bias.hidden, name='bias_fc1')(jnp.asarray(log_offsets(grid))))
+    x = nn.relu(nn.Dense(bias.hidden, name='bias_fc1')(log_offsets(grid)))
     table = nn.Dense(heads, name='bias_fc2')(x)
     patches = jnp.moveaxis(table[place[before:, before:]], -1, 0)
     return jnp.pad(patches, ((0, 0), (before, 0), (before, 0)))

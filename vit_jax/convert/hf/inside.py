@@ -59,9 +59,10 @@ def encoder_of(
     if config.get('is_hybrid') or not isinstance(inner, dict) or 'model_type' not in inner:
         raise UserError(f'config.json: a backbone_config {brief(repr(inner))} is not supported')
     check_part(kind, part)
-    others = {name: f'of {kind} around the encoder' for name in arrays}
-    chosen = {n.removeprefix(BACKBONE): x for n, x in arrays.items() if n.startswith(BACKBONE)}
-    return chosen, inner, {n: why for n, why in others.items() if not n.startswith(BACKBONE)}
+    why = f'of {brief(kind)} around the encoder'
+    others = {name: why for name in arrays if not name.startswith(BACKBONE)}
+    chosen = {n.removeprefix(BACKBONE): x for n, x in arrays.items() if n not in others}
+    return chosen, inner, others
 
 
 def without_wrapper(
@@ -81,7 +82,8 @@ def without_wrapper(
 def check_part(kind: str, part: str | None) -> None:
     """Raises UserError unless `part` is given."""
     if part is None:
-        raise UserError(f'config.json: model_type {kind!r} has an encoder inside; {ENCODER}')
+        kind = brief(repr(kind))
+        raise UserError(f'config.json: model_type {kind} has an encoder inside; {ENCODER}')
 
 
 def of_eomt(

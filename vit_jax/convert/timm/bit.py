@@ -71,7 +71,7 @@ def describe(
     if args.get('layers') is not None:  # timm makes as many stages as there are channels
         args['layers'] = args['layers'][: len(args.get('channels') or units)]
     if 'stem_chs' in args:
-        args['features'] = int(args['stem_chs'] * args['width_factor'])
+        args['features'] = int(args['stem_chs'] * args.get('width_factor', 1))
     check_agreement(args, inferred)
     fields = dict(
         num_classes=classes or None, units=tuple(units), width=features / 64,

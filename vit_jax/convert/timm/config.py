@@ -55,8 +55,11 @@ def input_size(config: dict[str, Any]) -> tuple[int, int, int] | None:
     size = pretrained_setting(config, 'input_size', 'a list')
     if size is None:
         return None
-    if len(size) != 3 or not all(map(KINDS['a whole number above 0'], size)):
-        raise UserError(f'config.json: input_size is {brief(size)}, not [channels, height, width]')
+    if len(size) != 3 or not all(map(KINDS['a number of pixels'], size)):
+        raise UserError(
+            f'config.json: input_size is {brief(size)}, not [channels, height, width] of an image '
+            'of at most 16384 pixels a side'
+        )
     return tuple(size)
 
 

@@ -18,6 +18,7 @@ from vit_jax.convert.timm import model as model_of
 from vit_jax.convert.timm.arguments import Signature
 from vit_jax.convert.timm.saving import mlp_ratio
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 from vit_jax.models import mixer
 
 GATED = "gMixer's gated MLPs"
@@ -103,7 +104,8 @@ def hidden_sizes(ratio: Any, width: int) -> tuple[int, int]:
     """Hidden sizes of the MLPs over patches and over channels; `ratio` is a number or a pair."""
     pair = ratio if isinstance(ratio, list) else [ratio] * 2
     if len(pair) != 2 or not all(type(n) in (int, float) and 0 < n < 1e6 for n in pair):
-        raise UserError(f'config.json: mlp_ratio is {ratio!r}, not a number or a pair of them')
+        value = brief(repr(ratio))
+        raise UserError(f'config.json: mlp_ratio is {value}, not a number or a pair of them')
     return int(pair[0] * width), int(pair[1] * width)
 
 

@@ -24,6 +24,7 @@ NAMES = {f'embeds.{n}': n for n in ('cls_token', 'reg_token', 'pos_embed')} | {
     f'embeds.proj.{n}': f'patch_embed.proj.{n}' for n in ('weight', 'bias')
 }
 AXES = 'embeds.pos_embed_y', 'embeds.pos_embed_x'
+MOST_SIDE = 256  # of a table summed from rows and columns, which has h * w positions for h + w
 METHODS = {  # interpolation, by (pos_embed_interp_mode, antialias, align_corners)
     ('bicubic', True, False): 'bicubic_antialias', ('bicubic', False, False): 'bicubic',
     ('bilinear', True, False): 'bilinear_antialias', ('bilinear', False, False): 'bilinear',
@@ -95,6 +96,11 @@ def summed(y: Array, x: Array) -> Array:
     """The table [1, h, w, D] of positions of rows [1, h, D] and of columns [1, w, D]."""
     if len(y.shape) != 3 or len(x.shape) != 3 or y.shape[::2] != x.shape[::2]:
         raise UserError(f'arrays {" and ".join(AXES)} are {list(y.shape)} and {list(x.shape)}')
+    if max(y.shape[1], x.shape[1]) > MOST_SIDE:
+        raise UserError(
+            f'arrays {" and ".join(AXES)} are of {y.shape[1]} x {x.shape[1]} patches, at most '
+            f'{MOST_SIDE} x {MOST_SIDE} are supported'
+        )
 
     def fill(out: np.ndarray) -> None:
         rows, columns = y.read(AXES[0]), x.read(AXES[1])

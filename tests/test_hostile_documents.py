@@ -1,0 +1,145 @@
+"""JSON files of every family that are wrong: a refusal in one line, and no memory for it."""
+
+import json
+import random
+import shutil
+
+import fuzz_files
+import jax
+import numpy as np
+import pytest
+from recorded import DATA, FIXTURES, location
+from safetensors.numpy import load_file, save_file
+
+import vit_jax
+from vit_jax.convert import hf, load, open_clip
+from vit_jax.convert.timm import beit, bit, eva_model, mixer, naflex, relpos
+from vit_jax.convert.timm import config as timm_config
+from vit_jax.convert.timm import model as vit_model
+from vit_jax.errors import UserError
+from vit_jax.models import block, relative, rotary
+
+FOLDERS = [n for n in FIXTURES if (DATA / n).is_dir()] + ['open_clip']
+OF_TRANSFORMERS = {  # {model_type: fields of a model that is saved as one}
+    'dinov3_vit': dict(style=block.Style(rope=rotary.Rope()), posemb='none', layer_scale=1.0),
+    'aimv2_vision_model': dict(style=block.Style(norm='rms'), glu=True, patch_norm=True,
+                               pool='gap'),
+    'beit': dict(style=block.Style(unbiased=('key',), bias=relative.Bias(interpolation='linear')),
+                 posemb='none'),
+    'blip_vision_model': dict(pool='none', cls_token=True),
+    'pixio': dict(pool='none', registers=2, registers_posemb=True),
+    'dinov2_with_registers': dict(layer_scale=1.0, registers=2),
+}  # fmt: skip
+KEYS = {  # that a file may leave out, by where they are
+    ('config.json',): ('architecture', 'model_type', 'id2label', 'architectures', 'vision_config',
+                       'backbone_config', *hf.vit.READ, *hf.towers.READ, *hf.beit.READ),
+    ('config.json', 'model_args'): sorted({
+        key for c in (beit, bit, eva_model, mixer, naflex, relpos, vit_model)
+        for key in c.SIGNATURE.defaults
+    }),
+    ('config.json', 'pretrained_cfg'): timm_config.READ,
+    (open_clip.FILE, 'model_cfg', 'vision_cfg'): open_clip.READ['vision_cfg'],
+    (open_clip.FILE, 'preprocess_cfg'): open_clip.READ['preprocess_cfg'],
+    ('preprocessor_config.json',): hf.processor.READ,
+}  # fmt: skip
+VALUES = [v for v in fuzz_files.VALUES if v != 10**4000] + [
+    'x' * 5000, {'approximate': []}, {'model_type': 'x'}, [{}, []],
+]  # fmt: skip
+
+
+@pytest.fixture(scope='module', params=[*FOLDERS, *OF_TRANSFORMERS])
+def folder(request, tmp_path_factory):
+    """A copy of a checkpoint of the family."""
+    name, path = request.param, tmp_path_factory.mktemp('folder') / 'x'
+    if name not in OF_TRANSFORMERS:
+        shutil.copytree(location(name), path)
+        return path
+    model = fuzz_files.tiny(num_classes=None, gelu='exact', **OF_TRANSFORMERS[name])
+    vit_jax.save(path, model, fuzz_files.parameters(model), 'hf', image_size=16, view='resize')
+    assert json.loads((path / 'config.json').read_text())['model_type'] == name
+    return path
+
+
+def places(value, at):
+    """Paths of all that a JSON value at a path holds, or might hold."""
+    yield at
+    if isinstance(value, dict):
+        for key in sorted({*value, *KEYS.get(at, ())}):
+            yield from places(value.get(key), (*at, key))
+
+
+def replaced(value, at, new):
+    """A JSON value with another one at a path."""
+    return new if not at else value | {at[0]: replaced(value.get(at[0]), at[1:], new)}
+
+
+def check(folder, chosen):
+    """Each of the chosen values of JSON files is replaced in turn; returns how many are refused."""
+    part = 'image' if (folder / open_clip.FILE).exists() else None
+    load.read(folder, values=False, part=part)
+    files = {p.name: p for p in folder.glob('*.json')}
+    documents = {name: json.loads(path.read_text()) for name, path in files.items()}
+    cases = [(at, new) for name in files for at in places(documents[name], (name,))
+             for new in VALUES]  # fmt: skip
+    refused = 0
+    for at, new in chosen(cases):
+        path, (name, *inside) = files[at[0]], at
+        path.write_text(json.dumps(replaced(documents[name], inside, new)))
+        try:
+            message = fuzz_files.refusal(lambda: load.read(folder, values=False, part=part))
+        except Exception as e:
+            raise AssertionError(f'{at} is {new!r:.99}') from e
+        assert message is None or len(message) < 1000, message
+        refused += message is not None
+        path.write_text(json.dumps(documents[name]))
+    return refused
+
+
+def test_a_value_of_any_kind_is_read_or_refused(folder):
+    assert check(folder, lambda cases: random.Random(0).sample(cases, 25)) > 3
+
+
+@pytest.mark.slow
+def test_every_value_of_any_kind_is_read_or_refused(folder):
+    check(folder, list)
+
+
+HUGE = {  # settings of images with more patches than anyone means
+    'naflex_gap': dict(input_size=[3, 16384, 16384]),
+    'timm_srelpos': dict(input_size=[3, 4096, 4096]),
+}
+
+
+@pytest.mark.parametrize('name', HUGE)
+def test_settings_take_no_memory(name, tmp_path):
+    shutil.copytree(location(name), tmp_path / 'x')
+    path = tmp_path / 'x' / 'config.json'
+    config = json.loads(path.read_text())
+    config['pretrained_cfg'] |= HUGE[name]
+    config['model_args'].pop('img_size', None)
+    path.write_text(json.dumps(config))
+    with fuzz_files.limited(), pytest.raises(UserError, match='patches; if that is meant, give'):
+        vit_jax.load(tmp_path / 'x')
+
+
+def test_factors_of_a_table_take_no_memory(tmp_path):
+    """Positions of rows and of columns have far fewer numbers than their sum."""
+    shutil.copytree(location('naflex_factorised'), tmp_path / 'x')
+    weights, path = tmp_path / 'x' / 'model.safetensors', tmp_path / 'x' / 'config.json'
+    arrays = load_file(weights)
+    for name in ('embeds.pos_embed_y', 'embeds.pos_embed_x'):
+        arrays[name] = np.zeros((1, 9999, arrays[name].shape[2]), np.float16)
+    save_file(arrays, weights)
+    config = json.loads(path.read_text())
+    config['model_args']['pos_embed_grid_size'] = [9999, 9999]
+    path.write_text(json.dumps(config))
+    with fuzz_files.limited(), pytest.raises(UserError, match='of 9999 x 9999 patches, at most'):
+        load.read(tmp_path / 'x')
+
+
+def test_shapes_of_biases_by_offset_take_no_memory():
+    model = fuzz_files.tiny(style=block.Style(bias=relative.Bias('mlp')), posemb='none')
+    images = jax.ShapeDtypeStruct((1, 8192, 8192, 3), np.float32)
+    with fuzz_files.limited():
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+    assert shapes['encoder']['attn']['bias_fc1']['kernel'].shape[1] == 2
