@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 import vit_jax
 from vit_jax import models
-from vit_jax.convert import load, save
+from vit_jax.convert import folding, load
 from vit_jax.errors import UserError
 from vit_jax.models import block
 
@@ -727,9 +727,9 @@ def test_round_trip(name, format, tmp_path):
             assert back.image_size == tuple(size)
         assert back.classes == (tuple(options['classes']) if model.num_classes else None)
         assert back.config == {'seed': 3}
-        folding = save.fold_positions(model, flatten_dict(params, sep='/'), format, size)
-        assert folding[0] == model  # there is nothing to fold
-        assert_same_bits(folding[1], flatten_dict(params, sep='/'))
+        folded = folding.fold_positions(model, flatten_dict(params, sep='/'), format, size)
+        assert folded[0] == model  # there is nothing to fold
+        assert_same_bits(folded[1], flatten_dict(params, sep='/'))
     else:
         with pytest.raises(UserError) as e:
             vit_jax.save(path, model, params, format, **options)
@@ -947,7 +947,7 @@ def test_big_vision_with_the_class_token_in_the_table(name, tmp_path):
 
 SAVES = """
 import sys
-from vit_jax.convert import load, save
+from vit_jax.convert import folding, load, save
 path, format, *sources = sys.argv[1:]
 versions = [load.read(source) for source in sources]
 while True:

@@ -16,7 +16,7 @@ import vit_jax
 from vit_jax.convert import families, files, load
 from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.timm import arguments as timm_arguments
-from vit_jax.convert.timm import model as timm_model
+from vit_jax.convert.timm import vit_model
 from vit_jax.data import tasks
 from vit_jax.errors import UserError
 
@@ -48,7 +48,7 @@ def timm_parts(name='timm_vit_token'):
 
 def vit_arguments(config):
     """Arguments of timm's VisionTransformer."""
-    return timm_arguments.arguments(config, timm_model.SIGNATURE)
+    return timm_arguments.arguments(config, vit_model.SIGNATURE)
 
 
 def hf_arrays(kind='vit', width=48, depth=2, hidden=96, rows=17, classes=5, head=True):
@@ -161,7 +161,7 @@ def test_an_argument_that_is_not_known_is_refused(tmp_path):
 
 def test_each_known_architecture_is_expressed_or_refused_with_its_argument():
     refused = {}
-    for name, sets in timm_arguments.tables(timm_model.SIGNATURE)['architectures'].items():
+    for name, sets in timm_arguments.tables(vit_model.SIGNATURE)['architectures'].items():
         try:
             args = vit_arguments({'architecture': f'{name}.tag'})
         except UserError as e:
@@ -169,7 +169,7 @@ def test_each_known_architecture_is_expressed_or_refused_with_its_argument():
             assert named, e
             refused[name] = str(e)
         else:
-            assert args == timm_model.SIGNATURE.defaults | sets
+            assert args == vit_model.SIGNATURE.defaults | sets
     for name, words in (
         ('vit_base_patch16_18x2_224', 'several attentions and MLPs side by side'),
         ('vit_dwee_patch16_reg1_gap_256', 'differential attention'),

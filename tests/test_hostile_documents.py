@@ -13,9 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 import vit_jax
 from vit_jax.convert import hf, load, open_clip
-from vit_jax.convert.timm import beit, bit, eva_model, mixer, naflex, relpos
+from vit_jax.convert.timm import beit, bit, eva_model, mixer, naflex, relpos, vit_model
 from vit_jax.convert.timm import config as timm_config
-from vit_jax.convert.timm import model as vit_model
 from vit_jax.errors import UserError
 from vit_jax.models import block, relative, rotary
 

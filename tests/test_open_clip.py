@@ -21,7 +21,7 @@ ARRAYS, CONFIG = 'open_clip_model.safetensors', 'open_clip_config.json'
 @pytest.fixture
 def small_trunk(monkeypatch):
     """timm's SigLIP is as small as the recorded trunk of that name."""
-    known = arguments.read_table('architectures.json')['architectures']
+    known = arguments.read_table('vit.json')['architectures']
     name = 'vit_base_patch16_siglip_224'
     monkeypatch.setitem(known, name, known[name] | SMALL)
 

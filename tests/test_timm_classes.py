@@ -176,7 +176,8 @@ REFUSED = {
     'patches': ('naflex_gap', dict(args={'patch_size': 8}), 'patch_size and in_chans'),
     'grid': ('naflex_gap', dict(args={'pos_embed_grid_size': [5, 5]}), 'pos_embed_grid_size'),
     'norm': ('naflex_gap', dict(args={'fc_norm': False}), 'final_norm and fc_norm'),
-    'pool': ('naflex_map', dict(args={'global_pool': 'avg', 'fc_norm': False}), 'map is False'),
+    'pool': ('naflex_map', dict(args={'global_pool': 'avg', 'fc_norm': False}),
+             "global_pool is 'avg', but the arrays have attention pooling"),
     'nearest': ('naflex_gap', dict(args={'pos_embed_interp_mode': 'nearest'}), 'nearest'),
     'no name': ('naflex_gap', dict(architecture=None), 'do not show the size of its patches'),
     'another class': (

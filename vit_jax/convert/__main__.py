@@ -20,7 +20,7 @@ from vit_jax.evaluators import classify
 from vit_jax.io import storage
 from vit_jax.io.text import aligned, brief, printable
 
-TO = flags.DEFINE_enum('to', None, list(save.FAMILIES), 'The format to write.')
+TO = flags.DEFINE_enum('to', None, list(save.FORMATS), 'The format to write.')
 LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')
 LIKE = flags.DEFINE_string('like', None, 'Print the part of it whose names contain this text.')
 SIZE = flags.DEFINE_list('image_size', None, 'Pixels, or height,width: resize the positions.')

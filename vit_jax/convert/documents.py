@@ -111,6 +111,24 @@ def check_agreement(
             )
 
 
+def check_mlp_ratio(
+    ratio: float, made: int, mlp_dim: int, key: str = 'mlp_ratio', file: str = 'config.json'
+) -> None:
+    """Raises UserError unless the size `made` of a ratio is the hidden size in the arrays."""
+    if made != mlp_dim:
+        raise UserError(
+            f'{file}: {key} is {ratio}, which makes an MLP of {made}, but the arrays have {mlp_dim}'
+        )
+
+
+def mlp_ratio(mlp_dim: int, width: int) -> int | float:
+    """A number with int(width * number) == mlp_dim, an integer if possible; raises UserError."""
+    for value in (mlp_dim / width, (mlp_dim + 0.5) / width):
+        if int(width * value) == mlp_dim:
+            return int(value) if value == int(value) else value
+    raise UserError(f'no mlp_ratio makes {mlp_dim} of width {width}')
+
+
 def check_class_names(
     names: Any, count: int | None, key: str, file: str = 'config.json'
 ) -> tuple[str, ...] | None:

@@ -78,11 +78,6 @@ def count_classes(arrays: Mapping[str, Array], kernel: str = 'head/kernel') -> i
     return shape_of(arrays, kernel, 2)[1] if kernel in arrays else None
 
 
-def half_normalisation(channels: int) -> dict[str, tuple[float, ...]]:
-    """{mean, std} that normalise images of `channels` channels to [-1, 1]."""
-    return {field: (0.5,) * channels for field in ('mean', 'std')}
-
-
 def shape_of(arrays: Mapping[str, Array], name: str, ndim: int) -> tuple[int, ...]:
     """Shape of a required array; raises UserError unless it has `ndim` axes, none of them empty."""
     if name not in arrays:

@@ -10,12 +10,18 @@ from typing import Any
 
 import flax.linen as nn
 
-from vit_jax.convert.documents import channel_values, check_agreement, option, size_option
+from vit_jax.convert.assumed import CLIP
+from vit_jax.convert.documents import (
+    channel_values,
+    check_agreement,
+    check_mlp_ratio,
+    option,
+    size_option,
+)
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
 from vit_jax.convert.stages import TWO_TOWERS
-from vit_jax.convert.timm.model import CLIP
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -175,11 +181,7 @@ def check_config(
         ls_init_value='a layer scale' if scaled else 'none',
     ), FILE)  # fmt: skip
     ratio = option(vision, 'mlp_ratio', 'a number above 0', 4.0, FILE)
-    if int(fields['width'] * ratio) != fields['mlp_dim']:
-        raise UserError(
-            f'{FILE}: mlp_ratio is {ratio}, which makes an MLP of {int(fields["width"] * ratio)}, '
-            f'but the arrays have {fields["mlp_dim"]}'
-        )
+    check_mlp_ratio(ratio, int(fields['width'] * ratio), fields['mlp_dim'], file=FILE)
 
 
 def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int]:

@@ -1,11 +1,11 @@
 """Saves a model and its parameters as a checkpoint that other libraries load."""
 
-import dataclasses
 import math
 import operator
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,18 +15,19 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from vit_jax.convert import big_vision, hf, official, timm, views
+from vit_jax.convert import biases, big_vision, folding, hf, official, timm, views
 from vit_jax.convert.documents import PROBLEMS, class_names
 from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.hf import vit as hf_vit
+from vit_jax.convert.hf import vit_saving
 from vit_jax.convert.pieces import file_arrays
 from vit_jax.convert.stages import loss_of, size_of, view_of
 from vit_jax.convert.write import write_folder, write_npz
 from vit_jax.errors import UserError, shown
-from vit_jax.models import block, embedding, mixer, relative, resnet, vit
+from vit_jax.models import mixer, relative, resnet, vit
 from vit_jax.models.interface import Metadata
 
-FAMILIES = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
+FORMATS = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 
 OF_MIXER = ('official', 'timm')  # formats that have MLP-Mixer
 PLAIN = {  # {field: values that a format can express that says nothing else}
@@ -85,13 +86,16 @@ def save(
     path, params = check_arguments(path, model, params, format, config)
     about = describe(model, params, image_size, classes, config, loss, view)
     if fold:
-        model, params = fold_positions(model, params, format, about.image_size)
-    model, params = with_biases(model, params, format)
+        model, params = folding.fold_positions(model, params, format, about.image_size)
+    if isinstance(model, vit.Vit) and model.style.unbiased:
+        absent = getattr(family_of(model, format), 'absent_biases', lambda model: ())
+        model, params = biases.with_zeros(model, params, absent(model))
     check_expressible(model, format, fold)
     check_params(model, params, about.image_size)
-    if format == 'hf' and hf.family_of_model(model) is hf_vit:
-        model, params = hf_vit.with_both_pools(model, params)
-    arrays = file_arrays(FAMILIES[format].pieces(model), params)
+    if family_of(model, format) is hf_vit:
+        model, params = vit_saving.with_both_pools(model, params)
+    family = family_of(model, format)
+    arrays = file_arrays(family.pieces(model), params)
     if format in ('official', 'big_vision'):
         if path.suffix != '.npz':
             raise UserError(f'{path}: format {format} is one file, name it with .npz')
@@ -103,9 +107,22 @@ def save(
     if about.image_size is None:
         raise UserError(f'format {format} states an image size; give image_size=...')
     documents, notes = folder_documents(format, model, about)
-    write_folder(path, FAMILIES[format].complete(model, arrays), documents)
+    if hasattr(family, 'complete'):
+        arrays = family.complete(model, arrays)
+    write_folder(path, arrays, documents)
     if notes:
         logging.warning('%s: as %s prepares images: %s', path, format, '; '.join(notes))
+
+
+def family_of(model: nn.Module, format: str) -> ModuleType:
+    """The module that writes a model in a format, as one of the kinds of models of its library.
+
+    It has `pieces`, `limits` and, for a folder, `model_config`. It may have `absent_biases`, those
+    that its files lack, too, and `complete`, which makes the file's arrays of those of the pieces.
+    """
+    if format == 'timm':
+        return timm.class_of_model(model)
+    return hf.family_of_model(model) if format == 'hf' else FORMATS[format]
 
 
 def check_arguments(
@@ -121,8 +138,8 @@ def check_arguments(
     if config is not None and not isinstance(config, dict):
         raise UserError(f'config is {shown(config)}, not the dict of a config.json')
     path = pathlib.Path(os.path.expanduser(path))
-    if format not in FAMILIES:
-        raise UserError(f'format {format!r} is none of {", ".join(FAMILIES)}')
+    if format not in FORMATS:
+        raise UserError(f'format {format!r} is none of {", ".join(FORMATS)}')
     if '://' in str(path) or ':/' in str(path):
         raise UserError(f'{path}: save writes local files; copy them from there')
     if isinstance(model, mixer.Mixer) and format not in OF_MIXER:
@@ -180,7 +197,7 @@ def check_expressible(model: nn.Module, format: str, fold: bool = False) -> None
             ways = ' or '.join(map(repr, values))
             foldable = field == 'cls_posemb' or (field, value) == ('posemb', 'sincos2d')
             ways += '; fold=True (--fold) writes it so' if foldable and not fold else ''
-            others = [other for other in FAMILIES if other != format and can_express(model, other)]
+            others = [other for other in FORMATS if other != format and can_express(model, other)]
             ways += f'; format {" and ".join(others)} can' if others else ''
             raise UserError(
                 f'format {format} cannot express {field}={value!r} of this model, only {ways}'
@@ -202,33 +219,7 @@ def can_express(model: nn.Module, format: str) -> bool:
 
 def limits_of(model: nn.Module, format: str) -> dict[str, tuple]:
     """{field: values that the format can express}."""
-    return (PLAIN if isinstance(model, vit.Vit) else {}) | FAMILIES[format].limits(model)
-
-
-def with_biases(
-    model: nn.Module, params: dict[str, np.ndarray], format: str
-) -> tuple[nn.Module, dict[str, np.ndarray]]:
-    """(model, params) with zeros for absent biases that a file of the format has."""
-    if not isinstance(model, vit.Vit) or not model.style.unbiased:
-        return model, params
-    lacking = getattr(FAMILIES[format], 'absent_biases', lambda model: ())(model)
-    whole = model.clone(style=dataclasses.replace(model.style, unbiased=lacking))
-    kernels = {
-        'attn/qkv': (2, () if set(block.PROJECTIONS) <= set(lacking) else block.PROJECTIONS),
-        'attn/out': (3, ('out',)),
-        **{f'mlp/{name}': (2, ('mlp',)) for name in ('fc1', 'gate', 'fc2')},
-    }
-    for name, (axis, parts) in kernels.items():
-        kernel = params.get(f'encoder/{name}/kernel')
-        if kernel is None or not set(parts) - set(lacking):
-            continue
-        zeros = np.zeros((kernel.shape[0], *kernel.shape[axis:]), np.float32)
-        bias = np.array(params.get(f'encoder/{name}/bias', zeros))
-        for i, part in enumerate(block.PROJECTIONS if name == 'attn/qkv' else ()):
-            if part in model.style.unbiased:  # masked in the model, whatever it is
-                bias[:, i] = 0
-        params = params | {f'encoder/{name}/bias': bias}
-    return whole, params
+    return (PLAIN if isinstance(model, vit.Vit) else {}) | family_of(model, format).limits(model)
 
 
 def check_params(
@@ -252,34 +243,6 @@ def check_params(
             raise UserError(f'parameter {name} has dtype {params[name].dtype}, not float32')
 
 
-def fold_positions(
-    model: nn.Module, params: dict[str, np.ndarray], format: str, size: tuple[int, int] | None
-) -> tuple[nn.Module, dict[str, np.ndarray]]:
-    """(model, params) with positions as the format has them; float32 outputs stay bitwise equal."""
-    if not isinstance(model, vit.Vit):
-        return model, params
-    params = dict(params)
-    if model.posemb == 'sincos2d' and format != 'big_vision':
-        if size is None:
-            raise UserError('a table of sin-cos positions needs image_size=...')
-        params['posemb'] = np.asarray(embedding.sincos2d(*model.grid(size), model.width))
-        model = model.clone(posemb='learn', cls_posemb=False, registers_posemb=False)
-    wants = {'official': True, 'hf': True, 'big_vision': False}.get(format)
-    if format == 'timm' and model.registers and not model.registers_posemb:
-        wants = False
-    if model.posemb == 'learn' and 'cls' in model.prefix and wants is not None:
-        rows = sum(model.prefix[n] for n in ('cls', 'dist') if n in model.prefix)
-        if wants and not model.cls_posemb:
-            zeros = np.zeros((1, rows, model.width), np.float32)
-            params['posemb'] = np.concatenate([zeros, params['posemb']], axis=1)
-            model = model.clone(cls_posemb=True)
-        elif model.cls_posemb and not wants and rows == 1:
-            params['cls'] = params['cls'] + params['posemb'][:, :1]
-            params['posemb'] = params['posemb'][:, 1:]
-            model = model.clone(cls_posemb=False)
-    return model, params
-
-
 def npz_record(model: nn.Module, about: About) -> dict[str, Any]:
     """Metadata to write beside an .npz, as a JSON object."""
     size, view = about.image_size, about.view
@@ -294,15 +257,14 @@ def folder_documents(
     format: str, model: nn.Module, about: About
 ) -> tuple[dict[str, Any], list[str]]:
     """({name: content} of the JSON files of a folder, notes on what they lack of the view)."""
-    model_config = {'timm': timm.model_config, 'hf': hf.model_config}[format]
-    documents = {'config.json': model_config(model, about.image_size, about.classes)}
+    family = family_of(model, format)
+    documents = {'config.json': family.model_config(model, about.image_size, about.classes)}
     if about.loss is not None:
         documents['config.json']['problem_type'] = PROBLEMS[about.loss]
     if format == 'hf':
         settings, notes = views.processor_settings(about.view, about.image_size)
-        documents['preprocessor_config.json'] = hf_processor.processor_config(
-            model, settings, getattr(hf.family_of_model(model), 'PROCESSOR', None)
-        )
+        kind = getattr(family, 'PROCESSOR', None)
+        documents['preprocessor_config.json'] = hf_processor.processor_config(model, settings, kind)
     else:
         settings, notes = views.pretrained_settings(about.view, about.image_size)
         documents['config.json']['pretrained_cfg'] |= settings

@@ -7,16 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 
-from vit_jax.convert.documents import check_agreement, option, size_option
+from vit_jax.convert.assumed import CLIP, half_normalisation
+from vit_jax.convert.biases import whole_groups
+from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf import blocks
 from vit_jax.convert.hf import config as hf_config
-from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, norm_pieces
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.pieces import Piece, norm_pieces
 from vit_jax.convert.stages import ENCODER
-from vit_jax.convert.timm.model import CLIP, guess_heads
 from vit_jax.errors import UserError
 from vit_jax.models import block, vit
 
@@ -30,6 +30,9 @@ BIASES = {  # of a layer, by name in block.Style
     'query': 'attention.q_proj', 'key': 'attention.k_proj', 'value': 'attention.v_proj',
     'out': 'attention.out_proj', 'mlp': 'ffn.up_proj',
 }  # fmt: skip
+DEFAULTS = dict(
+    hidden_size=1024, num_hidden_layers=24, num_channels=3, intermediate_size=2816, patch_size=14,
+)
 READ = {
     'model_type', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
     'num_channels', 'image_size', 'patch_size', 'hidden_act', 'rms_norm_eps', 'qkv_bias',
@@ -49,9 +52,7 @@ def expresses(model: nn.Module) -> bool:
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
     """Those of `style.unbiased` that the file lacks, too: qkv_bias and mlp_bias are flags."""
-    groups = (*block.PROJECTIONS, 'out'), ('mlp',)
-    absent = set(model.style.unbiased)
-    return tuple(n for group in groups if set(group) <= absent for n in group)
+    return whole_groups(model, (*block.PROJECTIONS, 'out'), ('mlp',))
 
 
 def select(
@@ -85,54 +86,24 @@ def describe(
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
     kind = hf_config.stated_type(config, TYPE)
-    width, channels, *patch = shape_of(arrays, PATCHES, 4)
-    depth = count_numbered(arrays, r'encoder\.layers\.(\d+)\.')
-    gelu = hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'silu'), True)
+    kernel = shape_of(arrays, PATCHES, 4)
     absent = tuple(n for n, layer in BIASES.items() if f'{LAYER}{layer}.bias' not in arrays)
-    fields = dict(
-        num_classes=None, patch_size=tuple(patch), width=width, depth=depth,
-        num_heads=option(config, 'num_attention_heads', 'a whole number above 0',
-                         8 if config else guess_heads(width, depth)),
-        mlp_dim=shape_of(arrays, f'{LAYER}ffn.up_proj.weight', 2)[0], glu=True, gelu=gelu,
+    fields = hf_config.encoder_fields(arrays, config, kernel, 'encoder.layers.', 8) | dict(
+        num_classes=None, mlp_dim=shape_of(arrays, f'{LAYER}ffn.up_proj.weight', 2)[0], glu=True,
+        gelu=hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'silu'), True),
         epsilon=option(config, 'rms_norm_eps', 'a number above 0', 1e-5), patch_norm=True,
         pool='gap', cls_token=False, interpolation='bicubic',
         style=block.Style(norm='rms', unbiased=absent),
     )  # fmt: skip
-    check_config(config, fields, channels, table_rows(arrays)[1])
-    guessed = {'pool': 'no pooling of the tokens is read from the file'}
+    table = table_rows(arrays)
     if config:
-        return kind, fields, guessed
-    return kind, fields, guessed | dict.fromkeys(
-        ('num_heads', 'epsilon'), 'there is no config.json'
-    )
-
-
-def check_config(
-    config: dict[str, Any], fields: dict[str, Any], channels: int, rows: int
-) -> None:
-    """Raises UserError if the arrays contradict the config."""
-    if not config:
-        return
-    count, flag = 'a whole number above 0', 'true or false'
-    unbiased = fields['style'].unbiased
-    inferred = dict(
-        hidden_size=fields['width'], num_hidden_layers=fields['depth'], num_channels=channels,
-        intermediate_size=fields['mlp_dim'], patch_size=fields['patch_size'], is_native=False,
-        qkv_bias='query' not in unbiased, mlp_bias='mlp' not in unbiased,
-    )  # fmt: skip
-    stated = dict(
-        hidden_size=option(config, 'hidden_size', count, 1024),
-        num_hidden_layers=option(config, 'num_hidden_layers', count, 24),
-        num_channels=option(config, 'num_channels', count, 3),
-        intermediate_size=option(config, 'intermediate_size', count, 2816),
-        patch_size=size_option(config, 'patch_size') or (14, 14),
-        is_native=option(config, 'is_native', flag, False),
-        qkv_bias=option(config, 'qkv_bias', flag, False),
-        mlp_bias=option(config, 'mlp_bias', flag, False),
-    )  # fmt: skip
-    check_agreement(stated, inferred)
-    option(config, 'use_head', flag)
-    hf_config.check_table(config, fields | dict(dist_token=False), rows)
+        hf_config.check_sizes(config, fields, kernel[1], DEFAULTS)
+        flags = dict(qkv_bias='query' not in absent, mlp_bias='mlp' not in absent, is_native=False)
+        hf_config.check_flags(config, flags)
+        option(config, 'use_head', 'true or false')
+        hf_config.check_table(config, fields['patch_size'], table[1], 0)
+    guessed = {'pool': 'no pooling of the tokens is read from the file'}
+    return kind, fields, guessed | hf_config.guessed(config, 'num_heads', 'epsilon')
 
 
 def pieces(model: nn.Module) -> list[Piece]:
@@ -146,11 +117,6 @@ def pieces(model: nn.Module) -> list[Piece]:
     for i in range(model.depth):
         rows += blocks.block_pieces(model, blocks.AIMV2, f'encoder.layers.{i}', (i,))
     return rows + norm_pieces('rms_norm.', 'norm', model=model)
-
-
-def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays of the file, from those of the pieces."""
-    return arrays
 
 
 def limits(model: nn.Module) -> dict[str, tuple]:

@@ -10,16 +10,15 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from vit_jax.convert.assumed import half_normalisation
 from vit_jax.convert.documents import check_agreement, option, size_option
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf import blocks, vit
 from vit_jax.convert.hf import config as hf_config
-from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
 from vit_jax.convert.stages import ENCODER
-from vit_jax.convert.timm.model import guess_heads
 from vit_jax.errors import UserError
-from vit_jax.io.text import brief
 from vit_jax.models import block, relative
 
 TYPES = ('beit', 'data2vec-vision')
@@ -108,37 +107,26 @@ def describe(
     arrays: Mapping[str, Array], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
-    kind = option(config, 'model_type', 'a text', TYPES[0])
-    if kind not in TYPES:
-        raise UserError(
-            f'config.json: model_type is {brief(repr(kind))}, but the arrays are those of '
-            f'{" or ".join(TYPES)}'
-        )
+    kind = hf_config.stated_type(config, *TYPES)
+    kernel = shape_of(arrays, PATCHES, 4)
     if SHARED in arrays and OWN in arrays:
         raise UserError(f'arrays {SHARED} and {OWN}: a sum of both biases is not supported')
-    width, channels, *patch = shape_of(arrays, PATCHES, 4)
-    depth = count_numbered(arrays, r'encoder\.layer\.(\d+)\.')
     scale = float(option(config, 'layer_scale_init_value', 'a number', 0.1))
     offsets = offset_rows(arrays)
     bias = offsets and relative.Bias(shared=offsets[0] == SHARED, interpolation='linear')
-    fields = dict(
+    fields = hf_config.encoder_fields(arrays, config, kernel, 'encoder.layer.') | dict(
         num_classes=shape_of(arrays, 'classifier.weight', 2)[0]
         if 'classifier.weight' in arrays else None,
-        patch_size=tuple(patch), width=width, depth=depth,
-        num_heads=option(config, 'num_attention_heads', 'a whole number above 0',
-                         12 if config else guess_heads(width, depth)),
         mlp_dim=shape_of(arrays, f'{LAYER}intermediate.dense.weight', 2)[0],
         gelu=hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'gelu')),
         epsilon=option(config, 'layer_norm_eps', 'a number above 0', 1e-12),
-        cls_token=True, dist_token=False, posemb='learn' if TABLE in arrays else 'none',
+        cls_token=True, posemb='learn' if TABLE in arrays else 'none',
         interpolation='bicubic', layer_scale=scale if f'{LAYER}lambda_1' in arrays else None,
         style=block.Style(unbiased=('key',), bias=bias), **last_fields(arrays, config),
     )  # fmt: skip
-    check_config(config, arrays, fields, channels)
     if config:
-        return kind, fields, {}
-    why = 'there is no config.json'
-    return kind, fields, dict.fromkeys(('num_heads', 'epsilon', 'gelu'), why)
+        check_config(config, arrays, fields, kernel[1])
+    return kind, fields, hf_config.guessed(config, 'num_heads', 'epsilon', 'gelu')
 
 
 def last_fields(arrays: Collection[str], config: dict[str, Any]) -> dict[str, str]:
@@ -160,39 +148,26 @@ def check_config(
     config: dict[str, Any], arrays: Mapping[str, Array], fields: dict[str, Any], channels: int
 ) -> None:
     """Raises UserError if the arrays contradict the config."""
-    if not config:
-        return
-    count, flag = 'a whole number above 0', 'true or false'
-    inferred = dict(
-        hidden_size=fields['width'], num_hidden_layers=fields['depth'], num_channels=channels,
-        intermediate_size=fields['mlp_dim'], patch_size=fields['patch_size'],
+    hf_config.check_sizes(config, fields, channels, hf_config.DEFAULTS)
+    hf_config.check_flags(config, dict(
         use_absolute_position_embeddings=TABLE in arrays, use_relative_position_bias=OWN in arrays,
         use_shared_relative_position_bias=SHARED in arrays,
-    )  # fmt: skip
-    stated = {
-        'hidden_size': option(config, 'hidden_size', count, 768),
-        'num_hidden_layers': option(config, 'num_hidden_layers', count, 12),
-        'num_channels': option(config, 'num_channels', count, 3),
-        'intermediate_size': option(config, 'intermediate_size', count, 3072),
-        'patch_size': size_option(config, 'patch_size') or (16, 16),
-        'num_labels': option(config, 'num_labels', 'a whole number'),
-        **{key: option(config, key, flag, False) for key in inferred if key.startswith('use_')},
-    }
+    ))  # fmt: skip
+    labels = {'num_labels': option(config, 'num_labels', 'a whole number')}
     if fields['num_classes'] is not None:
-        inferred['num_labels'] = fields['num_classes']
-    check_agreement(stated, inferred)
+        check_agreement(labels, {'num_labels': fields['num_classes']})
     scaled = option(config, 'layer_scale_init_value', 'a number', 0.1) > 0
     if scaled != (fields['layer_scale'] is not None):
         has = 'no layer scales' if scaled else 'layer scales'
+        value = config.get('layer_scale_init_value')
         raise UserError(
-            f'config.json: layer_scale_init_value is {config.get("layer_scale_init_value")}, but '
-            f'the arrays have {has}'
+            f'config.json: layer_scale_init_value is {value}, but the arrays have {has}'
         )
     size = size_option(config, 'image_size') or (224, 224)
     if size[0] != size[1]:  # transformers reads its tables by swapped sides, or as of a square
         raise UserError(f'config.json: image_size {list(size)} is not square, which BEiT needs')
     if TABLE in arrays:
-        hf_config.check_table(config, fields, table_rows(arrays)[1])
+        hf_config.check_table(config, fields['patch_size'], table_rows(arrays)[1], 1)
 
 
 def pieces(model: nn.Module) -> list[Piece]:

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 
 from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
@@ -16,8 +15,8 @@ from vit_jax.convert.hf import clip, towers
 from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.hf.towers import LAYER, PROJECTION
 from vit_jax.convert.official import shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
-from vit_jax.convert.timm.model import guess_heads
+from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
+from vit_jax.errors import UserError
 from vit_jax.models import vit
 
 PATCHES = towers.KERNEL
@@ -25,7 +24,7 @@ TABLE = 'embeddings.position_embedding'  # [1, T, D], not in an nn.Embedding
 READ, UNUSED = towers.READ, towers.UNUSED
 PROCESSOR = 'BlipImageProcessor'
 
-guess_normalisation, absent_biases = clip.guess_normalisation, clip.absent_biases
+guess_normalisation = clip.guess_normalisation
 
 
 def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
@@ -66,22 +65,18 @@ def describe(
     arrays: Mapping[str, Array], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
-    kind = towers.model_type(config, ('blip',), 'blip')
-    width, channels, *patch = shape_of(arrays, PATCHES, 4)
-    depth = count_numbered(arrays, r'encoder\.layers\.(\d+)\.')
-    fields = dict(
-        num_classes=None, patch_size=tuple(patch), width=width, depth=depth,
-        num_heads=option(config, 'num_attention_heads', 'a whole number above 0',
-                         12 if config else guess_heads(width, depth)),
-        mlp_dim=shape_of(arrays, f'{LAYER}mlp.fc1.weight', 2)[0],
+    kind = hf_config.stated_type(config, 'blip')
+    kernel = shape_of(arrays, PATCHES, 4)
+    fields = hf_config.encoder_fields(arrays, config, kernel, 'encoder.layers.') | dict(
+        num_classes=None, mlp_dim=shape_of(arrays, f'{LAYER}mlp.fc1.weight', 2)[0],
         gelu=hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'gelu')),
         epsilon=option(config, 'layer_norm_eps', 'a number above 0', 1e-5),
         cls_token=True, pool='none', interpolation='bicubic',
     )  # fmt: skip
-    towers.check_config(config, fields, channels, (16, 16))
-    towers.check_table(config, fields['patch_size'], table_rows(arrays)[1], 1, 384)
-    why = 'there is no config.json'
-    return kind, fields, {} if config else dict.fromkeys(('num_heads', 'epsilon', 'gelu'), why)
+    if config:
+        towers.check_config(config, fields, kernel[1], 16)
+        hf_config.check_table(config, fields['patch_size'], table_rows(arrays)[1], 1, 384)
+    return kind, fields, hf_config.guessed(config, 'num_heads', 'epsilon', 'gelu')
 
 
 def pieces(model: nn.Module) -> list[Piece]:
@@ -103,11 +98,6 @@ def pieces(model: nn.Module) -> list[Piece]:
     return rows + norm_pieces('post_layernorm.', 'norm', model=model)
 
 
-def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays of the file."""
-    return arrays
-
-
 def limits(model: nn.Module) -> dict[str, tuple]:
     """{field: values that the format can express} for `save`."""
     return dict(
@@ -123,5 +113,5 @@ def model_config(
     """Content of config.json."""
     config = towers.vision_config(model, size)
     if config.pop('num_channels') != 3:
-        raise towers.UserError('format hf has images of 3 channels in BLIP')
+        raise UserError(f'format hf has images of 3 channels in BLIP, not {len(model.mean)}')
     return dict(architectures=['BlipVisionModel'], model_type='blip_vision_model') | config

@@ -11,14 +11,14 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from vit_jax.convert.assumed import CLIP, half_normalisation
 from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.hf import towers
 from vit_jax.convert.hf.towers import LAYER, PROJECTION, TABLE
-from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
-from vit_jax.convert.timm.model import CLIP, guess_heads
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
 from vit_jax.errors import UserError
 from vit_jax.models import vit
 
@@ -55,11 +55,6 @@ def expresses(model: nn.Module) -> bool:
     return isinstance(model, vit.Vit) and model.pre_norm
 
 
-def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too: none."""
-    return ()
-
-
 def select(
     arrays: dict[str, Array], config: dict[str, Any], part: str | None
 ) -> tuple[dict[str, Array], dict[str, Any], dict[str, str]]:
@@ -91,27 +86,23 @@ def describe(
     arrays: Mapping[str, Array], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
-    kind = towers.model_type(config, SIZES, 'clip')
-    width, channels, *patch = shape_of(arrays, PATCHES, 4)
-    depth = count_numbered(arrays, r'encoder\.layers\.(\d+)\.')
+    kind = hf_config.stated_type(config, *SIZES)
+    kernel = shape_of(arrays, PATCHES, 4)
     classifier = towers.is_classifier(arrays, config)
     head = 'classifier.weight' if classifier else PROJECTION
-    fields = dict(
+    fields = hf_config.encoder_fields(arrays, config, kernel, 'encoder.layers.') | dict(
         num_classes=shape_of(arrays, head, 2)[0] if head in arrays else None,
-        patch_size=tuple(patch), width=width, depth=depth,
-        num_heads=option(config, 'num_attention_heads', 'a whole number above 0',
-                         12 if config else guess_heads(width, depth)),
         mlp_dim=shape_of(arrays, f'{LAYER}mlp.fc1.weight', 2)[0],
         gelu=hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'quick_gelu')),
         epsilon=option(config, 'layer_norm_eps', 'a number above 0', 1e-5),
         cls_token=True, pre_norm=True, interpolation='bicubic',
         pool='gap' if classifier else 'cls', last_norm='none' if classifier else 'pooled',
     )  # fmt: skip
-    patch, image = SIZES[kind]
-    towers.check_config(config, fields, channels, (patch, patch))
-    towers.check_table(config, fields['patch_size'], table_rows(arrays)[1], 1, image)
-    why = 'there is no config.json'
-    return kind, fields, {} if config else dict.fromkeys(('num_heads', 'epsilon', 'gelu'), why)
+    if config:
+        patch, image = SIZES[kind]
+        towers.check_config(config, fields, kernel[1], patch)
+        hf_config.check_table(config, fields['patch_size'], table_rows(arrays)[1], 1, image)
+    return kind, fields, hf_config.guessed(config, 'num_heads', 'epsilon', 'gelu')
 
 
 def pieces(model: nn.Module) -> list[Piece]:
@@ -170,12 +161,12 @@ def model_config(
         tower = config | dict(model_type='clip_vision_model')
         return dict(
             architectures=['CLIPForImageClassification'], model_type='clip', dtype='float32',
-            vision_config=tower, **towers.labels(model, classes),
+            vision_config=tower, **hf_config.labels(model, classes),
         )  # fmt: skip
     if model.num_classes is None:
         return dict(architectures=['CLIPVisionModel'], model_type='clip_vision_model') | config
     return dict(
         architectures=['CLIPVisionModelWithProjection'], model_type='clip_vision_model',
-        projection_dim=model.num_classes, **(towers.labels(model, classes) if classes else {}),
+        projection_dim=model.num_classes, **(hf_config.labels(model, classes) if classes else {}),
         **config,
     )  # fmt: skip

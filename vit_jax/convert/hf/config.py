@@ -3,13 +3,21 @@
 A key that is left out has the default of its configuration class in transformers 5.24.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
 
-from vit_jax.convert.documents import KINDS, check_agreement, option, size_option
-from vit_jax.convert.timm.saving import mlp_ratio
+from vit_jax.convert.assumed import guess_heads
+from vit_jax.convert.documents import (
+    KINDS,
+    check_agreement,
+    check_mlp_ratio,
+    option,
+    size_option,
+)
+from vit_jax.convert.pieces import count_numbered
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
@@ -18,15 +26,14 @@ EPSILON = {  # the default layer_norm_eps
     'dinov2_with_registers': 1e-6, 'ijepa': 1e-12, 'pixio': 1e-6, 'dpt': 1e-12, 'yolos': 1e-12,
 }  # fmt: skip
 TYPES = tuple(EPSILON)
+DEFAULTS = dict(  # of most types
+    hidden_size=768, num_hidden_layers=12, num_channels=3, intermediate_size=3072, patch_size=16,
+)
 HEADS = {'pixio': 16}  # the default num_attention_heads; others: 12
 RATIO = ('dinov2', 'dinov2_with_registers', 'pixio')  # with an mlp_ratio
 GELUS = {
     'gelu': 'exact', 'gelu_python': 'exact', 'gelu_pytorch_tanh': 'tanh', 'gelu_new': 'tanh',
     'gelu_fast': 'tanh', 'quick_gelu': 'quick',
-}  # fmt: skip
-STEMS = {  # of the names of classes
-    'vit': 'ViT', 'deit': 'DeiT', 'dinov2': 'Dinov2', 'ijepa': 'IJepa', 'pixio': 'Pixio',
-    'dinov2_with_registers': 'Dinov2WithRegisters',
 }  # fmt: skip
 ACTS = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'quick': 'quick_gelu'}  # by kind of GELU
 READ = {
@@ -72,15 +79,46 @@ def unknown_keys(config: dict[str, Any], read: Collection[str]) -> tuple[str, ..
     return tuple(f'config.json: {brief(key)}' for key in config if key not in known)
 
 
-def stated_type(config: dict[str, Any], arrays_of: str) -> str:
-    """The model_type `arrays_of`, which the arrays have; raises UserError if the config differs."""
-    kind = option(config, 'model_type', 'a text', arrays_of)
-    if kind != arrays_of:
+def stated_type(config: dict[str, Any], *types: str) -> str:
+    """The model_type, one of those whose arrays a file has; the first if the config states none.
+
+    An image tower alone has a suffix after its type, which is removed. Raises UserError for a
+    model_type that is none of them.
+    """
+    stated = option(config, 'model_type', 'a text', types[0])
+    kind = stated if stated in types else stated.removesuffix('_vision_model')
+    if kind not in types:
         raise UserError(
-            f'config.json: model_type is {brief(repr(kind))}, but the arrays are those of '
-            f'{arrays_of}'
+            f'config.json: model_type is {brief(repr(stated))}, but the arrays are those of '
+            f'{" or ".join(types)}'
         )
     return kind
+
+
+def encoder_fields(
+    names: Collection[str],
+    config: dict[str, Any],
+    kernel: tuple[int, ...],
+    blocks: str,
+    heads: int = 12,
+) -> dict[str, Any]:
+    """{field: value} of patches, width, depth and heads.
+
+    `kernel` is the shape of the patch embedding's kernel [D, C, h, w], `blocks` what precedes the
+    number of a block in `names` of arrays, `heads` the number of a config.json that states none.
+    """
+    width, _, *patch = kernel
+    depth = count_numbered(names, rf'{re.escape(blocks)}(\d+)\.')
+    heads = heads if config else guess_heads(width, depth)
+    return dict(
+        patch_size=tuple(patch), width=width, depth=depth,
+        num_heads=option(config, 'num_attention_heads', 'a whole number above 0', heads),
+    )
+
+
+def guessed(config: dict[str, Any], *fields: str) -> dict[str, str]:
+    """{field: why it is a guess}: without a config.json."""
+    return {} if config else dict.fromkeys(fields, 'there is no config.json')
 
 
 def gelu_of(act: str, gated: bool = False) -> str:
@@ -145,24 +183,51 @@ def check_ratio(config: dict[str, Any], fields: dict[str, Any]) -> None:
     hidden = int(fields['width'] * ratio)
     if fields['glu']:  # two thirds, rounded up to a multiple of 8
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
-    if hidden != fields['mlp_dim']:
-        raise UserError(
-            f'config.json: mlp_ratio is {ratio}, which makes an MLP of {hidden}, but the arrays '
-            f'have {fields["mlp_dim"]}'
-        )
+    check_mlp_ratio(ratio, hidden, fields['mlp_dim'])
 
 
-def check_table(config: dict[str, Any], fields: dict[str, Any], rows: int) -> None:
-    """Raises UserError if the config's image_size and the position table differ in grid."""
-    size = size_option(config, 'image_size')
+def check_sizes(
+    config: dict[str, Any], fields: dict[str, Any], channels: int, defaults: dict[str, int]
+) -> None:
+    """Raises UserError if a size in the config, or its default, is not that of the arrays."""
+    inferred = dict(
+        hidden_size=fields['width'], num_hidden_layers=fields['depth'], num_channels=channels,
+        intermediate_size=fields['mlp_dim'],
+    )  # fmt: skip
+    stated = {k: option(config, k, 'a whole number above 0', defaults[k]) for k in inferred}
+    patch = size_option(config, 'patch_size') or (defaults['patch_size'],) * 2
+    check_agreement(
+        stated | {'patch_size': patch}, inferred | {'patch_size': fields['patch_size']}
+    )
+
+
+def check_flags(
+    config: dict[str, Any], inferred: dict[str, bool], true: Collection[str] = ()
+) -> None:
+    """Raises UserError if a flag in the config is not what the arrays imply.
+
+    Those in `true` are true by default, the others false.
+    """
+    stated = {key: option(config, key, 'true or false', key in true) for key in inferred}
+    check_agreement(stated, inferred)
+
+
+def check_table(
+    config: dict[str, Any], patch: tuple[int, int], rows: int, before: int,
+    default: int | None = None,
+) -> None:  # fmt: skip
+    """Raises UserError if image_size and a position table of `rows` differ in grid.
+
+    `before` of the rows are those of tokens before the patches. Without a `default` a config that
+    leaves out the size passes.
+    """
+    size = size_option(config, 'image_size') or (default and (default, default))
     if size is None:
         return
-    h, w = (n // p for n, p in zip(size, fields['patch_size'], strict=True))
-    before = fields['cls_token'] + fields['dist_token']
-    before += fields['registers'] if fields.get('registers_posemb') else 0
+    h, w = (n // p for n, p in zip(size, patch, strict=True))
     if h * w + before != rows:
         raise UserError(
-            f'config.json: image_size is {config["image_size"]}, which has {h} x {w} patches, but '
+            f'config.json: image_size is {size[0]} x {size[1]}, which has {h} x {w} patches, but '
             f'the position table has {rows - before} (and {before} before them)'
         )
 
@@ -179,17 +244,6 @@ def class_names(config: dict[str, Any], count: int | None) -> tuple[str, ...] | 
             f'outputs, 0 to {count - 1}'
         )
     return None if all(n == f'LABEL_{i}' for i, n in enumerate(names)) else tuple(names)
-
-
-def model_type(model: nn.Module) -> str:
-    """The model_type that a model is saved as."""
-    if model.layer_scale is not None:
-        return 'dinov2_with_registers' if model.registers else 'dinov2'
-    if model.dist_token:
-        return 'deit'
-    if 'cls' in model.prefix:
-        return 'vit'
-    return 'pixio' if model.registers else 'ijepa'
 
 
 def shared_config(model: nn.Module, size: tuple[int, int], name: str, kind: str) -> dict[str, Any]:
@@ -215,44 +269,3 @@ def labels(model: nn.Module, classes: Sequence[str] | None) -> dict[str, Any]:
         id2label={str(i): name for i, name in enumerate(names)},
         label2id={name: i for i, name in enumerate(names)},
     )  # fmt: skip
-
-
-def model_config(
-    model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
-) -> dict[str, Any]:
-    """Content of config.json of a type of TYPES."""
-    kind = model_type(model)
-    stem = STEMS[kind]
-    suffix = 'Model' if model.num_classes is None else 'ForImageClassification'
-    if model.dist_head:
-        suffix += 'WithTeacher'
-    config = shared_config(model, size, stem + suffix, kind) | dict(
-        qkv_bias='query' not in model.style.unbiased, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    if kind.startswith('dinov2'):
-        config |= dict(layerscale_value=model.layer_scale, use_swiglu_ffn=model.glu)
-        config['mlp_ratio'] = dinov2_mlp_ratio(model)
-        if model.registers:
-            config['num_register_tokens'] = model.registers
-        else:
-            config['use_mask_token'] = False
-    elif kind == 'pixio':
-        config |= dict(
-            n_cls_tokens=model.registers, mlp_ratio=mlp_ratio(model.mlp_dim, model.width)
-        )
-    else:
-        config['intermediate_size'] = model.mlp_dim
-        if model.representation_size is not None:
-            config |= dict(pooler_output_size=model.representation_size, pooler_act='tanh')
-    return config | labels(model, classes)
-
-
-def dinov2_mlp_ratio(model: nn.Module) -> int | float:
-    """The mlp_ratio that gives the MLP its hidden size; raises UserError if none does."""
-    if not model.glu:
-        return mlp_ratio(model.mlp_dim, model.width)
-    for value in (model.mlp_dim * 1.5 / model.width, round(model.mlp_dim * 1.5 / model.width)):
-        if (int(int(model.width * value) * 2 / 3) + 7) // 8 * 8 == model.mlp_dim:
-            return int(value) if value == int(value) else value
-    raise UserError(f'no mlp_ratio makes a gated MLP of {model.mlp_dim}')

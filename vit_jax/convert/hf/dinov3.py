@@ -9,20 +9,20 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert.documents import check_agreement, option, size_option
+from vit_jax.convert.assumed import IMAGENET, half_normalisation
+from vit_jax.convert.documents import check_agreement, option
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf import blocks
 from vit_jax.convert.hf import config as hf_config
-from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, norm_pieces
-from vit_jax.convert.timm.config import IMAGENET
-from vit_jax.convert.timm.model import guess_heads
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.pieces import Piece, norm_pieces
 from vit_jax.models import block, rotary, vit
 
 TYPE = 'dinov3_vit'
 PATCHES = 'embeddings.patch_embeddings.weight'
 REGISTERS = 'embeddings.register_tokens'  # [1, 0, D] where there are none
 UNUSED = ((r'embeddings\.mask_token', 'for masked pre-training'),)
+DEFAULTS = hf_config.DEFAULTS | dict(hidden_size=384, intermediate_size=1536)
 READ = {
     'model_type', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
     'hidden_act', 'layer_norm_eps', 'rope_theta', 'image_size', 'patch_size', 'num_channels',
@@ -72,15 +72,11 @@ def describe(
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
     kind = hf_config.stated_type(config, TYPE)
-    width, channels, *patch = shape_of(arrays, PATCHES, 4)
-    depth = count_numbered(arrays, r'layer\.(\d+)\.')
+    kernel = shape_of(arrays, PATCHES, 4)
     glu = f'{LAYER}mlp.gate_proj.weight' in arrays
-    gelu = hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'gelu'), glu)
-    fields = dict(
-        num_classes=None, patch_size=tuple(patch), width=width, depth=depth,
-        num_heads=option(config, 'num_attention_heads', 'a whole number above 0',
-                         6 if config else guess_heads(width, depth)),
-        mlp_dim=shape_of(arrays, f'{LAYER}mlp.up_proj.weight', 2)[0], glu=glu, gelu=gelu,
+    fields = hf_config.encoder_fields(arrays, config, kernel, 'layer.', 6) | dict(
+        num_classes=None, mlp_dim=shape_of(arrays, f'{LAYER}mlp.up_proj.weight', 2)[0], glu=glu,
+        gelu=hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'gelu'), glu),
         epsilon=option(config, 'layer_norm_eps', 'a number above 0', 1e-5),
         pool='cls', cls_token=True, posemb='none',
         style=block.Style(
@@ -90,38 +86,21 @@ def describe(
         registers=arrays[REGISTERS].shape[1] if REGISTERS in arrays else 0,
         layer_scale=float(option(config, 'layerscale_value', 'a number', 1.0)),
     )  # fmt: skip
-    check_config(config, arrays, fields, channels)
     if config:
-        return kind, fields, {}
-    why = 'there is no config.json'
-    guessed = dict.fromkeys(('num_heads', 'epsilon', 'style', 'gelu'), why)
-    return kind, fields, guessed
+        check_config(config, arrays, fields, kernel[1])
+    return kind, fields, hf_config.guessed(config, 'num_heads', 'epsilon', 'style', 'gelu')
 
 
 def check_config(
     config: dict[str, Any], arrays: Collection[str], fields: dict[str, Any], channels: int
 ) -> None:
     """Raises UserError if the arrays contradict the config."""
-    if not config:
-        return
-    count, flag = 'a whole number above 0', 'true or false'
-    inferred = dict(
-        hidden_size=fields['width'], num_hidden_layers=fields['depth'], num_channels=channels,
-        intermediate_size=fields['mlp_dim'], patch_size=fields['patch_size'],
-        use_gated_mlp=fields['glu'], num_register_tokens=fields['registers'],
-        **{FLAGS[name]: f'{LAYER}{bias}' in arrays for name, bias in BIASES.items()},
-    )  # fmt: skip
-    stated = {
-        'hidden_size': option(config, 'hidden_size', count, 384),
-        'num_hidden_layers': option(config, 'num_hidden_layers', count, 12),
-        'num_channels': option(config, 'num_channels', count, 3),
-        'intermediate_size': option(config, 'intermediate_size', count, 1536),
-        'patch_size': size_option(config, 'patch_size') or (16, 16),
-        'use_gated_mlp': option(config, 'use_gated_mlp', flag, False),
-        'num_register_tokens': option(config, 'num_register_tokens', 'a whole number', 0),
-        **{key: option(config, key, flag, name != 'key') for name, key in FLAGS.items()},
-    }  # fmt: skip
-    check_agreement(stated, inferred)
+    hf_config.check_sizes(config, fields, channels, DEFAULTS)
+    biased = {FLAGS[name]: f'{LAYER}{bias}' in arrays for name, bias in BIASES.items()}
+    hf_config.check_flags(config, biased, biased.keys() - {'key_bias'})
+    hf_config.check_flags(config, {'use_gated_mlp': fields['glu']})
+    registers = {'num_register_tokens': option(config, 'num_register_tokens', 'a whole number', 0)}
+    check_agreement(registers, {'num_register_tokens': fields['registers']})
 
 
 def pieces(model: nn.Module) -> list[Piece]:

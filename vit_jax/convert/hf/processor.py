@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+from vit_jax.convert.assumed import IMAGENET
 from vit_jax.convert.documents import KINDS, channel_values, option
-from vit_jax.convert.timm.config import IMAGENET
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 

@@ -10,14 +10,14 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert.documents import check_agreement, option
+from vit_jax.convert.assumed import half_normalisation
+from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.hf import towers
 from vit_jax.convert.hf.towers import LAYER, TABLE
-from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
-from vit_jax.convert.timm.model import guess_heads
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
 from vit_jax.models import vit
 
 PATCHES = towers.KERNEL
@@ -45,11 +45,6 @@ def expresses(model: nn.Module) -> bool:
         return False
     classifier = model.pool == 'gap' and model.num_classes is not None
     return model.pool in ('map', 'none') or (classifier and model.gelu != 'exact')
-
-
-def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too: none."""
-    return ()
 
 
 def select(
@@ -80,39 +75,29 @@ def describe(
     arrays: Mapping[str, Array], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
-    kind = towers.model_type(config, ('siglip',), 'siglip')
-    _, channels, *patch = shape_of(arrays, PATCHES, 4)
-    fields, guessed = tower_fields(arrays, config)
-    fields |= dict(patch_size=tuple(patch), interpolation='bicubic')
-    towers.check_config(config, fields, channels, (16, 16))
-    towers.check_table(config, fields['patch_size'], table_rows(arrays)[1], 0, 224)
-    return kind, fields, guessed
+    kind = hf_config.stated_type(config, 'siglip')
+    kernel = shape_of(arrays, PATCHES, 4)
+    fields = hf_config.encoder_fields(arrays, config, kernel, 'encoder.layers.')
+    fields |= tower_fields(arrays, config) | dict(interpolation='bicubic')
+    if config:
+        towers.check_config(config, fields, kernel[1], 16)
+        hf_config.check_table(config, fields['patch_size'], table_rows(arrays)[1], 0, 224)
+    return kind, fields, hf_config.guessed(config, 'num_heads', 'epsilon', 'gelu')
 
 
-def tower_fields(
-    arrays: Mapping[str, Array], config: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """({field: value}, {field: why it is a guess}) of what follows the embedding."""
-    width = shape_of(arrays, TABLE, 2)[1]
-    depth = count_numbered(arrays, r'encoder\.layers\.(\d+)\.')
+def tower_fields(arrays: Mapping[str, Array], config: dict[str, Any]) -> dict[str, Any]:
+    """{field: value} that do not depend on the embedding of patches."""
     classifier = towers.is_classifier(arrays, config)
-    head = 'classifier.weight'
-    pooled = 'map' if PROBE in arrays else 'none'
-    fields = dict(
+    head, pooled = 'classifier.weight', 'map' if PROBE in arrays else 'none'
+    if config:
+        hf_config.check_flags(config, {'vision_use_head': PROBE in arrays}, ['vision_use_head'])
+    return dict(
         num_classes=shape_of(arrays, head, 2)[0] if head in arrays else None,
-        width=width, depth=depth, mlp_dim=shape_of(arrays, f'{LAYER}mlp.fc1.weight', 2)[0],
-        num_heads=option(config, 'num_attention_heads', 'a whole number above 0',
-                         12 if config else guess_heads(width, depth)),
+        mlp_dim=shape_of(arrays, f'{LAYER}mlp.fc1.weight', 2)[0],
         gelu=hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'gelu_pytorch_tanh')),
         epsilon=option(config, 'layer_norm_eps', 'a number above 0', 1e-6),
         pool='gap' if classifier else pooled,
     )  # fmt: skip
-    if config:
-        stated = {'vision_use_head': option(config, 'vision_use_head', 'true or false', True)}
-        check_agreement(stated, {'vision_use_head': PROBE in arrays})
-        return fields, {}
-    why = 'there is no config.json'
-    return fields, dict.fromkeys(('num_heads', 'epsilon', 'gelu'), why)
 
 
 def pieces(model: nn.Module) -> list[Piece]:
@@ -185,5 +170,5 @@ def typed_config(
         return dict(architectures=[f'{stem}VisionModel']) | config
     return dict(
         architectures=[f'{stem}ForImageClassification'], model_type=kind, dtype='float32',
-        vision_config=config, **towers.labels(model, classes),
+        vision_config=config, **hf_config.labels(model, classes),
     )  # fmt: skip

@@ -12,14 +12,15 @@ import flax.linen as nn
 
 from vit_jax.convert.documents import check_agreement, option, size_option
 from vit_jax.convert.files import Array
+from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.hf import siglip, towers
 from vit_jax.convert.hf.siglip import (  # noqa: F401
-    absent_biases,
     complete,
     guess_normalisation,
     select,
     table_rows,
 )
+from vit_jax.convert.hf.towers import TABLE
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import Piece
 from vit_jax.errors import UserError
@@ -56,14 +57,17 @@ def describe(
     arrays: Mapping[str, Array], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
-    kind = towers.model_type(config, ('siglip2',), 'siglip2')
+    kind = hf_config.stated_type(config, 'siglip2')
     patch = size_option(config, 'patch_size') or (16, 16)
-    fields, guessed = siglip.tower_fields(arrays, config)
-    fields |= dict(patch_size=patch, interpolation=INTERPOLATION)
-    towers.check_config(config, fields, count_channels(arrays, config), (16, 16))
-    stated = {'num_patches': option(config, 'num_patches', 'a whole number above 0', 256)}
-    check_agreement(stated, {'num_patches': table_rows(arrays)[1]})
-    return kind, fields, guessed
+    channels, (rows, width) = count_channels(arrays, config), shape_of(arrays, TABLE, 2)
+    kernel = (width, channels, *patch)
+    fields = hf_config.encoder_fields(arrays, config, kernel, 'encoder.layers.')
+    fields |= siglip.tower_fields(arrays, config) | dict(interpolation=INTERPOLATION)
+    if config:
+        towers.check_config(config, fields, channels, 16)
+        stated = {'num_patches': option(config, 'num_patches', 'a whole number above 0', 256)}
+        check_agreement(stated, {'num_patches': rows})
+    return kind, fields, hf_config.guessed(config, 'num_heads', 'epsilon', 'gelu')
 
 
 def pieces(model: nn.Module) -> list[Piece]:

@@ -4,20 +4,18 @@ A file is of the tower alone or of both towers; a classifier has the tower of CL
 config. config.json of both towers has that of the tower as `vision_config`.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert.documents import check_agreement, option, size_option
+from vit_jax.convert.documents import check_agreement, option
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces, rename_arrays
 from vit_jax.convert.stages import TWO_TOWERS
 from vit_jax.errors import UserError
-from vit_jax.io.text import brief
 from vit_jax.models.block import PROJECTIONS
 
 KERNEL = 'embeddings.patch_embedding.weight'
@@ -27,12 +25,9 @@ PROJECTION = 'visual_projection.weight'
 CLASSIFIER = ('classifier.weight', 'classifier.bias')
 UNUSED = ((r'embeddings\.position_ids', 'numbers of the positions'),)
 SPELLINGS = {'pre_layernorm.': 'pre_layrnorm.', 'encoder.layer.': 'encoder.layers.'}
-DEFAULTS = dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-    num_channels=3,
-)  # fmt: skip
 READ = {
-    *DEFAULTS, 'model_type', 'image_size', 'patch_size', 'hidden_act', 'layer_norm_eps',
+    *hf_config.DEFAULTS, 'model_type', 'image_size', 'num_attention_heads', 'hidden_act',
+    'layer_norm_eps',
     'projection_dim', 'id2label', 'num_labels', 'problem_type', 'num_patches', 'vision_use_head',
 }  # fmt: skip
 # Keys of both towers' config that the image tower does not depend on.
@@ -105,18 +100,6 @@ def tower_config(config: dict[str, Any], arrays: Mapping[str, Array]) -> dict[st
     return config
 
 
-def model_type(config: dict[str, Any], types: Collection[str], default: str) -> str:
-    """The model_type without the suffix of a tower alone; raises UserError if it is of no type."""
-    stated = option(config, 'model_type', 'a text', default)
-    kind = re.sub('_vision_model$', '', stated)
-    if kind not in types:
-        raise UserError(
-            f'config.json: model_type is {brief(repr(stated))}, but the arrays are those of '
-            f'{" or ".join(types)}'
-        )
-    return kind
-
-
 def is_classifier(arrays: Collection[str], config: Mapping[str, Any]) -> bool:
     """Whether a file is of a classifier, which reads the mean of the patches."""
     kinds = config.get('architectures')
@@ -125,40 +108,14 @@ def is_classifier(arrays: Collection[str], config: Mapping[str, Any]) -> bool:
 
 
 def check_config(
-    config: dict[str, Any], fields: dict[str, Any], channels: int, patch: tuple[int, int]
+    config: dict[str, Any], fields: dict[str, Any], channels: int, patch: int
 ) -> None:
-    """Raises UserError if the arrays contradict the config; `patch` is its default."""
-    if not config:
-        return
-    inferred = dict(
-        hidden_size=fields['width'], intermediate_size=fields['mlp_dim'], num_channels=channels,
-        num_hidden_layers=fields['depth'], patch_size=fields['patch_size'],
-    )  # fmt: skip
-    stated = {
-        key: option(config, key, 'a whole number above 0', DEFAULTS[key])
-        for key in inferred if key != 'patch_size'
-    }  # fmt: skip
-    stated['patch_size'] = size_option(config, 'patch_size') or patch
+    """Raises UserError if the arrays contradict the config; `patch` is its default patch_size."""
+    hf_config.check_sizes(config, fields, channels, hf_config.DEFAULTS | dict(patch_size=patch))
     if fields['num_classes'] is not None:
         key = 'projection_dim' if fields['pool'] == 'cls' else 'num_labels'
-        inferred[key] = fields['num_classes']
-        stated[key] = option(config, key, 'a whole number')
-    check_agreement(stated, inferred)
-
-
-def check_table(
-    config: dict[str, Any], patch: tuple[int, int], rows: int, before: int, default: int
-) -> None:
-    """Raises UserError if image_size and the position table of `rows` differ in grid."""
-    if not config:
-        return
-    size = size_option(config, 'image_size') or (default, default)
-    h, w = (n // p for n, p in zip(size, patch, strict=True))
-    if h * w + before != rows:
-        raise UserError(
-            f'config.json: image_size is {size[0]} x {size[1]}, which has {h} x {w} patches, but '
-            f'the position table has {rows - before} (and {before} before them)'
-        )
+        outputs = {key: option(config, key, 'a whole number')}
+        check_agreement(outputs, {key: fields['num_classes']})
 
 
 def block_pieces(theirs: str, index: tuple, model: nn.Module) -> list[Piece]:
@@ -201,12 +158,3 @@ def vision_config(model: nn.Module, size: tuple[int, int] | None) -> dict[str, A
         hidden_act=hf_config.ACTS[model.gelu], layer_norm_eps=model.epsilon,
         attention_dropout=0.0,
     )  # fmt: skip
-
-
-def labels(model: nn.Module, classes: Collection[str] | None) -> dict[str, Any]:
-    """{id2label, label2id} of a classifier."""
-    names = classes or [f'LABEL_{i}' for i in range(model.num_classes)]
-    return dict(
-        id2label={str(i): name for i, name in enumerate(names)},
-        label2id={name: i for i, name in enumerate(names)},
-    )

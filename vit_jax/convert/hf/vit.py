@@ -5,23 +5,21 @@ preprocessor_config.json. Position tables are resized by bicubic interpolation, 
 DINOv2 with registers, and by bilinear interpolation in DPT.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 
+from vit_jax.convert.assumed import IMAGENET, half_normalisation
 from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
-from vit_jax.convert.hf import blocks
+from vit_jax.convert.hf import blocks, vit_saving
 from vit_jax.convert.hf import config as hf_config
-from vit_jax.convert.hf.config import TYPES, model_type
-from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces, rename_arrays
+from vit_jax.convert.hf.config import TYPES
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces, rename_arrays
 from vit_jax.convert.stages import ENCODER
-from vit_jax.convert.timm.config import IMAGENET
-from vit_jax.convert.timm.model import guess_heads
-from vit_jax.convert.timm.saving import whole_groups
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 from vit_jax.models import block, vit
@@ -52,9 +50,10 @@ def expresses(model: nn.Module) -> bool:
     return isinstance(model, vit.Vit)
 
 
-def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too: qkv_bias is a flag."""
-    return tuple(n for n in whole_groups(model.style.unbiased) if n in block.PROJECTIONS)
+absent_biases = vit_saving.absent_biases
+limits = vit_saving.limits
+model_config = vit_saving.model_config
+complete = vit_saving.complete
 
 
 def without_prefix(arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -142,17 +141,17 @@ def describe(
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(kind, {field: value}, {field: why it is a guess}) of the model, without mean and std."""
     kind = infer_model_type(arrays, config)
-    width, channels, *patch = shape_of(arrays, PATCHES, 4)
-    depth = count_numbered(arrays, r'encoder\.layer\.(\d+)\.')
+    kernel = shape_of(arrays, PATCHES, 4)
+    width, channels, *_ = kernel
+    encoder = hf_config.encoder_fields(
+        arrays, config, kernel, 'encoder.layer.', hf_config.HEADS.get(kind, 12)
+    )
     mlp_dim, glu = mlp_size(arrays, kind)
     gelu = hf_config.gelu_of(option(config, 'hidden_act', 'a text', 'gelu'))
     head = next((n for n in ('classifier', 'cls_classifier') if f'{n}.weight' in arrays), None)
     shape = shape_of(arrays, f'{head}.weight', 2) if head else (None, width)
-    heads = hf_config.HEADS.get(kind, 12) if config else guess_heads(width, depth)
-    fields = dict(
-        num_classes=shape[0], patch_size=tuple(patch), width=width, depth=depth,
-        num_heads=option(config, 'num_attention_heads', 'a whole number above 0', heads),
-        mlp_dim=mlp_dim, glu=glu, gelu=gelu,
+    fields = encoder | dict(
+        num_classes=shape[0], mlp_dim=mlp_dim, glu=glu, gelu=gelu,
         epsilon=option(config, 'layer_norm_eps', 'a number above 0', hf_config.EPSILON[kind]),
         **prefix_fields(arrays, kind, shape[1] == 2 * width),
         dist_token='embeddings.distillation_token' in arrays,
@@ -169,16 +168,15 @@ def describe(
         if pooler != 'tanh':
             raise UserError(f'config.json: pooler_act {brief(repr(pooler))} is not tanh')
     hf_config.check_config(config, arrays, kind, fields, channels)
-    hf_config.check_table(config, fields, table_rows(arrays)[1])
+    before = fields['cls_token'] + fields['dist_token']
+    before += fields['registers'] if fields.get('registers_posemb') else 0
+    hf_config.check_table(config, fields['patch_size'], table_rows(arrays)[1], before)
     guessed = {}
     if kind == 'ijepa' and not fields['num_classes']:
         guessed['pool'] = 'the file has no head; it is that of a classifier'
     if fields['pool'] == 'none':
         guessed['pool'] = 'transformers gives the mean of the first registers, its class tokens'
-    if not config:
-        guessed |= dict(
-            num_heads='there is no config.json', epsilon='of the norms; there is no config.json',
-        ) | ({} if glu else {'gelu': 'there is no config.json'})  # fmt: skip
+    guessed |= hf_config.guessed(config, 'num_heads', 'epsilon', *(() if glu else ('gelu',)))
     return kind, fields, guessed
 
 
@@ -206,7 +204,7 @@ def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int]:
 
 def pieces(model: nn.Module) -> list[Piece]:
     """Pieces of all arrays of a model's file, without the prefix of one inside a classifier."""
-    kind = model_type(model)
+    kind = vit_saving.model_type(model)
     names = {
         'cls': 'embeddings.cls_token', 'dist': 'embeddings.distillation_token',
         'registers': 'embeddings.cls_token' if kind == 'pixio' else 'embeddings.register_tokens',
@@ -229,69 +227,3 @@ def pieces(model: nn.Module) -> list[Piece]:
     if model.num_classes is not None:
         rows += linear_pieces('cls_classifier' if model.dist_head else 'classifier', 'head')
     return rows + (linear_pieces('distillation_classifier', 'dist_head') if model.dist_head else [])
-
-
-def model_config(
-    model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
-) -> dict[str, Any]:
-    """Content of config.json."""
-    return hf_config.model_config(model, size, classes)
-
-
-def limits(model: nn.Module) -> dict[str, tuple]:
-    """{field: values that the format can express} for `save`."""
-    kind = model_type(model)
-    dinov2 = kind.startswith('dinov2')
-    pools = {'ijepa': ('gap',), 'pixio': ('none',)}.get(kind, ('cls',))
-    if dinov2:
-        pools = ('cls', 'gap', 'cls_gap') if model.num_classes else ('cls', 'cls_gap')
-    bare = dinov2 or kind in ('ijepa', 'pixio') or model.num_classes
-    return dict(
-        resnet=(None,), pool=pools, posemb=('learn',), cls_posemb=(True,),
-        num_classes=(None,) if kind == 'pixio' else (model.num_classes,),
-        registers=(model.registers if dinov2 or kind == 'pixio' else 0,),
-        registers_posemb=(kind == 'pixio',) if model.registers else (False, True),
-        dist_token=(False,) if dinov2 else (True, False), pre_norm=(False,),
-        last_norm=('tokens', 'pooled') if dinov2 and model.pool == 'cls' else ('tokens',),
-        glu=(True, False) if dinov2 else (False,),
-        representation_size=(None,) if bare else (None, model.representation_size),
-    )  # fmt: skip
-
-
-def with_both_pools(
-    model: nn.Module, params: dict[str, np.ndarray]
-) -> tuple[nn.Module, dict[str, np.ndarray]]:
-    """Makes the head of a DINOv2 read the class token and the mean of the patches.
-
-    transformers has no other head for it (arXiv:2304.07193 section 7.1): rows of the kernel for the
-    part that the head did not read are zeros. `params` is {name: array}; returns (model, params).
-    Raises UserError for a model without a class token, since transformers would add one, which the
-    patches would attend to.
-    """
-    if model.layer_scale is None or model.num_classes is None or not expresses(model):
-        return model, params
-    if 'cls' not in model.prefix:
-        raise UserError('format hf has a class token in each DINOv2, this model none; timm can')
-    if model.pool == 'cls_gap':
-        return model, params
-    kernel = params['head/kernel']  # [D, K]
-    rows = [kernel, np.zeros_like(kernel)]
-    kernel = np.concatenate(rows if model.pool == 'cls' else rows[::-1])
-    # For a single token, a norm before the pooling equals one after it.
-    model = model.clone(pool='cls_gap', cls_token=None, last_norm='tokens')
-    return model, params | {'head/kernel': kernel}
-
-
-def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays, named as in `pieces`, under their names in the file, with all that is in it.
-
-    Arrays of a model inside a classifier have a prefix. A DINOv2 with registers has a mask token,
-    which is zeros here.
-    """
-    heads = ('classifier.', 'cls_classifier.', 'distillation_classifier.')
-    kind = model_type(model)
-    prefix = f'{kind}.' if model.num_classes is not None else ''
-    arrays = {n if n.startswith(heads) else prefix + n: a for n, a in arrays.items()}
-    if kind == 'dinov2_with_registers':
-        arrays[f'{prefix}embeddings.mask_token'] = np.zeros((1, model.width), np.float32)
-    return arrays

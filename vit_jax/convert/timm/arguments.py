@@ -84,6 +84,10 @@ class Signature(NamedTuple):
     kinds: dict[str, str] = {}  # as KIND, where arguments of the same name differ
     derived: tuple[str, ...] = ()  # keys of `defaults` and of the table that are no arguments
 
+    def of(self, architecture: str) -> dict[str, Any]:
+        """{argument: value} of an architecture in the table."""
+        return self.defaults | tables(self)['architectures'][architecture]
+
 
 def tables(signature: Signature) -> dict[str, dict[str, Any]]:
     """{'architectures': {name: arguments}, 'renamed': {former name: name}} of a class."""
@@ -195,7 +199,7 @@ def document(
     classes: Sequence[str] | None,
     *,
     first_conv: str,
-    classifier: str,
+    classifier: str | list[str],
 ) -> dict[str, Any]:
     """Content of config.json of an architecture with these arguments."""
     outputs = model.num_classes or 0

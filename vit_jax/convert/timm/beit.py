@@ -9,16 +9,19 @@ from typing import Any
 
 import flax.linen as nn
 
-from vit_jax.convert.documents import Notes
+from vit_jax.convert.assumed import guess_heads, half_normalisation
+from vit_jax.convert.biases import whole_groups
+from vit_jax.convert.documents import Notes, mlp_ratio
 from vit_jax.convert.files import Array
-from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
-from vit_jax.convert.timm import arguments, frame, saving
-from vit_jax.convert.timm.config import POOLS, with_normalisation
-from vit_jax.convert.timm.model import guess_heads
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.pieces import Piece
+from vit_jax.convert.timm import arguments, eva, shared, vit, vit_saving
+from vit_jax.convert.timm.config import POOL_NAMES, with_normalisation
 from vit_jax.convert.timm.pooling import pooling
+from vit_jax.convert.timm.shared import BLOCK
 from vit_jax.errors import UserError
-from vit_jax.models import block, relative, vit
+from vit_jax.models import block, relative
+from vit_jax.models.vit import Vit
 
 SIGNATURE = arguments.Signature(
     'Beit', 'beit.json', dict(
@@ -29,7 +32,6 @@ SIGNATURE = arguments.Signature(
     ),
     only=dict(norm_layer=(None,), global_pool=('avg', 'token', '')),
 )  # fmt: skip
-BLOCK = 'blocks.0.'
 TABLE = 'relative_position_bias_table'
 OWN, SHARED = f'{BLOCK}attn.{TABLE}', f'rel_pos_bias.{TABLE}'
 
@@ -41,7 +43,7 @@ def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
 
 def expresses(model: nn.Module) -> bool:
     """Whether a model is saved as one of this class, whose keys have no bias."""
-    bias = model.style.bias if isinstance(model, vit.Vit) else None
+    bias = model.style.bias if isinstance(model, Vit) else None
     if bias is None or bias.kind != 'table':
         return False
     return 'cls' in model.prefix and 'key' in model.style.unbiased
@@ -49,16 +51,15 @@ def expresses(model: nn.Module) -> bool:
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
     """Those of `style.unbiased` that the file lacks, too: that of keys, or with qkv_bias all."""
-    qkv = block.PROJECTIONS
-    return qkv if set(qkv) <= set(model.style.unbiased) else ('key',)
+    return whole_groups(model, block.PROJECTIONS) or ('key',)
 
 
 def inferred_arguments(arrays: Mapping[str, Array]) -> dict[str, Any]:
     """{argument: value}, as far as names and shapes of arrays determine it."""
-    return frame.inferred_arguments(arrays) | dict(
+    return shared.inferred_arguments(arrays) | dict(
         qkv_bias=f'{BLOCK}attn.q_bias' in arrays, swiglu_mlp=f'{BLOCK}mlp.fc1_g.weight' in arrays,
         scale_mlp=f'{BLOCK}mlp.norm.weight' in arrays,
-        init_values=frame.SCALED if f'{BLOCK}gamma_1' in arrays else frame.UNSCALED,
+        init_values=shared.SCALED if f'{BLOCK}gamma_1' in arrays else shared.UNSCALED,
         use_abs_pos_emb='pos_embed' in arrays, use_rel_pos_bias=OWN in arrays,
         use_shared_rel_pos_bias=SHARED in arrays,
     )  # fmt: skip
@@ -71,10 +72,10 @@ def describe(
     args = arguments.arguments(config, SIGNATURE)
     inferred = inferred_arguments(arrays)
     mlp_dim = shape_of(arrays, f'{BLOCK}mlp.fc2.weight', 2)[1]
-    frame.check_arguments(config, args, inferred, mlp_dim)
+    shared.check_arguments(config, args, inferred, mlp_dim)
     pool, guessed, unsettled = pooling(args | {'fc_norm': args.get('use_fc_norm')}, config, arrays)
     if inferred['use_rel_pos_bias'] and inferred['use_shared_rel_pos_bias']:
-        raise UserError('biases by offset of each block beside shared ones: not supported')
+        raise UserError(f'arrays {OWN} and {SHARED}: a sum of both biases is not supported')
     table = offset_rows(arrays)
     heads = args.get('num_heads') if table is None else shape_of(arrays, table[0], 2)[1]
     if heads is None:
@@ -83,7 +84,7 @@ def describe(
     bias = None
     if table is not None:
         bias = relative.Bias('table', shared=inferred['use_shared_rel_pos_bias'])
-    fields = frame.fields_of(arrays, args, inferred, pool) | dict(
+    fields = shared.fields_of(arrays, args, inferred, pool) | dict(
         mlp_dim=mlp_dim, num_heads=heads, glu=inferred['swiglu_mlp'], gelu='exact', epsilon=1e-6,
         posemb='learn' if inferred['use_abs_pos_emb'] else 'none', cls_posemb=True,
         interpolation='bicubic_antialias',
@@ -97,9 +98,7 @@ def describe(
     return 'vit', *with_normalisation(fields, config, channels, default, guessed, unsettled)
 
 
-def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
-    """(name, rows) of the position table; None without one."""
-    return ('pos_embed', shape_of(arrays, 'pos_embed', 3)[1]) if 'pos_embed' in arrays else None
+table_rows = vit.table_rows
 
 
 def offset_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
@@ -110,38 +109,15 @@ def offset_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
 
 def pieces(model: nn.Module) -> list[Piece]:
     """Pieces of all arrays of a model's file."""
-    rows, bias = frame.stem_pieces(model), model.style.bias
-    if model.posemb == 'learn':
-        rows.append(Piece('pos_embed', 'posemb'))
+    rows, bias = vit.stem_pieces(model), model.style.bias
     if bias is not None and bias.shared:
         rows.append(Piece(SHARED, 'bias_table'))
     for i in range(model.depth):
-        rows += block_pieces(f'blocks.{i}', (i,), model)
-    return rows + frame.head_pieces(model)
-
-
-def block_pieces(theirs: str, index: tuple, model: nn.Module) -> list[Piece]:
-    """Pieces of an encoder block."""
-    bias, unbiased = model.style.bias, model.style.unbiased
-    rows = [
-        *norm_pieces(f'{theirs}.norm1.', 'encoder/norm1', index, model=model),
-        *linear_pieces(f'{theirs}.attn.qkv', 'encoder/attn/qkv', index, bias=False),
-        *(Piece(f'{theirs}.attn.{name[0]}_bias', 'encoder/attn/qkv/bias', (*index, i), 'vector')
-          for i, name in enumerate(block.PROJECTIONS) if name not in unbiased),
-        *linear_pieces(f'{theirs}.attn.proj', 'encoder/attn/out', index, inputs=2),
-        *norm_pieces(f'{theirs}.norm2.', 'encoder/norm2', index, model=model),
-        *linear_pieces(f'{theirs}.mlp.fc2', 'encoder/mlp/fc2', index),
-    ]  # fmt: skip
-    layers = {'gate': 'fc1_g', 'fc1': 'fc1_x'} if model.glu else {'fc1': 'fc1'}
-    for ours, name in layers.items():
-        rows += linear_pieces(f'{theirs}.mlp.{name}', f'encoder/mlp/{ours}', index)
-    if bias is not None and not bias.shared:
-        rows.append(Piece(f'{theirs}.attn.{TABLE}', 'encoder/attn/bias_table', index))
-    if 'mlp' in model.style.norms:
-        rows += norm_pieces(f'{theirs}.mlp.norm.', 'encoder/mlp/norm', index, model=model)
-    if model.layer_scale is not None:
-        rows += [Piece(f'{theirs}.gamma_{n}', f'encoder/scale{n}', index) for n in (1, 2)]
-    return rows
+        theirs, index = f'blocks.{i}', (i,)
+        rows += eva.block_pieces(theirs, index, model, separate=False, gate=True)
+        if bias is not None and not bias.shared:
+            rows.append(Piece(f'{theirs}.attn.{TABLE}', 'encoder/attn/bias_table', index))
+    return rows + vit.head_pieces(model)
 
 
 def limits(model: nn.Module) -> dict[str, tuple]:
@@ -160,13 +136,12 @@ def model_config(
     """Content of config.json for timm.create_model('local-dir:...')."""
     bias = model.style.bias
     args = dict(
-        mlp_ratio=saving.mlp_ratio(model.mlp_dim, model.width),
-        global_pool={v: k for k, v in POOLS.items()}[model.pool],
+        mlp_ratio=mlp_ratio(model.mlp_dim, model.width),
+        global_pool=POOL_NAMES[model.pool],
         qkv_bias='query' not in model.style.unbiased, swiglu_mlp=model.glu,
         scale_mlp='mlp' in model.style.norms, init_values=model.layer_scale,
         use_abs_pos_emb=model.posemb == 'learn', use_rel_pos_bias=not bias.shared,
         use_shared_rel_pos_bias=bias.shared, use_fc_norm=model.last_norm == 'pooled',
     )  # fmt: skip
     name = 'beit_base_patch16_224'
-    sets = SIGNATURE.defaults | arguments.tables(SIGNATURE)['architectures'][name]
-    return saving.document(name, args, sets, model, size, classes)
+    return vit_saving.document(name, args, SIGNATURE, model, size, classes)

@@ -8,13 +8,13 @@ from typing import Any
 
 import flax.linen as nn
 
+from vit_jax.convert.assumed import half_normalisation
 from vit_jax.convert.documents import Notes, check_agreement
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import Piece, affine_pieces, count_numbered
 from vit_jax.convert.timm import arguments
 from vit_jax.convert.timm import config as timm_config
-from vit_jax.convert.timm import model as model_of
 from vit_jax.convert.timm.arguments import Signature
 from vit_jax.errors import UserError
 from vit_jax.models import resnet
@@ -28,11 +28,11 @@ SIGNATURE = Signature(
         global_pool='avg', output_stride=32, width_factor=1, stem_chs=64, stem_type='',
         avg_down=False, preact=True, basic=False, bottle_ratio=0.25, norm_layer=NORM,
     ),
-    dict(
+    only=dict(
         norm_layer=(NORM,), avg_down=(False,), stem_type=('fixed',), basic=(False,), preact=(True,),
         bottle_ratio=(0.25,), output_stride=(32,), global_pool=('avg',),
     ),
-    dict(
+    features=dict(
         norm_layer='a ResNet without group norm', avg_down='shortcuts with mean pooling',
         stem_type='a root block other than that of BiT', basic='units of two convolutions',
         preact='norms after the convolutions', bottle_ratio='bottlenecks of another width',
@@ -77,17 +77,13 @@ def describe(
         num_classes=classes or None, units=tuple(units), width=features / 64,
         kernel_epsilon=EPSILON,
     )  # fmt: skip
-    return ('bit', *model_of.with_normalisation(fields, config, channels, arrays, {}, {}))
+    default = half_normalisation(channels)
+    return 'bit', *timm_config.with_normalisation(fields, config, channels, default, {}, {})
 
 
 def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
     """None: there are no positions."""
     return None
-
-
-def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """(): no layer has a bias that it could lack."""
-    return ()
 
 
 def pieces(model: nn.Module) -> list[Piece]:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from vit_jax.convert.assumed import IMAGENET
 from vit_jax.convert.documents import (
     KINDS,
     Notes,
@@ -15,9 +16,9 @@ from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
 POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}
+POOL_NAMES = {ours: theirs for theirs, ours in POOLS.items()}
 GELUS = {'gelu': 'exact', 'gelu_tanh': 'tanh', 'quick_gelu': 'quick'}
 MOST_PIXELS = 16_384  # a side of the image before the crop
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # Keys of the top level and of pretrained_cfg without effect here: the origin of the weights, other
 # evaluations of timm, and names of layers to replace for another head.
 IRRELEVANT = {

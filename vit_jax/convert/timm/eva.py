@@ -11,11 +11,12 @@ from typing import Any
 
 import flax.linen as nn
 
+from vit_jax.convert.documents import mlp_ratio
 from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
-from vit_jax.convert.timm import arguments, eva_model, saving
-from vit_jax.convert.timm import model as vit_model
+from vit_jax.convert.timm import arguments, eva_model, vit_model
 from vit_jax.convert.timm import vit as timm_vit
-from vit_jax.convert.timm.config import POOLS
+from vit_jax.convert.timm.config import POOL_NAMES, POOLS
+from vit_jax.convert.timm.shared import BLOCK
 from vit_jax.models import block, rotary, vit
 
 SIGNS = ('attn.q_bias', 'attn.q_proj.weight', 'gamma_1', 'mlp.fc1_g.weight')  # of a block of Eva
@@ -36,14 +37,16 @@ def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
     by_offset = any('relative_position' in name for name in names)
     unnormed = not {'norm.weight', 'fc_norm.weight'} & set(names)
     return not by_offset and (
-        any(f'blocks.0.{sign}' in names for sign in SIGNS) or 'rope.freqs' in names
+        any(f'{BLOCK}{sign}' in names for sign in SIGNS) or 'rope.freqs' in names
         or 'norm_pre.weight' in names and unnormed
     )  # fmt: skip
 
 
 def expresses(model: nn.Module) -> bool:
-    """Whether a model is saved as one of this class: it has rotary positions, a norm within
-    a gated MLP, or keys without a bias beside queries or values with one.
+    """Whether a model is saved as one of this class.
+
+    It has rotary positions, a norm within a gated MLP, or keys without a bias beside queries or
+    values with one.
     """
     if not isinstance(model, vit.Vit) or model.style.bias is not None:
         return False
@@ -74,8 +77,8 @@ def has_separate_gate(model: nn.Module) -> bool:
 def pieces_of(names: Collection[str]) -> Callable[[nn.Module], list[Piece]]:
     """`pieces` for the arrays of a file that is loaded, however it divides them."""
     return functools.partial(
-        pieces, separate='blocks.0.attn.q_proj.weight' in names,
-        gate='blocks.0.mlp.fc1_g.weight' in names,
+        pieces, separate=f'{BLOCK}attn.q_proj.weight' in names,
+        gate=f'{BLOCK}mlp.fc1_g.weight' in names,
     )  # fmt: skip
 
 
@@ -94,14 +97,21 @@ def pieces(
     if rope is not None and rope.learnt:
         rows.append(Piece('rope.freqs', 'encoder/attn/rope', layout='swapped'))
     for i in range(model.depth):
-        theirs, index = f'blocks.{i}', (i,)
-        rows += attention_pieces(f'{theirs}.attn', index, model, separate)
-        rows += mlp_pieces(f'{theirs}.mlp', index, model, gate)
-        for n in (1, 2):
-            rows += norm_pieces(f'{theirs}.norm{n}.', f'encoder/norm{n}', index, model=model)
-            if model.layer_scale is not None:
-                rows.append(Piece(f'{theirs}.gamma_{n}', f'encoder/scale{n}', index))
+        rows += block_pieces(f'blocks.{i}', (i,), model, separate, gate)
     return rows + timm_vit.head_pieces(model)
+
+
+def block_pieces(
+    theirs: str, index: tuple, model: nn.Module, separate: bool, gate: bool
+) -> list[Piece]:
+    """Pieces of an encoder block; `separate` and `gate` are those of `pieces`."""
+    rows = attention_pieces(f'{theirs}.attn', index, model, separate)
+    rows += mlp_pieces(f'{theirs}.mlp', index, model, gate)
+    for n in (1, 2):
+        rows += norm_pieces(f'{theirs}.norm{n}.', f'encoder/norm{n}', index, model=model)
+        if model.layer_scale is not None:
+            rows.append(Piece(f'{theirs}.gamma_{n}', f'encoder/scale{n}', index))
+    return rows
 
 
 def attention_pieces(
@@ -179,8 +189,8 @@ def model_config(
     cannot set the epsilon of norms, so that is the architecture's.
     """
     args, signature, fewest = written_arguments(model, size), eva_model.SIGNATURE, None
-    for name, sets in arguments.tables(signature)['architectures'].items():
-        base = signature.defaults | sets
+    for name in arguments.tables(signature)['architectures']:
+        base = signature.of(name)
         supported = all(base[key] in values for key, values in signature.only.items())
         if supported and base['epsilon'] == model.epsilon:
             changes = {k: v for k, v in args.items() if v != base[k]}
@@ -196,8 +206,8 @@ def written_arguments(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]
     args = dict(
         img_size=list(size), patch_size=list(model.patch_size), embed_dim=model.width,
         depth=model.depth, num_heads=model.num_heads,
-        mlp_ratio=saving.mlp_ratio(model.mlp_dim, model.width), swiglu_mlp=model.glu,
-        global_pool={v: k for k, v in POOLS.items()}[model.pool],
+        mlp_ratio=mlp_ratio(model.mlp_dim, model.width), swiglu_mlp=model.glu,
+        global_pool=POOL_NAMES[model.pool],
         class_token='cls' in model.prefix, num_reg_tokens=model.registers,
         use_abs_pos_emb=model.posemb == 'learn', use_pre_transformer_norm=model.pre_norm,
         use_fc_norm=model.last_norm == 'pooled',
@@ -215,7 +225,7 @@ def written_arguments(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]
     if model.pool == 'map':
         hidden = model.pool_style.mlp_dim or model.mlp_dim
         args['attn_pool_num_heads'] = model.pool_style.num_heads or model.num_heads
-        args['attn_pool_mlp_ratio'] = saving.mlp_ratio(hidden, model.width)
+        args['attn_pool_mlp_ratio'] = mlp_ratio(hidden, model.width)
     if rope is None:
         return args
     index = rope.coordinates == 'index'

@@ -8,16 +8,18 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from vit_jax.convert.documents import Notes, check_agreement, size_option
+from vit_jax.convert.assumed import CLIP, IMAGENET, half_normalisation
+from vit_jax.convert.documents import Notes, check_agreement, check_mlp_ratio, size_option
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
-from vit_jax.convert.pieces import count_numbered
-from vit_jax.convert.timm import arguments
+from vit_jax.convert.timm import arguments, shared
 from vit_jax.convert.timm import config as timm_config
-from vit_jax.convert.timm import model as timm_model
-from vit_jax.convert.timm.config import IMAGENET, POOLS
+from vit_jax.convert.timm.config import POOLS
+from vit_jax.convert.timm.pooling import pooling
+from vit_jax.convert.timm.shared import BLOCK
 from vit_jax.errors import UserError
-from vit_jax.models import block, pooling, rotary
+from vit_jax.models import block, rotary
+from vit_jax.models.pooling import Pool
 
 # `epsilon` (of the norms) is not an argument.
 SIGNATURE = arguments.Signature(
@@ -40,29 +42,25 @@ SIGNATURE = arguments.Signature(
     },
     derived=('epsilon',),
 )  # fmt: skip
-BLOCK = 'blocks.0.'
 
 
 def inferred_arguments(arrays: Mapping[str, Array]) -> dict[str, Any]:
     """{argument: value} of the class, as far as names and shapes of arrays determine it."""
-    width, channels, *patch = shape_of(arrays, 'patch_embed.proj.weight', 4)
     gated = f'{BLOCK}mlp.fc1_g.weight' in arrays
     hidden = shape_of(arrays, f'{BLOCK}mlp.fc2.weight', 2)[1]
     first = shape_of(arrays, f'{BLOCK}mlp.{"fc1_g" if gated else "fc1"}.weight', 2)[0]
     kinds = {'eva': ('q_bias', 'q_proj.bias'), 'rope': ('qkv.bias', 'k_proj.bias')}
     found = [k for k, names in kinds.items() if any(f'{BLOCK}attn.{n}' in arrays for n in names)]
-    return dict(
-        embed_dim=width, depth=count_numbered(arrays, r'blocks\.(\d+)\.'), in_chans=channels,
-        patch_size=tuple(patch), qkv_bias=bool(found), attn_type=found[-1] if found else None,
+    return shared.inferred_arguments(arrays) | dict(
+        qkv_bias=bool(found), attn_type=found[-1] if found else None,
         qkv_fused=f'{BLOCK}attn.qkv.weight' in arrays,
         qk_norm=f'{BLOCK}attn.q_norm.weight' in arrays,
         scale_attn_inner=f'{BLOCK}attn.norm.weight' in arrays,
         scale_mlp=f'{BLOCK}mlp.norm.weight' in arrays, swiglu_mlp=gated or first == 2 * hidden,
-        class_token='cls_token' in arrays, use_abs_pos_emb='pos_embed' in arrays,
+        use_abs_pos_emb='pos_embed' in arrays,
         num_reg_tokens=shape_of(arrays, 'reg_token', 3)[1] if 'reg_token' in arrays else 0,
-        num_classes=shape_of(arrays, 'head.weight', 2)[0] if 'head.weight' in arrays else 0,
         use_pre_transformer_norm='norm_pre.weight' in arrays,
-        init_values='a layer scale' if f'{BLOCK}gamma_1' in arrays else 'no layer scale',
+        init_values=shared.SCALED if f'{BLOCK}gamma_1' in arrays else shared.UNSCALED,
         rope_type='mixed' if 'rope.freqs' in arrays else 'not mixed',
     )  # fmt: skip
 
@@ -72,7 +70,7 @@ def check_arguments(args: dict[str, Any], inferred: dict[str, Any], hidden: int)
     scaled = args['init_values'] is not None and not args['use_post_norm']
     mixed = args['use_rot_pos_emb'] and args['rope_type'] == 'mixed'
     stated = args | dict(
-        init_values='a layer scale' if scaled else 'no layer scale',
+        init_values=shared.SCALED if scaled else shared.UNSCALED,
         rope_type='mixed' if mixed else 'not mixed', patch_size=size_option(args, 'patch_size'),
     )  # fmt: skip
     if inferred['attn_type'] is None:  # without biases both kinds are the same
@@ -81,11 +79,7 @@ def check_arguments(args: dict[str, Any], inferred: dict[str, Any], hidden: int)
     size, align = int(args['embed_dim'] * args['mlp_ratio']), args['swiglu_align_to']
     if args['swiglu_mlp'] and align and not args['use_post_norm']:
         size += -size % align
-    if size != hidden:
-        raise UserError(
-            f'config.json: mlp_ratio is {args["mlp_ratio"]}, which makes an MLP of {size}, but the '
-            f'arrays have {hidden}'
-        )
+    check_mlp_ratio(args['mlp_ratio'], size, hidden)
 
 
 def last_norm(args: dict[str, Any], pool: str, arrays: Mapping[str, Array]) -> str:
@@ -130,18 +124,14 @@ def style_of(args: dict[str, Any]) -> block.Style:
 
 def pool_style(
     args: dict[str, Any], pool: str, arrays: Mapping[str, Array], mlp_dim: int
-) -> pooling.Pool:
+) -> Pool:
     """Details of attention pooling, which reads all tokens; the default for other pooling."""
     if pool != 'map':
-        return pooling.Pool()
+        return Pool()
     heads, hidden = args['attn_pool_num_heads'], shape_of(arrays, 'attn_pool.mlp.fc1.weight', 2)[0]
     ratio = args['attn_pool_mlp_ratio'] or args['mlp_ratio']
-    if int(args['embed_dim'] * ratio) != hidden:
-        raise UserError(
-            f'config.json: attn_pool_mlp_ratio makes an MLP of {int(args["embed_dim"] * ratio)}, '
-            f'but the arrays have {hidden}'
-        )
-    return pooling.Pool(
+    check_mlp_ratio(ratio, int(args['embed_dim'] * ratio), hidden, 'attn_pool_mlp_ratio')
+    return Pool(
         prefix=args['class_token'] or args['num_reg_tokens'] > 0,
         num_heads=None if heads == args['num_heads'] else heads,
         mlp_dim=None if hidden == mlp_dim else hidden,
@@ -163,8 +153,8 @@ def fields_of(
     width, depth = args['embed_dim'], args['depth']
     check_agreement({'num_features': config.get('num_features')}, {'num_features': width})
     choice = dict(global_pool=args['global_pool'], fc_norm=args['use_fc_norm'])
-    pool, guessed, unsettled = timm_model.pooling(choice, config, arrays)
-    scaled = inferred['init_values'] == 'a layer scale'
+    pool, guessed, unsettled = pooling(choice, config, arrays)
+    scaled = inferred['init_values'] == shared.SCALED
     fields = dict(
         num_classes=args['num_classes'] or None, patch_size=inferred['patch_size'], width=width,
         depth=depth, num_heads=args['num_heads'], mlp_dim=hidden, pool=POOLS[pool],
@@ -216,12 +206,16 @@ def describe(
 ) -> tuple[str, dict[str, Any], Notes]:
     """(kind, {field: value}, Notes) of the model, from arrays (names, shapes) and config.json."""
     name, (fields, guessed, unsettled) = candidate(arrays, config)
-    clip = name.startswith('eva') or '_betwixt_' in name
-    default = timm_model.CLIP if clip else IMAGENET
-    if '_pe_' in name or 'reg1_gap' in name:
-        default = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
     channels = arrays['patch_embed.proj.weight'].shape[1]
-    fields, notes = timm_model.with_normalisation(
-        fields, config, channels, arrays, guessed, unsettled, default
+    default = normalisation_of(name, channels)
+    fields, notes = timm_config.with_normalisation(
+        fields, config, channels, default, guessed, unsettled
     )
     return 'vit', fields, notes
+
+
+def normalisation_of(name: str, channels: int) -> dict[str, tuple[float, ...]]:
+    """{mean, std} of timm's default_cfg of an architecture."""
+    if channels != 3 or '_pe_' in name or 'reg1_gap' in name:
+        return half_normalisation(channels)
+    return CLIP if name.startswith('eva') or '_betwixt_' in name else IMAGENET

@@ -12,8 +12,7 @@ from vit_jax.convert.documents import Notes, check_agreement
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import Piece, affine_pieces, count_numbered
-from vit_jax.convert.timm import arguments, bit, vit
-from vit_jax.convert.timm import model as model_of
+from vit_jax.convert.timm import arguments, bit, vit, vit_model
 from vit_jax.errors import UserError
 
 BACKBONE = 'patch_embed.backbone.'
@@ -57,14 +56,14 @@ def describe(
             count_numbered(arrays, rf'{stages}{i}\.blocks\.(\d+)\.')
             for i in range(count_numbered(arrays, rf'{stages}(\d+)\.'))
         )
-    name = arguments.architecture(config, model_of.SIGNATURE)
+    name = arguments.architecture(config, vit_model.SIGNATURE)
     if name is not None:
         check_agreement({'resnet': units_of(name)}, {'resnet': units})
     width, _, *patch = shape_of(arrays, 'patch_embed.proj.weight', 4)
     rest = {n: a for n, a in arrays.items() if not n.startswith(BACKBONE)}
     proj = rest['patch_embed.proj.weight']
     rest['patch_embed.proj.weight'] = proj._replace(shape=(width, channels, *patch))
-    kind, fields, notes = model_of.describe(rest, config)
+    kind, fields, notes = vit_model.describe(rest, config)
     fields |= dict(resnet=units, resnet_width=features / 64, resnet_epsilon='timm')
     return kind, fields, notes
 

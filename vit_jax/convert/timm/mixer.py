@@ -8,15 +8,14 @@ from typing import Any
 
 import flax.linen as nn
 
-from vit_jax.convert.documents import Notes, check_agreement, size_option
+from vit_jax.convert.assumed import half_normalisation
+from vit_jax.convert.documents import Notes, check_agreement, mlp_ratio, size_option
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import Piece, affine_pieces, count_numbered, linear_pieces
 from vit_jax.convert.timm import arguments
 from vit_jax.convert.timm import config as timm_config
-from vit_jax.convert.timm import model as model_of
 from vit_jax.convert.timm.arguments import Signature
-from vit_jax.convert.timm.saving import mlp_ratio
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 from vit_jax.models import mixer
@@ -29,14 +28,14 @@ SIGNATURE = Signature(
         mlp_ratio=[0.5, 4.0], block_layer='MixerBlock', mlp_layer='Mlp', stem_norm=False,
         global_pool='avg',
     ),
-    dict(
+    only=dict(
         block_layer=('MixerBlock',), mlp_layer=('Mlp',), stem_norm=(False,), global_pool=('avg',)
     ),
-    dict(
+    features=dict(
         block_layer='blocks of ResMLP or gMLP', mlp_layer=GATED,
         stem_norm='a norm of the embedded patches', global_pool='another pooling than the mean',
     ),
-    {'mlp_ratio': 'anything'}, ('block_layer', 'mlp_layer'),
+    kinds={'mlp_ratio': 'anything'}, derived=('block_layer', 'mlp_layer'),
 )  # fmt: skip
 
 
@@ -96,8 +95,8 @@ def describe(
     if arguments.architecture(config, SIGNATURE) is None:
         why = "timm's default; arrays do not show it"
         guessed = dict(gelu=why, epsilon=why)
-    fields, notes = model_of.with_normalisation(fields, config, channels, arrays, guessed, {})
-    return 'mixer', fields, notes
+    default = half_normalisation(channels)
+    return 'mixer', *timm_config.with_normalisation(fields, config, channels, default, guessed, {})
 
 
 def hidden_sizes(ratio: Any, width: int) -> tuple[int, int]:
@@ -112,11 +111,6 @@ def hidden_sizes(ratio: Any, width: int) -> tuple[int, int]:
 def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
     """None: there are no positions."""
     return None
-
-
-def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """(): every layer has its bias."""
-    return ()
 
 
 def pieces(model: nn.Module) -> list[Piece]:

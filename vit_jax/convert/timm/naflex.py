@@ -9,14 +9,13 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from vit_jax.convert.documents import Notes, check_agreement, size_option
+from vit_jax.convert.documents import Notes, check_agreement, check_mlp_ratio, size_option
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import Piece
-from vit_jax.convert.timm import arguments, vit
-from vit_jax.convert.timm import model as model_of
+from vit_jax.convert.timm import arguments, vit, vit_model
 from vit_jax.convert.timm.arguments import Signature
-from vit_jax.convert.timm.config import POOLS
+from vit_jax.convert.timm.config import POOLS, with_normalisation
 from vit_jax.errors import UserError
 from vit_jax.models import pooling
 
@@ -45,7 +44,7 @@ SIGNATURE = Signature(
         block_fn=None, mlp_layer=None, attn_layer=None, attn_type='standard', attn_gated=False,
         swiglu_mlp=False, qkv_fused=True, attn_only_layer_scale=False, epsilon=1e-6,
     ),
-    dict(
+    only=dict(
         rope_type=('', 'none', None), num_kv_heads=(None,), scale_mlp_norm=(False,),
         scale_attn_inner_norm=(False,), patchify_channels_last=(True,),
         embed_proj_type=('linear',), input_norm_layer=(None,), embed_norm_layer=(None,),
@@ -53,7 +52,7 @@ SIGNATURE = Signature(
         attn_type=('standard',), attn_gated=(False,), swiglu_mlp=(False,), qkv_fused=(True,),
         attn_only_layer_scale=(False,), global_pool=tuple(POOLS),
     ),
-    dict(
+    features=dict(
         rope_type='rotary positions of NaFlexVit', num_kv_heads='grouped queries',
         scale_mlp_norm='a norm within the MLP of NaFlexVit',
         scale_attn_inner_norm='a norm within the attention of NaFlexVit',
@@ -153,13 +152,16 @@ def describe(
     )
     mlp_dim = shape_of(arrays, 'blocks.0.mlp.fc1.weight', 2)[0]
     proj = arrays['patch_embed.proj.weight']._replace(shape=(width, channels, *patch))
-    inferred = model_of.inferred_arguments({**arrays, 'patch_embed.proj.weight': proj})
+    inferred = vit_model.inferred_arguments({**arrays, 'patch_embed.proj.weight': proj})
     learnt = 'none' if args['pos_embed'] in ('', 'none') else 'learn'
-    model_of.check_arguments(config, args | dict(pos_embed=learnt), inferred)
+    vit_model.check_arguments(config, args | dict(pos_embed=learnt), inferred)
     check_agreement(
-        {'final_norm and fc_norm': last_norm(args), 'map': args['global_pool'] == 'map'},
-        {'final_norm and fc_norm': norm_of(arrays), 'map': 'attn_pool.latent' in arrays},
+        {'final_norm and fc_norm': last_norm(args)}, {'final_norm and fc_norm': norm_of(arrays)}
     )
+    maps, pool = 'attn_pool.latent' in arrays, args['global_pool']
+    if maps != (pool == 'map'):
+        what = 'attention pooling' if maps else 'no attention pooling'
+        raise UserError(f'config.json: global_pool is {pool!r}, but the arrays have {what}')
     interpolation, square = resizing(args)
     fields = dict(
         num_classes=inferred['num_classes'] or None, patch_size=patch, width=width,
@@ -168,11 +170,12 @@ def describe(
         cls_token=inferred['class_token'],
         registers=inferred['reg_tokens'], posemb=learnt, cls_posemb=False, registers_posemb=False,
         interpolation=interpolation, square_posemb=square, pre_norm=inferred['pre_norm'],
-        last_norm=last_norm(args), style=model_of.style_of(args, inferred),
+        last_norm=last_norm(args), style=vit_model.style_of(args, inferred),
         layer_scale=float(args['init_values'] or 1e-5) if args['init_values'] is not None else None,
-        gelu=model_of.gelu_of(args, False), epsilon=1e-6,
+        gelu=vit_model.gelu_of(args, False), epsilon=1e-6,
     )  # fmt: skip
-    return ('vit', *model_of.with_normalisation(fields, config, channels, arrays, {}, {}))
+    default = vit_model.guess_normalisation(arrays, channels)
+    return 'vit', *with_normalisation(fields, config, channels, default, {}, {})
 
 
 def last_norm(args: Mapping[str, Any]) -> str:
@@ -212,8 +215,7 @@ def pool_style(
         hidden = shape_of(arrays, 'attn_pool.mlp.fc1.weight', 2)[0]
         ratio = args['attn_pool_mlp_ratio'] or args['mlp_ratio']
         width = arrays['attn_pool.mlp.fc1.weight'].shape[1]
-        key = 'attn_pool_mlp_ratio'
-        check_agreement({key: int(width * ratio)}, {key: hidden})
+        check_mlp_ratio(ratio, int(width * ratio), hidden, 'attn_pool_mlp_ratio')
     reads_all = args['pool_include_prefix'] and args['global_pool'] in ('avg', 'map')
     return pooling.Pool(
         reads_all, None if heads == args['num_heads'] else heads,

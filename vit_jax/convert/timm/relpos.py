@@ -9,15 +9,20 @@ from typing import Any
 
 import flax.linen as nn
 
-from vit_jax.convert.documents import Notes
+from vit_jax.convert.assumed import half_normalisation
+from vit_jax.convert.biases import whole_groups
+from vit_jax.convert.documents import Notes, mlp_ratio
 from vit_jax.convert.files import Array
-from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
-from vit_jax.convert.timm import arguments, frame, saving
-from vit_jax.convert.timm.config import POOLS, with_normalisation
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.pieces import Piece, linear_pieces
+from vit_jax.convert.timm import arguments, shared, vit, vit_saving
+from vit_jax.convert.timm.config import POOL_NAMES, with_normalisation
 from vit_jax.convert.timm.pooling import pooling
+from vit_jax.convert.timm.shared import BLOCK
 from vit_jax.errors import UserError
-from vit_jax.models import block, relative, vit
+from vit_jax.io.text import brief
+from vit_jax.models import block, relative
+from vit_jax.models.vit import Vit
 
 SIGNATURE = arguments.Signature(
     'VisionTransformerRelPos', 'relpos.json', dict(
@@ -31,9 +36,9 @@ SIGNATURE = arguments.Signature(
         block_fn=(None, 'ResPostRelPosBlock'), global_pool=('avg', 'token', ''),
     ),
 )  # fmt: skip
-BLOCK = 'blocks.0.'
 OWN, SHARED = f'{BLOCK}attn.rel_pos.', 'shared_rel_pos.'
 TABLE = 'relative_position_bias_table'
+SWIN = 'log-spaced offsets as in Swin v2 are not supported'
 HIDDEN = 128  # hidden size of the MLP without rel_pos_dim
 
 
@@ -45,13 +50,12 @@ def matches(names: Collection[str], config: Mapping[str, Any]) -> bool:
 
 def expresses(model: nn.Module) -> bool:
     """Whether a model is saved as one of this class."""
-    return isinstance(model, vit.Vit) and model.style.bias is not None
+    return isinstance(model, Vit) and model.style.bias is not None
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
     """Those of `style.unbiased` that the file lacks, too: qkv_bias is a flag."""
-    lacking = saving.whole_groups(model.style.unbiased)
-    return tuple(name for name in lacking if name in block.PROJECTIONS)
+    return whole_groups(model, block.PROJECTIONS)
 
 
 def bias_of(arrays: Mapping[str, Array]) -> tuple[relative.Bias, int]:
@@ -62,16 +66,16 @@ def bias_of(arrays: Mapping[str, Array]) -> tuple[relative.Bias, int]:
         return relative.Bias('table', shared), shape_of(arrays, f'{start}{TABLE}', 2)[1]
     hidden = shape_of(arrays, f'{start}mlp.fc1.weight', 2)[0]
     if f'{start}mlp.fc2.bias' not in arrays:
-        raise UserError('rel_pos_type: log-spaced offsets as in Swin v2: not supported')
+        raise UserError(f'array {start}mlp.fc2.weight without a bias: {SWIN}')
     heads = shape_of(arrays, f'{start}mlp.fc2.weight', 2)[0]
     return relative.Bias('mlp', shared, hidden=hidden), heads
 
 
 def inferred_arguments(arrays: Mapping[str, Array], bias: relative.Bias) -> dict[str, Any]:
     """{argument: value}, as far as names and shapes of arrays determine it."""
-    return frame.inferred_arguments(arrays) | dict(
+    return shared.inferred_arguments(arrays) | dict(
         qkv_bias=f'{BLOCK}attn.qkv.bias' in arrays, qk_norm=f'{BLOCK}attn.q_norm.weight' in arrays,
-        init_values=frame.SCALED if f'{BLOCK}ls1.gamma' in arrays else frame.UNSCALED,
+        init_values=shared.SCALED if f'{BLOCK}ls1.gamma' in arrays else shared.UNSCALED,
         rel_pos_type='mlp' if bias.kind == 'mlp' else 'bias', rel_pos_dim=bias.hidden,
         shared_rel_pos=bias.shared,
     )  # fmt: skip
@@ -84,7 +88,7 @@ def stated_arguments(args: dict[str, Any]) -> dict[str, Any]:
     if kind is not None:
         stated['rel_pos_type'] = 'mlp' if kind.startswith('mlp') else 'bias'
         if kind.startswith('mlp') and 'swin' in kind:
-            raise UserError('rel_pos_type: log-spaced offsets as in Swin v2: not supported')
+            raise UserError(f'config.json: rel_pos_type is {brief(repr(kind))}: {SWIN}')
     if 'rel_pos_dim' in args:
         stated['rel_pos_dim'] = (args['rel_pos_dim'] or HIDDEN) if kind != 'bias' else None
     if args.get('block_fn') is not None:  # has no layer scale, but that initial value
@@ -100,15 +104,15 @@ def describe(
     bias, heads = bias_of(arrays)
     inferred = inferred_arguments(arrays, bias)
     mlp_dim = shape_of(arrays, f'{BLOCK}mlp.fc2.weight', 2)[1]
-    frame.check_arguments(config, stated_arguments(args), inferred, mlp_dim)
-    if inferred['init_values'] == frame.UNSCALED and 'block_fn' not in args:
+    shared.check_arguments(config, stated_arguments(args), inferred, mlp_dim)
+    if inferred['init_values'] == shared.UNSCALED and 'block_fn' not in args:
         raise UserError(
             'blocks with norms before attention and MLP have these arrays, and so have blocks with '
             'norms behind them: put a config.json beside them, with timm\'s name as '
             '{"architecture": "vit_relpos_base_patch16_rpn_224"}'
         )
     pool, guessed, unsettled = pooling(args, config, arrays)
-    fields = frame.fields_of(arrays, args, inferred, pool) | dict(
+    fields = shared.fields_of(arrays, args, inferred, pool) | dict(
         mlp_dim=mlp_dim, num_heads=heads, gelu='exact', epsilon=1e-6, posemb='none',
         style=block.Style(
             order='pre' if args.get('block_fn') is None else 'post',
@@ -133,12 +137,15 @@ def offset_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
 
 def pieces(model: nn.Module) -> list[Piece]:
     """Pieces of all arrays of a model's file."""
-    rows, bias = frame.stem_pieces(model), model.style.bias
+    rows, bias = vit.stem_pieces(model), model.style.bias
     if bias.shared:
         rows += bias_pieces(SHARED, 'bias', (), bias)
     for i in range(model.depth):
-        rows += block_pieces(f'blocks.{i}', (i,), model)
-    return rows + frame.head_pieces(model)
+        theirs, index = f'blocks.{i}', (i,)
+        rows += vit.block_pieces(theirs, index, model, gate=False)
+        if not bias.shared:
+            rows += bias_pieces(f'{theirs}.attn.rel_pos.', 'encoder/attn/bias', index, bias)
+    return rows + vit.head_pieces(model)
 
 
 def bias_pieces(theirs: str, ours: str, index: tuple, bias: relative.Bias) -> list[Piece]:
@@ -149,28 +156,6 @@ def bias_pieces(theirs: str, ours: str, index: tuple, bias: relative.Bias) -> li
         piece for n in (1, 2)
         for piece in linear_pieces(f'{theirs}mlp.fc{n}', f'{ours}_fc{n}', index)
     ]  # fmt: skip
-
-
-def block_pieces(theirs: str, index: tuple, model: nn.Module) -> list[Piece]:
-    """Pieces of an encoder block."""
-    style = model.style
-    biased = 'query' not in style.unbiased
-    rows = [
-        *norm_pieces(f'{theirs}.norm1.', 'encoder/norm1', index, model=model),
-        *linear_pieces(f'{theirs}.attn.qkv', 'encoder/attn/qkv', index, bias=biased),
-        *linear_pieces(f'{theirs}.attn.proj', 'encoder/attn/out', index, inputs=2),
-        *norm_pieces(f'{theirs}.norm2.', 'encoder/norm2', index, model=model),
-        *linear_pieces(f'{theirs}.mlp.fc1', 'encoder/mlp/fc1', index),
-        *linear_pieces(f'{theirs}.mlp.fc2', 'encoder/mlp/fc2', index),
-    ]
-    if not style.bias.shared:
-        rows += bias_pieces(f'{theirs}.attn.rel_pos.', 'encoder/attn/bias', index, style.bias)
-    for name in ('q_norm', 'k_norm') if 'query_key' in style.norms else ():
-        ours = f'encoder/attn/{name}'
-        rows += norm_pieces(f'{theirs}.attn.{name}.', ours, index, model=model)
-    if model.layer_scale is not None:
-        rows += [Piece(f'{theirs}.ls{n}.gamma', f'encoder/scale{n}', index) for n in (1, 2)]
-    return rows
 
 
 def limits(model: nn.Module) -> dict[str, tuple]:
@@ -191,8 +176,8 @@ def model_config(
     """Content of config.json for timm.create_model('local-dir:...')."""
     style, bias = model.style, model.style.bias
     args = dict(
-        mlp_ratio=saving.mlp_ratio(model.mlp_dim, model.width),
-        global_pool={v: k for k, v in POOLS.items()}[model.pool],
+        mlp_ratio=mlp_ratio(model.mlp_dim, model.width),
+        global_pool=POOL_NAMES[model.pool],
         qkv_bias='query' not in style.unbiased, qk_norm='query_key' in style.norms,
         init_values=model.layer_scale, class_token='cls' in model.prefix,
         fc_norm=model.last_norm == 'pooled', shared_rel_pos=bias.shared,
@@ -201,5 +186,4 @@ def model_config(
     )  # fmt: skip
     rpn = 'vit_relpos_base_patch16_rpn_224'
     name = rpn if style.order == 'post' else 'vit_relpos_base_patch16_224'
-    sets = SIGNATURE.defaults | arguments.tables(SIGNATURE)['architectures'][name]
-    return saving.document(name, args, sets, model, size, classes)
+    return vit_saving.document(name, args, SIGNATURE, model, size, classes)

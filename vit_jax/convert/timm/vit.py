@@ -14,8 +14,7 @@ from vit_jax.convert.documents import Notes
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
-from vit_jax.convert.timm import arguments, saving
-from vit_jax.convert.timm import model as model_of
+from vit_jax.convert.timm import arguments, vit_model, vit_saving
 from vit_jax.errors import UserError
 from vit_jax.models import vit
 
@@ -34,14 +33,14 @@ def describe(
     arrays: Mapping[str, Array], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any], Notes]:
     """(kind, {field: value}, Notes) of the model, from arrays (names, shapes) and config.json."""
-    if arguments.arguments(config, model_of.SIGNATURE).get('embed_layer') is not None:
+    if arguments.arguments(config, vit_model.SIGNATURE).get('embed_layer') is not None:
         raise UserError('config.json names a hybrid, but the arrays have no ResNet')
-    return model_of.describe(arrays, config)
+    return vit_model.describe(arrays, config)
 
 
-absent_biases = saving.absent_biases
-limits = saving.limits
-model_config = saving.model_config
+absent_biases = vit_saving.absent_biases
+limits = vit_saving.limits
+model_config = vit_saving.model_config
 
 
 def table_rows(arrays: Mapping[str, Array]) -> tuple[str, int] | None:
@@ -62,22 +61,22 @@ def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.nd
 
 def pieces_of(arrays: Collection[str]) -> Callable[[nn.Module], list[Piece]]:
     """The function `pieces` for a file with these arrays."""
-    apart = 'blocks.0.mlp.fc1_g.weight' in arrays
-    return lambda model: pieces(model, apart)
+    gate = 'blocks.0.mlp.fc1_g.weight' in arrays
+    return lambda model: pieces(model, gate)
 
 
-def pieces(model: nn.Module, apart: bool | None = None) -> list[Piece]:
+def pieces(model: nn.Module, gate: bool | None = None) -> list[Piece]:
     """Pieces of all arrays of a model's file.
 
-    `apart`: whether gates of MLPs have arrays of their own; None: if the file is one to save.
+    `gate` says whether the gate of an MLP has arrays of its own; None: as in the file to save.
     """
-    apart = saving.gate_apart(model) if apart is None else apart
+    gate = vit_saving.has_separate_gate(model) if gate is None else gate
     rows = stem_pieces(model)
     for i in range(model.depth):
         if model.style.order == 'parallel':
             rows += parallel_pieces(f'blocks.{i}', (i,), model)
         else:
-            rows += block_pieces(f'blocks.{i}', (i,), model, apart)
+            rows += block_pieces(f'blocks.{i}', (i,), model, gate)
     return rows + head_pieces(model)
 
 
@@ -111,8 +110,8 @@ def head_pieces(model: nn.Module) -> list[Piece]:
     return rows + (linear_pieces('head_dist', 'dist_head') if model.dist_head else [])
 
 
-def block_pieces(theirs: str, index: tuple, model: nn.Module, apart: bool) -> list[Piece]:
-    """Pieces of an encoder block; `apart` is that of `pieces`."""
+def block_pieces(theirs: str, index: tuple, model: nn.Module, gate: bool) -> list[Piece]:
+    """Pieces of an encoder block; `gate` is that of `pieces`."""
     unbiased, norms = model.style.unbiased, model.style.norms
     qkv, out, mlp = ('query' not in unbiased, 'out' not in unbiased, 'mlp' not in unbiased)
     rows = [
@@ -124,7 +123,7 @@ def block_pieces(theirs: str, index: tuple, model: nn.Module, apart: bool) -> li
     ]
     layers = {'fc1': ('fc1', None)}  # {ours: (theirs, part)}
     if model.glu:
-        layers = {'gate': ('fc1_g', None), 'fc1': ('fc1_x', None)} if apart else {
+        layers = {'gate': ('fc1_g', None), 'fc1': ('fc1_x', None)} if gate else {
             'gate': ('fc1', (0, 2)), 'fc1': ('fc1', (1, 2)),
         }  # fmt: skip
     for ours, (name, part) in layers.items():

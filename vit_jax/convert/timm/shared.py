@@ -1,22 +1,20 @@
-"""What timm's classes of ViTs share around their blocks: patches, class token, last norm, head."""
+"""Arguments and fields that timm's classes of ViTs share: those of patches, tokens and head."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-
-from vit_jax.convert.documents import check_agreement, size_option
+from vit_jax.convert.documents import check_agreement, check_mlp_ratio, size_option
 from vit_jax.convert.files import Array
 from vit_jax.convert.official import shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
+from vit_jax.convert.pieces import count_numbered
 from vit_jax.convert.timm.config import POOLS, stated_classes
-from vit_jax.errors import UserError
 
+BLOCK = 'blocks.0.'
 SCALED, UNSCALED = 'a layer scale', 'no layer scale'  # as init_values
 
 
 def inferred_arguments(arrays: Mapping[str, Array]) -> dict[str, Any]:
-    """{argument: value}, as far as names and shapes of these arrays determine it."""
+    """{argument: value}, as far as names and shapes of arrays determine it."""
     width, channels, *patch = shape_of(arrays, 'patch_embed.proj.weight', 4)
     return dict(
         embed_dim=width, depth=count_numbered(arrays, r'blocks\.(\d+)\.'), in_chans=channels,
@@ -41,11 +39,8 @@ def check_arguments(
         stated['patch_size'] = size_option(dict(args), 'patch_size')
     check_agreement(stated, inferred)
     ratio, width = args.get('mlp_ratio'), inferred['embed_dim']
-    if ratio is not None and int(width * ratio) != hidden:
-        raise UserError(
-            f'config.json: mlp_ratio is {ratio}, which makes an MLP of {int(width * ratio)}, but '
-            f'the arrays have {hidden}'
-        )
+    if ratio is not None:
+        check_mlp_ratio(ratio, int(width * ratio), hidden)
     check_agreement({'num_features': config.get('num_features')}, {'num_features': width})
 
 
@@ -62,21 +57,3 @@ def fields_of(
         layer_scale=float(args.get('init_values') or 1e-5)
         if inferred['init_values'] == SCALED else None,
     )  # fmt: skip
-
-
-def stem_pieces(model: nn.Module) -> list[Piece]:
-    """Pieces of what comes before the blocks, without positions."""
-    rows = [
-        Piece('patch_embed.proj.weight', 'embedding/kernel', layout='conv'),
-        Piece('patch_embed.proj.bias', 'embedding/bias', layout='vector'),
-    ]
-    return rows + [Piece('cls_token', 'cls')] if 'cls' in model.prefix else rows
-
-
-def head_pieces(model: nn.Module) -> list[Piece]:
-    """Pieces of what comes behind the blocks."""
-    rows = []
-    if model.last_norm != 'none':
-        name = 'norm.' if model.last_norm == 'tokens' else 'fc_norm.'
-        rows += norm_pieces(name, 'norm', model=model)
-    return rows + (linear_pieces('head', 'head') if model.num_classes is not None else [])

@@ -6,21 +6,22 @@ What neither determines is guessed, and listed as a guess in the account.
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from vit_jax.convert.assumed import CLIP, IMAGENET, guess_heads, half_normalisation
 from vit_jax.convert.documents import Notes
 from vit_jax.convert.files import Array
-from vit_jax.convert.official import half_normalisation, shape_of
-from vit_jax.convert.timm import arguments, frame
-from vit_jax.convert.timm import config as timm_config
-from vit_jax.convert.timm.config import GELUS, IMAGENET
+from vit_jax.convert.official import shape_of
+from vit_jax.convert.timm import arguments, shared
+from vit_jax.convert.timm.config import GELUS, with_normalisation
 from vit_jax.convert.timm.pooling import pooling
+from vit_jax.convert.timm.shared import BLOCK
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
-from vit_jax.models import block, vit
+from vit_jax.models import block
 from vit_jax.models.pooling import Pool
 
 # `epsilon` (of the norms), `distilled` and `interpolation` (of positions) are not arguments.
 SIGNATURE = arguments.Signature(
-    'VisionTransformer', 'architectures.json', dict(
+    'VisionTransformer', 'vit.json', dict(
         img_size=224, patch_size=16, in_chans=3, num_classes=1000, global_pool='token',
         embed_dim=768, depth=12, num_heads=12, mlp_ratio=4, qkv_bias=True, qk_norm=False,
         scale_attn_norm=False, scale_mlp_norm=False, proj_bias=True, init_values=None,
@@ -37,8 +38,6 @@ SIGNATURE = arguments.Signature(
     ),
     derived=('epsilon', 'distilled', 'interpolation'),
 )  # fmt: skip
-CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-BLOCK = 'blocks.0.'
 SERIAL = dict(
     norm1='norm1', qkv='attn.qkv', q_norm='attn.q_norm', k_norm='attn.k_norm', out='attn.proj',
     fc1='mlp.fc1', fc2='mlp.fc2', scale1='ls1.gamma',
@@ -52,14 +51,6 @@ UNSUPPORTED = {  # what arrays of blocks stand for
     'attns.': arguments.FEATURES['ParallelThingsBlock'],
     'attn.gate.': 'a gate on the output of attention',
 }  # fmt: skip
-
-
-def guess_heads(width: int, depth: int) -> int | None:
-    """Guesses the number of heads, which fused weights do not show; None without a guess."""
-    for size in vit.SIZES.values():
-        if (size['width'], size['depth']) == (width, depth):
-            return size['num_heads']
-    return width // 64 if width % 64 == 0 else None
 
 
 def gelu_of(args: dict[str, Any], glu: bool) -> str:
@@ -80,20 +71,6 @@ def guess_normalisation(arrays: Collection[str], channels: int) -> dict[str, tup
         return CLIP
     deit3 = f'{BLOCK}ls1.gamma' in arrays and 'reg_token' not in arrays
     return IMAGENET if 'dist_token' in arrays or deit3 else half_normalisation(3)
-
-
-def with_normalisation(
-    fields: dict[str, Any], config: dict[str, Any], channels: int, arrays: Collection[str],
-    guessed: dict[str, str], unsettled: dict[str, str],
-    default: dict[str, tuple[float, ...]] | None = None,
-) -> tuple[dict[str, Any], Notes]:  # fmt: skip
-    """(fields with mean and std of the images, Notes).
-
-    Images of three channels that nothing is stated of have the `default`, if one is given.
-    """
-    if default is None or channels != 3:
-        default = guess_normalisation(arrays, channels)
-    return timm_config.with_normalisation(fields, config, channels, default, guessed, unsettled)
 
 
 def check_supported(arrays: Collection[str]) -> None:
@@ -128,7 +105,7 @@ def inferred_arguments(arrays: Mapping[str, Array]) -> dict[str, Any]:
     names = PARALLEL if parallel else SERIAL
     layers = {key: BLOCK + name for key, name in names.items()}
     mlp_dim = shape_of(arrays, f'{layers["fc2"]}.weight', 2)[1]
-    return frame.inferred_arguments(arrays) | dict(
+    return shared.inferred_arguments(arrays) | dict(
         mlp_dim=mlp_dim,
         qkv_bias=f'{layers["qkv"]}.bias' in arrays, proj_bias=f'{layers["out"]}.bias' in arrays,
         qk_norm=f'{layers["q_norm"]}.weight' in arrays, pre_norm='norm_pre.weight' in arrays,
@@ -140,7 +117,7 @@ def inferred_arguments(arrays: Mapping[str, Array]) -> dict[str, Any]:
         distilled='dist_token' in arrays,
         reg_tokens=shape_of(arrays, 'reg_token', 3)[1] if 'reg_token' in arrays else 0,
         pos_embed='learn' if 'pos_embed' in arrays else 'none',
-        init_values=frame.SCALED if layers['scale1'] in arrays else frame.UNSCALED,
+        init_values=shared.SCALED if layers['scale1'] in arrays else shared.UNSCALED,
         block_fn='ParallelScalingBlock' if parallel else 'Block',
         mlp_layer=gated_layer(arrays, mlp_dim) or 'Mlp',
     )  # fmt: skip
@@ -158,7 +135,7 @@ def check_arguments(
     if args.get('block_fn') == 'ResPostBlock':  # has no layer scale, but that initial value
         stated |= dict(block_fn='Block', init_values=None)
     packed = inferred['mlp_layer'] == 'SwiGLUPacked'
-    frame.check_arguments(config, stated, inferred, inferred['mlp_dim'] * (2 if packed else 1))
+    shared.check_arguments(config, stated, inferred, inferred['mlp_dim'] * (2 if packed else 1))
 
 
 def check_norms(config: dict[str, Any], args: dict[str, Any], inferred: dict[str, Any]) -> None:
@@ -169,7 +146,7 @@ def check_norms(config: dict[str, Any], args: dict[str, Any], inferred: dict[str
     name, given = arguments.architecture(config, SIGNATURE), config.get('model_args') or {}
     epsilon = SIGNATURE.defaults['epsilon']  # of a norm that model_args give
     if name is not None and 'embed_norm_layer' not in given:
-        epsilon = arguments.tables(SIGNATURE)['architectures'][name].get('epsilon', epsilon)
+        epsilon = SIGNATURE.of(name)['epsilon']
     if kind != inferred['norm_layer'] or args.get('epsilon', epsilon) != epsilon:
         raise UserError(
             f'config.json: embed_norm_layer is {kind} with epsilon {epsilon}, the other norms are '
@@ -186,7 +163,7 @@ def check_unambiguous(arrays: Collection[str], inferred: dict[str, Any]) -> None
         other = 'test_vit3, which pools its registers with the patches'
     elif (
         (inferred['init_values'], inferred['norm_layer'], inferred['block_fn'])
-        == (frame.UNSCALED, 'LayerNorm', 'Block')
+        == (shared.UNSCALED, 'LayerNorm', 'Block')
         and not (inferred['qkv_bias'] or inferred['class_token'])
     ):  # fmt: skip
         other = 'vit_base_patch16_rpn_224, which has its norms behind attention and MLP'
@@ -232,7 +209,8 @@ def describe(
     if 'act_layer' not in args and not fields['glu']:
         guessed = guessed | {'gelu': 'arrays do not show its kind'}
     channels = inferred['in_chans']
-    fields, notes = with_normalisation(fields, config, channels, arrays, guessed, unsettled)
+    default = guess_normalisation(arrays, channels)
+    fields, notes = with_normalisation(fields, config, channels, default, guessed, unsettled)
     if inferred['distilled'] and not inferred['num_classes']:
         why = "without a head timm gives the mean of both tokens, here it is the class token's"
         notes = notes._replace(ignored=(('dist_token', why),))
@@ -248,7 +226,7 @@ def fields_of(
     reads_prefix = bool(args.get('pool_include_prefix') and pool in ('avg', 'map') and prefix)
     small = inferred['pre_norm'] and inferred['norm_layer'] == 'LayerNorm'
     small |= inferred['mlp_layer'] == 'SwiGLU' or inferred['scale_attn_norm']
-    fields = frame.fields_of(arrays, args, inferred, pool) | dict(
+    fields = shared.fields_of(arrays, args, inferred, pool) | dict(
         mlp_dim=inferred['mlp_dim'], num_heads=args.get('num_heads'),
         pool_style=Pool(prefix=reads_prefix), dist_token=inferred['distilled'],
         dist_head='head_dist.weight' in arrays, registers=inferred['reg_tokens'],

@@ -5,20 +5,26 @@ the config, and model_args set the rest.
 """
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 
+from vit_jax.convert.biases import whole_groups
+from vit_jax.convert.documents import mlp_ratio
 from vit_jax.convert.timm import arguments
-from vit_jax.convert.timm.config import GELUS, POOLS
-from vit_jax.convert.timm.model import SIGNATURE
-from vit_jax.errors import UserError
+from vit_jax.convert.timm.config import GELUS, POOL_NAMES
+from vit_jax.convert.timm.vit_model import SIGNATURE
 from vit_jax.models import block
 
 ALWAYS = {  # arguments that are written even where the architecture has their value
     'img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio', 'num_classes',
     'global_pool', 'act_layer',
+}  # fmt: skip
+DISTILLED = {  # {field: values} of the distilled class, which has fewer arguments
+    'style.order': ('pre',), 'epsilon': (1e-6,), 'glu': (False,), 'pool': ('cls',),
+    'posemb': ('learn',), 'cls_posemb': (True,), 'dist_head': (True,), 'registers': (0,),
+    'pre_norm': (False,), 'patch_norm': (False,), 'last_norm': ('tokens',),
 }  # fmt: skip
 NORMS = {'layer': 'LayerNorm', 'rms': 'RmsNorm'}
 
@@ -42,51 +48,35 @@ def base_architecture(model: nn.Module) -> str:
     return 'vit_base_patch16_224'
 
 
-def gate_apart(model: nn.Module) -> bool:
-    """Whether gates of MLPs have arrays of their own in the file that the model is saved as."""
+def has_separate_gate(model: nn.Module) -> bool:
+    """Whether the file to save has an array of the gate apart, as AIMv2 has."""
     return base_architecture(model).startswith('aimv2')
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
     """Those of `style.unbiased` that the file lacks, too: qkv_bias and proj_bias are flags."""
-    lacking = whole_groups(model.style.unbiased)
-    parallel = model.style.order == 'parallel'
-    return tuple(n for n in lacking if n in block.PROJECTIONS) if parallel else lacking
-
-
-def whole_groups(unbiased: Collection[str]) -> tuple[str, ...]:
-    """Those of query, key and value, and of out and mlp, that all lack their bias."""
-    groups = block.PROJECTIONS, ('out', 'mlp')
-    return tuple(n for group in groups if set(group) <= set(unbiased) for n in group)
+    groups = (block.PROJECTIONS, ('out', 'mlp'))
+    return whole_groups(model, *groups[: 1 if model.style.order == 'parallel' else 2])
 
 
 def limits(model: nn.Module) -> dict[str, tuple]:
     """{field: values that the format can express} for `save`."""
-    order, rms, dist = model.style.order, model.style.norm == 'rms', model.dist_token
-    further = ('query_key',) if order == 'parallel' else ('query_key', 'attention', 'mlp')
-    subsets = (itertools.combinations(further, n) for n in range(len(further) + 1))
-    small = not dist and order == 'pre' and (rms if model.glu else not (rms or model.patch_norm))
-    return {
-        'style.order': ('pre',) if dist else ('pre', 'post', 'parallel'),
-        'style.norm': ('layer', 'rms'), 'style.norms': tuple(itertools.chain(*subsets)),
-        'pool_style.prefix': (False, True),
+    order, rms = model.style.order, model.style.norm == 'rms'
+    norms = ('query_key',) if order == 'parallel' else ('query_key', 'attention', 'mlp')
+    subsets = (itertools.combinations(norms, n) for n in range(len(norms) + 1))
+    small = order == 'pre' and (rms if model.glu else not (rms or model.patch_norm))
+    tied = model.registers and 'cls' in model.prefix and model.posemb == 'learn'
+    allowed = {
+        'style.order': ('pre', 'post', 'parallel'), 'style.norm': ('layer', 'rms'),
+        'style.norms': tuple(itertools.chain(*subsets)), 'pool_style.prefix': (False, True),
     } | dict(
-        epsilon=(1e-6, 1e-5) if small else (1e-6,),
-        glu=(True, False) if order == 'pre' and not dist else (False,),
-        resnet=(None,), pool=('cls',) if dist
-        else ('cls', 'gap', 'none') if model.glu else ('cls', 'gap', 'map', 'none'),
-        posemb=('learn',) if dist else ('learn', 'none'), representation_size=(None,),
-        dist_head=(dist,),
-        # dist_token: timm's distilled model has no registers, norms or other pooling of its own
-        registers=(0,) if dist else (model.registers,),
-        pre_norm=(False,) if dist else (True, False), patch_norm=(False,) if dist
-        else (True, False),
-        last_norm=('tokens',) if dist else ('tokens', 'pooled', 'none'),
-        registers_posemb=(model.cls_posemb,)
-        if model.registers and 'cls' in model.prefix and model.posemb == 'learn'
-        else (True, False),
-        cls_posemb=(True,) if dist else (True, False),
+        epsilon=(1e-6, 1e-5) if small else (1e-6,), resnet=(None,), representation_size=(None,),
+        glu=(True, False) if order == 'pre' else (False,), posemb=('learn', 'none'),
+        pool=('cls', 'gap', 'none') if model.glu else ('cls', 'gap', 'map', 'none'),
+        last_norm=('tokens', 'pooled', 'none'), patch_norm=(True, False), dist_head=(False,),
+        registers_posemb=(model.cls_posemb,) if tied else (True, False),
     )  # fmt: skip
+    return allowed | (DISTILLED if model.dist_token else {})
 
 
 def model_config(
@@ -96,9 +86,9 @@ def model_config(
     unbiased, norms = model.style.unbiased, model.style.norms
     args = dict(
         mlp_ratio=mlp_ratio(
-            model.mlp_dim * (2 if model.glu and not gate_apart(model) else 1), model.width
+            model.mlp_dim * (2 if model.glu and not has_separate_gate(model) else 1), model.width
         ),
-        global_pool={v: k for k, v in POOLS.items()}[model.pool],
+        global_pool=POOL_NAMES[model.pool],
         act_layer='silu' if model.glu else {v: k for k, v in GELUS.items()}[model.gelu],
         class_token='cls' in model.prefix, reg_tokens=model.registers,
         no_embed_class=not model.prefix_posemb and bool(model.prefix),
@@ -114,9 +104,8 @@ def model_config(
                                            'proj_bias', 'qk_norm', 'init_values',
                                            'scale_attn_norm', 'scale_mlp_norm')}  # fmt: skip
     name = base_architecture(model)
-    sets = SIGNATURE.defaults | arguments.tables(SIGNATURE)['architectures'][name]
-    args |= norm_arguments(model, sets)
-    return document(name, args, sets, model, size, classes)
+    args |= norm_arguments(model, SIGNATURE.of(name))
+    return document(name, args, SIGNATURE, model, size, classes)
 
 
 def norm_arguments(model: nn.Module, sets: dict[str, Any]) -> dict[str, str]:
@@ -132,33 +121,19 @@ def norm_arguments(model: nn.Module, sets: dict[str, Any]) -> dict[str, str]:
 
 
 def document(
-    architecture: str, args: dict[str, Any], sets: dict[str, Any], model: nn.Module,
+    architecture: str, args: dict[str, Any], signature: arguments.Signature, model: nn.Module,
     size: tuple[int, int], classes: Sequence[str] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Content of config.json with those arguments that are not what the architecture `sets`."""
-    image, count = list(size), model.num_classes or 0
+    """Content of config.json with those arguments that the architecture has otherwise."""
     args = dict(
-        img_size=image, patch_size=list(model.patch_size), embed_dim=model.width,
-        depth=model.depth, num_heads=model.num_heads, num_classes=count,
+        img_size=list(size), patch_size=list(model.patch_size), embed_dim=model.width,
+        depth=model.depth, num_heads=model.num_heads, num_classes=model.num_classes or 0,
     ) | args  # fmt: skip
-    config = dict(
-        architecture=architecture,
-        num_classes=count,
-        num_features=model.width,
-        model_args={k: v for k, v in args.items() if k in ALWAYS or v != sets.get(k)},
-        pretrained_cfg=dict(
-            input_size=[len(model.mean), *image], mean=list(model.mean), std=list(model.std),
-            num_classes=count,
-            first_conv='patch_embed.proj',
-            classifier=['head', 'head_dist'] if model.dist_head else 'head',
-        ),
+    sets = signature.of(architecture)
+    args = {k: v for k, v in args.items() if k in ALWAYS or v != sets.get(k)}
+    classifier = ['head', 'head_dist'] if model.dist_head else 'head'
+    config = arguments.document(
+        architecture, args, model, size, classes, first_conv='patch_embed.proj',
+        classifier=classifier,
     )  # fmt: skip
-    return config | (dict(label_names=list(classes)) if classes else {})
-
-
-def mlp_ratio(mlp_dim: int, width: int) -> int | float:
-    """A number with int(width * number) == mlp_dim, an integer if possible; raises UserError."""
-    for value in (mlp_dim / width, (mlp_dim + 0.5) / width):
-        if int(width * value) == mlp_dim:
-            return int(value) if value == int(value) else value
-    raise UserError(f'no mlp_ratio makes {mlp_dim} of width {width}')
+    return config | dict(num_features=model.width)
