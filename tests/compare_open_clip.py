@@ -11,8 +11,8 @@ Not a test, as it needs open_clip, timm and torchvision.
 """
 
 import argparse
-import collections
 import contextlib
+import functools
 import json
 import pathlib
 import tempfile
@@ -24,12 +24,12 @@ import numpy as np
 import open_clip
 import timm
 import torch
+import verdicts
 from open_clip.model import _build_vision_tower
 from safetensors.torch import save_file
 
 import vit_jax
 from vit_jax.convert.timm import arguments
-from vit_jax.errors import UserError
 
 CLASSES = 7
 
@@ -156,7 +156,7 @@ def main():
     if options.record:
         record(options.record)
         return
-    total, largest = collections.Counter(), 0.0
+    summary = verdicts.Summary()
     for i, name in enumerate(open_clip.list_models()):
         config = open_clip.get_model_config(name)
         vision = config['vision_cfg']
@@ -167,17 +167,12 @@ def main():
         if not vit or (options.parts and not any(p in name for p in options.parts)):
             continue
         with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision('highest'):
-            try:
-                value = compare(name, config, pathlib.Path(folder), i)
-                verdict, text = ('equal' if value < 1e-4 else 'wrong'), f'{value:.1e}'
-                largest = max(largest, value if verdict == 'equal' else 0)
-            except UserError as e:
-                verdict, text = 'refused', str(e).replace(folder, '').strip(': ')[:160]
-            except Exception as e:  # of OpenCLIP, or a fault of vit_jax
-                verdict, text = 'error', f'{type(e).__name__}: {e}'.replace('\n', ' ')[:160]
-        total[verdict] += 1
+            verdict, value, text = verdicts.judge(
+                functools.partial(compare, name, config, pathlib.Path(folder), i), folder
+            )
+        summary.add('a trunk of timm' if trunk else "OpenCLIP's own ViT", verdict, value)
         print(f'{name:40} {verdict:8} {text}', flush=True)
-    print(dict(total), f'largest difference {largest:.1e}')
+    summary.show()
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Compares timm's models with what vit_jax makes of their files.
 
-    python tests/compare_timm.py [PART ...] [--module MODULE ...] [--save]
+    python tests/compare_timm.py [PART ...] [--module MODULE ...]
 
 Every architecture of timm's families that this package reads is made small (two blocks, other
 sizes kept in proportion), gets random weights, is saved by timm, loaded by vit_jax and compared at
@@ -9,16 +9,16 @@ features. What vit_jax saves of it again must have the same arrays, and timm mus
 it with the same outputs. Prints a line for each architecture and a summary by family. PART limits
 it to names that contain one of the texts, --module to modules of timm.models.
 
-    python tests/compare_timm.py --record FOLDER NAME [--label LABEL] [--args JSON]
+    python tests/compare_timm.py --record FOLDER NAME [--label LABEL] [--by_name] [--changes JSON]
 
 keeps the file of one architecture, made tiny, in float16, and what timm returns, in the layout of
-tests/data. JSON has arguments of the class.
+tests/data. JSON has arguments of the class. With --by_name its weights are those of noise.py, and
+only their shapes are kept.
 
 Not a test, as it takes minutes and needs timm, which needs torchvision.
 """
 
 import argparse
-import collections
 import contextlib
 import functools
 import io
@@ -34,6 +34,7 @@ import noise
 import numpy as np
 import timm
 import torch
+import verdicts
 from safetensors.torch import load_file, save_file
 
 import vit_jax
@@ -43,7 +44,6 @@ MODULES = (
     'vision_transformer', 'deit', 'beit', 'eva', 'vision_transformer_relpos',
     'vision_transformer_hybrid', 'naflexvit', 'mlp_mixer', 'resnetv2',
 )  # fmt: skip
-TOLERANCE = 1e-4
 CLASSES = 7
 
 
@@ -195,7 +195,7 @@ def saved_back(folder, images):
         warnings.simplefilter('ignore')
         module = timm.create_model(f'local-dir:{folder / "out"}', pretrained=True).eval()
     value = of_model(model, params, images, outputs(module, images))
-    return None if value < TOLERANCE else f'saved as another model: {value:.1e}'
+    return None if value < verdicts.TOLERANCE else f'saved as another model: {value:.1e}'
 
 
 def saved(module, name, args, folder):
@@ -207,8 +207,8 @@ def saved(module, name, args, folder):
     assert config['architecture'] == name, config['architecture']
 
 
-def compare(name, folder, seed):
-    """(family, largest difference, why it was not saved back, or None)."""
+def compare(name, folder, seed, notes):
+    """Largest difference; appends to `notes` why it was not saved back."""
     family, given = entry(name)
     args = small(name, family, given)
     module = made(name, args, seed)
@@ -220,14 +220,15 @@ def compare(name, folder, seed):
     with jax.default_matmul_precision('highest'):
         options = dict(image_size=size) if family == 'naflexvit' else {}
         found.append(difference(folder, images, outputs(module, images), **options))
-        back = saved_back(folder, images) if not options else None
+        back = None if options else saved_back(folder, images)
+        notes += [f'not saved: {back[:120]}'] if back else []
         step = getattr(getattr(module, 'patch_embed', None), 'patch_size', (16, 16))
         other = size[0] + 2 * step[0], size[1] + step[1]
         if family in ('vision_transformer_hybrid', 'resnetv2', 'naflexvit'):
             other = size[0] + 32, size[1] + 64
         images = generator.normal(size=(2, *other, 3)).astype(np.float32)
         if family in ('mlp_mixer',):
-            return family, found[0], back
+            return found[0]
         resized = module
         if family not in ('resnetv2', 'naflexvit'):
             with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -235,7 +236,7 @@ def compare(name, folder, seed):
                 resized = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=other)
         options = {} if family == 'resnetv2' else dict(image_size=other)
         found.append(difference(folder, images, outputs(resized.eval(), images), **options))
-    return family, max(found), back
+    return max(found)
 
 
 def record(name, folder, seed, label, by_name, **changes):
@@ -303,27 +304,17 @@ def main():
             label = options.label or f'timm_{name}'
             record(name, options.record, 0, label, options.by_name, **options.changes)
         return
-    table = collections.defaultdict(lambda: collections.Counter(equal=0, refused=0, wrong=0))
-    largest = collections.defaultdict(float)
+    summary = verdicts.Summary()
     for i, name in enumerate(names):
         with tempfile.TemporaryDirectory() as folder:
             family = entry(name)[0]
-            try:
-                _, value, back = compare(name, pathlib.Path(folder), i)
-                verdict = 'equal' if value < TOLERANCE else 'wrong'
-                if verdict == 'equal':
-                    largest[family] = max(largest[family], value)
-                text = f'{value:.1e}' + (f', not saved: {back[:120]}' if back else '')
-            except UserError as e:
-                verdict, text = 'refused', str(e).replace(folder, '').strip(': ')[:160]
-            except Exception as e:  # timm's, or a fault of vit_jax
-                verdict, text = 'error', f'{type(e).__name__}: {e}'.replace('\n', ' ')[:160]
-        table[family][verdict] += 1
-        print(f'{name:45} {verdict:8} {text}', flush=True)
-    for family, row in table.items():
-        print(f'{family:28} {dict(row)} largest difference {largest[family]:.1e}')
-    total = sum(table.values(), collections.Counter())
-    print(f'{"all":28} {dict(total)}')
+            notes = []
+            verdict, value, text = verdicts.judge(
+                functools.partial(compare, name, pathlib.Path(folder), i, notes), folder
+            )
+        summary.add(family, verdict, value)
+        print(f'{name:45} {verdict:8} {", ".join([text, *notes])}', flush=True)
+    summary.show()
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ Not a test, as it takes minutes; a few kinds are in test_convert.py.
 """
 
 import argparse
-import collections
+import functools
 import io
 import pathlib
 import tempfile
@@ -24,11 +24,10 @@ import jax
 import numpy as np
 import torch
 import transformers
+import verdicts
 
 import vit_jax
-from vit_jax.errors import UserError
 
-TOLERANCE = 1e-4
 SIZES = dict(
     hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
     image_size=32, patch_size=8,
@@ -308,12 +307,13 @@ def difference(folder, images, theirs, **options):
 
 
 def check_saved(folder, **options):
-    """Raises AssertionError unless what vit_jax writes is, to the bit, what it has loaded."""
+    """Returns 0.0, the difference of what vit_jax writes from what it has loaded; else raises."""
     model, params = vit_jax.load(folder, **options)
     vit_jax.save(folder / 'again', model, params, 'hf')
     back, again = vit_jax.load(folder / 'again')
     jax.tree.map(np.testing.assert_array_equal, params, again)
     assert back.style == model.style and back.pool == model.pool, (back, model)
+    return 0.0
 
 
 def compare(name, fields, by, part, resize, folder, seed):
@@ -352,8 +352,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('parts', nargs='*')
     options = parser.parse_args()
-    table = collections.defaultdict(lambda: collections.Counter(equal=0, refused=0, wrong=0))
-    largest = collections.defaultdict(float)
+    summary = verdicts.Summary()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -367,26 +366,18 @@ def main():
         kind = getattr(transformers, name).config_class.model_type
         with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision('highest'):
             folder, saved = pathlib.Path(folder) / 'saved', ''
-            try:
-                value = compare(name, fields, by, part, resize, folder, i)
-                verdict = 'equal' if value < TOLERANCE else 'wrong'
-                if verdict == 'equal':
-                    largest[kind] = max(largest[kind], value)
-                text = f'{value:.1e}'
-                try:
-                    check_saved(folder, part=part)
-                except UserError as e:
-                    saved = f'not saved: {e}'.replace(str(folder), '')
-            except UserError as e:
-                verdict, text = 'refused', str(e).replace(str(folder), '').strip(': ')
-            except Exception as e:  # of transformers, or a fault of vit_jax
-                verdict, text = 'error', f'{type(e).__name__}: {e}'.replace('\n', ' ')[:300]
-        table[kind][verdict] += 1
+            verdict, value, text = verdicts.judge(
+                functools.partial(compare, name, fields, by, part, resize, folder, i), folder
+            )
+            if verdict in ('equal', 'wrong'):
+                result = verdicts.judge(functools.partial(check_saved, folder, part=part), folder)
+                if result[0] == 'error':
+                    verdict = 'error'
+                if result[0] != 'equal':
+                    saved = f'not saved: {result[2]}'
+        summary.add(kind, verdict, value)
         print(f'{verdict:8} {line}\n         {text} {saved}', flush=True)
-    for kind, row in table.items():
-        print(f'{kind:28} {dict(row)} largest difference {largest[kind]:.1e}')
-    total = sum(table.values(), collections.Counter())
-    print(f'{"all":28} {dict(total)}')
+    summary.show()
 
 
 if __name__ == '__main__':
