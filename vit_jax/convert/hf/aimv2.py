@@ -51,7 +51,7 @@ def expresses(model: nn.Module) -> bool:
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too: qkv_bias and mlp_bias are flags."""
+    """Biases in `style.unbiased` that the file lacks as well: qkv_bias and mlp_bias are flags."""
     return whole_groups(model, (*block.PROJECTIONS, 'out'), ('mlp',))
 
 

@@ -31,14 +31,14 @@ PREFIXES = ('beit.', 'data2vec_vision.')
 UNUSED = (
     (r'embeddings\.mask_token|lm_head\..*', 'for masked pre-training'),
     (r'.*\.relative_position_index', 'computed'),
-    (r'decode_head\..*|auxiliary_head\..*|fpn\d?\..*', 'for maps of classes'),
+    (r'decode_head\..*|auxiliary_head\..*|fpn\d?\..*', 'for segmentation'),
 )
 READ = {
     'model_type', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size',
     'hidden_act', 'layer_norm_eps', 'image_size', 'patch_size', 'num_channels', 'id2label',
     'num_labels', 'problem_type', 'use_absolute_position_embeddings', 'use_relative_position_bias',
     'use_shared_relative_position_bias', 'layer_scale_init_value', 'use_mean_pooling',
-    # of heads for pre-training and for maps of classes
+    # of heads for pre-training and segmentation
     'vocab_size', 'pool_scales', 'use_auxiliary_head', 'auxiliary_loss_weight',
     'auxiliary_channels', 'auxiliary_num_convs', 'auxiliary_concat_input',
     'semantic_loss_ignore_index', 'add_fpn', 'segmentation_indices',
@@ -65,7 +65,7 @@ def expresses(model: nn.Module) -> bool:
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too."""
+    """Biases in `style.unbiased` that the file lacks as well."""
     return ('key',)
 
 
@@ -74,7 +74,7 @@ def select(
 ) -> tuple[dict[str, Array], dict[str, Any], dict[str, str]]:
     """(arrays without a prefix, config, {array around the encoder: what it is for}).
 
-    Raises UserError for a model of maps unless `part` names the encoder.
+    Raises UserError for a segmentation model unless `part` names the encoder.
     """
     renamed = {name: name for name in arrays}
     prefix = next((p for p in PREFIXES if p + PATCHES in arrays), '')
@@ -83,7 +83,7 @@ def select(
                    if n.startswith('layernorm.') else n for n in arrays}  # fmt: skip
     renamed = vit.rename_arrays(arrays, renamed)
     if part is None and any(name.startswith('decode_head.') for name in renamed):
-        raise UserError(f'the file has more than an encoder, for maps of classes; {ENCODER}')
+        raise UserError(f'the file has more than an encoder, for segmentation; {ENCODER}')
     return renamed, config, {}
 
 
@@ -132,8 +132,8 @@ def describe(
 def last_fields(arrays: Collection[str], config: dict[str, Any]) -> dict[str, str]:
     """{field: value} of the last norm and the pooling, by use_mean_pooling.
 
-    Raises UserError if the arrays contradict it. A model for masked pre-training or for maps may
-    lack a norm.
+    Raises UserError if the arrays contradict it. A model for masked pre-training or segmentation
+    may lack a norm.
     """
     first, pooled = 'layernorm.weight' in arrays, 'pooler.layernorm.weight' in arrays
     mean = option(config, 'use_mean_pooling', 'true or false', True if config else not first)

@@ -1,7 +1,7 @@
 """BLIP's image tower in transformers (arXiv:2201.12086).
 
 Its pooled output has the last norm twice, which no model here has. So the model here gives all
-tokens after that norm, as the decoders of texts read them.
+tokens after that norm, as text decoders read them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -52,7 +52,7 @@ def select(
     """
     arrays, config, unused = towers.select(arrays, config, part)
     if PROJECTION in arrays:
-        unused[PROJECTION] = 'reads a token that the last norm changed twice'
+        unused[PROJECTION] = 'reads a token normalised twice'
     return arrays, config, unused
 
 

@@ -49,7 +49,7 @@ def expresses(model: nn.Module) -> bool:
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too: each has a flag."""
+    """Biases in `style.unbiased` that the file lacks as well: each has a flag."""
     return model.style.unbiased
 
 

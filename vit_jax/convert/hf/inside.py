@@ -1,6 +1,6 @@
-"""Encoders inside of other models of transformers, as files of the encoder's own type.
+"""Encoders inside other models of transformers, as files of the encoder's own type.
 
-Models of depth, maps or poses have the encoder's arrays as backbone.* and its config.json as
+Models of depth, segmentation or poses have the encoder's arrays as backbone.* and its config.json as
 backbone_config. EoMT (arXiv:2503.19108) has the arrays of a DINOv2 or DINOv3 under other names.
 """
 
@@ -46,7 +46,7 @@ def encoder_of(
 ) -> tuple[dict[str, Array], dict[str, Any], dict[str, str]]:
     """(arrays and config.json as of the encoder's own file, {other array: why it is unused}).
 
-    Returns arrays and config themselves where no encoder is inside of another model. Raises
+    Returns arrays and config themselves where no encoder is inside another model. Raises
     UserError unless `part` is given where one is.
     """
     kind = option(config, 'model_type', 'a text')

@@ -1,4 +1,4 @@
-"""SigLIP 2's image tower of any aspect in transformers (arXiv:2502.14786), on a fixed grid here.
+"""SigLIP 2's image tower for any aspect ratio in transformers (arXiv:2502.14786), on one grid here.
 
 It differs from SigLIP's in its patches, which are flattened by row, column and channel, and in its
 positions, which antialiased linear interpolation resizes. Files of a fixed size are SigLIP's.

@@ -23,7 +23,7 @@ TABLE = 'embeddings.position_embedding.weight'
 LAYER = 'encoder.layers.0.'
 PROJECTION = 'visual_projection.weight'
 CLASSIFIER = ('classifier.weight', 'classifier.bias')
-UNUSED = ((r'embeddings\.position_ids', 'numbers of the positions'),)
+UNUSED = ((r'embeddings\.position_ids', 'indices of positions'),)
 SPELLINGS = {'pre_layernorm.': 'pre_layrnorm.', 'encoder.layer.': 'encoder.layers.'}
 READ = {
     *hf_config.DEFAULTS, 'model_type', 'image_size', 'num_attention_heads', 'hidden_act',
@@ -37,7 +37,7 @@ OF_BOTH = {
     'decoder_attention_dropout', 'decoder_hidden_act', 'extract_layers', 'reduce_dim',
     'use_complex_transposed_convolution',
 }  # fmt: skip
-# Settings of generating text, which transformers 4 wrote to every config.
+# Settings of text generation, which transformers 4 wrote to every config.
 GENERATION = {
     'bad_words_ids', 'begin_suppress_tokens', 'bos_token_id', 'decoder_start_token_id',
     'diversity_penalty', 'do_sample', 'early_stopping', 'encoder_no_repeat_ngram_size',
@@ -136,7 +136,8 @@ def without_zeros(arrays: dict[str, np.ndarray], names: Collection[str]) -> dict
     for name in names:
         if name in arrays and arrays[name].any():
             raise UserError(
-                f'format hf cannot express {name} of this model, as it has none there: not zero'
+                f'format hf cannot express {name} of this model, which is not zero: its files have '
+                'no such bias'
             )
     return {n: a for n, a in arrays.items() if n not in names}
 
@@ -144,7 +145,7 @@ def without_zeros(arrays: dict[str, np.ndarray], names: Collection[str]) -> dict
 def square(pair: tuple[int, int], what: str) -> int:
     """The side of a square; raises UserError for another rectangle, which transformers lacks."""
     if pair[0] != pair[1]:
-        raise UserError(f'format hf cannot express {what} of {pair[0]} x {pair[1]} here, no square')
+        raise UserError(f'format hf has square {what} in this model, not {pair[0]} x {pair[1]}')
     return pair[0]
 
 

@@ -30,8 +30,8 @@ UNUSED = (
     (DETECTION, 'of the detector, as are their positions'),
 )
 OTHERS = {  # first part of names, of arrays around an encoder: what they are for
-    'neck': 'maps of depth or classes', 'head': 'maps of depth or classes',
-    'auxiliary_head': 'maps of depth or classes', 'class_labels_classifier': 'detection',
+    'neck': 'depth or segmentation', 'head': 'depth or segmentation',
+    'auxiliary_head': 'depth or segmentation', 'class_labels_classifier': 'detection',
     'bbox_predictor': 'detection',
 }  # fmt: skip
 READ = hf_config.READ | hf_config.READ_AROUND

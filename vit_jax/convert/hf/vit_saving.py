@@ -30,7 +30,7 @@ def model_type(model: nn.Module) -> str:
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too: qkv_bias is a flag."""
+    """Biases in `style.unbiased` that the file lacks as well: qkv_bias is a flag."""
     return whole_groups(model, block.PROJECTIONS)
 
 

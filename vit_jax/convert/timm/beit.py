@@ -50,7 +50,7 @@ def expresses(model: nn.Module) -> bool:
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too: that of keys, or with qkv_bias all."""
+    """Biases in `style.unbiased` that the file lacks as well: that of keys, or with qkv_bias all."""
     return whole_groups(model, block.PROJECTIONS) or ('key',)
 
 

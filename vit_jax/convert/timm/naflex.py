@@ -92,7 +92,10 @@ def current_arrays(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def summed(y: Array, x: Array) -> Array:
-    """The table [1, h, w, D] of positions of rows [1, h, D] and of columns [1, w, D]."""
+    """The table [1, h, w, D] of sums of positions of rows [1, h, D] and of columns [1, w, D].
+
+    Raises UserError for more than MOST_SIDE rows or columns.
+    """
     if len(y.shape) != 3 or len(x.shape) != 3 or y.shape[::2] != x.shape[::2]:
         raise UserError(f'arrays {" and ".join(AXES)} are {list(y.shape)} and {list(x.shape)}')
     if max(y.shape[1], x.shape[1]) > MOST_SIDE:
@@ -179,13 +182,13 @@ def describe(
 
 
 def last_norm(args: Mapping[str, Any]) -> str:
-    """Which norm `Vit.last_norm` the arguments stand for."""
+    """`Vit.last_norm` by the arguments."""
     pooled = args['global_pool'] == 'avg' if args['fc_norm'] is None else args['fc_norm']
     return ('pooled' if pooled else 'tokens') if args['final_norm'] else 'none'
 
 
 def norm_of(arrays: Collection[str]) -> str:
-    """Which norm `Vit.last_norm` the arrays have."""
+    """`Vit.last_norm` by the arrays."""
     names = {'norm.weight': 'tokens', 'fc_norm.weight': 'pooled'}
     return next((kind for name, kind in names.items() if name in arrays), 'none')
 

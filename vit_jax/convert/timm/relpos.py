@@ -54,7 +54,7 @@ def expresses(model: nn.Module) -> bool:
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too: qkv_bias is a flag."""
+    """Biases in `style.unbiased` that the file lacks as well: qkv_bias is a flag."""
     return whole_groups(model, block.PROJECTIONS)
 
 
@@ -82,7 +82,7 @@ def inferred_arguments(arrays: Mapping[str, Array], bias: relative.Bias) -> dict
 
 
 def stated_arguments(args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments in the words of `inferred_arguments`."""
+    """The given arguments, with the values that `inferred_arguments` has for them."""
     stated = dict(args)
     kind = args.get('rel_pos_type')
     if kind is not None:

@@ -166,7 +166,7 @@ def check_unambiguous(arrays: Collection[str], inferred: dict[str, Any]) -> None
         == (shared.UNSCALED, 'LayerNorm', 'Block')
         and not (inferred['qkv_bias'] or inferred['class_token'])
     ):  # fmt: skip
-        other = 'vit_base_patch16_rpn_224, which has its norms behind attention and MLP'
+        other = 'vit_base_patch16_rpn_224, which has its norms after attention and MLP'
     if other:
         raise UserError(
             f'a plain ViT has these arrays, and so has {other}: put a config.json beside them, '

@@ -54,7 +54,7 @@ def has_separate_gate(model: nn.Module) -> bool:
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Those of `style.unbiased` that the file lacks, too: qkv_bias and proj_bias are flags."""
+    """Biases in `style.unbiased` that the file lacks as well: qkv_bias and proj_bias are flags."""
     groups = (block.PROJECTIONS, ('out', 'mlp'))
     return whole_groups(model, *groups[: 1 if model.style.order == 'parallel' else 2])
 
@@ -124,7 +124,7 @@ def document(
     architecture: str, args: dict[str, Any], signature: arguments.Signature, model: nn.Module,
     size: tuple[int, int], classes: Sequence[str] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Content of config.json with those arguments that the architecture has otherwise."""
+    """Content of config.json with the arguments that differ from those of the architecture."""
     args = dict(
         img_size=list(size), patch_size=list(model.patch_size), embed_dim=model.width,
         depth=model.depth, num_heads=model.num_heads, num_classes=model.num_classes or 0,
