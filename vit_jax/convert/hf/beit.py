@@ -16,7 +16,7 @@ from vit_jax.convert.files import Array
 from vit_jax.convert.hf import blocks, vit
 from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.official import shape_of
-from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces
+from vit_jax.convert.pieces import Piece, linear_pieces, norm_pieces, rename_arrays
 from vit_jax.convert.stages import ENCODER
 from vit_jax.errors import UserError
 from vit_jax.models import block, relative
@@ -81,7 +81,7 @@ def select(
     if prefix:  # a norm beside the encoder is that of masked pre-training
         renamed = {n: n.removeprefix(prefix) if n.startswith(prefix) else f'lm_head.{n}'
                    if n.startswith('layernorm.') else n for n in arrays}  # fmt: skip
-    renamed = vit.rename_arrays(arrays, renamed)
+    renamed = rename_arrays(arrays, renamed)
     if part is None and any(name.startswith('decode_head.') for name in renamed):
         raise UserError(f'the file has more than an encoder, for segmentation; {ENCODER}')
     return renamed, config, {}

@@ -1,7 +1,7 @@
 """Encoders inside other models of transformers, as files of the encoder's own type.
 
-Models of depth, segmentation or poses have the encoder's arrays as backbone.* and its config.json as
-backbone_config. EoMT (arXiv:2503.19108) has the arrays of a DINOv2 or DINOv3 under other names.
+Models of depth, segmentation or poses have the encoder's arrays as backbone.* and its config.json
+as backbone_config. EoMT (arXiv:2503.19108) has the arrays of a DINOv2 or DINOv3 under other names.
 """
 
 from typing import Any

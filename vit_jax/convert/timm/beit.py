@@ -50,7 +50,7 @@ def expresses(model: nn.Module) -> bool:
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Biases in `style.unbiased` that the file lacks as well: that of keys, or with qkv_bias all."""
+    """Biases in `style.unbiased` that the file lacks as well: of keys, or all by qkv_bias."""
     return whole_groups(model, block.PROJECTIONS) or ('key',)
 
 

@@ -58,7 +58,7 @@ def expresses(model: nn.Module) -> bool:
 
 
 def absent_biases(model: nn.Module) -> tuple[str, ...]:
-    """Biases in `style.unbiased` that the file lacks as well: that of the key, or all of attention."""
+    """Biases in `style.unbiased` that the file lacks as well: of keys, or all by qkv_bias."""
     absent = set(block.PROJECTIONS) & set(model.style.unbiased)
     return block.PROJECTIONS if len(absent) == 3 else ('key',) if 'key' in absent else ()
 
