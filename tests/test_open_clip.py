@@ -1,8 +1,10 @@
 """Image towers of OpenCLIP's files against what OpenCLIP computes (tests/compare_open_clip.py)."""
 
+import itertools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from compared import assert_close, done, outputs
@@ -96,6 +98,29 @@ def test_views(mode, view, tmp_path):
     read = load.read(changed(tmp_path / 'a', 'preprocess', resize_mode=mode), part='image')
     assert read.view == view | dict(method='bicubic', antialias=True)
     assert ('ignored' in done(read.account)) == (mode == 'longest')
+
+
+def test_a_trunk_with_a_projection_may_divide_its_arrays_otherwise(tmp_path, monkeypatch):
+    """DINOv3's gates, which have arrays of their own where a model is saved, share one."""
+    config = json.loads((DATA / 'timm_dinov3_gated' / 'config.json').read_text())
+    arrays = load_file(DATA / 'timm_dinov3_gated' / 'model.safetensors')
+    plain, name = load.read(DATA / 'timm_dinov3_gated').params, config['architecture']
+    args = config['model_args'] | dict(swiglu_align_to=0, mlp_ratio=1)
+    args.pop('num_classes')
+    known = arguments.read_table('eva.json')['architectures']
+    monkeypatch.setitem(known, name, known[name] | args)
+    for i, kind in itertools.product(range(2), ('weight', 'bias')):
+        parts = [arrays.pop(f'blocks.{i}.mlp.fc1_{part}.{kind}') for part in 'gx']
+        arrays[f'blocks.{i}.mlp.fc1.{kind}'] = np.concatenate(parts)
+    trunk = {f'visual.trunk.{n}': a for n, a in arrays.items() if not n.startswith('head.')}
+    projection = np.ones((5, args['embed_dim']), np.float32)
+    save_file(trunk | {'visual.head.proj.weight': projection}, tmp_path / ARRAYS)
+    vision = dict(timm_model_name=name, timm_pool='avg', timm_proj='linear', image_size=16)
+    model = dict(embed_dim=5, vision_cfg=vision)
+    (tmp_path / CONFIG).write_text(json.dumps(dict(model_cfg=model, preprocess_cfg={})))
+    read = load.read(tmp_path)
+    assert read.model.num_classes == 5
+    jax.tree.map(np.testing.assert_array_equal, read.params['encoder'], plain['encoder'])
 
 
 def test_unknown_keys_are_named(tmp_path):
