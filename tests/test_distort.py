@@ -159,7 +159,8 @@ def test_augmentations_repeat_and_leave_their_input(name):
             np.testing.assert_array_equal(a, b)
             np.testing.assert_array_equal(image, before)
             different.add(a.tobytes())
-    assert len(different) > (8 if name == 'erase' else 15)
+    few = {'erase': 8, 'greyscale': 4, 'solarize': 4}  # mostly, the image is not changed
+    assert len(different) > few.get(name, 15)
 
 
 def recorded(monkeypatch, table):

@@ -175,6 +175,55 @@ def test_weight_decay_under_momentum_equals_numpy(kind):
         assert_close(found[t], params, start)
 
 
+def layers_of(name, array):
+    """The arrays that are parameters of their own in PyTorch: the layers of a stack."""
+    return list(array) if name.startswith('encoder/') else [array]
+
+
+def test_adamw_of_dino_equals_numpy():
+    """By array: clipping, a decay on a cosine, moments and their count that begin late.
+
+    PyTorch's AdamW skips a parameter without a gradient altogether (facebookresearch/dino utils.py,
+    clip_gradients, cancel_gradients_last_layer and cosine_scheduler).
+    """
+    steps, held, until, limit = 12, 'head/kernel', 4, 3.0
+    start, gradient = problem(steps)
+    params = tree(start)
+    tx = optim.make(
+        params, steps, lr=0.01, warmup=3, end_lr=1e-4, weight_decay=0.04, weight_decay_end=0.4,
+        decay=('kernel$', 'posemb$'), clip=limit, clip_by='array', hold='^head/kernel$',
+        hold_steps=until,
+    )  # fmt: skip
+    state, update = tx.init(params), jax.jit(tx.update)
+    exact = {n: x.astype(float) for n, x in start.items()}
+    moments, counts = {n: [0.0, 0.0] for n in start}, dict.fromkeys(start, 0)
+    for t in range(steps):
+        updates, state = update(tree(gradient(t, parameters.named_leaves(params))), state, params)
+        params = jax.device_get(optax.apply_updates(params, updates))
+        cosine = 0.5 * (1 + np.cos(np.pi * max(t - 3, 0) / (steps - 3)))
+        rate = 0.01 * t / 3 if t < 3 else 1e-4 + (0.01 - 1e-4) * cosine
+        decay = 0.4 + (0.04 - 0.4) * 0.5 * (1 + np.cos(np.pi * t / steps))
+        for n, g in gradient(t, exact).items():
+            if n == held and t < until:
+                continue
+            norms = np.array([np.linalg.norm(x) for x in layers_of(n, g)])
+            factors = np.minimum(1, limit / (norms + 1e-6))
+            assert n == 'head/bias' or (factors < 1).any()
+            g = g * (factors.reshape(-1, *[1] * (g.ndim - 1)) if len(factors) > 1 else factors[0])
+            counts[n] += 1
+            first, second = moments[n]
+            moments[n] = first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+            first, second = first / (1 - 0.9 ** counts[n]), second / (1 - 0.999 ** counts[n])
+            exact[n] *= 1 - rate * decay * (n.endswith('kernel') or n == 'posemb')
+            exact[n] -= rate * first / (np.sqrt(second) + 1e-8)
+        found = parameters.named_leaves(params)
+        if t < until:
+            np.testing.assert_array_equal(found[held], start[held])
+        if t:  # the first rate is 0
+            moving = {n: x for n, x in exact.items() if n != held or t >= until}
+            assert_close(found, moving, start)
+
+
 def test_the_first_factor_that_matches_multiplies_the_decay():
     params = tree({n: jnp.ones(s) for n, s in SHAPES.items()})
     factors = (('^head/', 100.0), ('mlp|head', 0.5))
@@ -197,6 +246,8 @@ def test_the_first_factor_that_matches_multiplies_the_decay():
     (dict(decay_factors=(('^had/', 2.0),)), "optim.decay_factors '\\^had/' matches no parameter"),
     (dict(decay_factors=(('bias$', 2.0),)), "decay_factors 'bias\\$' matches no parameter that"),
     (dict(schedule='step'), "optim.schedule 'step' needs optim.boundaries"),
+    (dict(weight_decay_end=0.4), 'weight_decay_end is 0.4, but optim.weight_decay, from .*, is 0'),
+    (dict(hold='^had/', hold_steps=2), "optim.hold '\\^had/' matches no parameter"),
 ])
 def test_mistakes_are_named(fields, words):
     with pytest.raises(UserError, match=words):

@@ -28,7 +28,8 @@ and the type of an evaluation may be your own, with settings of their own: see
 [extending](extending.md).
 """
 OPTIMIZER = (  # what documents arguments of optim.make
-    optim.update_rule, optim.make_schedule, optim.decay_strengths, optim.rate_multipliers,
+    optim.update_rule, optim.make_schedule, optim.decay_strengths, optim.decay_factor,
+    optim.rate_multipliers,
 )  # fmt: skip
 MODELS = {  # {model whose defaults are shown: text}
     'vit-b/16': """\

@@ -176,6 +176,51 @@ def inception(
     return Geometry(box, size, size, flip=mirrored, method=method, antialias=antialias)
 
 
+def torchvision_box(
+    shape: Size, rng: Generator, *, area: tuple[float, float], aspect: tuple[float, float]
+) -> Box:
+    """`random_box` as torchvision's RandomResizedCrop draws it.
+
+    The area is uniform and the aspect ratio log-uniform, then the place. After ten misses it is the
+    largest central window whose aspect ratio is in the range.
+    """
+    h, w = shape
+    for _ in range(10):
+        pixels = rng.uniform(*area) * h * w
+        ratio = np.exp(rng.uniform(*np.log(aspect)))
+        ch, cw = round((pixels / ratio) ** 0.5), round((pixels * ratio) ** 0.5)
+        if 0 < ch <= h and 0 < cw <= w:
+            return int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1)), ch, cw
+    ratio = min(max(w / h, aspect[0]), aspect[1])
+    ch, cw = (round(w / ratio), w) if w / h < ratio else (h, round(h * ratio))
+    return (h - ch) // 2, (w - cw) // 2, ch, cw
+
+
+def inception_torchvision(
+    shape: Size,
+    rng: Generator,
+    *,
+    size: Size,
+    area: Interval[Share] = (0.08, 1.0),
+    aspect: Interval[Positive[float]] = (3 / 4, 4 / 3),
+    flip: bool = True,
+    method: Method = 'bilinear',
+    antialias: bool = True,
+) -> Geometry:
+    """Resizes a window of random size, aspect ratio and place, as torchvision draws it.
+
+    Args:
+      area: range of the window's share of the image's area.
+      aspect: range of the window's aspect ratio, width / height.
+      flip: whether to mirror left to right with probability 1/2.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does.
+    """
+    box = torchvision_box(shape, rng, area=area, aspect=aspect)
+    mirrored = mirror(rng, flip)
+    return Geometry(box, size, size, flip=mirrored, method=method, antialias=antialias)
+
+
 def shift(
     shape: Size, rng: Generator, *, size: Size, pixels: Shift = 1, flip: bool = False
 ) -> Geometry:
@@ -228,8 +273,8 @@ def mirror(rng: Generator, flip: bool) -> bool:
 VIEWS = {
     f.__name__: f
     for f in (
-        resize, central, small_central, resize_crop, small_crop, random_crop, inception, shift,
-        affine,
+        resize, central, small_central, resize_crop, small_crop, random_crop, inception,
+        inception_torchvision, shift, affine,
     )
 }  # fmt: skip
 FIXED = ('central', 'resize', 'small_central')  # deterministic

@@ -35,6 +35,11 @@ AUGREG = {
 }
 
 
+def missed(rng: np.random.Generator, probability: float) -> bool:
+    """Draws whether to leave an image as it is; draws nothing at probability 1."""
+    return probability < 1 and rng.random() >= probability
+
+
 def color_jitter(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -43,6 +48,7 @@ def color_jitter(
     contrast: NonNegative[float] = 0.4,
     saturation: NonNegative[float] = 0.4,
     hue: Annotated[float, Range(0, 0.5)] = 0.0,
+    probability: Share = 1.0,
 ) -> np.ndarray:
     """Changes brightness, contrast, saturation and hue at random, in a random order.
 
@@ -51,7 +57,10 @@ def color_jitter(
     Args:
       brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value].
       hue: the hue is rotated by a share of the colour circle, uniform in [-hue, hue].
+      probability: probability that an image is changed.
     """
+    if missed(rng, probability):
+        return image
     strengths = {'Brightness': brightness, 'Contrast': contrast, 'Color': saturation}
     steps = [
         partial(ops.enhance, kind=kind, factor=rng.uniform(max(0, 1 - x), 1 + x))
@@ -86,6 +95,49 @@ def three_augment(
     return color_jitter(image, rng, brightness=jitter, contrast=jitter, saturation=jitter)
 
 
+def greyscale(
+    image: np.ndarray, rng: np.random.Generator, *, probability: Share = 0.2
+) -> np.ndarray:
+    """Converts to grey (Pillow's luma).
+
+    Args:
+      probability: probability that an image is changed.
+    """
+    return image if missed(rng, probability) else ops.greyscale(image)
+
+
+def blur(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    probability: Share = 0.5,
+    radius: Interval[Positive[float]] = (0.1, 2.0),
+) -> np.ndarray:
+    """Gaussian blur, as Pillow approximates it.
+
+    Args:
+      probability: probability that an image is changed.
+      radius: the standard deviation in pixels is uniform in this range.
+    """
+    return image if missed(rng, probability) else ops.blur(image, rng.uniform(*radius))
+
+
+def solarize(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    probability: Share = 0.2,
+    threshold: Annotated[int, Range(0, 256)] = 128,
+) -> np.ndarray:
+    """Inverts values that are not below a threshold.
+
+    Args:
+      probability: probability that an image is changed.
+      threshold: the least value that is inverted.
+    """
+    return image if missed(rng, probability) else ops.solarize(image, threshold)
+
+
 def erase(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -106,7 +158,7 @@ def erase(
       fill: content of the box: black, ImageNet's mean colour, or noise of ImageNet's mean and
         standard deviation by pixel and channel (timm's mode 'pixel').
     """
-    if rng.random() >= probability:
+    if missed(rng, probability):
         return image
     height, width = image.shape[:2]
     for _ in range(10):
@@ -132,7 +184,8 @@ def _filling(h, w, rng, fill):
 AUGMENTATIONS = {
     f.__name__: f
     for f in (
-        randaugment, randaugment_torchvision, autoaugment, three_augment, color_jitter, erase
+        randaugment, randaugment_torchvision, autoaugment, three_augment, color_jitter,
+        greyscale, blur, solarize, erase,
     )
 }  # fmt: skip
 MOVING = ('randaugment', 'randaugment_torchvision', 'autoaugment')  # some operations move pixels

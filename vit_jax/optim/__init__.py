@@ -15,7 +15,15 @@ from vit_jax.errors import UserError
 from vit_jax.io.bounds import Float, NonNegative, Pattern, Positive, Range, Rate, Share
 from vit_jax.models.parameters import map_by_name, named_leaves
 from vit_jax.optim.adafactor import scale_by_factored_rms
-from vit_jax.optim.decay import add_decays, check_patterns, decay_strengths, matches
+from vit_jax.optim.clipping import clip_each
+from vit_jax.optim.decay import (
+    add_decays,
+    check_patterns,
+    decay_factor,
+    decay_strengths,
+    matches,
+)
+from vit_jax.optim.holding import begin_late, zero_until
 from vit_jax.optim.layerwise import layers, rate_multipliers, scale_by_name, span
 from vit_jax.optim.schedules import Schedule, make_schedule
 
@@ -69,6 +77,29 @@ def averaged(state: Any) -> Any:
     return merge(found[0].average, state.params) if found else state.params
 
 
+def matching(
+    setting: str, patterns: tuple[str, ...] | str, names: Collection[str]
+) -> set[str]:
+    """Names that a setting's patterns match; raises UserError if one matches none."""
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    check_patterns(setting, patterns, names)
+    return {name for name in names if matches(patterns, name)}
+
+
+def stacks_of(leaves: Mapping[str, Any], rules: tuple) -> set[str]:
+    """Names of the parameters [L, ...] that are stacks of L layers."""
+    return {name for name, layer in layers(leaves, rules).items() if layer == 'blocks'}
+
+
+def clipping_of(
+    clip: float, clip_by: str, leaves: Mapping[str, Any], rules: tuple
+) -> optax.GradientTransformation:
+    """Clips gradients as the settings `clip` and `clip_by` of `make` say."""
+    if clip_by == 'global':
+        return optax.clip_by_global_norm(clip)
+    return clip_each(clip, stacks_of(leaves, rules))
+
+
 def frozen_names(
     names: Collection[str], freeze: tuple[str, ...] | str, only: tuple[str, ...] | str
 ) -> set[str]:
@@ -76,10 +107,8 @@ def frozen_names(
 
     Raises UserError if they are all, or if a pattern matches none.
     """
-    freeze, only = ((p,) if isinstance(p, str) else tuple(p) for p in (freeze, only))
-    check_patterns('freeze', freeze, names)
-    check_patterns('only', only, names)
-    frozen = {n for n in names if matches(freeze, n) or (only and not matches(only, n))}
+    frozen, trained = matching('freeze', freeze, names), matching('only', only, names)
+    frozen |= set(names) - trained if only else set()
     if frozen == set(names):
         raise UserError(f'optim.freeze {freeze!r} leaves no parameter to train')
     return frozen
@@ -119,9 +148,8 @@ def update_rule(
         return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=momentum_dtype)
     if name == 'sgd':
         return optax.trace(decay=momentum, accumulator_dtype=momentum_dtype)
-    stacks = {n for n, layer in layers(leaves, rules).items() if layer == 'blocks'}
     return optax.chain(
-        scale_by_factored_rms(stacks, b2_cap=b2_cap, clip_update=clip_update),
+        scale_by_factored_rms(stacks_of(leaves, rules), b2_cap=b2_cap, clip_update=clip_update),
         optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype),
     )
 
@@ -136,9 +164,12 @@ def make(
     weight_decay: NonNegative[float] = 0.0, decay_kind: Literal['decoupled', 'l2'] = 'decoupled',
     decay: tuple[Pattern, ...] | Pattern = ('kernel$',),
     decay_factors: tuple[tuple[Pattern, NonNegative[float]], ...] = (),
-    clip: Positive[float] | None = None, clip_update: Positive[float] | None = None,
+    weight_decay_end: NonNegative[float] | None = None,
+    clip: Positive[float] | None = None, clip_by: Literal['global', 'array'] = 'global',
+    clip_update: Positive[float] | None = None,
     layer_decay: Annotated[float, Range(0, 1, '(]')] = 1.0,
     freeze: tuple[Pattern, ...] | Pattern = (), only: tuple[Pattern, ...] | Pattern = (),
+    hold: tuple[Pattern, ...] | Pattern = (), hold_steps: NonNegative[int] = 0,
     ema: Rate | None = None, b1: Rate = 0.9, b2: Rate = 0.999, eps: Positive[float] = 1e-8,
     momentum: Rate = 0.9, momentum_dtype: Float | None = None, b2_cap: Share = 0.999,
 ) -> Optimizer:  # fmt: skip
@@ -155,15 +186,20 @@ def make(
       steps: length of the run in updates.
       rules: the objective's own rows of `models.parameters.RULES`.
       decay_kind: decoupled, or l2: in the gradient, before clipping and momentum.
-      clip: maximum global norm of the gradient; larger gradients are scaled down to it. None: no
-        clipping.
+      clip: maximum norm of the gradient; larger gradients are scaled down to it. None: no clipping.
+      clip_by: the norm that is clipped: the global one, or that of each array by itself, where each
+        layer of stacked blocks is an array of its own.
       freeze: patterns of the parameters that stay as they are.
       only: patterns of the parameters to train; all others stay as they are. 'head' trains a
         linear probe. Empty: all.
+      hold: patterns of the parameters that stay as they are for the first `hold_steps` updates; the
+        algorithm's state for them begins after these.
+      hold_steps: see `hold`.
       ema: decay of an exponential moving average of the parameters, which evaluations then use.
         None: no average.
 
-    `update_rule`, `make_schedule`, `decay_strengths` and `rate_multipliers` document the others.
+    `update_rule`, `make_schedule`, `decay_strengths`, `decay_factor` and `rate_multipliers`
+    document the others.
     """
     leaves = named_leaves(params)
     frozen = frozen_names(leaves, freeze, only)
@@ -177,11 +213,14 @@ def make(
         leaves, rules, name=name, b1=b1, b2=b2, eps=eps, momentum=momentum,
         momentum_dtype=momentum_dtype, b2_cap=b2_cap, clip_update=clip_update,
     )  # fmt: skip
-    clipping = [optax.clip_by_global_norm(clip)] if clip is not None else []
-    decays = add_decays(strengths)
+    held = matching('hold', hold, leaves) if hold_steps else set()
+    rule = begin_late(rule, held, hold_steps) if held else rule
+    clipping = [clipping_of(clip, clip_by, leaves, rules)] if clip is not None else []
+    decays = add_decays(strengths, decay_factor(steps, weight_decay, weight_decay_end))
     parts = [*clipping, rule, *decays] if decay_kind == 'decoupled' else [*decays, *clipping, rule]
     parts += [scale_by_name(multipliers)] if multipliers else []
     parts += [optax.scale_by_learning_rate(rate)]
+    parts += [zero_until(held, hold_steps)] if held else []
     parts += [average_params(ema)] if ema is not None else []
     tx = optax.chain(*parts)
     table = table_of(leaves, multipliers, strengths, frozen)

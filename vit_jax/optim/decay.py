@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+import jax.numpy as jnp
 import optax
 
 from vit_jax.errors import UserError
@@ -59,13 +60,49 @@ def decay_strengths(
     }
 
 
-def add_decays(strengths: Mapping[str, float]) -> list[optax.GradientTransformation]:
-    """Transformations that add strength * parameter to updates, one for each strength above 0."""
+def decay_factor(
+    steps: int, weight_decay: float, weight_decay_end: float | None
+) -> optax.Schedule | None:
+    """Schedule of the factor of all strengths, step -> factor; None if they are constant.
+
+    Args:
+      steps: length of the run in updates.
+      weight_decay: strength of the weight decay in the first update.
+      weight_decay_end: strength that it approaches by half a cosine over the run (arXiv:2104.14294
+        section 3.2). None: it is constant.
+
+    Raises:
+      UserError: weight_decay_end is given, and weight_decay is 0.
+    """
+    if weight_decay_end is None:
+        return None
+    if not weight_decay:
+        raise UserError(
+            f'optim.weight_decay_end is {weight_decay_end}, but optim.weight_decay, from which the '
+            'schedule goes there, is 0'
+        )
+    end = weight_decay_end / weight_decay
+
+    def factor(step):
+        progress = jnp.minimum(jnp.asarray(step, jnp.float32) / steps, 1)
+        return end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    return factor
+
+
+def add_decays(
+    strengths: Mapping[str, float], factor: optax.Schedule | None = None
+) -> list[optax.GradientTransformation]:
+    """Transformations that add strength * parameter to updates, one for each strength above 0.
+
+    `factor` of the step multiplies the strengths.
+    """
 
     def add(strength):
         chosen = {name for name in strengths if strengths[name] == strength}
         return optax.add_decayed_weights(
-            strength, mask=lambda tree: map_by_name(lambda name, _: name in chosen, tree)
+            strength if factor is None else lambda step: strength * factor(step),
+            mask=lambda tree: map_by_name(lambda name, _: name in chosen, tree),
         )
 
     return [add(strength) for strength in sorted({*strengths.values()} - {0.0})]
