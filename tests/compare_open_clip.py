@@ -48,8 +48,7 @@ def small(config, width=16):
     family, given = compare_timm.entry(name)
     args = compare_timm.small(name, family, given, width)
     args.pop('num_classes')
-    size = args.get('img_size', 64)
-    vision['image_size'] = size
+    vision['image_size'] = args.get('img_size', vision.get('image_size', 224))
     return config, args
 
 
@@ -123,7 +122,7 @@ def compare(name, config, folder, seed):
             larger.load_state_dict({n.removeprefix('visual.'): a for n, a in state.items()})
             images = generator.normal(size=(2, other, other, 3)).astype(np.float32)
             found.append(difference(folder, images, outputs(larger, images), image_size=other))
-    return max(found)
+    return verdicts.largest(found)
 
 
 def record(folder, seed=0):

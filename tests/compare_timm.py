@@ -166,7 +166,7 @@ def of_model(model, params, images, theirs):
     _, out = apply(params, images)
     out = {k: v for k, v in out.items() if k in theirs}
     assert theirs.keys() <= out.keys() | {'encoded'}, sorted(out)
-    return max(
+    return verdicts.largest(
         float(np.abs(np.asarray(v) - theirs[k]).max() / max(1, np.abs(theirs[k]).max()))
         for k, v in out.items()
     )
@@ -236,7 +236,7 @@ def compare(name, folder, seed, notes):
                 resized = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=other)
         options = {} if family == 'resnetv2' else dict(image_size=other)
         found.append(difference(folder, images, outputs(resized.eval(), images), **options))
-    return max(found)
+    return verdicts.largest(found)
 
 
 def record(name, folder, seed, label, by_name, **changes):

@@ -1,13 +1,16 @@
 """Compares transformers' models with what vit_jax makes of their folders.
 
     python tests/compare_transformers.py [PART ...]
+    python tests/compare_transformers.py --random 200 --seed 0 [PART ...]
 
 Each kind, a model class in one variant, is made small (two blocks), gets random weights, is saved
 by transformers, loaded by vit_jax and compared at its own and, where transformers can resize its
 positions, at another image size, in float32. Compared are logits, pooled vector, class token and
 patches' features, as far as transformers returns them. Then it is written by vit_jax and loaded
-again: its parameters are the same to the bit. Prints a line for each kind and a summary by model
-type. PART limits it to kinds whose line contains one of the texts.
+again: its parameters are the same to the bit, and transformers makes the same of it. Prints a line
+for each kind and a summary by model type. PART limits it to kinds whose line contains one of the
+texts. --random draws that many models instead, of arguments in draw_transformers.py; 'impossible'
+are those that transformers cannot make or run.
 
 Not a test, as it takes minutes; a few kinds are in test_convert.py.
 """
@@ -15,18 +18,32 @@ Not a test, as it takes minutes; a few kinds are in test_convert.py.
 import argparse
 import functools
 import io
+import json
 import pathlib
 import tempfile
 import warnings
 from contextlib import redirect_stderr
 
+import draw_transformers
 import jax
 import numpy as np
 import torch
 import transformers
 import verdicts
+from read_transformers import (
+    by_features,
+    by_model,
+    by_tower,
+    class_token,
+    inside,
+    refused,
+    tokens,
+    without_detection,
+    without_queries,
+)
 
 import vit_jax
+from vit_jax.errors import UserError
 
 SIZES = dict(
     hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
@@ -47,96 +64,6 @@ CLASSES = dict(num_labels=7)
 OWN, SHARED = 'use_relative_position_bias', 'use_shared_relative_position_bias'
 MAPS = SIZES | {'num_hidden_layers': 4, OWN: True}
 ABSOLUTE, MEAN = 'use_absolute_position_embeddings', 'use_mean_pooling'
-
-
-def by_model(module, pixels, options):
-    """{name: tensor} that a model or a classifier returns."""
-    result = module(pixels, **options)
-    found = {}
-    if getattr(result, 'logits', None) is not None:
-        found['logits'] = result.logits
-    if getattr(result, 'last_hidden_state', None) is not None:
-        found['tokens'] = result.last_hidden_state
-    if getattr(result, 'pooler_output', None) is not None:
-        found['pre_logits'] = result.pooler_output
-    return found
-
-
-def inside(name):
-    """Like by_model, of the encoder that is an attribute of the module."""
-    def of(module, pixels, options):
-        return tokens(getattr(module, name), pixels, options)
-
-    return of
-
-
-def class_token(module, pixels, options):
-    """The class token of an MAE, which has its patches in a random order."""
-    return {'cls': getattr(module, 'vit', module)(pixels).last_hidden_state[:, 0]}
-
-
-def by_features(module, pixels, options):
-    """The last map of a backbone [B, D, h, w], as tokens."""
-    maps = getattr(module, 'backbone', module)(pixels).feature_maps[-1]
-    return {'tokens': maps.flatten(2).transpose(1, 2)}
-
-
-def without_queries(module, pixels, options):
-    """The encoder of an EoMT, in which no queries join the tokens."""
-    x = module.embeddings(pixels)
-    extra = {}
-    if hasattr(module, 'rope_embeddings'):
-        extra = dict(position_embeddings=module.rope_embeddings(pixels))
-    for layer in module.layers:
-        x = layer(x, **extra)
-    return {'tokens': module.layernorm(x)}
-
-
-def without_detection(module, pixels, options):
-    """The encoder of a YOLOS, whose detection tokens leave before the first block."""
-    model = getattr(module, 'vit', module)
-    count = model.config.num_detection_tokens
-    x = model.embeddings(pixels)[:, :-count]
-    for layer in model.encoder.layer:
-        x = layer(x)
-        x = x[0] if isinstance(x, tuple) else x
-    return {'tokens': model.layernorm(x)}
-
-
-def by_tower(module, pixels, options):
-    """Tokens and output of an image tower, by itself or beside a text tower."""
-    inputs = dict(pixel_values=pixels, **options)
-    if 'Siglip2' in type(module).__name__:
-        b, c, h, w = pixels.shape
-        side = SIZES['patch_size']
-        x = pixels.reshape(b, c, h // side, side, w // side, side).permute(0, 2, 4, 3, 5, 1)
-        x = x.reshape(b, h * w // side**2, -1)
-        shapes = torch.tensor([[h // side, w // side]] * b)
-        inputs = dict(pixel_values=x, pixel_attention_mask=torch.ones(x.shape[:2]),
-                      spatial_shapes=shapes)  # fmt: skip
-    module = getattr(module, 'clip', getattr(module, 'owlvit', module))
-    tower = getattr(module, 'vision_model', module)
-    found = {'tokens': tower(**inputs).last_hidden_state}
-    if 'Blip' in type(module).__name__:  # its pooled vector has the last norm twice
-        return found
-    if hasattr(module, 'get_image_features'):
-        return found | {'output': module.get_image_features(**inputs).pooler_output}
-    result = module(**inputs)
-    names = 'logits', 'image_embeds', 'pooler_output'
-    output = next((result[n] for n in names if result.get(n) is not None), None)
-    if 'Classification' in type(module).__name__:
-        found = {}  # the tower's own pooling is not read
-    return found if output is None else found | {'output': output}
-
-
-def refused(module, pixels, options):
-    """Nothing, as files of such a model are refused."""
-    return {}
-
-
-def tokens(module, pixels, options):
-    """Tokens alone, where transformers pools in another way."""
-    return {'tokens': module(pixels, **options).last_hidden_state}
 
 
 # (class, what differs from its type's base, how transformers' result is read, arguments of load)
@@ -284,15 +211,19 @@ def made(name, fields, seed):
         return randomised(kind(kind.config_class(**fields)), seed)
 
 
-def difference(folder, images, theirs, **options):
-    """Largest difference of what vit_jax makes of images from {name: tensor}."""
-    model, params = vit_jax.load(folder, **options)
+def apply_to(model, params, images):
+    """{name: array} that a model of vit_jax makes of images, with `output` the first it returns."""
     apply = jax.jit(
         lambda p, x: model.apply({'params': p}, x),
         compiler_options={'xla_backend_optimization_level': 0},  # compiles in half the time
     )
     output, out = apply(params, images)
-    out['output'] = output
+    return out | {'output': output}
+
+
+def difference(model, params, images, theirs):
+    """Largest difference of what a model of vit_jax makes of images from {name: tensor}."""
+    out = apply_to(model, params, images)
     theirs = {k: v.numpy() for k, v in theirs.items()}
     tokens = theirs.pop('tokens', None)
     if tokens is not None:
@@ -303,43 +234,84 @@ def difference(folder, images, theirs, **options):
         if 'cls' in out and before:
             theirs['cls'] = tokens[:, 0]
     assert theirs
-    return max(float(np.abs(np.asarray(out[k]) - v).max()) for k, v in theirs.items())
+    return verdicts.largest(np.abs(np.asarray(out[k]) - v).max() for k, v in theirs.items())
 
 
-def check_saved(folder, **options):
-    """Returns 0.0, the difference of what vit_jax writes from what it has loaded; else raises."""
-    model, params = vit_jax.load(folder, **options)
+def by_transformers(function, *args, **kwargs):
+    """What a function of transformers returns, without warnings; Impossible if it fails."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), torch.no_grad():
+        warnings.simplefilter('ignore')
+        try:
+            return function(*args, **kwargs)
+        except Exception as e:
+            raise verdicts.Impossible(f'{type(e).__name__}: {e}') from e
+
+
+def saved_back(folder, images, part):
+    """Largest difference of transformers' outputs from ours, of what vit_jax writes of a folder.
+
+    Raises AssertionError unless its arrays are, to the bit, those that were loaded.
+    """
+    model, params = vit_jax.load(folder, part=part)
     vit_jax.save(folder / 'again', model, params, 'hf')
     back, again = vit_jax.load(folder / 'again')
     jax.tree.map(np.testing.assert_array_equal, params, again)
     assert back.style == model.style and back.pool == model.pool, (back, model)
-    return 0.0
+    kind = json.loads((folder / 'again' / 'config.json').read_text())['architectures'][0]
+    module, info = getattr(transformers, kind).from_pretrained(
+        folder / 'again', output_loading_info=True
+    )
+    made_up = {n for n in info['missing_keys'] if 'pooler' not in n and 'mask_token' not in n}
+    assert not made_up and not info['unexpected_keys'], info
+    by = by_tower if any(n in kind for n in ('CLIP', 'Siglip', 'Blip')) else by_model
+    theirs = (tokens if 'Pixio' in kind else by)(module.eval(), as_pixels(images), {})
+    if any('pooler' in name for name in info['missing_keys']):
+        del theirs['pre_logits']
+    return difference(model, params, images, theirs)
 
 
-def compare(name, fields, by, part, resize, folder, seed):
-    """Largest difference."""
-    module = made(name, fields, seed)
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter('ignore')
-        module.save_pretrained(folder)
+def as_pixels(images):
+    """Images [B, H, W, C] as a tensor [B, C, H, W]."""
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def pair(value):
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def image_sizes(module, resize):
+    """((height, width), channels) of images that a model is for and, with `resize`, others."""
     names = 'backbone_config', 'vision_config'
     inner = (getattr(module.config, n, None) for n in names)
     config = next(filter(None, inner), module.config)
-    size = getattr(config, 'image_size', None) or SIZES['image_size']
-    size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    patch = pair(getattr(config, 'patch_size', SIZES['patch_size']))
+    side = round(getattr(config, 'num_patches', 16) ** 0.5) * patch[0]
+    size = pair(getattr(config, 'image_size', None) or side)
+    larger = size[0] + 2 * patch[0], size[1] + patch[1]
+    return (size, larger) if resize else (size,), getattr(config, 'num_channels', 3)
+
+
+def compare(name, fields, by, part, resize, folder, seed, notes):
+    """Largest difference; appends to `notes` why the model was not saved back."""
+    module = by_transformers(made, name, fields, seed)
+    by_transformers(module.save_pretrained, folder)
     generator = np.random.default_rng(seed)
-    found = []
-    for extra in ((0, 0), (16, 8)) if resize else ((0, 0),):
-        other = size[0] + extra[0], size[1] + extra[1]
-        channels = getattr(config, 'num_channels', 3)
+    found, own = [], None
+    sizes, channels = image_sizes(module, resize)
+    for other in sizes:
         images = generator.normal(size=(2, *other, channels)).astype(np.float32)
-        pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-        has = 'position_embedding' in str(module.state_dict().keys()) and any(extra)
+        has = 'position_embedding' in str(module.state_dict().keys()) and other != sizes[0]
         options = dict(interpolate_pos_encoding=True) if has and accepts(name) else {}
+        theirs = by_transformers(by, module, as_pixels(images), options)
+        model, params = vit_jax.load(folder, part=part, image_size=other)
+        found.append(difference(model, params, images, theirs))
+        own = images if own is None else own
+    try:
         with torch.no_grad():
-            theirs = by(module, pixels, options)
-        found.append(difference(folder, images, theirs, part=part, image_size=other))
-    return max(found)
+            found.append(saved_back(folder, own, part))
+    except UserError as e:
+        notes.append(f'not saved: {e}')
+    return verdicts.largest(found)
 
 
 def accepts(name):
@@ -348,35 +320,37 @@ def accepts(name):
     return not any(part in name for part in never)
 
 
+def line_of(name, fields, part):
+    """The class, the part and what differs from its type's base."""
+    base = next((b for b in (SIZES, RATIO) if b.items() <= fields.items()), {})
+    base = base | CLASSES | HEADS | DECODER
+    fields = {k: v for k, v in fields.items() if k != 'text_config' and base.get(k) != v}
+    return f'{name} {part or ""} {fields or ""}'
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('parts', nargs='*')
+    parser.add_argument('--random', type=int, help='draw this many models')
+    parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
     summary = verdicts.Summary()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    for i, (name, fields, by, part, resize) in enumerate(KINDS):
-        base = next((b for b in (SIZES, RATIO) if b.items() <= fields.items()), {})
-        base = base | CLASSES | HEADS | DECODER
-        changes = {k: v for k, v in fields.items() if base.get(k) != v and 'config' not in k}
-        line = f'{name} {part or ""} {changes or ""}'
+    drawn = (draw_transformers.row(options.seed, i) for i in range(options.random or 0))
+    for i, row in enumerate(KINDS if options.random is None else drawn):
+        line = line_of(*row[:2], row[3])
         if options.parts and not any(p in line for p in options.parts):
             continue
-        kind = getattr(transformers, name).config_class.model_type
+        notes = []
         with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision('highest'):
-            folder, saved = pathlib.Path(folder) / 'saved', ''
+            folder = pathlib.Path(folder) / 'saved'
             verdict, value, text = verdicts.judge(
-                functools.partial(compare, name, fields, by, part, resize, folder, i), folder
+                functools.partial(compare, *row, folder, i, notes), folder
             )
-            if verdict in ('equal', 'wrong'):
-                result = verdicts.judge(functools.partial(check_saved, folder, part=part), folder)
-                if result[0] == 'error':
-                    verdict = 'error'
-                if result[0] != 'equal':
-                    saved = f'not saved: {result[2]}'
-        summary.add(kind, verdict, value)
-        print(f'{verdict:8} {line}\n         {text} {saved}', flush=True)
+        summary.add(getattr(transformers, row[0]).config_class.model_type, verdict, value)
+        print(f'{verdict:10} {line}\n           {", ".join([text, *notes])}', flush=True)
     summary.show()
 
 

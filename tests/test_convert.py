@@ -141,6 +141,9 @@ HF = {
     'dinov2': ('Dinov2Model', DINOV2),
     'dinov2_classes': ('Dinov2ForImageClassification', DINOV2 | NAMED),
     'dinov2_swiglu': ('Dinov2ForImageClassification', DINOV2 | NAMED | dict(use_swiglu_ffn=True)),
+    'dinov2_narrow': (
+        'Dinov2Model', DINOV2 | dict(hidden_size=30, mlp_ratio=1, use_swiglu_ffn=True),
+    ),
     'dinov3': ('DINOv3ViTModel', DINOV3),
     'dinov3_gated': ('DINOv3ViTModel', DINOV3 | dict(use_gated_mlp=True, hidden_act='silu')),
     'dinov3_key_bias': (
@@ -152,7 +155,13 @@ HF = {
         use_shared_relative_position_bias=True, use_absolute_position_embeddings=True,
         use_mean_pooling=False,
     )),
+    'beit_unscaled': ('BeitModel', VIT | dict(
+        use_absolute_position_embeddings=True, layer_scale_init_value=0.0,
+    )),
     'ijepa': ('IJepaModel', VIT),
+    'ijepa_no_qkv_bias': (
+        'IJepaForImageClassification', VIT | NAMED | dict(qkv_bias=False, hidden_act='gelu_new'),
+    ),
     'ijepa_classes': ('IJepaForImageClassification', VIT | NAMED),
     'pixio': ('PixioModel', PIXIO),
     'aimv2': ('Aimv2VisionModel', VIT | dict(use_head=False)),
@@ -212,8 +221,9 @@ def test_transformers_loads(hf):
     assert_as_transformers(hf.read.model, hf.read.params, hf.images, theirs)
     zeros = done(hf.read.account).get('re-initialised', set())
     assert not zeros
-    absent = {'vit_no_qkv_bias': ('query', 'key', 'value'), 'dinov3_key_bias': ('query',),
-              'aimv2': ('query', 'key', 'value', 'out', 'mlp')}  # fmt: skip
+    qkv = ('query', 'key', 'value')
+    absent = {'vit_no_qkv_bias': qkv, 'ijepa_no_qkv_bias': qkv, 'dinov3_key_bias': ('query',),
+              'aimv2': (*qkv, 'out', 'mlp')}  # fmt: skip
     absent = absent.get(hf.name, ('key',) if hf.name.startswith(('dinov3', 'beit')) else ())
     assert hf.read.model.style.unbiased == absent
     unused = done(hf.read.account).get('unused', set())
@@ -259,6 +269,21 @@ def test_transformers_loads_what_is_saved(hf, tmp_path):
     processor.save_pretrained(tmp_path / 'out')
     back = load.read(tmp_path / 'out')
     assert back.model == model.clone(mean=(0.7,) * len(mean)) and back.classes == hf.read.classes
+
+
+@pytest.mark.parametrize('fields', [
+    dict(layer_scale=0.5), dict(layer_scale=0.5, registers=2),
+    dict(cls_token=False, pool='none', registers=2, registers_posemb=True),
+])  # fmt: skip
+def test_tables_of_a_square_are_no_others_in_transformers(fields, tmp_path):
+    model, params = made(dict(num_classes=None, interpolation='bicubic') | fields)
+    with pytest.raises(UserError, match='positions of square images in each .*, not of 16 x 64'):
+        vit_jax.save(tmp_path / 'a', model, params, 'hf', image_size=(16, 64))
+    vit_jax.save(tmp_path / 'b', model, params, 'hf', image_size=32)
+    config = json.loads((tmp_path / 'b/config.json').read_text())
+    (tmp_path / 'b/config.json').write_text(json.dumps(config | dict(image_size=[16, 64])))
+    with pytest.raises(UserError, match='image_size is 16 x 64, but .* for that of a square'):
+        load.read(tmp_path / 'b')
 
 
 @pytest.mark.parametrize('kind, config', [
@@ -584,7 +609,7 @@ MADE = {
         EXACT | IMAGENET | dict(epsilon=1e-12, dist_token=True, dist_head=True), (32, 32),
     ),
     'hf_dinov2_swiglu': (
-        LAYER_SCALE | IMAGENET | dict(pool='cls_gap', glu=True, mlp_dim=128), (24, 40),
+        LAYER_SCALE | IMAGENET | dict(pool='cls_gap', glu=True, mlp_dim=128), (32, 32),
     ),
     'hf_registers': (
         dict(LAYER_SCALE, interpolation='bicubic_antialias', registers=3, num_classes=None),

@@ -59,8 +59,10 @@ def test_each_architecture_is_expressed_or_refused_with_its_argument():
 
 def test_refusals_name_the_feature(tmp_path):
     arrays, config = parts('timm_dinov3')
+    heads = config['model_args']['num_heads']
     for key, value, words in (
         ('num_kv_heads', 1, 'attention with grouped queries'),
+        ('num_kv_heads', [heads, 1], 'attention with grouped queries'),
         ('attn_only_layer_scale', True, 'a layer scale of attention alone'),
         ('rope_type', 'mrope', "rope_type of architecture .* is 'mrope', which is not supported"),
         ('norm_layer', 'rmsnorm', "norm_layer of architecture .* is 'RmsNorm'"),
@@ -70,6 +72,15 @@ def test_refusals_name_the_feature(tmp_path):
         given = config | dict(model_args=config['model_args'] | {key: value})
         with pytest.raises(UserError, match=words):
             load.read(written(tmp_path / 'a', arrays, given), values=False)
+
+
+def test_keys_of_each_head_are_no_groups(tmp_path):
+    arrays, config = parts('timm_dinov3')
+    heads, depth = (config['model_args'][key] for key in ('num_heads', 'depth'))
+    plain = load.read(written(tmp_path / 'plain', arrays, config), values=False).model
+    for value in (heads, [heads] * depth):
+        given = config | dict(model_args=config['model_args'] | dict(num_kv_heads=value))
+        assert load.read(written(tmp_path / 'a', arrays, given), values=False).model == plain
 
 
 @pytest.mark.parametrize('name, changes', [

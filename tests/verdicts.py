@@ -2,9 +2,20 @@
 
 import collections
 
+import numpy as np
+
 from vit_jax.errors import UserError
 
 TOLERANCE = 1e-4
+
+
+class Impossible(Exception):
+    """The other library cannot make or run the model."""
+
+
+def largest(values):
+    """The largest of numbers; NaN if one of them is."""
+    return float(np.max(list(values)))
 
 
 def judge(compare, folder):
@@ -13,6 +24,8 @@ def judge(compare, folder):
         value = compare()
     except UserError as e:
         return 'refused', 0.0, str(e).replace(str(folder), '').strip(': ')[:300]
+    except Impossible as e:
+        return 'impossible', 0.0, str(e).replace('\n', ' ')[:300]
     except Exception as e:  # of the other library, or a fault of vit_jax
         return 'error', 0.0, f'{type(e).__name__}: {e}'.replace('\n', ' ')[:300]
     return 'equal' if value < TOLERANCE else 'wrong', value, f'{value:.1e}'

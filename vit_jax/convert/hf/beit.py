@@ -226,7 +226,7 @@ def model_config(
     suffix = 'Model' if model.num_classes is None else 'ForImageClassification'
     bias = model.style.bias
     return hf_config.shared_config(model, size, f'Beit{suffix}', TYPES[0]) | dict(
-        intermediate_size=model.mlp_dim, layer_scale_init_value=model.layer_scale or 0,
+        intermediate_size=model.mlp_dim, layer_scale_init_value=float(model.layer_scale or 0),
         use_mean_pooling=model.pool == 'gap',
         use_absolute_position_embeddings=model.posemb == 'learn',
         use_relative_position_bias=bias is not None and not bias.shared,

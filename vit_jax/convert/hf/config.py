@@ -3,6 +3,7 @@
 A key that is left out has the default of its configuration class in transformers 5.24.
 """
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -31,6 +32,8 @@ DEFAULTS = dict(  # of most types
 )
 HEADS = {'pixio': 16}  # the default num_attention_heads; others: 12
 RATIO = ('dinov2', 'dinov2_with_registers', 'pixio')  # with an mlp_ratio
+# Of images that are not square, these resize the position table as that of a square grid.
+SQUARE = (*RATIO, 'dpt')
 GELUS = {
     'gelu': 'exact', 'gelu_python': 'exact', 'gelu_pytorch_tanh': 'tanh', 'gelu_new': 'tanh',
     'gelu_fast': 'tanh', 'quick_gelu': 'quick',
@@ -229,6 +232,16 @@ def check_table(
         raise UserError(
             f'config.json: image_size is {size[0]} x {size[1]}, which has {h} x {w} patches, but '
             f'the position table has {rows - before} (and {before} before them)'
+        )
+
+
+def check_square(config: dict[str, Any], kind: str, rows: int) -> None:
+    """Raises UserError if transformers takes a table of `rows` patches for that of another grid."""
+    size = size_option(config, 'image_size')
+    if kind in SQUARE and size and size[0] != size[1] and math.isqrt(rows) ** 2 == rows:
+        raise UserError(
+            f'config.json: image_size is {size[0]} x {size[1]}, but transformers takes the '
+            f'position table of a {kind} for that of a square'
         )
 
 

@@ -145,6 +145,6 @@ def model_config(
         intermediate_size=model.mlp_dim, rope_theta=model.style.rope.base,
         hidden_act='silu' if model.glu else hf_config.ACTS[model.gelu],
         **{key: name not in model.style.unbiased for name, key in FLAGS.items()},
-        layerscale_value=model.layer_scale, use_gated_mlp=model.glu,
+        layerscale_value=float(model.layer_scale), use_gated_mlp=model.glu,
         num_register_tokens=model.registers, attention_dropout=0.0, drop_path_rate=0.0,
     )  # fmt: skip

@@ -40,11 +40,15 @@ def is_tower(names: Collection[str]) -> bool:
 
 
 def expresses(model: nn.Module) -> bool:
-    """Whether a model is saved as one of this family; that of exact GELU and a mean is I-JEPA."""
+    """Whether a model is saved as one of this family.
+
+    That of a mean is an I-JEPA if its GELU is exact or its projections lack biases.
+    """
     if not isinstance(model, vit.Vit) or model.prefix or model.pre_norm:
         return False
     classifier = model.pool == 'gap' and model.num_classes is not None
-    return model.pool in ('map', 'none') or (classifier and model.gelu != 'exact')
+    tanh = model.gelu != 'exact' and not model.style.unbiased
+    return model.pool in ('map', 'none') or (classifier and tanh)
 
 
 def select(

@@ -170,7 +170,9 @@ def describe(
     hf_config.check_config(config, arrays, kind, fields, channels)
     before = fields['cls_token'] + fields['dist_token']
     before += fields['registers'] if fields.get('registers_posemb') else 0
-    hf_config.check_table(config, fields['patch_size'], table_rows(arrays)[1], before)
+    rows = table_rows(arrays)[1]
+    hf_config.check_table(config, fields['patch_size'], rows, before)
+    hf_config.check_square(config, kind, rows - before)
     guessed = {}
     if kind == 'ijepa' and not fields['num_classes']:
         guessed['pool'] = 'the file has no head; it is that of a classifier'

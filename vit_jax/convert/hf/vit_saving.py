@@ -96,9 +96,14 @@ def complete(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.nd
 def model_config(
     model: nn.Module, size: tuple[int, int], classes: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Content of config.json of a type of TYPES."""
+    """Content of config.json of a type of TYPES; raises UserError for images it cannot have."""
     kind = model_type(model)
     stem = STEMS[kind]
+    if kind in hf_config.SQUARE and size[0] != size[1]:
+        raise UserError(
+            f'format hf has the positions of square images in each {stem}, not of {size[0]} x '
+            f'{size[1]}; resize them first, by image_size of load'
+        )
     suffix = 'Model' if model.num_classes is None else 'ForImageClassification'
     if model.dist_head:
         suffix += 'WithTeacher'
@@ -107,7 +112,7 @@ def model_config(
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     if kind.startswith('dinov2'):
-        config |= dict(layerscale_value=model.layer_scale, use_swiglu_ffn=model.glu)
+        config |= dict(layerscale_value=float(model.layer_scale), use_swiglu_ffn=model.glu)
         config['mlp_ratio'] = dinov2_mlp_ratio(model)
         if model.registers:
             config['num_register_tokens'] = model.registers
@@ -128,7 +133,8 @@ def dinov2_mlp_ratio(model: nn.Module) -> int | float:
     """The mlp_ratio that gives the MLP its hidden size; raises UserError if none does."""
     if not model.glu:
         return mlp_ratio(model.mlp_dim, model.width)
-    for value in (model.mlp_dim * 1.5 / model.width, round(model.mlp_dim * 1.5 / model.width)):
+    fraction = model.mlp_dim * 1.5 / model.width
+    for value in (*range(int(fraction), 0, -1), fraction):  # transformers wants a whole number
         if (int(int(model.width * value) * 2 / 3) + 7) // 8 * 8 == model.mlp_dim:
-            return int(value) if value == int(value) else value
+            return value
     raise UserError(f'no mlp_ratio makes a gated MLP of {model.mlp_dim}')

@@ -83,6 +83,7 @@ class Signature(NamedTuple):
     features: dict[str, str] = {}  # {argument: what its unsupported values stand for}
     kinds: dict[str, str] = {}  # as KIND, where arguments of the same name differ
     derived: tuple[str, ...] = ()  # keys of `defaults` and of the table that are no arguments
+    like: dict[str, str] = {}  # {argument: one whose value, if it has that, stands for None}
 
     def of(self, architecture: str) -> dict[str, Any]:
         """{argument: value} of an architecture in the table."""
@@ -142,6 +143,11 @@ def arguments(config: dict[str, Any], signature: Signature) -> dict[str, Any]:
     if 'norm_layer' in given and 'epsilon' in args:
         args['epsilon'] = signature.defaults['epsilon']
     args |= given
+    for key, other in signature.like.items():
+        values = args.get(key)  # one, or one for each block
+        values = values if isinstance(values, list) else [values]
+        if key in args and all(value == args.get(other) for value in values):
+            args[key] = None
     for key, values in signature.only.items():
         if args.get(key, values[0]) not in values:
             raise UserError(refusal(key, args[key], name, signature.features.get(key)))

@@ -41,6 +41,7 @@ SIGNATURE = arguments.Signature(
         'rope_grid_indexing': ('ij', 'xy'),
     },
     derived=('epsilon',),
+    like={'num_kv_heads': 'num_heads'},
 )  # fmt: skip
 
 
