@@ -203,7 +203,7 @@ def test_its_settings_are_checked_as_all_others(folder):
         ('evals.val.image_size', 9, 'evals.val.image_size is 9, data.image_size 8: '),
         ('checkpoint.best', 'val/accuracy', 'no metric of the evals; there are val/'),
         ('objective.name', f'{FILE}:no', 'has no function no'),
-        ('objective.name', 'nosuch', "is 'nosuch'; there are supervised, and your own as FILE.py"),
+        ('objective.name', 'nosuch', "is 'nosuch'; there are .*, and your own as FILE.py"),
         ('data.task', '/nowhere/x.py:f', 'no file /nowhere/x.py'),
         ('model.width', 3, 'unknown key model.width'),
         ('init_from', '/nowhere', '/nowhere'),

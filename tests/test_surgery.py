@@ -19,6 +19,7 @@ import vit_jax
 from vit_jax import models
 from vit_jax.convert import load, surgery
 from vit_jax.errors import UserError
+from vit_jax.models import resizing
 
 DATA = pathlib.Path(__file__).with_name('data')
 PRE_LOGITS = DATA / 'official_vit_prelogits.npz'
@@ -69,11 +70,34 @@ def test_each_interpolation_is_its_librarys(method, old, new):
     np.testing.assert_array_equal(resized[:, :5], table[:, :5])
     expected = REFERENCES[method](table[0, 5:].reshape(*old, 6), new)
     np.testing.assert_allclose(resized[0, 5:].reshape(*new, 6), expected, atol=2e-5)
+    traced = jax.jit(lambda table: resizing.positions(table, old, new, method))(table)
+    np.testing.assert_allclose(traced, resized, atol=1e-5)
+
+
+@pytest.mark.parametrize('old, new', [((4, 4), (8, 6)), ((8, 8), (3, 5)), ((6, 4), (6, 9))])
+def test_a_resized_kernel_embeds_resized_patches(old, new):
+    """The best kernel by least squares over all patches (arXiv:2212.08013 eq. 3)."""
+    torch = pytest.importorskip('torch')
+    interpolate = torch.nn.functional.interpolate
+    kernel, patches = noise(*old, 3, 5), noise(7, *old, 3, seed=1)
+    resized = resizing.kernel(kernel, new)
+    larger = interpolate(
+        torch.tensor(patches).permute(0, 3, 1, 2), new, mode='bilinear', align_corners=False
+    ).permute(0, 2, 3, 1).numpy()  # fmt: skip
+    made = np.einsum('nhwc,hwcd->nd', larger, resized)
+    wanted = np.einsum('nhwc,hwcd->nd', patches, kernel)
+    if min(np.subtract(new, old)) >= 0:
+        np.testing.assert_allclose(made, wanted, atol=2e-4)
+    basis = interpolate(
+        torch.eye(old[0] * old[1]).reshape(1, -1, *old), new, mode='bilinear', align_corners=False
+    )[0].reshape(old[0] * old[1], -1).double().numpy()  # fmt: skip
+    best = np.linalg.lstsq(basis, kernel.reshape(old[0] * old[1], -1).astype(float), rcond=None)[0]
+    np.testing.assert_allclose(resized.reshape(best.shape), best, atol=2e-5)
 
 
 def test_the_interpolations_differ():
     table = noise(1, 49, 6)
-    assert REFERENCES.keys() == surgery.METHODS.keys()
+    assert REFERENCES.keys() == resizing.METHODS.keys()
     for new in ((4, 4), (9, 9)):
         tables = {method: surgery.resize(table, (7, 7), new, method) for method in REFERENCES}
         for a, b in itertools.combinations(REFERENCES, 2):

@@ -1,72 +1,8 @@
 """Resizes tables of positions and offsets to another image size, as the code they are from."""
 
-from collections.abc import Callable
-
 import numpy as np
 
-
-def linear_aligned(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of linear interpolation, aligned corners: scipy.ndimage.zoom(order=1)."""
-    position = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
-    low = np.minimum(np.floor(position).astype(int), max(old - 2, 0))
-    weights = np.zeros((new, old))
-    weights[np.arange(new), low] = 1 - (position - low)
-    weights[np.arange(new), np.minimum(low + 1, old - 1)] += position - low
-    return weights
-
-
-def cubic(x: np.ndarray, a: float) -> np.ndarray:
-    """Keys' cubic kernel (doi:10.1109/TASSP.1981.1163711 eq. 4)."""
-    x = np.abs(x)
-    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0))
-
-
-def bicubic(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of PyTorch's bicubic interpolation: a = -3/4, borders repeated."""
-    position = (np.arange(new) + 0.5) * old / new - 0.5
-    weights = np.zeros((new, old))
-    for tap in range(-1, 3):
-        index = np.floor(position).astype(int) + tap
-        np.add.at(
-            weights, (np.arange(new), np.clip(index, 0, old - 1)), cubic(position - index, -0.75)
-        )
-    return weights
-
-
-def bicubic_antialias(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of PyTorch's antialiased bicubic interpolation: a = -1/2."""
-    return antialiased(old, new, lambda x: cubic(x, -0.5), 2)
-
-
-def linear_antialias(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of PyTorch's antialiased linear interpolation."""
-    return antialiased(old, new, lambda x: np.maximum(1 - np.abs(x), 0), 1)
-
-
-def antialiased(
-    old: int, new: int, kernel: Callable[[np.ndarray], np.ndarray], reach: int
-) -> np.ndarray:
-    """Weights [new, old] of interpolation by a kernel that is 0 beyond `reach`.
-
-    The kernel widens by old / new where the table shrinks. Taps outside the table are dropped and
-    the others rescaled to sum to 1.
-    """
-    scale = max(old / new, 1)
-    centre = (np.arange(new)[:, None] + 0.5) * old / new
-    low = np.maximum((centre - reach * scale + 0.5).astype(int), 0)
-    high = np.minimum((centre + reach * scale + 0.5).astype(int), old)
-    index = np.arange(old)[None]
-    weights = kernel((index - centre + 0.5) / scale)
-    weights = np.where((index >= low) & (index < high), weights, 0)
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def linear(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of PyTorch's linear interpolation without aligned corners."""
-    position = (np.arange(new) + 0.5) * old / new - 0.5
-    return interpolation(np.arange(old), np.clip(position, 0, old - 1))
+from vit_jax.models import resizing
 
 
 def geometric(old: int, new: int) -> np.ndarray:
@@ -84,18 +20,7 @@ def geometric(old: int, new: int) -> np.ndarray:
             low = ratio
     steps = np.cumsum(ratio ** np.arange(old // 2))
     places = np.concatenate([-steps[::-1], [0], steps])
-    return interpolation(places, np.arange(new) - new // 2)
-
-
-def interpolation(places: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Weights [wanted, places] of linear interpolation; the outermost values hold beyond."""
-    return np.stack([np.interp(wanted, places, row) for row in np.eye(len(places))], axis=1)
-
-
-METHODS = {
-    'linear': linear_aligned, 'bilinear': linear, 'bilinear_antialias': linear_antialias,
-    'bicubic': bicubic, 'bicubic_antialias': bicubic_antialias,
-}  # fmt: skip
+    return resizing.interpolation(places, np.arange(new) - new // 2)
 
 
 def resize(
@@ -108,14 +33,16 @@ def resize(
     """Resizes a position table [1, prefix + h * w, D] from the grid `old` (h, w) to `new`.
 
     Rows of prefix tokens stay as they are. Equal grids return the table itself. `method` is a key
-    of METHODS. With `square` the grid becomes a square, of which `new` takes the top left part.
+    of resizing.METHODS. With `square` the grid becomes a square, of which `new` takes the top left
+    part.
     """
     if tuple(old) == tuple(new):
         return table
     prefix = table.shape[1] - old[0] * old[1]
     patches = table[0, prefix:].reshape(*old, -1).astype(np.float64)
     sides = (max(new),) * 2 if square else new
-    rows, columns = (METHODS[method](n, m)[:k] for n, m, k in zip(old, sides, new, strict=True))
+    weights = resizing.METHODS[method]
+    rows, columns = (weights(n, m)[:k] for n, m, k in zip(old, sides, new, strict=True))
     patches = np.einsum('yh,xw,hwd->yxd', rows, columns, patches, optimize=True)
     patches = patches.reshape(1, new[0] * new[1], -1)
     return np.concatenate([table[:, :prefix], patches.astype(table.dtype)], axis=1)
@@ -131,7 +58,7 @@ def resize_offsets(
     """
     if tuple(old) == tuple(new):
         return table
-    weights = {'geometric': geometric, 'linear': linear}[method]
+    weights = {'geometric': geometric, 'linear': resizing.linear}[method]
     (h, w), (rows, columns) = ([2 * n - 1 for n in grid] for grid in (old, new))
     offsets, rest = table[..., : h * w, :], table[..., h * w :, :]
     offsets = offsets.reshape(*table.shape[:-2], h, w, -1).astype(np.float64)
