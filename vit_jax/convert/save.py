@@ -85,15 +85,7 @@ def save(
     """
     path, params = check_arguments(path, model, params, format, config)
     about = describe(model, params, image_size, classes, config, loss, view)
-    if fold:
-        model, params = folding.fold_positions(model, params, format, about.image_size)
-    if isinstance(model, vit.Vit) and model.style.unbiased:
-        absent = getattr(family_of(model, format), 'absent_biases', lambda model: ())
-        model, params = biases.with_zeros(model, params, absent(model))
-    check_expressible(model, format, fold)
-    check_params(model, params, about.image_size)
-    if family_of(model, format) is hf_vit:
-        model, params = vit_saving.with_both_pools(model, params)
+    model, params = as_expressed(model, params, format, about.image_size, fold)
     family = family_of(model, format)
     arrays = file_arrays(family.pieces(model), params)
     if format in ('official', 'big_vision'):
@@ -123,6 +115,29 @@ def family_of(model: nn.Module, format: str) -> ModuleType:
     if format == 'timm':
         return timm.class_of_model(model)
     return hf.family_of_model(model) if format == 'hf' else FORMATS[format]
+
+
+def as_expressed(
+    model: nn.Module,
+    params: dict[str, np.ndarray],
+    format: str,
+    size: tuple[int, int] | None,
+    fold: bool,
+) -> tuple[nn.Module, dict[str, np.ndarray]]:
+    """(model, params) of equal outputs, with the biases, positions and head that the format has.
+
+    Raises UserError if it cannot express the model, or the parameters are not the model's.
+    """
+    if fold:
+        model, params = folding.fold_positions(model, params, format, size)
+    if isinstance(model, vit.Vit) and model.style.unbiased:
+        absent = getattr(family_of(model, format), 'absent_biases', lambda model: ())
+        model, params = biases.with_zeros(model, params, absent(model))
+    check_expressible(model, format, fold)
+    check_params(model, params, size)
+    if family_of(model, format) is hf_vit:
+        model, params = vit_saving.with_both_pools(model, params)
+    return model, params
 
 
 def check_arguments(

@@ -22,8 +22,6 @@ DINOV3 = PROJECTIONS | LAYER_SCALE | dict(
     norm1='norm1', norm2='norm2', out='attention.o_proj', fc1='mlp.up_proj', fc2='mlp.down_proj',
     gate='mlp.gate_proj',
 )  # fmt: skip
-EOMT = DINOV2 | PROJECTIONS | dict(out='attention.out_proj')
-EOMT_GATED = DINOV2_GATED | PROJECTIONS | dict(out='attention.out_proj')
 AIMV2 = PROJECTIONS | dict(
     norm1='rms_norm1', norm2='rms_norm2', out='attention.out_proj', fc1='ffn.up_proj',
     fc2='ffn.down_proj', gate='ffn.gate_proj',
