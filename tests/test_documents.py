@@ -206,6 +206,14 @@ def test_an_argument_of_other_classes_that_the_arrays_contradict(name, key, valu
         load.read(written(tmp_path / 'a', None, config=config))
 
 
+@pytest.mark.parametrize('name', ['timm_vit_token', 'timm_dinov3', 'timm_beit', 'timm_relpos'])
+def test_the_number_of_features_is_the_width(name, tmp_path):
+    config = json.loads((DATA / name / 'config.json').read_text())
+    arrays = load_file(DATA / name / 'model.safetensors')
+    with pytest.raises(UserError, match='num_features is 9, but the arrays have'):
+        load.read(written(tmp_path / 'a', arrays, config=config | dict(num_features=9)))
+
+
 def test_arrays_of_features_that_no_model_here_has(tmp_path):
     arrays, config = timm_parts()
     for name, words in (
