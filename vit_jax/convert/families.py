@@ -195,7 +195,7 @@ def parse_hf(
     part: str | None,
 ) -> Parsed:
     """Parses a folder of transformers; `processor` is (settings, name of their file)."""
-    renamed, config, others = select_part(family, arrays, config, part)
+    renamed, config, others = family.select(arrays, config, part)
     kind, fields, guessed = family.describe(renamed, config)
     if hasattr(family, 'count_channels'):
         channels = family.count_channels(renamed, config)
@@ -218,19 +218,6 @@ def parse_hf(
         stated_loss(config), notes, size, images.view,
         getattr(family, 'offset_rows', no_offsets)(renamed),
     )  # fmt: skip
-
-
-def select_part(
-    family: ModuleType, arrays: dict[str, Array], config: dict[str, Any], part: str | None
-) -> tuple[dict[str, Array], dict[str, Any], dict[str, str]]:
-    """(arrays, config, {array outside of the part: why it is unused}) of the `part` of a file.
-
-    A family whose files hold more than an encoder has a function `select` for this, which raises
-    UserError for a part that they lack, or that needs a name. For others any part is the encoder.
-    """
-    if hasattr(family, 'select'):
-        return family.select(arrays, config, part)
-    return family.without_prefix(arrays), config, {}
 
 
 def whole_patches(

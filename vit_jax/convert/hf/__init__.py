@@ -1,7 +1,10 @@
 """Folders of Hugging Face transformers.
 
-Each file here has a few of its model types: it tells their arrays from those of others, describes
-the model, maps arrays to parameters and writes config.json.
+Each file here has a few of its model types. It tells their arrays from those of others (`matches`)
+and those of the encoder from others (`select`), describes the model (`describe`, `table_rows`,
+`guess_normalisation`), maps arrays to parameters (`pieces`) and writes config.json (`expresses`,
+`limits`, `model_config`). Those that need it have `offset_rows`, `count_channels`, `absent_biases`,
+`complete` and the name of a PROCESSOR, too.
 """
 
 from collections.abc import Collection, Mapping

@@ -53,9 +53,11 @@ def absent_biases(model: nn.Module) -> tuple[str, ...]:
     return model.style.unbiased
 
 
-def without_prefix(arrays: dict[str, Array]) -> dict[str, Array]:
-    """The arrays but empty registers; transformers has no model with a DINOv3 inside."""
-    return {n: x for n, x in arrays.items() if n != REGISTERS or x.shape[1:2] != (0,)}
+def select(
+    arrays: dict[str, Array], config: dict[str, Any], part: str | None
+) -> tuple[dict[str, Array], dict[str, Any], dict[str, str]]:
+    """(arrays but empty registers, config, {}): any part is the encoder, as there is no other."""
+    return {n: x for n, x in arrays.items() if n != REGISTERS or x.shape[1:2] != (0,)}, config, {}
 
 
 def table_rows(arrays: Mapping[str, Array]) -> None:

@@ -1,7 +1,9 @@
 """Checkpoints of timm: a folder with config.json, or one .safetensors file.
 
-Each class of timm's models has a file here, which tells its arrays from those of others, describes
-the model, maps arrays to parameters and writes config.json.
+Each class of timm's models has a file here. It tells its arrays from those of others (`matches`),
+describes the model (`describe`, `table_rows`), maps arrays to parameters (`pieces`) and writes
+config.json (`expresses`, `limits`, `model_config`). Those that need it have `current_arrays` with
+`table_size`, `pieces_of`, `offset_rows`, `absent_biases` and `complete`, too.
 """
 
 from collections.abc import Collection, Mapping
