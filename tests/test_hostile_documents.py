@@ -50,9 +50,14 @@ VALUES = [v for v in fuzz_files.VALUES if v != 10**4000] + [
 def folder(request, tmp_path_factory):
     """A copy of a checkpoint of the family."""
     name, path = request.param, tmp_path_factory.mktemp('folder') / 'x'
-    if name not in OF_TRANSFORMERS:
-        shutil.copytree(location(name), path)
-        return path
+    if name in OF_TRANSFORMERS:
+        return of_transformers(name, path)
+    shutil.copytree(location(name), path)
+    return path
+
+
+def of_transformers(name, path):
+    """A model that is saved as one of a model type of transformers."""
     model = fuzz_files.tiny(num_classes=None, gelu='exact', **OF_TRANSFORMERS[name])
     vit_jax.save(path, model, fuzz_files.parameters(model), 'hf', image_size=16, view='resize')
     assert json.loads((path / 'config.json').read_text())['model_type'] == name
@@ -101,6 +106,22 @@ def test_a_value_of_any_kind_is_read_or_refused(folder):
 @pytest.mark.slow
 def test_every_value_of_any_kind_is_read_or_refused(folder):
     check(folder, list)
+
+
+@pytest.mark.parametrize('name, key, value', [
+    ('beit', 'use_relative_position_bias', False), ('beit', 'layer_scale_init_value', 0.1),
+    ('beit', 'use_mean_pooling', True), ('beit', 'num_channels', 1),
+    ('dinov3_vit', 'key_bias', False), ('dinov3_vit', 'use_gated_mlp', True),
+    ('dinov3_vit', 'num_register_tokens', 3), ('aimv2_vision_model', 'qkv_bias', False),
+    ('aimv2_vision_model', 'is_native', True), ('aimv2_vision_model', 'image_size', 20),
+    ('blip_vision_model', 'intermediate_size', 40), ('pixio', 'n_cls_tokens', 1),
+])  # fmt: skip
+def test_a_key_that_the_arrays_contradict_is_named(name, key, value, tmp_path):
+    folder = of_transformers(name, tmp_path / 'x')
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=f'{key} is .* but the (arrays have|position table has)'):
+        load.read(folder, values=False)
 
 
 HUGE = {  # settings of images with more patches than anyone means
