@@ -21,6 +21,7 @@ PREFIXES = [  # fields that decide which tokens are before the patches, and whic
 ]
 POSITIONS = [  # posemb, posemb_at
     ('learn', 'stem'), ('learn', 'shared'), ('none', 'stem'), ('sincos2d', 'stem'),
+    ('sincos2d_moco', 'stem'),
 ]  # fmt: skip
 
 

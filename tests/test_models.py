@@ -301,7 +301,7 @@ def test_keys_without_a_bias_ignore_it_and_never_learn_one():
 
 
 @pytest.mark.parametrize('pool', ['cls', 'gap', 'map', 'none'])
-@pytest.mark.parametrize('posemb', ['learn', 'sincos2d', 'none'])
+@pytest.mark.parametrize('posemb', ['learn', 'sincos2d_moco', 'none'])
 def test_shapes_of_intermediates(pool, posemb):
     model, params, images = small(
         pool=pool, posemb=posemb, registers=2, layer_scale=0.1, style=dict(norms=['query_key'])
@@ -364,12 +364,12 @@ def test_a_loop_keeps_products_and_sums_and_no_more():
 
 def test_posemb_tells_places_apart():
     rolled = {}
-    for posemb in ('learn', 'sincos2d', 'none'):
+    for posemb in ('learn', 'sincos2d', 'sincos2d_moco', 'none'):
         model, params, images = small(pool='gap', posemb=posemb)
         a, _ = model.apply({'params': params}, images)
         b, _ = model.apply({'params': params}, jnp.roll(images, 4, axis=2))
         rolled[posemb] = float(jnp.abs(a - b).max())
-    assert rolled['none'] < 1e-5 < min(rolled['learn'], rolled['sincos2d'])
+    assert rolled.pop('none') < 1e-5 < min(rolled.values())
 
 
 @pytest.mark.parametrize('fields', [

@@ -25,7 +25,7 @@ FAMILIES = {
     'rows and columns by block': dict(name='vit/32', posemb='learn2d', posemb_at='layers'),
     'shared table': dict(name='vit/32', posemb_at='shared', last_norm='pooled'),
     'relative': dict(name='vit/32', posemb='relative', pool='cls_gap'),
-    'fixed': dict(name='vit/32', posemb='sincos2d', pool='gap'),
+    'fixed': dict(name='vit/32', posemb='sincos2d_moco', pool='gap'),
     'hybrid': dict(name='r26+vit-s/32', resnet=(1, 1), resnet_width=0.5),
     'learnt turns, biases by block': dict(
         name='vit/32', patch_norm=True, style=dict(bias={}, rope=dict(learnt=True))

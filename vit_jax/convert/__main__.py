@@ -19,6 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import storage
 from vit_jax.io.text import aligned, brief, printable
+from vit_jax.models.mae import Mae
 
 TO = flags.DEFINE_enum('to', None, list(save.FORMATS), 'The format to write.')
 LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')
@@ -74,10 +75,14 @@ def size() -> int | tuple[int, ...] | None:
 
 def describe(loaded: Loaded) -> str:
     """Describes a checkpoint as text: family, name, fields that are not the default, image size."""
-    fields = models.describe(loaded.model)
+    whole = loaded.model
+    model = whole.vit if isinstance(whole, Mae) else whole
+    fields = models.describe(model)
     defaults = {k: default for k, (_, default) in models.fields(fields['name']).items()}
     lines = [f'{loaded.source}: {fields["name"]}']
     lines += [f'  {k} = {v!r}' for k, v in fields.items() if v != defaults[k] and k != 'name']
+    if model is not whole:
+        lines.append(f'  inside of a masked autoencoder, {whole.decoder_depth} blocks of decoder')
     if loaded.image_size:
         lines.append(f'  for images of {loaded.image_size[0]} x {loaded.image_size[1]}')
     return '\n'.join(lines)
@@ -99,12 +104,14 @@ def main(argv: list[str], changes: list[tuple[str, str]]) -> None:
         raise UserError(f'--model.{key} is no field of a model; see --help for flags')
     loaded = load.read(
         argv[1], part=PART.value, image_size=size(), num_classes=CLASSES.value,
-        keep_pre_logits=KEEP.value, ema=None if EMA.value else False, **fields,
+        keep_pre_logits=KEEP.value, ema=None if EMA.value else False,
+        whole=PART.value is None and TO.value == 'hf', **fields,
     )  # fmt: skip
     print(printable(describe(loaded), keep='\n'))
     print(load.format_account(loaded.account))
     if len(argv) == 3:
-        outputs = range(loaded.model.num_classes or 0)  # some outputs of a run have no name
+        # some outputs of a run have no name
+        outputs = range(getattr(loaded.model, 'num_classes', None) or 0)
         classes = loaded.classes and [classify.class_name(loaded.classes, i) for i in outputs]
         save.save(
             argv[2], loaded.model, loaded.params, TO.value, image_size=loaded.image_size or size(),

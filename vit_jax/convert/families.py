@@ -18,6 +18,7 @@ from vit_jax.convert.documents import (
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.hf import inside as hf_inside
+from vit_jax.convert.hf import mae as hf_mae
 from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.stages import Parsed
@@ -195,6 +196,7 @@ def parse_hf(
     part: str | None,
 ) -> Parsed:
     """Parses a folder of transformers; `processor` is (settings, name of their file)."""
+    arrays = hf_mae.current_names(arrays)
     renamed, config, others = family.select(arrays, config, part)
     kind, fields, guessed = family.describe(renamed, config)
     if hasattr(family, 'count_channels'):
@@ -217,6 +219,7 @@ def parse_hf(
         hf_config.class_names(config, fields['num_classes']), record,
         stated_loss(config), notes, size, images.view,
         getattr(family, 'offset_rows', no_offsets)(renamed),
+        around=hf_mae.around(renamed, config) if hf_mae.matches(renamed) else None,
     )  # fmt: skip
 
 

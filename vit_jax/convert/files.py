@@ -70,6 +70,15 @@ class Array(NamedTuple):
         return values.reshape(self.shape)
 
 
+def array_in_memory(value: np.ndarray) -> Array:
+    """Wraps an array in memory as an `Array`."""
+
+    def fill(out: np.ndarray) -> None:
+        out[...] = value.reshape(-1).view(out.dtype)
+
+    return Array(value.shape, str(value.dtype), fill, value.dtype)
+
+
 class LimitedReader(io.BufferedReader):
     """A file that limits the size of a read: a false size in it cannot exhaust memory."""
 

@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
 from vit_jax.convert import pieces, surgery
-from vit_jax.convert.infer import STATE_SIZE, infer_model, mixer_tokens
+from vit_jax.convert.files import array_in_memory
+from vit_jax.convert.infer import STATE_SIZE, build_model, infer_model, mixer_tokens
 from vit_jax.convert.pieces import Piece
 from vit_jax.convert.stages import Loaded, Parsed, loss_of
 from vit_jax.errors import UserError
@@ -37,6 +38,7 @@ def fit(
     `load.load`.
     """
     try:
+        parsed = with_table(parsed, fields)
         source, grid = infer_model(parsed, fields, source_image_size)
         model, fresh = with_head(source, num_classes, keep_pre_logits)
         target = target_grid(parsed, model, grid, image_size)
@@ -70,6 +72,21 @@ def fit(
         model, params, account, parsed.family, size, classes, parsed.config, loss,
         parsed.input_size, parsed.view,
     )  # fmt: skip
+
+
+def with_table(parsed: Parsed, fields: dict[str, Any]) -> Parsed:
+    """`parsed` with a table of its fixed positions if the model is to learn them from there on."""
+    kind = parsed.fields.get('posemb')
+    if kind not in embedding.FIXED or fields.get('posemb') != 'learn' or not parsed.image_size:
+        return parsed
+    model = build_model(parsed.kind, {**parsed.fields, **fields})
+    table = embedding.fixed(kind, *model.grid(parsed.image_size), model.width)
+    table = np.pad(table, ((0, 0), (sum(model.prefix_posemb.values()), 0), (0, 0)))
+    name = f'positions of {kind}'
+    return parsed._replace(
+        arrays=parsed.arrays | {name: array_in_memory(table)}, table=(name, table.shape[1]),
+        pieces=lambda m: [*parsed.pieces(m), Piece(name, 'posemb')],
+    )
 
 
 def classes_of(parsed: Parsed, model: nn.Module) -> tuple[str, ...] | None:

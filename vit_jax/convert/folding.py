@@ -14,10 +14,12 @@ def fold_positions(
     if not isinstance(model, vit.Vit):
         return model, params
     params = dict(params)
-    if model.posemb == 'sincos2d' and format != 'big_vision':
+    kept = 'sincos2d' if format == 'big_vision' else None
+    if model.posemb in embedding.FIXED and model.posemb != kept:
         if size is None:
             raise UserError('a table of sin-cos positions needs image_size=...')
-        params['posemb'] = np.asarray(embedding.sincos2d(*model.grid(size), model.width))
+        table = embedding.fixed(model.posemb, *model.grid(size), model.width)
+        params['posemb'] = np.asarray(table)
         model = model.clone(posemb='learn', cls_posemb=False, registers_posemb=False)
     wants = {'official': True, 'hf': True, 'big_vision': False}.get(format)
     if format == 'timm' and model.registers and not model.registers_posemb:

@@ -18,6 +18,7 @@ from vit_jax.convert import families, files, run, shards
 from vit_jax.convert.files import Array
 from vit_jax.convert.fit import fit
 from vit_jax.convert.stages import Loaded, Parsed, size_of
+from vit_jax.convert.whole import fit_whole
 from vit_jax.errors import UserError, check_choice, shown
 from vit_jax.io import fetch
 from vit_jax.io.text import aligned, printable
@@ -53,7 +54,8 @@ def load(
         official or big_vision .npz ('FILE.npz:img' for one tower of several); a timm or Hugging
         Face folder or .safetensors; a run's workdir or one of its checkpoints.
       part: the part of a file that holds more than a ViT: 'encoder' is the bare ViT of any file,
-        'image' the image tower of one with an image and a text tower. None: all that it holds.
+        'image' the image tower of one with an image and a text tower. None: all that it holds, a
+        `models.mae.Mae` of a masked autoencoder.
       image_size: int or (height, width) to which the position table is resized, by the method of
         its source. None: the size in preprocessor_config.json, as for every command, else that of
         the position table (224 and 518 for DINOv2 of transformers).
@@ -72,7 +74,7 @@ def load(
             raise UserError(f'load has no argument {field!r}; the nearest is {near[0]!r}')
     loaded = read(
         path, part=part, image_size=image_size, num_classes=num_classes,
-        keep_pre_logits=keep_pre_logits, ema=ema, as_input=True, **fields,
+        keep_pre_logits=keep_pre_logits, ema=ema, as_input=True, whole=part is None, **fields,
     )  # fmt: skip
     logging.info('%s: %s\n%s', path, loaded.source, format_account(loaded.account))
     if image_size is None:
@@ -92,12 +94,14 @@ def read(
     values: bool = True,
     source_image_size: int | Sequence[int] | None = None,
     as_input: bool = False,
+    whole: bool = False,
     **fields: Any,
 ) -> Loaded:
     """Loads a checkpoint as `Loaded`; arguments are those of `load`.
 
     Without `values` no parameters are read. Without `image_size` positions stay as in the file or,
-    `as_input`, are resized for the input size that the documents beside the weights state.
+    `as_input`, are resized for the input size that the documents beside the weights state. Of a
+    model around an encoder, such as a masked autoencoder, this is the encoder unless `whole`.
     """
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise UserError(f'the checkpoint is {shown(path)}, not a path, an address or a name')
@@ -109,15 +113,16 @@ def read(
         keep_pre_logits=keep_pre_logits, source_image_size=size_of(source_image_size),
         fields=fields,
     )  # fmt: skip
+    make = fit_whole if whole else fit
     if run.is_run(address):
-        return fit(run.parse_run(address, ema), str(path), **options)
+        return make(run.parse_run(address, ema), str(path), **options)
     local = fetch.local(address)
     if ema:
         raise UserError(f'{path} is not a checkpoint of a run, so it has no moving average (ema)')
     with open_checkpoint(local, tower, part) as parsed:
         if as_input and image_size is None:
             options['image_size'] = stated_size(parsed, path)
-        loaded = fit(parsed, str(path), **options)
+        loaded = make(parsed, str(path), **options)
         if as_input and image_size is None:
             account = [explain_resize(row, parsed) for row in loaded.account]
             loaded = loaded._replace(account=account)

@@ -5,6 +5,7 @@ best saved one by the metric in the run's setting checkpoint.best. Of a run of a
 its model beside other parameters, in a subtree, the model alone is loaded.
 """
 
+import functools
 import os
 import re
 import sys
@@ -19,12 +20,13 @@ from etils import epath
 
 from vit_jax import models
 from vit_jax.convert.documents import class_names
-from vit_jax.convert.files import Array, brief
+from vit_jax.convert.files import array_in_memory, brief
 from vit_jax.convert.pieces import Piece
-from vit_jax.convert.stages import Parsed
+from vit_jax.convert.stages import Around, Parsed
 from vit_jax.errors import Damaged, UserError
 from vit_jax.io import addresses, storage
 from vit_jax.io.text import printable
+from vit_jax.models import mae
 from vit_jax.models.parameters import named_leaves
 from vit_jax.run import history, weights, workdir
 
@@ -99,10 +101,22 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
     table = f'{prefix}posemb'
     rows = (table, arrays[table].shape[1]) if table in arrays else None
     others = {n: 'beside the model' for n in arrays if not n.startswith(prefix)}
+    around = around_of(config, others) if config['objective']['name'] == 'mae' else None
     return Parsed(
         'vit_jax', models.KINDS[type(model)], fields, entries,
         lambda m: run_pieces(m, arrays, prefix), rows, others, size, class_names(classes), config,
+        around=around,
     )  # fmt: skip
+
+
+def around_of(config: dict[str, Any], names: Collection[str]) -> Around:
+    """The autoencoder around the encoder of a run, with parameters of these names beside it."""
+    settings = {k: v for k, v in config['objective'].items() if k.startswith('decoder_')}
+    fields = settings | dict(
+        hide=config['objective']['hide'], normalised=config['objective']['normalise']
+    )
+    build = functools.partial(mae.around_encoder, **fields)
+    return Around(build, mae.FIELDS, [Piece(name, name) for name in names])
 
 
 def only_prefix(
@@ -178,15 +192,6 @@ def run_pieces(model: nn.Module, arrays: Collection[str], prefix: str) -> list[P
         absent.add('pre_logits')
     names = [n.removeprefix(prefix) for n in arrays if n.startswith(prefix)]
     return [Piece(f'{prefix}{n}', n) for n in names if n.split('/')[0] not in absent]
-
-
-def array_in_memory(value: np.ndarray) -> Array:
-    """Wraps an array in memory as a `files.Array`."""
-
-    def fill(out: np.ndarray) -> None:
-        out[...] = value.reshape(-1).view(out.dtype)
-
-    return Array(value.shape, str(value.dtype), fill, value.dtype)
 
 
 def read_arrays(

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.convert import biases, big_vision, folding, hf, official, timm, views
 from vit_jax.convert.documents import PROBLEMS, class_names
+from vit_jax.convert.hf import mae as hf_mae
 from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.hf import vit as hf_vit
 from vit_jax.convert.hf import vit_saving
@@ -24,7 +25,7 @@ from vit_jax.convert.pieces import file_arrays
 from vit_jax.convert.stages import loss_of, size_of, view_of
 from vit_jax.convert.write import write_folder, write_npz
 from vit_jax.errors import UserError, shown
-from vit_jax.models import mixer, relative, resnet, vit
+from vit_jax.models import embedding, mae, mixer, relative, resnet, vit
 from vit_jax.models.interface import Metadata
 
 FORMATS = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
@@ -85,6 +86,10 @@ def save(
     """
     path, params = check_arguments(path, model, params, format, config)
     about = describe(model, params, image_size, classes, config, loss, view)
+    beside = None
+    if isinstance(model, mae.Mae):
+        model, params, beside = of_autoencoder(model, params, format, about.image_size)
+    fold = fold or beside is not None
     model, params = as_expressed(model, params, format, about.image_size, fold)
     family = family_of(model, format)
     arrays = file_arrays(family.pieces(model), params)
@@ -101,6 +106,9 @@ def save(
     documents, notes = folder_documents(format, model, about)
     if hasattr(family, 'complete'):
         arrays = family.complete(model, arrays)
+    if beside:
+        arrays = {f'vit.{name}': array for name, array in arrays.items()} | beside.arrays
+        documents['config.json'] |= beside.config
     write_folder(path, arrays, documents)
     if notes:
         logging.warning('%s: as %s prepares images: %s', path, format, '; '.join(notes))
@@ -140,6 +148,18 @@ def as_expressed(
     return model, params
 
 
+def of_autoencoder(
+    model: mae.Mae, params: dict[str, np.ndarray], format: str, size: tuple[int, int] | None
+) -> tuple[vit.Vit, dict[str, np.ndarray], hf_mae.Beside]:
+    """(encoder, its parameters, what its folder has beside it), for images of `size`."""
+    if size is None:
+        raise UserError(f'format {format} states an image size; give image_size=...')
+    check_params(model, params, size)
+    encoder = model.vit.clone(pool='cls', cls_token=None)
+    inside = {n.removeprefix('vit/'): x for n, x in params.items() if n.startswith('vit/')}
+    return encoder, inside, hf_mae.beside(model, encoder, params, size)
+
+
 def check_arguments(
     path: Any, model: Any, params: Any, format: str, config: Any
 ) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
@@ -159,6 +179,11 @@ def check_arguments(
         raise UserError(f'{path}: save writes local files; copy them from there')
     if isinstance(model, mixer.Mixer) and format not in OF_MIXER:
         raise UserError(f'format {format} has no MLP-Mixer; {" and ".join(OF_MIXER)} have')
+    if isinstance(model, mae.Mae) and format != 'hf':
+        raise UserError(
+            f'format {format} has no masked autoencoder; hf has, and of a file or run '
+            "vit_jax.load(path, part='encoder') (--part encoder) is the ViT alone"
+        )
     if isinstance(model, resnet.Bit) and format != 'timm':
         raise UserError(f'format {format} has no BiT ResNet; timm has, and a workdir keeps one')
     return path, {k: np.asarray(v) for k, v in flatten_dict(params, sep='/').items()}
@@ -210,7 +235,7 @@ def check_expressible(model: nn.Module, format: str, fold: bool = False) -> None
         value = operator.attrgetter(field)(model)
         if value not in values:
             ways = ' or '.join(map(repr, values))
-            foldable = field == 'cls_posemb' or (field, value) == ('posemb', 'sincos2d')
+            foldable = field == 'cls_posemb' or (field == 'posemb' and value in embedding.FIXED)
             ways += '; fold=True (--fold) writes it so' if foldable and not fold else ''
             others = [other for other in FORMATS if other != format and can_express(model, other)]
             ways += f'; format {" and ".join(others)} can' if others else ''

@@ -24,6 +24,14 @@ ENCODER = (
 )
 
 
+class Around(NamedTuple):
+    """What a file has around its encoder: the model that the encoder is the subtree `vit` of."""
+
+    build: Callable[..., nn.Module]  # (encoder, fields) -> the whole model
+    fields: tuple[str, ...]  # that a caller may give beside those of the encoder
+    pieces: list[Piece]  # of the parameters beside `vit`
+
+
 class Parsed(NamedTuple):
     """A parsed file: fields of its model, and its arrays, whose values are not read yet."""
 
@@ -42,6 +50,7 @@ class Parsed(NamedTuple):
     input_size: tuple[int, int] | None = None
     view: str | dict | None = None
     offsets: tuple[str, int] | None = None  # (name, rows) of a table of biases by offset
+    around: Around | None = None  # None: the file is of an encoder or classifier alone
 
 
 class Loaded(NamedTuple):

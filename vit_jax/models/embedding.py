@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from vit_jax.errors import UserError
 from vit_jax.models.memory import shard_batch
 
+FIXED = ('sincos2d', 'sincos2d_moco')  # kinds of positions without parameters
+
 
 def normalise(
     images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
@@ -57,12 +59,18 @@ def joined(patches: jax.Array, grid: tuple[int, int], patch_size: tuple[int, int
     return patches.reshape(len(patches), h * y, w * x, -1)
 
 
-def sincos2d(h: int, w: int, width: int, *, temperature: float = 10_000.0) -> jax.Array:
-    """Fixed 2-D sine-cosine positions, [1, h * w, D], rows first (arXiv:2205.01580 section 3)."""
+def fixed(kind: str, h: int, w: int, width: int, *, temperature: float = 10_000.0) -> jax.Array:
+    """Fixed 2-D sine-cosine positions, [1, h * w, D], rows first; `kind` is one of FIXED.
+
+    'sincos2d' (arXiv:2205.01580 section 3) has the frequencies temperature^(-i / (D / 4 - 1)), and
+    'sincos2d_moco' temperature^(-i / (D / 4)), as the code of MoCo v3 (arXiv:2104.02057) and of
+    MAE (arXiv:2111.06377).
+    """
     if width % 4:
-        raise ValueError(f'sincos2d needs a width divisible by 4, not {width}')
+        raise ValueError(f'{kind} needs a width divisible by 4, not {width}')
     y, x = jnp.mgrid[:h, :w]
-    omega = temperature ** -(jnp.arange(width // 4) / (width // 4 - 1))
+    last = max(width // 4 - (kind == 'sincos2d'), 1)
+    omega = temperature ** -(jnp.arange(width // 4) / last)
     y = y.reshape(-1, 1) * omega  # [N, D / 4]
     x = x.reshape(-1, 1) * omega
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)[None]

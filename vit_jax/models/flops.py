@@ -5,20 +5,26 @@ import flax.linen as nn
 from vit_jax.models import resnet
 
 
-def vit_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """FLOPs of a forward pass of a `vit.Vit` over one image [H, W, C], see `Vit.flops`."""
+def vit_flops(
+    model: nn.Module, image_shape: tuple[int, ...], visible: int | None = None
+) -> int:
+    """FLOPs of a forward pass of a `vit.Vit` over one image [H, W, C], see `Vit.flops`.
+
+    All patches are embedded, and `visible` of them go through the blocks; None: all.
+    """
     h, w, c = image_shape
     p, d = model.patch_size, model.width
     rows, columns = model.grid(image_shape)
-    n = rows * columns
+    patches = rows * columns
+    n = patches if visible is None else visible
     t = n + sum(model.prefix.values())
     adds = 0
     if model.resnet is not None:
         adds += resnet.multiply_adds(image_shape, model.resnet, model.resnet_width)
         c = resnet.channels(model.resnet, model.resnet_width)
-    adds += n * p[0] * p[1] * c * d
+    adds += patches * p[0] * p[1] * c * d
     mlp = (3 if model.glu else 2) * d * model.mlp_dim
-    adds += model.depth * t * (4 * d * d + 2 * t * d + mlp)
+    adds += model.depth * block_adds(t, d, mlp)
     if model.posemb == 'relative':
         adds += model.depth * t * (2 * t - 1) * d
     if model.pool == 'map':
@@ -35,3 +41,8 @@ def vit_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
         features = model.representation_size
     heads = 1 + model.dist_head
     return 2 * (adds + outputs * features * (model.num_classes or 0) * heads)
+
+
+def block_adds(tokens: int, width: int, mlp: int) -> int:
+    """Multiply-adds of a block: projections, attention, and `mlp` of them for each token."""
+    return tokens * (4 * width * width + 2 * tokens * width + mlp)

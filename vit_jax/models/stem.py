@@ -42,7 +42,7 @@ def check_positions(model: nn.Module) -> None:
     for field in (name for name, given in inside.items() if given):
         raise UserError(
             f'{field} places all patches within the blocks, which read only some of them here; '
-            "model.posemb 'learn' and 'sincos2d' place them before"
+            "model.posemb 'learn', 'sincos2d' and 'sincos2d_moco' place them before"
         )
 
 
@@ -64,8 +64,8 @@ def embed(
         x = corrupt(x)
     if model.posemb_at != 'stem' or model.posemb in ('none', 'relative'):
         return x, None
-    if model.posemb == 'sincos2d':
-        return x + embedding.sincos2d(h, w, model.width).astype(model.dtype), None
+    if model.posemb in embedding.FIXED:
+        return x + embedding.fixed(model.posemb, h, w, model.width).astype(model.dtype), None
     before = sum(model.prefix_posemb.values())
     table = embedding.positions(
         model, model.posemb, (h, w), before, model.width, model.posemb_std

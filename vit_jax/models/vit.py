@@ -77,8 +77,9 @@ class Vit(nn.Module):
     pool: Literal['cls', 'gap', 'cls_gap', 'map', 'none'] = 'cls'
     pool_style: pooling.Pool = pooling.Pool()  # details of `pool`: its tokens, heads and MLP
     # position embedding: learnt by patch, by row and column, or relative (arXiv:2010.11929 appendix
-    # D.4); fixed sine-cosine (arXiv:2205.01580 section 3); none
-    posemb: Literal['learn', 'learn2d', 'relative', 'sincos2d', 'none'] = 'learn'
+    # D.4); fixed sine-cosine of big_vision (arXiv:2205.01580 section 3), or with the frequencies of
+    # MoCo v3 and MAE (arXiv:2104.02057, arXiv:2111.06377); none
+    posemb: Literal['learn', 'learn2d', 'relative', 'sincos2d', 'sincos2d_moco', 'none'] = 'learn'
     # where positions are added: before all blocks, or before each from its own or a shared table
     posemb_at: Literal['stem', 'layers', 'shared'] = 'stem'
     # initial deviation of learnt positions: 0.02 for arXiv:2010.11929 (vision_transformer
@@ -178,8 +179,10 @@ class Vit(nn.Module):
                 f"model.posemb_at is {self.posemb_at!r}; with model.posemb {self.posemb!r} it is "
                 "'stem', as tables that are learnt alone have another place"
             )
-        if self.posemb == 'sincos2d' and self.width % 4:
-            raise UserError(f'model.posemb sincos2d needs a width divisible by 4, not {self.width}')
+        if self.posemb in embedding.FIXED and self.width % 4:
+            raise UserError(
+                f'model.posemb {self.posemb} needs a width divisible by 4, not {self.width}'
+            )
         if self.width % self.num_heads:
             raise UserError(
                 f'model.width {self.width} is not divisible by model.num_heads {self.num_heads}'
