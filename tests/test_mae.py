@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from compared import assert_close, random_images, randomised
 from learners import assert_trees_close
+from PIL import Image
 from recorded import DATA, location
 
 import vit_jax
@@ -18,7 +19,9 @@ from vit_jax import assembly, config, models, optim, sharding, step, train
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
+from vit_jax.figures import restored
 from vit_jax.models import embedding
+from vit_jax.models.flops import vit_flops
 from vit_jax.models.mae import Mae, around_encoder
 from vit_jax.objectives import Examples, mae
 
@@ -238,6 +241,14 @@ def test_what_is_hidden_changes_no_code_and_settings_are_checked():
             learner(**settings)
 
 
+def test_mask_tokens_in_the_encoder_would_cost_three_times_as_much():
+    """arXiv:2111.06377 table 1c: training has 3.3 times the FLOPs with them."""
+    vit, shape = models.build('vit-l/16', None), (224, 224, 3)
+    net = around_encoder(vit)
+    more = vit.flops(shape) - vit_flops(vit, shape, net.visible_count(196))
+    assert 3.2 < 1 + more / net.flops(shape) < 3.35
+
+
 def test_flops_are_those_that_the_compiler_counts():
     vit = models.build('vit/8', None, width=256, depth=1, num_heads=4, mlp_dim=512)
     net = around_encoder(vit, decoder_width=192, decoder_depth=1, decoder_heads=2)
@@ -355,3 +366,49 @@ def test_its_encoder_begins_a_supervised_run(folder, whole, posemb):
         assert np.abs(state.params['posemb'][0, 0]).max() == 0
         table = begun((16, 8))[0].params['posemb']
         np.testing.assert_array_equal(table[:, 1:], embedding.fixed('sincos2d_moco', 4, 2, 16))
+
+
+@pytest.mark.parametrize('normalised', [True, False])
+def test_no_hidden_pixel_leaks_into_the_pictures(normalised):
+    model, params, _ = recorded()
+    model = model.clone(normalised=normalised)
+    rng = np.random.default_rng(0)
+    images, other = rng.integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)
+    noise = random_images(3, 16)
+    ranks = np.argsort(np.argsort(noise, axis=1), axis=1).reshape(3, 4, 4, 1)
+    visible = (ranks < 6).repeat(8, 1).repeat(8, 2)  # of 16 patches, hide is 0.6
+    seen, made = restored.restore(model, params, images, noise)
+    np.testing.assert_array_equal(seen, np.where(visible, images, restored.GREY))
+    np.testing.assert_array_equal(np.where(visible, made, 0), np.where(visible, images, 0))
+    for pictures in zip(
+        restored.restore(model, params, np.where(visible, images, other), noise), (seen, made),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(*pictures)
+    changed = restored.restore(model, params, np.where(visible, other, images), noise)[1]
+    assert np.mean(np.where(visible, 0, changed) != np.where(visible, 0, made)) > 0.2
+    flat = np.full_like(images, 90)  # of one colour: its mean is known, and no deviation
+    if normalised:
+        assert np.abs(restored.restore(model, params, flat, noise)[1].astype(int) - 90).max() <= 1
+
+
+def test_the_command_draws_what_is_restored(tmp_path):
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f'{i}.png')
+    picture = tmp_path / 'out.png'
+    command = ['predict', tmp_path / '0.png', tmp_path / '1.png', '--hide=0.5', f'--out={picture}']
+    status, output, errors = launched.run(*command, f'--checkpoint={location("hf_mae")}')
+    assert status == 0, errors
+    assert 'image, 8 of 16 patches, restored; mean and deviation of hidden patches are' in output
+    sheet = np.asarray(Image.open(picture))
+    assert sheet.shape == (2 * 32 + 8, 3 * 32 + 2 * 8, 3)
+    grey = np.all(sheet[:32, 40:72] == restored.GREY, axis=-1)
+    assert grey.mean() == pytest.approx(0.5, abs=0.01)
+    arguments = dict(hide=0.5, seed=1)
+    restored.write(tmp_path / 'b.png', location('hf_mae'), [str(tmp_path / '0.png')], **arguments)
+    again = np.asarray(Image.open(tmp_path / 'b.png'))
+    np.testing.assert_array_equal(again[:, :32], sheet[:32, :32])
+    assert (again[:, 40:72] != sheet[:32, 40:72]).any()  # another seed
+    with pytest.raises(UserError, match='is not a masked autoencoder with its decoder'):
+        restored.write(tmp_path / 'c.png', DATA / 'timm_vit_token', [], **arguments)

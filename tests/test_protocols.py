@@ -76,6 +76,8 @@ def origin(full, places):
     before = recipes.given(places[begin].file.split('/')[1][:-3], places[begin].arg)
     data = before['data']['source']['name']
     data = {'imagenet21k': 'ImageNet-21k', 'imagenet2012': 'ImageNet'}.get(data, DATA.get(data))
+    if before.get('objective', {}).get('name') == 'mae':
+        return f'MAE, {before["epochs"]} epochs'
     if 'augreg' in places[begin].file:
         return f'AugReg {data}, {before["epochs"]} epochs'
     return f'{data} by SGD' if before['optim']['name'] == 'sgd' else data

@@ -12,6 +12,11 @@ checkpoint has no head: `features` float32 [images, D] and `files`, their names.
 --out FILE.npz writes, instead of classes, all named arrays that the checkpoint predicts: of a run,
 what its objective's `predict` returns (docs/extending.md); of any other checkpoint, the model's
 intermediates (pre_logits, logits, tokens, ...). `files` are the names of the images.
+
+--hide 0.75, for a masked autoencoder with its decoder, hides a share of the patches (--seed says
+which) and draws a row for each image: the image, what the model sees of it, and what it restores.
+--out FILE.png names the picture, restored.png by default. A model of normalised patches does not
+predict their mean and deviation, which are guessed from the visible patches.
 """
 
 import collections
@@ -37,6 +42,7 @@ from vit_jax.convert import stages
 from vit_jax.data import files, tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
+from vit_jax.figures import restored
 from vit_jax.io import atomic, storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import printable, to_json
@@ -182,6 +188,18 @@ def main(argv: Sequence[str]) -> None:
         raise UserError('no image is named; give paths of images or folders')
     if options.features and options.out:
         raise UserError('--features and --out are both given; --out writes pre_logits, too')
+    if options.hide is not None:
+        if options.features or options.json:
+            raise UserError('--hide draws a picture; leave out --features and --json')
+        out = options.out or 'restored.png'
+        check_output('out', out, '.png')
+        written = restored.write(
+            pathlib.Path(out).absolute(), options.checkpoint, files.find_images(argv[1:]),
+            hide=options.hide, seed=options.seed, image_size=options.image_size, view=options.view,
+            ema=None if options.ema else False,
+        )  # fmt: skip
+        print(f'Written: {printable(out)}: {written}')
+        return
     out = options.features or options.out
     if out:
         check_output('features' if options.features else 'out', out)
@@ -213,10 +231,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f'{failed:,} of {len(paths):,} images cannot be read')
 
 
-def check_output(flag: str, path: str) -> None:
+def check_output(flag: str, path: str, suffix: str = '.npz') -> None:
     """Raises UserError if the file that a flag names can't be written, before any computation."""
-    if not path.endswith('.npz') or '://' in path:
-        raise UserError(f'--{flag}={path}: name a local file that ends in .npz')
+    if not path.endswith(suffix) or '://' in path:
+        raise UserError(f'--{flag}={path}: name a local file that ends in {suffix}')
     path = pathlib.Path(path).absolute()
     storage.check_free(path, flags.FLAGS.force)
     storage.prepare_file(path)
@@ -281,7 +299,15 @@ if __name__ == '__main__':
         'ema', True, "Predict with the moving average of a run's parameters if it was saved."
     )
     flags.DEFINE_string('features', None, 'Write the input of the head to this .npz file.')
-    flags.DEFINE_string('out', None, 'Write all arrays that are predicted to this .npz file.')
+    flags.DEFINE_string(
+        'out', None, 'Write all arrays that are predicted to this .npz file, or the picture of '
+        '--hide to this .png file.',
+    )  # fmt: skip
+    flags.DEFINE_float(
+        'hide', None, 'Hide this share of the patches and draw what a masked autoencoder restores.',
+        lower_bound=0, upper_bound=1,
+    )  # fmt: skip
+    flags.DEFINE_integer('seed', 0, 'Decides which patches --hide hides.', lower_bound=0)
     flags.DEFINE_bool('force', False, 'Replace the file of --features or --out if it exists.')
     flags.DEFINE_bool('json', False, 'Print one JSON object per image.')
     cli.run(main)
