@@ -13,7 +13,7 @@ from vit_jax.io.bounds import Positive, Rate
 from vit_jax.models import embedding
 from vit_jax.models.mae import RULES, around_encoder
 from vit_jax.models.vit import Vit
-from vit_jax.objectives import Examples, Objective, headless, masked_mean
+from vit_jax.objectives import Examples, Objective, headless, masked_mean, targets
 
 NOISE = 0x6D6165  # folded into the key for what is hidden; dropout uses the key itself
 METRICS = {'loss': 'min'}
@@ -74,10 +74,9 @@ def mae(
         prediction, out = net.apply(
             {'params': params}, images, noise=noise, train=True, rngs={'dropout': key}
         )
-        targets = patch_targets(images, model.patch_size, normalise)
-        mean = masked_mean(
-            hidden_error(prediction, targets, out['mask']), batch['mask'].astype(jnp.float32)
-        )
+        wanted = patch_targets(images, model.patch_size, normalise)
+        errors = hidden_error(prediction, wanted, out['mask'])
+        mean = masked_mean(errors, batch['mask'].astype(jnp.float32))
         return mean, ({'loss': mean}, {})
 
     def predict(params, batch):
@@ -91,19 +90,15 @@ def patch_targets(
 ) -> jax.Array:
     """What is to be restored of normalised images [B, H, W, C]: [B, N, P * P * C].
 
-    With `normalise`, each patch has its mean subtracted and is divided by its deviation, the root
-    of its unbiased variance (divisor P * P * C - 1) plus 1e-6, as models_mae.py of the authors.
+    With `normalise`, each patch has mean 0 and unbiased variance 1, as in the authors' code.
     """
     patches = embedding.cut(images, patch_size)
-    if not normalise:
-        return patches
-    mean, variance = patches.mean(-1, keepdims=True), patches.var(-1, ddof=1, keepdims=True)
-    return (patches - mean) / jnp.sqrt(variance + 1e-6)
+    return targets.normalised(patches) if normalise else patches
 
 
-def hidden_error(prediction: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+def hidden_error(prediction: jax.Array, wanted: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean squared error of each example [B] over its hidden patches, where mask [B, N] is 1."""
-    errors = jnp.mean((prediction.astype(jnp.float32) - targets) ** 2, axis=-1)  # [B, N]
+    errors = jnp.mean((prediction.astype(jnp.float32) - wanted) ** 2, axis=-1)  # [B, N]
     return jnp.sum(errors * mask, axis=1) / jnp.sum(mask, axis=1)
 
 

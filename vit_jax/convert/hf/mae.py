@@ -9,8 +9,7 @@ import numpy as np
 
 from vit_jax.convert.documents import check_agreement, option
 from vit_jax.convert.files import Array
-from vit_jax.convert.hf import blocks
-from vit_jax.convert.hf import vit_saving
+from vit_jax.convert.hf import blocks, vit_saving
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.pieces import (
     Piece,
