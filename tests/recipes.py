@@ -7,7 +7,7 @@ import pathlib
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
-    'finetune_readme', 'transfer', 'mae', 'finetune_mae',
+    'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'dino',
 )  # fmt: skip
 OWN = ('study', 'augreg_fashion')  # whose numbers were measured here
 
@@ -53,6 +53,9 @@ def toy(values, data_dir, steps=2, test='test[:10%]'):
         model |= dict(name='vit/16', width=32) | small | root
     if model.get('representation_size'):
         model['representation_size'] = 16
+    if values['data'].get('task') == 'crops':
+        values['data']['local_size'] = 16
+        values['objective'] |= dict(prototypes=64, hidden=32, bottleneck=16)
     larger = 32 / values['data']['image_size']
     values['data'] |= dict(source=dict(few, split='train'), image_size=32, batch_size=8)
     shrink_view(values['data'], larger)

@@ -141,7 +141,7 @@ def method(
             '--out=FILE.npz writes what it predicts'
         )
     parts, params = restore.parts_and_params(checkpoint, config, ema, jax.devices()[:1])
-    compute, size = restore.predict_images(config, parts), parts.spec['image'].shape[:2]
+    compute, size = restore.predict_images(config, parts), parts.inputs['image'].shape[:2]
     if image_size and (image_size,) * 2 != size:
         raise UserError(
             f'--image_size is {image_size}, but objective {objective} takes images of {size[0]} x '

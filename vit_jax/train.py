@@ -62,7 +62,7 @@ def train(
             state, account = assembly.first_state(config, parts)
         start = int(state.step)
         sizes = (parts.steps, config.data.batch_size, start, parts.objective.flops)
-        with report.Report(path, *sizes, stop, **config.report) as log:
+        with report.Report(path, *sizes, stop, parts.objective.warn, **config.report) as log:
             log.print(heading.text(parts, config, start, account, differing))
             with profiling.Profile(profile, path, parts.steps, start, log.print) as tracer:
                 loop(config, parts, state, stop, set_phase, checkpoints, log, tracer)

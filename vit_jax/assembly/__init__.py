@@ -39,6 +39,11 @@ class Parts(NamedTuple):
     abstract: step.State
     evals: dict[str, Any]
 
+    @property
+    def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of what the objective's `predict` reads of one example."""
+        return self.objective.inputs or self.spec
+
 
 def make(
     config: ConfigDict,
@@ -65,8 +70,8 @@ def make(
     task = task_of(config, source)
     spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in task.blank.items()}
     model = model_of(config, task)
-    objective = objective_of(config, model, task, spec)
     steps = steps_of(config, source)
+    objective = objective_of(config, model, task, spec, steps)
     tx = optim.make(step.abstract_params(objective), steps, objective.rules, **config.optim)
     abstract = step.abstract_state(objective, tx, mesh)
     evaluations.check_image_sizes(config, objective, spec, abstract.params)
@@ -95,10 +100,11 @@ def objective_of(
     model: nn.Module | None,
     task: tasks.Task,
     spec: dict[str, jax.ShapeDtypeStruct],
+    steps: int,
 ) -> Objective:
-    """Makes the objective that a config names."""
+    """Makes the objective that a config names, for a run of a number of steps."""
     copies = -(-config.data.repeats // config.accumulate)  # in succession, within a micro-batch
-    examples = Examples(spec, task.names, copies)
+    examples = Examples(spec, task.names, copies, steps)
     function = configs.named('objective.name', config.objective.name).function
     objective = function(model, examples, **configs.settings_of(config.objective, function))
     if config.accumulate > 1 and objective.indivisible:
@@ -165,7 +171,7 @@ def first_state(config: ConfigDict, parts: Parts) -> tuple[step.State, str | Non
             f'init_from is {config.init_from}, but objective {config.objective.name} has a network '
             'of its own, whose parameters no checkpoint of a model has'
         )
-    size, names = parts.spec['image'].shape[:2], parameters.named_leaves(parts.abstract.params)
+    size, names = parts.inputs['image'].shape[:2], parameters.named_leaves(parts.abstract.params)
     subject = f'init_from is {config.init_from}, but objective {config.objective.name}'
     prefix = run.only_prefix(parts.model, size, names, subject)
     classes = names[f'{prefix}head/bias'].shape[0] if f'{prefix}head/bias' in names else 0
@@ -185,6 +191,7 @@ def first_state(config: ConfigDict, parts: Parts) -> tuple[step.State, str | Non
     params = unflatten_dict(own, sep='/')
     state = step.begin(params, parts.objective, parts.tx, parts.abstract)
     account = [*found.account, *(
-        ('re-initialised', name, 'at random: beside the model') for name in names.keys() - inside
+        ('re-initialised', name, 'at random: beside the model')
+        for name in sorted(names.keys() - inside)
     )]  # fmt: skip
     return state, weights.format_account(account)

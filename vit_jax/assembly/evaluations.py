@@ -25,8 +25,10 @@ def check_image_sizes(
 ) -> None:
     """Raises UserError if the parameters don't fit the image size of an evaluation.
 
-    A table of position embeddings fits one size only, that of training.
+    A table of position embeddings fits one size only, that of training. `spec` is that of the
+    examples.
     """
+    spec = objective.inputs or spec
     for name, settings in config.evals.items():
         if 'image' not in spec or 'image_size' not in settings:
             continue

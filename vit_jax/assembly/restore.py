@@ -59,9 +59,9 @@ def predict_images(config: ConfigDict, parts: assembly.Parts) -> Callable[[Any, 
     of an example than its image, or predicts anything but a row for each image.
     """
     name = config.objective.name
-    image = parts.spec.get('image')
+    image = parts.inputs.get('image')
     if image is None:
-        raise UserError(f'objective {name} learns from {", ".join(parts.spec)}, not from images')
+        raise UserError(f'objective {name} learns from {", ".join(parts.inputs)}, not from images')
 
     def predict(params, images):
         count = images.shape[0]
@@ -72,7 +72,7 @@ def predict_images(config: ConfigDict, parts: assembly.Parts) -> Callable[[Any, 
     try:
         outputs = jax.eval_shape(predict, parts.abstract.params, two)
     except KeyError as e:
-        if e.args[0] not in parts.spec:
+        if e.args[0] not in parts.inputs:
             raise
         raise UserError(
             f'objective {name} predicts from {e.args[0]}, too, which an image file does not have; '

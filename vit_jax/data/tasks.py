@@ -15,7 +15,7 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError, check_choice
 from vit_jax.io.bounds import Interval, NonNegative, Share, Size
 
-# Distortions of each kind of crop in DINO, in order (facebookresearch/dino main_dino.py:424-453).
+# Distortions of each kind of crop in DINO, in order (facebookresearch/dino main_dino.py:421-456).
 COLOURS = (
     dict(name='color_jitter', brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1,
          probability=0.8),

@@ -58,11 +58,12 @@ def subject(
     Args:
       objective: what was trained, an objectives.Objective.
       params: its parameters, or their shapes.
-      spec: {name: ShapeDtypeStruct} of one example.
+      spec: {name: ShapeDtypeStruct} of one training example.
       mesh: where batches and parameters lie.
       names: names of what is numbered, {'classes': (...)}.
     """
-    outputs = jax.eval_shape(objective.predict, params, one_example(spec))
+    example = one_example(objective.inputs or spec)
+    outputs = jax.eval_shape(objective.predict, params, example)
     return Subject(objective.predict, mesh, outputs, names, objective.settings)
 
 

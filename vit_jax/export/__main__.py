@@ -99,7 +99,7 @@ def method(
     parts, params = restore.parts_and_params(checkpoint, config, ema, jax.devices()[:1])
     params = jax.tree.map(jnp.asarray, jax.device_get(params))  # without a mesh
     predict = restore.predict_images(config, parts)
-    *image_size, channels = parts.spec['image'].shape
+    *image_size, channels = parts.inputs['image'].shape
     view = view or stages.view_of(config.to_dict()) or 'central'
     try:
         exported = export.exported_function(

@@ -106,7 +106,7 @@ def of_predictions(
     """Draws the predictions of a run's first evaluation; yields the parts of its page."""
     params = optim.averaged(state)
     names = named_leaves(params)
-    alone = '' in run.prefixes(parts.model, parts.spec['image'].shape[:2], names)
+    alone = '' in run.prefixes(parts.model, parts.inputs['image'].shape[:2], names)
     with Bar(printable(name), len(evaluation.source), brief=True) as bar:
         found = evaluation.predictions(params, bar.add)
     found['label'] = classify.one_label(found['label'], found['prediction'])

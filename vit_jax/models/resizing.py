@@ -28,9 +28,12 @@ def cubic(x: np.ndarray, a: float) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
-def bicubic(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of PyTorch's bicubic interpolation: a = -3/4, borders repeated."""
-    position = (np.arange(new) + 0.5) * old / new - 0.5
+def bicubic(old: int, new: int, offset: float = 0.0) -> np.ndarray:
+    """Weights [new, old] of PyTorch's bicubic interpolation: a = -3/4, borders repeated.
+
+    It is that to a size or, with an offset, that by the scale (new + offset) / old.
+    """
+    position = (np.arange(new) + 0.5) * old / (new + offset) - 0.5
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
         index = np.floor(position).astype(int) + tap
@@ -86,17 +89,17 @@ METHODS = {
 
 
 def positions(
-    table: jax.Array, old: tuple[int, int], new: tuple[int, int], method: str
+    table: jax.Array, old: tuple[int, int], new: tuple[int, int], method: str, **how: float
 ) -> jax.Array:
     """Resizes a position table [1, prefix + h * w, D] from the grid `old` (h, w) to `new`.
 
     Rows of prefix tokens stay as they are. Equal grids return the table itself. `method` is a key
-    of METHODS.
+    of METHODS, `how` are arguments of its function.
     """
     if tuple(old) == tuple(new):
         return table
     prefix = table.shape[1] - old[0] * old[1]
-    rows, columns = (METHODS[method](n, m) for n, m in zip(old, new, strict=True))
+    rows, columns = (METHODS[method](n, m, **how) for n, m in zip(old, new, strict=True))
     patches = table[0, prefix:].reshape(*old, -1)
     patches = jnp.einsum('yh,xw,hwd->yxd', rows, columns, patches, precision='highest')
     patches = patches.reshape(1, new[0] * new[1], -1).astype(table.dtype)

@@ -18,11 +18,13 @@ class Examples(NamedTuple):
       spec: {name: ShapeDtypeStruct} of one example, without `mask` and `id`.
       names: meaning of numbers in it: {'classes': ('cat', 'dog')}.
       copies: how many times an example comes in succession within a micro-batch (data.repeats).
+      steps: length of the run in updates.
     """
 
     spec: dict = {}
     names: dict = {}
     copies: int = 1
+    steps: int = 1
 
 
 class Objective(NamedTuple):
@@ -37,6 +39,8 @@ class Objective(NamedTuple):
         are float32 scalars, means over examples with mask 1; `loss` is one of the metrics. `aux`
         is what `update` needs, {} if nothing. `step` counts updates, from 0.
       predict: (params, batch) -> {name: array}, which evaluators read. Dropout is off.
+      inputs: {name: ShapeDtypeStruct} of what `predict` reads of one example, where this is not
+        what `loss` reads; {}: the arrays of the training examples.
       extra: params -> tree that the method keeps beside the parameters, such as a moving average or
         a centre. It is saved with the state. Evaluations, and what loads the run, read `average` in
         place of the parameters where a dict has it, a tree of the same structure.
@@ -49,6 +53,8 @@ class Objective(NamedTuple):
         do. Then `aux` is averaged over micro-batches, weighted by their examples with mask 1.
       flops: FLOPs of a forward pass over one example; None if unknown.
       settings: what evaluators use for settings of theirs that are not given: {'loss': 'softmax'}.
+      warn: (step, {metric: float}) -> a warning for the log, or None. It is called at each line of
+        training metrics until it warns.
     """
 
     init: Callable
@@ -61,6 +67,8 @@ class Objective(NamedTuple):
     indivisible: str = ''
     flops: float | None = None
     settings: dict = {}
+    inputs: dict = {}
+    warn: Callable = lambda step, metrics: None
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -57,6 +57,7 @@ class Report:
       start: step that the run goes on from; lines of later steps are dropped and written again.
       flops_per_image: of a forward pass. None: unknown.
       stop: gets the votes to stop from the metrics. None: there are none.
+      warn: (step, metrics) -> a warning, or None; see objectives.Objective.
       every: steps between two lines of training metrics.
     """
 
@@ -68,12 +69,14 @@ class Report:
         start: int,
         flops_per_image: float | None,
         stop: Stop | None = None,
+        warn: Callable[[int, Mapping[str, float]], str | None] | None = None,
         *,
         every: Positive[int] = 50,
     ):
         self.path = epath.Path(workdir) / 'metrics.jsonl'
         self.steps, self.batch_size, self.every = steps, batch_size, every
         self.flops_per_image, self.stop = flops_per_image, Stop() if stop is None else stop
+        self.warn = warn
         device = devices.DEVICES.get(jax.devices()[0].device_kind)
         self.peak = device and device.flops  # unknown devices have no MFU
         self.pending = None
@@ -165,6 +168,9 @@ class Report:
         speed = self.speed(step)
         if step % self.every == 0 or step == self.steps:
             self.append(step, values | speed)
+            if self.warn is not None and (text := self.warn(step, values)):
+                self.print(f'step {step}  warning: {text}')
+                self.warn = None
             self.clock = time.time(), step, self.waited
         elif self.clock is None:
             self.clock = time.time(), step, self.waited  # compilation is over

@@ -69,8 +69,9 @@ def training_flops(config: ConfigDict) -> float | None:
     task = assembly.task_of(config, source)
     model = assembly.model_of(config, task)
     spec = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in task.blank.items()}
-    forward = assembly.objective_of(config, model, task, spec).flops
-    images = assembly.steps_of(config, source) * config.data.batch_size
+    steps = assembly.steps_of(config, source)
+    forward = assembly.objective_of(config, model, task, spec, steps).flops
+    images = steps * config.data.batch_size
     return None if forward is None else 3 * forward * images
 
 
