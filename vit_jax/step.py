@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax import optim, sharding
 from vit_jax.objectives import Objective, check_extra, check_metrics
+from vit_jax.optim.sharpness import ascended
 
 
 @flax.struct.dataclass
@@ -145,8 +146,9 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update: (state, batch, frozen) -> (state, metrics).
 
-    Metrics are float32 scalars: the objective's, lr, grad_norm (before clipping), param_norm (after
-    the update) and skipped (examples with mask 0). If loss and norms are finite, the new state is.
+    Metrics are float32 scalars: the objective's, lr, grad_norm (before clipping; with optim.sam_rho
+    that of the gradient uphill), param_norm (after the update) and skipped (examples with mask 0).
+    If loss and norms are finite, the new state is.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     trainable = tx.trainable(state.params)
@@ -155,11 +157,16 @@ def train_step(
         params = optim.merge(trainable, state.params)
         return checked_loss(objective, params, state.extra, frozen, batch, key, state.step)
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    if accumulate == 1:
+    def gradients(trainable):
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if accumulate > 1:
+            return accumulated(grad_fn, trainable, batch, key, accumulate)
         (_, (metrics, aux)), grads = grad_fn(trainable, batch, key)
-    else:
-        metrics, aux, grads = accumulated(grad_fn, trainable, batch, key, accumulate)
+        return metrics, aux, grads
+
+    metrics, aux, grads = gradients(trainable)
+    if tx.sam_rho:  # metrics and aux remain those of the parameters themselves
+        *_, grads = gradients(ascended(trainable, grads, tx.sam_rho))
     updates, opt_state = tx.update(grads, state.opt_state, trainable)
     params = optim.merge(optax.apply_updates(trainable, updates), state.params)
     extra = checked_update(objective, state.extra, params, aux, state.step)

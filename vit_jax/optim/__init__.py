@@ -25,7 +25,9 @@ from vit_jax.optim.decay import (
 )
 from vit_jax.optim.holding import begin_late, zero_until
 from vit_jax.optim.layerwise import layers, rate_multipliers, scale_by_name, span
+from vit_jax.optim.muon import scale_by_muon
 from vit_jax.optim.schedules import Schedule, make_schedule
+from vit_jax.optim.trust import scale_by_trust_ratio
 
 
 class Optimizer(NamedTuple):
@@ -36,6 +38,7 @@ class Optimizer(NamedTuple):
     schedule: optax.Schedule  # step -> learning rate
     trainable: Callable[[Any], Any]  # parameters -> the same tree, None at frozen leaves
     table: tuple[tuple, ...]  # by leaf: name, shape, count, rate multiplier, weight decay, frozen
+    sam_rho: float = 0.0  # distance of the parameters at which step.train_step takes the gradient
 
 
 class AveragedParams(NamedTuple):
@@ -126,37 +129,53 @@ def update_rule(
     momentum_dtype: str | None,
     b2_cap: float,
     clip_update: float | None,
+    trust: Collection[str],
+    trust_coefficient: float,
 ) -> optax.GradientTransformation:
     """The algorithm alone, without learning rate, weight decay and clipping of the gradient.
 
     Args:
       leaves: parameters by name.
       rules: the objective's own rows of `models.parameters.RULES`.
-      name: optimization algorithm. adafactor is the variant of arXiv:2106.04560 section 3.4, in
-        which each layer of stacked blocks is an array of its own.
-      b1: decay of the first moment in adamw.
-      b2: decay of the second moment in adamw.
-      eps: term added to the denominator in adamw.
-      momentum: decay of the momentum in sgd and adafactor.
+      name: optimization algorithm. adafactor is the variant of arXiv:2106.04560 section 3.4. lamb
+        (arXiv:1904.00962) is adamw with a trust ratio, which its weight decay is inside of. lars is
+        that of facebookresearch/mae util/lars.py: the trust ratio, then the momentum. muon
+        orthogonalises the momentum of kernels in the blocks (optim/muon.py), adamw does the rest.
+        In all of them each layer of stacked blocks is an array of its own.
+      b1: decay of the first moment in adamw, lamb and muon's adamw.
+      b2: decay of the second moment in adamw, lamb and muon's adamw.
+      eps: term added to the denominator in adamw, lamb and muon's adamw.
+      momentum: decay of the momentum in sgd, adafactor, lars and muon, where it is Nesterov's.
       momentum_dtype: dtype in which the first moment or momentum is stored. None: that of the
         parameters.
       b2_cap: upper bound of the decay 1 - t^-0.8 of the second moment in adafactor, at update t.
       clip_update: maximum root mean square of the update of an array in adafactor; larger updates
         are scaled down to it. None: no clipping.
+      trust: names of the parameters whose updates have a trust ratio in lars.
+      trust_coefficient: factor of the trust ratio in lars.
     """
-    if name == 'adamw':
-        return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=momentum_dtype)
+    trace = optax.trace(decay=momentum, accumulator_dtype=momentum_dtype)
     if name == 'sgd':
-        return optax.trace(decay=momentum, accumulator_dtype=momentum_dtype)
-    return optax.chain(
-        scale_by_factored_rms(stacks_of(leaves, rules), b2_cap=b2_cap, clip_update=clip_update),
-        optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype),
-    )
+        return trace
+    if name == 'lars':
+        return optax.chain(
+            scale_by_trust_ratio(trust, stacks_of(leaves, rules), trust_coefficient), trace
+        )
+    if name == 'adafactor':
+        return optax.chain(
+            scale_by_factored_rms(stacks_of(leaves, rules), b2_cap=b2_cap, clip_update=clip_update),
+            optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype),
+        )
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=momentum_dtype)
+    if name != 'muon':
+        return adam
+    stacks = stacks_of(leaves, rules)
+    return scale_by_muon(stacks, adam, momentum=momentum, momentum_dtype=momentum_dtype)
 
 
 def make(
     params: Any, steps: int, rules: tuple = (), *,
-    name: Literal['adamw', 'sgd', 'adafactor'] = 'adamw',
+    name: Literal['adamw', 'sgd', 'adafactor', 'lamb', 'lars', 'muon'] = 'adamw',
     lr: Positive[float] = 1e-3, schedule: Schedule = 'cosine', end_lr: NonNegative[float] = 0.0,
     warmup: NonNegative[int] = 0, cooldown: NonNegative[int] = 0,
     timescale: Positive[int] = 10_000, boundaries: tuple[Share, ...] = (),
@@ -172,6 +191,8 @@ def make(
     hold: tuple[Pattern, ...] | Pattern = (), hold_steps: NonNegative[int] = 0,
     ema: Rate | None = None, b1: Rate = 0.9, b2: Rate = 0.999, eps: Positive[float] = 1e-8,
     momentum: Rate = 0.9, momentum_dtype: Float | None = None, b2_cap: Share = 0.999,
+    trust: tuple[Pattern, ...] | Pattern = ('kernel$',),
+    trust_coefficient: Positive[float] = 0.001, sam_rho: NonNegative[float] = 0.0,
 ) -> Optimizer:  # fmt: skip
     """Makes the optimizer of a run.
 
@@ -197,6 +218,9 @@ def make(
       hold_steps: see `hold`.
       ema: decay of an exponential moving average of the parameters, which evaluations then use.
         None: no average.
+      trust: patterns of the parameters whose updates have a trust ratio in lamb and lars.
+      sam_rho: distance uphill at which the gradient is taken, as in sharpness-aware minimisation
+        (arXiv:2010.01412), see optim/sharpness.py; an update then costs two gradients. 0: none.
 
     `update_rule`, `make_schedule`, `decay_strengths`, `decay_factor` and `rate_multipliers`
     document the others.
@@ -209,22 +233,30 @@ def make(
         steps, lr=lr, schedule=schedule, end_lr=end_lr, timescale=timescale,
         boundaries=boundaries, step_factor=step_factor, warmup=warmup, cooldown=cooldown,
     )  # fmt: skip
+    trusted = matching('trust', trust, leaves) if name in ('lamb', 'lars') else set()
     rule = update_rule(
         leaves, rules, name=name, b1=b1, b2=b2, eps=eps, momentum=momentum,
         momentum_dtype=momentum_dtype, b2_cap=b2_cap, clip_update=clip_update,
+        trust=trusted, trust_coefficient=trust_coefficient,
     )  # fmt: skip
     held = matching('hold', hold, leaves) if hold_steps else set()
     rule = begin_late(rule, held, hold_steps) if held else rule
     clipping = [clipping_of(clip, clip_by, leaves, rules)] if clip is not None else []
     decays = add_decays(strengths, decay_factor(steps, weight_decay, weight_decay_end))
+    if name == 'lars' and decays and decay_kind != 'l2':
+        raise UserError(
+            'optim.name lars adds weight decay to the gradient, inside of the trust ratio: set '
+            "optim.decay_kind to 'l2', or optim.weight_decay to 0"
+        )
     parts = [*clipping, rule, *decays] if decay_kind == 'decoupled' else [*decays, *clipping, rule]
+    parts += [scale_by_trust_ratio(trusted, stacks_of(leaves, rules))] if name == 'lamb' else []
     parts += [scale_by_name(multipliers)] if multipliers else []
     parts += [optax.scale_by_learning_rate(rate)]
     parts += [zero_until(held, hold_steps)] if held else []
     parts += [average_params(ema)] if ema is not None else []
     tx = optax.chain(*parts)
     table = table_of(leaves, multipliers, strengths, frozen)
-    return Optimizer(tx.init, tx.update, rate, partial(without, frozen), table)
+    return Optimizer(tx.init, tx.update, rate, partial(without, frozen), table, sam_rho)
 
 
 def without(frozen: Collection[str], params: Any) -> Any:
