@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from learners import assert_trees_close
-from test_optim import assert_close, layers_of, ours, problem, tree
+from least_squares import assert_close, layers_of, ours, problem, tree
 
 from vit_jax import objectives, optim, sharding, step
 from vit_jax.errors import UserError
