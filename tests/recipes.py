@@ -7,7 +7,7 @@ import pathlib
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
-    'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'dino',
+    'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino',
 )  # fmt: skip
 OWN = ('study', 'augreg_fashion')  # whose numbers were measured here
 

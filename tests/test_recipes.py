@@ -91,6 +91,7 @@ TOYS = [
     ('finetune', 'imagenet2012,l/16-i21k,512,polyak'), ('finetune', 'vtab:svhn,l/16'),
     ('finetune_augreg', 'kitti_distance,s/16-i21k300,grid'), ('transfer', 'cifar100'),
     ('mae', 'b/16,800'), ('mae', 'l/16,block75'), ('finetune_mae', 'b/16,repo'),
+    ('mae_probe', 'b/16'),
     ('finetune_readme', 'cifar10,mixer/b_16-i1k'), ('study', 'vit-m,20k'),
     ('study', 'digits,resnet-m,5k'), ('dino', 's/16,300'),
 ]  # fmt: skip
