@@ -315,6 +315,21 @@ def test_shapes_of_intermediates(pool, posemb):
     assert ('cls' in out) == (pool == 'cls')
 
 
+@pytest.mark.parametrize('fields', [
+    dict(pool='cls_gap', dist_token=True, dist_head=True, registers=2), dict(pool='map'),
+    dict(pool='gap', posemb='none', width=48, style=dict(rope={}, order='parallel')),
+    dict(pool='gap', style=dict(bias={})),
+])  # fmt: skip
+def test_a_batch_of_any_size_is_traced_once(fields):
+    model, params, images = small(**fields)
+    shape = jax.export.symbolic_shape('b, 8, 12, 3')
+    call = jax.jit(lambda images: model.apply({'params': params}, images)[0])
+    exported = jax.export.export(call)(jax.ShapeDtypeStruct(shape, jnp.float32))
+    for count in (1, 2):
+        found = exported.call(images[:count])
+        np.testing.assert_allclose(found, call(images[:count]), atol=1e-5)
+
+
 def test_capture_unroll_and_remat_change_nothing():
     model, params, images = small()
     logits, out = model.apply({'params': params}, images)

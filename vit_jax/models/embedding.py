@@ -55,8 +55,8 @@ def cut(images: jax.Array, patch_size: tuple[int, int]) -> jax.Array:
 def joined(patches: jax.Array, grid: tuple[int, int], patch_size: tuple[int, int]) -> jax.Array:
     """Joins patches of a grid (h, w) to images, the inverse of `cut`."""
     (h, w), (y, x) = grid, patch_size
-    patches = patches.reshape(len(patches), h, w, y, x, -1).swapaxes(2, 3)
-    return patches.reshape(len(patches), h * y, w * x, -1)
+    patches = patches.reshape(patches.shape[0], h, w, y, x, -1).swapaxes(2, 3)
+    return patches.reshape(patches.shape[0], h * y, w * x, -1)
 
 
 def fixed(kind: str, h: int, w: int, width: int, *, temperature: float = 10_000.0) -> jax.Array:

@@ -27,7 +27,7 @@ def sequence(
         check_positions(model)
         patches = jnp.take_along_axis(patches, visible[:, :, None], axis=1)
     prefix = prefix_tokens(model, positions)
-    prefix = [jnp.tile(p, (len(patches), 1, 1)) for p in prefix]
+    prefix = [jnp.tile(p, (patches.shape[0], 1, 1)) for p in prefix]
     return patches, jnp.concatenate([*prefix, patches], axis=1)
 
 
