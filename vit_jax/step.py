@@ -207,3 +207,26 @@ def compiled(
         ),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
+
+
+class Programs:
+    """The jitted functions of a run's steps: one, or one for each of the objective's variants.
+
+    Arguments are those of `compiled`.
+    """
+
+    def __init__(self, objective: Objective, *arguments: Any, seed: int = 0, **settings: Any):
+        self.objective, self.seed = objective, seed
+        self.make = lambda objective: compiled(objective, *arguments, seed=seed, **settings)
+        self.made = {}
+
+    def of(self, n: int) -> tuple[Callable, bool]:
+        """(function that `compiled` returns for step n from 0, whether it is new)."""
+        name = self.objective.variant(self.seed, n) if self.objective.variants else None
+        new = name not in self.made
+        if new:
+            objective = self.objective
+            if name is not None:
+                objective = objective._replace(loss=objective.variants[name])
+            self.made[name] = self.make(objective)
+        return self.made[name], new

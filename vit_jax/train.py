@@ -82,7 +82,7 @@ def loop(
     """Trains from `state` to the last step, or to the next step after `stop` becomes true."""
     frozen = step.frozen(parts.objective, parts.mesh)
     settings = dict(seed=config.seed, accumulate=config.accumulate)
-    train_step = step.compiled(parts.objective, parts.tx, parts.abstract, parts.mesh, **settings)
+    programs = step.Programs(parts.objective, parts.tx, parts.abstract, parts.mesh, **settings)
 
     def save():
         set_phase(f'save, of step {n}')
@@ -117,7 +117,8 @@ def loop(
                     batch = next(feed)
             except StopIteration:  # among several processes: stop.trouble ended the feed
                 raise stop.trouble from None
-            set_phase(f'step {n + 1}' if n > start else 'compile, of the step')
+            train_step, new = programs.of(n)
+            set_phase('compile, of the step' if new else f'step {n + 1}')
             with tracer.step(n + 1):
                 batch = sharding.put(stop.add_vote(batch), parts.mesh)
                 state, metrics = train_step(state, batch, frozen)

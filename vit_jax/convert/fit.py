@@ -15,10 +15,10 @@ from vit_jax.convert import pieces, surgery
 from vit_jax.convert.files import array_in_memory
 from vit_jax.convert.infer import STATE_SIZE, build_model, infer_model, mixer_tokens
 from vit_jax.convert.pieces import Piece
-from vit_jax.convert.stages import Loaded, Parsed, loss_of
+from vit_jax.convert.stages import Loaded, Parsed, loss_of, size_of
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
-from vit_jax.models import embedding, relative
+from vit_jax.models import embedding, relative, resizing
 
 
 def fit(
@@ -38,15 +38,19 @@ def fit(
     `load.load`.
     """
     try:
-        parsed = with_table(parsed, fields)
-        source, grid = infer_model(parsed, fields, source_image_size)
+        patch = new_patch(parsed, fields)
+        own = {k: v for k, v in fields.items() if patch is None or k != 'patch_size'}
+        parsed = with_table(parsed, own)
+        source, grid = infer_model(parsed, own, source_image_size)
         model, fresh = with_head(source, num_classes, keep_pre_logits)
-        target = target_grid(parsed, model, grid, image_size)
         used = [p for p in parsed.pieces(model) if p.ours.split('/')[0] not in fresh]
         unused = unused_arrays(parsed, source, used, fresh)
+        if patch is not None:
+            model, image_size = with_patch(model, patch, fields, grid, image_size)
+        target = target_grid(parsed, model, grid, image_size)
         params, zeros = None, []
         if values:
-            params, zeros = read_params(model, parsed, used, fresh, grid, target)
+            params, zeros = read_params(model, source, parsed, used, fresh, grid, target)
     except UserError as e:
         raise UserError(e if path in str(e) else f'{path}: {e}') from e
     account = [('loaded', p.theirs, p.ours) for p in used if p.theirs in parsed.arrays]
@@ -57,6 +61,9 @@ def fit(
         if parsed.offsets:
             change += f', {model.style.bias.interpolation}'
             account.append(('resized', parsed.offsets[0], change))
+    if patch is not None:
+        sides = [' x '.join(map(str, x.patch_size)) for x in (source, model)]
+        account.append(('resized', 'embedding/kernel', f'{" -> ".join(sides)}, pseudo-inverse'))
     account += [('re-initialised', name, 'zeros: the file has none') for name in zeros]
     for name in fresh:
         if name != 'pre_logits' and model.num_classes is not None:
@@ -117,6 +124,34 @@ def with_head(
         fresh.append('pre_logits')
         changes['representation_size'] = None
     return model.clone(**changes), tuple(fresh)
+
+
+def new_patch(parsed: Parsed, fields: dict[str, Any]) -> tuple[int, int] | None:
+    """The patch size that is asked for, where the kernel of the file has another one."""
+    given, own = size_of(fields.get('patch_size'), 'patch_size'), parsed.fields.get('patch_size')
+    if given is None or own is None or given == tuple(own):
+        return None
+    if parsed.kind != 'vit' or parsed.fields.get('resnet') is not None:
+        raise UserError(
+            f'patch_size is {given[0]} x {given[1]}, that of the file {own[0]} x {own[1]}; only '
+            "the kernel of a ViT's patches is resized"
+        )
+    return given
+
+
+def with_patch(
+    model: nn.Module, patch: tuple[int, int], fields: dict[str, Any],
+    grid: tuple[int, int] | None, image_size: tuple[int, int] | None,
+) -> tuple[nn.Module, tuple[int, int] | None]:  # fmt: skip
+    """(model of another patch size, its image size), as FlexiViT changes it (arXiv:2212.08013).
+
+    Without `image_size` it is that of the file. Positions are interpolated as there, unless
+    `fields` say how.
+    """
+    if image_size is None and grid is not None:
+        image_size = tuple(n * s for n, s in zip(grid, model.stride, strict=True))
+    how = fields.get('interpolation', 'bilinear_antialias')
+    return model.clone(patch_size=patch, interpolation=how), image_size
 
 
 def target_grid(
@@ -186,13 +221,17 @@ def describe(model: nn.Module) -> str:
 
 def read_params(
     model: nn.Module,
+    source: nn.Module,
     parsed: Parsed,
     used: Sequence[Piece],
     fresh: Sequence[str],
     grid: tuple[int, int] | None,
     target: tuple[int, int] | None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """(parameters as JAX arrays, names of those that are zeros since the file lacks them)."""
+    """(parameters as JAX arrays, names of those that are zeros since the file lacks them).
+
+    `source` is the model of the file, from which `model` differs in head and patch size.
+    """
     channels = len(model.mean)
     size = target or (1, 1)
     if target is None and parsed.table is not None:  # not square, and not resized
@@ -204,6 +243,8 @@ def read_params(
     except Exception as e:  # Flax raises various errors for impossible sizes
         raise UserError(f'the model {describe(model)} cannot be built ({brief(e)})') from e
     shapes = {name: x.shape for name, x in flatten_dict(shapes, sep='/').items()}
+    if 'embedding/kernel' in shapes:
+        shapes['embedding/kernel'] = (*source.patch_size, *shapes['embedding/kernel'][2:])
     if parsed.table is not None:
         shapes['posemb'] = (1, parsed.table[1], model.width)
     offsets = [name for name in shapes if name.split('/')[-1] == 'bias_table']
@@ -222,6 +263,9 @@ def read_params(
     if parsed.table is not None and target != grid:
         method, square = model.interpolation, model.square_posemb
         params['posemb'] = surgery.resize(params['posemb'], grid, target, method, square)
+    if 'embedding/kernel' in params and source.patch_size != model.patch_size:
+        kernel = resizing.kernel(params['embedding/kernel'], model.patch_size)
+        params['embedding/kernel'] = np.asarray(kernel)
     for name in offsets if target != grid else ():
         method = model.style.bias.interpolation
         params[name] = surgery.resize_offsets(params[name], grid, target, method)

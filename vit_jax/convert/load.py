@@ -46,7 +46,8 @@ def load(
         logits, out = model.apply({'params': params}, vit_jax.preprocess(model, files))
 
     `model.metadata` has image_size, view and classes (names by label) of the checkpoint. Other
-    keywords override fields of the model, such as `num_heads`, `epsilon` or `dtype`;
+    keywords override fields of the model, such as `num_heads`, `epsilon` or `dtype`; of a ViT,
+    another `patch_size` resizes the kernel of the patches (FlexiViT, arXiv:2212.08013 eq. 3).
     `source_image_size` is the image size that a position table is for, if it is not square.
 
     Args:

@@ -85,6 +85,8 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
         name, size = config['model']['name'], config['data']['image_size']
         values = {k: v for k, v in config['model'].items() if k != 'name'}
         size = (size, size) if isinstance(size, int) else tuple(size)
+        if config['objective'].get('patch_sides'):
+            size = None  # positions are a square table of their own
         prefix = ''
         if config['objective']['name'] != 'supervised':
             model = models.build(name, **{**values, 'num_classes': 1})

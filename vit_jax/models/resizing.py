@@ -3,8 +3,11 @@
 Shapes: h w grid of patches, N patches (h * w), P patch, C channels, D width.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,3 +127,22 @@ def kernel(kernel: jax.Array, new: tuple[int, int]) -> jax.Array:
     rows, columns = (kernel_weights(n, m) for n, m in zip(old, new, strict=True))
     resized = jnp.einsum('yh,xw,hwcd->yxcd', rows, columns, kernel, precision='highest')
     return resized.astype(kernel.dtype)
+
+
+def with_patches(
+    model: nn.Module, params: Mapping[str, Any], side: int, image_shape: tuple[int, ...]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A `vit.Vit` with patches of `side` pixels for images [H, W, C], and its parameters.
+
+    Resizes the kernel and a square table of positions of the model's own parameters.
+    """
+    resized = model.clone(patch_size=(side, side))
+    embedding = params['embedding']
+    embedding = dict(embedding, kernel=kernel(embedding['kernel'], resized.patch_size))
+    params = dict(params, embedding=embedding)
+    if 'posemb' in params:
+        old = math.isqrt(params['posemb'].shape[1] - sum(model.prefix_posemb.values()))
+        params['posemb'] = positions(
+            params['posemb'], (old, old), resized.grid(image_shape), model.interpolation
+        )
+    return resized, params

@@ -55,6 +55,10 @@ class Objective(NamedTuple):
       settings: what evaluators use for settings of theirs that are not given: {'loss': 'softmax'}.
       warn: (step, {metric: float}) -> a warning for the log, or None. It is called at each line of
         training metrics until it warns.
+      variants: {name: loss} in place of `loss`, of which each step has one, such as one for each
+        patch size. Each is compiled at the first step that has it. A plan has `loss`, which is then
+        the most expensive.
+      variant: (seed, step) -> the name of that step's, on the host.
     """
 
     init: Callable
@@ -69,6 +73,8 @@ class Objective(NamedTuple):
     settings: dict = {}
     inputs: dict = {}
     warn: Callable = lambda step, metrics: None
+    variants: dict = {}
+    variant: Callable | None = None
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

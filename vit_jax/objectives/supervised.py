@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Rate
 from vit_jax.models import interface
-from vit_jax.objectives import Examples, Objective, losses, masked_mean, mixing
+from vit_jax.objectives import Examples, Objective, flexible, losses, masked_mean, mixing
 
 MIX = 0x6D6978  # folded into the key for mixing; dropout uses the key itself
 METRICS = {'loss': 'min', 'accuracy': 'max'}  # whether less or more is better
@@ -29,6 +29,9 @@ def supervised(
     cutmix: NonNegative[float] = 0.0,
     mix_by: Literal['batch', 'example'] = 'batch',
     mix_shift: Positive[int] = 1,
+    patch_sides: tuple[Positive[int], ...] = (),
+    patch_grid: Positive[int] = 7,
+    predict_side: Positive[int] | None = None,
 ) -> Objective:
     """Trains a classifier by the cross-entropy with its labels.
 
@@ -48,8 +51,16 @@ def supervised(
       mix_by: one mixing weight for the whole batch, or one for each example.
       mix_shift: distance in the batch from an example to the one that it is mixed with. At least
         `data.repeats`, so that no example is mixed with a copy of itself.
+      patch_sides: sides of patches in pixels, of which each step has one at random (FlexiViT,
+        arXiv:2212.08013): the kernel, of the model's own `patch_size`, and the positions are
+        resized. Empty: the model's own patches.
+      patch_grid: side of the table of positions that is resized for `patch_sides`.
+      predict_side: side of the patches in evaluations. None: the median of `patch_sides`.
     """
-    check_model(model, examples)
+    shape = examples.spec['image'].shape
+    patches = flexible.Patches(model, shape, patch_sides, patch_grid, predict_side)
+    for side in patches.drawn:
+        check_model(patches.model_of(side), examples)
     if (mixup or cutmix) and mix_shift < examples.copies:
         raise UserError(
             f'objective.mix_shift is {mix_shift} with {examples.copies} copies of an image in '
@@ -58,25 +69,31 @@ def supervised(
         )
 
     def init(key):
-        return model.init(key, jnp.zeros((1, *examples.spec['image'].shape)))['params']
+        return model.init(key, patches.blank())['params']
 
-    def loss_fn(params, extra, frozen, batch, key, step):
-        images, labels = model_inputs(
-            batch, key, model=model, loss=loss, mixup=mixup, cutmix=cutmix, mix_by=mix_by,
-            mix_shift=mix_shift,
-        )  # fmt: skip
-        logits, _ = model.apply({'params': params}, images, train=True, rngs={'dropout': key})
-        per_example = losses.LOSSES[loss](logits, labels, label_smoothing=label_smoothing)
-        hits = losses.hits(logits, losses.heaviest(labels) if mixup or cutmix else labels)
-        mask = batch['mask'].astype(jnp.float32)
-        mean = masked_mean(per_example, mask)
-        return mean, ({'loss': mean, 'accuracy': masked_mean(hits, mask)}, {})
+    def loss_of(side):
+        def loss_fn(params, extra, frozen, batch, key, step):
+            images, labels = model_inputs(
+                batch, key, model=model, loss=loss, mixup=mixup, cutmix=cutmix, mix_by=mix_by,
+                mix_shift=mix_shift,
+            )  # fmt: skip
+            logits, _ = patches.apply(params, images, side, train=True, rngs={'dropout': key})
+            per_example = losses.LOSSES[loss](logits, labels, label_smoothing=label_smoothing)
+            hits = losses.hits(logits, losses.heaviest(labels) if mixup or cutmix else labels)
+            mask = batch['mask'].astype(jnp.float32)
+            mean = masked_mean(per_example, mask)
+            return mean, ({'loss': mean, 'accuracy': masked_mean(hits, mask)}, {})
+
+        return loss_fn
 
     def predict(params, batch):
-        return model.apply({'params': params}, model.normalise(batch['image']))[1]
+        return patches.apply(params, model.normalise(batch['image']), patches.predicted)[1]
 
-    flops = model.flops(examples.spec['image'].shape)
-    return Objective(init, loss_fn, predict, flops=flops, settings={'loss': loss})
+    flops = [patches.model_of(side).flops(shape) for side in patches.drawn]
+    return Objective(
+        init, predict=predict, flops=sum(flops) / len(flops), settings={'loss': loss},
+        **patches.variants(loss_of),
+    )
 
 
 def check_model(model: nn.Module, examples: Examples) -> None:
