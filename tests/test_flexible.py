@@ -10,7 +10,7 @@ from launched import timeless
 from learners import IMAGE
 
 import vit_jax
-from vit_jax import config, models, step, train
+from vit_jax import config, evaluate, models, predict, step, train
 from vit_jax.convert import load
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
@@ -122,6 +122,20 @@ def test_a_run_resumes_to_the_bit_and_is_read_at_any_side(tmp_path):
         flexible, own = resizing.with_patches(model, params, side, (8, 8, 3))
         wanted = flexible.apply({'params': own}, images)[0]
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+    evaluated, settings = {}, evaluate.settings_of(None, str(whole), [])
+    for side in (None, *SIDES):
+        (_, metrics, _), = evaluate.evaluate(str(whole), settings, patch_size=side)
+        evaluated[side] = metrics['loss']
+    logged = [row['test/loss'] for row in timeless(whole) if 'test/loss' in row]
+    np.testing.assert_allclose(evaluated[None], logged[-1], rtol=1e-5)
+    assert evaluated[None] == evaluated[2] != evaluated[4]
+    found = predict.classifier(str(whole), 'features', image_size=8, patch_size=2)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    flexible, own = resizing.with_patches(model, params, 2, (8, 8, 3))
+    wanted = flexible.apply({'params': own}, flexible.normalise(pixels))[1]['pre_logits']
+    made = found.compute(found.params, pixels)['features']
+    np.testing.assert_allclose(made, wanted, atol=1e-5)
+
     account = {row[1]: row for row in load.read(whole, patch_size=2, image_size=8).account}
     assert account['embedding/kernel'] == (
         'resized', 'embedding/kernel', '4 x 4 -> 2 x 2, pseudo-inverse'

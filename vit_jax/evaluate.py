@@ -39,13 +39,14 @@ from vit_jax.evaluators import classify
 from vit_jax.io import experiment, storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable, to_json
-from vit_jax.objectives import Examples, supervised
+from vit_jax.objectives import Examples, flexible, supervised
 from vit_jax.run import workdir
 
 
 def evaluate(
-    checkpoint: str, config: ConfigDict, ema: bool | None = None, by_class: bool = False
-) -> Iterator[tuple[str, dict[str, float], str | None]]:
+    checkpoint: str, config: ConfigDict, ema: bool | None = None, by_class: bool = False,
+    patch_size: int | None = None,
+) -> Iterator[tuple[str, dict[str, float], str | None]]:  # fmt: skip
     """Runs the evaluations of a complete config: yields (name, {metric: value}, CSV of classes).
 
     Args:
@@ -54,10 +55,12 @@ def evaluate(
       config: complete config whose evaluations run.
       ema: whether to evaluate the moving average of a run's parameters. None: if the run saved one.
       by_class: whether to make the CSV, for each evaluation of the type classify; else it is None.
+      patch_size: side to which the kernel of a ViT's patches is resized, in pixels. None: that of
+        predictions in a run with `patch_sides`, else no change.
     """
     if not config.evals:
         raise UserError('the config has no evals')
-    for name, evaluation, subject, params in evaluations(checkpoint, config, ema):
+    for name, evaluation, subject, params in evaluations(checkpoint, config, ema, patch_size):
         images = sum(map(len, evaluation.sources.values()))
         began = time.perf_counter()
         with Bar(printable(name), images, brief=True) as bar:
@@ -75,7 +78,7 @@ def evaluate(
 
 
 def evaluations(
-    checkpoint: str, config: ConfigDict, ema: bool | None
+    checkpoint: str, config: ConfigDict, ema: bool | None, patch_size: int | None = None
 ) -> Iterator[tuple[str, Callable, evaluators.Subject, Any]]:
     """Yields (name, evaluation, subject, params) for each section of `evals`.
 
@@ -90,11 +93,15 @@ def evaluations(
         for name, evaluation in parts.evals.items():
             yield name, evaluation, subject, params
         return
+    if patch_size is None and config.objective.get('patch_sides'):
+        patch_size = flexible.predicted_side(
+            config.objective.patch_sides, config.objective.predict_side
+        )
     mesh, loaded = sharding.make_mesh(**config.mesh), {}
     for name, settings in config.evals.items():
         size = tasks.size_of(settings.image_size)
         if size not in loaded:
-            loaded = {size: read(checkpoint, size, config.model, ema)}
+            loaded = {size: read(checkpoint, size, config.model, ema, patch_size)}
         found = loaded[size]
         loss = found.loss or config.objective.get('loss') or 'softmax'
         subject = subject_of(found, size, mesh, loss)
@@ -111,11 +118,13 @@ def subject_of(
 
 
 def read(
-    checkpoint: str, image_size: tuple[int, int], model: ConfigDict, ema: bool | None
-) -> fit.Loaded:
-    """Loads the checkpoint at an image size, with the config's dtypes, quantize and unroll."""
+    checkpoint: str, image_size: tuple[int, int], model: ConfigDict, ema: bool | None,
+    patch_size: int | None,
+) -> fit.Loaded:  # fmt: skip
+    """Loads the checkpoint at its sizes, with the config's dtypes, quantize and unroll."""
     fields = 'dtype', 'matmul_dtype', 'quantize', 'unroll'
     how = {field: model[field] for field in fields if field in model}
+    how |= {} if patch_size is None else {'patch_size': patch_size}
     return weights.read(checkpoint, image_size=image_size, ema=ema, **how)
 
 
@@ -156,7 +165,9 @@ def main(argv: Sequence[str], overrides: Sequence[tuple[str, str]]) -> None:
     out = options.out and storage.make_folder(workdir.located(options.out))
     results, texts, ema = {}, {}, None if options.ema else False
     try:
-        for name, metrics, text in evaluate(options.checkpoint, config, ema, bool(out)):
+        for name, metrics, text in evaluate(
+            options.checkpoint, config, ema, bool(out), options.patch_size
+        ):
             results[name] = metrics
             if text is not None:
                 texts[name] = text
@@ -191,6 +202,10 @@ if __name__ == '__main__':
     flags.DEFINE_bool(
         'ema', True, "Evaluate the moving average of a run's parameters if it was saved, as during "
         'training.',
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        'patch_size', None, "Resize the kernel of a ViT's patches to this side, in pixels.",
+        lower_bound=1, upper_bound=65_536,
     )  # fmt: skip
     flags.DEFINE_enum(
         'labels', None, list(names.BY), 'How labels of all data sets are matched with the '

@@ -96,8 +96,9 @@ class Predictor(NamedTuple):
 
 
 def classifier(
-    checkpoint: str, output: Output, ema: bool | None = None, image_size: int | None = None
-) -> Predictor:
+    checkpoint: str, output: Output, ema: bool | None = None, image_size: int | None = None,
+    patch_size: int | None = None,
+) -> Predictor:  # fmt: skip
     """Loads a checkpoint as a model of the package.
 
     Args:
@@ -106,8 +107,10 @@ def classifier(
         of the head [B, D]}) or 'all' (all intermediates by name).
       ema: whether to read the moving average of a run's parameters. None: if the run saved one.
       image_size: pixels per side. None: that of the checkpoint.
+      patch_size: side to which the kernel of a ViT's patches is resized, in pixels. None: its own.
     """
-    found = weights.read(checkpoint, image_size=image_size, ema=ema, as_input=True)
+    fields = {} if patch_size is None else {'patch_size': patch_size}
+    found = weights.read(checkpoint, image_size=image_size, ema=ema, as_input=True, **fields)
     model = found.model
     if model.num_classes is None and output == 'classes':
         raise UserError(f'{checkpoint} has no head, so it knows no classes')
@@ -206,7 +209,7 @@ def main(argv: Sequence[str]) -> None:
     paths = files.find_images(argv[1:])
     output = 'features' if options.features else 'all' if options.out else 'classes'
     arguments = (options.checkpoint, output, None if options.ema else False, options.image_size)
-    predictor = method(*arguments) or classifier(*arguments)
+    predictor = method(*arguments) or classifier(*arguments, options.patch_size)
     view = tasks.fixed_view(
         predictor.view if options.view is None else options.view, predictor.image_size
     )
@@ -290,6 +293,10 @@ if __name__ == '__main__':
     flags.DEFINE_integer(
         'image_size', None, "Image size in pixels. Default: the checkpoint's.", lower_bound=1,
         upper_bound=65_536,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        'patch_size', None, "Resize the kernel of a ViT's patches to this side, in pixels.",
+        lower_bound=1, upper_bound=65_536,
     )  # fmt: skip
     flags.DEFINE_string(
         'view', None, 'How to make an image square: central (crop) or resize (squeeze). Default: '

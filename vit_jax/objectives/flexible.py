@@ -13,6 +13,11 @@ from vit_jax.models import resizing
 from vit_jax.models.vit import Vit
 
 
+def predicted_side(sides: Sequence[int], given: int | None) -> int:
+    """The side of the patches in predictions: the one that is `given`, else the median."""
+    return given or sorted(set(sides))[len(set(sides)) // 2]
+
+
 class Patches:
     """How a method applies a model whose patches have one of several sides.
 
@@ -42,7 +47,7 @@ class Patches:
                 raise UserError('objective.predict_side is for objective.patch_sides, which is ()')
             return
         self.drawn, self.grid = tuple(sorted(set(sides))), grid
-        self.predicted = predicted or self.drawn[len(self.drawn) // 2]
+        self.predicted = predicted_side(sides, predicted)
         if not isinstance(model, Vit) or model.resnet is not None or model.posemb == 'relative':
             raise UserError(
                 'objective.patch_sides resizes the kernel of the patches and a table of positions '
