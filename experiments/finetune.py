@@ -28,11 +28,13 @@ UPSTREAM is one of
   that run, runs/pretrain/h_14; b/16, b/32, l/16, l/32, r50+b/16 and h/14 with -i21k start from the
   paper's public checkpoint;
 - a public checkpoint: augreg/s_16-i21k, mixer/b_16-i1k;
-- a run of experiments/augreg.py: augreg:s/16-i1k300.
-The last two have published numbers by protocols of their own, experiments/finetune_augreg.py,
-finetune_readme.py and transfer.py. WORDS are any of 512 or 224 (pixels), polyak (averaged
-parameters: table 2), dropout, crop, steps=500, v2 and objectnet (further test sets). ObjectNet
-(D.10) is the folder objectnet: its images of classes of ImageNet, labelled with all of these.
+- a run of experiments/augreg.py: augreg:s/16-i1k300;
+- b/16-masked, the run of experiments/masked_patch.py on JFT: 79.9% on ImageNet (section 4.6).
+The second and third have published numbers by protocols of their own,
+experiments/finetune_augreg.py, finetune_readme.py and transfer.py. WORDS are any of 512 or 224
+(pixels), polyak (averaged parameters: table 2), dropout, crop, steps=500, v2 and objectnet (further
+test sets). ObjectNet (D.10) is the folder objectnet: its images of classes of ImageNet, labelled
+with all of these.
 
 G/14 is published with 90.45% (arXiv:2106.04560); how it is fine-tuned is not, so as H/14 is.
 Variations by one flag: --config.optim.layer_decay=0.75 (layer-wise rates), --config.optim.only=head
@@ -97,7 +99,9 @@ PUBLIC = (*(f'{m}-i21k' for m in VITS), 'r50+b/16-i21k')
 OTHERS = (*(f'augreg/{m}-i21k' for m in ('ti_16', 's_32', 's_16', 'b_32', 'b_16', 'l_16',
                                          'r_ti_16', 'r26_s_32', 'r50_l_32')),
           *(f'mixer/{m}-{data}' for m in ('b_16', 'l_16') for data in ('i1k', 'i21k')))  # fmt: skip
-OWN = (*TABLE_6, 'r50x1-sgd', 'r152x2-sgd', *PUBLIC, *(f'{m}-i1k' for m in VITS[:4]), 'G/14')
+MASKED = 'b/16-masked'
+OWN = (*TABLE_6, 'r50x1-sgd', 'r152x2-sgd', *PUBLIC, *(f'{m}-i1k' for m in VITS[:4]), 'G/14',
+       MASKED)  # fmt: skip
 AUGREG = re.compile(
     r'augreg:(ti/16|[sb]/(16|32)|l/16|r\+ti/16|r26\+s/32|r50\+l/32)-(i1k300|i21k30|i21k300)(-.+)?'
 )
@@ -111,6 +115,7 @@ ARGS = (
     *(f'vtab:{task},{m}' for m in TABLE_9 for task in TASKS),
     *(f'imagenet2012,{m},224' for m in CHANGELOG),
     'imagenet2012,h/14,512,polyak,objectnet', 'imagenet2012,G/14,512,polyak',
+    f'imagenet2012,{MASKED}',
 )  # fmt: skip
 
 
@@ -145,6 +150,8 @@ def upstream(name):
         return name, f'mixer-{size}' if family == 'mixer' else model_name(size)
     if not AUGREG.fullmatch(name):
         check_choice('upstream', name, (*OWN, *OTHERS, 'augreg:s/16-i1k300'))
+    if name == MASKED:
+        return 'runs/masked_patch/jft', 'vit-b/16'
     kind, _, run = name.rpartition(':')
     size = run.split('-')[0]
     if name in PUBLIC:
@@ -160,6 +167,9 @@ def claims(dataset, name, words):
         return [add('vit.table9', TABLE_9[name], TASKS[dataset.removeprefix('vtab:')], test)]
     if '224' in words:
         return [add('vt.changelog_224', CHANGELOG[name], 'top-1', test)]
+    if name == MASKED:
+        row = 'self-supervised masked-patch B/16 ImageNet top-1'
+        return [add('vit.text', row, 'value', test)]
     if name == 'G/14':
         return [add('scalingvit.g14_verified', 'ViT-G/14 ImageNet top-1', 'value', test)]
     if 'objectnet' in words:
