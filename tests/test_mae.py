@@ -413,3 +413,19 @@ def test_the_command_draws_what_is_restored(tmp_path):
     assert (again[:, 40:72] != sheet[:32, 40:72]).any()  # another seed
     with pytest.raises(UserError, match='is not a masked autoencoder with its decoder'):
         restored.write(tmp_path / 'c.png', DATA / 'timm_vit_token', [], **arguments)
+
+
+def test_commands_and_images_take_its_encoder(whole, tmp_path):
+    path, _ = whole
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / 'a.png')
+    status, _, errors = launched.run(
+        'predict', tmp_path / 'a.png', f'--checkpoint={path}', f'--features={tmp_path}/f.npz'
+    )
+    assert status == 0, errors
+    model, params = vit_jax.load(path)
+    images = vit_jax.preprocess(model, [str(tmp_path / 'a.png')])
+    vit, weights = vit_jax.load(path, part='encoder')
+    features = vit.apply({'params': weights}, images)[1]['pre_logits']
+    np.testing.assert_allclose(np.load(tmp_path / 'f.npz')['features'], features, atol=1e-5)
+    noise = np.arange(8.0)[None]
+    assert model.apply({'params': params}, images, noise=noise)[1]['visible'].shape == (1, 3, 16)
