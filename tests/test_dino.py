@@ -168,17 +168,21 @@ def test_the_student_alone_has_stochastic_depth(folder):
 def test_collapse_is_measured_and_said_once(tmp_path, capfd):
     rng, mask = np.random.default_rng(0), np.ones(64, 'f')
     spherical = rng.normal(size=(64, 256)).astype('f')
-    targets = np.full((64, 2, 8), 1 / 8, 'f')
-    healthy = dino.spread(targets, spherical, mask)
+    some, uniform = np.eye(8, dtype='f')[rng.integers(8, size=(64, 2))], np.full((64, 2, 8), 1 / 8)
+    healthy = dino.spread(some, spherical, mask)
     assert 0.95 < healthy['deviation'] < 1.05
-    constant = dino.spread(targets, np.tile(spherical[:1], (64, 1)), mask)
+    assert healthy['entropy'] == 0 and healthy['entropy_of_mean'] > 1.9
+    constant = dino.spread(some, np.tile(spherical[:1], (64, 1)), mask)
     assert constant['deviation'] < 1e-3
-    np.testing.assert_allclose(constant['entropy'], np.log(8), rtol=1e-6)
-    single = dino.spread(np.eye(8, dtype='f')[rng.integers(8, size=(64, 2))], spherical, mask)
-    assert single['entropy'] == 0 and single['entropy_of_mean'] > 1.9
+    flat = dino.spread(uniform, spherical, mask)
+    np.testing.assert_allclose([flat['entropy'], flat['entropy_of_mean']], np.log(8), rtol=1e-6)
+    single = dino.spread(np.tile(some[:1], (64, 1, 1))[:, :1].repeat(2, 1), spherical, mask)
+    assert dino.warning(1, healthy) is None
+    for found in (constant, flat, single):
+        assert 'features have collapsed' in dino.warning(1, found)
     norms = dict(loss=1.0, grad_norm=1.0, param_norm=1.0, lr=0.1)
     with Report(tmp_path, 9, 8, 0, None, None, dino.warning, every=2) as report:
-        for n, found in enumerate((healthy, constant, healthy, *[constant] * 6)):
+        for n, found in enumerate((healthy, constant, healthy, *[flat] * 6)):
             report.write(n, found | norms)
         report.sync()
     said = capfd.readouterr().out

@@ -10,6 +10,7 @@ import jax
 import launched
 import numpy as np
 import pytest
+import tiny
 import tiny_dino
 from learners import assert_trees_close
 
@@ -148,6 +149,11 @@ def test_a_run_is_its_teacher(folder, whole, tmp_path):
     begun, account = assembly.first_state(*parts_of(folder, init_from=whole, seed=8))
     assert_trees_close(begun.params['vit'], params, rtol=0, atol=0)
     assert re.search(r're-initialised +head/', account)
+    labelled = tiny.get_config(str(folder)).to_dict() | dict(init_from=str(whole), model={})
+    full = config.complete(labelled)
+    tuned, _ = assembly.first_state(full, assembly.make(full, devices=jax.devices()[:1]))
+    assert_trees_close(tuned.params['encoder'], params['encoder'], rtol=0, atol=0)
+    assert tuned.params['head']['kernel'].shape == (16, 3)
     larger, resized = vit_jax.load(str(whole), image_size=24, num_classes=5)
     assert resized['posemb'].shape == (1, 37, 16) and larger.num_classes == 5
 

@@ -29,6 +29,7 @@ METRICS = {'loss': 'min', 'entropy': 'min', 'entropy_of_mean': 'max', 'deviation
 # (h + 0.1) / 14 (vision_transformer.py, interpolate_pos_encoding).
 OFFSET = 0.1
 COLLAPSED = 0.01  # of `deviation`
+ALIKE = 0.001  # nats, of what an output tells of its image: entropy_of_mean less entropy
 
 
 def dino(
@@ -57,7 +58,8 @@ def dino(
     their mean over the batch, `entropy_of_mean`; and the deviation over the batch of each channel
     of the normalised class token, times the root of the width (`deviation`): 1 where features are
     spread over the sphere, 0 where they are equal for all images (arXiv:2011.10566 section 4.1).
-    Below 0.01 a warning says that the features have collapsed.
+    A warning says that these have collapsed where the deviation is below 0.01, or the two entropies
+    within 0.001: the outputs are then the same for all images, uniform or of one prototype.
 
     Args:
       model: a ViT with a class token, as `models.build` makes it.
@@ -239,13 +241,14 @@ def spread(
 
 
 def warning(step: int, metrics: dict[str, float]) -> str | None:
-    """Says that the teacher's features are the same for all images, where they are."""
-    if metrics['deviation'] >= COLLAPSED:
+    """Says that the teacher's features or outputs are the same for all images, where they are."""
+    told = metrics['entropy_of_mean'] - metrics['entropy']
+    if metrics['deviation'] >= COLLAPSED and told >= ALIKE:
         return None
     return (
         f'features have collapsed: their deviation over the batch is {metrics["deviation"]:.2g} of '
-        f'1 where they are spread evenly (entropy {metrics["entropy"]:.3g}, of the mean '
-        f'{metrics["entropy_of_mean"]:.3g}); a lower teacher_temperature or optim.lr may prevent it'
+        f'1 where they are spread evenly; entropy {metrics["entropy"]:.4g}, of the mean output '
+        f'{metrics["entropy_of_mean"]:.4g}; a lower teacher_temperature or optim.lr may prevent it'
     )
 
 
