@@ -44,7 +44,7 @@ def train(
     set_phase('start')
     with Checkpoints(path, **config.checkpoint) as checkpoints:
         begun = bool(checkpoints.steps())
-        parts = assembly.of_run(config, path, begun)
+        parts = assembly.of_run(config, path, begun, checkpoints='values')
         facts = origin.facts_of(parts)
         agree({key: value for key, value in facts.items() if key != 'xla_flags'})
         profiling.check(profile, parts.steps)

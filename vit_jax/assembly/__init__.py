@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as configs
 from vit_jax import evaluators, models, optim, sharding, step
-from vit_jax.assembly import evaluations
+from vit_jax.assembly import evaluations, trained
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.data import mixture, order, sources, tasks
@@ -50,6 +50,7 @@ def make(
     source: sources.Source | None = None,
     devices: Sequence[jax.Device] | None = None,
     classes: Sequence[str] | None = None,
+    checkpoints: trained.Read = 'shapes',
 ) -> Parts:
     """Builds the parts of a run; raises UserError for mistakes that show before training.
 
@@ -59,6 +60,7 @@ def make(
       devices: devices of the mesh, which a plan only compiles for. None: all.
       classes: names of the classes of a head that is kept (`kept_classes`), to which the labels of
         the data are mapped.
+      checkpoints: what is read of those that the objective's settings name, see `trained.Read`.
     """
     source = mixture.load(**config.data.source) if source is None else source
     mesh = sharding.make_mesh(devices, **config.mesh)
@@ -71,7 +73,7 @@ def make(
     spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in task.blank.items()}
     model = model_of(config, task)
     steps = steps_of(config, source)
-    objective = objective_of(config, model, task, spec, steps)
+    objective = objective_of(config, model, task, spec, steps, checkpoints)
     tx = optim.make(step.abstract_params(objective), steps, objective.rules, **config.optim)
     abstract = step.abstract_state(objective, tx, mesh)
     evaluations.check_image_sizes(config, objective, spec, abstract.params)
@@ -101,12 +103,15 @@ def objective_of(
     task: tasks.Task,
     spec: dict[str, jax.ShapeDtypeStruct],
     steps: int,
+    checkpoints: trained.Read = 'shapes',
 ) -> Objective:
     """Makes the objective that a config names, for a run of a number of steps."""
     copies = -(-config.data.repeats // config.accumulate)  # in succession, within a micro-batch
     examples = Examples(spec, task.names, copies, steps)
     function = configs.named('objective.name', config.objective.name).function
-    objective = function(model, examples, **configs.settings_of(config.objective, function))
+    settings = configs.settings_of(config.objective, function)
+    settings |= trained.loaded(settings, function, model, examples, checkpoints)
+    objective = function(model, examples, **settings)
     if config.accumulate > 1 and objective.indivisible:
         raise UserError(
             f'accumulate is {config.accumulate}, but objective {config.objective.name} takes whole '
@@ -120,9 +125,11 @@ def of_run(
     path: epath.Path,
     begun: bool,
     devices: Sequence[jax.Device] | None = None,
+    checkpoints: trained.Read = 'known',
 ) -> Parts:
     """Builds the parts of the run in a workdir, which has checkpoints if it has `begun`."""
-    return make(config, devices=devices, classes=kept_classes(config, path, begun))
+    classes = kept_classes(config, path, begun)
+    return make(config, devices=devices, classes=classes, checkpoints=checkpoints)
 
 
 def kept_classes(config: ConfigDict, path: epath.Path, begun: bool) -> Sequence[str] | None:

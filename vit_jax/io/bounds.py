@@ -81,6 +81,17 @@ class MayChange(NamedTuple):
         return ''
 
 
+class Loads(NamedTuple):
+    """Marks the address of a checkpoint, which a training method gets loaded."""
+
+    def has(self, address: str) -> bool:
+        """Whether an address is not empty."""
+        return bool(address)
+
+    def __str__(self):
+        return ' that is a checkpoint'
+
+
 Finite = Annotated[T, Range()]  # Finite[float]: any number, explicitly
 Positive = Annotated[T, Range(0, ends='(]')]
 NonNegative = Annotated[T, Range(0)]
@@ -92,6 +103,7 @@ Size = Pixels | tuple[Pixels, Pixels]  # of both sides, or (height, width)
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Steps = Annotated[int, Range(1, 2**31 - 1)]
 Pattern = Annotated[str, Regex()]
+Checkpoint = Annotated[str, Loads()]  # a method gets an objectives.Trained in its place
 Float = Literal['float32', 'bfloat16', 'float16']
 Threads = Annotated[int, Range(1, 1024), MayChange()]
 Workers = Annotated[int, Range(0, 1024), MayChange()]
@@ -192,6 +204,11 @@ def allows(annotation: Any, value: Any) -> bool:
 def may_change(annotation: object) -> bool:
     """Whether an annotation has the mark MayChange."""
     return isinstance(annotation, MayChange) or any(map(may_change, typing.get_args(annotation)))
+
+
+def is_checkpoint(annotation: object) -> bool:
+    """Whether an annotation is Checkpoint, or has it as a member."""
+    return isinstance(annotation, Loads) or any(map(is_checkpoint, typing.get_args(annotation)))
 
 
 def describe(annotation: Any) -> str:

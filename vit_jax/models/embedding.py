@@ -17,7 +17,13 @@ def normalise(
     images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
     """Normalises uint8 [B, H, W, C] to floats; mean and std are those of images in [0, 1]."""
-    images = images.astype(jnp.float32) / 255
+    return standardised(images.astype(jnp.float32) / 255, mean, std)
+
+
+def standardised(
+    images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+    """Normalises images [B, H, W, C] of floats in [0, 1]."""
     return (images - jnp.asarray(mean)) / jnp.asarray(std)
 
 

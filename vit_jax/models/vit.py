@@ -54,6 +54,7 @@ class Vit(nn.Module):
     cls         [B, D]     class token, likewise, if the model has one
     pre_logits  [B, D]     input of the head; [B, 2 D] with pool='cls_gap'
     logits      [B, K]     if the model has a head
+    logits_cls, logits_dist  [B, K]  of both heads with `dist_head`; logits are their mean
 
     Their names in `capture` add the following; T counts the class token, the distillation token,
     the registers and the patches, in this order:
@@ -263,7 +264,9 @@ class Vit(nn.Module):
         head = self.num_classes, self.head_bias, self.dtype
         logits = memory.shard_batch(layers.head(*head)(x))
         if self.dist_head:
-            logits = (logits + layers.head(*head, name='dist_head')(dist)) / 2
+            out['logits_cls'] = logits
+            out['logits_dist'] = memory.shard_batch(layers.head(*head, name='dist_head')(dist))
+            logits = (logits + out['logits_dist']) / 2
         out['logits'] = logits
         return logits, out
 

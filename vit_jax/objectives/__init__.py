@@ -27,6 +27,25 @@ class Examples(NamedTuple):
     steps: int = 1
 
 
+class Trained(NamedTuple):
+    """A checkpoint that a setting annotated as io.bounds.Checkpoint names, such as a teacher.
+
+    Attributes:
+      model: its model.
+      params: its parameters, arrays of NumPy; only shapes and dtypes where no step runs, as in a
+        plan.
+      image_size: (height, width) of the images that it takes; None: any.
+      classes: names of its classes by label; None: unknown.
+      address: the setting itself.
+    """
+
+    model: Any
+    params: Any
+    image_size: tuple[int, int] | None = None
+    classes: tuple[str, ...] | None = None
+    address: str = ''
+
+
 class Objective(NamedTuple):
     """Defines a training method: its loss, its predictions, and its state beside the parameters.
 

@@ -55,7 +55,10 @@ def compiled(config: ConfigDict, parts: assembly.Parts) -> jax.stages.Compiled:
         accumulate=config.accumulate,
     )  # fmt: skip
     shardings = sharding.by_name(parts.objective.frozen, parts.mesh, parts.objective.rules)
-    frozen = sharding.add_shardings(jax.eval_shape(lambda: parts.objective.frozen), shardings)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), parts.objective.frozen
+    )
+    frozen = sharding.add_shardings(shapes, shardings)
     return compile_or_refuse(
         advance.lower(parts.abstract, batch_of(config, parts), frozen)
     )

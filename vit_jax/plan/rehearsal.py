@@ -4,6 +4,8 @@ import jax
 from ml_collections import ConfigDict
 
 from vit_jax import assembly, step
+from vit_jax import config as configs
+from vit_jax.assembly import trained
 from vit_jax.data import mixture, sources
 from vit_jax.errors import UserError
 from vit_jax.io.text import flop, printable
@@ -33,6 +35,7 @@ def describe(config: ConfigDict, path: object) -> str:
         f'starts   from {config.init_from or "random parameters"}',
         f'evals    {", ".join(config.evals) or "none"}',
     ]
+    lines += [f'reads    {text}' for text in checkpoints_text(config)]
     if config.select:
         count, metric = len(config.select.grid), config.select.metric
         lines.append(f'select   of {count} points by {metric}, with bash launch.sh local --select')
@@ -41,6 +44,19 @@ def describe(config: ConfigDict, path: object) -> str:
         where = f', {cell[0]}: {", ".join(map(str, cell[1]))}; {cell[2]}' if cell else ''
         lines.append(f'expected {row["metric"]} {row["value"]} +- {row["tolerance"]}{where}')
     return '\n'.join(lines)
+
+
+def checkpoints_text(config: ConfigDict) -> list[str]:
+    """A text for each checkpoint that a setting of the objective names, such as a teacher."""
+    settings = config.objective
+    function = configs.named('objective.name', settings.name).function
+    found = trained.addresses(configs.settings_of(settings, function), function)
+    return [
+        f'objective.{key} {printable(address)}' + ('' if trained.is_known(address) else (
+            ' (not read here; its cost is taken to be that of the model)'
+        ))
+        for key, address in found.items()
+    ]  # fmt: skip
 
 
 def is_model_unknown(config: ConfigDict) -> bool:
@@ -56,7 +72,7 @@ def make_parts(config: ConfigDict, source: sources.Source | None) -> assembly.Pa
         plain.steps = plain.steps or 2**31 - 1
         classes = plain.model.num_classes or 1
         source = data_sets.stand_in(plain.data.batch_size, classes)
-    parts = assembly.make(plain, source, jax.devices()[:1])
+    parts = assembly.make(plain, source, jax.devices()[:1], checkpoints='known')
     batch, frozen = estimate.batch_of(plain, parts), parts.objective.frozen
     step.check(parts.objective, parts.abstract, batch, frozen)
     return parts

@@ -70,7 +70,7 @@ def training_flops(config: ConfigDict) -> float | None:
     model = assembly.model_of(config, task)
     spec = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in task.blank.items()}
     steps = assembly.steps_of(config, source)
-    forward = assembly.objective_of(config, model, task, spec, steps).flops
+    forward = assembly.objective_of(config, model, task, spec, steps, 'known').flops
     images = steps * config.data.batch_size
     return None if forward is None else 3 * forward * images
 
