@@ -10,7 +10,7 @@ import pytest
 from vit_jax import models, sharding
 from vit_jax.distributed import topologies
 from vit_jax.errors import UserError
-from vit_jax.models import attention, memory
+from vit_jax.models import attention, memory, rotary
 from vit_jax.plan import hlo_traffic
 
 needs_compiler = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def test_the_kernel_is_exact(tokens, heads, channels, rows, dtype, tolerance, mo
     qkv = jnp.asarray(2 * rng.standard_normal((2, tokens, 3, heads, channels)), dtype)
     bias = jnp.asarray(rng.standard_normal((3, heads, channels)), jnp.float32)
     weights = jnp.asarray(rng.standard_normal((2, tokens, heads, channels)), dtype)
-    out, backward = jax.vjp(lambda x: attention.pallas(*x, True), (qkv, bias))
+    out, backward = jax.vjp(lambda x: attention.pallas(*x, (), True), (qkv, bias))
     ((d_qkv, d_bias),) = backward(weights)
     rounded = np.float64(qkv + bias.astype(dtype))
     wanted, d_wanted = exact(rounded, np.float64(weights))
@@ -63,12 +63,48 @@ def test_the_kernel_is_exact(tokens, heads, channels, rows, dtype, tolerance, mo
 
 
 @pytest.mark.parametrize('mesh', [None, dict(data=2, fsdp=2, tensor=2)])
-def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
+@pytest.mark.parametrize('rows', [8, 256])
+def test_the_kernel_rotates_queries_and_keys(mesh, rows, monkeypatch):
+    """As rotating them before it does, gradients included."""
+    monkeypatch.setattr(attention, 'ROWS', rows)
+    rope, (tokens, heads, channels) = rotary.Rope(), (21, 2, 16)
+    tables = rotary.rotation(rope, (4, 5), 1, channels)
+    rng = np.random.default_rng(0)
+    qkv, weights = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in
+                    ((8, tokens, 3, heads, channels), (8, tokens, heads, channels)))  # fmt: skip
+    bias = jnp.asarray(rng.standard_normal((3, heads, channels)), jnp.float32)
+
+    def inside(qkv, bias):
+        return jnp.sum(weights * attention.pallas(qkv, bias, tables, True))
+
+    def before(qkv, bias):
+        q, k, v = jnp.split(qkv + bias, 3, axis=2)
+        q, k = (rotary.rotate(rope, x, *tables) for x in (q, k))
+        rotated = jnp.concatenate([q, k, v], axis=2)
+        return jnp.sum(weights * attention.pallas(rotated, jnp.zeros_like(bias), (), True))
+
+    grad, places = jax.value_and_grad(inside, (0, 1)), {}
+    if mesh:
+        mesh = sharding.make_mesh(**mesh)
+        grad = sharding.with_mesh(mesh, grad)
+        specs = sharding.BATCH, jax.sharding.PartitionSpec()
+        places = dict(in_shardings=tuple(jax.sharding.NamedSharding(mesh, s) for s in specs))
+    found = jax.jit(grad, **places)(qkv, bias)
+    wanted = jax.jit(jax.value_and_grad(before, (0, 1)))(qkv, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
+
+
+@pytest.mark.parametrize('mesh, style', [
+    (None, dict(norms=['query_key'], rope={}, unbiased=['key'])),
+    (dict(data=2, fsdp=2, tensor=2), dict(norms=['query_key'], rope=dict(pairs='neighbours'))),
+    (dict(data=2, fsdp=2, tensor=2), dict(rope=dict(pairs='neighbours'), unbiased=['key'])),
+    (None, dict(rope=dict(learnt=True))),
+])  # fmt: skip
+def test_a_model_trains_with_the_kernel_as_without(mesh, style, monkeypatch):
     """With dropout and drop path, whose draws are the same."""
     model = models.build(
         'vit-ti/16', num_classes=5, width=32, depth=2, num_heads=2, mlp_dim=64, patch_size=8,
-        dropout=0.2, drop_path=0.3,
-        style=dict(norms=['query_key'], rope=dict(base=100.0), unbiased=['key']),
+        dropout=0.2, drop_path=0.3, style=style,
     )  # fmt: skip
     images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
     params = jax.jit(model.init)(jax.random.key(1), images)['params']
@@ -81,9 +117,9 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, monkeypatch):
 
     calls, kernel = [], attention.pallas
 
-    def interpreted(qkv, bias):
+    def interpreted(qkv, bias, tables):
         calls.append(qkv.shape)
-        return kernel(qkv, bias, True)
+        return kernel(qkv, bias, tables, True)
 
     wanted = jax.jit(jax.value_and_grad(loss))(params, images)
     monkeypatch.setattr(attention, 'pallas', interpreted)

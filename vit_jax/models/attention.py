@@ -110,36 +110,57 @@ def pieces(shape: tuple[int, ...], heads: int) -> Iterator[tuple[list[slice], sl
             yield lanes, slice(start, min(start + ROWS, tokens))
 
 
-def forward_kernel(qkv: jax.Ref, out: jax.Ref, *, heads: int) -> None:
-    """Attention of one image: qkv [1, T, 3 D] -> out [1, T, D]."""
+def turned(
+    x: jax.Array, tables: Sequence[jax.Ref], rows: slice, sign: int = 1
+) -> jax.Array:
+    """Rotates x [R, C] of a head by rows of `tables`, cosines and sines [T, C]; -1: backwards.
+
+    Channels c and c + C / 2 turn together. Without tables returns x itself.
+    """
+    if not tables:
+        return x
+    cosines, sines = (table[rows] for table in tables)
+    y, half = x.astype(jnp.float32), x.shape[-1] // 2
+    other = jnp.concatenate([-y[:, half:], y[:, :half]], axis=-1)
+    return (y * cosines + other * (sign * sines)).astype(x.dtype)
+
+
+def forward_kernel(*refs: jax.Ref, heads: int) -> None:
+    """Attention of one image: qkv [1, T, 3 D], perhaps tables of `turned` -> out [1, T, D]."""
+    qkv, *tables, out = refs
+    whole = slice(0, qkv.shape[1])
     for (q, k, v), rows in pieces(qkv.shape, heads):
-        probs = probabilities(qkv[0, rows, q], qkv[0, :, k])
+        queries = turned(qkv[0, rows, q], tables, rows)
+        probs = probabilities(queries, turned(qkv[0, :, k], tables, whole))
         values = qkv[0, :, v]
         out[0, rows, q] = product(probs.astype(values.dtype), values, (1, 0)).astype(out.dtype)
 
 
-def backward_kernel(
-    qkv: jax.Ref, d_out: jax.Ref, d_qkv: jax.Ref, d_bias: jax.Ref, *, heads: int
-) -> None:
-    """Gradient [1, T, 3 D] of `forward_kernel`, and its sum over tokens, float32 [1, 1, 3 D].
+def backward_kernel(*refs: jax.Ref, heads: int) -> None:
+    """Gradient of `forward_kernel`, and its sum over tokens.
 
+    (qkv [1, T, 3 D], d_out [1, T, D], perhaps tables) -> (d_qkv [1, T, 3 D], float32 [1, 1, 3 D])
     Recomputes the probabilities. The sum is the gradient of a bias, which is added to every token;
     summing later would read the whole gradient again.
     """
+    qkv, d_out, *tables, d_qkv, d_bias = refs
     tokens, dtype, sums = qkv.shape[1], qkv.dtype, [0, 0, 0]
+    whole = slice(0, tokens)
     for lanes, rows in pieces(qkv.shape, heads):
         q, k, v = lanes
-        queries, keys, d_o = qkv[0, rows, q], qkv[0, :, k], d_out[0, rows, q]
+        queries, d_o = turned(qkv[0, rows, q], tables, rows), d_out[0, rows, q]
+        keys = turned(qkv[0, :, k], tables, whole)
         probs = probabilities(queries, keys)
         d_probs = product(d_o, qkv[0, :, v], (1, 1))
         d_logits = probs * (d_probs - jnp.sum(probs * d_probs, axis=-1, keepdims=True))
         d_logits = (d_logits * queries.shape[-1] ** -0.5).astype(dtype)
-        d_q = product(d_logits, keys, (1, 0))
+        d_q = turned(product(d_logits, keys, (1, 0)), tables, rows, -1)
         d_qkv[0, rows, q] = d_q.astype(dtype)
         sums[0] += jnp.sum(d_q, axis=0, keepdims=True)
         sums[1] += product(d_logits, queries, (0, 0))
         sums[2] += product(probs.astype(dtype), d_o, (0, 0))
         if rows.stop == tokens:
+            sums[1] = turned(sums[1], tables, whole, -1)
             d_qkv[0, :, k], d_qkv[0, :, v] = sums[1].astype(dtype), sums[2].astype(dtype)
             for part, d in zip(lanes, sums, strict=True):
                 d_bias[0, :, part] = jnp.sum(d, axis=0, keepdims=True)
@@ -148,12 +169,13 @@ def backward_kernel(
 
 def call(
     kernel: Callable[..., None], heads: int, matmuls: int, arrays: Sequence[jax.Array],
-    shapes: Sequence[jax.ShapeDtypeStruct], interpret: bool,
+    shapes: Sequence[jax.ShapeDtypeStruct], interpret: bool, tables: Sequence[jax.Array] = (),
 ) -> Sequence[jax.Array]:  # fmt: skip
     """Runs a kernel over all images, from arrays [B, T, *] to `shapes`.
 
-    `matmuls` counts the products of T x T x C per head, for XLA's estimate of the cost. The kernel
-    streams its inputs, so that the compiler need not copy them to the chip beforehand.
+    Each image has all of the `tables` [T, C], after its arrays. `matmuls` counts the products of
+    T x T x C per head, for XLA's estimate of the cost. The kernel streams its inputs, so that the
+    compiler need not copy them to the chip beforehand.
     """
     b, t, width = arrays[0].shape
     device = memory.target()[1]
@@ -162,13 +184,15 @@ def call(
         pl.BlockSpec((1, *x.shape[1:]), lambda i: (i, 0, 0), pipeline_mode=buffering)
         for x in (*arrays, *shapes)
     ]
+    specs[len(arrays) : len(arrays)] = [pl.BlockSpec(x.shape, lambda i: (0, 0)) for x in tables]
+    count = len(arrays) + len(tables)
     if not interpret:
         arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     return pl.pallas_call(
         functools.partial(kernel, heads=heads),
         grid=(b,),
-        in_specs=specs[: len(arrays)],
-        out_specs=specs[len(arrays) :],
+        in_specs=specs[:count],
+        out_specs=specs[count:],
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel',), vmem_limit_bytes=SMALL.get(device, LARGE)
@@ -179,7 +203,7 @@ def call(
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
         ),
         interpret=interpret,
-    )(*arrays)  # fmt: skip
+    )(*arrays, *tables)  # fmt: skip
 
 
 def on_each_device(
@@ -189,7 +213,7 @@ def on_each_device(
     """Maps the function over devices, each with its own images and heads, if a mesh is set.
 
     `arrays` and `results` have, for each argument and result, the dimension of its images (None
-    without images) and that of its heads.
+    without images) and that of its heads (-1 without heads).
     """
     if not {'data', 'fsdp'} <= set(jax.sharding.get_abstract_mesh().axis_names):
         return function
@@ -202,53 +226,58 @@ def on_each_device(
     return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def pallas(qkv: jax.Array, bias: jax.Array, interpret: bool = False) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def pallas(
+    qkv: jax.Array, bias: jax.Array, tables: tuple[jax.Array, ...] = (), interpret: bool = False
+) -> jax.Array:
     """Attention by the kernel: qkv [B, T, 3, H, C] and bias [3, H, C] -> [B, T, H, C].
 
-    Only these arrays cross main memory. The gradient of the bias costs no pass of its own.
+    `tables`, cosines and sines [T, C] of rotary.rotation with pairs 'halves', rotate queries and
+    keys. Only these arrays cross main memory. The gradient of the bias costs no pass of its own.
     """
-    return forward(qkv, bias, interpret)[0]
+    return forward(qkv, bias, tables, interpret)[0]
 
 
 def forward(
-    qkv: jax.Array, bias: jax.Array, interpret: bool
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """(`pallas`, residuals for `backward`: qkv [B, T, 3 D] with the bias added, and the bias)."""
+    qkv: jax.Array, bias: jax.Array, tables: tuple[jax.Array, ...], interpret: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """(`pallas`, residuals: qkv [B, T, 3 D] with the bias added, the bias, the tables)."""
 
-    def local(qkv, bias):
+    def local(qkv, bias, *tables):
         b, t, _, h, c = qkv.shape
         # As matrices, which both the projection and the kernel use, to avoid a copy.
         qkv = qkv.reshape(b, t, 3 * h * c) + bias.reshape(3 * h * c).astype(qkv.dtype)
         out = jax.ShapeDtypeStruct((b, t, h * c), qkv.dtype)
-        (out,) = call(forward_kernel, h, 2, [qkv], [out], interpret)
+        (out,) = call(forward_kernel, h, 2, [qkv], [out], interpret, tables)
         return out.reshape(b, t, h, c), qkv
 
-    out, qkv = on_each_device(local, [(0, 3), (None, 1)], [(0, 2), (0, 2)])(qkv, bias)
+    places = [(0, 3), (None, 1), *((None, -1),) * len(tables)]
+    out, qkv = on_each_device(local, places, [(0, 2), (0, 2)])(qkv, bias, *tables)
     b, t, h, c = out.shape
     out = checkpoint_name(out.reshape(b, t, h * c), 'attended').reshape(out.shape)
     qkv = checkpoint_name(qkv, 'qkv')
-    return out, (qkv, bias)
+    return out, (qkv, bias, tables)
 
 
 def backward(
-    interpret: bool, residuals: tuple[jax.Array, jax.Array], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `pallas` by qkv [B, T, 3, H, C] and bias [3, H, C]."""
+    interpret: bool, residuals: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    """Gradients of `pallas` by qkv [B, T, 3, H, C] and bias [3, H, C]; tables have none."""
 
-    def local(qkv, d_out):
+    def local(qkv, d_out, *tables):
         b, t, h, c = d_out.shape
         arrays = [qkv, d_out.reshape(b, t, h * c)]
         shapes = [
             jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
             jax.ShapeDtypeStruct((b, 1, 3 * h * c), jnp.float32),
         ]
-        d_qkv, d_bias = call(backward_kernel, h, 5, arrays, shapes, interpret)
+        d_qkv, d_bias = call(backward_kernel, h, 5, arrays, shapes, interpret, tables)
         return d_qkv.reshape(b, t, 3, h, c), d_bias.reshape(b, 3, h, c)
 
-    qkv, bias = residuals
-    d_qkv, d_bias = on_each_device(local, [(0, 2), (0, 2)], [(0, 3), (0, 2)])(qkv, d_out)
-    return d_qkv, jnp.sum(d_bias, axis=0).astype(bias.dtype)
+    qkv, bias, tables = residuals
+    places = [(0, 2), (0, 2), *((None, -1),) * len(tables)]
+    d_qkv, d_bias = on_each_device(local, places, [(0, 3), (0, 2)])(qkv, d_out, *tables)
+    return d_qkv, jnp.sum(d_bias, axis=0).astype(bias.dtype), None
 
 
 pallas.defvjp(forward, backward)

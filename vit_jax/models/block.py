@@ -3,9 +3,7 @@
 Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C), L depth.
 """
 
-import dataclasses
 import functools
-from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -15,36 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vit_jax.models import attention, embedding, memory, relative, rotary
 from vit_jax.models.layers import Dropout, Dtype, Mlp, Projection, dropped, norm
 from vit_jax.models.memory import rounded, shard_batch
-
-PROJECTIONS = ('query', 'key', 'value')
-
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """How blocks differ from those of arXiv:2010.11929; the defaults are those blocks."""
-
-    # norm before attention and before the MLP (pre); after each, before its residual sum (post,
-    # arXiv:2111.09883 section 3.2); or one norm before both, which run in parallel
-    # (arXiv:2302.05442 section 2)
-    order: Literal['pre', 'post', 'parallel'] = 'pre'
-    norm: Literal['layer', 'rms'] = 'layer'  # kind of all norms of the model
-    # further norms: of each head's queries and keys (arXiv:2302.05442 section 2), of the output of
-    # attention before its projection, of the hidden layer of the MLP (arXiv:2303.11331)
-    norms: tuple[Literal['query_key', 'attention', 'mlp'], ...] = ()
-    # layers without a bias: projections of attention, both layers of the MLP
-    unbiased: tuple[Literal['query', 'key', 'value', 'out', 'mlp'], ...] = ()
-    rope: rotary.Rope | None = None  # rotary positions of the patches
-    bias: relative.Bias | None = None  # biases of attention by the offset of two patches
-
-    def __post_init__(self) -> None:
-        for field, order in (('norms', ('query_key', 'attention', 'mlp')),
-                             ('unbiased', (*PROJECTIONS, 'out', 'mlp'))):  # fmt: skip
-            values = getattr(self, field)
-            if isinstance(values, (list, tuple)) and set(values) <= set(order):
-                object.__setattr__(self, field, tuple(n for n in order if n in values))
-
-
-PLAIN = Style()
+from vit_jax.models.style import PLAIN, PROJECTIONS, Style
 
 
 def qkv_init(
@@ -54,6 +23,11 @@ def qkv_init(
     fan_in, fan_out = shape[0], shape[1] // 3
     limit = (6 / (fan_in + fan_out)) ** 0.5
     return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def reordered(x: jax.Array) -> jax.Array:
+    """Reorders the channels of queries and keys in parameters [..., 3, H, C]; values stay."""
+    return jnp.concatenate([rotary.by_halves(x[..., :2, :, :]), x[..., 2:, :, :]], axis=-3)
 
 
 def by_offset(x: jax.Array) -> jax.Array:
@@ -116,50 +90,50 @@ class Attention(nn.Module):
         dense = dict(dtype=self.dtype, quantize=self.quantize)
         absent = [name in style.unbiased for name in PROJECTIONS]
         qkv, vector = Projection(
-            (width,), (3, *heads), qkv_init, True, **dense, use_bias=not all(absent), name='qkv'
+            (width,), (3, *heads), qkv_init, True, **dense, use_bias=not all(absent),
+            reorder=reordered if style.reorders else None, name='qkv',
         )(x)
         if vector is not None and any(absent):
             vector = jnp.where(jnp.asarray(absent)[:, None, None], 0, vector)
-        qkv, vector = self.turned(qkv, vector, rotation)
+        if 'query_key' in style.norms:
+            qkv, vector = self.normed(qkv, vector), None
         if style.bias is not None and not style.bias.shared:
             before = t - self.grid[0] * self.grid[1]
             own = relative.logits(self, style.bias, self.grid, before, self.num_heads)
             bias = own if bias is None else bias + own
         if vector is None:
             vector = jnp.zeros((3, *heads))
-        x, captured = self.attend(qkv, vector, bias)
+        x, captured = self.attend(qkv, vector, bias, self.rotation(t, width, rotation))
         if 'attention' in style.norms:
             normed = norm(style.norm, self.epsilon, self.dtype, 'norm')(x.reshape(b, t, width))
             x = normed.reshape(x.shape)
         out = Projection(heads, (width,), **dense, use_bias='out' not in style.unbiased, name='out')
         return checkpoint_name(shard_batch(out(x)), 'projected'), captured
 
-    def turned(
-        self, qkv: jax.Array, vector: jax.Array | None,
-        rotation: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """(qkv [B, T, 3, H, C] with norms and rotations of queries and keys, bias still to add)."""
-        rope, normed = self.style.rope, 'query_key' in self.style.norms
-        if rope is None and not normed:
-            return qkv, vector
+    def normed(self, qkv: jax.Array, vector: jax.Array | None) -> jax.Array:
+        """Adds the bias to qkv [B, T, 3, H, C] and normalises queries and keys."""
         if vector is not None:
             qkv = qkv + vector.astype(self.dtype)
         q, k, v = jnp.split(qkv, 3, axis=2)  # [B, T, 1, H, C]
-        if normed:
-            q, k = (norm(self.style.norm, self.epsilon, self.dtype, f'{name}_norm')(x)
-                    for name, x in (('q', q), ('k', k)))  # fmt: skip
-        if rope is not None and rope.learnt:
-            shape = (2, self.num_heads, qkv.shape[-1] // 2)
-            learnt = self.param('rope', rotary.init_frequencies, shape, rope)
-            before = qkv.shape[1] - self.grid[0] * self.grid[1]
-            rotation = rotary.learnt_rotation(rope, self.grid, before, learnt)
-        if rope is not None:
-            q, k = (rotary.rotate(rope, x, *rotation) for x in (q, k))
-        return jnp.concatenate([q, k, v], axis=2), None
+        q, k = (norm(self.style.norm, self.epsilon, self.dtype, f'{name}_norm')(x)
+                for name, x in (('q', q), ('k', k)))  # fmt: skip
+        return jnp.concatenate([q, k, v], axis=2)
+
+    def rotation(
+        self, tokens: int, width: int, given: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Cosines and sines by which queries and keys rotate: `given`, or this block's own."""
+        rope = self.style.rotary
+        if rope is None or not rope.learnt:
+            return given
+        shape = (2, self.num_heads, width // self.num_heads // 2)
+        learnt = self.param('rope', rotary.init_frequencies, shape, rope)
+        return rotary.learnt_rotation(rope, self.grid, tokens - self.grid[0] * self.grid[1], learnt)
 
     def attend(
-        self, qkv: jax.Array, vector: jax.Array, bias: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, qkv: jax.Array, vector: jax.Array, bias: jax.Array | None,
+        rotation: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
         """Attends: [B, T, 3, H, C] -> ([B, T, H, C], probabilities or None).
 
         `vector` [3, H, C] is added to qkv, `bias` to the logits [B, H, T, T].
@@ -170,10 +144,18 @@ class Attention(nn.Module):
             dtype=qkv.dtype, dropout=0.0 if self.deterministic else self.dropout,
             capture=self.capture, relative=self.relative, bias=bias is not None,
         )  # fmt: skip
+        rope = self.style.rotary
+        if kind == 'pallas' and rope is not None and (rope.learnt or rope.pairs != 'halves'):
+            q, k, v = jnp.split(qkv + vector.astype(self.dtype), 3, axis=2)  # [B, T, 1, H, C]
+            q, k = (rotary.rotate(rope, x, *rotation) for x in (q, k))
+            qkv, vector = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(vector)
+            rotation = None
         if kind == 'pallas':
-            return attention.pallas(qkv, vector), None
+            return attention.pallas(qkv, vector, rotation or ()), None
         qkv = checkpoint_name(qkv + vector.astype(self.dtype), 'qkv')
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
+        if rope is not None:
+            q, k = (rotary.rotate(rope, x, *rotation) for x in (q, k))
         if kind == 'cudnn':
             return cudnn(q, k, v), None
         q, k, v = (memory.keep_layout(x.swapaxes(1, 2)) for x in (q, k, v))  # [B, H, T, C]

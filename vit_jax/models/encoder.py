@@ -26,7 +26,7 @@ def encode(
     before = sum(model.prefix.values())
     table = (model.posemb, grid, before, model.width, model.posemb_std)
     shared = rotation = bias = None
-    rope, by_offset = model.style.rope, model.style.bias
+    rope, by_offset = model.style.rotary, model.style.bias
     if rope is not None and not rope.learnt:
         rotation = rotary.rotation(rope, grid, before, model.width // model.num_heads)
     if by_offset is not None and by_offset.shared:

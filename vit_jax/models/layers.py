@@ -60,8 +60,8 @@ class Projection(nn.Module):
     [B, T, *inputs] -> [B, T, *features]; the kernel is [*inputs, *features]. The compiler lays out
     a product by its dimensions: with more than two it would copy between that layout and the matrix
     that a kernel takes. If the mesh shards heads, they stay a dimension. With `apart`, returns
-    (product, bias) for the caller to add; the bias is None without `use_bias`. `quantize` is one of
-    quantized.KINDS.
+    (product, bias) for the caller to add; the bias is None without `use_bias`. `reorder` is applied
+    to kernel and bias before use. `quantize` is one of quantized.KINDS.
     """
 
     inputs: tuple[int, ...]
@@ -71,6 +71,7 @@ class Projection(nn.Module):
     dtype: Dtype = jnp.float32
     quantize: str = 'none'
     use_bias: bool = True
+    reorder: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array | None]:
@@ -84,6 +85,8 @@ class Projection(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
+        if self.reorder is not None:
+            kernel, bias = (None if p is None else self.reorder(p) for p in (kernel, bias))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         dot = quantized.dot_general(self.quantize)
         if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:

@@ -104,6 +104,15 @@ def learnt_rotation(
     return tables(rope, turn, before)
 
 
+def by_halves(x: jax.Array) -> jax.Array:
+    """Reorders channels [..., C]: those of even index first, then the others.
+
+    Pairs of neighbours become those of halves. Applied to queries and keys alike, it changes no
+    product of the two.
+    """
+    return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+
+
 def rotate(rope: Rope, x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
     """Rotates queries or keys [B, T, ..., H, C] by tables [T, C] or [T, H, C]; in their dtype."""
     shape = (x.shape[1], *(1,) * (x.ndim - 1 - cosines.ndim), *cosines.shape[1:])
