@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import ndimage, stats
 
-from vit_jax.data import distort, images, randaugment
+from vit_jax.data import distort, images, randaugment, randaugment_timm
 from vit_jax.data import operations as ops
 from vit_jax.errors import UserError
 
@@ -277,6 +277,67 @@ def test_torchvisions_operations_are_pillows():
     }  # fmt: skip
     for (name, *arguments), image in expected.items():
         np.testing.assert_array_equal(by_name[name](IMAGE, *arguments), image, err_msg=name)
+
+
+def test_timms_magnitudes(monkeypatch):
+    """timm's rand-m9-mstd0.5-inc1: levels of 9 +- 0.5 up to 10, half of two operations applied."""
+    calls, table = [], randaugment_timm.TIMM
+    monkeypatch.setattr(randaugment_timm, 'TIMM', {
+        name: (lambda image, *given, name=name: calls.append((name, *given)) or image, argument)
+        for name, (_, argument) in table.items()
+    })  # fmt: skip
+    image, draws = np.zeros((100, 200, 3), np.uint8), 8_000
+    for seed in range(draws):
+        randaugment_timm.randaugment_timm(image, np.random.default_rng(seed))
+    assert len(calls) == pytest.approx(draws, abs=4 * (draws / 2) ** 0.5)  # half of two each
+    names = collections.Counter(name for name, *_ in calls)
+    assert len(names) == 15 and stats.chisquare(list(names.values())).pvalue > 1e-3
+    seen = {n: np.array([c[1:] for c in calls if c[0] == n]).reshape(-1) for n in names}
+    # From the argument back to the level, which is normal and clipped at 10.
+    levels = {
+        'Rotate': abs(seen['Rotate']) / 3, 'ShearX': abs(seen['ShearX']) / 0.03,
+        'ShearY': abs(seen['ShearY']) / 0.03, 'TranslateX': abs(seen['TranslateX']) / 9,
+        'TranslateY': abs(seen['TranslateY']) / 4.5,
+        **{n: abs(seen[n] - 1) / 0.09 for n in ('Color', 'Contrast', 'Brightness', 'Sharpness')},
+    }  # fmt: skip
+    expected = np.minimum(stats.norm(9, 0.5).ppf((np.arange(10_000) + 0.5) / 10_000), 10)
+    for name, level in levels.items():
+        assert level.max() == pytest.approx(10) and (level > 10 - 1e-9).mean() < 0.06, name
+        assert level.mean() == pytest.approx(expected.mean(), abs=0.1), name
+        assert level.std() == pytest.approx(expected.std(), abs=0.07), name
+        centre = 1 if name in ('Color', 'Contrast', 'Brightness', 'Sharpness') else 0
+        assert abs((seen[name] > centre).mean() - 0.5) < 0.1, name
+    assert {*seen['Posterize']} == {0, 1}  # one bit kept below level 10, none at it
+    assert min(seen['Solarize']) == 0 and np.median(seen['Solarize']) == pytest.approx(26, abs=2)
+    assert max(seen['SolarizeAdd']) == 110
+    assert np.median(seen['SolarizeAdd']) == pytest.approx(99, abs=1)
+    for name in 'AutoContrast', 'Equalize', 'Invert':
+        assert not seen[name].size
+
+
+def test_timms_operations_are_pillows():
+    shown = Image.fromarray(IMAGE)
+    affine = dict(
+        method=Image.Transform.AFFINE, resample=Image.Resampling.BICUBIC, fillcolor=(124, 116, 104)
+    )
+    add = [min(255, i + 99) if i < 128 else i for i in range(256)]
+    expected = {
+        ('AutoContrast',): ImageOps.autocontrast(shown), ('Invert',): ImageOps.invert(shown),
+        ('Rotate', -27.3): shown.rotate(-27.3, affine['resample'], fillcolor=affine['fillcolor']),
+        ('Posterize', 1): ImageOps.posterize(shown, 1), ('Posterize', 0): np.zeros_like(IMAGE),
+        ('Solarize', 26): ImageOps.solarize(shown, 26), ('SolarizeAdd', 99): shown.point(add * 3),
+        ('Solarize', 256): shown, ('Color', 1.83): ImageEnhance.Color(shown).enhance(1.83),
+        ('Contrast', 0.15): ImageEnhance.Contrast(shown).enhance(0.15),
+        ('Brightness', 1.8): ImageEnhance.Brightness(shown).enhance(1.8),
+        ('Sharpness', 0.1): ImageEnhance.Sharpness(shown).enhance(0.1),
+        ('ShearX', 0.27): shown.transform(shown.size, data=(1, 0.27, 0, 0, 1, 0), **affine),
+        ('ShearY', -0.27): shown.transform(shown.size, data=(1, 0, 0, -0.27, 1, 0), **affine),
+        ('TranslateX', 9.3): shown.transform(shown.size, data=(1, 0, 9.3, 0, 1, 0), **affine),
+        ('TranslateY', -4.7): shown.transform(shown.size, data=(1, 0, 0, 0, 1, -4.7), **affine),
+    }  # fmt: skip
+    for (name, *arguments), image in expected.items():
+        found = randaugment_timm.TIMM[name][0](IMAGE, *arguments)
+        np.testing.assert_array_equal(found, image, err_msg=name)
 
 
 def test_three_augment_is_one_of_three(monkeypatch):

@@ -99,8 +99,10 @@ def test_repeats_are_neighbours_with_other_augmentations():
     once = [b['id'] for b in take(feed(source), 10)]
     four = np.concatenate([b['id'] for b in take(feed(source, repeats=4), 10)])
     np.testing.assert_array_equal(four[::4], np.concatenate(once)[:40])
-    with pytest.raises(UserError, match='data.repeats is 3, not a divisor of batch_size 16'):
-        next(feed(source, repeats=3))
+    three = np.concatenate([b['id'] for b in take(feed(source, repeats=3), 6)])  # across batches
+    np.testing.assert_array_equal(three, np.repeat(np.concatenate(once)[:32], 3))
+    with pytest.raises(UserError, match='data.repeats is 17, more than the batch_size 16'):
+        next(feed(source, repeats=17))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 
 from vit_jax.data import operations as ops
 from vit_jax.data.randaugment import autoaugment, randaugment, randaugment_torchvision
+from vit_jax.data.randaugment_timm import randaugment_timm
 from vit_jax.io.bounds import Interval, NonNegative, Positive, Range, Share
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet's pixels in [0, 1]
@@ -184,8 +185,9 @@ def _filling(h, w, rng, fill):
 AUGMENTATIONS = {
     f.__name__: f
     for f in (
-        randaugment, randaugment_torchvision, autoaugment, three_augment, color_jitter,
-        greyscale, blur, solarize, erase,
+        randaugment, randaugment_torchvision, randaugment_timm, autoaugment, three_augment,
+        color_jitter, greyscale, blur, solarize, erase,
     )
 }  # fmt: skip
-MOVING = ('randaugment', 'randaugment_torchvision', 'autoaugment')  # some operations move pixels
+# Some of their operations move pixels.
+MOVING = ('randaugment', 'randaugment_torchvision', 'randaugment_timm', 'autoaugment')

@@ -49,8 +49,8 @@ def batches(
       start: step of the first batch.
       rows: rows of the global batch that this process needs. None: all.
       batch_size: examples in a batch, over all devices and processes.
-      repeats: how many times each example comes in succession within a batch, augmented
-        independently each time (repeated augmentation, arXiv:1902.05509). It divides `batch_size`.
+      repeats: how many times each example comes in succession, augmented independently each time
+        (repeated augmentation, arXiv:1902.05509). At the end of a batch the next one goes on.
       threads: threads that read and decode in each worker process, or in the main process without
         any. None: one per core, divided among the workers.
       workers: processes that read and decode. 0: the main process does. None: 0 on up to four
@@ -62,8 +62,8 @@ def batches(
     """
     if seed < 0:
         raise UserError(f'seed is {seed}; it must not be negative')
-    if batch_size % repeats:
-        raise UserError(f'data.repeats is {repeats}, not a divisor of batch_size {batch_size}')
+    if repeats > batch_size:
+        raise UserError(f'data.repeats is {repeats}, more than the batch_size {batch_size}')
     make = partial(
         training_batch, source=source, task=task, seed=seed, batch_size=batch_size,
         repeats=repeats, rows=np.arange(batch_size) if rows is None else rows,
