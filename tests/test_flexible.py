@@ -10,7 +10,7 @@ from launched import timeless
 from learners import IMAGE
 
 import vit_jax
-from vit_jax import config, evaluate, models, predict, step, train
+from vit_jax import assembly, config, evaluate, models, predict, step, train
 from vit_jax.convert import load
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
@@ -142,6 +142,20 @@ def test_a_run_resumes_to_the_bit_and_is_read_at_any_side(tmp_path):
     )
     with pytest.raises(UserError, match='not divisible by the patch size 5 x 5'):
         vit_jax.load(whole, patch_size=5)
+
+
+def test_a_run_begins_from_any_patch_size(tmp_path):
+    sizes = dict(width=16, depth=1, num_heads=2, mlp_dim=16)
+    base = models.build('vit-ti/8', num_classes=7, **sizes)
+    params = jax.jit(base.init)(jax.random.key(3), jnp.zeros((1, 32, 32, 3)))['params']
+    vit_jax.save(tmp_path / 'base.npz', base, params, format='official')
+    full = config.complete(given() | dict(init_from=str(tmp_path / 'base.npz')))
+    parts = assembly.make(full, devices=jax.devices()[:1])
+    state, account = assembly.first_state(full, parts)
+    kernel = resizing.kernel(params['embedding']['kernel'], (4, 4))
+    np.testing.assert_allclose(state.params['embedding']['kernel'], kernel, atol=1e-6)
+    assert state.params['posemb'].shape == (1, 1 + 3 * 3, 16)
+    assert '8 x 8 -> 4 x 4, pseudo-inverse' in account
 
 
 def test_what_has_no_such_patches_is_refused(tmp_path):

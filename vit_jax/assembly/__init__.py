@@ -179,6 +179,8 @@ def first_state(config: ConfigDict, parts: Parts) -> tuple[step.State, str | Non
             'of its own, whose parameters no checkpoint of a model has'
         )
     size, names = parts.inputs['image'].shape[:2], parameters.named_leaves(parts.abstract.params)
+    if config.objective.get('patch_sides'):  # whose positions are a table of their own
+        size = tuple(config.objective.patch_grid * n for n in parts.model.patch_size)
     subject = f'init_from is {config.init_from}, but objective {config.objective.name}'
     prefix = run.only_prefix(parts.model, size, names, subject)
     classes = names[f'{prefix}head/bias'].shape[0] if f'{prefix}head/bias' in names else 0
