@@ -4,10 +4,16 @@ import functools
 import importlib.util
 import pathlib
 
+import jax
+import numpy as np
+
+import vit_jax
+from vit_jax import models
+
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
-    'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino',
+    'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino', 'deit', 'deit3',
 )  # fmt: skip
 OWN = ('study', 'augreg_fashion')  # whose numbers were measured here
 
@@ -34,6 +40,15 @@ def shrink_view(section, factor):
         section['view'] = view | sides
 
 
+def teacher(path):
+    """Writes a small CNN of the digits' ten classes, once."""
+    if not path.exists():
+        model = models.build('bit', num_classes=10, units=(3,), width=0.5, kernel_epsilon=1e-8)
+        params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+        vit_jax.save(path, model, params['params'], format='timm', image_size=32)
+    return str(path)
+
+
 def toy(values, data_dir, steps=2, test='test[:10%]'):
     """The same recipe with a tiny model on a few tiny images: two steps take seconds.
 
@@ -56,6 +71,8 @@ def toy(values, data_dir, steps=2, test='test[:10%]'):
     if values['data'].get('task') == 'crops':
         values['data']['local_size'] = 16
         values['objective'] |= dict(prototypes=64, hidden=32, bottleneck=16)
+    if 'teacher' in values.get('objective', {}):
+        values['objective']['teacher'] = teacher(pathlib.Path(data_dir) / 'teacher')
     larger = 32 / values['data']['image_size']
     values['data'] |= dict(source=dict(few, split='train'), image_size=32, batch_size=8)
     shrink_view(values['data'], larger)

@@ -241,3 +241,22 @@ def test_without_mixing_the_key_is_the_dropouts():
     logits, _ = Linear().apply({'params': PARAMS}, images, train=True, rngs={'dropout': key})
     by_example = losses.softmax_xent(logits, examples['label'])
     assert_trees_close(value, supervised.masked_mean(by_example, examples['mask']), rtol=1e-5)
+
+
+def test_union_has_the_labels_of_both_in_full():
+    """The target of arXiv:2110.00476 section 2.1; PyTorch: targets.gt(0)."""
+    one, key = batch() | {'mask': np.ones(16, np.float32)}, jax.random.key(0)
+    how = dict(model=MODEL, loss='sigmoid', mixup=1.0, cutmix=0.0, mix_by='batch', mix_shift=3)
+    images, weights = supervised.model_inputs(one, key, **how)
+    same, union = supervised.model_inputs(one, key, **how, mix_union=True)
+    np.testing.assert_array_equal(same, images)
+    both = np.eye(4)[one['label']] + np.eye(4)[np.roll(one['label'], 3)]
+    assert 0 < float(weights[both > 0].min()) < 0.5
+    np.testing.assert_array_equal(union, np.minimum(both, 1))
+    logits = jnp.linspace(-2, 2, 64).reshape(16, 4)
+    objective = classifier(MODEL, IMAGE, loss='sigmoid', mixup=1.0, mix_shift=3, mix_union=True)
+    params = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, *IMAGE)))['params']
+    params['head']['bias'] = logits[3]  # the kernel is zero
+    expected = optax.sigmoid_binary_cross_entropy(jnp.tile(logits[3], (16, 1)), union).sum(-1)
+    loss, _ = loss_of(objective)(params, one, key)
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)

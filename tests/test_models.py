@@ -432,6 +432,16 @@ def test_dropout_at_its_limits():
         assert np.isfinite(y).all() and low <= (y != 0).mean() <= high
 
 
+def test_drop_path_rises_or_is_the_same_in_all_blocks():
+    model, params, images = small(depth=1, drop_path=0.999)  # one block, which is the first
+    variables, keys = {'params': params}, {'dropout': jax.random.key(0)}
+    still = model.apply(variables, images)[1]['encoded']
+    for rises in True, False:
+        one = model.clone(drop_path_rises=rises)
+        moved = one.apply(variables, images, train=True, rngs=keys)[1]['encoded']
+        assert np.allclose(moved, still, atol=1e-5) == rises
+
+
 @pytest.mark.slow
 def test_drop_path_keeps_the_expectation_and_the_first_block():
     model, params, images = small(depth=1, drop_path=0.9)

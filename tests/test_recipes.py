@@ -71,7 +71,7 @@ def one_of_each():
     ('finetune', 'cifar10,h/14'), ('finetune', 'imagenet2012,r50+b/16-i21k'),
     ('finetune', 'cifar10,mixer/b_16-i1k,224'), ('finetune', 'vtab:kitti_distance,l/16-i21k'),
     ('finetune', 'imagenet2012,h/14,512,polyak'), ('finetune', 'oxford_flowers102,r152x2-sgd'),
-    ('dino', 's/16,300'),
+    ('dino', 's/16,300'), ('deit', 'ti/16,tokens'), ('deit3', 'h/14,154'), ('deit3', 'b/16'),
 ])  # fmt: skip
 def test_builds_at_its_full_size(name, arg):
     text = rehearsal.describe(config.complete(recipes.given(name, arg)), 'runs/x')
@@ -93,7 +93,8 @@ TOYS = [
     ('mae', 'b/16,800'), ('mae', 'l/16,block75'), ('finetune_mae', 'b/16,repo'),
     ('mae_probe', 'b/16'),
     ('finetune_readme', 'cifar10,mixer/b_16-i1k'), ('study', 'vit-m,20k'),
-    ('study', 'digits,resnet-m,5k'), ('dino', 's/16,300'),
+    ('study', 'digits,resnet-m,5k'), ('dino', 's/16,300'), ('deit', 's/16,tokens'),
+    ('deit3', 's/16'),
 ]  # fmt: skip
 
 

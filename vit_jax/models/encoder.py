@@ -51,7 +51,8 @@ def encode(
         matmul_dtype=model.product_dtype,
         name='encoder',
     )
-    rates = jnp.linspace(0, model.drop_path, model.depth)
+    first = 0 if model.drop_path_rises else model.drop_path
+    rates = jnp.linspace(first, model.drop_path, model.depth)
     y, (probabilities, tokens) = encoder(x, rates, shared, rotation, bias)
     arrays = {'attention': probabilities}
     if tokens is not None:

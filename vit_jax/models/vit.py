@@ -119,7 +119,9 @@ class Vit(nn.Module):
     attention_dropout: Rate = 0.0  # dropout rate of the attention probabilities
     # implementation of attention; auto: the fastest that applies, see models/attention.py
     attention: Literal['auto', 'xla', 'cudnn', 'pallas'] = 'auto'
-    drop_path: Rate = 0.0  # stochastic depth rate of the last block; rises linearly from 0
+    drop_path: Rate = 0.0  # stochastic depth rate of the last block
+    # that rate rises linearly from 0 in the first block; else it is the same in all
+    drop_path_rises: bool = True
     # activations recomputed for the gradient: all (full), or all but products of matrices
     remat: Literal['none', 'full', 'dots_with_no_batch_dims_saveable'] = 'none'
     # blocks per iteration of the scan over depth; None: 1 on CPUs, with FSDP or remat, else all

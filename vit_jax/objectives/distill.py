@@ -46,6 +46,7 @@ def distill(
     cutmix: NonNegative[float] = 0.0,
     mix_by: Literal['batch', 'example'] = 'batch',
     mix_shift: Positive[int] = 1,
+    mix_union: bool = False,
     patch_sides: tuple[Positive[int], ...] = (),
     patch_grid: Positive[int] = 7,
     predict_side: Positive[int] | None = None,
@@ -76,15 +77,15 @@ def distill(
       teacher_size: size to which the teacher's images are resized (bicubic, antialiased). None:
         that of its positions, or of the student's images if the teacher takes any size.
       teacher_dtype: dtype of the teacher's matrix products, as `model.matmul_dtype`.
-      loss, label_smoothing, mixup, cutmix, mix_by, mix_shift: those of objective supervised;
-        labels alone are smoothed.
+      loss, label_smoothing, mixup, cutmix, mix_by, mix_shift, mix_union: those of objective
+        supervised; labels alone are smoothed.
       patch_sides, patch_grid, predict_side: those of objective supervised, for the student. A
         FlexiViT is trained so (arXiv:2212.08013 section 3.4).
     """
     own = supervised.supervised(
         model, examples, loss=loss, label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix,
-        mix_by=mix_by, mix_shift=mix_shift, patch_sides=patch_sides, patch_grid=patch_grid,
-        predict_side=predict_side,
+        mix_by=mix_by, mix_shift=mix_shift, mix_union=mix_union, patch_sides=patch_sides,
+        patch_grid=patch_grid, predict_side=predict_side,
     )  # fmt: skip
     shape = examples.spec['image'].shape
     size = size_for(teacher, teacher_size, shape)
@@ -103,7 +104,7 @@ def distill(
         def loss_fn(params, extra, frozen, batch, key, step):
             images, labels = supervised.model_inputs(
                 batch, key, model=model, loss=loss, mixup=mixup, cutmix=cutmix, mix_by=mix_by,
-                mix_shift=mix_shift,
+                mix_shift=mix_shift, mix_union=mix_union,
             )  # fmt: skip
             logits, out = patches.apply(params, images, side, train=True, rngs={'dropout': key})
             of_labels, of_teacher = out.get('logits_cls', logits), out.get('logits_dist', logits)

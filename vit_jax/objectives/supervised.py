@@ -29,6 +29,7 @@ def supervised(
     cutmix: NonNegative[float] = 0.0,
     mix_by: Literal['batch', 'example'] = 'batch',
     mix_shift: Positive[int] = 1,
+    mix_union: bool = False,
     patch_sides: tuple[Positive[int], ...] = (),
     patch_grid: Positive[int] = 7,
     predict_side: Positive[int] | None = None,
@@ -51,6 +52,8 @@ def supervised(
       mix_by: one mixing weight for the whole batch, or one for each example.
       mix_shift: distance in the batch from an example to the one that it is mixed with. At least
         `data.repeats`, so that no example is mixed with a copy of itself.
+      mix_union: whether a mixed image has the labels of both, each in full, in place of their
+        weighted mean (arXiv:2110.00476 section 2.1, for the loss sigmoid).
       patch_sides: sides of patches in pixels, of which each step has one at random (FlexiViT,
         arXiv:2212.08013): the kernel, of the model's own `patch_size`, and the positions are
         resized. Empty: the model's own patches.
@@ -75,7 +78,7 @@ def supervised(
         def loss_fn(params, extra, frozen, batch, key, step):
             images, labels = model_inputs(
                 batch, key, model=model, loss=loss, mixup=mixup, cutmix=cutmix, mix_by=mix_by,
-                mix_shift=mix_shift,
+                mix_shift=mix_shift, mix_union=mix_union,
             )  # fmt: skip
             logits, _ = patches.apply(params, images, side, train=True, rngs={'dropout': key})
             per_example = losses.LOSSES[loss](logits, labels, label_smoothing=label_smoothing)
@@ -118,13 +121,14 @@ def check_model(model: nn.Module, examples: Examples) -> None:
 
 def model_inputs(
     batch: dict[str, jax.Array], key: jax.Array, *, model: nn.Module, loss: str, mixup: float,
-    cutmix: float, mix_by: str, mix_shift: int,
+    cutmix: float, mix_by: str, mix_shift: int, mix_union: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(normalised images [B, H, W, C], labels) that a step trains on, mixed if configured."""
     images, labels = model.normalise(batch['image']), batch['label']
     if not mixup and not cutmix:
         return images, labels
-    return mixing.mix(
+    images, labels = mixing.mix(
         images, losses.TARGETS[loss](labels, model.num_classes), jax.random.fold_in(key, MIX),
         mask=batch['mask'], mixup=mixup, cutmix=cutmix, by=mix_by, shift=mix_shift,
     )  # fmt: skip
+    return images, (labels > 0).astype(labels.dtype) if mix_union else labels
