@@ -57,6 +57,20 @@ def test_lamb_equals_numpy_layer_by_layer():
         assert_close(found[t], params, start)
 
 
+def test_lamb_of_a_loss_times_1000_is_lamb():
+    """With epsilon and clipping times 1,000: a sum over classes in place of a mean."""
+    start, gradient = problem(6)
+    found = [
+        ours(
+            start, lambda t, p: {n: scale * g for n, g in gradient(t, p).items()},  # noqa: B023
+            6, name='lamb', lr=0.01, schedule='constant', eps=1e-6 * scale, clip=scale,
+            weight_decay=0.05,
+        )[0][-1]
+        for scale in (1.0, 1000.0)
+    ]  # fmt: skip
+    assert_trees_close(*found, rtol=1e-4, atol=1e-6)
+
+
 def test_lars_equals_numpy_layer_by_layer():
     """facebookresearch/mae util/lars.py: decay, trust ratio, momentum, and then the rate."""
     steps = 20

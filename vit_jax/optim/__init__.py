@@ -220,7 +220,8 @@ def make(
         None: no average.
       trust: patterns of the parameters whose updates have a trust ratio in lamb and lars.
       sam_rho: distance uphill at which the gradient is taken, as in sharpness-aware minimisation
-        (arXiv:2010.01412), see optim/sharpness.py; an update then costs two gradients. 0: none.
+        (arXiv:2010.01412), see optim/sharpness.py; an update then costs two gradients,
+        of which reported FLOPs count one. 0: none.
 
     `update_rule`, `make_schedule`, `decay_strengths`, `decay_factor` and `rate_multipliers`
     document the others.
