@@ -218,10 +218,11 @@ def make(
       hold_steps: see `hold`.
       ema: decay of an exponential moving average of the parameters, which evaluations then use.
         None: no average.
-      trust: patterns of the parameters whose updates have a trust ratio in lamb and lars.
+      trust: patterns of the parameters whose updates have a trust ratio in lamb and lars. In lamb
+        an array grows by at most its rate a step, so one that starts at zero, as a head, is late.
       sam_rho: distance uphill at which the gradient is taken, as in sharpness-aware minimisation
-        (arXiv:2010.01412), see optim/sharpness.py; an update then costs two gradients,
-        of which reported FLOPs count one. 0: none.
+        (arXiv:2010.01412), see optim/sharpness.py; an update then costs two gradients, of which
+        reported FLOPs count one. 0: none.
 
     `update_rule`, `make_schedule`, `decay_strengths`, `decay_factor` and `rate_multipliers`
     document the others.
