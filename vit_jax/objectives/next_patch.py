@@ -17,7 +17,6 @@ METRICS = {'loss': 'min'}
 PREFIX = 0x707265  # folded into the key for the lengths of prefixes; dropout uses the key itself
 RULES = (
     (r'predictor/blocks/fc1/kernel', P(None, 'fsdp', 'tensor')),  # [L, W, 4 W]
-    (r'predictor/blocks/fc1/bias', P(None, 'tensor')),  # [L, 4 W]
     (r'predictor/blocks/fc2/kernel', P(None, 'tensor', 'fsdp')),  # [L, 4 W, W]
     (r'predictor/blocks/(\w+/)*(bias|scale)', P()),
     (r'predictor/(enter|leave)/kernel', P('fsdp', None)),  # [D, W] and [W, P * P * C]
@@ -34,15 +33,16 @@ class Residual(nn.Module):
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         width = x.shape[-1]
         y = layers.norm('layer', self.epsilon, self.dtype, 'norm')(x)
-        y = memory.shard_batch(nn.Dense(4 * width, dtype=self.dtype, name='fc1')(y), whole=False)
-        y = nn.Dense(width, dtype=self.dtype, name='fc2')(nn.gelu(y))
+        dense = dict(use_bias=False, dtype=self.dtype)
+        y = memory.shard_batch(nn.Dense(4 * width, **dense, name='fc1')(y), whole=False)
+        y = nn.Dense(width, **dense, name='fc2')(nn.gelu(y))
         return memory.shard_batch(x + y.astype(x.dtype)), None
 
 
 class Predictor(nn.Module):
-    """The prediction head (arXiv:2401.08541 section 3.3): [B, N, D] -> float32 [B, N, P * P * C].
+    """The prediction head: [B, N, D] -> float32 [B, N, P * P * C].
 
-    `depth` blocks of width W; 0: a linear layer.
+    `depth` blocks of width W, without biases; 0: a linear layer.
     """
 
     depth: int
@@ -54,11 +54,12 @@ class Predictor(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.depth:
-            x = memory.shard_batch(nn.Dense(self.width, dtype=self.dtype, name='enter')(x))
+            x = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name='enter')(x)
+            x = memory.shard_batch(x)
             scanned = memory.stacked(Residual, self.depth, None, False, inputs=(nn.broadcast,))
             x, _ = scanned(self.epsilon, self.dtype, name='blocks')(x, None)
             x = layers.norm('layer', self.epsilon, self.dtype, 'norm')(x)
-        return nn.Dense(self.outputs, name='leave')(x.astype(jnp.float32))
+        return nn.Dense(self.outputs, use_bias=False, name='leave')(x.astype(jnp.float32))
 
 
 def next_patch(
@@ -67,6 +68,7 @@ def next_patch(
     *,
     head_depth: NonNegative[int] = 12,
     head_width: Positive[int] = 2048,
+    head_posemb: bool = True,
     prefix: bool = True,
     normalise: bool = True,
 ) -> Objective:
@@ -76,11 +78,11 @@ def next_patch(
       model: a ViT, which is trained without a head. A class token reads the prefix alone here, so
         pool 'gap' or 'map' suits.
       examples: the training examples, with `image` [H, W, C] in the spec.
-      head_depth: blocks of the MLP that makes pixels of a patch's encoding (section 3.3). 0: a
-        linear layer.
+      head_depth: blocks of the MLP that makes pixels of a patch's encoding. 0: a linear layer.
       head_width: width of these blocks.
+      head_posemb: whether fixed sine-cosine positions are added to the encodings before the head.
       prefix: whether the first patches of an image, of a number drawn between 1 and N - 1, read
-        each other and are not predicted (section 3.2). Otherwise attention is causal throughout.
+        each other and are not predicted. Otherwise attention is causal throughout.
       normalise: whether the pixels of each patch are normalised by their mean and deviation, as in
         arXiv:2111.06377.
     """
@@ -91,6 +93,10 @@ def next_patch(
     if count < 2:
         raise UserError('objective next_patch needs several patches, and an image has one')
     outputs = model.patch_size[0] * model.patch_size[1] * shape[-1]
+    if head_posemb and model.width % 4:
+        raise UserError(
+            f'objective.head_posemb needs a model.width divisible by 4, not {model.width}'
+        )
     head = Predictor(head_depth, head_width, outputs, model.epsilon, model.dtype)
 
     def init(key):
@@ -110,7 +116,10 @@ def next_patch(
         _, out = model.apply(
             {'params': params['vit']}, images, train=True, attend=attend, rngs={'dropout': key}
         )
-        made = head.apply({'params': params['predictor']}, out['encoded'])[:, :-1]
+        encoded = out['encoded']
+        if head_posemb:
+            encoded += embedding.fixed('sincos2d', rows, columns, model.width).astype(encoded.dtype)
+        made = head.apply({'params': params['predictor']}, encoded)[:, :-1]
         wanted = embedding.cut(images, model.patch_size)
         wanted = targets.normalised(wanted) if normalise else wanted
         errors = jnp.mean((made - wanted[:, 1:]) ** 2, axis=-1)  # [B, N - 1]
