@@ -16,7 +16,7 @@ from vit_jax.convert.pieces import Piece
 from vit_jax.convert.timm import arguments, vit, vit_model
 from vit_jax.convert.timm.arguments import Signature
 from vit_jax.convert.timm.config import POOLS, with_normalisation
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, shown
 from vit_jax.models import pooling
 
 NAMES = {f'embeds.{n}': n for n in ('cls_token', 'reg_token', 'pos_embed')} | {
@@ -202,7 +202,7 @@ def resizing(args: Mapping[str, Any]) -> tuple[str, bool]:
         mode, antialias, aligned = 'bilinear', False, False
     if (mode, antialias, aligned) not in METHODS:
         raise UserError(
-            f'config.json: pos_embed_interp_mode is {mode!r} with antialias {antialias} and '
+            f'config.json: pos_embed_interp_mode is {shown(mode)} with antialias {antialias} and '
             f'align_corners {aligned}, which is not supported'
         )
     return METHODS[mode, antialias, aligned], args['pos_embed_ar_preserving']
