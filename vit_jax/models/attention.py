@@ -110,7 +110,7 @@ def pieces(shape: tuple[int, ...], heads: int) -> Iterator[tuple[list[slice], sl
             yield lanes, slice(start, min(start + ROWS, tokens))
 
 
-def turned(
+def rotated(
     x: jax.Array, tables: Sequence[jax.Ref], rows: slice, sign: int = 1
 ) -> jax.Array:
     """Rotates x [R, C] of a head by rows of `tables`, cosines and sines [T, C]; -1: backwards.
@@ -126,12 +126,12 @@ def turned(
 
 
 def forward_kernel(*refs: jax.Ref, heads: int) -> None:
-    """Attention of one image: qkv [1, T, 3 D], perhaps tables of `turned` -> out [1, T, D]."""
+    """Attention of one image: qkv [1, T, 3 D], perhaps tables of `rotated` -> out [1, T, D]."""
     qkv, *tables, out = refs
     whole = slice(0, qkv.shape[1])
     for (q, k, v), rows in pieces(qkv.shape, heads):
-        queries = turned(qkv[0, rows, q], tables, rows)
-        probs = probabilities(queries, turned(qkv[0, :, k], tables, whole))
+        queries = rotated(qkv[0, rows, q], tables, rows)
+        probs = probabilities(queries, rotated(qkv[0, :, k], tables, whole))
         values = qkv[0, :, v]
         out[0, rows, q] = product(probs.astype(values.dtype), values, (1, 0)).astype(out.dtype)
 
@@ -148,19 +148,19 @@ def backward_kernel(*refs: jax.Ref, heads: int) -> None:
     whole = slice(0, tokens)
     for lanes, rows in pieces(qkv.shape, heads):
         q, k, v = lanes
-        queries, d_o = turned(qkv[0, rows, q], tables, rows), d_out[0, rows, q]
-        keys = turned(qkv[0, :, k], tables, whole)
+        queries, d_o = rotated(qkv[0, rows, q], tables, rows), d_out[0, rows, q]
+        keys = rotated(qkv[0, :, k], tables, whole)
         probs = probabilities(queries, keys)
         d_probs = product(d_o, qkv[0, :, v], (1, 1))
         d_logits = probs * (d_probs - jnp.sum(probs * d_probs, axis=-1, keepdims=True))
         d_logits = (d_logits * queries.shape[-1] ** -0.5).astype(dtype)
-        d_q = turned(product(d_logits, keys, (1, 0)), tables, rows, -1)
+        d_q = rotated(product(d_logits, keys, (1, 0)), tables, rows, -1)
         d_qkv[0, rows, q] = d_q.astype(dtype)
         sums[0] += jnp.sum(d_q, axis=0, keepdims=True)
         sums[1] += product(d_logits, queries, (0, 0))
         sums[2] += product(probs.astype(dtype), d_o, (0, 0))
         if rows.stop == tokens:
-            sums[1] = turned(sums[1], tables, whole, -1)
+            sums[1] = rotated(sums[1], tables, whole, -1)
             d_qkv[0, :, k], d_qkv[0, :, v] = sums[1].astype(dtype), sums[2].astype(dtype)
             for part, d in zip(lanes, sums, strict=True):
                 d_bias[0, :, part] = jnp.sum(d, axis=0, keepdims=True)
