@@ -10,7 +10,7 @@ import pytest
 from vit_jax import models, sharding
 from vit_jax.distributed import topologies
 from vit_jax.errors import UserError
-from vit_jax.models import attention, memory, rotary
+from vit_jax.models import attention, attention_kernel, memory, rotary
 from vit_jax.plan import hlo_traffic
 
 needs_compiler = pytest.mark.skipif(
@@ -24,79 +24,94 @@ SHAPE = dict(
 )  # fmt: skip
 
 
-def exact(qkv, weights):
-    """Output and gradient of sum(weights * output), by hand, in float64."""
+def exact(qkv, weights, shift=0.0):
+    """Output and gradients of sum(weights * output) by qkv and shift, by hand, in float64."""
     q, k, v = np.moveaxis(np.asarray(qkv, np.float64), 2, 0)  # [B, T, H, C]
     scale = q.shape[-1] ** -0.5
-    e = np.einsum('bqhc,bkhc->bhqk', q, k) * scale
+    e = np.einsum('bqhc,bkhc->bhqk', q, k) * scale + shift
     e = np.exp(e - e.max(-1, keepdims=True))
     probs = e / e.sum(-1, keepdims=True)
     d_probs = np.einsum('bqhc,bkhc->bhqk', weights, v)
-    d_logits = scale * probs * (d_probs - (probs * d_probs).sum(-1, keepdims=True))
+    d_logits = probs * (d_probs - (probs * d_probs).sum(-1, keepdims=True))
     grads = (
-        np.einsum('bhqk,bkhc->bqhc', d_logits, k), np.einsum('bhqk,bqhc->bkhc', d_logits, q),
+        np.einsum('bhqk,bkhc->bqhc', scale * d_logits, k),
+        np.einsum('bhqk,bqhc->bkhc', scale * d_logits, q),
         np.einsum('bhqk,bqhc->bkhc', probs, weights),
     )  # fmt: skip
-    return np.einsum('bhqk,bkhc->bqhc', probs, v), np.stack(grads, axis=2)
+    return np.einsum('bhqk,bkhc->bqhc', probs, v), np.stack(grads, axis=2), d_logits.sum(0)
 
 
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('bfloat16', 2e-2)])
-@pytest.mark.parametrize('tokens, heads, channels, rows', [
-    (197, 3, 64, 256), (17, 4, 16, 8), (50, 2, 80, 16), (1, 2, 8, 8),
+@pytest.mark.parametrize('images, tokens, heads, channels, rows, shifted', [
+    (2, 197, 3, 64, 256, False), (4, 17, 4, 16, 8, True), (2, 50, 2, 80, 16, False),
+    (2, 1, 2, 8, 8, False), (3, 300, 2, 8, 256, True),
 ])  # fmt: skip
-def test_the_kernel_is_exact(tokens, heads, channels, rows, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(attention, 'ROWS', rows)
+def test_the_kernel_is_exact(
+    images, tokens, heads, channels, rows, shifted, dtype, tolerance, monkeypatch
+):
+    monkeypatch.setattr(attention_kernel, 'ROWS', rows)
     rng = np.random.default_rng(0)
-    qkv = jnp.asarray(2 * rng.standard_normal((2, tokens, 3, heads, channels)), dtype)
+    qkv = jnp.asarray(2 * rng.standard_normal((images, tokens, 3, heads, channels)), dtype)
     bias = jnp.asarray(rng.standard_normal((3, heads, channels)), jnp.float32)
-    weights = jnp.asarray(rng.standard_normal((2, tokens, heads, channels)), dtype)
-    out, backward = jax.vjp(lambda x: attention.pallas(*x, (), True), (qkv, bias))
-    ((d_qkv, d_bias),) = backward(weights)
+    weights = jnp.asarray(rng.standard_normal((images, tokens, heads, channels)), dtype)
+    shift = jnp.float32(rng.standard_normal((heads, tokens, tokens))) if shifted else None
+    out, backward = jax.vjp(lambda *x: attention.pallas(*x[:2], (), x[2], True), qkv, bias, shift)
+    d_qkv, d_bias, d_shift = backward(weights)
     rounded = np.float64(qkv + bias.astype(dtype))
-    wanted, d_wanted = exact(rounded, np.float64(weights))
-    pairs = (out, wanted), (d_qkv, d_wanted), (d_bias, d_wanted.sum((0, 1)))
+    added = np.float64(shift.astype(dtype)) if shifted else 0
+    wanted, d_wanted, d_added = exact(rounded, np.float64(weights), added)
+    pairs = [(out, wanted), (d_qkv, d_wanted), (d_bias, d_wanted.sum((0, 1)))]
     assert out.dtype == d_qkv.dtype == dtype and d_bias.dtype == jnp.float32
+    if shifted:
+        assert d_shift.dtype == jnp.float32
+        pairs.append((d_shift, d_added))
     for found, wanted in pairs:
         assert found.shape == wanted.shape
         error = np.abs(np.float64(found) - wanted).max() / np.abs(wanted).max()
         assert error < tolerance
 
 
-@pytest.mark.parametrize('mesh', [None, dict(data=2, fsdp=2, tensor=2)])
-@pytest.mark.parametrize('rows', [8, 256])
-def test_the_kernel_rotates_queries_and_keys(mesh, rows, monkeypatch):
-    """As rotating them before it does, gradients included."""
-    monkeypatch.setattr(attention, 'ROWS', rows)
+@pytest.mark.parametrize('mesh, images, rows', [
+    (None, 3, 8), (dict(data=2, fsdp=2, tensor=2), 8, 256), (dict(data=2, fsdp=2, tensor=2), 4, 8),
+])  # fmt: skip
+@pytest.mark.parametrize('shifted', [False, True])
+def test_the_kernel_rotates_queries_and_keys(mesh, images, rows, shifted, monkeypatch):
+    """As XLA does before attention, gradients included, with a shift of the logits or without."""
+    monkeypatch.setattr(attention_kernel, 'ROWS', rows)
     rope, (tokens, heads, channels) = rotary.Rope(), (21, 2, 16)
     tables = rotary.rotation(rope, (4, 5), 1, channels)
     rng = np.random.default_rng(0)
-    qkv, weights = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in
-                    ((8, tokens, 3, heads, channels), (8, tokens, heads, channels)))  # fmt: skip
-    bias = jnp.asarray(rng.standard_normal((3, heads, channels)), jnp.float32)
+    weights, *arrays = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (
+        (images, tokens, heads, channels), (images, tokens, 3, heads, channels),
+        (3, heads, channels), (heads, tokens, tokens)))  # fmt: skip
+    arguments = (0, 1, 2) if shifted else (0, 1)
 
-    def inside(qkv, bias):
-        return jnp.sum(weights * attention.pallas(qkv, bias, tables, True))
+    def inside(qkv, bias, shift):
+        added = shift if shifted else None
+        return jnp.sum(weights * attention.pallas(qkv, bias, tables, added, True))
 
-    def before(qkv, bias):
-        q, k, v = jnp.split(qkv + bias, 3, axis=2)
+    def outside(qkv, bias, shift):
+        q, k, v = (jnp.squeeze(x, 2) for x in jnp.split(qkv + bias, 3, axis=2))
         q, k = (rotary.rotate(rope, x, *tables) for x in (q, k))
-        rotated = jnp.concatenate([q, k, v], axis=2)
-        return jnp.sum(weights * attention.pallas(rotated, jnp.zeros_like(bias), (), True))
+        logits = jnp.einsum('bqhc,bkhc->bhqk', q, k) * channels**-0.5 + shifted * shift
+        return jnp.sum(weights * jnp.einsum('bhqk,bkhc->bqhc', jax.nn.softmax(logits), v))
 
-    grad, places = jax.value_and_grad(inside, (0, 1)), {}
+    grad, places = jax.value_and_grad(inside, arguments), {}
     if mesh:
         mesh = sharding.make_mesh(**mesh)
         grad = sharding.with_mesh(mesh, grad)
-        specs = sharding.BATCH, jax.sharding.PartitionSpec()
+        specs = sharding.BATCH, jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec()
         places = dict(in_shardings=tuple(jax.sharding.NamedSharding(mesh, s) for s in specs))
-    found = jax.jit(grad, **places)(qkv, bias)
-    wanted = jax.jit(jax.value_and_grad(before, (0, 1)))(qkv, bias)
+    found = jax.jit(grad, **places)(*arrays)
+    wanted = jax.jit(jax.value_and_grad(outside, arguments))(*arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
 
 
 @pytest.mark.parametrize('mesh, style', [
-    (None, dict(norms=['query_key'], rope={}, unbiased=['key'])),
-    (dict(data=2, fsdp=2, tensor=2), dict(norms=['query_key'], rope=dict(pairs='neighbours'))),
+    (None, dict(norms=['query_key'], rope={}, unbiased=['key'],
+                bias=dict(kind='mlp', shared=True))),
+    (dict(data=2, fsdp=2, tensor=2), dict(norms=['query_key'], rope=dict(pairs='neighbours'),
+                                          bias={})),
     (dict(data=2, fsdp=2, tensor=2), dict(rope=dict(pairs='neighbours'), unbiased=['key'])),
     (None, dict(rope=dict(learnt=True))),
 ])  # fmt: skip
@@ -109,6 +124,9 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, style, monkeypatch):
     images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
     params = jax.jit(model.init)(jax.random.key(1), images)['params']
     params['head']['kernel'] = jax.random.normal(jax.random.key(2), (32, 5))
+    attn = params['encoder']['attn']
+    if 'bias_table' in attn:  # zeros at first
+        attn['bias_table'] = jax.random.normal(jax.random.key(4), attn['bias_table'].shape)
 
     def loss(params, images):
         rngs = {'dropout': jax.random.key(3)}
@@ -117,9 +135,9 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, style, monkeypatch):
 
     calls, kernel = [], attention.pallas
 
-    def interpreted(qkv, bias, tables):
-        calls.append(qkv.shape)
-        return kernel(qkv, bias, tables, True)
+    def interpreted(qkv, bias, tables, shift):
+        calls.append((qkv.shape, shift is not None))
+        return kernel(qkv, bias, tables, shift, True)
 
     wanted = jax.jit(jax.value_and_grad(loss))(params, images)
     monkeypatch.setattr(attention, 'pallas', interpreted)
@@ -131,7 +149,7 @@ def test_a_model_trains_with_the_kernel_as_without(mesh, style, monkeypatch):
         specs = jax.sharding.PartitionSpec(), sharding.BATCH
         places = dict(in_shardings=tuple(jax.sharding.NamedSharding(mesh, s) for s in specs))
     found = jax.jit(grad, **places)(params, images)
-    assert calls and set(calls) == {(8, 17, 3, 2, 16)}
+    assert calls and set(calls) == {((8, 17, 3, 2, 16), 'bias' in style)}
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), found, wanted)
 
@@ -143,6 +161,8 @@ def test_auto_is_what_can_be():
     assert auto(V4) == auto(('tpu', 'TPU v6 lite')) == auto(V4, dtype=jnp.float32) == 'pallas'
     assert auto(V4, capture=True) == auto(V4, dropout=0.1) == auto(('tpu', 'TPU v3')) == 'xla'
     assert auto(V4, tokens=1025) == 'xla' and auto(V4, tokens=577) == 'pallas'
+    assert auto(V4, bias=(12, 197, 197)) == 'pallas' and auto(V4, bias=(8, 1, 197, 197)) == 'xla'
+    assert auto(V4, tokens=577, bias=(12, 577, 577)) == auto(HOPPER, bias=(12, 197, 197)) == 'xla'
     assert auto(HOPPER) == 'cudnn' and auto(HOPPER, dtype=jnp.float32) == 'xla'
     assert auto(HOPPER, heads=2) == auto(('gpu', 'AMD Instinct')) == auto(('cpu', 'cpu')) == 'xla'
 
@@ -154,6 +174,10 @@ def test_auto_is_what_can_be():
     ('pallas', V4, dict(dropout=0.1), 'attention_dropout is 0.1'),
     ('pallas', V4, dict(capture=True), 'are captured'),
     ('pallas', V4, dict(relative=True), "posemb is 'relative'"),
+    ('pallas', V4, dict(tokens=577, bias=(12, 577, 577)), '577 tokens of width 768 with biases of '
+     '12 heads need 38 MiB on the chip, where TPU v4 has 16'),
+    ('pallas', V4, dict(bias=(8, 1, 197, 197)), 'it adds no mask to the logits'),
+    ('cudnn', HOPPER, dict(bias=(12, 197, 197)), 'it adds nothing to the logits, and model.style'),
     ('cudnn', V4, {}, 'NVIDIA GPUs, and this is for TPU v4'),
     ('cudnn', ('gpu', 'NVIDIA H200'), dict(dtype=jnp.float32), 'products are in float32'),
     ('cudnn', ('gpu', 'NVIDIA H200'), dict(heads=2), '384 channels'),
@@ -231,37 +255,46 @@ def test_a_model_that_asks_for_what_can_not_be_is_refused():
 
 
 @needs_compiler
-@pytest.mark.parametrize('topology, tokens, width, heads', [
-    ('v4:2x2x1', 197, 768, 12), ('v5e:2x2', 197, 192, 3), ('v6e:2x2', 257, 1280, 16),
-    pytest.param('v4:2x2x1', 257, 1664, 16, marks=pytest.mark.slow),  # as large as it may be there
-    pytest.param('v4:2x2x1', 577, 1024, 16, marks=pytest.mark.slow),  # one image at a time
-    pytest.param('v5p:2x2x1', 197, 768, 12, marks=pytest.mark.slow),
+@pytest.mark.parametrize('topology, tokens, width, heads, shifted', [
+    ('v4:2x2x1', 197, 768, 12, False), ('v4:2x2x1', 197, 768, 12, True),
+    ('v5e:2x2', 197, 192, 3, False), ('v6e:2x2', 257, 640, 8, False),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('v4:2x2x1', 257, 1664, 16, False), ('v4:2x2x1', 197, 1280, 16, True),  # almost full
+        ('v4:2x2x1', 577, 1024, 16, False),  # one image at a time
+        ('v5p:2x2x1', 197, 768, 12, False), ('v5e:2x2', 257, 1280, 16, True),
+    )),
 ])  # fmt: skip
 def test_the_tpus_compiler_takes_the_kernel_and_its_bytes_are_counted(
-    topology, tokens, width, heads
+    topology, tokens, width, heads, shifted
 ):
     found, _ = topologies.get_devices(topology)
     mesh = sharding.make_mesh(found)
     batch = 2 * len(found)
     split = jax.sharding.NamedSharding(mesh, sharding.BATCH)
-    qkv = jax.ShapeDtypeStruct(
-        (batch, tokens, 3 * width), jnp.bfloat16, sharding=split
-    )  # fmt: skip
+    qkv = jax.ShapeDtypeStruct((batch, tokens, 3 * width), jnp.bfloat16, sharding=split)
+    added = (heads, tokens, tokens) if shifted else ()
 
-    def gradient(qkv):
+    def gradient(qkv, shift):
         shape = (*qkv.shape[:2], 3, heads, width // heads)
         assert memory.target() == ('tpu', found[0].device_kind)
         attention.chosen('pallas', *memory.target(), **SHAPE | dict(
-            tokens=tokens, width=width, heads=heads))  # fmt: skip
+            tokens=tokens, width=width, heads=heads, bias=added))  # fmt: skip
         bias = jnp.zeros(shape[2:])
-        return jax.grad(
-            lambda x: attention.pallas(x.reshape(shape), bias).astype(jnp.float32).sum()
-        )(qkv)  # fmt: skip
 
-    text = jax.jit(sharding.with_mesh(mesh, gradient)).lower(qkv).compile().as_text()
+        def total(qkv, shift):
+            out = attention.pallas(qkv.reshape(shape), bias, (), shift if shifted else None)
+            return out.astype(jnp.float32).sum()
+
+        return jax.grad(total, (0, 1) if shifted else 0)(qkv, shift)
+
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shift = jax.ShapeDtypeStruct(added, jnp.bfloat16, sharding=everywhere)
+    text = jax.jit(sharding.with_mesh(mesh, gradient)).lower(qkv, shift).compile().as_text()
     # Forward, whose result nobody reads, is left out; backward has 3 D and D in, and 3 D out, and
     # the bias's gradient by image.
-    lanes = -(-3 * width // 128) * 128
-    matrices = 2 * 2 * (-(-tokens // 8) * 8) * (2 * lanes + -(-width // 128) * 128)
+    rows, lanes = -(-tokens // 8) * 8, -(-3 * width // 128) * 128
+    matrices = 2 * 2 * rows * (2 * lanes + -(-width // 128) * 128)
+    if shifted:  # and the shift in, its gradient of each of two images out
+        matrices += heads * rows * (-(-tokens // 128) * 128) * (2 + 2 * 4)
     assert hlo_traffic.kernel_bytes(text) - matrices in (2 * 4 * lanes, 2 * 4 * 8 * lanes)
-    assert text.count('tpu_custom_call') >= 1 and ' all-' not in text
+    assert text.count('tpu_custom_call') >= 1 and (' all-' in text) == shifted

@@ -142,7 +142,7 @@ class Attention(nn.Module):
         kind = 'xla' if self.is_initializing() else attention.chosen(
             self.kind, *memory.target(), tokens=tokens, width=heads * channels, heads=heads,
             dtype=qkv.dtype, dropout=0.0 if self.deterministic else self.dropout,
-            capture=self.capture, relative=self.relative, bias=bias is not None,
+            capture=self.capture, relative=self.relative, bias=() if bias is None else bias.shape,
         )  # fmt: skip
         rope = self.style.rotary
         if kind == 'pallas' and rope is not None and (rope.learnt or rope.pairs != 'halves'):
@@ -151,7 +151,7 @@ class Attention(nn.Module):
             qkv, vector = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(vector)
             rotation = None
         if kind == 'pallas':
-            return attention.pallas(qkv, vector, rotation or ()), None
+            return attention.pallas(qkv, vector, rotation or (), bias), None
         qkv = checkpoint_name(qkv + vector.astype(self.dtype), 'qkv')
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
         if rope is not None:
