@@ -13,7 +13,7 @@ figures per chip:
     traffic_gb   bytes to and from main memory, as `vit_jax.plan` counts them
     temp_gb      temporaries
     compute_ms, memory_ms   at the peaks of the chip
-    compiler_ms  the compiler's own estimate
+    compiler_ms  the compiler's own estimate, in which kernels count nothing
 
 Needs libtpu (extra `plan`) but no TPU. --set FIELD=VALUE changes a field of the model. --peer also
 compiles a plain linen encoder (peers.py) with the same optimizer; `of_peer` is the ratio of the

@@ -21,7 +21,8 @@ class Program(NamedTuple):
     flops: int  # of dots and convolutions, 2 per multiply-add
     traffic: int  # bytes read from and written to main memory
     collectives: tuple[Collective, ...]
-    cycles: int | None  # the TPU compiler's estimate for its fusions, run in sequence
+    # the TPU compiler's estimate for its fusions, run in sequence; nothing for kernels
+    cycles: int | None
     loops: dict[str, int | None]  # iterations by the loop's name; None is counted as 1
     uncounted: dict[str, int]  # executions of custom calls whose arithmetic is unknown
 
