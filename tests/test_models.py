@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from learners import classifier
 
 from vit_jax import models, optim, sharding, step
@@ -556,3 +557,18 @@ def test_heads_of_a_distilled_model_are_averaged():
     two, _ = model.apply({'params': {**params, 'head': zero}}, images)
     np.testing.assert_allclose(logits, one + two, atol=1e-6)
     assert np.abs(one - two).max() > 0.01
+
+
+def test_exact_gelu_in_bfloat16_is_exact_up_to_its_rounding():
+    x = np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16)
+    x = x[np.isfinite(x.astype(np.float32))]
+    y = x.astype(np.float64)
+    gauss = scipy.special.erf(y * 0.5**0.5)
+    wanted = 0.5 * y * (1 + gauss)
+    slope = 0.5 * (1 + gauss) + y * np.exp(-0.5 * y * y) / (2 * np.pi) ** 0.5
+    value, pull = jax.vjp(layers.exact_gelu, jnp.asarray(x))
+    (gradient,) = pull(jnp.ones_like(value))
+    for found, exact, error in ((value, wanted, 4e-6), (gradient, slope, 4e-6)):
+        assert found.dtype == jnp.bfloat16
+        excess = np.abs(np.asarray(found, np.float64) - exact) - 2.0**-8 * np.abs(exact)
+        assert np.max(excess) <= error

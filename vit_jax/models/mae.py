@@ -137,10 +137,12 @@ class Mae(nn.Module):
         order = shard_batch(jnp.argsort(noise, axis=1))
         rank = shard_batch(jnp.argsort(order, axis=1))  # of each patch in this order
         visible, _ = self.vit(images, visible=order[:, :count], train=train)
-        prediction = self.decode(visible, rank, grid)
+        prediction = self.decode(visible, rank, grid, train)
         return prediction, {'mask': (rank >= count).astype(jnp.float32), 'visible': visible}
 
-    def decode(self, visible: jax.Array, rank: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    def decode(
+        self, visible: jax.Array, rank: jax.Array, grid: tuple[int, int], train: bool
+    ) -> jax.Array:
         """Restores patches [B, N, P * P * C] from the encoder's output [B, T, D], ranks [B, N]."""
         (b, n), dtype, width = rank.shape, self.vit.dtype, self.decoder_width
         before = sum(self.vit.prefix.values())
@@ -158,7 +160,7 @@ class Mae(nn.Module):
         )(
             self.decoder_heads, self.mlp_dim, style, gelu=self.vit.gelu, epsilon=self.vit.epsilon,
             attention=self.vit.attention, dtype=dtype, matmul_dtype=self.vit.product_dtype,
-            quantize=self.vit.quantize, name='decoder',
+            quantize=self.vit.quantize, deterministic=not train, name='decoder',
         )  # fmt: skip
         x, _ = blocks(x, jnp.zeros(self.decoder_depth))
         x = layers.norm('layer', self.vit.epsilon, dtype, 'decoder_norm')(x[:, before:])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from vit_jax.models import layers
 from vit_jax.models.memory import shard_batch
 
 RULES = (
@@ -39,7 +40,7 @@ class Prototypes(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, features in enumerate((self.hidden, self.hidden, self.bottleneck), start=1):
-            x = nn.gelu(x, approximate=False) if i > 1 else x
+            x = layers.exact_gelu(x) if i > 1 else x
             init = nn.initializers.normal(0.02)
             x = nn.Dense(features, kernel_init=init, dtype=self.dtype, name=f'fc{i}')(x)
             x = shard_batch(x)
