@@ -194,6 +194,29 @@ def test_what_is_refused(name, folder, tmp_path):
         load.read(path, values=False)
 
 
+GATED = {'mlp_layer': 'SwiGLUPacked'}
+
+
+@pytest.mark.parametrize('source, args, without, words', [
+    ('timm_parallel', {'proj_bias': False}, 'out_proj.bias', 'proj_bias: a parallel block'),
+    ('timm_rpn', GATED, None, 'mlp_layer: a gated MLP before its norm'),
+    ('timm_siglip_map', GATED, None, 'attention pooling with an MLP of SiLU'),
+])  # fmt: skip
+def test_features_that_no_model_here_has_together_are_refused(
+    source, args, without, words, tmp_path
+):
+    path = changed(DATA / source, tmp_path / 'in', args=args)
+    arrays = load_file(path / 'model.safetensors')
+    for key in list(arrays):
+        if without and key.endswith(without):
+            arrays.pop(key)
+        if args == GATED and key.endswith('mlp.fc2.weight') and key.startswith('blocks'):
+            arrays[key] = arrays[key][:, ::2].copy()
+    save_file(arrays, path / 'model.safetensors')
+    with pytest.raises(UserError, match=words):
+        load.read(path, values=False)
+
+
 def test_a_hybrid_without_its_resnet_is_refused(folder, tmp_path):
     path = changed(folder('hybrid_stem'), tmp_path / 'in')
     arrays = load_file(path / 'model.safetensors')
