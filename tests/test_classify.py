@@ -199,6 +199,35 @@ def test_an_output_of_each_token_is_no_classifier_of_images(tmp_path):
             make()
 
 
+def test_each_head_of_a_distilled_model_can_be_measured(tmp_path):
+    model = models.build(
+        'vit-ti/16', width=16, depth=1, num_heads=2, mlp_dim=8, patch_size=2, num_classes=3,
+        dist_token=True, dist_head=True,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (90, 4, 4, 3), np.uint8)
+    images = model.normalise(pixels)
+    params = model.init(jax.random.key(0), images)['params']
+    params = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), params)
+    out = model.apply({'params': params}, images)[1]
+    for head, name in (('head', 'logits_cls'), ('dist_head', 'logits_dist')):
+        params[head]['bias'] -= out[name].mean(0)  # so that each class is predicted
+    out = model.apply({'params': params}, images)[1]
+    best = {name: np.argmax(out[name], axis=1) for name in ('logits', 'logits_cls', 'logits_dist')}
+    for i, label in enumerate(best['logits_dist']):
+        place = tmp_path / names(3)[label]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(pixels[i]).save(place / f'{i:03}.png')
+    made = dict(source=dict(name=str(tmp_path)), image_size=4, batch_size=32)
+    of_model = subject(model, (4, 4, 3))
+    for name, predicted in best.items():
+        found = classify.Classify(of_model, output=name, **made)(params)
+        assert found['accuracy'] == pytest.approx(np.mean(predicted == best['logits_dist']))
+    assert np.mean(best['logits_cls'] == best['logits_dist']) < 0.9
+    with pytest.raises(UserError, match="no output 'logits_dits'.*logits_dist"):
+        classify.Classify(of_model, output='logits_dits', **made)
+
+
 def test_a_probe_of_several_labels_is_a_mistake(tmp_path):
     path = folder(tmp_path / 'images', [0, 0, 0], names(1))
     source = dict(name=str(write_records(path, [[0, 1], [1], []], max_labels=2)))

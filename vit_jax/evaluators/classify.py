@@ -16,7 +16,7 @@ from vit_jax.data import mixture, pipeline, tasks
 from vit_jax.data.readers import names
 from vit_jax.data.sources import Source
 from vit_jax.distributed.stop import Stop
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 from vit_jax.evaluators import Subject, totals
 from vit_jax.io.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.io.text import cell
@@ -52,6 +52,7 @@ def eval_step(
     batch: Mapping[str, jax.Array],
     *,
     predict: Callable,
+    output: str = 'logits',
     loss: str = 'softmax',
     among: jax.Array | None = None,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -60,7 +61,8 @@ def eval_step(
     Args:
       params: parameters of the objective.
       batch: `image`, `label` int [B] or [B, L], `mask` [B]. Images without labels do not count.
-      predict: (params, batch) -> {'logits': [B, K]}.
+      predict: (params, batch) -> {output: [B, K]}.
+      output: which of them are the logits.
       loss: one of losses.LOSSES.
       among: the classes [S] that can be predicted. None: all.
 
@@ -70,7 +72,7 @@ def eval_step(
       and confidence by bin of confidence [3, BINS]; hits and examples by class [2, K], if an image
       has one label.
     """
-    logits, labels = predict(params, batch)['logits'].astype(jnp.float32), batch['label']
+    logits, labels = predict(params, batch)[output].astype(jnp.float32), batch['label']
     classes = logits.shape[-1]
     if among is not None:
         logits = jnp.where(jnp.zeros(classes, bool).at[among].set(True), logits, -1e9)
@@ -108,6 +110,8 @@ class Classify:
       image_size: size of the images in pixels: one number, or (height, width).
       batch_size: examples in a batch, over all devices and processes.
       view: how an image is cropped and resized, see Views.
+      output: the model's output that is measured: 'logits', or 'logits_cls' or 'logits_dist' for
+        one head of a model with two (`model.dist_head`).
       loss: loss to measure, which also says what a probability is: of a softmax or a sigmoid. None:
         that of training, or 'softmax' where it is unknown.
       subset: whether to predict only classes that occur in the data set (ImageNet-A and -R).
@@ -122,6 +126,7 @@ class Classify:
         image_size: Size,
         batch_size: Positive[int],
         view: str | dict = 'resize',
+        output: str = 'logits',
         loss: Literal['softmax', 'sigmoid'] | None = None,
         subset: bool = False,
         threads: Threads | None = None,
@@ -132,8 +137,10 @@ class Classify:
         self.mesh = mesh = subject.mesh
         own, title = mixture.load(**source), f'data set {mixture.title(source)}'
         sharding.check_batch(batch_size, mesh)
-        outputs = subject.outputs['logits'].shape[-1] if 'logits' in subject.outputs else 0
-        if len(getattr(subject.outputs.get('logits'), 'shape', (1, outputs))) != 2:
+        if output != 'logits':
+            check_choice('output', output, sorted(subject.outputs))
+        outputs = subject.outputs[output].shape[-1] if output in subject.outputs else 0
+        if len(getattr(subject.outputs.get(output), 'shape', (1, outputs))) != 2:
             raise UserError(interface.EACH_TOKEN)
         classes = subject.names.get('classes') or tuple(map(str, range(outputs)))
         self.source = names.relabel(own, classes, title) if outputs else own
@@ -161,7 +168,9 @@ class Classify:
         self.step = jax.jit(
             sharding.with_mesh(
                 mesh,
-                partial(eval_step, predict=subject.predict, loss=loss, among=among),
+                partial(
+                    eval_step, predict=subject.predict, output=output, loss=loss, among=among
+                ),
             ),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )

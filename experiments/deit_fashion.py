@@ -1,0 +1,54 @@
+"""DeiT (arXiv:2012.12877) in miniature: a BiT ResNet teaches a ViT on 10,000 images.
+
+Not yet run. FILE:teacher trains the ResNet on the first 10,000 training images of Fashion-MNIST,
+FILE:none a ViT of as many FLOPs without a teacher. FILE:hard and FILE:soft train it with the
+teacher for its one head; FILE:hard,tokens and FILE:soft,tokens with a distillation token and a head
+of its own, and evaluate either head apart, too.
+
+    python -m vit_jax.main --config FILE:teacher --workdir runs/deit_fashion/teacher
+    python -m vit_jax.main --config FILE:hard,tokens --workdir runs/deit_fashion/hard,tokens
+"""
+
+from ml_collections import ConfigDict
+
+from vit_jax.errors import check_choice
+
+STUDENT = dict(
+    name='vit/7', width=64, depth=4, num_heads=4, mlp_dim=256, pool='cls', gelu='exact', unroll=4
+)  # fmt: skip
+TEACHER = dict(name='bit', units=(1, 1), width=0.5)
+KINDS = {  # as in table 3: hard with equal weights; soft with tau 3 and weight 0.1
+    'hard': dict(kind='hard', alpha=0.5), 'soft': dict(kind='soft', alpha=0.1, tau=3.0),
+}  # fmt: skip
+ARGS = ('teacher', 'none', *KINDS, *(f'{kind},tokens' for kind in KINDS))
+OUTPUTS = {'both': 'logits', 'class': 'logits_cls', 'distillation': 'logits_dist'}
+
+
+def get_config(arg='hard,tokens'):
+    check_choice('argument', arg, ARGS)
+    kind, _, tokens = arg.partition(',')
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 4000
+
+    config.model = TEACHER if arg == 'teacher' else STUDENT
+    if tokens:
+        config.model = STUDENT | dict(dist_token=True, dist_head=True)
+    if kind in KINDS:
+        config.objective = dict(name='distill', teacher='runs/deit_fashion/teacher', **KINDS[kind])
+    config.data = dict(
+        source=dict(name='fashion_mnist_debian', split='train[:10000]'),
+        view=dict(name='inception', area=(0.5, 1.0)), image_size=28, batch_size=64,
+    )  # fmt: skip
+    test = dict(
+        source=dict(name='fashion_mnist_debian', split='test'), image_size=28, batch_size=250,
+        every=2000,
+    )  # fmt: skip
+    outputs = OUTPUTS if tokens else {'both': 'logits'}
+    config.evals = {
+        'test' if name == 'both' else name: dict(test, output=output)
+        for name, output in outputs.items()
+    }
+    config.optim = dict(lr=2e-3, warmup=400, weight_decay=0.1, clip=1.0)
+    config.report = dict(every=100)
+    return config
