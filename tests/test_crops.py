@@ -131,3 +131,11 @@ def test_crops_are_a_function_of_seed_and_step(source):
 
 def test_without_local_crops_there_are_none(source):
     assert tasks.crops(source, image_size=32, local_count=0).blank.keys() == {'global'}
+
+
+def test_crops_without_distortions_are_windows_of_the_image(source, monkeypatch):
+    monkeypatch.setattr(distort, 'AUGMENTATIONS', {})
+    task = tasks.crops(source, image_size=32, local_size=16, local_count=2, distort=False)
+    made = task.read({'image': jpeg(SMOOTH)}, np.random.default_rng(0))
+    assert made['local'].shape == (2, 16, 16, 3)
+    assert np.ptp(made['global'].astype(int)) > 50

@@ -110,13 +110,14 @@ def crops(
     local_count: NonNegative[int] = 8,
     global_area: Interval[Share] = (0.4, 1.0),
     local_area: Interval[Share] = (0.05, 0.4),
+    distort: bool = True,
 ) -> Task:
     """Random crops of one image: `global` uint8 [2, H, W, 3], `local` uint8 [L, h, w, 3].
 
     Crops and distortions are those of DINO (arXiv:2104.14294; facebookresearch/dino main_dino.py,
     DataAugmentationDINO): a window as torchvision draws it, resized by a bicubic filter and
-    mirrored with probability 1/2, then `MULTI_CROP`, other ones for the first global crop, the
-    second and the local ones. Labels are not read.
+    mirrored with probability 1/2, then `MULTI_CROP`, other distortions for the first global crop,
+    the second and the local ones. Labels are not read.
 
     Args:
       image_size: size of the global crops in pixels: one number, or (height, width).
@@ -124,14 +125,16 @@ def crops(
       local_count: number L of local crops; without any, examples have no `local`.
       global_area: range of a global crop's share of the image's area.
       local_area: range of a local crop's share of the image's area.
+      distort: whether colours are jittered and crops blurred and solarised, as `MULTI_CROP` says.
     """
     sizes = {'global': (2, *size_of(image_size)), 'local': (local_count, *size_of(local_size))}
     blank = {name: np.zeros((*size, 3), np.uint8) for name, size in sizes.items() if size[0]}
     view = dict(name='inception_torchvision', method='bicubic')
     large, small = view | dict(area=global_area), view | dict(area=local_area)
+    after = MULTI_CROP if distort else dict.fromkeys(MULTI_CROP, ())
     views = {
-        'global': [make_view(large, image_size, MULTI_CROP[name]) for name in ('first', 'second')],
-        'local': [make_view(small, local_size, MULTI_CROP['local'])] * local_count,
+        'global': [make_view(large, image_size, after[name]) for name in ('first', 'second')],
+        'local': [make_view(small, local_size, after['local'])] * local_count,
     }
     return Task(blank, partial(crops_of, views={name: views[name] for name in blank}))
 
