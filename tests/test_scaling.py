@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import distort
-from vit_jax.figures import grid, scaling
+from vit_jax.figures import grid, methods, scaling
 from vit_jax.run import workdir
 
 TASKS = ('digits', 'fashion')
@@ -173,3 +173,43 @@ def test_runs_that_begin_from_no_other_have_no_such_pictures(study, tmp_path):
     drawn = figures(study, '--out', tmp_path / 'out')
     assert drawn.returncode == 0, drawn.stderr
     assert drawn.stdout == f'Page: {tmp_path}/out/page.html\n'
+
+
+def test_methods_are_compared_with_random_weights(tmp_path):
+    probe = dict(evals=dict(probe=dict(type='probe', l2=1.0, k=(10,))), model=dict(name='vit/7'))
+    for name, source, steps, value in (
+        ('mae', 'digits', 9, 0.5), ('mae', 'drawn', 9, 0.4), ('dino', 'digits', 9, 0.3),
+        ('supervised', 'digits', 1, 0.2),
+    ):
+        config = probe | dict(
+            objective=dict(name=name), steps=steps, data=dict(source=dict(name=source))
+        )
+        metrics = {'probe/accuracy': value, 'probe/10_nn_cosine': value / 2, 'probe/10_nn': 1.0}
+        save(tmp_path / f'{name},{source}', config, metrics, 9e9)
+    tuned = dict(
+        evals=dict(test=dict(type='classify')), model=dict(name='vit/7', pool='gap'),
+        objective={}, steps=9, data=dict(source=dict(name='few')),
+    )  # fmt: skip
+    for seed, begin, value in ((0, 'mae,digits', 0.7), (1, 'mae,digits', 0.8), (0, None, 0.6),
+                               (0, 'gone', 0.0)):  # fmt: skip
+        start = begin and f'{tmp_path.name}/{begin}'
+        config = tuned | dict(seed=seed, init_from=start)
+        save(tmp_path / f'tuned,{begin},{seed}', config, {'test/accuracy': value}, 9e9)
+    found = methods.points(workdir.finished([tmp_path]))
+    assert sorted(found) == sorted(
+        [methods.Point('few, fine-tuned', 'mae', 'digits', v) for v in (0.7, 0.8)]
+        + [methods.Point('few, fine-tuned', methods.NONE, 'gap', 0.6)]
+        + [
+            methods.Point(f'probe/{metric}', method, source, value * factor)
+            for metric, factor in (('accuracy', 1), ('10_nn_cosine', 0.5))
+            for method, source, value in (
+                ('mae', 'digits', 0.5), ('mae', 'drawn', 0.4), ('dino', 'digits', 0.3),
+                (methods.NONE, '', 0.2),
+            )
+        ]
+    )  # fmt: skip
+    methods.draw(tmp_path / 'methods.png', found)
+    with Image.open(tmp_path / 'methods.png') as picture:
+        drawn = {tuple(pixel) for pixel in np.array(picture.convert('RGB')).reshape(-1, 3)}
+    assert {(0, 0x72, 0xB2), (0xE6, 0x9F, 0)} <= drawn
+    assert not methods.points(workdir.finished([tmp_path / 'mae,digits']))

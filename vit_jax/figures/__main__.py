@@ -9,7 +9,8 @@ the class token), curves.png and confusion.png. For any model, as in arXiv:2010.
 and 14: filters.png, positions.png and, for the images, distance.png, rollout.png, heads.png and the
 predictions. For a folder with runs that start from others in it: images.png and compute.png,
 accuracy against the size and compute of their pre-training (figures 3 to 5). For a folder with runs
-that differ in augmentation and regularization: grid.png, as in arXiv:2106.10270 figure 4.
+that differ in augmentation and regularization: grid.png, as in arXiv:2106.10270 figure 4. For a
+folder with probed runs of several training methods: methods.png.
 """
 
 import itertools
@@ -31,7 +32,7 @@ from vit_jax.convert.fit import Loaded
 from vit_jax.data import files, mixture, pipeline, sources, tasks
 from vit_jax.errors import Damaged, UserError
 from vit_jax.evaluators import classify
-from vit_jax.figures import grid, model_page, page, plates, scaling, summary
+from vit_jax.figures import model_page, page, plates, study_page, summary
 from vit_jax.io import storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable
@@ -173,37 +174,6 @@ def of_records(path: epath.Path) -> Iterator[page.Part]:
         ('key', 'value'), *((k, page.format_value(v)) for k, v in settings.items())]
 
 
-def of_study(
-    runs: Sequence[tuple[str, dict, dict]], out: epath.Path
-) -> Iterator[page.Part]:
-    """Draws the runs of a folder in comparison; yields the parts of its page."""
-    found = scaling.points(runs)
-    if scaling.draw_images(out / 'images.png', found):
-        yield 'Transfer and the size of the pre-training', (
-            'Models that were pre-trained on several numbers of images (arXiv:2010.11929 figures '
-            '3 and 4).'), out / 'images.png'
-    if found:
-        scaling.draw_compute(out / 'compute.png', found)
-        yield 'Transfer and the compute of the pre-training', (
-            'Of the runs on most images; all their forward and backward passes (figure 5).'), (
-            out / 'compute.png')
-    grids = grid.panels(runs)
-    if grids:
-        grid.draw(out / 'grid.png', grids)
-        yield 'Augmentation and regularization', (
-            'Accuracy in percent and its gain over the weakest augmentation at the lowest rate '
-            '(arXiv:2106.10270 figure 4).'), out / 'grid.png'
-    hours = sum(results.costs(result)['device_hours'] for _, _, result in runs)
-    rows = [('run', 'model', 'data', 'accuracy', 'seconds')]
-    for path, config, result in runs:
-        value = scaling.accuracy(config, result)
-        rows.append((
-            path, scaling.label_of(config, result), mixture.title(config['data']['source']),
-            '' if value is None else page.format_value(value), page.format_value(result['seconds']),
-        ))  # fmt: skip
-    yield 'Runs', f'{len(runs):,}; {hours:,.3g} device-hours in all.', rows
-
-
 def main(argv: Sequence[str]) -> None:
     if len(argv) != 2:
         raise UserError('usage: python -m vit_jax.figures X [--images FILE,...] [--out DIR]')
@@ -221,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
     storage.make_folder(out)  # fails before anything is computed
     title, image_results = argv[1], None
     if runs:
-        stages = [of_study(runs, out)]
+        stages = [study_page.of_study(runs, out)]
     elif (found := model_of(argv[1], is_run, options.image_size)) is None:
         if paths:
             raise UserError(f'--images: no model of {argv[1]} takes them')
