@@ -15,7 +15,7 @@ PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
     'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino', 'deit', 'deit3',
 )  # fmt: skip
-OWN = ('study', 'augreg_fashion')  # whose numbers were measured here
+OWN = ('study', 'augreg_fashion', 'ssl_study')  # whose numbers were measured here
 
 
 @functools.cache

@@ -24,6 +24,7 @@ NOT_RUN = {
     "python -m vit_jax.tables vit.table5 --row 'ImageNet-21k": 'days; tests/test_selection.py',
     'python -m vit_jax.tables study --run': 'an hour; tests/test_scaling.py',
     'python -m vit_jax.tables augreg_fashion --run': 'the same',
+    'python -m vit_jax.tables ssl_study --run': 'the same',
     'python -m benchmarks.': 'minutes; tests/test_benchmarks.py',
 }
 STAND_INS = {  # for what a reader puts in; of its own for some commands

@@ -93,8 +93,8 @@ TOYS = [
     ('mae', 'b/16,800'), ('mae', 'l/16,block75'), ('finetune_mae', 'b/16,repo'),
     ('mae_probe', 'b/16'),
     ('finetune_readme', 'cifar10,mixer/b_16-i1k'), ('study', 'vit-m,20k'),
-    ('study', 'digits,resnet-m,5k'), ('dino', 's/16,300'), ('deit', 's/16,tokens'),
-    ('deit3', 's/16'),
+    ('study', 'digits,resnet-m,5k'), ('ssl_study', 'next_patch,jft'), ('dino', 's/16,300'),
+    ('deit', 's/16,tokens'), ('deit3', 's/16'),
 ]  # fmt: skip
 
 
