@@ -97,6 +97,21 @@ def test_each_head_learns_from_its_own_term_and_predictions_are_the_mean():
     )
 
 
+def test_without_a_teacher_each_head_learns_from_the_labels_by_itself():
+    params, one = randomised(STUDENT, 1), batch()
+    objective = supervised.supervised(STUDENT, Examples(SPEC), label_smoothing=0.1)
+    metrics, found = gradients(objective, params, one)
+    out = STUDENT.apply({'params': params}, STUDENT.normalise(one['image']))[1]
+    share = one['mask'] / one['mask'].sum()
+    targets = 0.9 * jax.nn.one_hot(one['label'], 4) + 0.1 / 4
+    total = 0
+    for head, name in (('head', 'logits_cls'), ('dist_head', 'logits_dist')):
+        total -= (share[:, None] * targets * jax.nn.log_softmax(out[name])).sum() / 2
+        by_hand = (share[:, None] * (jax.nn.softmax(out[name]) - targets)).sum(0) / 2
+        np.testing.assert_allclose(found[head]['bias'], by_hand, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics['loss'], total, rtol=1e-5)
+
+
 def test_a_plain_model_matches_the_function_of_its_teacher():
     """arXiv:2106.05237: no labels, the same mixed images; a student that is its teacher is done."""
     teacher = trained(MODEL)

@@ -17,6 +17,7 @@ from vit_jax.objectives import Examples, Objective, flexible, losses, masked_mea
 
 MIX = 0x6D6978  # folded into the key for mixing; dropout uses the key itself
 METRICS = {'loss': 'min', 'accuracy': 'max'}  # whether less or more is better
+HEADS = ('logits_cls', 'logits_dist')  # of a model with `dist_head`; logits are their mean
 
 
 def supervised(
@@ -38,7 +39,8 @@ def supervised(
 
     Mixup and CutMix mix each example with another one of the batch (of the micro-batch where
     gradients are accumulated); with both, each has an even chance. The training accuracy then
-    counts the class of greatest weight in the mixed label.
+    counts the class of greatest weight in the mixed label. Both heads of a model with
+    `model.dist_head` learn from the labels, each by a loss of its own, which are averaged.
 
     Args:
       model: classifier, as `models.build` makes it.
@@ -80,8 +82,12 @@ def supervised(
                 batch, key, model=model, loss=loss, mixup=mixup, cutmix=cutmix, mix_by=mix_by,
                 mix_shift=mix_shift, mix_union=mix_union,
             )  # fmt: skip
-            logits, _ = patches.apply(params, images, side, train=True, rngs={'dropout': key})
-            per_example = losses.LOSSES[loss](logits, labels, label_smoothing=label_smoothing)
+            logits, out = patches.apply(params, images, side, train=True, rngs={'dropout': key})
+            per_head = [
+                losses.LOSSES[loss](head, labels, label_smoothing=label_smoothing)
+                for head in [out[name] for name in HEADS if name in out] or [logits]
+            ]
+            per_example = per_head[0] if len(per_head) == 1 else sum(per_head) / len(per_head)
             hits = losses.hits(logits, losses.heaviest(labels) if mixup or cutmix else labels)
             mask = batch['mask'].astype(jnp.float32)
             mean = masked_mean(per_example, mask)
