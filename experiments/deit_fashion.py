@@ -1,12 +1,26 @@
-"""DeiT (arXiv:2012.12877) in miniature: a BiT ResNet teaches a ViT on 10,000 images.
+"""DeiT (arXiv:2012.12877) in miniature: a ResNet of 84.6% teaches a ViT, which gains 0.5 points.
 
-Not yet run. FILE:teacher trains the ResNet on the first 10,000 training images of Fashion-MNIST,
-FILE:none a ViT of as many FLOPs without a teacher. FILE:hard and FILE:soft train it with the
-teacher for its one head; FILE:hard,tokens and FILE:soft,tokens with a distillation token and a head
-of its own, and evaluate either head apart, too.
+FILE:teacher trains a BiT ResNet on the first 10,000 training images of Fashion-MNIST, FILE:none a
+ViT of as many FLOPs without a teacher. FILE:hard and FILE:soft train it with the teacher for its
+one head; FILE:hard,tokens and FILE:soft,tokens with a distillation token and a head of its own, and
+evaluate either head apart, too.
 
     python -m vit_jax.main --config FILE:teacher --workdir runs/deit_fashion/teacher
     python -m vit_jax.main --config FILE:hard,tokens --workdir runs/deit_fashion/hard,tokens
+
+Measured here, seed 0, one run each of 5 to 8 minutes on two CPU cores beside other work; accuracy
+in percent on the 10,000 test images, standard error 0.4:
+
+                  predictions  class head  distillation head
+    teacher           84.6
+    none              79.8
+    hard              80.4
+    soft              80.3
+    hard,tokens       79.9        80.0           79.9
+    soft,tokens       79.6        80.0           79.2
+
+The teacher hardly helps, unlike in the paper: after 16 epochs the ViT does not overfit (81.8% of
+its last training crops are right without a teacher), so a teacher has nothing to prevent.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +43,7 @@ def get_config(arg='hard,tokens'):
     kind, _, tokens = arg.partition(',')
     config = ConfigDict()
     config.seed = 0
-    config.steps = 4000
+    config.steps = 2500
 
     config.model = TEACHER if arg == 'teacher' else STUDENT
     if tokens:
@@ -42,13 +56,13 @@ def get_config(arg='hard,tokens'):
     )  # fmt: skip
     test = dict(
         source=dict(name='fashion_mnist_debian', split='test'), image_size=28, batch_size=250,
-        every=2000,
+        every=1250,
     )  # fmt: skip
     outputs = OUTPUTS if tokens else {'both': 'logits'}
     config.evals = {
         'test' if name == 'both' else name: dict(test, output=output)
         for name, output in outputs.items()
     }
-    config.optim = dict(lr=2e-3, warmup=400, weight_decay=0.1, clip=1.0)
+    config.optim = dict(lr=2e-3, warmup=250, weight_decay=0.1, clip=1.0)
     config.report = dict(every=100)
     return config
