@@ -133,7 +133,7 @@ KINDS = [
     *rows('DeiTForImageClassification', SIZES | CLASSES, {}, dict(qkv_bias=False)),
     *rows('DeiTForImageClassificationWithTeacher', SIZES | CLASSES),
     *rows('ViTMAEModel', SIZES | dict(mask_ratio=0.0), by=class_token, resize=False),
-    *rows('ViTMAEForPreTraining', SIZES | DECODER, by=class_token, resize=False),
+    *rows('ViTMAEForPreTraining', SIZES | DECODER, by=class_token, part='encoder', resize=False),
     *rows('ViTMSNModel', SIZES),
     *rows('ViTMSNForImageClassification', SIZES | CLASSES),
     *rows('Dinov2Model', RATIO, {}, dict(use_swiglu_ffn=True), dict(hidden_act='quick_gelu')),
