@@ -155,14 +155,15 @@ def rate(batches, images):
 
 
 def measure_ours(folder, cores, **fields):
-    from vit_jax.data import pipeline, sources, tasks
+    from vit_jax.data import pipeline, sources
+    from vit_jax.data.tasks import classify
 
     source = source_of(folder)
     source = sources.Source(Repeated(source.records), source.classes)
     if fields.get('threads') == 1:
         fields['workers'] = cores
     view = {key: fields.pop(key) for key in ('view', 'augment') if key in fields}
-    task = tasks.classify(source, image_size=SIZE, **view)
+    task = classify.classify(source, image_size=SIZE, **view)
     feed = pipeline.batches(source, task, SEED, batch_size=BATCH.value, **fields)
     return rate(feed, BATCH.value)
 

@@ -49,8 +49,9 @@ def measure(folder, step):
     """[seconds to the manifest, seconds to the first batch, peak bytes, ids of it]."""
     from PIL import Image
 
-    from vit_jax.data import pipeline, sources, tasks
+    from vit_jax.data import pipeline, sources
     from vit_jax.data.readers import prepared
+    from vit_jax.data.tasks import classify
 
     out = io.BytesIO()
     Image.new('RGB', (64, 64), 'grey').save(out, 'JPEG')
@@ -64,7 +65,7 @@ def measure(folder, step):
     data = Records(folder)
     opened = time.perf_counter() - begin
     source = sources.Source(data, data.classes)
-    task = tasks.classify(source, view='resize', image_size=32)
+    task = classify.classify(source, view='resize', image_size=32)
     feed = pipeline.batches(
         source, task, 0, step, batch_size=BATCH.value, threads=1, prefetch=1
     )

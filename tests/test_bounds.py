@@ -14,7 +14,8 @@ import launched
 import pytest
 
 from vit_jax import assembly, config, errors, models
-from vit_jax.data import augment, distort, sources, tasks
+from vit_jax.data import augment, distort, sources
+from vit_jax.data.tasks import classify as classify_task
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify, probe
 from vit_jax.io import bounds, experiment
@@ -38,7 +39,7 @@ def sections():
     yield 'expected.0', config.keys_of(config.keys.expectation), dict(
         metric='val/loss', value=1, tolerance=1, source='x'
     )
-    yield 'data', config.data_keys(tasks.classify), {}
+    yield 'data', config.data_keys(classify_task.classify), {}
     yield 'objective', config.keys_of(supervised.supervised), {}
     yield 'data.source', config.keys_of(sources.load), {}
     parts = config.keys_of(sources.load) | config.keys_of(config.keys.mixture_part)

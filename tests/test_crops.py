@@ -9,6 +9,7 @@ from scipy import stats
 
 from vit_jax.data import distort, images, pipeline, sources, tasks
 from vit_jax.data.augment import torchvision_box
+from vit_jax.data.tasks import crops
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.asarray(Image.fromarray(RNG.integers(0, 256, (9, 12, 3), np.uint8)).resize(
@@ -97,7 +98,7 @@ def test_each_kind_of_crop_has_its_own_distortions(source, monkeypatch):
     names = ('color_jitter', 'greyscale', 'blur', 'solarize')
     monkeypatch.setattr(distort, 'AUGMENTATIONS', {n: noted(n) for n in names})
     monkeypatch.setattr(images, 'decode', lambda data: decoded.append(1) or SMOOTH)
-    task = tasks.crops(source, image_size=32, local_size=16, local_count=3)
+    task = crops.crops(source, image_size=32, local_size=16, local_count=3)
     made = task.read({'image': jpeg(SMOOTH)}, np.random.default_rng(0))
     assert {k: v.shape for k, v in made.items()} == {
         'global': (2, 32, 32, 3), 'local': (3, 16, 16, 3)
@@ -113,7 +114,7 @@ def test_each_kind_of_crop_has_its_own_distortions(source, monkeypatch):
 
 
 def test_crops_are_a_function_of_seed_and_step(source):
-    task = tasks.crops(source, image_size=32, local_size=16, local_count=2)
+    task = crops.crops(source, image_size=32, local_size=16, local_count=2)
     feed = lambda **more: pipeline.batches(source, task, 3, batch_size=4, **more)  # noqa: E731
     plain = [batch for _, batch in zip(range(3), feed(), strict=False)]
     assert {k: v.shape for k, v in plain[0].items() if v.ndim > 1} == {
@@ -130,12 +131,12 @@ def test_crops_are_a_function_of_seed_and_step(source):
 
 
 def test_without_local_crops_there_are_none(source):
-    assert tasks.crops(source, image_size=32, local_count=0).blank.keys() == {'global'}
+    assert crops.crops(source, image_size=32, local_count=0).blank.keys() == {'global'}
 
 
 def test_crops_without_distortions_are_windows_of_the_image(source, monkeypatch):
     monkeypatch.setattr(distort, 'AUGMENTATIONS', {})
-    task = tasks.crops(source, image_size=32, local_size=16, local_count=2, distort=False)
+    task = crops.crops(source, image_size=32, local_size=16, local_count=2, distort=False)
     made = task.read({'image': jpeg(SMOOTH)}, np.random.default_rng(0))
     assert made['local'].shape == (2, 16, 16, 3)
     assert np.ptp(made['global'].astype(int)) > 50

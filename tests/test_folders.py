@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vit_jax.data import reading, sources, tasks
+from vit_jax.data import reading, sources
 from vit_jax.data.readers import facts, folders, formats, walk
+from vit_jax.data.tasks import classify
 from vit_jax.errors import UserError
 
 ODD = (b'caf\xe9', b'\xff\xfe', b'new\nline', b'\x1b[31m', 'Öl'.encode(), b'a b', b'x' * 100)
@@ -201,7 +202,7 @@ def test_a_file_that_becomes_none_in_mid_run_is_an_unreadable_example(tmp_path):
         path = tmp_path / 'train' / source.name(i).removeprefix(f'{tmp_path}/train/')
         path.unlink()
         make(path)  # reading it would not end, but for the folder
-        task = tasks.classify(source, view='resize', image_size=8)
+        task = classify.classify(source, view='resize', image_size=8)
         found = reading.example(i, None, source=source, task=task)
         assert found['mask'] == 0 and found['error'], i
 

@@ -394,10 +394,10 @@ def test_an_unreadable_image_ends_all_and_loses_nothing(folder, pair, tmp_path):
 WAITS = """
 import os, time
 from functools import partial
-from vit_jax.data import tasks
+from vit_jax.data.tasks import classify
 
 def waits(source, *, view, image_size, gate):
-    task = tasks.classify(source, view=view, image_size=image_size)
+    task = classify.classify(source, view=view, image_size=image_size)
     return task._replace(read=partial(read, own=task.read, gate=gate))
 
 def read(record, rng, *, own, gate):

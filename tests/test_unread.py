@@ -12,8 +12,9 @@ import numpy as np
 import processes
 import pytest
 
-from vit_jax.data import images, reading, sources, tasks
+from vit_jax.data import images, reading, sources
 from vit_jax.data.prepare import worker
+from vit_jax.data.tasks import classify
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 
@@ -77,7 +78,7 @@ def test_a_mistake_in_a_view_is_none_of_the_data(source):
     def read(record, rng):
         raise ZeroDivisionError('a mistake')
 
-    task = tasks.classify(source, view='resize', image_size=8)._replace(read=read)
+    task = classify.classify(source, view='resize', image_size=8)._replace(read=read)
 
     with pytest.raises(ZeroDivisionError):
         reading.example(0, None, source=source, task=task)

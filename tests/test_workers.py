@@ -21,11 +21,12 @@ from vit_jax.data import memory, pipeline, sources
 SCRIPT = """
 import multiprocessing, sys, time
 from vit_jax import cli
-from vit_jax.data import pipeline, sources, tasks
+from vit_jax.data import pipeline, sources
+from vit_jax.data.tasks import classify
 
 def main(argv):
     source = sources.load(name=argv[1])
-    task = tasks.classify(source, view='resize', image_size=64)
+    task = classify.classify(source, view='resize', image_size=64)
     feed = pipeline.batches(source, task, 0, batch_size=4, workers=2, threads=1)
     next(feed)
     print(*[p.pid for p in multiprocessing.active_children()], flush=True)

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding
-from vit_jax.data import mixture, pipeline, tasks
+from vit_jax.data import mixture, pipeline
 from vit_jax.data.readers import names
 from vit_jax.data.sources import Source
+from vit_jax.data.tasks import classify as classify_task
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError, check_choice
 from vit_jax.evaluators import Subject, totals
@@ -155,7 +156,7 @@ class Classify:
         elif subset:
             among = occurring_labels(self.source)
         self.sources = {'source': self.source}
-        task = tasks.classify(self.source, view=view, image_size=image_size)
+        task = classify_task.classify(self.source, view=view, image_size=image_size)
         self.feed = partial(
             pipeline.examples, self.source, task, sharding.rows(batch_size, mesh),
             batch_size=batch_size, threads=threads, workers=workers, prefetch=prefetch,

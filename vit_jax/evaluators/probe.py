@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding
-from vit_jax.data import mixture, pipeline, tasks
+from vit_jax.data import mixture, pipeline
 from vit_jax.data.readers import names
 from vit_jax.data.sources import Source
+from vit_jax.data.tasks import classify
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators import Subject, classifiers
@@ -117,7 +118,7 @@ class Probe:
             )
         sharding.check_batch(batch_size, mesh)
         self.sources = {'source': self.source, 'train_source': self.train_source}
-        self.task = partial(tasks.classify, view=view, image_size=image_size)
+        self.task = partial(classify.classify, view=view, image_size=image_size)
         self.feed = partial(
             pipeline.examples, rows=sharding.rows(batch_size, mesh), batch_size=batch_size,
             threads=threads, workers=workers, prefetch=prefetch, tolerance=tolerance,

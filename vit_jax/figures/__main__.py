@@ -29,7 +29,8 @@ from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.convert.fit import Loaded
-from vit_jax.data import files, mixture, pipeline, sources, tasks
+from vit_jax.data import files, mixture, pipeline, sources
+from vit_jax.data.tasks import classify as classify_task
 from vit_jax.errors import Damaged, UserError
 from vit_jax.evaluators import classify
 from vit_jax.figures import model_page, page, plates, study_page, summary
@@ -53,7 +54,7 @@ class Images(Sequence):
         self, source: sources.Source, ids: np.ndarray, view: Any, image_size: int | Sequence[int]
     ) -> None:
         self.ids = ids
-        task = tasks.classify(source, view=view, image_size=image_size)
+        task = classify_task.classify(source, view=view, image_size=image_size)
         self.read = partial(pipeline.example, source=source, task=task)
 
     def __len__(self) -> int:

@@ -112,8 +112,7 @@ def component(package: str, name: object, key: str) -> Component:
     """The Component of a name: one of the package's, 'MODULE:FUNCTION' or 'FILE.py:FUNCTION'.
 
     Args:
-      package: where such functions of the package are: a module, or a folder in which each file has
-        one of its own name.
+      package: folder of the package in which each file has a function of its own name.
       name: value of the config's `key`.
 
     Raises:
@@ -143,13 +142,8 @@ def component(package: str, name: object, key: str) -> Component:
 
 @functools.cache
 def package_components(package: str) -> dict[str, Component]:
-    """{name: Component} of a module or folder of the package."""
+    """{name: Component} of a folder of the package."""
     parent = importlib.import_module(package)
-    if not hasattr(parent, '__path__'):
-        return {
-            name: Component(f, parent) for name, f in vars(parent).items()
-            if inspect.isfunction(f) and next(iter(inspect.signature(f).parameters), '') == 'source'
-        }  # fmt: skip
     names = [found.name for found in pkgutil.iter_modules(parent.__path__)]
     modules = {name: importlib.import_module(f'{package}.{name}') for name in names}
     return {

@@ -1,0 +1,121 @@
+"""Tasks: each file makes the arrays of an example from the raw fields of a record.
+
+A task is a function (source, *, settings) -> `Task`; its settings are in the section `data`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vit_jax.data import distort, images
+from vit_jax.data.augment import FIXED, VIEWS
+from vit_jax.errors import UserError, check_choice
+
+
+class Task(NamedTuple):
+    """Defines the examples of a data set.
+
+    Attributes:
+      blank: {name: numpy array} of an example that is masked out. Shapes and dtypes are those of
+        every example; the pipeline adds `mask` and `id`.
+      read: (record, rng) -> {name: numpy array}, from the record's raw fields ({'image': bytes,
+        'label': 3}) and a numpy.random.Generator of its own. It raises images.Unreadable, or
+        UserError, where the record can't be used. Picklable.
+      names: meaning of numbers in the arrays, {'classes': ('cat', 'dog')}; a run saves them as
+        classes.json and compares them when it resumes.
+    """
+
+    blank: dict
+    read: Callable
+    names: dict = {}
+
+
+def size_of(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Converts an int or (height, width) to (height, width)."""
+    return (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+
+
+def check_view(name: Any) -> str:
+    """Returns the name of a view; raises UserError if it is unknown."""
+    return check_name('view', name, VIEWS)
+
+
+def check_augmentation(name: Any) -> str:
+    """Returns the name of an augmentation; raises UserError if it is unknown."""
+    return check_name('augmentation', name, distort.AUGMENTATIONS)
+
+
+def check_name(kind: str, name: Any, known: Mapping[str, Callable]) -> str:
+    """Returns a name that is `known`; raises UserError for any other."""
+    check_choice(kind, name, sorted(known))
+    return name
+
+
+class View(NamedTuple):
+    """A view and augmentations: (image, rng) -> uint8 [H, W, 3], or in two steps.
+
+    A task whose examples have label maps or boxes draws the geometry and applies it to each:
+
+        geometry = view.place(image.shape[:2], rng)
+        image = view.distort(geometry.image(image), rng)
+        label_map = geometry.label_map(label_map, fill=255)
+
+    Attributes:
+      place: (shape, rng) -> geometry.Geometry.
+      steps: augmentations (image, rng) -> image.
+    """
+
+    place: Callable
+    steps: tuple = ()
+
+    def __call__(
+        self, image: np.ndarray | images.Encoded, rng: np.random.Generator | None
+    ) -> np.ndarray:
+        return self.distort(self.place(image.shape[:2], rng).image(image), rng)
+
+    def distort(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """Applies the augmentations to a resized image."""
+        for step in self.steps:
+            image = step(image, rng)
+        return image
+
+
+def make_view(
+    view: str | dict,
+    image_size: int | tuple[int, int],
+    augmentations: Sequence[str | dict] = (),
+    in_place: bool = False,
+) -> View:
+    """Makes a view with augmentations, each by name or as a dict of its name and settings.
+
+    Args:
+      view: one of augment.VIEWS.
+      image_size: a side in pixels, or (height, width).
+      augmentations: some of distort.AUGMENTATIONS.
+      in_place: whether to raise UserError for augmentations that move pixels: label maps and boxes
+        do not follow them.
+    """
+    view = dict(name=view) if isinstance(view, str) else dict(view)
+    name = check_view(view.pop('name', None))
+    place, steps = partial(VIEWS[name], size=size_of(image_size), **view), []
+    for step in augmentations:
+        step = dict(name=step) if isinstance(step, str) else dict(step)
+        name = check_augmentation(step.pop('name', None))
+        if in_place and name in distort.MOVING:
+            fixed = ', '.join(sorted(distort.AUGMENTATIONS.keys() - set(distort.MOVING)))
+            raise UserError(
+                f'the augmentation {name} moves pixels, which label maps and boxes do not follow; '
+                f'{fixed} do not'
+            )
+        steps.append(partial(distort.AUGMENTATIONS[name], **step))
+    return View(place, tuple(steps))
+
+
+def fixed_view(view: str | dict, image_size: int | tuple[int, int]) -> View:
+    """`make_view` for evaluation; raises UserError for a random view."""
+    name = view if isinstance(view, str) else dict(view).get('name')
+    if check_view(name) not in FIXED:
+        raise UserError(f'the view {name} draws at random; give one of {", ".join(FIXED)}')
+    return make_view(view, image_size)
