@@ -19,6 +19,7 @@ VIEWS = {
     'small_central': dict(smaller=40), 'inception': {}, 'shift': dict(pixels=5, flip=True),
     'resize_crop': dict(resize=40), 'small_crop': dict(smaller=40),
     'affine': dict(degrees=25.0, shear=0.2, pixels=3.0, flip=True),
+    'fit': {}, 'fit centred': dict(place='centre'), 'large_scale_jitter': {}, 'scale_crop': {},
 }  # fmt: skip
 
 
@@ -65,7 +66,10 @@ def test_label_maps_are_those_of_pillow(name):
         wanted = [np.where(ours < 255, np.int32(ours) + i, -1) for i in range(2)]
         np.testing.assert_array_equal(geometry.label_map(several, fill=-1), wanted)
         seen.add((geometry.flip, geometry.window, geometry.offset))
-    drawn = 'random_crop', 'resize_crop', 'small_crop', 'inception', 'shift'
+    drawn = (
+        'random_crop', 'resize_crop', 'small_crop', 'inception', 'shift', 'scale_crop',
+        'large_scale_jitter',
+    )
     assert (len(seen) > 5) == (name in drawn)
 
 

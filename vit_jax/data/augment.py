@@ -17,6 +17,7 @@ from vit_jax.data.central import (
     Generator,
     Method,
     central,
+    fit,
     resize,
     shrunk,
     small_central,
@@ -24,6 +25,7 @@ from vit_jax.data.central import (
 )
 from vit_jax.data.geometry import Geometry
 from vit_jax.data.images import Box, Size
+from vit_jax.data.jitter import large_scale_jitter, mirror, scale_crop
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Interval, NonNegative, Pixels, Positive, Range, Share
 
@@ -265,16 +267,12 @@ def affine(
     return Geometry((0, 0, *shape), size, size, warp=warp, flip=mirror(rng, flip))
 
 
-def mirror(rng: Generator, flip: bool) -> bool:
-    """Draws whether to mirror the image: with probability 1/2 where `flip` is true."""
-    return bool(flip and rng.integers(2))
-
-
 VIEWS = {
     f.__name__: f
     for f in (
-        resize, central, small_central, resize_crop, small_crop, random_crop, inception,
-        inception_torchvision, shift, affine,
+        resize, central, small_central, fit, resize_crop, small_crop, random_crop, inception,
+        inception_torchvision, scale_crop, large_scale_jitter, shift, affine,
     )
 }  # fmt: skip
-FIXED = ('central', 'resize', 'small_central')  # deterministic
+FIXED = ('central', 'fit', 'resize', 'small_central')  # deterministic
+READ_LABELS = ('scale_crop',)  # they take the label map, if there is one, as a third argument

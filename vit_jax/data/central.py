@@ -1,4 +1,4 @@
-"""Views that take a central window, the same of every example: those of evaluation.
+"""Views without chance, those of evaluation: a central window, or the whole image, padded.
 
 Signatures and settings are those of `augment`.
 """
@@ -14,6 +14,7 @@ from vit_jax.io.bounds import Pixels, Range
 
 Method = Literal['bilinear', 'bicubic', 'area']
 Rounding = Literal['tensorflow', 'torchvision', 'transformers']
+Place = Literal['corner', 'centre']
 Crop = Annotated[float, Range(0, 1, '(]')]
 Part = Annotated[float, Range(0.1, 1)]  # of a side: the whole is resized first, and takes memory
 Generator = np.random.Generator
@@ -90,6 +91,34 @@ def small_central(
     """
     whole = shrunk(shape, smaller, size, rounding)
     return middle(shape, whole, size, method, antialias, rounding)
+
+
+def fit(
+    shape: Size,
+    rng: Generator | None,
+    *,
+    size: Size,
+    place: Place = 'corner',
+    method: Method = 'bilinear',
+    antialias: bool = True,
+) -> Geometry:
+    """Resizes the whole image to fit into the size at its aspect ratio, and pads it with black.
+
+    Args:
+      place: where the image is: in the upper left corner, or in the centre.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does.
+    """
+    whole = fitted(shape, size)
+    centre = place == 'centre'
+    y, x = ((part - n) // 2 if centre else 0 for n, part in zip(whole, size, strict=True))
+    return Geometry((0, 0, *shape), whole, size, (-y, -x), method=method, antialias=antialias)
+
+
+def fitted(shape: Size, size: Size, scale: float = 1.0) -> Size:
+    """Largest size of an image [H, W] that fits into size * scale, at its aspect ratio."""
+    factor = scale * min(size[0] / shape[0], size[1] / shape[1])
+    return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
 
 
 def shrunk(shape: Size, smaller: int, size: Size, rounding: str) -> Size:

@@ -1,8 +1,9 @@
 """Decodes image files to arrays, as an image viewer would show them, by Pillow."""
 
+import contextlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,15 @@ MAX_WORK = 2**32  # pixels times scans, as in _jpeg.c
 
 class Unreadable(UserError):
     """An image that can't be decoded; the message says why, and its reader adds the name."""
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Adds what could not be read to the message of Unreadable."""
+    try:
+        yield
+    except Unreadable as e:
+        raise Unreadable(f'unreadable {what}: {e}') from e
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -75,6 +75,39 @@ def color_jitter(
     return image
 
 
+def photometric(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    brightness: NonNegative[float] = 32.0,
+    contrast: Interval[NonNegative[float]] = (0.5, 1.5),
+    saturation: Interval[NonNegative[float]] = (0.5, 1.5),
+    hue: Annotated[float, Range(0, 0.5)] = 0.1,
+) -> np.ndarray:
+    """Changes brightness, contrast, saturation and hue, each with probability 1/2.
+
+    The photometric distortion of SSD (arXiv:1512.02325 section 2.2) as mmsegmentation has it
+    (PhotoMetricDistortion): contrast is about black, and with probability 1/2 comes last instead
+    of second; values are clipped and truncated after each step. Hues have Pillow's 256 steps, and
+    not the 180 of OpenCV.
+
+    Args:
+      brightness: grey levels are added, uniform in [-brightness, brightness].
+      contrast: the factor of all values is uniform in this range.
+      saturation: the factor of the saturation (of HSV) is uniform in this range.
+      hue: the hue is rotated by a share of the colour circle, uniform in [-hue, hue].
+    """
+    chosen = rng.integers(2, size=5)
+    added = rng.uniform(-brightness, brightness) if chosen[0] else 0.0
+    factor = rng.uniform(*contrast) if chosen[1] else 1.0
+    vivid = rng.uniform(*saturation) if chosen[2] else 1.0
+    turn = rng.uniform(-hue, hue) if chosen[3] else 0.0
+    image = ops.scale_values(image, 1.0, added)
+    if chosen[4]:
+        return ops.scale_values(ops.hue_saturation(image, turn, vivid), factor, 0.0)
+    return ops.hue_saturation(ops.scale_values(image, factor, 0.0), turn, vivid)
+
+
 def three_augment(
     image: np.ndarray, rng: np.random.Generator, *, jitter: NonNegative[float] = 0.3
 ) -> np.ndarray:
@@ -186,7 +219,7 @@ AUGMENTATIONS = {
     f.__name__: f
     for f in (
         randaugment, randaugment_torchvision, randaugment_timm, autoaugment, three_augment,
-        color_jitter, greyscale, blur, solarize, erase,
+        color_jitter, photometric, greyscale, blur, solarize, erase,
     )
 }  # fmt: skip
 # Some of their operations move pixels.

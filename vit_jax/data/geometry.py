@@ -60,7 +60,11 @@ class Geometry(NamedTuple):
         Each output pixel has the label of the pixel under its centre, or `fill` in the padding.
         """
         rows, columns, inside = self.nearest()
-        return np.where(inside, labels[..., rows, columns], np.asarray(fill, labels.dtype))
+        if self.warp is None:  # whole rows, then columns of these: faster than pixel by pixel
+            out = labels.take(rows[:, 0], -2).take(columns[0], -1)
+        else:
+            out = labels[..., rows, columns]
+        return out if inside.all() else np.where(inside, out, np.asarray(fill, labels.dtype))
 
     def nearest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row and column of the image's pixel under each pixel's centre, and whether there is one.

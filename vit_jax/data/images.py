@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data import entropy, metadata
-from vit_jax.data.decoding import FORMATS, Unreadable, decode
+from vit_jax.data.decoding import FORMATS, Unreadable, decode, naming
 from vit_jax.errors import UserError
 
 try:
@@ -21,7 +21,7 @@ if not hasattr(_jpeg, 'warp'):  # it is not built, or from another version of it
     _jpeg = None
 OWN_ENTROPY = _jpeg is not None and entropy.is_exact(_jpeg)
 
-__all__ = ['FORMATS', 'Unreadable', 'decode', 'read', 'resized']
+__all__ = ['FORMATS', 'Unreadable', 'decode', 'naming', 'read', 'resized']
 CUT = 2**-10  # added before truncation, so that 255 less a rounding error stays 255
 METHODS = ('bilinear', 'bicubic', 'area')
 Box = tuple[int, int, int, int]  # (y, x, height, width) in pixels

@@ -220,6 +220,28 @@ def hue(image: np.ndarray, turn: float) -> np.ndarray:
     return np.asarray(Image.merge('HSV', (h, s, v)).convert('RGB'))
 
 
+def scale_values(image: np.ndarray, factor: float, added: float) -> np.ndarray:
+    """Computes factor * value + added, clipped and truncated."""
+    if (factor, added) == (1, 0):
+        return image
+    return np.asarray(Image.fromarray(image).point(value_table(factor, added) * 3))
+
+
+def value_table(factor: float, added: float = 0.0) -> list[int]:
+    """factor * value + added of the values 0 to 255, clipped and truncated."""
+    values = np.clip(np.arange(256) * factor + added, 0, 255)
+    return values.astype(np.uint8).tolist()
+
+
+def hue_saturation(image: np.ndarray, turn: float, factor: float) -> np.ndarray:
+    """Rotates the hue by a share `turn` of the circle and scales the saturation, in HSV."""
+    if (turn, factor) == (0, 1):
+        return image
+    hues = (np.arange(256) + round(turn * 256)) % 256
+    tables = [*hues.tolist(), *value_table(factor), *range(256)]
+    return np.asarray(Image.fromarray(image).convert('HSV').point(tables).convert('RGB'))
+
+
 def greyscale(image: np.ndarray) -> np.ndarray:
     """Converts to the luma of ITU-R 601-2 (Pillow's), in all three channels."""
     return np.asarray(Image.fromarray(image).convert('L').convert('RGB'))

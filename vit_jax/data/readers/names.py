@@ -15,6 +15,7 @@ from vit_jax.io.text import printable
 
 BY = ('by_name', 'by_number')
 MOST_LISTED = 8  # names in a message
+TABLE = 'label_table'  # field of a record that maps classes, see translate_record
 
 
 @functools.cache
@@ -186,9 +187,13 @@ class Relabelled:
         return self.records.name(i)
 
 
-def translate_record(record: Any, labels: np.ndarray | None, fields: Sequence[str]) -> Any:
-    """A record with the numbers of classes in some of its fields mapped by a table."""
-    return record | {
+def translate_record(record: Any, labels: np.ndarray, fields: Sequence[str]) -> Any:
+    """A record with the numbers of classes in some of its fields mapped by a table.
+
+    The table is in its field `TABLE`, for masks whose pixels are numbers of classes.
+    """
+    table = translate(record[TABLE], labels) if TABLE in record else labels
+    return record | {TABLE: table} | {
         name: translate(np.asarray(record[name], np.int32), labels) for name in fields
     }
 

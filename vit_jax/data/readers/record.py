@@ -1,5 +1,6 @@
 """The raw fields of an example, as its reader finds them in the files."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,3 +48,21 @@ class Record(Mapping):
     def __or__(self, other: Mapping[str, Any]) -> 'Record':
         """A record with other values of some fields."""
         return Record({**self.fields, **other}, self.records, self.index)
+
+
+def field(record: Mapping[str, Any], path: str) -> Any:
+    """A field of a record, or what a path leads to in one: 'objects/bbox', 'json/boxes'.
+
+    Bytes that a path leads into are JSON. Raises UserError if there is no such field.
+    """
+    if '/' not in path or path in record:
+        return record[path]
+    name, *inner = path.split('/')
+    value = record[name]
+    for key in inner:
+        try:
+            value = json.loads(value) if isinstance(value, bytes | str) else value
+            value = value[key]
+        except (ValueError, RecursionError, TypeError, KeyError, IndexError) as e:
+            raise UserError(f'field {brief(name)} has no {brief(path)}') from e
+    return value

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vit_jax.data import distort, images
-from vit_jax.data.augment import FIXED, VIEWS
+from vit_jax.data.augment import FIXED, READ_LABELS, VIEWS
+from vit_jax.data.geometry import Geometry
+from vit_jax.data.sources import Source
 from vit_jax.errors import UserError, check_choice
 
 
@@ -30,6 +32,23 @@ class Task(NamedTuple):
     blank: dict
     read: Callable
     names: dict = {}
+
+
+def class_names(
+    source: Source, classes: int | Sequence[str] | None, key: str
+) -> tuple[str, ...]:
+    """Names of classes: given, numbers up to a count, or those of a data set.
+
+    Raises UserError, with the setting's key, if there are none.
+    """
+    if isinstance(classes, int):
+        return tuple(map(str, range(classes)))
+    found = tuple(source.classes if classes is None else classes)
+    if not found:
+        raise UserError(
+            f'the data set has no names of classes (classes.txt); {key} gives them, or their number'
+        )
+    return found
 
 
 def size_of(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -63,17 +82,31 @@ class View(NamedTuple):
         label_map = geometry.label_map(label_map, fill=255)
 
     Attributes:
-      place: (shape, rng) -> geometry.Geometry.
+      draw: one of augment.VIEWS with its settings.
       steps: augmentations (image, rng) -> image.
+      reads_labels: whether `draw` takes a label map as its third argument.
     """
 
-    place: Callable
+    draw: Callable
     steps: tuple = ()
+    reads_labels: bool = False
 
     def __call__(
         self, image: np.ndarray | images.Encoded, rng: np.random.Generator | None
     ) -> np.ndarray:
         return self.distort(self.place(image.shape[:2], rng).image(image), rng)
+
+    def place(
+        self,
+        shape: tuple[int, int],
+        rng: np.random.Generator | None,
+        labels: np.ndarray | None = None,
+    ) -> Geometry:
+        """Draws the geometry for an image [H, W]; `labels` [H, W] is its label map, if it has one.
+
+        The largest number of the label map's dtype is that of ignored pixels.
+        """
+        return self.draw(shape, rng, *([labels] if self.reads_labels else []))
 
     def distort(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         """Applies the augmentations to a resized image."""
@@ -99,7 +132,8 @@ def make_view(
     """
     view = dict(name=view) if isinstance(view, str) else dict(view)
     name = check_view(view.pop('name', None))
-    place, steps = partial(VIEWS[name], size=size_of(image_size), **view), []
+    draw, steps = partial(VIEWS[name], size=size_of(image_size), **view), []
+    reads_labels = name in READ_LABELS
     for step in augmentations:
         step = dict(name=step) if isinstance(step, str) else dict(step)
         name = check_augmentation(step.pop('name', None))
@@ -110,7 +144,7 @@ def make_view(
                 f'{fixed} do not'
             )
         steps.append(partial(distort.AUGMENTATIONS[name], **step))
-    return View(place, tuple(steps))
+    return View(draw, tuple(steps), reads_labels)
 
 
 def fixed_view(view: str | dict, image_size: int | tuple[int, int]) -> View:

@@ -54,10 +54,8 @@ def image_and_label(
 ) -> dict[str, np.ndarray]:
     """Makes the arrays of `classify`; `shape` is that of the label."""
     label = np.asarray(record['label'], np.int32).reshape(shape)
-    try:
+    with images.naming('image'):
         image = view(images.read(record['image']), rng)  # a JPEG is decoded here
-    except images.Unreadable as e:
-        raise images.Unreadable(f'unreadable image: {e}') from e
     least = -1 if shape else 0
     wrong = label[(label < least) | (label >= classes)]
     if wrong.size:

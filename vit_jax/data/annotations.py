@@ -1,0 +1,204 @@
+"""Annotations of objects: boxes, classes and masks, checked one by one.
+
+Every fault is an Unreadable that names the annotation: by its id where the record has `ids`, else
+by its number.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from vit_jax.data import label_maps
+from vit_jax.data.decoding import Unreadable, naming
+from vit_jax.data.readers.record import field
+from vit_jax.errors import UserError
+
+BoxFormat = Literal['xywh', 'xyxy', 'yxyx']
+SLACK = 1.0  # pixels by which a polygon may leave its image
+
+
+class Objects(NamedTuple):
+    """The objects of an image that are no crowd.
+
+    Attributes:
+      boxes: float64 [n, 4], (x0, y0, x1, y1) in pixels, within the image.
+      labels: int32 [n], classes.
+      places: int64 [n], numbers of the annotations among all of the image.
+      names: what each annotation of the image is called in messages.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    places: np.ndarray
+    names: Sequence[str]
+
+
+def read(
+    record: Mapping[str, Any],
+    shape: tuple[int, int],
+    boxes: str,
+    labels: str,
+    crowd: str | None,
+    box_format: BoxFormat,
+    classes: int,
+) -> Objects:
+    """Reads the objects of a record from the fields of these names; see `tasks.detect`.
+
+    Raises:
+      Unreadable: a box is not finite or has no area in the image, a label is no class, or the
+        fields have different lengths.
+    """
+    corners = numbers(field(record, boxes), boxes).reshape(-1, 4)
+    own = numbers(field(record, labels), labels).ravel()
+    left_out = np.zeros(len(own), bool)
+    if crowd is not None:
+        left_out = np.asarray(field(record, crowd)).ravel().astype(bool)
+    if not len(corners) == len(own) == len(left_out):
+        raise Unreadable(
+            f'it has {len(corners)} {boxes}, {len(own)} {labels} and {len(left_out)} {crowd}'
+        )
+    ids = record.get('ids', range(len(own)))
+    names = [f'annotation {i}' for i in (ids if len(ids) == len(own) else range(len(own)))]
+    places = np.flatnonzero(~left_out)
+    corners, own = to_pixels(corners[places], box_format, shape), own[places]
+    clipped = np.clip(corners, 0, [*shape[::-1]] * 2)
+    area = np.prod(np.maximum(clipped[:, 2:] - clipped[:, :2], 0), axis=1)
+    for k, box, label, inside in zip(places, corners, own, area, strict=True):
+        if not np.isfinite(box).all():
+            raise Unreadable(f'{names[k]} has a box that is not finite')
+        if not inside > 0:
+            raise Unreadable(f'{names[k]} has a box without area in the image')
+        if not 0 <= label < classes:
+            raise Unreadable(f'{names[k]} has a class that is none of the {classes}')
+    return Objects(clipped, own.astype(np.int32), places, names)
+
+
+def numbers(values: Any, name: str) -> np.ndarray:
+    """Numbers as float64; raises Unreadable for anything else."""
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as e:
+        raise Unreadable(f'its {name} are not numbers') from e
+
+
+def to_pixels(boxes: np.ndarray, box_format: BoxFormat, shape: tuple[int, int]) -> np.ndarray:
+    """Boxes [n, 4] of a format as (x0, y0, x1, y1) in pixels."""
+    if box_format == 'xywh':
+        return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    if box_format == 'yxyx':
+        return boxes[:, [1, 0, 3, 2]] * [*shape[::-1], *shape[::-1]]
+    return boxes
+
+
+def masks(
+    segmentation: Any, places: Sequence[int], names: Sequence[str], shape: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """Yields the mask, uint8 [H, W] of 0 and 1, of each object of an image [H, W].
+
+    Args:
+      segmentation: of every annotation polygons or run lengths, as in COCO's json, also as its
+        text; or the bytes of a PNG whose pixels are k + 1 where annotation k is.
+      places: numbers of the annotations.
+      names: what annotations are called in messages.
+      shape: (H, W).
+    """
+    if isinstance(segmentation, bytes) and segmentation[:1] != b'[':
+        with naming('segmentation'):
+            ids = label_maps.read(segmentation)
+            if ids.shape != shape:
+                raise Unreadable(f'it has {sized(ids.shape)} pixels, the image {sized(shape)}')
+        for k in places:
+            mask = np.uint8(ids == k + 1)
+            if not mask.any():
+                raise Unreadable(f'{names[k]} has no pixel in the segmentation')
+            yield mask
+        return
+    if isinstance(segmentation, bytes):
+        segmentation = json.loads(segmentation)
+    if len(segmentation) != len(names):
+        raise Unreadable(f'it has {len(segmentation)} segmentations of {len(names)} annotations')
+    for k in places:
+        try:
+            yield decode(segmentation[k], shape)
+        except Unreadable as e:
+            raise Unreadable(f'{names[k]}: {e}') from e
+
+
+def decode(segmentation: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Mask, uint8 [H, W], of polygons or of run lengths as in COCO's json; raises Unreadable."""
+    try:
+        if isinstance(segmentation, Mapping):
+            return filled_runs(segmentation, shape)
+        return filled_polygons(polygons(segmentation, shape), shape)
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise Unreadable('its segmentation is neither polygons nor run lengths of COCO') from e
+
+
+def filled_runs(segmentation: Mapping, shape: tuple[int, int]) -> np.ndarray:
+    """Mask of run lengths: {'size': [H, W], 'counts': lengths or compressed text}, by columns.
+
+    pycocotools leaves pixels beyond the last run to chance; here the runs cover the image.
+    """
+    size, counts = tuple(segmentation['size']), segmentation['counts']
+    if size != shape:
+        raise Unreadable(f'its mask has {sized(size)} pixels, the image {sized(shape)}')
+    counts = uncompressed(counts) if isinstance(counts, str | bytes) else counts
+    if sum(counts) != shape[0] * shape[1]:
+        raise Unreadable(f'its runs have {sum(counts)} pixels, not {shape[0] * shape[1]}')
+    values = np.arange(len(counts), dtype=np.uint8) % 2
+    return np.repeat(values, counts).reshape(shape[::-1]).T
+
+
+def uncompressed(text: str | bytes) -> list[int]:
+    """Run lengths of compressed text: digits of 5 bits, the least first, from '0' on.
+
+    A digit has 32 added where more follow, and 16 in the last one is the sign. From the fourth on,
+    numbers are differences to that before the last (cocoapi common/maskApi.c, rleToString).
+    """
+    counts, value, shift = [], 0, 0
+    for byte in text.encode() if isinstance(text, str) else text:
+        digit = byte - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        value -= (1 << shift) if digit & 16 else 0
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError('the last number is not complete')
+    return counts
+
+
+def filled_polygons(found: Sequence[Sequence[float]], shape: tuple[int, int]) -> np.ndarray:
+    """Mask of polygons as pycocotools fills them."""
+    try:
+        from pycocotools import mask as coco
+    except ModuleNotFoundError as e:
+        raise UserError(
+            'masks of polygons need pycocotools: pip install "vit_jax[coco]"'
+        ) from e
+    return coco.decode(coco.frPyObjects(found, *shape)).any(axis=2).view(np.uint8)
+
+
+def polygons(segmentation: Any, shape: tuple[int, int]) -> list[list[float]]:
+    """Checks polygons, lists (x, y, x, y, ...) of three points or more in an image [H, W]."""
+    found = [np.asarray(polygon, np.float64) for polygon in segmentation]
+    if not found or any(p.ndim != 1 or len(p) < 6 or len(p) % 2 for p in found):
+        raise Unreadable('it has no polygon of three points or more')
+    for points in found:
+        points = points.reshape(-1, 2)
+        if not np.isfinite(points).all():
+            raise Unreadable('its polygon is not finite')
+        if (points < -SLACK).any() or (points > np.array(shape[::-1]) + SLACK).any():
+            raise Unreadable('its polygon leaves the image')
+    return [p.tolist() for p in found]
+
+
+def sized(shape: Sequence[int]) -> str:
+    """A size in words: width x height."""
+    return ' x '.join(map(str, shape[1::-1]))

@@ -1,0 +1,92 @@
+"""Semantic segmentation: an image and the class of each pixel."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data import images, label_maps
+from vit_jax.data.readers import names
+from vit_jax.data.readers.record import field
+from vit_jax.data.sources import Source
+from vit_jax.data.tasks import Task, class_names, make_view, size_of
+from vit_jax.errors import UserError
+from vit_jax.io.bounds import NonNegative, Positive, Size
+
+MOST_CLASSES = 2**16 - 1
+BACKGROUND = 'background'
+
+
+def segment(
+    source: Source,
+    *,
+    view: str | dict,
+    image_size: Size,
+    augment: tuple[str | dict, ...] = (),
+    mask: str = 'mask',
+    classes: Positive[int] | tuple[str, ...] | None = None,
+    zero: label_maps.Zero = 'class',
+    ignored: tuple[NonNegative[int], ...] | None = None,
+) -> Task:
+    """An image and its classes by pixel: `image` uint8 [H, W, 3], `label_map` [H, W].
+
+    `label_map` is uint8, or uint16 of more than 255 classes; its largest number, 255 or 65535, is
+    that of ignored pixels: the padding, and the ids that are ignored. A mask is a PNG whose pixels
+    are class ids, grey values or indices of a palette, of the size of the image as it is shown. It
+    is moved as the image is, without a filter.
+
+    Args:
+      view: how an image is cropped and resized, by name or as dict(name=..., arguments), see
+        Views.
+      image_size: size of the images in pixels: one number, or (height, width).
+      augment: augmentations that follow the view, each by name or as dict(name=..., arguments), see
+        Augmentations; those that move pixels are refused.
+      mask: field of the records that holds the mask.
+      classes: names of the classes, or how many there are. None: those of the data set.
+      zero: what id 0 is: 'class', the first class; 'background', a class before those of the data
+        set, as in Pascal VOC; 'ignored', nothing, so that id 1 is the first class, as in ADE20K.
+      ignored: other ids that are ignored. None: 255, or 65535 of more than 255 classes.
+    """
+    found = class_names(source, classes, 'data.classes')
+    found = (BACKGROUND, *found) if zero == 'background' else found
+    if len(found) > MOST_CLASSES:
+        raise UserError(f'{len(found)} classes are more than {MOST_CLASSES}')
+    ids, size = label_maps.Ids(len(found), zero, ignored), size_of(image_size)
+    blank = {
+        'image': np.zeros((*size, 3), np.uint8), 'label_map': np.full(size, ids.fill, ids.dtype)
+    }
+    view = make_view(view, image_size, augment, in_place=True)
+    read = partial(image_and_label_map, view=view, mask=mask, ids=ids)
+    return Task(blank, read, {'classes': found})
+
+
+def image_and_label_map(
+    record: Mapping[str, Any],
+    rng: np.random.Generator,
+    *,
+    view: Callable,
+    mask: str,
+    ids: label_maps.Ids,
+) -> dict[str, np.ndarray]:
+    """Makes the arrays of `segment`."""
+    with images.naming('image'):
+        image = images.read(record['image'])
+    with images.naming(mask):
+        found = label_maps.read(field(record, mask))
+        check_size(found.shape, image.shape)
+        labels = ids.labels(found, record.get(names.TABLE))
+    geometry = view.place(image.shape[:2], rng, labels)
+    with images.naming('image'):
+        moved = geometry.image(image)  # a JPEG is decoded here
+    return {
+        'image': view.distort(moved, rng), 'label_map': geometry.label_map(labels, ids.fill)
+    }
+
+
+def check_size(mask: tuple[int, ...], image: tuple[int, ...]) -> None:
+    """Raises Unreadable unless a mask has the shape of its image."""
+    if mask[:2] != image[:2]:
+        raise images.Unreadable(
+            f'it has {mask[1]} x {mask[0]} pixels, the image {image[1]} x {image[0]}'
+        )
