@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from scipy import ndimage
 from sklearn.datasets import load_digits
 
+from vit_jax.data import sources
 from vit_jax.data.builders.digits import digits_dataset_builder
 from vit_jax.data.builders.fashion_mnist_debian import (
     fashion_mnist_debian_dataset_builder as fashion,
 )
+from vit_jax.data.builders.fashion_scenes import fashion_scenes_dataset_builder as fashion_scenes
+from vit_jax.data.tasks import detect, segment
 from vit_jax.errors import UserError
 
 
@@ -108,3 +112,72 @@ for options, words in ((dict(label='label'), "no feature 'label', but kind, phot
 """
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_scenes_are_a_function_of_their_number_and_their_masks_are_exact():
+    """What is annotated is what is seen: a scene without its articles differs there alone."""
+    made = {split: list(fashion_scenes.scenes(split, 12)) for split in ('train', 'test')}
+    again = list(fashion_scenes.scenes('train', 5))
+    for one, other in zip(again, made['train'], strict=False):
+        np.testing.assert_array_equal(one.image, other.image)
+        np.testing.assert_array_equal(one.instances, other.instances)
+    every = made['train'] + made['test']
+    assert {len(scene.labels) for scene in every} == {1, 2, 3, 4, 5}
+    assert len({scene.image.tobytes() for scene in every}) == len(every)
+    for scene in every:
+        mask, boxes = scene.mask(), scene.boxes() * fashion_scenes.SIZE
+        assert np.unique(scene.instances).tolist()[-len(scene.labels) :] == list(
+            range(1, len(scene.labels) + 1)
+        )
+        for k, (label, box) in enumerate(zip(scene.labels, boxes, strict=True)):
+            own = scene.instances == k + 1
+            assert (mask[own] == label + 1).all() and own.sum() >= 10
+            y0, x0, y1, x1 = np.rint(box).astype(int)
+            assert own[y0:y1, x0:x1].sum() == own.sum()
+            for edge in (own[y0], own[y1 - 1], own[:, x0], own[:, x1 - 1]):
+                assert edge.any()
+        assert (mask[scene.instances == 0] == 0).all()
+
+
+def test_an_article_hides_those_below_and_nothing_else():
+    canvas = np.zeros((fashion_scenes.SIZE,) * 2 + (3,), np.float32)
+    articles = np.zeros((2, 28, 28), np.uint8)
+    articles[:, 4:24, 4:24], labels = 200, np.array([3, 7])
+    alone = [
+        fashion_scenes.compose(canvas, articles[:1], labels[:1], np.random.RandomState(k))
+        for k in range(6)
+    ]
+    for k, below in enumerate(alone):
+        both = fashion_scenes.compose(canvas, articles, labels, np.random.RandomState(k))
+        np.testing.assert_array_equal(below.instances > 0, below.image.max(-1) >= 0.5 * (
+            below.image.max()
+        ))
+        if both is not None:
+            changed = (both.instances != below.instances) | (both.instances == 2)
+            np.testing.assert_array_equal(both.instances[~changed], below.instances[~changed])
+            far = ndimage.binary_dilation(both.instances == 2, iterations=4)
+            np.testing.assert_array_equal(both.image[~far], below.image[~far])
+
+
+def test_prepared_scenes_train_both_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion_scenes, 'SCENES', {'train': 6, 'test': 2})
+    source = sources.load(name='fashion_scenes', data_dir=str(tmp_path), label='objects/label')
+    assert len(source) == 6 and source.classes == tuple(fashion.CLASSES)
+    drawn = {scene.image.tobytes(): scene for scene in fashion_scenes.scenes('train', 6)}
+    same = dict(view='fit', image_size=fashion_scenes.SIZE)
+    one = segment.segment(source, zero='background', **same)
+    other = detect.detect(
+        source, masks=True, most=5, boxes='objects/bbox', labels='objects/label', crowd=None,
+        segmentation='instances', box_format='yxyx', **same,
+    )
+    assert one.names['classes'] == ('background', *fashion.CLASSES)
+    for i in range(6):
+        made = one.read(source.records[i], None) | other.read(source.records[i], None)
+        scene = drawn.pop(made['image'].tobytes())
+        np.testing.assert_array_equal(made['label_map'], scene.mask())
+        count = len(scene.labels)
+        assert made['labels'].tolist() == [*scene.labels, *[-1] * (5 - count)]
+        np.testing.assert_allclose(made['boxes'][:count], scene.boxes()[:, [1, 0, 3, 2]], atol=1e-6)
+        for k in range(count):
+            np.testing.assert_array_equal(made['masks'][k], scene.instances == k + 1)
+    assert not drawn

@@ -116,7 +116,8 @@ def load(
       data_dir: folder where TFDS keeps prepared data sets. None: its default.
       image: TFDS feature, parquet column or file extension in a tar that holds the image.
       label: TFDS feature, parquet column, or file extension or json field in a tar that holds the
-        label. None: the examples have no label, and the data set has no classes.
+        label. None: the examples have no label, and the data set has no classes. A TFDS feature of
+        objects, such as objects/label, names the classes of what is annotated.
       labels: how classes are matched with those of a model or of other data sets: by their names
         or by their numbers.
     """

@@ -14,13 +14,15 @@ from vit_jax.data.readers import facts, splits, tfrecord, vtab
 from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError
 
-BUILDERS = ('digits', 'fashion_mnist_debian')
+BUILDERS = ('digits', 'fashion_mnist_debian', 'fashion_scenes')
 MOST_LABELS = 32  # of an image
 SMALL = 2**28  # bytes; reading and parsing a record takes longer than decoding a small image
 
 
 class Tfds:
     """Records of a TFDS split in a random-access format: `image`, `label` and all features by name.
+
+    Features of features are named with a slash, objects/bbox.
 
     Args:
       data: sequence of examples, from `random_access`.
@@ -31,6 +33,8 @@ class Tfds:
       max_labels: most labels of an image, to which a list of them is padded with -1. None: one.
       change: function applied to the image's bytes.
     """
+
+    label_fields = ('label',)
 
     def __init__(
         self,
@@ -60,7 +64,7 @@ class Tfds:
         """Reads example i from its file."""
         example = self.data[i]
         image = example[self.image]
-        fields = {**example, 'image': self.change(image) if self.change else image}
+        fields = {**flat(example), 'image': self.change(image) if self.change else image}
         if self.label is None:
             return Record(fields)
         label = self.label(example) if callable(self.label) else example[self.label]
@@ -90,6 +94,15 @@ class Tfds:
         return f'{self.title}[{i}]'
 
 
+def flat(example: Mapping[str, Any], start: str = '') -> dict[str, Any]:
+    """Features by name, those of features with a slash."""
+    found = {}
+    for name, value in example.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, f'{start}{name}/') if inner else {f'{start}{name}': value}
+    return found
+
+
 def load(
     name: str,
     split: str,
@@ -98,22 +111,28 @@ def load(
     image: str = 'image',
     label: str | None = 'label',
 ) -> tuple[Tfds | tfrecord.TfRecords, tuple[str, ...]]:
-    """(records, class names) of a split of a data set; without a `label` there are no classes."""
+    """(records, class names) of a split of a data set; without a `label` there are no classes.
+
+    A label of objects, such as objects/label, names the classes; records then have no `label`.
+    """
     import tensorflow_datasets as tfds_lib
 
     builder = builder_of(name, data_dir)
-    features = builder.info.features
+    features, labels = builder.info.features, ('label',)
     for key in (image, label):
-        if key is not None and key not in features:
+        if key is not None and feature_of(features, key) is None:
             raise UserError(
                 f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}'
             )
     classes, most = (), None
     if label is not None:
-        one = getattr(features[label], 'feature', features[label])  # for a sequence of labels
+        whole = feature_of(features, label)
+        one = getattr(whole, 'feature', whole)  # for a sequence of labels
         if getattr(one, 'names', None) is None:
             raise UserError(f'feature {label!r} of data set {name} is not a class label')
-        classes, most = tuple(one.names), None if one is features[label] else MOST_LABELS
+        classes, most = tuple(one.names), None if one is whole else MOST_LABELS
+        if label not in features:
+            labels, label, most = (label,), None, None
     tfrecords = builder.info.available_file_formats() == {tfds_lib.core.FileFormat.TFRECORD}
     with explain_errors(builder, name, split):
         if tfrecords and most is None:
@@ -122,7 +141,21 @@ def load(
             data = random_access(builder, split, image)
             small = builder.info.dataset_size < SMALL
             found = Tfds(data, f'{name}/{split}', image, label, small, most)
+    found.label_fields = labels
     return found, classes
+
+
+def feature_of(features: Any, path: str) -> Any:
+    """The feature of a name, or of features, as in objects/label; None if there is none.
+
+    `features` is a tfds.features.FeaturesDict.
+    """
+    if path in features:
+        return features[path]
+    name, slash, rest = path.partition('/')
+    inner = features[name] if slash and name in features else None
+    inner = getattr(inner, 'feature', inner)  # of a sequence
+    return feature_of(inner, rest) if hasattr(inner, 'items') else None
 
 
 def builder_of(name: str, data_dir: str | None) -> Any:
