@@ -27,6 +27,15 @@ def png(array, **options):
     return out.getvalue()
 
 
+def png_with_palette(ids):
+    """Ids as indices of a palette of other colours, as in Pascal VOC."""
+    picture = Image.frombytes('P', ids.shape[::-1], ids.tobytes())
+    picture.putpalette(np.random.default_rng(1).integers(0, 256, 768, np.uint8).tobytes())
+    out = io.BytesIO()
+    picture.save(out, 'PNG')
+    return out.getvalue()
+
+
 def raw_png(ids, depth, colour):
     """A PNG of grey values (colour 0) or of a palette (3), with `depth` bits a pixel."""
     def chunk(name, data):

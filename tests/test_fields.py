@@ -295,7 +295,6 @@ def test_boxes_of_coco_are_fields(tmp_path, place, folder):
     (lambda c: c['images'][0].update(id=3), 'two images have the id 3'),
     (lambda c: c['annotations'][0].update(image_id=4), 'annotation 1 has an unknown image'),
     (lambda c: c['annotations'][0].update(bbox=[1, 2, 3]), 'train.json is not a valid json'),
-    (lambda c: c['annotations'][0].update(bbox=[1, 2, 3, float('nan')]), 'four finite numbers'),
     (lambda c: c['annotations'][0].update(category_id=None), 'train.json is not a valid json'),
     (lambda c: c.update(images={'a': 1}), 'train.json is not a valid json'),
 ])

@@ -22,6 +22,7 @@ from vit_jax.data.readers import (
     splits,
     tars,
     tfds,
+    voc,
     vtab,
 )
 from vit_jax.errors import UserError
@@ -97,8 +98,10 @@ def load(
     - tar shards (WebDataset): `x-{0000..0146}.tar`, `x-*.tar`, or a folder that holds them, also
       in train/ and val/
     - parquet files, named likewise or in data/; arrow files of Hugging Face's `save_to_disk`
-    - a folder with images/ beside masks/, the masks with the names of their images
+    - a folder with images/ beside masks/, the masks with the names of their images, see
+      `readers.pairs`
     - a folder with a json of COCO beside its images, see `readers.coco`
+    - a folder of Pascal VOC, JPEGImages/ beside ImageSets/, see `readers.voc`
     - any other folder: images in class/, or in train/class/ and val/class/
     - `jft_like:EXAMPLESxCLASSES[@SIZE][,KEY=VALUE]...`: synthetic images, drawn as they are read,
       see data/jft_like.py
@@ -150,8 +153,10 @@ def open_source(
     with explain_address(address):
         if parts := coco.find(address, files, inner):
             return take_share(*coco.read(address, parts, split), split)
+        if parts := voc.find(address, inner):
+            return Source(*voc.read(address, parts, split))
         if parts := pairs.find(address, inner):
-            return Source(pairs.read(address, parts, split), ())
+            return Source(*pairs.read(address, parts, split))
         return Source(*folders.read(address, split))
 
 
@@ -214,7 +219,8 @@ def splits_of(name: str, data_dir: str | None = None) -> tuple[str, ...]:
         return tuple(records.read_manifest(address)['splits'])
     parts = shards.find_shards(address, files, inner)
     with explain_address(address):
-        parts = parts or coco.find(address, files, inner) or pairs.find(address, inner)
+        parts = parts or coco.find(address, files, inner)
+        parts = parts or voc.find(address, inner) or pairs.find(address, inner)
         return tuple(parts or folders.split_folders(address.rstrip('/')) or ('train',))
 
 

@@ -31,9 +31,10 @@ class Coco:
     """Records of images with boxes.
 
     They have `image` (bytes), `image_id` (int), and of the n annotations of the image `boxes`
-    float32 [n, 4] (x, y, width, height in pixels), `labels` int32 [n] (indices of the class
-    names), `crowd` bool [n], `areas` float32 [n], `ids` int64 [n] and, when a task asks for it,
-    `segmentation`, a list of what the json has: polygons or run lengths.
+    float32 [n, 4] (x, y, width, height in pixels), `labels` int32 [n] (indices of the class names;
+    -1 for a category that is not listed), `crowd` bool [n], `areas` float32 [n], `ids` int64 [n]
+    and, when a task asks for it, `segmentation`, a list of what the json has: polygons or run
+    lengths.
     """
 
     label_fields = ('labels',)
@@ -146,19 +147,21 @@ def parse(content: Any) -> tuple[list[str], dict[str, np.ndarray], tuple[str, ..
     own = [[] for _ in names]
     for annotation in content['annotations']:
         k = index.get(int(annotation['image_id']))
-        if k is None or int(annotation['category_id']) not in label_of:
-            raise ValueError(f'annotation {annotation["id"]} has an unknown image or category')
+        if k is None:
+            raise ValueError(f'annotation {annotation["id"]} has an unknown image')
         own[k].append(annotation)
     found = [annotation for one in own for annotation in one]
     texts = [json.dumps(one.get('segmentation')).encode() for one in found]
     boxes = np.array([one['bbox'] for one in found], np.float32).reshape(-1, 4)
-    if len(boxes) != len(found) or not np.isfinite(boxes).all():
-        raise ValueError('a bbox is not four finite numbers')
+    if len(boxes) != len(found):
+        raise ValueError('a bbox is not four numbers')
     return names, {
         'image_ids': np.array(list(index), np.int64),
         'ends': np.cumsum([len(one) for one in own], dtype=np.int64),
         'boxes': boxes,
-        'labels': np.array([label_of[int(one['category_id'])] for one in found], np.int32),
+        'labels': np.array(
+            [label_of.get(int(one['category_id']), -1) for one in found], np.int32
+        ),
         'crowd': np.array([bool(one.get('iscrowd', 0)) for one in found], bool),
         'areas': np.array(
             [one.get('area', box[2] * box[3]) for one, box in zip(found, boxes, strict=True)],

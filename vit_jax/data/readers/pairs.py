@@ -1,21 +1,27 @@
 """Images with masks of the same names: path/images/** beside path/masks/**, or in path/train/...
 
 A mask has the path of its image below the folder, but for the suffix. The folders of splits are
-above (path/train/images) or below (path/images/train).
+above (path/train/images) or below (path/images/train). Masks may be in annotations/ and splits
+called training, as in ADE20K's ADEChallengeData2016. Names of the classes are in path/classes.txt
+or labels.txt, one a line, or classes.json, a list.
 """
 
 import os
 from collections.abc import Sequence
 
-from vit_jax.data.readers import facts, folders, ranges, shares, splits, walk
+from vit_jax.data.readers import facts, folders, ranges, shards, shares, splits, walk
 from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError
 
-IMAGES, MASKS = 'images', 'masks'
+IMAGES, MASKS = 'images', ('masks', 'annotations')
+SPLITS = {**{name: name for name in splits.KNOWN}, 'training': 'train'}  # {folder: split}
+CLASSES = ('classes.txt', 'classes.json', 'labels.txt')
 
 
 class Pairs:
     """Records of image files and their masks: `image`, and `mask` when a task asks for it."""
+
+    label_fields = ()
 
     def __init__(self, root: str, images: Sequence[str], masks: Sequence[str]):
         self.root, self.images, self.masks = root, images, masks
@@ -49,22 +55,29 @@ class Pairs:
 def find(path: str, inner: set[str]) -> dict[str, tuple[str, str]]:
     """{split: (folder of images, folder of masks)} of a folder with folders `inner`; {} if none."""
     path = path.rstrip('/')
-    if {IMAGES, MASKS} <= inner:
-        images, masks = f'{path}/{IMAGES}', f'{path}/{MASKS}'
-        below = set(splits.KNOWN)
-        below = below.intersection(*(walk.list_folder(folder)[1] for folder in (images, masks)))
+    if pair := beside(path, inner):
+        below = set(SPLITS)
+        below = below.intersection(*(walk.list_folder(folder)[1] for folder in pair))
         if below:
-            return {part: (f'{images}/{part}', f'{masks}/{part}') for part in sorted(below)}
-        return {'train': (images, masks)}
+            return {SPLITS[part]: tuple(f'{one}/{part}' for one in pair) for part in sorted(below)}
+        return {'train': pair}
     parts = {}
-    for part in sorted(set(splits.KNOWN) & inner):
-        if {IMAGES, MASKS} <= set(walk.list_folder(f'{path}/{part}')[1]):
-            parts[part] = f'{path}/{part}/{IMAGES}', f'{path}/{part}/{MASKS}'
+    for part in sorted(set(SPLITS) & inner):
+        if pair := beside(f'{path}/{part}', set(walk.list_folder(f'{path}/{part}')[1])):
+            parts[SPLITS[part]] = pair
     return parts
 
 
-def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> Pairs:
-    """Pairs of a split, or of a share of one by a hash of the file names."""
+def beside(path: str, inner: set[str]) -> tuple[str, str] | None:
+    """(folder of images, folder of masks) among the folders `inner` of a path, or None."""
+    masks = [name for name in MASKS if name in inner]
+    return (f'{path}/{IMAGES}', f'{path}/{masks[0]}') if IMAGES in inner and masks else None
+
+
+def read(
+    path: str, parts: dict[str, tuple[str, str]], split: str
+) -> tuple[Pairs, tuple[str, ...]]:
+    """(Pairs, names of classes) of a split, or of a share of one by a hash of the file names."""
     part, low, high = splits.parse(split)
     if part not in parts:
         raise splits.missing(path, part, parts)
@@ -80,7 +93,8 @@ def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> Pairs:
     if not stems:
         raise UserError(f'no images with masks in {top[0]} and {top[1]} for split {split!r}')
     skipped.report(path)
-    return Pairs(path, [images[stem][0] for stem in stems], [masks[stem][0] for stem in stems])
+    found = Pairs(path, [images[stem][0] for stem in stems], [masks[stem][0] for stem in stems])
+    return found, tuple(shards.listed_names([path], CLASSES) or ())
 
 
 def by_stem(folder: str, skipped: walk.Skipped) -> dict[str, list[str]]:

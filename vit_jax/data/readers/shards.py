@@ -181,3 +181,24 @@ def small_file(folder: str, name: str) -> bytes | None:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+
+def listed_names(folders: Sequence[str], files: Sequence[str]) -> list[str] | None:
+    """Names of classes in the first of `files` in any of the folders, or None.
+
+    A .txt has one a line, a .json is a list.
+    """
+    for folder in folders:
+        for name in files:
+            text = small_file(folder, name)
+            if text is None:
+                continue
+            try:
+                words = text.decode('utf-8-sig')  # Windows editors write a byte order mark
+                words = words.splitlines() if name.endswith('.txt') else json.loads(words)
+            except (ValueError, RecursionError):
+                words = None
+            if isinstance(words, list) and words and all(isinstance(w, str) for w in words):
+                return words
+            raise UserError(f'{folder}/{name} is not a list of class names')
+    return None

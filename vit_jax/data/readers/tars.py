@@ -7,7 +7,6 @@ the key. That is enough for millions of examples, not billions; for those, and f
 address, run `prepare`.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -149,20 +148,7 @@ def padded(labels: np.ndarray, ends: np.ndarray, i: int, most: int) -> np.ndarra
 
 def class_names(records: Any, folders: Sequence[str], label: str | None) -> list[str] | None:
     """Names in classes.txt (one per line) or classes.json (a list) of the folders, or None."""
-    for folder in folders:
-        for name in ('classes.txt', 'classes.json'):
-            text = shards.small_file(folder, name)
-            if text is None:
-                continue
-            try:
-                words = text.decode('utf-8-sig')  # Windows editors write a byte order mark
-                words = words.splitlines() if name == 'classes.txt' else json.loads(words)
-            except (ValueError, RecursionError):
-                words = None
-            if isinstance(words, list) and words and all(isinstance(w, str) for w in words):
-                return words
-            raise UserError(f'{folder}/{name} is not a list of class names')
-    return None
+    return shards.listed_names(folders, ('classes.txt', 'classes.json'))
 
 
 class LimitedStream:
