@@ -54,9 +54,11 @@ def without_detection(module, pixels, options):
     model = getattr(module, 'vit', module)
     count = model.config.num_detection_tokens
     x = model.embeddings(pixels)[:, :-count]
-    for layer in model.encoder.layer:
+    middle = getattr(model.encoder.interpolation, 'mid_position_embeddings', ())
+    for i, layer in enumerate(model.encoder.layer):
         x = layer(x)
         x = x[0] if isinstance(x, tuple) else x
+        x = x + middle[i][:, :-count] if i < len(middle) else x
     return {'tokens': model.layernorm(x)}
 
 

@@ -384,15 +384,6 @@ def test_encoders_inside_of_other_models_of_transformers(name, tmp_path):
         assert_same_bits(load.read(tmp_path / 'out').params, read.params)
 
 
-def test_positions_between_blocks_of_a_detector_are_refused(tmp_path):
-    pytest.importorskip('torch')
-    transformers = pytest.importorskip('transformers')
-    config = transformers.YolosConfig(**(VIT | dict(image_size=[24, 40], num_detection_tokens=5)))
-    transformers.YolosModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match='positions between the blocks of YOLOS'):
-        load.read(tmp_path, part='encoder')
-
-
 def test_shards_of_transformers(tmp_path):
     pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')

@@ -178,7 +178,7 @@ def test_the_encoder_alone_is_the_whole_one_where_all_is_visible(tmp_path):
     noise, images = random_images(2, 15), random_images(2, 40, 24, 3)
     prediction, out = larger.apply({'params': resized}, images, noise=noise)
     assert prediction.shape == (2, 15, 192) and out['mask'].sum() == 2 * 8
-    with pytest.raises(UserError, match="no head; part='encoder'"):
+    with pytest.raises(UserError, match="no other head; part='encoder'"):
         vit_jax.load(location('hf_mae'), num_classes=3)
     with pytest.raises(UserError, match=r'noise is None, not \[2, 15\]'):
         larger.apply({'params': resized}, images)

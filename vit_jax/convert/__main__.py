@@ -10,6 +10,7 @@ import inspect
 import pathlib
 import re
 
+import flax.linen as nn
 from absl import flags
 
 from vit_jax import cli, config, models
@@ -76,16 +77,23 @@ def size() -> int | tuple[int, ...] | None:
 def describe(loaded: Loaded) -> str:
     """Describes a checkpoint as text: family, name, fields that are not the default, image size."""
     whole = loaded.model
-    model = whole.vit if isinstance(whole, Mae) else whole
+    model = getattr(whole, 'vit', whole)
     fields = models.describe(model)
     defaults = {k: default for k, (_, default) in models.fields(fields['name']).items()}
     lines = [f'{loaded.source}: {fields["name"]}']
     lines += [f'  {k} = {v!r}' for k, v in fields.items() if v != defaults[k] and k != 'name']
     if model is not whole:
-        lines.append(f'  inside of a masked autoencoder, {whole.decoder_depth} blocks of decoder')
+        lines.append(f'  inside of {inside_of(whole)}')
     if loaded.image_size:
         lines.append(f'  for images of {loaded.image_size[0]} x {loaded.image_size[1]}')
     return '\n'.join(lines)
+
+
+def inside_of(whole: nn.Module) -> str:
+    """Describes a model around an encoder as text."""
+    if isinstance(whole, Mae):
+        return f'a masked autoencoder, {whole.decoder_depth} blocks of decoder'
+    return f'a detector of {whole.num_classes} classes, {whole.queries} queries'
 
 
 def main(argv: list[str], changes: list[tuple[str, str]]) -> None:

@@ -20,8 +20,9 @@ from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.hf import inside as hf_inside
 from vit_jax.convert.hf import mae as hf_mae
 from vit_jax.convert.hf import processor as hf_processor
+from vit_jax.convert.hf import yolos as hf_yolos
 from vit_jax.convert.official import shape_of
-from vit_jax.convert.stages import Parsed
+from vit_jax.convert.stages import Around, Parsed
 from vit_jax.convert.timm import config as timm_config
 from vit_jax.errors import UserError
 from vit_jax.io.storage import read_json
@@ -219,8 +220,14 @@ def parse_hf(
         hf_config.class_names(config, fields['num_classes']), record,
         stated_loss(config), notes, size, images.view,
         getattr(family, 'offset_rows', no_offsets)(renamed),
-        around=hf_mae.around(renamed, config) if hf_mae.matches(renamed) else None,
+        around=around_of(renamed, config),
     )  # fmt: skip
+
+
+def around_of(arrays: dict[str, Array], config: dict[str, Any]) -> Around | None:
+    """What a file of transformers has around its encoder."""
+    module = next((m for m in (hf_mae, hf_yolos) if m.matches(arrays)), None)
+    return module and module.around(arrays, config)
 
 
 def whole_patches(

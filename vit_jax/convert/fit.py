@@ -185,10 +185,10 @@ def target_grid(
 
 def check_positions(parsed: Parsed, model: nn.Module, target: tuple[int, int]) -> None:
     """Raises UserError for positions that would be resized and are not a table of patches."""
-    fixed = model.posemb in ('learn2d', 'relative') or getattr(model, 'posemb_at', '') == 'layers'
+    fixed = model.posemb in ('learn2d', 'relative')
     if fixed and parsed.image_size and target != embedding.grid(parsed.image_size, model.stride):
         raise UserError(
-            f'positions of model.posemb {model.posemb!r} at {model.posemb_at!r} are not resized; '
+            f'positions of model.posemb {model.posemb!r} are not resized; '
             f'the model works at {parsed.image_size[0]} x {parsed.image_size[1]} pixels only'
         )
 
@@ -245,8 +245,10 @@ def read_params(
     shapes = {name: x.shape for name, x in flatten_dict(shapes, sep='/').items()}
     if 'embedding/kernel' in shapes:
         shapes['embedding/kernel'] = (*source.patch_size, *shapes['embedding/kernel'][2:])
+    by_layer = getattr(model, 'posemb_at', '') == 'layers'
+    table = 'encoder/posemb' if by_layer else 'posemb'
     if parsed.table is not None:
-        shapes['posemb'] = (1, parsed.table[1], model.width)
+        shapes[table] = (*shapes[table][:-2], parsed.table[1], model.width)
     offsets = [name for name in shapes if name.split('/')[-1] == 'bias_table']
     before = sum(model.prefix.values()) if offsets else 0
     for name in offsets:
@@ -262,7 +264,9 @@ def read_params(
     zeros = pieces.fill_params(used, parsed.arrays, params)
     if parsed.table is not None and target != grid:
         method, square = model.interpolation, model.square_posemb
-        params['posemb'] = surgery.resize(params['posemb'], grid, target, method, square)
+        each = params[table] if by_layer else [params[table]]
+        resized = [surgery.resize(x, grid, target, method, square) for x in each]
+        params[table] = np.stack(resized) if by_layer else resized[0]
     if 'embedding/kernel' in params and source.patch_size != model.patch_size:
         kernel = resizing.kernel(params['embedding/kernel'], model.patch_size)
         params['embedding/kernel'] = np.asarray(kernel)

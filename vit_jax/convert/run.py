@@ -26,7 +26,7 @@ from vit_jax.convert.stages import Around, Parsed
 from vit_jax.errors import Damaged, UserError
 from vit_jax.io import addresses, storage
 from vit_jax.io.text import printable
-from vit_jax.models import mae
+from vit_jax.models import detector, mae
 from vit_jax.models.parameters import named_leaves
 from vit_jax.run import history, weights, workdir
 
@@ -100,10 +100,10 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
     classes = workdir.read_names(root / 'classes.json')
     fields = {k: v for k, v in models.describe(model).items() if k != 'name'}
     entries = {name: array_in_memory(value) for name, value in arrays.items()}
-    table = f'{prefix}posemb'
-    rows = (table, arrays[table].shape[1]) if table in arrays else None
+    tables = (f'{prefix}posemb', f'{prefix}encoder/posemb')
+    rows = next(((name, arrays[name].shape[-2]) for name in tables if name in arrays), None)
     others = {n: 'beside the model' for n in arrays if not n.startswith(prefix)}
-    around = around_of(config, others) if config['objective']['name'] == 'mae' else None
+    around = around_of(config, arrays, prefix, class_names(classes))
     return Parsed(
         'vit_jax', models.KINDS[type(model)], fields, entries,
         lambda m: run_pieces(m, arrays, prefix), rows, others, size, class_names(classes), config,
@@ -111,14 +111,25 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
     )  # fmt: skip
 
 
-def around_of(config: dict[str, Any], names: Collection[str]) -> Around:
-    """The autoencoder around the encoder of a run, with parameters of these names beside it."""
-    settings = {k: v for k, v in config['objective'].items() if k.startswith('decoder_')}
-    fields = settings | dict(
-        hide=config['objective']['hide'], normalised=config['objective']['normalise']
-    )
-    build = functools.partial(mae.around_encoder, **fields)
-    return Around(build, mae.FIELDS, [Piece(name, name) for name in names])
+def around_of(
+    config: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str,
+    classes: tuple[str, ...] | None,
+) -> Around | None:  # fmt: skip
+    """The model around the encoder of a run, whose parameters have this prefix; None if none is."""
+    settings, own = config['objective'], [n for n in arrays if not n.startswith(prefix)]
+    if settings['name'] == 'mae':
+        fields = {k: v for k, v in settings.items() if k.startswith('decoder_')}
+        fields |= dict(hide=settings['hide'], normalised=settings['normalise'])
+        build = functools.partial(mae.around_encoder, **fields)
+        name, free, classes = 'a masked autoencoder', mae.FIELDS, None
+    elif settings['name'] == 'detect':
+        count = arrays['class_head/fc3/bias'].shape[0] - 1
+        fields = dict(queries=settings['queries'], num_classes=count)
+        build = functools.partial(detector.around_encoder, **fields)
+        name, free = 'a detector', ()
+    else:
+        return None
+    return Around(name, build, free, [Piece(name, name) for name in own], classes)
 
 
 def only_prefix(

@@ -21,15 +21,18 @@ from vit_jax.convert.hf import mae as hf_mae
 from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.hf import vit as hf_vit
 from vit_jax.convert.hf import vit_saving
+from vit_jax.convert.hf import yolos as hf_yolos
 from vit_jax.convert.pieces import file_arrays
-from vit_jax.convert.stages import loss_of, size_of, view_of
+from vit_jax.convert.stages import Beside, loss_of, size_of, view_of
 from vit_jax.convert.write import write_folder, write_npz
 from vit_jax.errors import UserError, shown
-from vit_jax.models import embedding, mae, mixer, relative, resnet, vit
+from vit_jax.models import detector, embedding, mae, mixer, relative, resnet, vit
 from vit_jax.models.interface import Metadata
 
 FORMATS = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 
+AROUND_NAMES = {mae.Mae: 'masked autoencoder', detector.Detector: 'detector'}
+AROUND = tuple(AROUND_NAMES)  # models around an encoder
 OF_MIXER = ('official', 'timm')  # formats that have MLP-Mixer
 PLAIN = {  # {field: values that a format can express that says nothing else}
     'posemb_at': ('stem',), 'patch_norm': (False,), 'last_norm': ('tokens',),
@@ -87,8 +90,8 @@ def save(
     path, params = check_arguments(path, model, params, format, config)
     about = describe(model, params, image_size, classes, config, loss, view)
     beside = None
-    if isinstance(model, mae.Mae):
-        model, params, beside = of_autoencoder(model, params, format, about.image_size)
+    if isinstance(model, AROUND):
+        model, params, beside = of_whole(model, params, about)
     fold = fold or beside is not None
     model, params = as_expressed(model, params, format, about.image_size, fold)
     family = family_of(model, format)
@@ -107,7 +110,7 @@ def save(
     if hasattr(family, 'complete'):
         arrays = family.complete(model, arrays)
     if beside:
-        arrays = {f'vit.{name}': array for name, array in arrays.items()} | beside.arrays
+        arrays = beside.finish(arrays)
         documents['config.json'] |= beside.config
     write_folder(path, arrays, documents)
     if notes:
@@ -148,16 +151,21 @@ def as_expressed(
     return model, params
 
 
-def of_autoencoder(
-    model: mae.Mae, params: dict[str, np.ndarray], format: str, size: tuple[int, int] | None
-) -> tuple[vit.Vit, dict[str, np.ndarray], hf_mae.Beside]:
-    """(encoder, its parameters, what its folder has beside it), for images of `size`."""
+def of_whole(
+    model: nn.Module, params: dict[str, np.ndarray], about: About
+) -> tuple[vit.Vit, dict[str, np.ndarray], Beside]:
+    """(encoder, its parameters, what its folder of transformers has beside it) of one in AROUND."""
+    size = about.image_size
     if size is None:
-        raise UserError(f'format {format} states an image size; give image_size=...')
+        raise UserError('format hf states an image size; give image_size=...')
     check_params(model, params, size)
-    encoder = model.vit.clone(pool='cls', cls_token=None)
-    inside = {n.removeprefix('vit/'): x for n, x in params.items() if n.startswith('vit/')}
-    return encoder, inside, hf_mae.beside(model, encoder, params, size)
+    if 'cls' in model.vit.prefix:
+        encoder = model.vit.clone(pool='cls', cls_token=None)
+    else:
+        encoder = model.vit.clone(pool='gap', cls_token=None)
+    if isinstance(model, mae.Mae):
+        return hf_mae.beside(model, encoder, params, size)
+    return hf_yolos.beside(model, encoder, params, size, about.classes)
 
 
 def check_arguments(
@@ -179,9 +187,9 @@ def check_arguments(
         raise UserError(f'{path}: save writes local files; copy them from there')
     if isinstance(model, mixer.Mixer) and format not in OF_MIXER:
         raise UserError(f'format {format} has no MLP-Mixer; {" and ".join(OF_MIXER)} have')
-    if isinstance(model, mae.Mae) and format != 'hf':
+    if isinstance(model, AROUND) and format != 'hf':
         raise UserError(
-            f'format {format} has no masked autoencoder; hf has, and of a file or run '
+            f'format {format} has no {AROUND_NAMES[type(model)]}; hf has, and of a file or run '
             "vit_jax.load(path, part='encoder') (--part encoder) is the ViT alone"
         )
     if isinstance(model, resnet.Bit) and format != 'timm':

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import numpy as np
 
 from vit_jax.convert import views
 from vit_jax.convert.documents import Notes
@@ -27,9 +28,18 @@ ENCODER = (
 class Around(NamedTuple):
     """What a file has around its encoder: the model that the encoder is the subtree `vit` of."""
 
+    name: str  # 'a masked autoencoder'
     build: Callable[..., nn.Module]  # (encoder, fields) -> the whole model
     fields: tuple[str, ...]  # that a caller may give beside those of the encoder
     pieces: list[Piece]  # of the parameters beside `vit`
+    classes: tuple[str, ...] | None = None  # names by label, of what the whole model predicts
+
+
+class Beside(NamedTuple):
+    """What a folder has beside an encoder that is saved as the subtree `vit` of another model."""
+
+    finish: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # encoder's arrays -> all
+    config: dict[str, Any]  # keys of config.json in place of those of the encoder, or more
 
 
 class Parsed(NamedTuple):

@@ -1,7 +1,8 @@
-"""Builds the model that a file has around its encoder: a masked autoencoder."""
+"""Builds the model that a file has around its encoder: a masked autoencoder, a detector."""
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.convert import pieces, surgery
 from vit_jax.convert.fit import aligned_empty, fit
-from vit_jax.convert.infer import infer_model
+from vit_jax.convert.infer import STATE_SIZE, infer_model
 from vit_jax.convert.stages import Loaded, Parsed
 from vit_jax.errors import UserError
 from vit_jax.models import embedding
@@ -28,8 +29,8 @@ def fit_whole(parsed: Parsed, path: str, *, fields: dict[str, Any], **options: A
         return fit(parsed, path, fields=fields, **options)
     if options['num_classes'] is not None:
         raise UserError(
-            f"{path} is of a masked autoencoder, which has no head; part='encoder' is its encoder, "
-            'which takes one'
+            f"{path} is of {parsed.around.name}, which takes no other head; part='encoder' is its "
+            'encoder, which takes one'
         )
     own = {name: fields[name] for name in parsed.around.fields if name in fields}
     fields = {name: value for name, value in fields.items() if name not in own}
@@ -51,21 +52,24 @@ def fit_whole(parsed: Parsed, path: str, *, fields: dict[str, Any], **options: A
         if name not in {row[1] for row in account}
     ]  # fmt: skip
     params = loaded.params and {'vit': loaded.params, **beside}
-    model, params = with_fixed_positions(model, params, loaded.image_size)
-    return loaded._replace(model=model, params=params, account=account, classes=None)
+    if isinstance(model, Mae):
+        model, params = with_fixed_positions(model, params, loaded.image_size)
+    return loaded._replace(
+        model=model, params=params, account=account, classes=parsed.around.classes
+    )
 
 
 def read_beside(
-    model: Mae, parsed: Parsed, loaded: Loaded, grid: tuple[int, int] | None
+    model: nn.Module, parsed: Parsed, loaded: Loaded, grid: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """The parameters of an autoencoder beside its encoder, their table as that of the encoder.
+    """The parameters of a model beside its encoder, an autoencoder's table as that of the encoder.
 
     `grid` (h, w) is that of the patches in the file.
     """
     before = sum(model.vit.prefix.values())
     target = model.grid(loaded.image_size) if loaded.image_size else grid
     if target is None:
-        raise UserError('nothing states the image size of the decoder; give image_size=...')
+        raise UserError(f'nothing states the image size of {parsed.around.name}; {STATE_SIZE}')
     size = [n * s for n, s in zip(target, model.stride, strict=True)]
     images = jax.ShapeDtypeStruct((1, *size, len(model.mean)), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']

@@ -187,16 +187,17 @@ def around_encoder(model: vit.Vit, **fields: Any) -> Mae:
     return Mae(encoder_of(model), **fields)
 
 
-def encoder_of(model: vit.Vit) -> vit.Vit:
-    """The encoder of a `Mae` from a ViT: without a head, its output that of all tokens.
+def encoder_of(model: vit.Vit, method: str = 'a masked autoencoder') -> vit.Vit:
+    """The encoder of a model around it, from a ViT: no head, its output that of all tokens.
 
-    Parameters are the same. Raises UserError for a ViT with parameters or norms after its tokens.
+    Parameters are the same. Raises UserError for a ViT with parameters or norms after its tokens,
+    and names the `method`.
     """
     if model.pool == 'map' or model.last_norm != 'tokens':
         field = 'pool' if model.pool == 'map' else 'last_norm'
         raise UserError(
-            f'model.{field} is {getattr(model, field)!r}, which a masked autoencoder does not '
-            "train; model.pool is 'cls' or 'gap', model.last_norm 'tokens'"
+            f'model.{field} is {getattr(model, field)!r}, which {method} does not train; '
+            "model.pool is 'cls' or 'gap', model.last_norm 'tokens'"
         )
     cls = 'cls' in model.prefix
     return model.clone(

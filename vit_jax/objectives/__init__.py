@@ -101,17 +101,18 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def headless(model: Any, examples: Examples, method: str) -> Vit:
+def headless(model: Any, examples: Examples, method: str, *, pixels: bool = True) -> Vit:
     """The `Vit` of a config without a head; raises UserError for a model that `method` can't train.
 
-    Its patches are to fill the images of the examples.
+    Its patches are to fill the images of the examples, and are of pixels where the method needs
+    them.
     """
     if not isinstance(model, Vit):
         raise UserError(
             f'objective {method} trains a ViT, and model.name is that of a '
             f'{type(model).__name__}'
         )
-    if model.resnet is not None:
+    if pixels and model.resnet is not None:
         raise UserError(f'objective {method} reads pixels of patches, which model.resnet has not')
     model = model.clone(num_classes=None, representation_size=None, dist_head=False)
     try:
@@ -119,6 +120,19 @@ def headless(model: Any, examples: Examples, method: str) -> Vit:
     except UserError as e:
         raise UserError(f'config data.image_size: {e}') from e
     return model
+
+
+def class_count(model: Any, examples: Examples, method: str) -> int:
+    """Number of classes that a method predicts: model.num_classes, or those of the data.
+
+    Raises UserError where neither states it.
+    """
+    count = getattr(model, 'num_classes', None) or len(examples.names.get('classes', ()))
+    if not count:
+        raise UserError(
+            f'objective {method}: the data set names no classes; set model.num_classes'
+        )
+    return count
 
 
 def check_metrics(metrics: Any) -> None:

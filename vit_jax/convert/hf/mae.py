@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from vit_jax.convert.pieces import (
     norm_pieces,
     rename_arrays,
 )
-from vit_jax.convert.stages import Around
+from vit_jax.convert.stages import Around, Beside
 from vit_jax.errors import UserError
 from vit_jax.models import block, embedding
 from vit_jax.models.mae import FIELDS, Mae, around_encoder
@@ -57,7 +57,8 @@ def around(arrays: Mapping[str, Array], config: dict[str, Any]) -> Around:
         normalised=option(config, 'norm_pix_loss', 'true or false', False),
     )
     biases = f'{LAYER}.0.attention.attention.query.bias' in arrays
-    return Around(functools.partial(around_encoder, **fields), FIELDS, pieces(depth, biases))
+    build = functools.partial(around_encoder, **fields)
+    return Around('a masked autoencoder', build, FIELDS, pieces(depth, biases))
 
 
 def pieces(depth: int, biases: bool) -> list[Piece]:
@@ -77,17 +78,10 @@ def pieces(depth: int, biases: bool) -> list[Piece]:
     return rows + linear_pieces('decoder.decoder_pred', 'decoder_head')
 
 
-class Beside(NamedTuple):
-    """What a folder has beside the encoder."""
-
-    arrays: dict[str, np.ndarray]  # by their names in the file
-    config: dict[str, Any]  # keys of config.json in place of those of the encoder, or more
-
-
 def beside(
     model: Mae, encoder: Vit, params: dict[str, np.ndarray], size: tuple[int, int]
-) -> Beside:
-    """What a folder of an autoencoder has beside its encoder.
+) -> tuple[Vit, dict[str, np.ndarray], Beside]:
+    """(encoder, its parameters, what a folder has beside them) of an autoencoder.
 
     `params` are {name: array} of the whole model, for images of `size`, (height, width). Raises
     UserError for a model that transformers' class can't be.
@@ -111,4 +105,10 @@ def beside(
         decoder_num_hidden_layers=model.decoder_depth,
         decoder_num_attention_heads=model.decoder_heads, decoder_intermediate_size=model.mlp_dim,
     )  # fmt: skip
-    return Beside(file_arrays(pieces(model.decoder_depth, biases), params), config)
+    own = file_arrays(pieces(model.decoder_depth, biases), params)
+    inside = {n.removeprefix('vit/'): x for n, x in params.items() if n.startswith('vit/')}
+
+    def finish(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {f'vit.{name}': array for name, array in arrays.items()} | own
+
+    return encoder, inside, Beside(finish, config)

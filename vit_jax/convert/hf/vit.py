@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 
 from vit_jax.convert.assumed import IMAGENET, half_normalisation
 from vit_jax.convert.documents import option
 from vit_jax.convert.files import Array
-from vit_jax.convert.hf import blocks, vit_saving
+from vit_jax.convert.hf import blocks, vit_saving, yolos
 from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.hf.config import TYPES
 from vit_jax.convert.official import shape_of
@@ -24,10 +23,9 @@ from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 from vit_jax.models import block, vit
 
-DETECTION = 'embeddings.detection_tokens'
 UNUSED = (
     (r'embeddings\.mask_token|decoder\..*', 'for masked pre-training'),
-    (DETECTION, 'of the detector, as are their positions'),
+    (rf'{yolos.TOKENS}|{yolos.ROWS}\.\d+', 'of the detector'),
 )
 OTHERS = {  # first part of names, of arrays around an encoder: what they are for
     'neck': 'depth or segmentation', 'head': 'depth or segmentation',
@@ -67,34 +65,17 @@ def select(
 ) -> tuple[dict[str, Array], dict[str, Any], dict[str, str]]:
     """(arrays of the encoder, config, {array around it: what it is for}).
 
-    Raises UserError for a model around an encoder unless `part` names the encoder. Position tables
-    of detectors lose the rows of detection tokens, which come last.
+    Raises UserError for a model around an encoder unless `part` names the encoder, or it is a whole
+    detector. Rows of detection tokens in tables of positions are arrays of their own.
     """
     renamed = without_prefix(arrays)
     others = {n: f'for {OTHERS[first]}' for n in renamed if (first := n.split('.')[0]) in OTHERS}
-    task = next(iter(others.values()), 'for detection' if DETECTION in renamed else None)
-    if task is not None and part is None:
+    task = next(iter(others.values()), 'for detection' if yolos.TOKENS in renamed else None)
+    if task is not None and part is None and not yolos.matches(renamed):
         raise UserError(f'the file has more than an encoder, {task}; {ENCODER}')
-    if DETECTION in renamed:
-        if 'encoder.mid_position_embeddings' in renamed:
-            raise UserError(
-                'array encoder.mid_position_embeddings: positions between the blocks of YOLOS '
-                'are not supported'
-            )
-        rows = table_rows(renamed)[1] - shape_of(renamed, DETECTION, 3)[1]
-        renamed[TABLE] = first_rows(renamed[TABLE], max(rows, 0))
+    if yolos.TOKENS in renamed:
+        renamed = yolos.separated(renamed)
     return renamed, config, others
-
-
-def first_rows(array: Array, count: int) -> Array:
-    """The first rows of an array [1, R, D]."""
-
-    def fill(out: np.ndarray) -> None:
-        whole = np.empty(out.size // max(count, 1) * array.shape[1], np.uint8)
-        array.fill(whole)
-        out[...] = whole[: out.size]
-
-    return array._replace(shape=(1, count, *array.shape[2:]), fill=fill)
 
 
 def infer_model_type(arrays: Mapping[str, Array], config: dict[str, Any]) -> str:
@@ -106,7 +87,7 @@ def infer_model_type(arrays: Mapping[str, Array], config: dict[str, Any]) -> str
         inferred = 'dinov2_with_registers' if registers else 'dinov2'
     elif f'{layer}norm1.weight' in arrays:
         inferred = 'pixio'
-    elif DETECTION in arrays:
+    elif yolos.TOKENS in arrays:
         inferred = 'yolos'
     elif 'embeddings.cls_token' not in arrays:
         inferred = 'ijepa'
@@ -158,6 +139,8 @@ def describe(
         dist_head='distillation_classifier.weight' in arrays,
         interpolation=INTERPOLATION.get(kind, 'bicubic'),
     )  # fmt: skip
+    if f'{yolos.MIDDLE}.0' in arrays:
+        fields['posemb_at'] = 'layers'
     if kind.startswith('dinov2'):
         fields['layer_scale'] = float(option(config, 'layerscale_value', 'a number', 1.0))
     if 'encoder.layer.0.attention.attention.query.bias' not in arrays:
@@ -216,8 +199,12 @@ def pieces(model: nn.Module) -> list[Piece]:
         Piece(f'{projection}.weight', 'embedding/kernel', layout='conv'),
         Piece(f'{projection}.bias', 'embedding/bias', layout='vector'),
         *(Piece(names[name], name) for name in model.prefix),
-        Piece(TABLE, 'posemb'),
     ]
+    if model.posemb_at == 'layers':
+        tables = yolos.mid_tables(model.depth)
+        rows += [Piece(name, 'encoder/posemb', (i,)) for i, name in enumerate(tables)]
+    else:
+        rows.append(Piece(TABLE, 'posemb'))
     layers = blocks.DINOV2_GATED if model.glu else blocks.DINOV2
     layers = layers if kind.startswith('dinov2') else blocks.VIT
     layers = blocks.PIXIO if kind == 'pixio' else layers
