@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vit_jax import config
-from vit_jax.data import mixture, order
+from vit_jax.data import mixture, order, overlays
 
 # Compares the loss of a training step with the loss of the images and labels that are shown.
 SCRIPT = """
@@ -87,3 +87,58 @@ def test_the_command_names_each_example_and_draws_it(tmp_path):
         env=launched.ENVIRONMENT,
     )  # fmt: skip
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith('error: --show=')
+
+
+def test_masks_are_painted_where_they_are_and_named():
+    image, labels = np.full((12, 10, 3), 100, np.uint8), np.zeros((12, 10), np.uint8)
+    labels[2:9, 3:9], labels[11] = 2, 255
+    names, example = ('background', 'a', 'b'), dict(image=image, label_map=labels)
+    made = overlays.picture(example, names).image
+    inner = np.zeros((12, 10), bool)
+    inner[3:8, 4:8] = True
+    colour = 255 * np.array(overlays.colour(2))
+    mixed = (1 - overlays.STRENGTH) * 100 + overlays.STRENGTH * colour
+    np.testing.assert_allclose(made[inner], np.broadcast_to(mixed, (20, 3)), atol=1)
+    np.testing.assert_allclose(made[2, 3:9], np.broadcast_to(colour, (6, 3)), atol=1)
+    assert (made[labels == 0] == 100).all() and (made[11] < 50).all()
+    assert overlays.contents(example, names) == {'background': round(68 / 110, 4), 'b': 0.3818}
+    example = dict(
+        image=image, labels=np.int32([1, 1, -1]), masks=np.stack([labels == 2] * 3),
+        boxes=np.float32([[0.3, 0.25, 0.9, 0.75], [0, 0, 1, 1], [0, 0, 0, 0]]),
+    )  # fmt: skip
+    drawn = overlays.picture(example, names)
+    np.testing.assert_allclose(drawn.boxes, [[3, 3, 9, 9], [0, 0, 10, 12]], atol=1e-5)
+    assert drawn.classes == [1, 1] and overlays.contents(example, names) == {'a': 2}
+    assert (drawn.image[labels == 0] == 100).all() and (drawn.image[inner] != 100).any(-1).all()
+
+
+@pytest.mark.slow
+def test_the_command_draws_label_maps_and_names_what_is_in_them(tmp_path):
+    import scenes
+
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        labels, image = scenes.blocks((40, 50), rng)
+        for name, content in (('images', image), ('masks', labels)):
+            path = tmp_path / 'set' / name / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(scenes.png(content))
+    (tmp_path / 'set' / 'classes.txt').write_text('a\nb\nc\nd\ne')
+    (tmp_path / 'x.py').write_text(f"""
+from ml_collections import ConfigDict
+def get_config():
+  return ConfigDict(dict(steps=5, model=dict(name='vit-ti/16'), data=dict(
+    task='segment', source=dict(name={str(tmp_path / 'set')!r}), view='fit', image_size=32,
+    batch_size=4)))
+""")
+    command = [sys.executable, '-m', 'vit_jax.data', f'--config={tmp_path}/x.py', '--json']
+    done = subprocess.run(
+        [*command, f'--show={tmp_path}/x.png'], text=True, capture_output=True,
+        env=launched.ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 4
+    for row in rows:
+        assert set(row['labels']) <= set('abcde') and abs(sum(row['labels'].values()) - 1) < 1e-3
+    assert Image.open(tmp_path / 'x.png').size[0] > 800

@@ -2,14 +2,16 @@
 
 Draws the batch of step N (0 is the first) of an experiment, or of a run's config.json, as the model
 receives it: after view, augmentations, mixup and CutMix with that step's random keys. Prints the
-id, name and labels of each example. Makes no model and trains nothing. Any setting can be changed,
-as in --config.data.view=central.
+id, name and labels of each example. Label maps, masks and boxes are drawn over their images, with
+the names of the classes; then labels are shares of the pixels, or numbers of objects. Makes no
+model and trains nothing. Any setting can be changed, as in --config.data.view=central.
 """
 
 import functools
 import io
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import assembly, cli
 from vit_jax import config as configs
-from vit_jax.data import mixture, pipeline
+from vit_jax.data import mixture, overlays, pipeline, tasks
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.io import storage
@@ -27,6 +29,7 @@ from vit_jax.io.text import printable, to_json
 from vit_jax.objectives import losses, supervised
 
 KINDS = ('png', 'pdf', 'svg')
+MOST = 30  # classes in a legend
 
 
 def model_inputs(
@@ -36,7 +39,7 @@ def model_inputs(
     if (config.data.task, config.objective.name) != ('classify', 'supervised'):
         raise UserError(
             f'a batch of task {config.data.task} and objective {config.objective.name} has no '
-            'picture here; classify and supervised have'
+            'picture here; segment, detect, and classify with supervised have'
         )
     data = configs.settings_of(config.data, pipeline.batches)
     task = assembly.task_of(config, source)
@@ -88,12 +91,34 @@ def picture(name: str, force: bool) -> tuple[pathlib.Path, str]:
     return path, kind
 
 
-def draw(
-    path: pathlib.Path, kind: str, images: np.ndarray, examples: Sequence[Mapping], title: str
-) -> None:
-    """Draws a grid of images [N, H, W, 3] with ids and labels above, to a file of a format.
+def annotated(
+    config: ConfigDict, source: Source, task: tasks.Task, step: int, count: int
+) -> tuple[list[overlays.Picture], list[dict]]:
+    """(pictures, what `rows` yields) of a batch of images with label maps or boxes."""
+    data = configs.settings_of(config.data, pipeline.batches)
+    batch = next(pipeline.batches(source, task, config.seed, step, **data))
+    pictures, lines, names = [], [], task.names['classes']
+    for k in range(min(count, len(batch['id']))):
+        one = {key: value[k] for key, value in batch.items()}
+        labels, i = overlays.contents(one, names), int(one['id'])
+        pictures.append(overlays.picture(one, names))
+        lines.append(
+            dict(place=k, id=i, name=source.name(i), labels=labels, used=bool(one['mask']))
+        )
+    return pictures, lines
 
-    `examples` are what `rows` yields.
+
+def draw(
+    path: pathlib.Path,
+    kind: str,
+    pictures: Sequence[overlays.Picture],
+    examples: Sequence[Mapping],
+    title: str,
+    names: Sequence[str] = (),
+) -> None:
+    """Draws a grid of pictures with ids and labels above, to a file of a format.
+
+    `examples` are what `rows` yields, `names` those of the classes of boxes and label maps.
     """
     try:
         from matplotlib.figure import Figure
@@ -101,23 +126,54 @@ def draw(
         from vit_jax.figures.style import shorten
     except ModuleNotFoundError as e:
         raise UserError('--show needs matplotlib: pip install "vit_jax[figures]"') from e
-    columns = min(8, len(examples))
+    side, most = (3.0, 5) if names else (1.9, 8)
+    columns = min(most, len(examples))
     lines = -(-len(examples) // columns)
-    figure = Figure((1.9 * columns, 2.2 * lines + 0.5), layout='constrained')
+    figure = Figure((side * columns, (side + 0.3) * lines + 0.5), layout='constrained')
     for k, axis in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
         axis.axis('off')
         if k < len(examples):
             labels = examples[k]['labels'].items()
             words = [name if w == 1 else f'{name} {w:.2f}' for name, w in list(labels)[:2]]
             words += ['...'] if len(labels) > 2 else []
+            words = [] if names else words
             words = words if examples[k]['used'] else ['not used']
-            axis.imshow(np.clip(images[k] / 255, 0, 1), interpolation='nearest')
+            axis.imshow(pictures[k].image, interpolation='nearest')
             words = [str(examples[k]['id']), *(shorten(word, 1.8, 7) for word in words)]
             axis.set_title('\n'.join(words), fontsize=7, parse_math=False)
+            draw_boxes(axis, pictures[k], names)
+    if names:
+        draw_legend(figure, examples, names)
     figure.suptitle(title, fontsize=9, parse_math=False)
     file = io.BytesIO()
     figure.savefig(file, format=kind, dpi=120)
     storage.write(path, file.getvalue())
+
+
+def draw_boxes(axis: Any, picture: overlays.Picture, names: Sequence[str]) -> None:
+    """Draws the boxes of a picture, each with the name of its class."""
+    from matplotlib.patches import Rectangle
+
+    for (x0, y0, x1, y1), number in zip(picture.boxes - 0.5, picture.classes, strict=True):
+        colour = overlays.colour(number)
+        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour))
+        axis.text(
+            x0, y0, names[number], fontsize=6, va='bottom', parse_math=False, clip_on=True,
+            bbox=dict(facecolor=colour, edgecolor='none', pad=0.5, alpha=0.8),
+        )  # fmt: skip
+
+
+def draw_legend(figure: Any, examples: Sequence[Mapping], names: Sequence[str]) -> None:
+    """Names the classes of all examples and their colours below a figure, the first `MOST`."""
+    from matplotlib.patches import Patch
+
+    known = {name for example in examples for name in example['labels']}
+    shown = [(k, name) for k, name in enumerate(names) if name in known][:MOST]
+    if shown:
+        figure.legend(
+            [Patch(color=overlays.colour(k)) for k, _ in shown], [name for _, name in shown],
+            loc='outside lower center', ncols=6, fontsize=7, frameon=False,
+        )  # fmt: skip
 
 
 def main(argv: list[str], changes: Sequence) -> None:
@@ -130,8 +186,14 @@ def main(argv: list[str], changes: Sequence) -> None:
     steps = assembly.steps_of(config, source)
     if options.step >= steps:
         raise UserError(f'--step is {options.step}; there are 0 to {steps - 1:,}')
-    batch, images, weights = model_inputs(config, source, options.step)
-    examples = list(rows(batch, weights, source, options.count))
+    task, names = assembly.task_of(config, source), ()
+    if {'label_map', 'boxes'} & task.blank.keys():
+        names = task.names['classes']
+        pictures, examples = annotated(config, source, task, options.step, options.count)
+    else:
+        batch, images, weights = model_inputs(config, source, options.step)
+        examples = list(rows(batch, weights, source, options.count))
+        pictures = [overlays.Picture(np.clip(image / 255, 0, 1)) for image in images]
     for row in examples:
         if options.json:
             print(to_json(row))
@@ -141,7 +203,7 @@ def main(argv: list[str], changes: Sequence) -> None:
             print(f'{row["id"]:>10}  {printable(row["name"])}  {labels}{used}')
     if options.show:
         title = f'{mixture.title(config.data.source)}, step {options.step}'
-        draw(*to, images, examples, title)
+        draw(*to, pictures, examples, title, names)
 
 
 if __name__ == '__main__':

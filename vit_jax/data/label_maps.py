@@ -14,6 +14,7 @@ from vit_jax.data import metadata
 from vit_jax.data.decoding import Unreadable, reason
 
 Zero = Literal['class', 'background', 'ignored']
+BACKGROUND = 'background'  # name of class 0 where `zero` is so
 MOST_BYTE = 255  # classes of a label map of bytes
 
 

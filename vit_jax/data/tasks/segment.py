@@ -15,7 +15,6 @@ from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Size
 
 MOST_CLASSES = 2**16 - 1
-BACKGROUND = 'background'
 
 
 def segment(
@@ -49,7 +48,7 @@ def segment(
       ignored: other ids that are ignored. None: 255, or 65535 of more than 255 classes.
     """
     found = class_names(source, classes, 'data.classes')
-    found = (BACKGROUND, *found) if zero == 'background' else found
+    found = (label_maps.BACKGROUND, *found) if zero == 'background' else found
     if len(found) > MOST_CLASSES:
         raise UserError(f'{len(found)} classes are more than {MOST_CLASSES}')
     ids, size = label_maps.Ids(len(found), zero, ignored), size_of(image_size)
