@@ -8,9 +8,8 @@ These are published by the README of facebookresearch/dino (arXiv:2104.14294). H
     s/16,800  released             74.5   77.0
     b/16,400  released             76.1   78.2
 
-k-NN is that of 20 neighbours with temperature 0.07, of the teacher. The linear numbers have no
-recipe: they are of classifiers trained with augmentation, by SGD, on the class tokens of the last
-four blocks (S/16), or on class token and mean of the patches (B/16).
+k-NN is that of 20 neighbours with temperature 0.07, of the teacher. The linear numbers are those of
+experiments/dino_probe.py.
 
 Settings are those of the README's commands and main_dino.py's defaults. Of the released models' own
 (args.txt of the authors' site) the crops of both, and of B/16 the rates, temperatures and the last

@@ -13,7 +13,8 @@ from vit_jax import models
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
-    'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino', 'deit', 'deit3',
+    'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino', 'dino_probe',
+    'aim', 'deit', 'deit3',
 )  # fmt: skip
 OWN = ('study', 'augreg_fashion', 'ssl_study')  # whose numbers were measured here
 

@@ -16,12 +16,16 @@ from vit_jax.tables import recipes as tables
 FREE = re.compile(
     r'model\.(width|depth|num_heads|mlp_dim|tokens_mlp_dim|patch_size|units|resnet|resnet_width|'
     r'attention|remat|unroll)|'
-    r'(data|test)\.(threads|workers|prefetch|tolerance|(train_)?source\.(data_dir|image|labels))|'
+    r'(data|test)\.(threads|workers|prefetch|tolerance|'
+    r'(train_)?source\.(mixture\.\w+\.)?(data_dir|image|labels))|'
     r'test\.(every|batch_size|k|l2|pixels|temperature|train_source\.label)|select(\..*)?|'
     r'(report|checkpoint|mesh|expected|evals)(\..*)?|seed|init_from'
 )
 LEAVES = ('view', 'augment', 'grid', 'decay_factors', 'expected')
-DATA = {'jft_like:303000000x18291': 'JFT-300M', 'jft_like:3000000000x29593': 'JFT-3B'}
+DATA = {
+    'jft_like:303000000x18291': 'JFT-300M', 'jft_like:3000000000x29593': 'JFT-3B',
+    'dfn2b and imagenet': 'DFN-2B and ImageNet',
+}  # fmt: skip
 
 
 def flat(values, path=''):
@@ -74,7 +78,8 @@ def origin(full, places):
             return f'AugReg {point[1]}'
         return 'ImageNet-21k' if 'imagenet21k' in address else 'ImageNet'
     before = recipes.given(places[begin].file.split('/')[1][:-3], places[begin].arg)
-    data = before['data']['source']['name']
+    source = before['data']['source']
+    data = source['name'] if 'name' in source else ' and '.join(sorted(source['mixture']))
     data = {'imagenet21k': 'ImageNet-21k', 'imagenet2012': 'ImageNet'}.get(data, DATA.get(data))
     if before.get('objective', {}).get('name') == 'mae':
         return f'MAE, {before["epochs"]} epochs'

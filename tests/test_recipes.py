@@ -94,7 +94,8 @@ TOYS = [
     ('mae_probe', 'b/16'),
     ('finetune_readme', 'cifar10,mixer/b_16-i1k'), ('study', 'vit-m,20k'),
     ('study', 'digits,resnet-m,5k'), ('ssl_study', 'next_patch,jft'), ('dino', 's/16,300'),
-    ('deit', 's/16,tokens'), ('deit3', 's/16'),
+    ('dino_probe', 'b/16,400'), ('aim', '0.6b'), ('aim', '0.6b,probe'), ('deit', 's/16,tokens'),
+    ('deit3', 's/16'),
 ]  # fmt: skip
 
 

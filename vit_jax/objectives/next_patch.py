@@ -80,7 +80,8 @@ def next_patch(
       examples: the training examples, with `image` [H, W, C] in the spec.
       head_depth: blocks of the MLP that makes pixels of a patch's encoding. 0: a linear layer.
       head_width: width of these blocks.
-      head_posemb: whether fixed sine-cosine positions are added to the encodings before the head.
+      head_posemb: whether fixed sine-cosine positions are added to the encodings before the head:
+        the model's, or `sincos2d` if its own are learnt.
       prefix: whether the first patches of an image, of a number drawn between 1 and N - 1, read
         each other and are not predicted. Otherwise attention is causal throughout.
       normalise: whether the pixels of each patch are normalised by their mean and deviation, as in
@@ -97,6 +98,7 @@ def next_patch(
         raise UserError(
             f'objective.head_posemb needs a model.width divisible by 4, not {model.width}'
         )
+    positions = model.posemb if model.posemb in embedding.FIXED else 'sincos2d'
     head = Predictor(head_depth, head_width, outputs, model.epsilon, model.dtype)
 
     def init(key):
@@ -118,7 +120,7 @@ def next_patch(
         )
         encoded = out['encoded']
         if head_posemb:
-            encoded += embedding.fixed('sincos2d', rows, columns, model.width).astype(encoded.dtype)
+            encoded += embedding.fixed(positions, rows, columns, model.width).astype(encoded.dtype)
         made = head.apply({'params': params['predictor']}, encoded)[:, :-1]
         wanted = embedding.cut(images, model.patch_size)
         wanted = targets.normalised(wanted) if normalise else wanted
