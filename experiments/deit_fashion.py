@@ -31,16 +31,21 @@ STUDENT = dict(
     name='vit/7', width=64, depth=4, num_heads=4, mlp_dim=256, pool='cls', gelu='exact', unroll=4
 )  # fmt: skip
 TEACHER = dict(name='bit', units=(1, 1), width=0.5)
-KINDS = {  # the paper's: hard with equal weights; soft with tau 3 and weight 0.1
+KINDS = {
+    # the paper's: hard with equal weights; soft with tau 3 and weight 0.1
     'hard': dict(kind='hard', alpha=0.5), 'soft': dict(kind='soft', alpha=0.1, tau=3.0),
-}  # fmt: skip
-ARGS = ('teacher', 'none', *KINDS, *(f'{kind},tokens' for kind in KINDS))
+    'patient': dict(kind='soft', alpha=1.0, tau=2.0),  # without labels, arXiv:2106.05237
+}
+ARGS = (
+    'teacher', 'none', *KINDS, 'hard,tokens', 'soft,tokens', 'none,2k', *(f'{k},2k' for k in KINDS)
+)
 OUTPUTS = {'both': 'logits', 'class': 'logits_cls', 'distillation': 'logits_dist'}
 
 
 def get_config(arg='hard,tokens'):
     check_choice('argument', arg, ARGS)
-    kind, _, tokens = arg.partition(',')
+    kind, *words = arg.split(',')
+    tokens, count = 'tokens' in words, 2_000 if '2k' in words else 10_000
     config = ConfigDict()
     config.seed = 0
     config.steps = 2500
@@ -51,7 +56,7 @@ def get_config(arg='hard,tokens'):
     if kind in KINDS:
         config.objective = dict(name='distill', teacher='runs/deit_fashion/teacher', **KINDS[kind])
     config.data = dict(
-        source=dict(name='fashion_mnist_debian', split='train[:10000]'),
+        source=dict(name='fashion_mnist_debian', split=f'train[:{count}]'),
         view=dict(name='inception', area=(0.5, 1.0)), image_size=28, batch_size=64,
     )  # fmt: skip
     test = dict(
