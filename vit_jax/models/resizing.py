@@ -1,4 +1,4 @@
-"""Weights of interpolation, and what they resize: position tables and kernels of patches.
+"""Weights of interpolation, and what they resize: position tables, kernels of patches, maps.
 
 Shapes: h w grid of patches, N patches (h * w), P patch, C channels, D width.
 """
@@ -107,6 +107,15 @@ def positions(
     patches = jnp.einsum('yh,xw,hwd->yxd', rows, columns, patches, precision='highest')
     patches = patches.reshape(1, new[0] * new[1], -1).astype(table.dtype)
     return jnp.concatenate([table[:, :prefix], patches], axis=1)
+
+
+def maps(x: jax.Array, new: tuple[int, int]) -> jax.Array:
+    """Resizes maps [B, h, w, C] bilinearly, without aligned corners and antialias."""
+    if x.shape[1:3] == tuple(new):
+        return x
+    rows, columns = (linear(n, m).astype(x.dtype) for n, m in zip(x.shape[1:3], new, strict=True))
+    x = jnp.einsum('yh,bhwc->bywc', rows, x, precision='highest')
+    return jnp.einsum('xw,bywc->byxc', columns, x, precision='highest')
 
 
 def kernel_weights(old: int, new: int) -> np.ndarray:

@@ -1,0 +1,182 @@
+"""Semantic segmentation by a class for each patch, resized to the label map.
+
+A batch is {image: uint8 [B, H, W, C], label_map: uint8 or uint16 [B, Y, X], mask: [B]}; pixels of a
+label that is no class, such as 255, are ignored. Shapes: h w grid of patches, N patches, D width, K
+classes.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from vit_jax.errors import UserError
+from vit_jax.io.bounds import Positive, Rate
+from vit_jax.models import mae, resizing, segmenter
+from vit_jax.models.vit import Vit
+from vit_jax.objectives import Examples, Objective, class_count, headless, linear_probe
+
+METRICS = {'loss': 'min', 'accuracy': 'max'}
+EPSILON = 1e-5  # of batch norm, that of PyTorch
+BESIDE = 'batch norm and the losses of pixels are those of the whole batch'
+
+
+def segment(
+    model: Vit,
+    examples: Examples,
+    *,
+    head: Literal['linear', 'segmenter'] = 'linear',
+    norm_decay: Rate = 0.9,
+    decoder_depth: Positive[int] = 2,
+    decoder_dropout: Rate = 0.1,
+) -> Objective:
+    """Trains the ViT to segment images: a class for each patch, by a head on its last tokens.
+
+    Parameters of the ViT are in the subtree `vit`, beside those of the head. The loss is the mean
+    cross-entropy of all pixels of the batch that are not ignored; logits are resized to the label
+    map, bilinearly without aligned corners. With `optim.only` '^(head|batch_norm)/' the ViT is
+    frozen, as in arXiv:2304.07193 section 7.4.
+
+    Evaluations read `semantic`, the logits [B, K, h, w] of the patches.
+
+    Args:
+      model: ViT, as `models.build` makes it; its own head is left out.
+      examples: the training examples, with `image` and `label_map` in the spec.
+      head: batch norm and a linear layer, as facebookresearch/dinov2 (linear_head.py), or the mask
+        transformer of arXiv:2105.05633, `models.segmenter.Segmenter`.
+      norm_decay: decay of the moving averages of batch norm, with head linear. Evaluations, and
+        what loads the run, have these averages, multiplied into the head.
+      decoder_depth: blocks of the mask transformer.
+      decoder_dropout: dropout rate in them.
+    """
+    classes = class_count(model, examples, 'segment')
+    model = headless(model, examples, 'segment', pixels=False)
+    encoder = mae.encoder_of(model, 'a segmenter')
+    check_spec(examples, classes)
+    if head == 'linear':
+        return with_linear(encoder, examples, classes, norm_decay)
+    net = segmenter.Segmenter(encoder, classes, decoder_depth, decoder_dropout)
+    net.check()
+    shape = examples.spec['image'].shape
+
+    def init(key):
+        return net.init(key, jnp.zeros((1, *shape)))['params']
+
+    def loss(params, extra, frozen, batch, key, step):
+        images = encoder.normalise(batch['image'])
+        logits, _ = net.apply({'params': params}, images, train=True, rngs={'dropout': key})
+        metrics = pixel_metrics(logits, batch['label_map'], batch['mask'])
+        return metrics['loss'], (metrics, {})
+
+    def predict(params, batch):
+        logits, _ = net.apply({'params': params}, encoder.normalise(batch['image']))
+        return {'semantic': logits.transpose(0, 3, 1, 2)}
+
+    return Objective(
+        init, loss, predict, rules=segmenter.RULES, flops=net.flops(shape), indivisible=BESIDE
+    )
+
+
+def with_linear(encoder: Vit, examples: Examples, classes: int, decay: float) -> Objective:
+    """`segment` with batch norm and a linear layer."""
+    shape, width = examples.spec['image'].shape, encoder.width
+    h, w = encoder.grid(shape)
+
+    def init(key):
+        keys = jax.random.split(key)
+        return {
+            'vit': encoder.init(keys[0], jnp.zeros((1, *shape)))['params'],
+            'batch_norm': {'scale': jnp.ones(width), 'bias': jnp.zeros(width)},
+            'head': {'kernel': 0.01 * jax.random.normal(keys[1], (width, classes)),
+                     'bias': jnp.zeros(classes)},
+        }  # fmt: skip
+
+    def features(params, batch, **how):
+        """Patches after the last norm, float32 [B, N, D]."""
+        images = encoder.normalise(batch['image'])
+        out = encoder.apply({'params': params['vit']}, images, **how)[1]
+        return out['encoded'].astype(jnp.float32)
+
+    def logits_of(params, x):
+        x = x * params['batch_norm']['scale'] + params['batch_norm']['bias']
+        x = x @ params['head']['kernel'] + params['head']['bias']
+        return x.reshape(len(x), h, w, classes)
+
+    def loss(params, extra, frozen, batch, key, step):
+        mask = batch['mask'].astype(jnp.float32)
+        x = features(params, batch, train=True, rngs={'dropout': key})
+        mean, variance = moments(x, mask)
+        logits = logits_of(params, (x - mean) * jax.lax.rsqrt(variance + EPSILON))
+        metrics = pixel_metrics(logits, batch['label_map'], mask)
+        count = jnp.maximum(jnp.sum(mask) * h * w, 2)
+        aux = {'mean': mean, 'variance': variance * count / (count - 1)}
+        return metrics['loss'], (metrics, jax.lax.stop_gradient(aux))
+
+    def extra(params):
+        kept = {'mean': jnp.zeros(width), 'variance': jnp.ones(width)}
+        return kept | {'average': folded(params, **kept)}
+
+    def update(extra, params, aux, step):
+        kept = {n: decay * extra[n] + (1 - decay) * aux[n] for n in ('mean', 'variance')}
+        return kept | {'average': folded(params, **kept)}
+
+    def predict(params, batch):
+        return {'semantic': logits_of(params, features(params, batch)).transpose(0, 3, 1, 2)}
+
+    flops = encoder.flops(shape) + 2 * h * w * width * classes
+    rules = ((r'mean|variance', P()),)
+    return Objective(
+        init, loss, predict, extra, update, rules=rules, flops=flops, indivisible=BESIDE
+    )
+
+
+def check_spec(examples: Examples, classes: int) -> None:
+    """Raises UserError unless examples have a label map whose type has a number to ignore."""
+    if 'label_map' not in examples.spec:
+        raise UserError(
+            "the objective needs `label_map`, as data.task 'segment' has it; these examples have "
+            f'{", ".join(examples.spec)}'
+        )
+    most = jnp.iinfo(examples.spec['label_map'].dtype).max
+    if classes > most:
+        raise UserError(
+            f'model.num_classes is {classes}, and the label map has {most} of them at most'
+        )
+
+
+def moments(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance, [D] each, of the patches x [B, N, D] of examples with mask 1."""
+    b, n, d = x.shape
+    rows = jnp.broadcast_to(mask[:, None], (b, n)).reshape(-1)
+    return linear_probe.moments(x.reshape(-1, d), rows)
+
+
+def folded(params: Any, *, mean: jax.Array, variance: jax.Array) -> Any:
+    """Parameters whose batch norm is that by this mean and variance, for patches as they are."""
+    scale = params['batch_norm']['scale'] * jax.lax.rsqrt(variance + EPSILON)
+    bias = params['batch_norm']['bias'] - mean * scale
+    return params | {'batch_norm': {'scale': scale, 'bias': bias}}
+
+
+def pixel_metrics(
+    logits: jax.Array, label_map: jax.Array, mask: jax.Array
+) -> dict[str, jax.Array]:
+    """Means over all pixels of the batch that are not ignored: `loss`, `accuracy`.
+
+    Args:
+      logits: [B, h, w, K], which are resized to the label map.
+      label_map: integers [B, Y, X]; those that are no class are ignored.
+      mask: [B], 1 for the examples that count.
+    """
+    classes = logits.shape[-1]
+    logits = resizing.maps(logits.astype(jnp.float32), label_map.shape[1:])
+    labels = label_map.astype(jnp.int32)
+    counts = (labels < classes) & (mask[:, None, None] > 0)
+    true = jnp.take_along_axis(logits, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
+    rows = {
+        'loss': jax.nn.logsumexp(logits, axis=-1) - true,
+        'accuracy': jnp.argmax(logits, axis=-1) == labels,
+    }
+    count = jnp.maximum(jnp.sum(counts), 1)
+    return {name: jnp.sum(jnp.where(counts, x, 0)) / count for name, x in rows.items()}
