@@ -7,9 +7,12 @@ import numpy as np
 
 
 @functools.cache
-def compiled(model):
+def compiled(model, **options):
+    """(params, images, **arrays) -> (output, intermediates), as one program."""
     return jax.jit(
-        lambda params, images: model.apply({'params': params}, images),
+        lambda params, images, **arrays: model.apply(
+            {'params': params}, images, **options, **arrays
+        ),
         compiler_options={'xla_backend_optimization_level': 0},  # compiles in half the time
     )
 

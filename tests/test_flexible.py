@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compared import compiled
 from launched import timeless
 from learners import IMAGE
 
@@ -62,13 +63,16 @@ def test_each_side_is_the_model_of_that_patch_size():
         kernel = resizing.kernel(params['embedding']['kernel'], (side, side))
         own['embedding'] = dict(params['embedding'], kernel=kernel)
         plain = supervised.supervised(fixed, SPEC)
-        wanted = plain.loss(own, {}, {}, batch, jax.random.key(1), 0)[0]
-        found = objective.variants[side](params, {}, {}, batch, jax.random.key(1), 0)[0]
+        wanted = jax.jit(plain.loss)(own, {}, {}, batch, jax.random.key(1), 0)[0]
+        found = jax.jit(objective.variants[side])(params, {}, {}, batch, jax.random.key(1), 0)[0]
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
-        logits.append(plain.predict(own, batch)['logits'])
-    np.testing.assert_allclose(objective.predict(params, batch)['logits'], logits[-1], atol=1e-5)
+        logits.append(jax.jit(plain.predict)(own, batch)['logits'])
+    found = jax.jit(objective.predict)(params, batch)['logits']
+    np.testing.assert_allclose(found, logits[-1], atol=1e-5)
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
-    grads = jax.grad(lambda p: objective.variants[2](p, {}, {}, batch, jax.random.key(1), 0)[0])
+    grads = jax.jit(jax.grad(
+        lambda p: objective.variants[2](p, {}, {}, batch, jax.random.key(1), 0)[0]
+    ))  # fmt: skip
     for leaf in jax.tree.leaves(grads(params)['embedding']):
         assert np.abs(leaf).max() > 1e-6  # one kernel learns from every side
 
@@ -82,27 +86,32 @@ def test_sides_are_drawn_evenly_and_by_seed_and_step():
     assert (np.abs(counts - 1000) < 5 * 1000**0.5).all()
 
 
-def test_each_side_is_compiled_once(monkeypatch, tmp_path):
-    made = []
-    compiled = step.compiled
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """(workdir of a run, losses that it compiled, its compiled steps)."""
+    made, functions, plain = [], [], step.compiled
 
     def counted(objective, *arguments, **settings):
         made.append(objective.loss)
-        advance = compiled(objective, *arguments, **settings)
-        counted.functions.append(advance)
-        return advance
+        functions.append(plain(objective, *arguments, **settings))
+        return functions[-1]
 
-    counted.functions = []
-    monkeypatch.setattr(step, 'compiled', counted)
-    run(tmp_path / 'run')
+    path = tmp_path_factory.mktemp('whole') / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, 'compiled', counted)
+        run(path)
+    return path, made, functions
+
+
+def test_each_side_is_compiled_once(whole):
+    _, made, functions = whole
     sides = {int(np.random.default_rng((4, n)).choice(SIDES)) for n in range(12)}
     assert sides == set(SIDES) and len(made) == len(set(made)) == 3
-    assert [advance._cache_size() for advance in counted.functions] == [1, 1, 1]
+    assert [advance._cache_size() for advance in functions] == [1, 1, 1]
 
 
-def test_a_run_resumes_to_the_bit_and_is_read_at_any_side(tmp_path):
-    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    run(whole)
+def test_a_run_resumes_to_the_bit_and_is_read_at_any_side(whole, tmp_path):
+    whole, parts = whole[0], tmp_path / 'parts'
     shutil.copytree(whole, parts)
     for file in ('checkpoints/10', 'checkpoints/12', 'result.json'):
         path = parts / file
@@ -116,14 +125,14 @@ def test_a_run_resumes_to_the_bit_and_is_read_at_any_side(tmp_path):
     model, params = vit_jax.load(whole)  # as it is kept
     assert model.patch_size == (4, 4) and params['posemb'].shape[1] == 1 + 3 * 3
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
-    for side in SIDES:
+    for side in (1, 4):
         other, resized = vit_jax.load(whole, patch_size=side, image_size=8)
-        found = other.apply({'params': resized}, images)[0]
+        found = compiled(other)(resized, images)[0]
         flexible, own = resizing.with_patches(model, params, side, (8, 8, 3))
-        wanted = flexible.apply({'params': own}, images)[0]
+        wanted = compiled(flexible)(own, images)[0]
         np.testing.assert_allclose(found, wanted, atol=1e-5)
     evaluated, settings = {}, evaluate.settings_of(None, str(whole), [])
-    for side in (None, *SIDES):
+    for side in (None, 2, 4):
         (_, metrics, _), = evaluate.evaluate(str(whole), settings, patch_size=side)
         evaluated[side] = metrics['loss']
     logged = [row['test/loss'] for row in timeless(whole) if 'test/loss' in row]
@@ -132,7 +141,7 @@ def test_a_run_resumes_to_the_bit_and_is_read_at_any_side(tmp_path):
     found = predict.classifier(str(whole), 'features', image_size=8, patch_size=2)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     flexible, own = resizing.with_patches(model, params, 2, (8, 8, 3))
-    wanted = flexible.apply({'params': own}, flexible.normalise(pixels))[1]['pre_logits']
+    wanted = compiled(flexible)(own, flexible.normalise(pixels))[1]['pre_logits']
     made = found.compute(found.params, pixels)['features']
     np.testing.assert_allclose(made, wanted, atol=1e-5)
 

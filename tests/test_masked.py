@@ -66,10 +66,13 @@ def test_masked_patches_count_alone_and_are_not_seen(target, monkeypatch):
     others = jnp.array([[1, 2, 3, 0], [2, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1]])
     monkeypatch.setattr(masked_patch, 'draw', lambda *_: (kinds, others))
 
+    @jax.jit
+    def loss(images, mask):
+        one = {'image': images, 'mask': mask}
+        return objective.loss(params, {}, {}, one, jax.random.key(0), 0)[0]
+
     def losses(images):
-        return np.array([objective.loss(
-            params, {}, {}, {'image': images, 'mask': jnp.eye(4)[i]}, jax.random.key(0), 0
-        )[0] for i in range(4)])  # fmt: skip
+        return np.array([loss(images, mask) for mask in np.eye(4, dtype=np.float32)])
 
     def changed(places):
         images = examples['image'].copy()
@@ -78,14 +81,12 @@ def test_masked_patches_count_alone_and_are_not_seen(target, monkeypatch):
             images[i, y : y + 4, x : x + 4] = 255 - images[i, y : y + 4, x : x + 4]
         return images
 
-    plain = losses(examples['image'])
+    plain, gradient = losses(examples['image']), jax.jit(jax.grad(loss))
     # The target of a corrupted patch is its own colour; one that is not corrupted is input alone.
     assert (np.abs(losses(changed([0, 0, 0, 0])) - plain) > 1e-4).all()
     assert (np.abs(losses(changed([2, 2, 2, 2])) - plain) > 1e-6).all()
     for i, n in ((0, 1), (3, 3)):  # masked ones: pixels reach the loss as the target alone
-        seen = jax.grad(lambda images, i=i: objective.loss(
-            params, {}, {}, {'image': images, 'mask': jnp.eye(4)[i]}, jax.random.key(0), 0
-        )[0])(examples['image'].astype(np.float32))[i]  # fmt: skip
+        seen = gradient(examples['image'].astype(np.float32), jnp.eye(4)[i])[i]
         y, x = 4 * (n // 2), 4 * (n % 2)
         assert np.abs(seen).max() > 1e-7
         if target != 'pixels':
@@ -104,17 +105,19 @@ def test_a_next_patch_is_predicted_from_those_before_it(monkeypatch):
     objective = METHODS['next_patch'](normalise=False)
     params, images = started(objective), batch(1)['image'].astype(np.float32)
 
+    @jax.jit
     def loss(images, length):
-        monkeypatch.setattr(jax.random, 'randint', lambda *_: jnp.array([length]))
+        monkeypatch.setattr(jax.random, 'randint', lambda *_: length[None])
         one = {'image': images, 'mask': jnp.ones(1)}
         return objective.loss(params, {}, {}, one, jax.random.key(0), 0)[0]
 
-    for length in (1, 2, 3):  # of 4 patches
+    gradient = jax.jit(jax.grad(loss))
+    out = jax.jit(objective.predict)(params, {'image': images})['encoded']
+    for length in np.arange(1, 4):  # of 4 patches
         value = loss(images, length)
-        out = objective.predict(params, {'image': images})['encoded']
         assert out.shape == (1, 4, 16) and np.isfinite(value)
         # The last patch is a target alone: the gradient by its pixels is that of the squared error.
-        seen = jax.grad(loss)(images, length)[0]
+        seen = gradient(images, length)[0]
         last, scale = seen[4:, 4:], 1 / 127.5
         moved = images.copy()
         moved[0, 4:, 4:] += 1
@@ -149,8 +152,7 @@ def test_eight_devices_learn_as_one(name):
 
     one = trained(1)
     assert one[0][-1] < one[0][0]
-    for mesh in ({}, {'fsdp': 2, 'tensor': 2}):
-        assert_trees_close(trained(8, **mesh), one, rtol=1e-4, atol=1e-6)
+    assert_trees_close(trained(8, fsdp=2, tensor=2), one, rtol=1e-4, atol=1e-6)
 
 
 def test_models_that_have_no_such_patches_are_refused():
