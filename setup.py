@@ -1,6 +1,6 @@
-"""The extension that decodes JPEGs; where it can't be built, Pillow does the same more slowly.
+"""The extensions that decode JPEGs and label maps; where they can't be built, Pillow does the same.
 
-It needs a C compiler and the headers of libjpeg-turbo (Debian's libjpeg-dev).
+They need a C compiler, that of JPEGs also the headers of libjpeg-turbo (Debian's libjpeg-dev).
 """
 
 from setuptools import Extension, setup
@@ -14,6 +14,13 @@ setup(
             extra_compile_args=['-O3', '-ffp-contract=off', '-pthread'],
             py_limited_api=True,
             optional=True,
-        )
+        ),
+        Extension(
+            'vit_jax.data._labels',
+            ['vit_jax/data/_labels.c'],
+            extra_compile_args=['-O3'],
+            py_limited_api=True,
+            optional=True,
+        ),
     ]
 )

@@ -36,14 +36,16 @@ def png_with_palette(ids):
     return out.getvalue()
 
 
-def raw_png(ids, depth, colour):
-    """A PNG of grey values (colour 0) or of a palette (3), with `depth` bits a pixel."""
+def raw_png(ids, depth, colour, rows=b''):
+    """A PNG of grey values (colour 0) or of a palette (3), with `depth` bits a pixel.
+
+    `rows` are its pixels as they are compressed; without them, unfiltered.
+    """
     def chunk(name, data):
         check = zlib.crc32(name + data)
         return struct.pack('>I', len(data)) + name + data + struct.pack('>I', check)
 
-    rows = b''
-    for row in ids:
+    for row in [] if rows else ids:
         bits = ''.join(f'{value:0{depth}b}' for value in row)
         bits += '0' * (-len(bits) % 8)
         rows += b'\0' + int(bits, 2).to_bytes(len(bits) // 8, 'big')

@@ -25,10 +25,10 @@ VIEWS = (
 SIDES = st.integers(30, 80)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(VIEWS), st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES), st.integers(0, 99))
 def test_all_that_has_a_place_moves_together(view, shape, size, seed):
-    """Colours are those of the labels two pixels from any edge, boxes surround their masks."""
+    """Colours are those of the labels beyond a filter's reach, boxes surround their masks."""
     rng = np.random.default_rng(seed)
     labels, picture = scenes.blocks(shape, rng)
     boxes, masks = scenes.objects(shape, rng)
@@ -40,8 +40,11 @@ def test_all_that_has_a_place_moves_together(view, shape, size, seed):
     made = segment.segment(source, **same).read(record, np.random.default_rng(seed))
     found, ignored = made['label_map'], made['label_map'] == 255
     assert found.dtype == np.uint8 and found.shape == size and made['image'].shape == (*size, 3)
-    inner = ndimage.maximum_filter(found, 5, mode='constant', cval=99) == found
-    inner &= ndimage.minimum_filter(found, 5) == found
+    geometry = make_view(view, size).place(shape, np.random.default_rng(seed), labels)
+    enlarged = max(a / b for a, b in zip(geometry.resized, geometry.window[2:], strict=True))
+    width = 2 * int(np.ceil(max(enlarged, 1))) + 3  # the reach of the filter, on both sides
+    inner = ndimage.maximum_filter(found, width, mode='constant', cval=99) == found
+    inner &= ndimage.minimum_filter(found, width) == found
     wanted = np.where(ignored, 0, 40 * found.astype(int) + 20)
     np.testing.assert_array_equal(made['image'][inner][:, 0], wanted[inner])
     task = detect.detect(
@@ -195,17 +198,85 @@ def test_masks_follow_the_classes_of_other_data_sets():
         assert twice.tolist() == table[table].tolist()
 
 
+@pytest.fixture(params=['extension', 'Pillow'])
+def reader(request, monkeypatch):
+    """The mask reader with and without the extension."""
+    if request.param == 'Pillow':
+        monkeypatch.setattr(label_maps, '_labels', None)
+    elif label_maps._labels is None:
+        pytest.skip('the extension is not built')
+    return label_maps.read
+
+
+def filtered(ids, filters):
+    """Rows of a PNG's pixels, each by a filter of its own: by the definitions, pixel by pixel."""
+    above, rows = [0] * ids.shape[1], b''
+    for row, number in zip(ids.tolist(), filters, strict=True):
+        out = []
+        for x, value in enumerate(row):
+            a, b, c = row[x - 1] if x else 0, above[x], above[x - 1] if x else 0
+            near = min((abs(b - c), 0, a), (abs(a - c), 1, b), (abs(a + b - 2 * c), 2, c))[2]
+            out.append((value - [0, a, b, (a + b) // 2, near][number]) % 256)
+        above, rows = row, rows + bytes([number, *out])
+    return rows
+
+
+def test_ids_are_the_same_whatever_the_filters_of_the_file(reader):
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (40, 1), (1, 50), (60, 31)):
+        for ids in (rng.integers(0, 256, shape), rng.integers(0, 3, shape) * 100):
+            filters = rng.integers(0, 5, shape[0])
+            data = scenes.raw_png(ids, 8, 0, filtered(ids, filters))
+            np.testing.assert_array_equal(reader(data), ids)
+    ids = rng.integers(0, 256, (200, 90), np.uint8)
+    np.testing.assert_array_equal(reader(scenes.png(ids, optimize=True)), ids)
+
+
+@pytest.mark.parametrize('change', [
+    lambda data: data[:-30], lambda data: data[:60], lambda data: data[:70] + b'x' + data[71:],
+    lambda data: scenes.raw_png(np.zeros((4, 5), int), 8, 0, bytes(23)),
+    lambda data: scenes.raw_png(np.zeros((4, 5), int), 8, 0, bytes([9, 0, 0, 0, 0, 0] * 4)),
+])  # fmt: skip
+def test_a_damaged_mask_is_read_or_refused_as_pillow_does(change, monkeypatch):
+    ids, found = np.random.default_rng(0).integers(0, 9, (40, 50), np.uint8), []
+    data = change(scenes.png(ids))
+    for extension in (label_maps._labels, None):
+        monkeypatch.setattr(label_maps, '_labels', extension)
+        try:
+            found.append(label_maps.read(data).tobytes())
+        except images.Unreadable as e:
+            found.append(str(e))
+    assert found[0] == found[1]
+
+
+def test_labels_and_counts_are_the_same_without_the_extension(reader):
+    rng = np.random.default_rng(0)
+    for classes, zero in ((255, 'class'), (254, 'background'), (150, 'ignored'), (255, 'ignored')):
+        ids = label_maps.Ids(classes, zero)
+        values = np.flatnonzero(label_maps.table_of(ids, 256) >= 0).astype(np.uint8)
+        mask = rng.choice(values, (31, 47))
+        expected = label_maps.table_of(ids, 256)[mask]
+        found = ids.labels(mask[:, ::2])
+        np.testing.assert_array_equal(found, expected[:, ::2])
+        counts = np.bincount(found.ravel(), minlength=256)
+        np.testing.assert_array_equal(label_maps.class_counts(found), counts[:255])
+        for unknown in np.setdiff1d(np.arange(256), values)[:1]:
+            mask[3, 5] = unknown
+            with pytest.raises(images.Unreadable, match=f'it has the id {unknown}, and'):
+                ids.labels(mask)
+
+
 IDS = np.array([[0, 1, 0, 1, 1], [1, 1, 0, 0, 1]])
 
 
 @pytest.mark.parametrize('depth', [1, 2, 4, 8, 16])
 @pytest.mark.parametrize('colour', [0, 3])
-def test_ids_are_the_numbers_in_the_file(depth, colour):
+def test_ids_are_the_numbers_in_the_file(depth, colour, reader):
     """Grey values unscaled, and indices whatever the palette's colours and transparency."""
     if (depth, colour) == (16, 3):
         return  # there is none
     ids = IDS * (2**depth - 1) - (IDS[:, ::-1] if depth > 1 else 0) * IDS
-    found = label_maps.read(scenes.raw_png(ids, depth, colour))
+    found = reader(scenes.raw_png(ids, depth, colour))
     assert found.dtype == (np.uint16 if depth == 16 else np.uint8)
     np.testing.assert_array_equal(found, ids)
 

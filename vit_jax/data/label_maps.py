@@ -5,6 +5,8 @@ The largest number of a label map's dtype, 255 or 65535, is that of ignored pixe
 
 import functools
 import io
+import struct
+import zlib
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,9 +15,15 @@ from PIL import Image
 from vit_jax.data import metadata
 from vit_jax.data.decoding import Unreadable, reason
 
+try:
+    from vit_jax.data import _labels
+except ImportError:
+    _labels = None
+
 Zero = Literal['class', 'background', 'ignored']
 BACKGROUND = 'background'  # name of class 0 where `zero` is so
 MOST_BYTE = 255  # classes of a label map of bytes
+MOST_PIXELS = 2**26  # of a mask that the extension reads
 
 
 class Ids(NamedTuple):
@@ -49,17 +57,24 @@ class Ids(NamedTuple):
           classes: int32, maps the classes of the mask's own data set to others, if they differ.
         """
         table = table_of(self, 2 ** (8 * ids.dtype.itemsize))
-        used = np.flatnonzero(id_counts(ids))
-        if (wrong := used[table[used] < 0]).size:
-            raise Unreadable(f'it has the id {wrong[0]}, and there are {self.classes} classes')
         if classes is not None:
             first = int(self.zero == 'background')
             own = np.flatnonzero((table >= first) & (table != self.fill))
             table = table.copy()
             table[own] = classes[table[own] - first] + first
-        if ids.dtype == self.dtype and (table[used] == used).all():
-            return ids
-        return table.astype(self.dtype).take(ids)
+        labels, used = mapped(ids, table, self.dtype)
+        if (wrong := used[table[used] < 0]).size:
+            raise Unreadable(f'it has the id {wrong[0]}, and there are {self.classes} classes')
+        return labels
+
+
+def mapped(ids: np.ndarray, table: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(table[ids] as a dtype, ids that occur, in ascending order)."""
+    if _labels is None or not ids.dtype == dtype == np.uint8:
+        return table.astype(dtype).take(ids), np.flatnonzero(id_counts(ids))
+    labels = np.empty(ids.shape, np.uint8)
+    seen = _labels.map(np.ascontiguousarray(ids), labels, table.astype(np.uint8).tobytes())
+    return labels, np.flatnonzero(np.frombuffer(seen, np.uint8))
 
 
 def ignored(dtype: np.dtype) -> int:
@@ -81,9 +96,11 @@ def table_of(ids: Ids, length: int) -> np.ndarray:
 
 def id_counts(ids: np.ndarray) -> np.ndarray:
     """Number of pixels of each id, of uint8 or uint16 [H, W]."""
-    if ids.dtype == np.uint8:  # Pillow counts twice as fast
-        return np.array(Image.fromarray(ids).histogram())
-    return np.bincount(ids.ravel(), minlength=2**16)
+    if _labels is None or ids.dtype != np.uint8:
+        return np.bincount(ids.ravel(), minlength=2 ** (8 * ids.dtype.itemsize))
+    counts = np.empty(256, np.int64)
+    _labels.count(np.ascontiguousarray(ids), counts)
+    return counts
 
 
 def class_counts(labels: np.ndarray) -> np.ndarray:
@@ -103,18 +120,52 @@ def read(data: bytes) -> np.ndarray:
         raise Unreadable(f'class ids are read from PNG files alone{lossy}')
     try:
         picture, _ = metadata.apart(data)
-        with Image.open(io.BytesIO(picture), formats=['PNG']) as file:
-            depth, colour = picture[24], picture[25]
-            if colour not in (0, 3):
-                kind = {2: 'RGB', 4: 'grey with alpha', 6: 'RGB with alpha'}.get(colour, colour)
-                raise Unreadable(
-                    f'its pixels are {kind}, not ids; save it as grey values or with a palette'
-                )
-            ids = np.asarray(file)
+        if _labels is not None and (ids := read_bytes(picture)) is not None:
+            return ids
+        return read_by_pillow(picture)
     except Unreadable:
         raise
     except Exception as e:  # Pillow's parsers raise any exception for damaged data
         raise Unreadable(reason(e)) from e
+
+
+def read_by_pillow(picture: bytes) -> np.ndarray:
+    """`read` of a PNG without metadata; raises Unreadable and what Pillow raises."""
+    with Image.open(io.BytesIO(picture), formats=['PNG']) as file:
+        depth, colour = picture[24], picture[25]
+        if colour not in (0, 3):
+            kind = {2: 'RGB', 4: 'grey with alpha', 6: 'RGB with alpha'}.get(colour, colour)
+            raise Unreadable(
+                f'its pixels are {kind}, not ids; save it as grey values or with a palette'
+            )
+        ids = np.asarray(file)
     if colour == 0 and depth < 8 and ids.dtype == np.uint8:
         return ids // np.uint8(255 // (2**depth - 1))  # Pillow scales them to 0 ... 255
     return ids.astype(np.uint8 if depth <= 8 else np.uint16, copy=False)
+
+
+def read_bytes(picture: bytes) -> np.ndarray | None:
+    """`read_by_pillow` in half the time, for bytes row by row; None for all else, and damage."""
+    width, height, *kind = struct.unpack('>II5B', picture[16:29])
+    if picture[12:16] != b'IHDR' or kind not in ([8, 0, 0, 0, 0], [8, 3, 0, 0, 0]):
+        return None
+    parts, at = [], 8
+    while at < len(picture):
+        length, name = struct.unpack('>I4s', picture[at : at + 8])
+        end = at + 8 + length
+        if picture[end : end + 4] != zlib.crc32(picture[at + 4 : end]).to_bytes(4, 'big'):
+            return None
+        parts += [picture[at + 8 : end]] if name == b'IDAT' else []
+        at = end + 4
+    if not 0 < width * height <= MOST_PIXELS:
+        return None
+    try:
+        inflater, size = zlib.decompressobj(), height * (width + 1)
+        rows = inflater.decompress(b''.join(parts), size)
+        if len(rows) != size or inflater.decompress(inflater.unconsumed_tail, 1):
+            return None
+        ids = np.empty((height, width), np.uint8)
+        _labels.unfilter(rows, ids)
+    except (zlib.error, ValueError):
+        return None
+    return ids
