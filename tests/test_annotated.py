@@ -7,7 +7,8 @@ import pytest
 import scenes
 
 from vit_jax.data import images, pipeline, sources
-from vit_jax.data.readers import facts, voc
+from vit_jax.data.prepare import folder
+from vit_jax.data.readers import example, facts, names, voc
 from vit_jax.data.tasks import detect, segment
 from vit_jax.errors import UserError
 
@@ -199,3 +200,34 @@ def test_masks_of_tars_and_parquet_by_their_fields(tmp_path):
         made = task.read(source.records[0], None)
         np.testing.assert_allclose(made['boxes'], [[2 / 8, 1 / 6, 5 / 8, 4 / 6]])
         assert made['labels'].tolist() == [1]
+
+
+def test_prepared_records_keep_masks_and_objects(tmp_path):
+    """The same examples as from the folder, and one clear line where fields can't be kept."""
+    source, task = coco_task(tmp_path / 'coco')
+    keep = ('boxes', 'labels', 'crowd', 'ids', 'segmentation')
+    folder.prepare(str(tmp_path / 'coco'), str(tmp_path / 'a'), keep=keep, max_side=0, distance=-1)
+    made = sources.load(name=str(tmp_path / 'a'))
+    assert made.classes == source.classes == ('ant', 'bee') and 'label' not in made.records[0]
+    for i in range(2):
+        one, other = (task.read(s.records[i], None) for s in (source, made))
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+    other = names.relabel(made, ('bee', 'ant'), 'it')
+    assert task.read(other.records[0], None)['labels'][0] == 1
+    root = write(tmp_path / 'pairs', {'images/a.jpg': IMAGE, 'masks/a.png': scenes.png(IDS)})
+    folder.prepare(root, str(tmp_path / 'b'), keep=('mask',), max_side=0)
+    assert sources.load(name=str(tmp_path / 'b')).records[0]['mask'] == scenes.png(IDS)
+    shapes = dict(a=[[1.5, 2], [3, 4]], b=[], c=[3, 4], d=[[[1, 2]], [[3, 4]]], e=[None], f='text')
+    again = example.decode(example.encode(b'', [], '', shapes | dict(g=np.zeros((0, 4)))))
+    found = {key: example.value(value) for key, value in again.items()}
+    assert [found[key].tolist() for key in 'abcg'] == [[1.5, 2, 3, 4], [], [3, 4], []]
+    assert [json.loads(found[key]) for key in 'de'] == [shapes['d'], [None]]
+    assert found['f'] == b'text'
+    for options, words in (
+        (dict(max_side=0), 'has no labels; --keep names fields'),
+        (dict(keep=('mask',)), '--keep needs --max_side=0'),
+        (dict(keep=('masks',), max_side=0), "unreadable image .*a.jpg: no field 'masks' among"),
+    ):
+        with pytest.raises(UserError, match=words):
+            folder.prepare(root, str(tmp_path / 'c'), **options)

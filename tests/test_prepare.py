@@ -188,7 +188,7 @@ def test_a_shard_that_is_not_the_manifests_is_named(tmp_path):
 
 
 @pytest.mark.parametrize('key, value', [
-    ('format', 'other'), ('version', 2), ('classes', 'ab'), ('classes', [1]), ('max_labels', 0),
+    ('format', 'other'), ('version', 2), ('classes', 'ab'), ('classes', [1]), ('max_labels', -1),
     ('max_labels', True), ('splits', {}), ('splits', []), ('splits', {'train': []}),
     ('splits', {'train': [{}]}), ('splits', {'train': ['x']}), ('file', '../x'), ('file', 'a/b'),
     ('file', 3), ('file', 'train-00000-of-00003.array_record'), ('examples', -1), ('bytes', 1e300),

@@ -7,7 +7,9 @@ number of workers nor on where it was stopped.
 
 An image longer than --max_side is reduced to it (Pillow's bicubic filter, antialiased) and encoded
 as a JPEG of --quality. A smaller image of another format is encoded, too; a smaller JPEG is copied
-byte for byte. --max_side=0 copies all. Images with duplicates in the sets of --against are left out
+byte for byte. --max_side=0 copies all. --keep names other fields of the records that are written,
+such as mask, or boxes,labels,crowd; masks and boxes have the pixels of their images, so it needs
+--max_side=0. Images with duplicates in the sets of --against are left out
 and listed in removed.jsonl; see data/prepare/duplicates.py.
 """
 
@@ -32,6 +34,7 @@ OPTIONS = (
     flags.DEFINE_integer(
         'quality', 92, 'Quality of the JPEGs that are encoded.', lower_bound=1, upper_bound=100
     ),
+    flags.DEFINE_list('keep', [], 'Fields that are written beside image, label and name.'),
     flags.DEFINE_integer('workers', os.cpu_count(), 'Number of processes.', lower_bound=1),
     flags.DEFINE_integer('shard_examples', 8192, 'Examples of a shard.', lower_bound=1),
     flags.DEFINE_integer(

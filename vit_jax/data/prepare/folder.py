@@ -30,6 +30,7 @@ def prepare(
     shard_examples: int = 8192,
     shards: int | None = None,
     against: Sequence[str] = (),
+    keep: Sequence[str] = (),
     distance: int = duplicates.DISTANCE,
     tolerance: float = 0.0,
     workers: int = 1,
@@ -46,6 +47,7 @@ def prepare(
       shard_examples: examples of a shard.
       shards: shards of a split, in place of `shard_examples`. None: as many as it takes.
       against: test sets whose images are left out, see `plan.load_test_sets`.
+      keep: fields of the records that are written beside image, label and name.
       distance: most bits of 255 in which near duplicates differ. -1: exact duplicates only.
       tolerance: share of the images of a split that may be unreadable.
       workers: processes.
@@ -62,8 +64,10 @@ def prepare(
         split: -(-len(source) // shards) if shards else shard_examples
         for split, source in loaded.items()
     }
+    plan.check_fields(src, loaded, keep, max_side)
     options = dict(max_side=max_side, quality=quality, shard_examples=sizes,
                    against=list(against), distance=distance)  # fmt: skip
+    options |= {'keep': list(keep)} if keep else {}
     wanted = plan.describe(src, loaded, fields, options)
     facts = {'classes': list(loaded[splits[0]].classes), 'max_labels': plan.max_labels(loaded)}
     limits = {split: tolerance * len(source) for split, source in loaded.items()}

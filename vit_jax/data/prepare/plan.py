@@ -55,9 +55,30 @@ def load_test_sets(addresses: Sequence[str]) -> dict[str, sources.Source]:
     return loaded
 
 
+def check_fields(
+    src: str, loaded: Mapping[str, sources.Source], keep: Sequence[str], max_side: int
+) -> None:
+    """Raises UserError unless examples have labels or the fields to keep, at images as they are."""
+    if keep and max_side:
+        raise UserError(
+            '--keep needs --max_side=0: masks and boxes have the pixels of their images'
+        )
+    if max_labels(loaded) == 0 and not keep:
+        raise UserError(f'{src} has no labels; --keep names fields to write, such as mask or boxes')
+
+
+def has_labels(source: sources.Source) -> bool:
+    """Whether the examples of a data set have the field label."""
+    fields = getattr(source.records, 'label_fields', ('label',))
+    return 'label' in fields and bool(source.classes)
+
+
 def max_labels(loaded: Mapping[str, sources.Source]) -> int:
-    """Most labels of an example; raises UserError unless all splits have as many."""
-    counts = {getattr(source.records, 'max_labels', None) or 1 for source in loaded.values()}
+    """Most labels of an example, 0 without any; raises UserError unless all splits have as many."""
+    counts = {
+        (getattr(source.records, 'max_labels', None) or 1) if has_labels(source) else 0
+        for source in loaded.values()
+    }
     if len(counts) > 1:
         raise UserError(f'the splits have labels of different numbers: {sorted(counts)}')
     return counts.pop()

@@ -5,7 +5,7 @@ import io
 import pathlib
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.data import images, reading
-from vit_jax.data.prepare import duplicates
+from vit_jax.data.prepare import duplicates, plan
 from vit_jax.data.readers import example, records
+from vit_jax.data.readers.record import field
 from vit_jax.data.sources import Source
 from vit_jax.data.workers import end_with_parent
 from vit_jax.errors import UserError
@@ -112,7 +113,7 @@ def write_shard(
         for count, i in enumerate(span):
             report(count)
             try:
-                data, label = read_example(source, i)
+                data, label, fields = read_example(source, i, options.get('keep', ()))
                 data, image = convert(data, options['max_side'], options['quality'])
             except images.Unreadable as e:
                 unreadable.append({'name': reading.name(source, i), 'why': str(e)})
@@ -122,7 +123,8 @@ def write_shard(
             if duplicate:
                 removed.append({'name': source.name(i), **duplicate})
             else:
-                yield example.encode(data, list_labels(label, source, i), source.name(i))
+                labels = [] if label is None else list_labels(label, source, i)
+                yield example.encode(data, labels, source.name(i), fields)
 
     examples, size, digest = records.write_shard(job.path(split, index), encoded())
     return {
@@ -139,16 +141,22 @@ def hash_part(job: Job, task: Task, report: Callable[[int], None]) -> dict[str, 
     for count, i in enumerate(span):
         report(count)
         with contextlib.suppress(images.Unreadable):
-            data, _ = read_example(source, i)
+            data, *_ = read_example(source, i)
             rows.append((source.name(i), *duplicates.fingerprint(data)))
     return {'task': task, 'read': len(span), 'rows': rows}
 
 
-def read_example(source: Source, i: int) -> tuple[bytes, Any]:
-    """(bytes of the image, label) of an example; whatever its reader raises becomes Unreadable."""
+def read_example(
+    source: Source, i: int, keep: Sequence[str] = ()
+) -> tuple[bytes, Any, dict[str, Any]]:
+    """(bytes of the image, label or None, fields to keep) of an example.
+
+    Whatever its reader raises becomes Unreadable.
+    """
     try:
         record = source.records[i]
-        return record['image'], record['label']
+        label = record['label'] if plan.has_labels(source) else None
+        return record['image'], label, {name: field(record, name) for name in keep}
     except UserError as e:
         raise images.Unreadable(str(e)) from e
     except Exception as e:

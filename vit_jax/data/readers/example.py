@@ -4,7 +4,9 @@ The message (tensorflow/core/example/example.proto) is described here, in a pool
 TensorFlow and TFDS may register theirs in the same process.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
@@ -52,15 +54,45 @@ Example = message_class()
 Values = Sequence[bytes] | Sequence[float] | Sequence[int]
 
 
-def encode(image: bytes, labels: Sequence[int], name: str) -> bytes:
-    """Encodes the bytes of an image, its labels and its name; equal input gives equal bytes."""
+def encode(
+    image: bytes, labels: Sequence[int], name: str, fields: Mapping[str, Any] | None = None
+) -> bytes:
+    """Encodes the bytes of an image, its labels and its name; equal input gives equal bytes.
+
+    Other fields are bytes, text or arrays of numbers; all else is written as JSON.
+    """
     example = Example()
     features = example.features.feature
     features['image'].bytes_list.value.append(image)
     features['label'].int64_list.SetInParent()  # an empty list, where there are no labels
     features['label'].int64_list.value.extend(map(int, labels))
     features['name'].bytes_list.value.append(name.encode('utf-8', 'surrogateescape'))
+    for key, one in (fields or {}).items():
+        array = None if isinstance(one, bytes | str) else numbers(one)
+        if array is not None:
+            floats = array.dtype.kind == 'f'
+            own = features[key].float_list if floats else features[key].int64_list
+            own.SetInParent()  # an empty list, where there are none
+            own.value.extend(array.astype(np.float64 if floats else np.int64).ravel().tolist())
+            continue
+        one = one if isinstance(one, bytes | str) else json.dumps(one)
+        features[key].bytes_list.value.append(one if isinstance(one, bytes) else one.encode())
     return example.SerializeToString(deterministic=True)
+
+
+def numbers(one: Any) -> np.ndarray | None:
+    """An array of numbers: one, or a number, or a list of numbers or of equally long lists.
+
+    None for anything else. Deeper lists are none: the segmentations of COCO.
+    """
+    if isinstance(one, np.ndarray):
+        return one
+    try:
+        array = np.asarray(one)
+    except ValueError:  # lists of several lengths
+        return None
+    flat = array.dtype.kind in 'biuf' and array.ndim < 3
+    return array if flat and (array.size or array.ndim < 2) else None
 
 
 def decode(record: bytes) -> dict[str, Values]:

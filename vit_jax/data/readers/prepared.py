@@ -27,7 +27,8 @@ class Prepared(open_files.OpenFiles):
     They have `image`, `label`, `name` and what other features their tf.train.Example has. A label
     is an int if the data set has one per image, else int32 [max_labels], padded with -1. Memory is
     proportional to the number of shards, not of examples. A shard at an address is downloaded when
-    its first record is read, and kept in the cache.
+    its first record is read, and kept in the cache. Without labels (max_labels 0) they have none,
+    and `labels`, those of objects, are numbers of classes.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Prepared(open_files.OpenFiles):
         shards = manifest['splits'][split]
         self.folder, self.split = folder, split
         self.classes, self.max_labels = tuple(manifest['classes']), manifest['max_labels']
+        self.label_fields = ('label',) if self.max_labels else ('labels',)
         self.files = [shard['file'] for shard in shards]
         self.sizes = np.array([shard['bytes'] for shard in shards], np.int64)
         self.digests = np.array([shard['sha256'] for shard in shards], 'S64')
@@ -84,7 +86,10 @@ class Prepared(open_files.OpenFiles):
             raise UserError(f'{self.place(i)} has {len(labels)} labels, not {self.max_labels}')
         if not all(0 <= label < count for label in labels):
             raise UserError(f'{self.place(i)} has labels {brief(labels)} among {count} classes')
-        fields['label'] = names.pad_labels(labels, self.max_labels)
+        if self.max_labels:
+            fields['label'] = names.pad_labels(labels, self.max_labels)
+        else:
+            del fields['label']
         return Record(fields)
 
     def traits(self) -> facts.Traits:

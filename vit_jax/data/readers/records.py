@@ -114,8 +114,10 @@ def manifest_error(manifest: Any) -> str | None:
     classes = manifest.get('classes')
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         return 'classes is not a list of strings'
-    if type(manifest.get('max_labels')) is not int or not 0 < manifest['max_labels'] < 2**16:
-        return f'max_labels is {brief(repr(manifest.get("max_labels")))}, not a positive integer'
+    if type(manifest.get('max_labels')) is not int or not (
+        0 <= manifest['max_labels'] < 2**16
+    ):
+        return f'max_labels is {brief(repr(manifest.get("max_labels")))}, not an integer from 0 on'
     splits = manifest.get('splits')
     if not isinstance(splits, dict) or not splits:
         return 'splits is not an object of splits'
