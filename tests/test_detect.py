@@ -141,7 +141,7 @@ def test_loss_and_its_parts_are_those_of_transformers():
         logits, predicted, labels, batch['boxes'], class_cost=1, box_cost=5, giou_cost=2
     )
     found = detect.box_losses(predicted, batch['boxes'], labels >= 0, matched)
-    ce = detect.class_loss(logits, labels, matched, batch['mask'], 0.1)
+    ce = matching.class_loss(logits, labels, matched, batch['mask'], 0.1)
     np.testing.assert_allclose(
         [ce, found['box_loss'], found['giou_loss']],
         [wanted[name] for name in ('ce', 'bbox', 'giou')], rtol=1e-5,

@@ -20,6 +20,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import storage
 from vit_jax.io.text import aligned, brief, printable
+from vit_jax.models.detector import Detector
 from vit_jax.models.mae import Mae
 
 TO = flags.DEFINE_enum('to', None, list(save.FORMATS), 'The format to write.')
@@ -93,7 +94,8 @@ def inside_of(whole: nn.Module) -> str:
     """Describes a model around an encoder as text."""
     if isinstance(whole, Mae):
         return f'a masked autoencoder, {whole.decoder_depth} blocks of decoder'
-    return f'a detector of {whole.num_classes} classes, {whole.queries} queries'
+    name = 'a detector' if isinstance(whole, Detector) else 'a mask classifier'
+    return f'{name} of {whole.num_classes} classes, {whole.queries} queries'
 
 
 def main(argv: list[str], changes: list[tuple[str, str]]) -> None:

@@ -17,6 +17,7 @@ from vit_jax.convert.documents import (
 )
 from vit_jax.convert.files import Array
 from vit_jax.convert.hf import config as hf_config
+from vit_jax.convert.hf import eomt as hf_eomt
 from vit_jax.convert.hf import inside as hf_inside
 from vit_jax.convert.hf import mae as hf_mae
 from vit_jax.convert.hf import processor as hf_processor
@@ -44,6 +45,7 @@ def parse_folder(
     timm_class = timm.class_of_file(arrays, config)
     if timm_class is not None:
         return parse_timm(timm_class, arrays, config, record)
+    whole = arrays, config
     arrays, config, others = hf_inside.encoder_of(arrays, config, part)
     family = hf.family_of_file(arrays, config)
     if family is not None:
@@ -51,6 +53,9 @@ def parse_folder(
         documents = (read_json(folder / name) for name in names)
         settings = hf_processor.processor_settings(*documents)
         parsed = parse_hf(family, arrays, config, settings, record, part)
+        if whole[1].get('model_type') == hf_inside.WHOLE:
+            inside = parsed.arrays | {name: whole[0][name] for name in others}
+            parsed = parsed._replace(arrays=inside, around=hf_eomt.around(*whole))
         return parsed._replace(unused=parsed.unused | others)
     return None
 

@@ -25,6 +25,7 @@ class Piece(NamedTuple):
     `part` is one of so many equal parts of the array's first axis, `around` counts its rows before
     and after the meant ones, where parts are unequal. `layout` is how the file stores the slice:
     'same'; 'vector': flattened to one axis; 'conv': [h, w, C, F] as PyTorch's [F, C, h, w];
+    'transposed': [h, w, C, F] as its [C, F, h, w];
     'pixel': [C, F] as its [F, C, 1, 1]; 'swapped': its first two axes the other way round; a number
     n: PyTorch's [outputs, inputs] for a kernel whose first n axes are inputs. An `optional` array
     that the file lacks (a bias) is loaded as zeros.
@@ -44,6 +45,8 @@ class Piece(NamedTuple):
             shape = (math.prod(ours),)
         elif self.layout == 'conv':
             shape = tuple(ours[i] for i in (3, 2, 0, 1))
+        elif self.layout == 'transposed':
+            shape = tuple(ours[i] for i in (2, 3, 0, 1))
         elif self.layout == 'pixel':
             shape = (ours[1], ours[0], 1, 1)
         elif self.layout == 'swapped':
@@ -66,6 +69,8 @@ class Piece(NamedTuple):
             array = array[self.around[0] : len(array) - self.around[1]]
         if self.layout == 'conv':
             array = array.transpose(2, 3, 1, 0)
+        elif self.layout == 'transposed':
+            array = array.transpose(2, 3, 0, 1)
         elif self.layout == 'pixel':
             array = array[..., 0, 0].T
         elif self.layout == 'swapped':
@@ -80,6 +85,8 @@ class Piece(NamedTuple):
             return ours.reshape(-1)
         if self.layout == 'conv':
             return ours.transpose(3, 2, 0, 1)
+        if self.layout == 'transposed':
+            return ours.transpose(2, 3, 0, 1)
         if self.layout == 'pixel':
             return ours.T[..., None, None]
         if self.layout == 'swapped':

@@ -26,7 +26,7 @@ from vit_jax.convert.stages import Around, Parsed
 from vit_jax.errors import Damaged, UserError
 from vit_jax.io import addresses, storage
 from vit_jax.io.text import printable
-from vit_jax.models import detector, mae
+from vit_jax.models import detector, mae, masks
 from vit_jax.models.parameters import named_leaves
 from vit_jax.run import history, weights, workdir
 
@@ -127,6 +127,13 @@ def around_of(
         fields = dict(queries=settings['queries'], num_classes=count)
         build = functools.partial(detector.around_encoder, **fields)
         name, free = 'a detector', ()
+    elif settings['name'] == 'masks':
+        fields = {name: settings[name] for name in ('queries', 'query_blocks')} | dict(
+            num_classes=arrays['class_head/bias'].shape[0] - 1,
+            upscales=sum(n.endswith('larger/bias') for n in own),
+        )
+        build = functools.partial(masks.around_encoder, **fields)
+        name, free = 'a mask classifier', ('masked',)
     else:
         return None
     return Around(name, build, free, [Piece(name, name) for name in own], classes)

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.convert import biases, big_vision, folding, hf, official, timm, views
 from vit_jax.convert.documents import PROBLEMS, class_names
+from vit_jax.convert.hf import eomt as hf_eomt
 from vit_jax.convert.hf import mae as hf_mae
 from vit_jax.convert.hf import processor as hf_processor
 from vit_jax.convert.hf import vit as hf_vit
@@ -26,12 +27,15 @@ from vit_jax.convert.pieces import file_arrays
 from vit_jax.convert.stages import Beside, loss_of, size_of, view_of
 from vit_jax.convert.write import write_folder, write_npz
 from vit_jax.errors import UserError, shown
-from vit_jax.models import detector, embedding, mae, mixer, relative, resnet, vit
+from vit_jax.models import detector, embedding, mae, masks, mixer, relative, resnet, vit
 from vit_jax.models.interface import Metadata
 
 FORMATS = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 
-AROUND_NAMES = {mae.Mae: 'masked autoencoder', detector.Detector: 'detector'}
+AROUND_NAMES = {
+    mae.Mae: 'masked autoencoder', detector.Detector: 'detector',
+    masks.MaskClassifier: 'mask classifier',
+}  # fmt: skip
 AROUND = tuple(AROUND_NAMES)  # models around an encoder
 OF_MIXER = ('official', 'timm')  # formats that have MLP-Mixer
 PLAIN = {  # {field: values that a format can express that says nothing else}
@@ -165,7 +169,8 @@ def of_whole(
         encoder = model.vit.clone(pool='gap', cls_token=None)
     if isinstance(model, mae.Mae):
         return hf_mae.beside(model, encoder, params, size)
-    return hf_yolos.beside(model, encoder, params, size, about.classes)
+    module = hf_yolos if isinstance(model, detector.Detector) else hf_eomt
+    return module.beside(model, encoder, params, size, about.classes)
 
 
 def check_arguments(

@@ -1,4 +1,4 @@
-"""Builds the model that a file has around its encoder: a masked autoencoder, a detector."""
+"""Builds the model that a file has around its encoder, such as a detector."""
 
 from typing import Any
 

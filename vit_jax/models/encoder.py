@@ -3,6 +3,8 @@
 Shapes: B batch, h w grid of patches, T tokens, D width, H heads, L depth.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,14 @@ OF_BLOCKS = (  # fields that each block has, too
     'num_heads', 'mlp_dim', 'style', 'gelu', 'glu', 'epsilon', 'layer_scale', 'dropout',
     'attention', 'attention_dropout', 'dtype', 'quantize',
 )  # fmt: skip
+
+
+def fields_of_blocks(model: nn.Module, grid: tuple[int, int], train: bool) -> dict[str, Any]:
+    """{field: value} of each block of a `vit.Vit`, but for positions that tokens have within it."""
+    return {name: getattr(model, name) for name in OF_BLOCKS} | dict(
+        grid=grid, stochastic_depth=model.drop_path > 0, deterministic=not train,
+        matmul_dtype=model.product_dtype,
+    )  # fmt: skip
 
 
 def encode(
@@ -39,16 +49,12 @@ def encode(
     encoder = memory.stacked(
         block.Block, model.depth, model.unroll, scan, model.remat, (0, *(nn.broadcast,) * 3)
     )(
-        **{name: getattr(model, name) for name in OF_BLOCKS},
-        grid=grid,
+        **fields_of_blocks(model, grid, train),
         relative=model.posemb == 'relative',
         positions=table if model.posemb_at == 'layers' else None,
         relative_std=model.posemb_std,
-        stochastic_depth=model.drop_path > 0,
-        deterministic=not train,
         capture='attention' in capture,
         keep=bool({'tokens_by_block', 'normed_by_block'} & set(capture)),
-        matmul_dtype=model.product_dtype,
         name='encoder',
     )
     first = 0 if model.drop_path_rises else model.drop_path

@@ -78,10 +78,13 @@ def short_gelu_gradient(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
 short_gelu.defvjp(lambda x: (short_gelu(x), x), short_gelu_gradient)
 
 
-def norm(kind: str, epsilon: float, dtype: Dtype, name: str) -> nn.Module:
-    """Norm over channels, within a module: 'layer' (arXiv:1607.06450), 'rms' (arXiv:1910.07467)."""
+def norm(kind: str, epsilon: float, dtype: Dtype, name: str | None, **how: Any) -> nn.Module:
+    """Norm over channels, within a module: 'layer' (arXiv:1607.06450), 'rms' (arXiv:1910.07467).
+
+    `how` are other fields; with parent=None it is outside of any module.
+    """
     module = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}[kind]
-    return module(epsilon=epsilon, dtype=dtype, name=name)
+    return module(epsilon=epsilon, dtype=dtype, name=name, **how)
 
 
 def head(num_classes: int, bias: float, dtype: Dtype, name: str = 'head') -> nn.Module:

@@ -68,7 +68,9 @@ def detect(
             giou_cost=giou_cost,
         )  # fmt: skip
         metrics = {
-            'class_loss': class_loss(logits, labels, matched, batch['mask'], no_object),
+            'class_loss': matching.class_loss(
+                logits, labels, matched, batch['mask'], no_object
+            ),
             **box_losses(out['boxes'], batch['boxes'], labels >= 0, matched),
         }
         value = metrics['class_loss'] + box_weight * metrics['box_loss']
@@ -111,34 +113,11 @@ def match(
       corners: true boxes by their corners, [B, M, 4].
       class_cost, box_cost, giou_cost: those of `detect`.
     """
-    probabilities = jax.nn.softmax(logits).swapaxes(1, 2)  # [B, K + 1, Q]
-    true = jnp.take_along_axis(probabilities, jnp.maximum(labels, 0)[:, :, None], axis=1)
+    true = matching.true_probabilities(logits, labels)
     distance = jnp.abs(predicted[:, None] - boxes.to_centres(corners)[:, :, None]).sum(-1)
     giou = boxes.generalised_iou(boxes.to_corners(predicted)[:, None], corners[:, :, None])
     cost = box_cost * distance - class_cost * true - giou_cost * giou
     return matching.assign(cost, labels >= 0)
-
-
-def class_loss(
-    logits: jax.Array, labels: jax.Array, matched: jax.Array, mask: jax.Array, no_object: float
-) -> jax.Array:
-    """Cross-entropy of all predictions of the batch, their mean by the weights of their classes.
-
-    Args:
-      logits: [B, Q, K + 1]; the last class is no object, the target of what is not matched.
-      labels: int [B, M], -1 for none.
-      matched: int [B, M], the prediction of each label.
-      mask: [B], 1 for the examples that count.
-      no_object: weight of that class; others have 1.
-    """
-    q, none = logits.shape[1], logits.shape[2] - 1
-    hits = (matched[:, :, None] == jnp.arange(q)) & (labels >= 0)[:, :, None]  # [B, M, Q]
-    targets = none + jnp.sum(hits * (labels[:, :, None] - none), axis=1)  # [B, Q]
-    weights = jnp.where(targets == none, no_object, 1.0) * mask[:, None]
-    logs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    errors = -jnp.take_along_axis(logs, targets[:, :, None], axis=2)[:, :, 0]
-    total = jnp.sum(weights)
-    return jnp.sum(errors * weights) / jnp.where(total > 0, total, 1)
 
 
 def box_losses(

@@ -1,6 +1,6 @@
-"""Assigns targets to predictions at the least total cost.
+"""Assigns targets to predictions at the least total cost, and the loss of their classes.
 
-Shapes: B batch, M targets, Q predictions.
+Shapes: B batch, M targets, Q predictions, K classes.
 """
 
 from functools import partial
@@ -91,3 +91,36 @@ def add_target(cost: jax.Array, valid: jax.Array, target: jax.Array, state: tupl
         lambda val: val[0] >= 0, augment, (sink, targets, predictions)
     )
     return u, v, targets, predictions
+
+
+def true_probabilities(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Probability of each target's class by each prediction, [B, M, Q].
+
+    Args:
+      logits: [B, Q, K + 1].
+      labels: int [B, M], -1 for none.
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32)).swapaxes(1, 2)  # [B, K + 1, Q]
+    return jnp.take_along_axis(probabilities, jnp.maximum(labels, 0)[:, :, None], axis=1)
+
+
+def class_loss(
+    logits: jax.Array, labels: jax.Array, matched: jax.Array, mask: jax.Array, no_object: float
+) -> jax.Array:
+    """Cross-entropy of all predictions of the batch, their mean by the weights of their classes.
+
+    Args:
+      logits: [B, Q, K + 1]; the last class is no object, the target of what is not matched.
+      labels: int [B, M], -1 for none.
+      matched: int [B, M], the prediction of each label.
+      mask: [B], 1 for the examples that count.
+      no_object: weight of that class; others have 1.
+    """
+    q, none = logits.shape[1], logits.shape[2] - 1
+    hits = (matched[:, :, None] == jnp.arange(q)) & (labels >= 0)[:, :, None]  # [B, M, Q]
+    targets = none + jnp.sum(hits * (labels[:, :, None] - none), axis=1)  # [B, Q]
+    weights = jnp.where(targets == none, no_object, 1.0) * mask[:, None]
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    errors = -jnp.take_along_axis(logs, targets[:, :, None], axis=2)[:, :, 0]
+    total = jnp.sum(weights)
+    return jnp.sum(errors * weights) / jnp.where(total > 0, total, 1)

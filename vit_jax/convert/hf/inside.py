@@ -27,6 +27,7 @@ EOMT = {  # {model_type: (that of the encoder, {part of a name: the encoder's na
     }),
     'eomt_dinov3': ('dinov3_vit', {'layers.': 'layer.', 'layernorm.': 'norm.'}),
 }  # fmt: skip
+WHOLE = 'eomt'  # of which the queries and masks are read, too
 EOMT_OTHERS = (
     'query.', 'class_predictor.', 'mask_head.', 'upscale_block.', 'criterion.', 'attn_mask_probs',
 )  # fmt: skip
@@ -47,11 +48,12 @@ def encoder_of(
     """(arrays and config.json as of the encoder's own file, {other array: why it is unused}).
 
     Returns arrays and config themselves where no encoder is inside another model. Raises
-    UserError unless `part` is given where one is.
+    UserError unless `part` is given where one is, or the model is a whole EoMT of a DINOv2.
     """
     kind = option(config, 'model_type', 'a text')
     if kind in EOMT:
-        check_part(kind, part)
+        if kind != WHOLE:
+            check_part(kind, part)
         return of_eomt(arrays, config, kind)
     inner = config.get('backbone_config')
     if inner is None or not any(name.startswith(BACKBONE) for name in arrays):
@@ -108,6 +110,26 @@ def of_eomt(
         changes |= dict(rope_theta=theta, intermediate_size=config.get('intermediate_size', 4096))
     stated = {k: v for k, v in config.items() if k not in EOMT_IRRELEVANT}
     return result, EOMT_DEFAULTS | stated | changes, others
+
+
+def as_eomt(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of an EoMT's encoder, of those of a DINOv2 with registers.
+
+    The class token of an EoMT has no position, so it takes up its own.
+    """
+    arrays = {name: x for name, x in arrays.items() if not name.endswith('.mask_token')}
+    table = arrays[TABLE][0]
+    arrays['embeddings.cls_token'] = arrays['embeddings.cls_token'] + table[:1]
+    result = {}
+    for name, array in (arrays | {TABLE: np.ascontiguousarray(table[1:])}).items():
+        for theirs, ours in EOMT[WHOLE][1].items():
+            name = name.replace(ours, theirs)
+        if '.mlp.weights_in.' in name:
+            halves = zip(('gate_proj', 'up_proj'), np.split(array, 2), strict=True)
+            result |= {name.replace('weights_in', half): x for half, x in halves}
+        else:
+            result[name] = array
+    return result
 
 
 def with_joined_gates(arrays: dict[str, Array]) -> dict[str, Array]:
