@@ -157,13 +157,14 @@ def test_scales_are_those_of_the_published_recipes():
 
 
 def test_ids_are_ignored_shifted_and_counted_as_set():
+    """Sequences are lists in a config.json."""
     ids = np.array([[0, 1, 2], [3, 255, 2]], np.uint8)
     for setting, classes, expected, known in (
         (dict(), 'abcd', [[0, 1, 2], [3, 255, 2]], 'abcd'),
         (dict(zero='ignored'), 'abc', [[255, 0, 1], [2, 255, 1]], 'abc'),
         (dict(zero='background'), 'abc', [[0, 1, 2], [3, 255, 2]], ['background', *'abc']),
-        (dict(ignored=(255, 3)), 'abc', [[0, 1, 2], [255, 255, 2]], 'abc'),
-        (dict(classes=('x', 'y', 'z', 'w')), 'ab', [[0, 1, 2], [3, 255, 2]], 'xyzw'),
+        (dict(ignored=[255, 3]), 'abc', [[0, 1, 2], [255, 255, 2]], 'abc'),
+        (dict(classes=['x', 'y', 'z', 'w']), 'ab', [[0, 1, 2], [3, 255, 2]], 'xyzw'),
     ):
         record = dict(image=scenes.png(np.zeros((2, 3, 3), np.uint8)), mask=scenes.png(ids))
         source = scenes.source(record, classes=classes)
@@ -233,7 +234,8 @@ def test_ids_are_the_same_whatever_the_filters_of_the_file(reader):
 
 
 @pytest.mark.parametrize('change', [
-    lambda data: data[:-30], lambda data: data[:60], lambda data: data[:70] + b'x' + data[71:],
+    lambda data: data[:-30], lambda data: data[:60], lambda data: data[:30] + b'x' + data[31:],
+    lambda data: data[:70] + b'x' + data[71:],
     lambda data: scenes.raw_png(np.zeros((4, 5), int), 8, 0, bytes(23)),
     lambda data: scenes.raw_png(np.zeros((4, 5), int), 8, 0, bytes([9, 0, 0, 0, 0, 0] * 4)),
 ])  # fmt: skip
@@ -247,6 +249,18 @@ def test_a_damaged_mask_is_read_or_refused_as_pillow_does(change, monkeypatch):
         except images.Unreadable as e:
             found.append(str(e))
     assert found[0] == found[1]
+
+
+def test_rows_and_columns_are_gathered_as_by_numpy(reader):
+    rng = np.random.default_rng(0)
+    for dtype, shape in ((np.uint8, (9, 7)), (np.uint8, (3, 9, 7)), (np.uint16, (9, 7))):
+        labels = rng.integers(0, 250, shape).astype(dtype)
+        rows, columns = np.sort(rng.integers(0, 9, 20)), rng.integers(0, 7, 15)
+        for own in (labels, labels[..., ::-1]):
+            found = label_maps.gathered(own, rows, columns)
+            np.testing.assert_array_equal(found, own[..., rows[:, None], columns])
+    with pytest.raises((ValueError, IndexError)):
+        label_maps.gathered(labels.astype(np.uint8), rows + 1, columns)
 
 
 def test_labels_and_counts_are_the_same_without_the_extension(reader):

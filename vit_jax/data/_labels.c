@@ -1,7 +1,7 @@
-/* Label maps of bytes: undoes the filters of a PNG, counts and maps values.
+/* Label maps of bytes: undoes the filters of a PNG, counts, maps and gathers values.
 
-   Pillow takes twice the time of `unfilter` to undo Paeth's filter, and NumPy has no fast look-up of
-   bytes. All functions release the GIL, and raise ValueError. */
+   Pillow takes twice the time of `unfilter` to undo Paeth's filter, and NumPy has no fast look-ups in
+   or of bytes. All functions release the GIL, and raise ValueError. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000
@@ -150,11 +150,56 @@ static PyObject *py_map(PyObject *self, PyObject *args) {
     return ok ? PyBytes_FromStringAndSize((const char *)seen, sizeof seen) : NULL;
 }
 
+/* Whether indices lie below n. */
+static int below(const int64_t *indices, Py_ssize_t count, Py_ssize_t n) {
+    int ok = 1;
+    for (Py_ssize_t i = 0; i < count; i++) ok &= indices[i] >= 0 && indices[i] < n;
+    return ok;
+}
+
+static PyObject *py_gather(PyObject *self, PyObject *args) {
+    Py_buffer values, out, rows, columns;
+    PyObject *from, *to;
+    if (!PyArg_ParseTuple(args, "OOy*y*", &from, &to, &rows, &columns)) return NULL;
+    if (!get(from, &values, to, &out, PyBUF_WRITABLE)) {
+        PyBuffer_Release(&rows);
+        PyBuffer_Release(&columns);
+        return NULL;
+    }
+    const int64_t *row = rows.buf, *column = columns.buf;
+    int ok = values.ndim == 2 && out.ndim == 2 && rows.len == out.shape[0] * 8 &&
+             columns.len == out.shape[1] * 8 && below(row, out.shape[0], values.shape[0]) &&
+             below(column, out.shape[1], values.shape[1]);
+    if (ok) {
+        Py_ssize_t height = out.shape[0], width = out.shape[1], length = values.shape[1];
+        Py_BEGIN_ALLOW_THREADS;
+        uint8_t *place = out.buf;
+        for (Py_ssize_t y = 0; y < height; y++, place += width) {
+            const uint8_t *line = (const uint8_t *)values.buf + row[y] * length;
+            if (y && row[y] == row[y - 1])
+                memcpy(place, place - width, width);
+            else
+                for (Py_ssize_t x = 0; x < width; x++) place[x] = line[column[x]];
+        }
+        Py_END_ALLOW_THREADS;
+    } else {
+        PyErr_SetString(PyExc_ValueError, "not indices of [H, W] for each row and column of [h, w]");
+    }
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&rows);
+    PyBuffer_Release(&columns);
+    if (!ok) return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"unfilter", py_unfilter, METH_VARARGS,
      "unfilter(bytes [H, W + 1], each row after the number of its filter, out uint8 [H, W])"},
     {"count", py_count, METH_VARARGS, "count(uint8, out int64 [256])"},
     {"map", py_map, METH_VARARGS, "map(uint8, out uint8 of that size, table: 256 bytes) -> 256 bytes: which values there are"},
+    {"gather", py_gather, METH_VARARGS,
+     "gather(uint8 [H, W], out uint8 [h, w], rows: bytes of int64 [h], columns: of int64 [w])"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from vit_jax.data import label_maps
 from vit_jax.data.images import Box, Encoded, Size, resized
 
 
@@ -69,8 +70,7 @@ class Geometry(NamedTuple):
         if self.warp is not None:
             inside = inside & in_rows & in_columns
             return np.where(inside, labels[..., rows, columns], np.asarray(fill, labels.dtype))
-        # whole rows, then columns of these: several times as fast as pixel by pixel
-        out = labels.take(rows, -2)[..., columns]
+        out = label_maps.gathered(labels, rows, columns)
         if not in_rows.all():
             out[..., ~in_rows, :] = fill
         if not in_columns.all():
@@ -84,7 +84,7 @@ class Geometry(NamedTuple):
         """
         places = places + self.offset[axis]
         start, length, whole = self.window[axis], self.window[2 + axis], self.resized[axis]
-        indices = np.floor(places * length / whole).clip(0, length - 1).astype(int)
+        indices = np.floor(places * length / whole).clip(0, length - 1).astype(np.int64)
         return start + indices, (places >= 0) & (places < whole)
 
     def boxes(self, boxes: np.ndarray, least: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -77,6 +77,15 @@ def mapped(ids: np.ndarray, table: np.ndarray, dtype: np.dtype) -> tuple[np.ndar
     return labels, np.flatnonzero(np.frombuffer(seen, np.uint8))
 
 
+def gathered(labels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """labels[..., rows[:, None], columns] of indices int64 [h] and [w], several times as fast."""
+    if _labels is None or labels.ndim > 2 or labels.dtype != np.uint8:
+        return labels.take(rows, -2)[..., columns]  # whole rows, then columns of these
+    out = np.empty((len(rows), len(columns)), np.uint8)
+    _labels.gather(np.ascontiguousarray(labels), out, rows.tobytes(), columns.tobytes())
+    return out
+
+
 def ignored(dtype: np.dtype) -> int:
     """The label of ignored pixels in a label map of a dtype."""
     return int(np.iinfo(dtype).max)

@@ -17,6 +17,7 @@ SIZES = {
     'jft_300m': (303_000_000, 18_291), 'jft_3b': (3_000_000_000, 29_593),
     'cifar10': (50_000, 10), 'cifar100': (50_000, 100), 'oxford_iiit_pet': (3_680, 37),
     'oxford_flowers102': (1_020, 102), 'places365_small': (1_803_460, 365),
+    'scene_parse150': (20_210, 150),
 }  # fmt: skip
 VTAB_1K = {'train800': 800, 'val200': 200, 'train800val200': 1000}  # examples per split
 

@@ -51,7 +51,8 @@ def segment(
     found = (label_maps.BACKGROUND, *found) if zero == 'background' else found
     if len(found) > MOST_CLASSES:
         raise UserError(f'{len(found)} classes are more than {MOST_CLASSES}')
-    ids, size = label_maps.Ids(len(found), zero, ignored), size_of(image_size)
+    others = None if ignored is None else tuple(ignored)
+    ids, size = label_maps.Ids(len(found), zero, others), size_of(image_size)
     blank = {
         'image': np.zeros((*size, 3), np.uint8), 'label_map': np.full(size, ids.fill, ids.dtype)
     }
