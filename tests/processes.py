@@ -37,6 +37,7 @@ class Finder(importlib.abc.MetaPathFinder):
                 owner = getattr(owner, part)
             called = getattr(owner, last)
             def stopping(*args, **kwargs):
+                setattr(owner, last, called)
                 os.kill(os.getpid(), signal.SIGSTOP)
                 return called(*args, **kwargs)
             setattr(owner, last, stopping)
@@ -52,6 +53,20 @@ def free_port():
         return server.getsockname()[1]
 
 
+def stopping_in(workdir, where):
+    """The environment of a process that stops itself when it first calls 'module:function'."""
+    hook = pathlib.Path(f'{workdir}.hook')
+    hook.mkdir(exist_ok=True)
+    (hook / 'sitecustomize.py').write_text(HOOK)
+    return {'PYTHONPATH': f'{hook}:{ROOT}', 'STOP_IN': where}
+
+
+def is_stopped(process):
+    """Whether a process was stopped, by a signal of its own or another's."""
+    status = pathlib.Path(f'/proc/{process.pid}/stat').read_text()
+    return status.rpartition(')')[2].split()[0] == 'T'
+
+
 class Run:
     """Processes that train in one workdir, each with its log; all end with the block."""
 
@@ -65,17 +80,14 @@ class Run:
         self.workdir, self.count = workdir, count
         self.logs = [pathlib.Path(f'{workdir}.{i}.log') for i in range(count)]
         self.seen = [len(log.read_text()) if log.exists() else 0 for log in self.logs]
-        hook = pathlib.Path(f'{workdir}.hook')
-        hook.mkdir(exist_ok=True)
-        (hook / 'sitecustomize.py').write_text(HOOK)
         port = free_port()
         self.processes = {}
         for i in range(count) if only is None else only:
             place = [f'--coordinator=localhost:{port}', f'--num_processes={count}',
                      f'--process_id={i}']  # fmt: skip
-            environment = os.environ | {
-                'XLA_FLAGS': xla_flags.devices(devices),
-                'PYTHONPATH': f'{hook}:{ROOT}', 'STOP_IN': stop_in[1] if stop_in[0] == i else '',
+            where = stop_in[1] if stop_in[0] == i else ''
+            environment = os.environ | stopping_in(workdir, where) | {
+                'XLA_FLAGS': xla_flags.devices(devices)
             }  # fmt: skip
             with self.logs[i].open('a') as log:
                 self.processes[i] = subprocess.Popen(
@@ -113,8 +125,7 @@ class Run:
 
     def stopped(self, i):
         """Whether process i was stopped, by a signal of its own or another's."""
-        status = pathlib.Path(f'/proc/{self.processes[i].pid}/stat').read_text()
-        return status.rpartition(')')[2].split()[0] == 'T'
+        return is_stopped(self.processes[i])
 
     def ended(self, *but, within=200):
         """{process: exit status} of all but these, once they have ended."""

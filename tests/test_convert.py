@@ -309,7 +309,7 @@ def test_other_pre_training_of_a_vit(kind, config, tmp_path):
         theirs = out.last_hidden_state[:, 0]
         if 'Classification' in kind:
             theirs = module.classifier(theirs)
-    logits, ours = read.model.apply({'params': read.params}, images)
+    logits, ours = outputs(read.model, read.params, images)
     ours = logits if 'Classification' in kind else ours['cls']
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
     unused = done(read.account).get('unused', set())
@@ -530,8 +530,6 @@ def test_a_timm_file_is_written_as_timm_wrote_it(name, tmp_path):
     assert config['pretrained_cfg']['input_size'] == [3, *size]
     assert config['pretrained_cfg']['mean'] == list(read.model.mean)
     assert config['pretrained_cfg']['std'] == list(read.model.std)
-    back = load.read(tmp_path / 'out')
-    assert back.model == read.model and back.image_size == (read.image_size and size)
 
 
 @pytest.mark.parametrize('fields, architecture, args', [
@@ -738,7 +736,10 @@ def test_round_trip(name, format, tmp_path):
         vit_jax.save(path, model, params, format, **options)
         back = load.read(path)
         assert_same_bits(back.params, params)
-        assert different(back.model, model) <= {'interpolation', 'square_posemb'}
+        own = name in FIXTURES and format == 'timm' and name.startswith('timm')
+        assert different(back.model, model) <= (
+            set() if own else {'interpolation', 'square_posemb'}
+        )
         assert_all_loaded(back)
         if model.posemb == 'learn':
             assert back.image_size == tuple(size)
@@ -1031,7 +1032,7 @@ def test_a_save_that_is_killed_leaves_one_of_the_two_versions(format, tmp_path):
                 os.kill(child.pid, signal.SIGSTOP)
                 assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
                 check(moment)
-                if moment >= 40 and writing():  # killed while it is stopped in the midst of a save
+                if moment >= 24 and writing():  # killed while it is stopped in the midst of a save
                     break
                 os.kill(child.pid, signal.SIGCONT)
         finally:

@@ -67,7 +67,10 @@ def evaluation_of(path, step):
     return rows, found[0]
 
 
-@pytest.mark.parametrize('lost', ['line', 'scores', 'line and scores', 'line, scores gone'])
+@pytest.mark.parametrize('lost', [
+    'line', 'line and scores',
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ('scores', 'line, scores gone')),
+])
 def test_the_best_checkpoint_outlives_damage(lost, stopped, folder, tmp_path, capfd):
     path = shutil.copytree(stopped, tmp_path / 'run')
     scores = path / 'checkpoints' / 'scores.json'
@@ -133,6 +136,7 @@ def test_names_of_no_checkpoint(stopped, folder, tmp_path_factory, tmp_path):
             load.read(f'{other}@best')
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_an_accuracy_is_made_once(folder, tmp_path):
     options = ('evals.p.type=probe', f'evals.p.source.name={folder}', 'evals.p.source.split=val',
                f'evals.p.train_source.name={folder}', 'evals.p.every=4', 'evals.p.l2=None',
@@ -260,6 +264,7 @@ def test_metrics_are_printed_although_their_files_can_not_be_written(
     assert [p.name for p in (tmp_path / 'out').iterdir()] == ['val.csv']
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_loses_none_of_those_before_it(folder, tmp_path_factory, tmp_path):
     path = finished(folder, tmp_path_factory)
     other = launched.write_images(tmp_path / 'other', {'train': 1, 'val': 1})

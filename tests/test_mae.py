@@ -415,6 +415,7 @@ def test_the_command_draws_what_is_restored(tmp_path):
         restored.write(tmp_path / 'c.png', DATA / 'timm_vit_token', [], **arguments)
 
 
+@pytest.mark.slow
 def test_commands_and_images_take_its_encoder(whole, tmp_path):
     path, _ = whole
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / 'a.png')

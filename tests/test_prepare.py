@@ -302,6 +302,16 @@ def src(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
+def endless(tmp_path_factory):
+    """So many images that a run is still at work when it is sent a signal."""
+    folder = write_images(tmp_path_factory.mktemp('endless'), count=2)
+    one = folder / 'b' / '001.jpg'
+    for i in range(20_000):
+        os.link(one, one.with_name(f'{i}.jpg'))
+    return folder
+
+
+@pytest.fixture(scope='module')
 def whole(src, tmp_path_factory):
     """What one worker prepares, undisturbed."""
     dst = tmp_path_factory.mktemp('whole') / 'set'
@@ -336,17 +346,32 @@ def test_small_jpegs_are_kept_byte_for_byte(src, side, kept):
         assert path.suffix[1:] in kept or data[:2] == b'\xff\xd8'
 
 
-def killed(src, dst, condition, *options, number=signal.SIGKILL):
-    """Starts a run and sends it a signal once the condition holds; (exit status, output)."""
+# The command that stops itself, as SIGSTOP would, when so many shards stand in the journal.
+STOPPING = """
+import os, runpy, signal, sys
+from vit_jax.data.prepare import pool
+results, shards = pool.results, int(sys.argv.pop(1))
+def stopping(*arguments):
+    for count, entry in enumerate(results(*arguments)):
+        if count == shards:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        yield entry
+pool.results = stopping
+runpy.run_module('vit_jax.data.prepare', run_name='__main__', alter_sys=True)
+"""
+
+
+def killed(src, dst, shards, *options, number=signal.SIGKILL):
+    """Starts a run and sends it a signal after so many shards; (exit status, output)."""
+    python, _, _, *arguments = command(src, dst, *options)
     with open(f'{dst}.log', 'wb') as log:
         process = subprocess.Popen(
-            command(src, dst, *options), cwd=HERE, stdout=log, stderr=log, start_new_session=True
-        )
-        deadline = time.time() + 60
-        while not condition():
-            assert process.poll() is None and time.time() < deadline, open(log.name).read()
-            time.sleep(0.0005)
+            [python, '-c', STOPPING, str(shards), *arguments], cwd=HERE, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1]), open(log.name).read()
         (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
+        os.kill(process.pid, signal.SIGCONT)
         return process.wait(timeout=60), open(log.name).read()
 
 
@@ -358,8 +383,8 @@ def finished(dst):
 
 def test_killed_and_resumed_it_is_the_same_data_set(src, whole, tmp_path):
     dst, options = tmp_path / 'set', ('--shards=7', '--max_side=60')
-    status, _ = killed(src, dst, lambda: finished(dst) >= 2, '--workers=1', *options)
-    assert status == -signal.SIGKILL and 2 <= finished(dst) < 7
+    status, _ = killed(src, dst, 2, '--workers=1', *options)
+    assert status == -signal.SIGKILL and finished(dst) == 2
     with pytest.raises(UserError, match='not finished; run python -m vit_jax.data.prepare again'):
         prepared.Prepared(dst)
     assert 'quality is 92, not 80' in refused(src, dst, *options, '--quality=80')
@@ -369,9 +394,7 @@ def test_killed_and_resumed_it_is_the_same_data_set(src, whole, tmp_path):
     with (dst / records.JOURNAL).open('a') as file:
         file.write('{"split": "tra')  # as a kill may leave it
     (dst / '.train-00006-of-00007.array_record.1.part').write_bytes(b'half')
-    status, output = killed(
-        src, dst, lambda: finished(dst) >= 3, '--workers=2', *options, number=signal.SIGINT
-    )
+    status, output = killed(src, dst, 1, '--workers=2', *options, number=signal.SIGINT)
     assert status == 130 and 'Traceback' not in output and 'the same command resumes' in output
     status, output = run(src, dst, '--workers=2', *options)
     assert status == 0, output
@@ -409,12 +432,20 @@ def test_drawn_images_are_prepared_like_any_other(tmp_path):
     assert 'seed=1' in refused(f'{name},seed=1', dst, *options)
 
 
-def test_interrupted_as_workers_start_it_says_one_line(src, tmp_path):
+def test_interrupted_as_workers_start_it_says_one_line(endless, tmp_path):
     begun = tmp_path / 'set' / records.JOURNAL
-    status, output = killed(
-        src, tmp_path / 'set', lambda: begun.exists() and not time.sleep(0.05), number=signal.SIGINT
-    )
-    assert status == 130 and output.strip().count('\n') == 0, output
+    with open(tmp_path / 'log', 'wb') as log:
+        process = subprocess.Popen(
+            command(endless, tmp_path / 'set'), cwd=HERE, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    deadline = time.time() + 60
+    while not begun.exists():
+        assert process.poll() is None and time.time() < deadline, open(log.name).read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output = open(log.name).read() if process.wait(timeout=60) == 130 else ''
+    assert output.strip().count('\n') == 0 and 'resumes' in output, open(log.name).read()
 
 
 def test_a_finished_folder_is_left_as_it_is(src, whole):
@@ -426,13 +457,10 @@ def test_a_finished_folder_is_left_as_it_is(src, whole):
     assert content(whole) == before
 
 
-def test_a_worker_that_dies_ends_the_command(tmp_path):
+def test_a_worker_that_dies_ends_the_command(endless, tmp_path):
     dst = tmp_path / 'set'
-    one = write_images(tmp_path / 'slow', count=2) / 'b' / '001.jpg'
-    for i in range(20_000):  # so many that it is still at work when it is killed
-        os.link(one, one.with_name(f'{i}.jpg'))
     process = subprocess.Popen(
-        command(tmp_path / 'slow', dst, '--workers=1'), cwd=HERE, text=True,
+        command(endless, dst, '--workers=1'), cwd=HERE, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:

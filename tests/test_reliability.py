@@ -7,16 +7,20 @@ import signal
 import subprocess
 import time
 
+import in_process
 import launched
+import processes
 import pytest
+
+from vit_jax.errors import UserError
 
 STEPS, BATCH = 60, 32
 # Steps that take long enough for a signal to come between two of them.
 SLOW = (f'--config.data.batch_size={BATCH}', '--config.model.width=64', '--config.model.depth=6')
 
 
-def start(folder, workdir, *flags):
-    return launched.start(folder, workdir, *SLOW, *flags)
+def start(folder, workdir, *flags, **options):
+    return launched.start(folder, workdir, *SLOW, *flags, **options)
 
 
 def finish(folder, workdir, *flags):
@@ -54,6 +58,7 @@ def assert_as_undisturbed(workdir, whole):
     assert results[0]['metrics']['val/loss'] == results[1]['metrics']['val/loss']
 
 
+@pytest.mark.slow
 def test_learns_and_reports(whole):
     lines = launched.timeless(whole)
     losses = [line['loss'] for line in lines if 'loss' in line]
@@ -91,52 +96,49 @@ def test_killed_at_random_moments(folder, whole, tmp_path):
     assert not launched.unfinished(workdir)
 
 
-def in_evaluation(workdir):
-    """Step 20 is done and its evaluation, of 120 batches, is not."""
-    evaluated = any('val/loss' in x for x in launched.metrics(workdir))
-    return launched.last_step(workdir) == 20 and not evaluated
-
-
+# Where a run stops itself, to be sent a signal there: {phase: (function, signal, exit status)}
 PHASES = {
-    'compile': lambda w: 'steps   60' in launched.log_of(w).read_text(),
-    'step': lambda w: launched.last_step(w) >= 23,
-    'evaluation': in_evaluation,
-    'save': launched.unfinished,
+    'compile': ('vit_jax.step:compiled', signal.SIGTERM, 143),
+    'step': ('vit_jax.run.report:Report.write', signal.SIGINT, 130),
+    'save': ('vit_jax.run.checkpoint:Checkpoints.save', signal.SIGINT, 130),
+    'evaluation': ('vit_jax.evaluators.classify:Classify.__call__', signal.SIGTERM, 143),
 }
 
 
-@pytest.mark.parametrize('phases', [  # of a run that is stopped in each
-    ('evaluation', 'step'), pytest.param(('compile', 'save'), marks=pytest.mark.slow),
-])
-def test_signals_save_and_say_how_to_resume(phases, folder, whole, tmp_path):
-    workdir = tmp_path / 'run'
-    for k, phase in enumerate(phases):
-        saved = stop_in(phase, folder, workdir)
-        output = launched.log_of(workdir).read_text()
-        assert output.count('give the same command again') == k + 1
-    assert finish(folder, workdir)[0] == 0
-    assert f'resumed at step {saved}' in launched.log_of(workdir).read_text()
-    assert_as_undisturbed(workdir, whole)
-
-
-def stop_in(phase, folder, workdir):
-    """Starts the run and stops it by a signal in a phase; returns the step that it has saved."""
-    signum, status = (
-        (signal.SIGINT, 130) if phase in ('step', 'save') else (signal.SIGTERM, 143)
-    )
-    process = start(folder, workdir)
-    launched.wait_for(lambda: PHASES[phase](workdir), process, workdir)
-    time.sleep(0.5 if phase == 'compile' else 0)  # the compiler was not yet asked
-    before = launched.last_step(workdir)
-    process.send_signal(signum)
-    assert process.wait(timeout=60) == status
-    assert 'Traceback' not in launched.log_of(workdir).read_text()
+def stop_in(phase, folder, workdir, start=start):
+    """Starts the run and sends it a signal in a phase; returns the step that it has saved."""
+    where, signum, status = PHASES[phase]
+    process = start(folder, workdir, environment=processes.stopping_in(workdir, where))
+    try:
+        launched.wait_for(lambda: processes.is_stopped(process), process, workdir)
+        before = launched.last_step(workdir)
+        process.send_signal(signum)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=100) == status
+    finally:
+        launched.kill(process)
+    output = launched.log_of(workdir).read_text()
+    assert 'Traceback' not in output and 'give the same command again' in output
     saved = launched.checkpoints(workdir)[-1]
     assert before <= saved < STEPS and not launched.unfinished(workdir)
     assert saved == launched.last_step(workdir) > 0  # nothing was trained that was not saved
     if phase == 'evaluation':  # cut short, to be made again
         assert saved == 20 and not any('val/loss' in x for x in launched.metrics(workdir))
     return saved
+
+
+def test_a_signal_saves_and_says_how_to_resume(folder, tmp_path):
+    stop_in('evaluation', folder, tmp_path / 'run', launched.start)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_every_phase_is_as_undisturbed(folder, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    for phase in PHASES:
+        saved = stop_in(phase, folder, workdir)
+    assert finish(folder, workdir)[0] == 0
+    assert f'resumed at step {saved}' in launched.log_of(workdir).read_text()
+    assert_as_undisturbed(workdir, whole)
 
 
 @pytest.mark.slow
@@ -204,9 +206,8 @@ REFUSALS = {  # of the next save: what makes it, and the system's words
 }
 
 
-@pytest.mark.parametrize('how', [
-    'a file in its place', pytest.param('immutable', marks=pytest.mark.slow),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize('how', REFUSALS)
 def test_a_refused_save_ends_the_run_at_once(how, folder, tmp_path):
     workdir = tmp_path / 'run'
     command, words = REFUSALS[how]
@@ -264,9 +265,6 @@ def test_no_inodes_left_for_a_save(inodes, folder, tmp_path):
 
 def test_a_folder_that_can_not_be_written(folder, tmp_path):
     (tmp_path / 'file').write_text('')
-    run = subprocess.run(
-        command(folder, tmp_path / 'file' / 'run'),
-        capture_output=True, text=True, env=launched.ENVIRONMENT,
-    )
-    assert run.returncode == 2 and run.stderr.count('\n') == 1
-    assert f'cannot write to workdir {tmp_path}/file/run: Not a directory' in run.stderr
+    words = f'cannot write to workdir {tmp_path}/file/run: Not a directory'
+    with pytest.raises(UserError, match=words):
+        in_process.run(folder, tmp_path / 'file' / 'run')
