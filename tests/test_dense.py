@@ -482,3 +482,38 @@ def test_fields_are_found_by_paths():
         task = detect.detect(source, view='fit', image_size=8, **wrong)
         with pytest.raises(UserError, match=f'field .* has no {start}/x'):
             task.read(record, None)
+
+
+NUMBERS = st.one_of(st.integers(-2, 9), st.floats(width=16), st.none(), st.text('1a'))
+JUNK = st.recursive(
+    NUMBERS, lambda inner: st.one_of(
+        st.lists(inner, max_size=8), st.dictionaries(st.sampled_from(['size', 'counts']), inner)
+    ), max_leaves=20,
+)  # fmt: skip
+PLAUSIBLE = st.lists(st.one_of(
+    st.lists(st.lists(st.integers(0, 8), min_size=6, max_size=8), max_size=2),
+    st.builds(dict, size=st.just([6, 8]), counts=st.one_of(
+        st.lists(st.integers(-9, 60), max_size=4), st.text('0123:;<OPQoz', max_size=6)
+    )),
+), min_size=1, max_size=2)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(['boxes', 'labels', 'crowd', 'ids', 'segmentation']), JUNK | PLAUSIBLE,
+    st.booleans(),
+)  # fmt: skip
+def test_whatever_an_annotation_holds_is_read_or_refused(name, value, as_json):
+    """Files are untrusted: no other exception, and no mask of pixels that nobody named."""
+    record = dict(image=scenes.png(np.zeros((6, 8, 3), np.uint8)), **OBJECT)
+    record[name] = json.dumps(value).encode() if as_json else value
+    task = detect.detect(scenes.source(record), view='fit', image_size=(6, 8), masks=True, most=3)
+    try:
+        made = task.read(record, None)
+    except UserError as e:
+        assert '\n' not in str(e)
+        return
+    again = task.read(record, None)
+    for key in made:
+        np.testing.assert_array_equal(made[key], again[key])
+    assert made['masks'].max() <= 1 and np.isfinite(made['boxes']).all()

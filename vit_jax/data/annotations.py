@@ -14,6 +14,7 @@ from vit_jax.data import label_maps
 from vit_jax.data.decoding import Unreadable, naming
 from vit_jax.data.readers.record import field
 from vit_jax.errors import UserError
+from vit_jax.io.text import brief
 
 BoxFormat = Literal['xywh', 'xyxy', 'yxyx']
 SLACK = 1.0  # pixels by which a polygon may leave its image
@@ -50,17 +51,20 @@ def read(
       Unreadable: a box is not finite or has no area in the image, a label is no class, or the
         fields have different lengths.
     """
-    corners = numbers(field(record, boxes), boxes).reshape(-1, 4)
-    own = numbers(field(record, labels), labels).ravel()
+    corners, own = numbers(field(record, boxes), boxes), numbers(field(record, labels), labels)
+    if corners.size % 4:
+        raise Unreadable(f'its {boxes} are not four numbers each')
+    corners, own = corners.reshape(-1, 4), own.ravel()
     left_out = np.zeros(len(own), bool)
     if crowd is not None:
-        left_out = np.asarray(field(record, crowd)).ravel().astype(bool)
+        left_out = numbers(field(record, crowd), crowd).ravel() != 0
     if not len(corners) == len(own) == len(left_out):
         raise Unreadable(
             f'it has {len(corners)} {boxes}, {len(own)} {labels} and {len(left_out)} {crowd}'
         )
-    ids = record.get('ids', range(len(own)))
-    names = [f'annotation {i}' for i in (ids if len(ids) == len(own) else range(len(own)))]
+    ids = record.get('ids')
+    known = isinstance(ids, Sequence | np.ndarray) and len(ids) == len(own)
+    names = [f'annotation {brief(i)}' for i in (ids if known else range(len(own)))]
     places = np.flatnonzero(~left_out)
     corners, own = to_pixels(corners[places], box_format, shape), own[places]
     clipped = np.clip(corners, 0, [*shape[::-1]] * 2)
@@ -76,10 +80,11 @@ def read(
 
 
 def numbers(values: Any, name: str) -> np.ndarray:
-    """Numbers as float64; raises Unreadable for anything else."""
+    """Numbers as float64, of bytes as JSON; raises Unreadable for anything else."""
     try:
+        values = json.loads(values) if isinstance(values, bytes) else values
         return np.asarray(values, np.float64)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError, OverflowError) as e:
         raise Unreadable(f'its {name} are not numbers') from e
 
 
@@ -115,8 +120,12 @@ def masks(
                 raise Unreadable(f'{names[k]} has no pixel in the segmentation')
             yield mask
         return
-    if isinstance(segmentation, bytes):
-        segmentation = json.loads(segmentation)
+    try:
+        segmentation = json.loads(segmentation) if isinstance(segmentation, bytes) else segmentation
+    except (ValueError, RecursionError) as e:
+        raise Unreadable('its segmentation is no JSON') from e
+    if not isinstance(segmentation, Sequence | np.ndarray):
+        raise Unreadable('its segmentation is no list')
     if len(segmentation) != len(names):
         raise Unreadable(f'it has {len(segmentation)} segmentations of {len(names)} annotations')
     for k in places:
