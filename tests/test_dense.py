@@ -334,8 +334,10 @@ OBJECT = dict(boxes=[[1, 1, 3, 3]], labels=[2], crowd=[False], segmentation=[SQU
     (dict(boxes=[]), 'it has 0 boxes, 1 labels and 1 crowd'),
     (dict(labels=[5]), 'annotation 70 has a class that is none of the 5'),
     (dict(labels=[-1]), 'annotation 70 has a class that is none of the 5'),
-    (dict(segmentation=[scenes.rectangle((1, 1, 4, 8))]), 'annotation 70: its polygon leaves'),
-    (dict(segmentation=[scenes.rectangle((-3, 1, 4, 4))]), 'annotation 70: its polygon leaves'),
+    (dict(segmentation=[scenes.rectangle((9, 1, 12, 4))]), 'annotation 70: its polygon is outside'),
+    (dict(segmentation=[scenes.rectangle((1, -3, 4, 0))]), 'annotation 70: its polygon is outside'),
+    (dict(segmentation=[scenes.rectangle((1, 1, 4, 13))]), 'annotation 70: its polygon leaves the'),
+    (dict(segmentation=[scenes.rectangle((-9, 1, 4, 4))]), 'annotation 70: its polygon leaves the'),
     (dict(segmentation=[[[1, 1, np.nan, 4, 4, 4]]]), 'annotation 70: its polygon is not finite'),
     (dict(segmentation=[[[1, 1, 4, 4]]]), 'annotation 70: it has no polygon of three points'),
     (dict(segmentation=[[]]), 'annotation 70: it has no polygon of three points'),
@@ -423,6 +425,18 @@ def test_boxes_of_each_format_are_shares_of_the_canvas(form, boxes):
         scenes.source(wide), view='fit', image_size=16, crowd=None, box_format='xyxy', most=1
     )
     np.testing.assert_allclose(task.read(wide, None)['boxes'], [[0, 0, 1, 0.5]])
+
+
+def test_what_leaves_the_image_is_cut_off():
+    record = dict(image=scenes.png(np.zeros((6, 8, 3), np.uint8)), labels=[0], crowd=[0])
+    box = (5, -3, 11, 4)
+    record |= dict(boxes=[[5, -3, 6, 7]], segmentation=[scenes.rectangle(box)])
+    task = detect.detect(scenes.source(record), view='fit', image_size=(6, 8), masks=True, most=1)
+    made = task.read(record, None)
+    expected = np.zeros((6, 8), np.uint8)
+    expected[:4, 5:] = 1
+    np.testing.assert_array_equal(made['masks'][0], expected)
+    np.testing.assert_allclose(made['boxes'], [[5 / 8, 0, 1, 4 / 6]])
 
 
 def test_masks_of_polygons_and_run_lengths_are_those_of_an_independent_rasteriser():

@@ -17,7 +17,6 @@ from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
 BoxFormat = Literal['xywh', 'xyxy', 'yxyx']
-SLACK = 1.0  # pixels by which a polygon may leave its image
 
 
 class Objects(NamedTuple):
@@ -195,16 +194,23 @@ def filled_polygons(found: Sequence[Sequence[float]], shape: tuple[int, int]) ->
 
 
 def polygons(segmentation: Any, shape: tuple[int, int]) -> list[list[float]]:
-    """Checks polygons, lists (x, y, x, y, ...) of three points or more in an image [H, W]."""
+    """Checks polygons, lists (x, y, x, y, ...) of three points or more, of an image [H, W].
+
+    As a box, a polygon may leave the image, which cuts it off, but by no more than its size: that
+    is no annotation of this image, and would take memory.
+    """
     found = [np.asarray(polygon, np.float64) for polygon in segmentation]
     if not found or any(p.ndim != 1 or len(p) < 6 or len(p) % 2 for p in found):
         raise Unreadable('it has no polygon of three points or more')
+    size = np.array(shape[::-1])
     for points in found:
         points = points.reshape(-1, 2)
         if not np.isfinite(points).all():
             raise Unreadable('its polygon is not finite')
-        if (points < -SLACK).any() or (points > np.array(shape[::-1]) + SLACK).any():
-            raise Unreadable('its polygon leaves the image')
+        if (points.max(0) <= 0).any() or (points.min(0) >= size).any():
+            raise Unreadable('its polygon is outside of the image')
+        if (points < -size).any() or (points > 2 * size).any():
+            raise Unreadable('its polygon leaves the image by more than its size')
     return [p.tolist() for p in found]
 
 
