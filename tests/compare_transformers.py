@@ -33,6 +33,7 @@ import verdicts
 from read_transformers import (
     by_features,
     by_model,
+    by_queries,
     by_tower,
     class_token,
     inside,
@@ -182,9 +183,12 @@ KINDS = [
     *rows('YolosModel', SIZES | DETECTOR, by=without_detection, part='encoder'),
     *rows('YolosForObjectDetection', SIZES | DETECTOR, {}, dict(use_mid_position_embeddings=True),
           by=without_detection, part='encoder'),
+    *rows('YolosForObjectDetection', SIZES | DETECTOR, {}, dict(use_mid_position_embeddings=True),
+          by=by_queries),
     *rows('EomtForUniversalSegmentation', EOMT, {}, dict(use_swiglu_ffn=True),
           by=without_queries, part='encoder', resize=False),
-    *rows('EomtForUniversalSegmentation', EOMT, by=without_queries, resize=False),
+    *rows('EomtForUniversalSegmentation', EOMT, {}, dict(num_upscale_blocks=2), by=by_queries,
+          resize=False),
     *rows('EomtDinov3ForUniversalSegmentation', EOMT_DINOV3, {}, GATED_V3, by=without_queries,
           part='encoder'),
 ]  # fmt: skip
@@ -256,7 +260,8 @@ def saved_back(folder, images, part):
     vit_jax.save(folder / 'again', model, params, 'hf')
     back, again = vit_jax.load(folder / 'again')
     jax.tree.map(np.testing.assert_array_equal, params, again)
-    assert back.style == model.style and back.pool == model.pool, (back, model)
+    a, b = (getattr(one, 'vit', one) for one in (back, model))
+    assert a.style == b.style and a.pool == b.pool, (back, model)
     kind = json.loads((folder / 'again' / 'config.json').read_text())['architectures'][0]
     module, info = getattr(transformers, kind).from_pretrained(
         folder / 'again', output_loading_info=True
@@ -264,6 +269,7 @@ def saved_back(folder, images, part):
     made_up = {n for n in info['missing_keys'] if 'pooler' not in n and 'mask_token' not in n}
     assert not made_up and not info['unexpected_keys'], info
     by = by_tower if any(n in kind for n in ('CLIP', 'Siglip', 'Blip')) else by_model
+    by = by_queries if any(n in kind for n in ('Yolos', 'Eomt')) else by
     theirs = (tokens if 'Pixio' in kind else by)(module.eval(), as_pixels(images), {})
     if any('pooler' in name for name in info['missing_keys']):
         del theirs['pre_logits']

@@ -54,7 +54,8 @@ def without_detection(module, pixels, options):
     model = getattr(module, 'vit', module)
     count = model.config.num_detection_tokens
     x = model.embeddings(pixels)[:, :-count]
-    middle = getattr(model.encoder.interpolation, 'mid_position_embeddings', ())
+    between = model.encoder.interpolation
+    middle = () if between is None else between(tuple(pixels.shape[-2:]))
     for i, layer in enumerate(model.encoder.layer):
         x = layer(x)
         x = x[0] if isinstance(x, tuple) else x
@@ -91,6 +92,14 @@ def by_tower(module, pixels, options):
 def refused(module, pixels, options):
     """Nothing, as files of such a model are refused."""
     return {}
+
+
+def by_queries(module, pixels, options):
+    """Classes and boxes or masks of a detector or an EoMT."""
+    out = module(pixels)
+    if 'Yolos' in type(module).__name__:
+        return {'logits': out.logits, 'boxes': out.pred_boxes}
+    return {'logits': out.class_queries_logits, 'masks': out.masks_queries_logits}
 
 
 def tokens(module, pixels, options):
