@@ -207,7 +207,7 @@ def test_each_head_of_a_distilled_model_can_be_measured(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (90, 4, 4, 3), np.uint8)
     images = model.normalise(pixels)
-    params = model.init(jax.random.key(0), images)['params']
+    params = jax.jit(model.init)(jax.random.key(0), images)['params']
     params = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), params)
     out = model.apply({'params': params}, images)[1]
     for head, name in (('head', 'logits_cls'), ('dist_head', 'logits_dist')):

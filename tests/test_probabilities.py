@@ -26,7 +26,7 @@ def model():
     made = models.build(
         'vit/8', num_classes=CLASSES, width=16, depth=1, num_heads=2, mlp_dim=16
     )
-    params = made.init(jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32))['params']
+    params = jax.jit(made.init)(jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), 'f'))['params']
     params['head'] = jax.tree.map(
         lambda x: np.asarray(jax.random.normal(jax.random.key(1), x.shape)), params['head']
     )

@@ -245,8 +245,8 @@ def test_both_epsilons_of_hybrids_differ():
         model = models.build(
             'vit/8', width=8, depth=1, num_heads=2, mlp_dim=8, resnet=(), resnet_epsilon=epsilon
         )
-        params = model.init(jax.random.key(0), images)['params']
+        params = jax.jit(model.init)(jax.random.key(0), images)['params']
         kernel = params['resnet']['conv_root']['kernel']
         params['resnet']['conv_root']['kernel'] = kernel * 1e-4 / kernel.std()
-        outputs[epsilon] = model.apply({'params': params}, images)[1]['tokens']
+        outputs[epsilon] = jax.jit(model.apply)({'params': params}, images)[1]['tokens']
     assert np.abs(outputs['official'] - outputs['timm']).max() > 1e-3

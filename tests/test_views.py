@@ -318,7 +318,7 @@ def dinov2(pool, **fields):
 ])  # fmt: skip
 def test_a_pooling_that_transformers_has_not_names_the_way_out(pool, fields, words, tmp_path):
     model = dinov2(pool, **fields)
-    params = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), 'f'))['params']
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), 'f'))['params']
     with pytest.raises(UserError, match=re.escape(words)):
         vit_jax.save(tmp_path / 'hf', model, params, 'hf', image_size=32)
     vit_jax.save(tmp_path / 'timm', model, params, 'timm', image_size=32)
