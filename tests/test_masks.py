@@ -18,6 +18,7 @@ from vit_jax import assembly, config, models, optim, sharding, step, train
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
+from vit_jax.models import detector, segmenter
 from vit_jax.models.masks import MaskClassifier, around_encoder
 from vit_jax.objectives import Examples, mask_losses, masks
 
@@ -309,3 +310,19 @@ def test_a_few_images_are_learnt_by_heart():
         params, state, value = advance(params, state, n)
         losses.append(float(value))
     assert losses[-1] < 0.5 * losses[0], losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [
+    functools.partial(detector.around_encoder, num_classes=20, queries=50),
+    functools.partial(segmenter.Segmenter, num_classes=30),
+    functools.partial(around_encoder, num_classes=20, queries=50, query_blocks=2),
+])
+def test_flops_of_models_around_a_vit_are_those_that_the_compiler_counts(make):
+    vit = models.build('vit/8', None, width=256, depth=3, num_heads=4, mlp_dim=512, unroll=3)
+    net = make(vit.clone(pool='none', cls_token=True))
+    images = jax.ShapeDtypeStruct((1, 64, 96, 3), np.float32)
+    params = jax.eval_shape(net.init, jax.random.key(0), images)['params']
+    apply = jax.jit(lambda p, images: net.apply({'params': p}, images))
+    counted = apply.lower(params, images).compile().cost_analysis()['flops']
+    assert 1 < counted / net.flops((64, 96, 3)) < 1.06  # norms, softmax and GELU, too
