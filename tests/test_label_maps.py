@@ -1,0 +1,176 @@
+"""Masks to label maps: ids as the file has them, by the extension and by Pillow."""
+
+import io
+
+import numpy as np
+import pytest
+import scenes
+from PIL import Image
+
+from vit_jax.data import images, label_maps, sources
+from vit_jax.data.readers import names
+from vit_jax.data.tasks import segment
+
+
+def test_ids_are_ignored_shifted_and_counted_as_set():
+    """Sequences are lists in a config.json."""
+    ids = np.array([[0, 1, 2], [3, 255, 2]], np.uint8)
+    for setting, classes, expected, known in (
+        (dict(), 'abcd', [[0, 1, 2], [3, 255, 2]], 'abcd'),
+        (dict(zero='ignored'), 'abc', [[255, 0, 1], [2, 255, 1]], 'abc'),
+        (dict(zero='background'), 'abc', [[0, 1, 2], [3, 255, 2]], ['background', *'abc']),
+        (dict(ignored=[255, 3]), 'abc', [[0, 1, 2], [255, 255, 2]], 'abc'),
+        (dict(classes=['x', 'y', 'z', 'w']), 'ab', [[0, 1, 2], [3, 255, 2]], 'xyzw'),
+    ):
+        record = dict(image=scenes.png(np.zeros((2, 3, 3), np.uint8)), mask=scenes.png(ids))
+        source = scenes.source(record, classes=classes)
+        task = segment.segment(source, view='fit', image_size=(2, 3), **setting)
+        assert task.names == {'classes': tuple(known)}
+        made = task.read(record, np.random.default_rng(0))['label_map']
+        assert made.dtype == task.blank['label_map'].dtype and made.tolist() == expected
+    assert (task.blank['label_map'] == 255).all()
+
+
+def test_many_classes_have_16_bits():
+    ids = np.array([[0, 300], [255, 65535]], np.uint16)
+    record = dict(image=scenes.png(np.zeros((2, 2, 3), np.uint8)), mask=scenes.png(ids))
+    task = segment.segment(scenes.source(record), view='fit', image_size=2, classes=301)
+    made = task.read(record, np.random.default_rng(0))['label_map']
+    assert made.dtype == np.uint16 and made.tolist() == [[0, 300], [255, 65535]]
+
+
+def test_masks_follow_the_classes_of_other_data_sets():
+    """Where labels are mapped by name, the ids of masks are, too."""
+    ids = np.array([[0, 1, 2, 255]], np.uint8)
+    record = dict(image=scenes.png(np.zeros((1, 4, 3), np.uint8)), mask=scenes.png(ids))
+    table = np.array([2, 0, 1], np.int32)
+    for zero, expected in (('class', [2, 0, 1, 255]), ('background', [0, 3, 1, 255])):
+        source = scenes.source(record, classes='abc')
+        source.records.label_fields = ()
+        other = sources.Source(names.Relabelled(source.records, table), source.classes)
+        task = segment.segment(other, view='fit', image_size=(1, 4), zero=zero)
+        made = task.read(other.records[0], np.random.default_rng(0))
+        assert made['label_map'].tolist() == [expected]
+        twice = names.Relabelled(other.records, table)[0][names.TABLE]
+        assert twice.tolist() == table[table].tolist()
+
+
+@pytest.fixture(params=['extension', 'Pillow'])
+def reader(request, monkeypatch):
+    """The mask reader with and without the extension."""
+    if request.param == 'Pillow':
+        monkeypatch.setattr(label_maps, '_labels', None)
+    elif label_maps._labels is None:
+        pytest.skip('the extension is not built')
+    return label_maps.read
+
+
+def filtered(ids, filters):
+    """Rows of a PNG's pixels, each by a filter of its own: by the definitions, pixel by pixel."""
+    above, rows = [0] * ids.shape[1], b''
+    for row, number in zip(ids.tolist(), filters, strict=True):
+        out = []
+        for x, value in enumerate(row):
+            a, b, c = row[x - 1] if x else 0, above[x], above[x - 1] if x else 0
+            near = min((abs(b - c), 0, a), (abs(a - c), 1, b), (abs(a + b - 2 * c), 2, c))[2]
+            out.append((value - [0, a, b, (a + b) // 2, near][number]) % 256)
+        above, rows = row, rows + bytes([number, *out])
+    return rows
+
+
+def test_ids_are_the_same_whatever_the_filters_of_the_file(reader):
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (40, 1), (1, 50), (60, 31)):
+        for ids in (rng.integers(0, 256, shape), rng.integers(0, 3, shape) * 100):
+            filters = rng.integers(0, 5, shape[0])
+            data = scenes.raw_png(ids, 8, 0, filtered(ids, filters))
+            np.testing.assert_array_equal(reader(data), ids)
+    ids = rng.integers(0, 256, (200, 90), np.uint8)
+    np.testing.assert_array_equal(reader(scenes.png(ids, optimize=True)), ids)
+
+
+@pytest.mark.parametrize('change', [
+    lambda data: data[:-30], lambda data: data[:60], lambda data: data[:30] + b'x' + data[31:],
+    lambda data: data[:70] + b'x' + data[71:],
+    lambda data: scenes.raw_png(np.zeros((4, 5), int), 8, 0, bytes(23)),
+    lambda data: scenes.raw_png(np.zeros((4, 5), int), 8, 0, bytes([9, 0, 0, 0, 0, 0] * 4)),
+])  # fmt: skip
+def test_a_damaged_mask_is_read_or_refused_as_pillow_does(change, monkeypatch):
+    ids, found = np.random.default_rng(0).integers(0, 9, (40, 50), np.uint8), []
+    data = change(scenes.png(ids))
+    for extension in (label_maps._labels, None):
+        monkeypatch.setattr(label_maps, '_labels', extension)
+        try:
+            found.append(label_maps.read(data).tobytes())
+        except images.Unreadable as e:
+            found.append(str(e))
+    assert found[0] == found[1]
+
+
+def test_rows_and_columns_are_gathered_as_by_numpy(reader):
+    rng = np.random.default_rng(0)
+    for dtype, shape in ((np.uint8, (9, 7)), (np.uint8, (3, 9, 7)), (np.uint16, (9, 7))):
+        labels = rng.integers(0, 250, shape).astype(dtype)
+        rows, columns = np.sort(rng.integers(0, 9, 20)), rng.integers(0, 7, 15)
+        for own in (labels, labels[..., ::-1]):
+            found = label_maps.gathered(own, rows, columns)
+            np.testing.assert_array_equal(found, own[..., rows[:, None], columns])
+    with pytest.raises((ValueError, IndexError)):
+        label_maps.gathered(labels.astype(np.uint8), rows + 1, columns)
+
+
+def test_labels_and_counts_are_the_same_without_the_extension(reader):
+    rng = np.random.default_rng(0)
+    for classes, zero in ((255, 'class'), (254, 'background'), (150, 'ignored'), (255, 'ignored')):
+        ids = label_maps.Ids(classes, zero)
+        values = np.flatnonzero(label_maps.table_of(ids, 256) >= 0).astype(np.uint8)
+        mask = rng.choice(values, (31, 47))
+        expected = label_maps.table_of(ids, 256)[mask]
+        found = ids.labels(mask[:, ::2])
+        np.testing.assert_array_equal(found, expected[:, ::2])
+        counts = np.bincount(found.ravel(), minlength=256)
+        np.testing.assert_array_equal(label_maps.class_counts(found), counts[:255])
+        for unknown in np.setdiff1d(np.arange(256), values)[:1]:
+            mask[3, 5] = unknown
+            with pytest.raises(images.Unreadable, match=f'it has the id {unknown}, and'):
+                ids.labels(mask)
+
+
+IDS = np.array([[0, 1, 0, 1, 1], [1, 1, 0, 0, 1]])
+
+
+@pytest.mark.parametrize('depth', [1, 2, 4, 8, 16])
+@pytest.mark.parametrize('colour', [0, 3])
+def test_ids_are_the_numbers_in_the_file(depth, colour, reader):
+    """Grey values unscaled, and indices whatever the palette's colours and transparency."""
+    if (depth, colour) == (16, 3):
+        return  # there is none
+    ids = IDS * (2**depth - 1) - (IDS[:, ::-1] if depth > 1 else 0) * IDS
+    found = reader(scenes.raw_png(ids, depth, colour))
+    assert found.dtype == (np.uint16 if depth == 16 else np.uint8)
+    np.testing.assert_array_equal(found, ids)
+
+
+def other_file(kind, mode):
+    out = io.BytesIO()
+    Image.new(mode, (5, 2)).save(out, kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize('data, words', [
+    (other_file('JPEG', 'L'), 'class ids are read from PNG files alone; JPEG would change ids'),
+    (other_file('BMP', 'L'), 'class ids are read from PNG files alone'),
+    (other_file('PNG', 'RGB'), 'its pixels are RGB, not ids'),
+    (other_file('PNG', 'RGBA'), 'its pixels are RGB with alpha, not ids'),
+    (other_file('PNG', 'LA'), 'its pixels are grey with alpha, not ids'),
+    (other_file('PNG', 'L')[:45], 'unreadable mask: '),
+    (b'', 'class ids are read from PNG files alone'),
+    (scenes.png(np.zeros((3, 5), np.uint8)), 'it has 5 x 3 pixels, the image 5 x 2'),
+    (scenes.png(np.full((2, 5), 7, np.uint8)), 'it has the id 7, and there are 5 classes'),
+])
+def test_a_mask_that_is_none_is_named(data, words):
+    record = dict(image=scenes.png(np.zeros((2, 5, 3), np.uint8)), mask=data)
+    task = segment.segment(scenes.source(record), view='fit', image_size=4)
+    with pytest.raises(images.Unreadable, match='unreadable mask: ') as e:
+        task.read(record, np.random.default_rng(0))
+    assert words in str(e.value)
