@@ -17,7 +17,9 @@ from vit_jax import assembly, config, models, optim, sharding, step, train
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
+from vit_jax.models import parameters
 from vit_jax.objectives import Examples, segment
+from vit_jax.optim import layerwise
 
 FILE = pathlib.Path(__file__).with_name('tiny_segment.py')
 IMAGE, LABELS, K = (16, 24, 3), (20, 30), 5
@@ -167,6 +169,16 @@ def test_mistakes_are_named():
     spec = {'image': jax.ShapeDtypeStruct(IMAGE, np.uint8)}
     with pytest.raises(UserError, match='needs `label_map`'):
         segment.segment(models.build('vit/4', 3), Examples(spec))
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_layer_decay_is_that_of_the_encoder_alone(head):
+    objective = learner(head=head)
+    leaves = parameters.named_leaves(step.abstract_params(objective))
+    rates = layerwise.rate_multipliers(leaves, objective.rules, 0.5)
+    assert rates['vit/embedding/kernel'] == 0.125
+    np.testing.assert_array_equal(rates['vit/encoder/norm1/scale'][:, 0], [0.25, 0.5])
+    assert {rates[name] for name in leaves if not name.startswith('vit/')} == {1}
 
 
 @pytest.mark.slow

@@ -12,15 +12,18 @@ from jax.sharding import PartitionSpec as P
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive, Rate
-from vit_jax.models import block, layers, memory, vit
+from vit_jax.models import block, layers, memory, parameters, vit
 from vit_jax.models.flops import block_adds
 from vit_jax.models.memory import shard_batch
 
-# Sharding of the parameters beside the encoder, as rows of models.parameters.RULES.
+# Sharding of the parameters beside the encoder, as rows of models.parameters.RULES. To layer-wise
+# decay the decoder's blocks are a part of the head, and have the whole learning rate.
 RULES = (
     (r'(decoder_embedding|(patch|class)_projection)/kernel', P('fsdp', None)),  # [D, D]
     (r'class_tokens', P()),
-)
+    *((row.pattern.replace('(en|de)coder', 'decoder'), row.spec, 'head')
+      for row in parameters.RULES if row.pattern.startswith('(en|de)coder')),
+)  # fmt: skip
 EPSILON = 1e-5  # of the decoder's norms, that of PyTorch (rstrudel/segmenter decoder.py)
 TINY = 1e-12  # squared length below which a vector is not made longer
 
