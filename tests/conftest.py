@@ -53,3 +53,8 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
+
+
+def pytest_sessionfinish():
+    """Spares pytest a last collection, which takes seconds: xdist interrupts a worker after 5."""
+    gc.freeze()
