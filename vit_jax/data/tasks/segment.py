@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Size
 
 MOST_CLASSES = 2**16 - 1
+WHOLE = ('fit', 'resize')  # views that show the whole image
 
 
 def segment(
@@ -61,6 +62,83 @@ def segment(
     return Task(blank, read, {'classes': found})
 
 
+def whole_label_map(
+    source: Source,
+    *,
+    view: str | dict,
+    image_size: Size,
+    canvas: Size,
+    mask: str = 'mask',
+    classes: Positive[int] | tuple[str, ...] | None = None,
+    zero: label_maps.Zero = 'class',
+    ignored: tuple[NonNegative[int], ...] | None = None,
+) -> Task:
+    """`segment` for evaluation: label maps keep the size of the images.
+
+    `label_map` [Y, X] has that of an image in its upper left corner and ignored pixels in the rest.
+    `place` float32 [2, 2] is (scale, offset) of rows and of columns: what is at a position p of the
+    image is at scale * p + offset in `image`.
+
+    Args:
+      view: 'fit' or 'resize', which keep the whole image, by name or with arguments.
+      canvas: size (Y, X) of the label maps in pixels; an image that is larger is unusable.
+      image_size, mask, classes, zero, ignored: as in `segment`.
+    """
+    task = segment(
+        source, view=view, image_size=image_size, mask=mask, classes=classes, zero=zero,
+        ignored=ignored,
+    )  # fmt: skip
+    if (name := view if isinstance(view, str) else view['name']) not in WHOLE:
+        raise UserError(f'view {name} may cut pixels off; {" and ".join(WHOLE)} keep the image')
+    fill, dtype = task.read.keywords['ids'].fill, task.blank['label_map'].dtype
+    blank = {
+        'image': task.blank['image'], 'label_map': np.full(size_of(canvas), fill, dtype),
+        'place': np.tile(np.float32([1, 0]), (2, 1)),
+    }  # fmt: skip
+    read = partial(image_and_whole_label_map, blank=blank, **task.read.keywords)
+    return Task(blank, read, task.names)
+
+
+def image_and_whole_label_map(
+    record: Mapping[str, Any],
+    rng: np.random.Generator,
+    *,
+    blank: Mapping[str, np.ndarray],
+    view: Callable,
+    mask: str,
+    ids: label_maps.Ids,
+) -> dict[str, np.ndarray]:
+    """Makes the arrays of `whole_label_map`; `blank` are those of an example without an image."""
+    image, labels = read_both(record, mask, ids)
+    (height, width), most = labels.shape, blank['label_map'].shape
+    if height > most[0] or width > most[1]:
+        raise images.Unreadable(
+            f'the image has {width} x {height} pixels, above canvas={most[1]} x {most[0]}'
+        )
+    geometry = view.place(labels.shape, rng, labels)
+    if geometry.window != (0, 0, height, width):
+        raise images.Unreadable('the view does not show the whole image')
+    with images.naming('image'):
+        moved = geometry.image(image)
+    padded = blank['label_map'].copy()
+    padded[:height, :width] = labels
+    scales = np.divide(geometry.resized, labels.shape)
+    place = np.stack([scales, np.negative(geometry.offset)], axis=1).astype(np.float32)
+    return {'image': moved, 'label_map': padded, 'place': place}
+
+
+def read_both(
+    record: Mapping[str, Any], mask: str, ids: label_maps.Ids
+) -> tuple[np.ndarray | images.Encoded, np.ndarray]:
+    """The image and the label map of a record; raises Unreadable."""
+    with images.naming('image'):
+        image = images.read(record['image'])
+    with images.naming(mask):
+        found = label_maps.read(field(record, mask))
+        check_size(found.shape, image.shape)
+        return image, ids.labels(found, record.get(names.TABLE))
+
+
 def image_and_label_map(
     record: Mapping[str, Any],
     rng: np.random.Generator,
@@ -70,12 +148,7 @@ def image_and_label_map(
     ids: label_maps.Ids,
 ) -> dict[str, np.ndarray]:
     """Makes the arrays of `segment`."""
-    with images.naming('image'):
-        image = images.read(record['image'])
-    with images.naming(mask):
-        found = label_maps.read(field(record, mask))
-        check_size(found.shape, image.shape)
-        labels = ids.labels(found, record.get(names.TABLE))
+    image, labels = read_both(record, mask, ids)
     geometry = view.place(image.shape[:2], rng, labels)
     with images.naming('image'):
         moved = geometry.image(image)  # a JPEG is decoded here

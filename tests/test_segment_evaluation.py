@@ -1,0 +1,125 @@
+"""Evaluation of segmentation: by PyTorch's interpolation and scikit-learn's confusion matrix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scenes
+from PIL import Image
+from sklearn import metrics as reference
+
+from vit_jax import sharding
+from vit_jax.data.tasks import make_view
+from vit_jax.errors import UserError
+from vit_jax.evaluators import Subject, segment
+
+CLASSES = ('sky', 'tree', 'cow', 'boat')
+SIZE, CELLS = (32, 48), (4, 6)
+SHAPES = [(40, 60), (61, 37), (20, 75), (33, 48), (7, 5), (64, 80), (1, 9)]
+COLOURS = np.random.default_rng(5).normal(size=(3, 4)).astype(np.float32)
+
+
+def predict(params, batch):
+    """Logits [B, K, h, w] of the mean colours of patches."""
+    x = batch['image'].astype(jnp.float32) / 255
+    b, height, width, _ = x.shape
+    x = x.reshape(b, CELLS[0], height // CELLS[0], CELLS[1], width // CELLS[1], 3).mean((2, 4))
+    return {'semantic': (x @ params).transpose(0, 3, 1, 2)}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Images of many sizes with random masks, a third of whose pixels is ignored, and no cow."""
+    root, rng = tmp_path_factory.mktemp('set'), np.random.default_rng(0)
+    for name in ('images', 'masks'):
+        (root / name).mkdir()
+    for i, shape in enumerate(SHAPES):
+        coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        picture = coarse[np.arange(shape[0]) % 5][:, np.arange(shape[1]) * 5 // shape[1]]
+        labels = rng.choice(np.uint8([0, 1, 3, 255]), shape, p=[0.3, 0.2, 0.2, 0.3])
+        if i == 3:
+            labels[:] = 255  # an image without any label
+        (root / 'images' / f'{i}.png').write_bytes(scenes.png(picture))
+        (root / 'masks' / f'{i}.png').write_bytes(scenes.png(labels))
+    (root / 'classes.txt').write_text('\n'.join(CLASSES))
+    return root
+
+
+def evaluation(folder, devices=1, batch_size=4, **settings):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    outputs = {'semantic': jax.ShapeDtypeStruct((1, len(CLASSES), *CELLS), jnp.float32)}
+    subject = Subject(predict, mesh, outputs, {'classes': CLASSES}, {})
+    same = dict(source=dict(name=str(folder)), image_size=SIZE, canvas=(64, 80))
+    return segment.Segment(subject, batch_size=batch_size, **same | settings)
+
+
+def interpolated(logits, shape, geometry):
+    """Logits [1, K, h, w] of a view at the pixels of its image, by PyTorch."""
+    torch = pytest.importorskip('torch')
+    logits = torch.tensor(np.array(logits))
+    if geometry.resized == SIZE:
+        how = dict(mode='bilinear', align_corners=False)
+        return torch.nn.functional.interpolate(logits, shape, **how)[0]
+    sides = zip(shape, geometry.resized, geometry.offset, SIZE, strict=True)
+    y, x = np.meshgrid(
+        *[2 * ((np.arange(n) + 0.5) * r / n - o) / s - 1 for n, r, o, s in sides], indexing='ij'
+    )
+    grid = torch.tensor(np.stack([x, y], -1)[None].astype(np.float32))
+    return torch.nn.functional.grid_sample(
+        logits, grid, mode='bilinear', padding_mode='border', align_corners=False
+    )[0]
+
+
+def labels_and_predictions(folder, view):
+    """Labels and predictions of all pixels that are not ignored."""
+    pairs = []
+    for i, shape in enumerate(SHAPES):
+        image, labels = (
+            np.asarray(Image.open(folder / name / f'{i}.png')) for name in ('images', 'masks')
+        )
+        geometry = make_view(view, SIZE).place(shape, None)
+        logits = predict(COLOURS, {'image': geometry.image(image)[None]})['semantic']
+        predicted = interpolated(logits, shape, geometry).argmax(0).numpy()
+        pairs.append((labels[labels != 255], predicted[labels != 255]))
+    return [np.concatenate(each) for each in zip(*pairs, strict=True)]
+
+
+@pytest.mark.parametrize('view', ['fit', 'resize', dict(name='fit', place='centre')])
+def test_it_counts_each_pixel_once_as_others_do(folder, view):
+    labels, predicted = labels_and_predictions(folder, view)
+    found = evaluation(folder, view=view, by_class=True)(COLOURS)
+    among = range(len(CLASSES))
+    expected = reference.confusion_matrix(labels, predicted, labels=among)
+    each = reference.jaccard_score(labels, predicted, labels=among, average=None, zero_division=0)
+    occurs = expected.sum(0) + expected.sum(1) > 0
+    wanted = {
+        'miou': each[occurs].mean(), 'examples': len(SHAPES),
+        'pixel_accuracy': reference.accuracy_score(labels, predicted),
+        'class_accuracy': reference.balanced_accuracy_score(labels, predicted),
+    } | {f'iou/{name}': x for name, x, had in zip(CLASSES, each, occurs, strict=True) if had}
+    assert found == pytest.approx(wanted, abs=5e-4)  # pixels between two classes
+    assert set(found) == set(wanted) and 0.1 < found['miou'] < 0.9
+
+
+def test_each_image_counts_once_on_any_devices(folder):
+    one = evaluation(folder, batch_size=7)(COLOURS)
+    assert evaluation(folder, devices=8, batch_size=16)(COLOURS) == one
+    assert evaluation(folder, devices=1, batch_size=2)(COLOURS) == one
+
+
+def test_what_can_not_be_measured_is_refused(folder):
+    with pytest.raises(UserError, match='view central may cut pixels off; fit and resize keep'):
+        evaluation(folder, view='central')
+    with pytest.raises(UserError, match='2.png: the image has 75 x 20 pixels, above canvas=70'):
+        evaluation(folder, canvas=(64, 70))(COLOURS)
+    with pytest.raises(UserError, match="the view does not show the whole image"):
+        evaluation(folder, view=dict(name='resize', crop=0.5))(COLOURS)
+    with pytest.raises(UserError, match='no pixel of the data set has a label'):
+        segment.summary(np.zeros((3, 3)))
+    absent = segment.iou(np.array([[2, 1, 0], [0, 0, 0], [0, 0, 0]]))
+    np.testing.assert_array_equal(absent, [2 / 3, 0, np.nan])
+
+
+def test_more_pixels_than_a_batch_can_count_are_refused(folder):
+    with pytest.raises(UserError, match='batch_size 4 of canvas 30000 x 30000'):
+        evaluation(folder, canvas=30_000)

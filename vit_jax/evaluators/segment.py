@@ -1,0 +1,216 @@
+"""Semantic segmentation: intersection over union, from one confusion matrix of all pixels.
+
+Shapes: B batch, K classes, h w of the logits, Y X of the label maps.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax import evaluators, sharding
+from vit_jax.data import label_maps, mixture, pipeline
+from vit_jax.data.readers import names
+from vit_jax.data.tasks import size_of
+from vit_jax.data.tasks.segment import whole_label_map
+from vit_jax.distributed.stop import Stop
+from vit_jax.errors import UserError
+from vit_jax.evaluators import Subject
+from vit_jax.io.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
+
+METRICS = {'miou': 'max', 'pixel_accuracy': 'max', 'class_accuracy': 'max'}
+ROWS = 32  # of the label maps, whose logits are in memory at once
+
+
+class Segment:
+    """Measures a segmenter at the size of the images: every pixel that is not ignored counts once.
+
+    The logits `semantic` that the objective predicts, [K, h, w] for the view of an image, are
+    interpolated at the centres of the image's own pixels, bilinearly without aligned corners; the
+    largest is the prediction. One confusion matrix counts all pixels of the data set, exactly.
+
+    - miou: mean over classes of intersection over union, of those that occur in labels or
+      predictions
+    - pixel_accuracy: share of the pixels whose class is predicted
+    - class_accuracy: mean over the classes that occur in labels of the share that is predicted
+    - iou/CLASS: intersection over union of each class, with `by_class`
+
+    Args:
+      source: the data set, see Data sets.
+      image_size: size of the images in pixels: one number, or (height, width).
+      batch_size: examples in a batch, over all devices and processes.
+      canvas: size of the largest image of the data set in pixels; label maps are padded to it.
+      view: 'fit' pads images at their aspect ratio, 'resize' stretches them; see Views.
+      mask: field of the records that holds the mask.
+      zero: what id 0 of a mask is, as in the task `segment`.
+      ignored: other ids that are ignored. None: 255, or 65535 of more than 255 classes.
+      by_class: whether to measure each class.
+      threads, workers, prefetch, tolerance: as in the section `data`.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        source: dict,
+        image_size: Size,
+        batch_size: Positive[int],
+        canvas: Size,
+        view: str | dict = 'fit',
+        mask: str = 'mask',
+        zero: label_maps.Zero = 'class',
+        ignored: tuple[NonNegative[int], ...] | None = None,
+        by_class: bool = False,
+        threads: Threads | None = None,
+        workers: Workers = 0,
+        prefetch: Prefetch = 8,
+        tolerance: Rate = 0.0,
+    ) -> None:
+        self.mesh, self.by_class = subject.mesh, by_class
+        sharding.check_batch(batch_size, self.mesh)
+        height, width = size_of(canvas)
+        if batch_size * height * width >= 2**31:
+            raise UserError(
+                f'evals: batch_size {batch_size} of canvas {width} x {height} are more pixels than '
+                'are counted at once, 2^31; a smaller batch has fewer'
+            )
+        if 'semantic' not in subject.outputs:
+            raise UserError(
+                'evals of type segment read `semantic`, as the objective segment predicts it; '
+                f'this one predicts {", ".join(sorted(subject.outputs))}'
+            )
+        count = subject.outputs['semantic'].shape[1]
+        own, title = mixture.load(**source), f'data set {mixture.title(source)}'
+        self.classes = subject.names.get('classes') or tuple(map(str, range(count)))
+        # the background that `zero` adds is no class of the data set
+        known = self.classes[int(zero == 'background') :]
+        self.source = names.relabel(own, known, title) if own.classes else own
+        self.sources = {'source': self.source}
+        task = whole_label_map(
+            self.source, view=view, image_size=image_size, canvas=canvas, mask=mask, classes=known,
+            zero=zero, ignored=ignored,
+        )  # fmt: skip
+        self.feed = partial(
+            pipeline.examples, self.source, task, sharding.rows(batch_size, self.mesh),
+            batch_size=batch_size, threads=threads, workers=workers, prefetch=prefetch,
+            tolerance=tolerance,
+        )  # fmt: skip
+        self.metrics = METRICS | {
+            f'iou/{name}': 'max' for name in (self.classes if by_class else ())
+        }
+        self.step = evaluators.compiled(partial(confusion_of, predict=subject.predict), self.mesh)
+
+    def __call__(
+        self,
+        params: Any,
+        stop: Stop | None = None,
+        set_phase: Callable[[str], None] = lambda phase: None,
+        advance: Callable[[int], None] = lambda images: None,
+    ) -> dict[str, float] | None:
+        """Measures {metric: value}; returns None if `stop` becomes true.
+
+        Calls `set_phase` and `advance` as `evaluators.totals` does.
+        """
+        total = evaluators.totals(
+            self.step, self.feed, params, self.mesh, stop, set_phase, advance
+        )
+        if total is None:
+            return None
+        found = summary(total['confusion'])
+        if self.by_class:
+            each = iou(total['confusion'])
+            found |= {
+                f'iou/{name}': float(value)
+                for name, value in zip(self.classes, each, strict=True) if not np.isnan(value)
+            }  # fmt: skip
+        return found | {'examples': int(total['examples'])}
+
+
+segment = Segment  # by its name in a config
+
+
+def confusion_of(
+    params: Any, batch: Mapping[str, jax.Array], *, predict: Callable
+) -> dict[str, jax.Array]:
+    """Counts pixels of a batch by label and prediction: `confusion` int32 [K, K], `examples`.
+
+    Args:
+      params: parameters of the objective.
+      batch: `image` [B, H, W, 3], `label_map` [B, Y, X], `place` [B, 2, 2] as in
+        `tasks.segment.whole_label_map`, `mask` [B].
+      predict: (params, batch) -> {'semantic': [B, K, h, w]}.
+    """
+    logits = predict(params, batch)['semantic'].astype(jnp.float32)
+    classes, size = logits.shape[1], batch['image'].shape[1:3]
+    labels, place = batch['label_map'], batch['place']
+    rows, columns = (
+        weights(labels.shape[1 + i], logits.shape[2 + i], size[i], place[:, i]) for i in range(2)
+    )
+    valid = (labels < classes) & (batch['mask'][:, None, None] > 0)
+    # a cell beyond the matrix takes what does not count
+    cells = jnp.where(valid, labels.astype(jnp.int32) * classes, classes**2)  # [B, Y, X]
+    columns_of = partial(jnp.einsum, 'bkyw,bxw->bkyx', precision='highest')
+
+    def add(counts, block):
+        own, offsets = block  # [B, ROWS, h] and [B, ROWS, X]
+        part = jnp.einsum('byh,bkhw->bkyw', own, logits, precision='highest')
+        predicted = jnp.argmax(columns_of(part, columns), axis=1)  # [B, ROWS, X]
+        return counts.at[(offsets + predicted).reshape(-1)].add(1, mode='drop'), None
+
+    blocks = in_blocks(rows, 0.0), in_blocks(cells, classes**2)
+    counts, _ = jax.lax.scan(add, jnp.zeros(classes**2, jnp.int32), blocks)
+    return {
+        'confusion': counts.reshape(classes, classes),
+        'examples': jnp.sum(batch['mask'] > 0),
+    }
+
+
+def in_blocks(x: jax.Array, fill: float) -> jax.Array:
+    """Cuts [B, Y, ...] into blocks of ROWS, the last one padded: [Y / ROWS, B, ROWS, ...]."""
+    missing = -x.shape[1] % ROWS
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
+    return x.reshape(x.shape[0], -1, ROWS, x.shape[2]).swapaxes(0, 1)
+
+
+def weights(pixels: int, cells: int, size: int, place: jax.Array) -> jax.Array:
+    """Weights [B, pixels, cells] of cells of a map in each pixel of an image along one side.
+
+    Args:
+      pixels: number of pixels of the image.
+      cells: number of cells of the map.
+      size: pixels of the view, which the map covers.
+      place: [B, 2], (scale, offset) of the image in the view.
+    """
+    centres = jnp.arange(pixels, dtype=jnp.float32) + 0.5
+    at = place[:, :1] * centres + place[:, 1:]  # [B, pixels], in the view
+    at = jnp.clip(at * (cells / size) - 0.5, 0, cells - 1)
+    return jnp.maximum(1 - jnp.abs(at[:, :, None] - jnp.arange(cells)), 0)
+
+
+def iou(confusion: np.ndarray) -> np.ndarray:
+    """Intersection over union of each class [K], NaN of one that occurs nowhere.
+
+    `confusion` [K, K] counts pixels, labels by row.
+    """
+    hits = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
+
+
+def summary(confusion: np.ndarray) -> dict[str, float]:
+    """Computes miou, pixel_accuracy and class_accuracy of a confusion matrix, see `Segment`.
+
+    Raises UserError if no pixel has a label.
+    """
+    hits, labelled = np.diag(confusion), confusion.sum(1)
+    if not labelled.sum():
+        raise UserError('evals: no pixel of the data set has a label that is a class')
+    occurs = labelled > 0
+    return {
+        'miou': float(np.nanmean(iou(confusion))),
+        'pixel_accuracy': float(hits.sum() / labelled.sum()),
+        'class_accuracy': float(np.mean(hits[occurs] / labelled[occurs])),
+    }
