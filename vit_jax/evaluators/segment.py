@@ -1,6 +1,6 @@
 """Semantic segmentation: intersection over union, from one confusion matrix of all pixels.
 
-Shapes: B batch, K classes, h w of the logits, Y X of the label maps.
+Shapes: B batch, K classes, Q queries, h w of the logits, Y X of the label maps.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,9 @@ class Segment:
 
     The logits `semantic` that the objective predicts, [K, h, w] for the view of an image, are
     interpolated at the centres of the image's own pixels, bilinearly without aligned corners; the
-    largest is the prediction. One confusion matrix counts all pixels of the data set, exactly.
+    largest is the prediction. Of a mask classifier, `masks` [Q, h, w] are interpolated, and a class
+    has the sum over queries of its probability times the mask's (arXiv:2107.06278 section 3.4). One
+    confusion matrix counts all pixels of the data set, exactly.
 
     - miou: mean over classes of intersection over union, of those that occur in labels or
       predictions
@@ -77,12 +79,7 @@ class Segment:
                 f'evals: batch_size {batch_size} of canvas {width} x {height} are more pixels than '
                 'are counted at once, 2^31; a smaller batch has fewer'
             )
-        if 'semantic' not in subject.outputs:
-            raise UserError(
-                'evals of type segment read `semantic`, as the objective segment predicts it; '
-                f'this one predicts {", ".join(sorted(subject.outputs))}'
-            )
-        count = subject.outputs['semantic'].shape[1]
+        count = count_classes(subject.outputs)
         own, title = mixture.load(**source), f'data set {mixture.title(source)}'
         self.classes = subject.names.get('classes') or tuple(map(str, range(count)))
         # the background that `zero` adds is no class of the data set
@@ -132,6 +129,18 @@ class Segment:
 segment = Segment  # by its name in a config
 
 
+def count_classes(outputs: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Number of classes K by the shapes of outputs; raises UserError if they are no label map."""
+    if 'semantic' in outputs:
+        return outputs['semantic'].shape[1]
+    if {'logits', 'masks'} <= outputs.keys():
+        return outputs['logits'].shape[2] - 1
+    raise UserError(
+        'evals of type segment read `semantic`, or `logits` and `masks`, as the objectives segment '
+        f'and masks predict them; this one predicts {", ".join(sorted(outputs))}'
+    )
+
+
 def confusion_of(
     params: Any, batch: Mapping[str, jax.Array], *, predict: Callable
 ) -> dict[str, jax.Array]:
@@ -141,10 +150,12 @@ def confusion_of(
       params: parameters of the objective.
       batch: `image` [B, H, W, 3], `label_map` [B, Y, X], `place` [B, 2, 2] as in
         `tasks.segment.whole_label_map`, `mask` [B].
-      predict: (params, batch) -> {'semantic': [B, K, h, w]}.
+      predict: (params, batch) -> {'semantic': [B, K, h, w]}, or {'logits': [B, Q, K + 1], 'masks':
+        [B, Q, h, w]}.
     """
-    logits = predict(params, batch)['semantic'].astype(jnp.float32)
-    classes, size = logits.shape[1], batch['image'].shape[1:3]
+    found, size = predict(params, batch), batch['image'].shape[1:3]
+    classes = count_classes(found)
+    logits = found['semantic' if 'semantic' in found else 'masks'].astype(jnp.float32)
     labels, place = batch['label_map'], batch['place']
     rows, columns = (
         weights(labels.shape[1 + i], logits.shape[2 + i], size[i], place[:, i]) for i in range(2)
@@ -154,10 +165,16 @@ def confusion_of(
     cells = jnp.where(valid, labels.astype(jnp.int32) * classes, classes**2)  # [B, Y, X]
     columns_of = partial(jnp.einsum, 'bkyw,bxw->bkyx', precision='highest')
 
+    def scores(maps):
+        if 'semantic' in found:
+            return maps
+        shares = jax.nn.softmax(found['logits'].astype(jnp.float32))[..., :-1]  # [B, Q, K]
+        return jnp.einsum('bqk,bqyx->bkyx', shares, jax.nn.sigmoid(maps), precision='highest')
+
     def add(counts, block):
         own, offsets = block  # [B, ROWS, h] and [B, ROWS, X]
         part = jnp.einsum('byh,bkhw->bkyw', own, logits, precision='highest')
-        predicted = jnp.argmax(columns_of(part, columns), axis=1)  # [B, ROWS, X]
+        predicted = jnp.argmax(scores(columns_of(part, columns)), axis=1)  # [B, ROWS, X]
         return counts.at[(offsets + predicted).reshape(-1)].add(1, mode='drop'), None
 
     blocks = in_blocks(rows, 0.0), in_blocks(cells, classes**2)

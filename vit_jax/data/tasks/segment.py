@@ -116,7 +116,8 @@ def image_and_whole_label_map(
             f'the image has {width} x {height} pixels, above canvas={most[1]} x {most[0]}'
         )
     geometry = view.place(labels.shape, rng, labels)
-    if geometry.window != (0, 0, height, width):
+    sides = zip(geometry.offset, geometry.resized, geometry.size, strict=True)
+    if geometry.window != (0, 0, height, width) or any(o > 0 or r > o + n for o, r, n in sides):
         raise images.Unreadable('the view does not show the whole image')
     with images.naming('image'):
         moved = geometry.image(image)
