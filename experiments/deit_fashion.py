@@ -2,8 +2,9 @@
 
 FILE:teacher trains a BiT ResNet of 6.5 MFLOP on the first 10,000 training images of Fashion-MNIST,
 FILE:none a ViT of 7.3 MFLOP without a teacher. FILE:hard and FILE:soft train it with the teacher
-for its one head; FILE:hard,tokens and FILE:soft,tokens with a distillation token and a head of its
-own, and evaluate either head apart, too.
+for its one head, FILE:patient by the teacher alone, without labels; FILE:hard,tokens and
+FILE:soft,tokens with a distillation token and a head of its own, and evaluate either head apart,
+too. FILE:none,2k and the like see the first 2,000 images only, 80 times in place of 16.
 
     python -m vit_jax.main --config FILE:teacher --workdir runs/deit_fashion/teacher
     python -m vit_jax.main --config FILE:hard,tokens --workdir runs/deit_fashion/hard,tokens
@@ -19,8 +20,11 @@ in percent on the 10,000 test images, standard error 0.4:
     hard,tokens       79.9        80.0           79.9
     soft,tokens       79.6        80.0           79.2
 
-The teacher hardly helps, unlike in the paper. After 16 epochs the ViT does not overfit: without a
-teacher it has 81.8% of its last training crops right.
+On 2,000 images: none,2k 79.4, hard,2k 79.8, soft,2k 79.7, patient,2k 79.5.
+
+The teacher hardly helps, unlike in the paper: no difference is above two standard errors. The ViT
+does not overfit. Without a teacher it has 81.8% of its last training crops right, of 2,000 images
+77%, fewer than test images: it is too small for what the teacher knows more.
 """
 
 from ml_collections import ConfigDict

@@ -256,6 +256,7 @@ def test_eight_devices_are_one():
     assert_trees_close(steps_of(8, fsdp=2, tensor=2), one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_a_classifier_and_is_a_detector(tmp_path):
     folder = launched.write_images(tmp_path / 'images', {'train': 12})
     given = config.experiment.read(f'{FILE}:{folder}')

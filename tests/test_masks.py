@@ -182,7 +182,8 @@ def test_points_at_the_border_and_those_that_are_uncertain():
     assert mask_losses.of_label_map(jnp.asarray(areas), K, 2).labels.tolist() == [[0, 2]]
 
 
-@pytest.mark.parametrize('semantic', [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize('semantic', [True, False])
 def test_examples_without_masks_and_those_that_do_not_count(semantic):
     objective, batch = learner(semantic), a_batch(4, semantic)
     params = objective.init(jax.random.key(0))

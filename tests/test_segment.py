@@ -200,6 +200,7 @@ def test_eight_devices_are_one(head):
     assert_trees_close(steps_of(8, fsdp=2, tensor=2), one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_a_classifier_and_keeps_it_frozen(tmp_path):
     folder = launched.write_images(tmp_path / 'images', {'train': 12})
     given = config.experiment.read(f'{FILE}:{folder}')
