@@ -71,7 +71,7 @@ def test_what_prepare_can_not_read_counts_as_unreadable(source, error):
     bad = sources.Source(Records(source, error), source.classes)
     with pytest.raises(images.Unreadable):
         worker.read_example(bad, 4)
-    assert worker.read_example(bad, 3) == tuple(source.records[3].values())
+    assert worker.read_example(bad, 3) == (*source.records[3].values(), {})
 
 
 def test_a_mistake_in_a_view_is_none_of_the_data(source):
