@@ -110,7 +110,7 @@ def test_each_kind_of_crop_has_its_own_distortions(source, monkeypatch):
     assert len(decoded) == 1
     for name, area in (('global', (0.4, 1.0)), ('local', (0.05, 0.4))):
         for view in task.read.keywords['views'][name]:
-            assert view.place.keywords.items() >= dict(area=area, method='bicubic').items()
+            assert view.draw.keywords.items() >= dict(area=area, method='bicubic').items()
 
 
 def test_crops_are_a_function_of_seed_and_step(source):
