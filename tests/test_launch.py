@@ -212,7 +212,7 @@ def test_hosts_end_with_the_first_that_failed(place):
     place.fail(python={'0': ['deaf', 60], '1': [7, 0.5], '2': [5, 1.5]})
     began = time.time()
     status, _, errors = place.run(('hosts', '--processes=3', '--grace=2'))
-    assert status == 7 and 2 < time.time() - began < 10
+    assert status == 7 and 2 < time.time() - began < 55  # process 0 would take 60
     assert f'process 1 ended with status 7, see {place.workdir}/logs' in errors
     assert 'killed after 2 s: process 0' in errors
     assert not place.trainers()
