@@ -72,6 +72,8 @@ def toy(values, data_dir, steps=2, test='test[:10%]'):
     if values['data'].get('task') == 'crops':
         values['data']['local_size'] = 16
         values['objective'] |= dict(prototypes=64, hidden=32, bottleneck=16)
+    if values.get('objective', {}).get('name') == 'next_patch':
+        values['objective'] |= dict(head_depth=1, head_width=32)
     if 'teacher' in values.get('objective', {}):
         values['objective']['teacher'] = teacher(pathlib.Path(data_dir) / 'teacher')
     larger = 32 / values['data']['image_size']
