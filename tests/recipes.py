@@ -74,6 +74,8 @@ def toy(values, data_dir, steps=2, test='test[:10%]'):
         values['objective'] |= dict(prototypes=64, hidden=32, bottleneck=16)
     if values.get('objective', {}).get('name') == 'next_patch':
         values['objective'] |= dict(head_depth=1, head_width=32)
+    if 'blocks' in values.get('objective', {}):
+        values['objective']['blocks'] = min(values['objective']['blocks'], 2)
     if 'teacher' in values.get('objective', {}):
         values['objective']['teacher'] = teacher(pathlib.Path(data_dir) / 'teacher')
     larger = 32 / values['data']['image_size']
