@@ -77,9 +77,9 @@ def token_probe(
     Args:
       model: a ViT. `model.num_classes` is the number of classes.
       examples: the training examples, with `image` [H, W, C] in the spec.
-      pool: 'cls' concatenates the class tokens of the last blocks (arXiv:2104.14294 appendix F.2),
-        'cls_gap' adds the mean of the last block's patches, and 'attention' pools the mean of the
-        blocks' patches by attention (arXiv:2401.08541 section 4).
+      pool: 'cls' concatenates the class tokens of the last blocks, 'cls_gap' adds the mean of the
+        last block's patches (both arXiv:2104.14294, facebookresearch/dino eval_linear.py), and
+        'attention' pools the mean of the blocks' patches by attention (arXiv:2401.08541).
       blocks: number n of last blocks that are read.
       norm: whether tokens pass the model's last norm.
       batch_norm: whether each channel has mean 0 and variance 1 over the global batch, and over
