@@ -20,17 +20,19 @@ BoxFormat = Literal['xywh', 'xyxy', 'yxyx']
 
 
 class Objects(NamedTuple):
-    """The objects of an image that are no crowd.
+    """The objects of an image.
 
     Attributes:
-      boxes: float64 [n, 4], (x0, y0, x1, y1) in pixels, within the image.
+      boxes: float64 [n, 4], (x0, y0, x1, y1) in pixels.
       labels: int32 [n], classes.
+      crowd: bool [n], whether it is annotated as a crowd.
       places: int64 [n], numbers of the annotations among all of the image.
       names: what each annotation of the image is called in messages.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
+    crowd: np.ndarray
     places: np.ndarray
     names: Sequence[str]
 
@@ -43,8 +45,12 @@ def read(
     crowd: str | None,
     box_format: BoxFormat,
     classes: int,
+    as_annotated: bool = False,
 ) -> Objects:
     """Reads the objects of a record from the fields of these names; see `tasks.detect`.
+
+    Crowds are left out, and boxes are cut off at the edges of the image. With `as_annotated`
+    neither is.
 
     Raises:
       Unreadable: a box is not finite or has no area in the image, a label is no class, or the
@@ -54,17 +60,17 @@ def read(
     if corners.size % 4:
         raise Unreadable(f'its {boxes} are not four numbers each')
     corners, own = corners.reshape(-1, 4), own.ravel()
-    left_out = np.zeros(len(own), bool)
+    crowds = np.zeros(len(own), bool)
     if crowd is not None:
-        left_out = numbers(field(record, crowd), crowd).ravel() != 0
-    if not len(corners) == len(own) == len(left_out):
+        crowds = numbers(field(record, crowd), crowd).ravel() != 0
+    if not len(corners) == len(own) == len(crowds):
         raise Unreadable(
-            f'it has {len(corners)} {boxes}, {len(own)} {labels} and {len(left_out)} {crowd}'
+            f'it has {len(corners)} {boxes}, {len(own)} {labels} and {len(crowds)} {crowd}'
         )
     ids = record.get('ids')
     known = isinstance(ids, Sequence | np.ndarray) and len(ids) == len(own)
     names = [f'annotation {brief(i)}' for i in (ids if known else range(len(own)))]
-    places = np.flatnonzero(~left_out)
+    places = np.flatnonzero(~crowds | as_annotated)
     corners, own = to_pixels(corners[places], box_format, shape), own[places]
     clipped = np.clip(corners, 0, [*shape[::-1]] * 2)
     area = np.prod(np.maximum(clipped[:, 2:] - clipped[:, :2], 0), axis=1)
@@ -75,7 +81,8 @@ def read(
             raise Unreadable(f'{names[k]} has a box without area in the image')
         if not 0 <= label < classes:
             raise Unreadable(f'{names[k]} has a class that is none of the {classes}')
-    return Objects(clipped, own.astype(np.int32), places, names)
+    found = corners if as_annotated else clipped
+    return Objects(found, own.astype(np.int32), crowds[places], places, names)
 
 
 def numbers(values: Any, name: str) -> np.ndarray:

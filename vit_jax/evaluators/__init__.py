@@ -8,7 +8,7 @@ whether more or less is better, as METRICS = {metric: 'max' or 'min'} or as a fu
 the settings.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +78,35 @@ def compiled(sums: Callable, mesh: Mesh) -> Callable:
     )
 
 
+def results(
+    step: Callable,
+    feed: Callable,
+    params: Any,
+    mesh: Mesh,
+    stop: Stop,
+    set_phase: Callable[[str], None],
+    advance: Callable[[int], None],
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the results of `step` for each batch of a data set; ends early if `stop` becomes true.
+
+    Args:
+      step: what `compiled` returns.
+      feed: (stop=...) -> iterator over batches.
+      params: parameters of the objective.
+      mesh: where batches and parameters lie.
+      stop: what ends the evaluation early.
+      set_phase: receives the phase of each batch, as for hosts.join.
+      advance: receives the number of images in each batch.
+    """
+    for i, batch in enumerate(feed(stop=stop)):
+        set_phase(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
+        found = stop.read_votes(step(params, sharding.put(stop.add_vote(batch), mesh)))
+        if stop:
+            return
+        yield {k: np.asarray(v) for k, v in found.items()}
+        advance(int(np.sum(batch['mask'] > 0)))
+
+
 def totals(
     step: Callable,
     feed: Callable,
@@ -87,27 +116,14 @@ def totals(
     set_phase: Callable[[str], None],
     advance: Callable[[int], None],
 ) -> dict[str, np.ndarray | np.float64] | None:
-    """Sums the results of `step` over a data set: {name: float64 array or number}.
+    """Sums the `results` of a data set: {name: float64 array or number}.
 
-    Args:
-      step: what `compiled` returns.
-      feed: (stop=...) -> iterator over batches.
-      params: parameters of the objective.
-      mesh: where batches and parameters lie.
-      stop: what ends the evaluation early; the result is then None. None: nothing does.
-      set_phase: receives the phase of each batch, as for hosts.join.
-      advance: receives the number of images in each batch.
+    With a `stop` that becomes true the sums are None; without one, nothing ends the evaluation.
     """
-    stop = Stop() if stop is None else stop
-    total = {}
-    for i, batch in enumerate(feed(stop=stop)):
-        set_phase(f'evaluation, batch {i}' if i else 'compile, of an evaluation')
-        sums = stop.read_votes(step(params, sharding.put(stop.add_vote(batch), mesh)))
-        if stop:
-            return None
-        total = {k: total.get(k, 0) + np.asarray(v, np.float64) for k, v in sums.items()}
-        advance(int(np.sum(batch['mask'] > 0)))
-    return total
+    stop, total = Stop() if stop is None else stop, {}
+    for sums in results(step, feed, params, mesh, stop, set_phase, advance):
+        total = {k: total.get(k, 0) + v.astype(np.float64) for k, v in sums.items()}
+    return None if stop else total
 
 
 def is_due(every: int, n: int, steps: int) -> bool:

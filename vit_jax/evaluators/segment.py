@@ -1,6 +1,6 @@
 """Semantic segmentation: intersection over union, from one confusion matrix of all pixels.
 
-Shapes: B batch, K classes, Q queries, h w of the logits, Y X of the label maps.
+Shapes: B batch, K classes, Q queries, h w of the logits, Y X of the label maps, R rows of a block.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +19,10 @@ from vit_jax.data.tasks.segment import whole_label_map
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators import Subject
+from vit_jax.evaluators.pixels import in_blocks, weights
 from vit_jax.io.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
 
 METRICS = {'miou': 'max', 'pixel_accuracy': 'max', 'class_accuracy': 'max'}
-ROWS = 32  # of the label maps, whose logits are in memory at once
 
 
 class Segment:
@@ -172,9 +172,9 @@ def confusion_of(
         return jnp.einsum('bqk,bqyx->bkyx', shares, jax.nn.sigmoid(maps), precision='highest')
 
     def add(counts, block):
-        own, offsets = block  # [B, ROWS, h] and [B, ROWS, X]
+        own, offsets = block  # [B, R, h] and [B, R, X]
         part = jnp.einsum('byh,bkhw->bkyw', own, logits, precision='highest')
-        predicted = jnp.argmax(scores(columns_of(part, columns)), axis=1)  # [B, ROWS, X]
+        predicted = jnp.argmax(scores(columns_of(part, columns)), axis=1)  # [B, R, X]
         return counts.at[(offsets + predicted).reshape(-1)].add(1, mode='drop'), None
 
     blocks = in_blocks(rows, 0.0), in_blocks(cells, classes**2)
@@ -183,28 +183,6 @@ def confusion_of(
         'confusion': counts.reshape(classes, classes),
         'examples': jnp.sum(batch['mask'] > 0),
     }
-
-
-def in_blocks(x: jax.Array, fill: float) -> jax.Array:
-    """Cuts [B, Y, ...] into blocks of ROWS, the last one padded: [Y / ROWS, B, ROWS, ...]."""
-    missing = -x.shape[1] % ROWS
-    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
-    return x.reshape(x.shape[0], -1, ROWS, x.shape[2]).swapaxes(0, 1)
-
-
-def weights(pixels: int, cells: int, size: int, place: jax.Array) -> jax.Array:
-    """Weights [B, pixels, cells] of cells of a map in each pixel of an image along one side.
-
-    Args:
-      pixels: number of pixels of the image.
-      cells: number of cells of the map.
-      size: pixels of the view, which the map covers.
-      place: [B, 2], (scale, offset) of the image in the view.
-    """
-    centres = jnp.arange(pixels, dtype=jnp.float32) + 0.5
-    at = place[:, :1] * centres + place[:, 1:]  # [B, pixels], in the view
-    at = jnp.clip(at * (cells / size) - 0.5, 0, cells - 1)
-    return jnp.maximum(1 - jnp.abs(at[:, :, None] - jnp.arange(cells)), 0)
 
 
 def iou(confusion: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ from vit_jax.data.geometry import Geometry
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError, check_choice
 
+WHOLE = ('fit', 'resize')  # views that show the whole image
+
 
 class Task(NamedTuple):
     """Defines the examples of a data set.
@@ -153,3 +155,31 @@ def fixed_view(view: str | dict, image_size: int | tuple[int, int]) -> View:
     if check_view(name) not in FIXED:
         raise UserError(f'the view {name} draws at random; give one of {", ".join(FIXED)}')
     return make_view(view, image_size)
+
+
+def whole_view(view: str | dict, image_size: int | tuple[int, int]) -> View:
+    """`make_view` for evaluation at the images' own size; raises UserError if it may cut."""
+    if (name := view if isinstance(view, str) else view.get('name')) not in WHOLE:
+        raise UserError(f'view {name} may cut pixels off; {" and ".join(WHOLE)} keep the image')
+    return make_view(view, image_size, in_place=True)
+
+
+def place_of(geometry: Geometry, shape: tuple[int, int]) -> np.ndarray:
+    """Where a view shows an image [H, W]: float32 [2, 2], (scale, offset) of rows and of columns.
+
+    What is at a position p of the image is at scale * p + offset in the view. Raises Unreadable
+    unless the view shows the whole image.
+    """
+    sides = zip(geometry.offset, geometry.resized, geometry.size, strict=True)
+    if geometry.window != (0, 0, *shape) or any(o > 0 or r > o + n for o, r, n in sides):
+        raise images.Unreadable('the view does not show the whole image')
+    scales = np.divide(geometry.resized, shape)
+    return np.stack([scales, np.negative(geometry.offset)], axis=1).astype(np.float32)
+
+
+def check_canvas(shape: tuple[int, int], canvas: tuple[int, int]) -> None:
+    """Raises Unreadable if an image [H, W] is larger than a canvas [Y, X]."""
+    if shape[0] > canvas[0] or shape[1] > canvas[1]:
+        raise images.Unreadable(
+            f'the image has {shape[1]} x {shape[0]} pixels, above canvas={canvas[1]} x {canvas[0]}'
+        )

@@ -9,7 +9,15 @@ import numpy as np
 from vit_jax.data import annotations, images
 from vit_jax.data.readers.record import field
 from vit_jax.data.sources import Source
-from vit_jax.data.tasks import Task, class_names, make_view, size_of
+from vit_jax.data.tasks import (
+    Task,
+    check_canvas,
+    class_names,
+    make_view,
+    place_of,
+    size_of,
+    whole_view,
+)
 from vit_jax.io.bounds import Positive, Share, Size
 
 
@@ -122,3 +130,98 @@ def image_and_objects(
     if masks:
         made['masks'][: len(kept)] = masks
     return {'image': view.distort(moved, rng), **made}
+
+
+def whole_objects(
+    source: Source,
+    *,
+    view: str | dict,
+    image_size: Size,
+    most: Positive[int],
+    fields: Fields,
+    areas: str | None,
+    canvas: Size | None,
+    classes: Positive[int] | tuple[str, ...] | None = None,
+) -> Task:
+    """`detect` for evaluation: objects as they are annotated, crowds among them, in pixels.
+
+    `boxes` float32 [M, 4] are (x, y, width, height) in pixels of the image, `labels` int32 [M] are
+    padded with -1, `crowd` is bool [M], `areas` float32 [M] are in pixels. `size` int32 [2] is that
+    of the image, `place` says where it is in `image`, see `tasks.place_of`. With a `canvas` (Y, X)
+    there is `masks` uint8 [M, Y, X / 8]: their bits, 8 columns in a byte, the first the highest.
+
+    Args:
+      view: 'fit' or 'resize', which keep the whole image, by name or with arguments.
+      fields: names of the fields of a record.
+      areas: field of the objects' areas in pixels; of records without it, those of the masks, or
+        without a canvas of the boxes.
+      canvas: size (Y, X) of the masks in pixels; an image that is larger is unusable.
+      image_size, most, classes: as in `detect`.
+    """
+    found, size = class_names(source, classes, 'data.classes'), size_of(image_size)
+    blank = {
+        'image': np.zeros((*size, 3), np.uint8),
+        'boxes': np.zeros((most, 4), np.float32), 'labels': np.full(most, -1, np.int32),
+        'crowd': np.zeros(most, bool), 'areas': np.zeros(most, np.float32),
+        'size': np.ones(2, np.int32), 'place': np.tile(np.float32([1, 0]), (2, 1)),
+    }  # fmt: skip
+    if canvas is not None:
+        height, width = canvas = size_of(canvas)
+        blank['masks'] = np.zeros((most, height, -(-width // 8)), np.uint8)
+    read = partial(
+        image_and_whole_objects, view=whole_view(view, image_size), fields=fields, areas=areas,
+        canvas=canvas, blank=blank, classes=len(found),
+    )  # fmt: skip
+    return Task(blank, read, {'classes': found})
+
+
+def image_and_whole_objects(
+    record: Mapping[str, Any],
+    rng: np.random.Generator,
+    *,
+    view: Callable,
+    fields: Fields,
+    areas: str | None,
+    canvas: tuple[int, int] | None,
+    blank: Mapping[str, np.ndarray],
+    classes: int,
+) -> dict[str, np.ndarray]:
+    """Makes the arrays of `whole_objects`; `blank` are those of an example without objects."""
+    with images.naming('image'):
+        image = images.read(record['image'])
+    shape = image.shape[:2]
+    objects = annotations.read(
+        record, shape, fields.boxes, fields.labels, fields.crowd, fields.box_format, classes,
+        as_annotated=True,
+    )  # fmt: skip
+    count, most = len(objects.labels), len(blank['labels'])
+    if count > most:
+        raise images.Unreadable(f'it has {count} objects, above most_objects={most}')
+    geometry = view.place(shape, rng)
+    made = {key: value.copy() for key, value in blank.items() if key != 'image'}
+    made['place'], made['size'][:] = place_of(geometry, shape), shape
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    made['boxes'][:count] = np.concatenate([objects.boxes[:, :2], sides], axis=1)
+    made['labels'][:count], made['crowd'][:count] = objects.labels, objects.crowd
+    made['areas'][:count] = sides.prod(axis=1)
+    if canvas is not None:
+        check_canvas(shape, canvas)
+        whole = annotations.masks(
+            field(record, fields.segmentation), objects.places, objects.names, shape
+        )
+        for k, mask in enumerate(whole):
+            bits = np.packbits(mask, axis=1)
+            made['masks'][k, : shape[0], : bits.shape[1]] = bits
+            made['areas'][k] = mask.sum()
+    if areas is not None and (areas in record or areas.split('/')[0] in record):
+        made['areas'][:count] = annotated_areas(record, areas, count)
+    with images.naming('image'):
+        return {'image': geometry.image(image), **made}
+
+
+def annotated_areas(record: Mapping[str, Any], areas: str, count: int) -> np.ndarray:
+    """The areas [count] in a field of a record; raises Unreadable if they are none."""
+    found = annotations.numbers(field(record, areas), areas).ravel()
+    if len(found) != count or not np.isfinite(found).all():
+        raise images.Unreadable(f'its {areas} are not {count} finite numbers')
+    return found

@@ -10,12 +10,19 @@ from vit_jax.data import images, label_maps
 from vit_jax.data.readers import names
 from vit_jax.data.readers.record import field
 from vit_jax.data.sources import Source
-from vit_jax.data.tasks import Task, class_names, make_view, size_of
+from vit_jax.data.tasks import (
+    Task,
+    check_canvas,
+    class_names,
+    make_view,
+    place_of,
+    size_of,
+    whole_view,
+)
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Size
 
 MOST_CLASSES = 2**16 - 1
-WHOLE = ('fit', 'resize')  # views that show the whole image
 
 
 def segment(
@@ -76,8 +83,7 @@ def whole_label_map(
     """`segment` for evaluation: label maps keep the size of the images.
 
     `label_map` [Y, X] has that of an image in its upper left corner and ignored pixels in the rest.
-    `place` float32 [2, 2] is (scale, offset) of rows and of columns: what is at a position p of the
-    image is at scale * p + offset in `image`.
+    `place` float32 [2, 2] says where the image is in `image`, see `tasks.place_of`.
 
     Args:
       view: 'fit' or 'resize', which keep the whole image, by name or with arguments.
@@ -88,8 +94,7 @@ def whole_label_map(
         source, view=view, image_size=image_size, mask=mask, classes=classes, zero=zero,
         ignored=ignored,
     )  # fmt: skip
-    if (name := view if isinstance(view, str) else view['name']) not in WHOLE:
-        raise UserError(f'view {name} may cut pixels off; {" and ".join(WHOLE)} keep the image')
+    whole_view(view, image_size)
     fill, dtype = task.read.keywords['ids'].fill, task.blank['label_map'].dtype
     blank = {
         'image': task.blank['image'], 'label_map': np.full(size_of(canvas), fill, dtype),
@@ -110,21 +115,14 @@ def image_and_whole_label_map(
 ) -> dict[str, np.ndarray]:
     """Makes the arrays of `whole_label_map`; `blank` are those of an example without an image."""
     image, labels = read_both(record, mask, ids)
-    (height, width), most = labels.shape, blank['label_map'].shape
-    if height > most[0] or width > most[1]:
-        raise images.Unreadable(
-            f'the image has {width} x {height} pixels, above canvas={most[1]} x {most[0]}'
-        )
+    height, width = labels.shape
+    check_canvas(labels.shape, blank['label_map'].shape)
     geometry = view.place(labels.shape, rng, labels)
-    sides = zip(geometry.offset, geometry.resized, geometry.size, strict=True)
-    if geometry.window != (0, 0, height, width) or any(o > 0 or r > o + n for o, r, n in sides):
-        raise images.Unreadable('the view does not show the whole image')
+    place = place_of(geometry, labels.shape)
     with images.naming('image'):
         moved = geometry.image(image)
     padded = blank['label_map'].copy()
     padded[:height, :width] = labels
-    scales = np.divide(geometry.resized, labels.shape)
-    place = np.stack([scales, np.negative(geometry.offset)], axis=1).astype(np.float32)
     return {'image': moved, 'label_map': padded, 'place': place}
 
 

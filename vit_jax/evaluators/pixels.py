@@ -1,0 +1,56 @@
+"""Maps of a view at the pixels of its image.
+
+Shapes: B batch, h w of the maps, H W of the view, Y X of a canvas in whose upper left corner images
+are.
+"""
+
+import jax
+import jax.numpy as jnp
+
+ROWS = 32  # of a canvas that are in memory at once
+
+
+def in_blocks(x: jax.Array, fill: float) -> jax.Array:
+    """Cuts [B, Y, ...] into blocks of ROWS, the last one padded: [Y / ROWS, B, ROWS, ...]."""
+    count = -(-x.shape[1] // ROWS)
+    x = jnp.pad(x, ((0, 0), (0, count * ROWS - x.shape[1]), (0, 0)), constant_values=fill)
+    return x.reshape(x.shape[0], count, ROWS, x.shape[2]).swapaxes(0, 1)
+
+
+def weights(pixels: int, cells: int, size: int, place: jax.Array) -> jax.Array:
+    """Weights [B, pixels, cells] of cells of a map in each pixel of an image along one side.
+
+    Args:
+      pixels: number of pixels of the canvas.
+      cells: number of cells of the map.
+      size: pixels of the view, which the map covers.
+      place: [B, 2], (scale, offset) of the image in the view.
+    """
+    centres = jnp.arange(pixels, dtype=jnp.float32) + 0.5
+    at = place[:, :1] * centres + place[:, 1:]  # [B, pixels], in the view
+    return linear(jnp.clip(at * (cells / size) - 0.5, 0, cells - 1), cells)
+
+
+def weights_by_view(
+    pixels: int, cells: int, size: int, place: jax.Array, sides: jax.Array
+) -> jax.Array:
+    """`weights` of maps that are interpolated twice: to the view, then to the image.
+
+    The second time the view ends where the image does in it (tue-mps/eomt lightning_module.py,
+    revert_resize_and_pad_logits_instance_panoptic).
+
+    Args:
+      pixels, cells, size, place: as in `weights`.
+      sides: int [B], pixels of the images.
+    """
+    scale, offset = place[:, :1], place[:, 1:]
+    centres = jnp.arange(pixels, dtype=jnp.float32) + 0.5
+    last = jnp.round(scale * sides[:, None]) - 1
+    in_view = linear(jnp.clip(scale * centres - 0.5, 0, last) + offset, size)
+    in_map = weights(size, cells, size, jnp.array([[1.0, 0.0]]))[0]
+    return jnp.matmul(in_view, in_map, precision='highest')
+
+
+def linear(at: jax.Array, count: int) -> jax.Array:
+    """Weights [..., count] of points 0 ... count - 1 in a linear interpolation at places [...]."""
+    return jnp.maximum(1 - jnp.abs(at[..., None] - jnp.arange(count)), 0)
