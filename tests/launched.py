@@ -12,7 +12,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import xla_flags
+from etils import epath
 from PIL import Image
+
+from vit_jax import step
+from vit_jax.run import workdir
+from vit_jax.run.checkpoint import Checkpoints
 
 TINY = pathlib.Path(__file__).with_name('tiny.py')
 ENVIRONMENT = os.environ | {'XLA_FLAGS': xla_flags.devices(1)}
@@ -134,3 +139,12 @@ def assert_same_bits(a, b):
     for name in a:
         assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
         assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def write_run(path, config, parts, params):
+    """A workdir as a run leaves it that ends with these parameters, and trains nothing."""
+    with Checkpoints(path) as saved:
+        saved.save(config.steps, step.begin(params, parts.objective, parts.tx, parts.abstract), {})
+    workdir.write_json(epath.Path(path) / 'config.json', config.to_dict())
+    workdir.write_json(epath.Path(path) / 'classes.json', list(parts.task.names['classes']))
+    return path

@@ -57,7 +57,8 @@ def test_commands_and_functions_that_a_page_names_exist(page):
         module, _, attribute = name.rpartition('.')
         place = ROOT / module.replace('.', '/')
         place = place / '__init__.py' if place.is_dir() else place.with_suffix('.py')
-        command = (ROOT / name.replace('.', '/')).with_suffix('.py').exists()  # vit_jax.evaluate
+        command = ROOT / name.replace('.', '/')  # vit_jax.evaluate
+        command = command.with_suffix('.py').exists() or (command / '__main__.py').exists()
         if not command and not re.search(rf'\b{attribute}\b', place.read_text()):
             wrong.append(name)
     assert not wrong

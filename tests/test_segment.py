@@ -137,7 +137,8 @@ def test_the_mask_transformer_is_made_of_layers_of_pytorch():
         logits = normed(patches @ classes.transpose(1, 2), given['mask_norm'])
         logits = logits.transpose(1, 2).reshape(-1, K, 4, 6)
         wanted = torch_loss(logits, batch)
-    assert_close(objective.predict(params, batch)['semantic'][batch['mask'] > 0], logits.numpy())
+    found = objective.predict(params, batch)['semantic'][batch['mask'] > 0]
+    assert_close(found, logits.numpy(), 3e-4)  # the last norm divides by small deviations
     loss, (metrics, _) = objective.loss(params, {}, {}, batch, jax.random.key(1), 0)
     np.testing.assert_allclose([loss, metrics['accuracy']], wanted, rtol=1e-5)
 
@@ -214,14 +215,34 @@ def test_a_run_begins_from_a_classifier_and_keeps_it_frozen(tmp_path):
     train.train(full, tmp_path / 'run', Stop())
     assert {'loss', 'accuracy'} <= launched.metrics(tmp_path / 'run')[0].keys()
     state = launched.state(tmp_path / 'run', 4)
-    vit, kept = vit_jax.load(tmp_path / 'run', ema=False)
+    vit, kept = vit_jax.load(tmp_path / 'run', part='encoder', ema=False)
     assert isinstance(vit, models.vit.Vit) and vit.num_classes is None
     jax.tree.map(np.testing.assert_array_equal, kept, {n: weights[n] for n in kept})
     assert any('batch_norm/scale' in name for name in state)
+    with pytest.raises(UserError, match='moving averages alone'):
+        vit_jax.load(tmp_path / 'run', ema=False)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_a_run_is_loaded_as_the_segmenter_that_it_trained(head, tmp_path):
+    folder = launched.write_images(tmp_path / 'images', {'train': 4})
+    given = config.experiment.read(f'{FILE}:{folder}')
+    given['objective']['head'] = head
+    full = config.complete(given)
     parts = assembly.make(full, devices=jax.devices()[:1])
+    params = noise(parts.objective.init(jax.random.key(0)))
+    launched.write_run(tmp_path / 'run', full, parts, params)
     batch = next(pipeline.batches(parts.source, parts.task, 0, batch_size=4))
-    params = parts.objective.init(jax.random.key(0))
-    assert parts.objective.predict(params, batch)['semantic'].shape == (4, 2, 4, 2)
+    model, found = vit_jax.load(tmp_path / 'run')
+    assert model.metadata.classes == ('dark', 'bright') == vit_jax.class_names(model)
+    logits, _ = model.apply({'params': found}, model.normalise(batch['image']))
+    kept = parts.objective.extra(params).get('average', params)
+    wanted = parts.objective.predict(kept, batch)['semantic']
+    assert wanted.shape == (4, 2, 4, 2)
+    np.testing.assert_array_equal(logits.transpose(0, 3, 1, 2), wanted)
+    for form in ('hf', 'timm'):
+        with pytest.raises(UserError, match=f"^format {form} has no .*part='encoder'"):
+            vit_jax.save(tmp_path / 'x', model, found, form)
 
 
 @pytest.mark.slow

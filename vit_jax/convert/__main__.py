@@ -95,6 +95,8 @@ def inside_of(whole: nn.Module) -> str:
     if isinstance(whole, Mae):
         return f'a masked autoencoder, {whole.decoder_depth} blocks of decoder'
     name = 'a detector' if isinstance(whole, Detector) else 'a mask classifier'
+    if not hasattr(whole, 'queries'):
+        return f'a segmenter of {whole.num_classes} classes'
     return f'{name} of {whole.num_classes} classes, {whole.queries} queries'
 
 

@@ -57,7 +57,8 @@ def load(
       part: the part of a file that holds more than a ViT: 'encoder' is the bare ViT of any file,
         'image' the image tower of one with an image and a text tower. None: all that it holds, a
         `models.mae.Mae` of a masked autoencoder, a `models.detector.Detector` of a YOLOS, a
-        `models.masks.MaskClassifier` of an EoMT.
+        `models.masks.MaskClassifier` of an EoMT, a `models.segmenter.Segmenter` or
+        `models.patch_classifier.PatchClassifier` of a run of objective segment.
       image_size: int or (height, width) to which the position table is resized, by the method of
         its source. None: the size in preprocessor_config.json, as for every command, else that of
         the position table (224 and 518 for DINOv2 of transformers).

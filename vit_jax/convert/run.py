@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +26,7 @@ from vit_jax.convert.stages import Around, Parsed
 from vit_jax.errors import Damaged, UserError
 from vit_jax.io import addresses, storage
 from vit_jax.io.text import printable
-from vit_jax.models import detector, mae, masks
+from vit_jax.models import detector, mae, masks, patch_classifier, segmenter
 from vit_jax.models.parameters import named_leaves
 from vit_jax.run import history, weights, workdir
 
@@ -103,7 +103,7 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
     tables = (f'{prefix}posemb', f'{prefix}encoder/posemb')
     rows = next(((name, arrays[name].shape[-2]) for name in tables if name in arrays), None)
     others = {n: 'beside the model' for n in arrays if not n.startswith(prefix)}
-    around = around_of(config, arrays, prefix, class_names(classes))
+    around = around_of(config, arrays, prefix, class_names(classes), ema)
     return Parsed(
         'vit_jax', models.KINDS[type(model)], fields, entries,
         lambda m: run_pieces(m, arrays, prefix), rows, others, size, class_names(classes), config,
@@ -113,7 +113,7 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
 
 def around_of(
     config: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str,
-    classes: tuple[str, ...] | None,
+    classes: tuple[str, ...] | None, ema: bool | None,
 ) -> Around | None:  # fmt: skip
     """The model around the encoder of a run, whose parameters have this prefix; None if none is."""
     settings, own = config['objective'], [n for n in arrays if not n.startswith(prefix)]
@@ -134,9 +134,32 @@ def around_of(
         )
         build = functools.partial(masks.around_encoder, **fields)
         name, free = 'a mask classifier', ('masked',)
+    elif settings['name'] == 'segment':
+        name, free, build = 'a segmenter', (), segmenter_of(settings, arrays, ema)
     else:
         return None
     return Around(name, build, free, [Piece(name, name) for name in own], classes)
+
+
+def segmenter_of(
+    settings: dict[str, Any], arrays: dict[str, np.ndarray], ema: bool | None
+) -> Callable[..., nn.Module]:
+    """What builds the segmenter of a run around its encoder; see `objectives.segment`."""
+    if settings['head'] == 'segmenter':
+        fields = {name: settings[f'decoder_{name}'] for name in ('depth', 'dropout')}
+        count = arrays['class_tokens'].shape[1]
+        return functools.partial(segmenter.around_encoder, num_classes=count, **fields)
+    count = arrays['head/bias'].shape[0]
+
+    def build(model):
+        if ema is False:
+            raise UserError(
+                'ema=False (--noema): the batch norm of a linear segmenter is by its moving '
+                "averages alone; part='encoder' has the ViT without them"
+            )
+        return patch_classifier.around_encoder(model, num_classes=count)
+
+    return build
 
 
 def only_prefix(

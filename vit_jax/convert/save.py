@@ -27,16 +27,29 @@ from vit_jax.convert.pieces import file_arrays
 from vit_jax.convert.stages import Beside, loss_of, size_of, view_of
 from vit_jax.convert.write import write_folder, write_npz
 from vit_jax.errors import UserError, shown
-from vit_jax.models import detector, embedding, mae, masks, mixer, relative, resnet, vit
+from vit_jax.models import (
+    detector,
+    embedding,
+    mae,
+    masks,
+    mixer,
+    patch_classifier,
+    relative,
+    resnet,
+    segmenter,
+    vit,
+)
 from vit_jax.models.interface import Metadata
 
 FORMATS = {'official': official, 'big_vision': big_vision, 'timm': timm, 'hf': hf}
 
 AROUND_NAMES = {
     mae.Mae: 'masked autoencoder', detector.Detector: 'detector',
-    masks.MaskClassifier: 'mask classifier',
+    masks.MaskClassifier: 'mask classifier', segmenter.Segmenter: 'Segmenter',
+    patch_classifier.PatchClassifier: 'linear segmenter',
 }  # fmt: skip
 AROUND = tuple(AROUND_NAMES)  # models around an encoder
+IN_RUNS = (segmenter.Segmenter, patch_classifier.PatchClassifier)  # which no format has
 OF_MIXER = ('official', 'timm')  # formats that have MLP-Mixer
 PLAIN = {  # {field: values that a format can express that says nothing else}
     'posemb_at': ('stem',), 'patch_norm': (False,), 'last_norm': ('tokens',),
@@ -192,9 +205,10 @@ def check_arguments(
         raise UserError(f'{path}: save writes local files; copy them from there')
     if isinstance(model, mixer.Mixer) and format not in OF_MIXER:
         raise UserError(f'format {format} has no MLP-Mixer; {" and ".join(OF_MIXER)} have')
-    if isinstance(model, AROUND) and format != 'hf':
+    if isinstance(model, IN_RUNS) or isinstance(model, AROUND) and format != 'hf':
+        where = 'its workdir keeps it' if isinstance(model, IN_RUNS) else 'hf has'
         raise UserError(
-            f'format {format} has no {AROUND_NAMES[type(model)]}; hf has, and of a file or run '
+            f'format {format} has no {AROUND_NAMES[type(model)]}; {where}, and of a file or run '
             "vit_jax.load(path, part='encoder') (--part encoder) is the ViT alone"
         )
     if isinstance(model, resnet.Bit) and format != 'timm':

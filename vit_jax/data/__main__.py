@@ -11,7 +11,6 @@ import functools
 import io
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,6 @@ from vit_jax.io.text import printable, to_json
 from vit_jax.objectives import losses, supervised
 
 KINDS = ('png', 'pdf', 'svg')
-MOST = 30  # classes in a legend
 
 
 def model_inputs(
@@ -123,6 +121,7 @@ def draw(
     try:
         from matplotlib.figure import Figure
 
+        from vit_jax.figures import overlaid
         from vit_jax.figures.style import shorten
     except ModuleNotFoundError as e:
         raise UserError('--show needs matplotlib: pip install "vit_jax[figures]"') from e
@@ -141,39 +140,15 @@ def draw(
             axis.imshow(pictures[k].image, interpolation='nearest')
             words = [str(examples[k]['id']), *(shorten(word, 1.8, 7) for word in words)]
             axis.set_title('\n'.join(words), fontsize=7, parse_math=False)
-            draw_boxes(axis, pictures[k], names)
+            overlaid.draw_boxes(axis, pictures[k], [names[c] for c in pictures[k].classes])
     if names:
-        draw_legend(figure, examples, names)
+        known = {name for example in examples for name in example['labels']}
+        shown = {k: name for k, name in enumerate(names) if name in known}
+        overlaid.draw_legend(figure, shown, loc='outside lower center', ncols=6)
     figure.suptitle(title, fontsize=9, parse_math=False)
     file = io.BytesIO()
     figure.savefig(file, format=kind, dpi=120)
     storage.write(path, file.getvalue())
-
-
-def draw_boxes(axis: Any, picture: overlays.Picture, names: Sequence[str]) -> None:
-    """Draws the boxes of a picture, each with the name of its class."""
-    from matplotlib.patches import Rectangle
-
-    for (x0, y0, x1, y1), number in zip(picture.boxes - 0.5, picture.classes, strict=True):
-        colour = overlays.colour(number)
-        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour))
-        axis.text(
-            x0, y0, names[number], fontsize=6, va='bottom', parse_math=False, clip_on=True,
-            bbox=dict(facecolor=colour, edgecolor='none', pad=0.5, alpha=0.8),
-        )  # fmt: skip
-
-
-def draw_legend(figure: Any, examples: Sequence[Mapping], names: Sequence[str]) -> None:
-    """Names the classes of all examples and their colours below a figure, the first `MOST`."""
-    from matplotlib.patches import Patch
-
-    known = {name for example in examples for name in example['labels']}
-    shown = [(k, name) for k, name in enumerate(names) if name in known][:MOST]
-    if shown:
-        figure.legend(
-            [Patch(color=overlays.colour(k)) for k, _ in shown], [name for _, name in shown],
-            loc='outside lower center', ncols=6, fontsize=7, frameon=False,
-        )  # fmt: skip
 
 
 def main(argv: list[str], changes: Sequence) -> None:

@@ -4,6 +4,8 @@ Shapes: B batch, H W image, C channels, h w grid of patches, N patches, D width 
 of the decoder, K classes.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive, Rate
-from vit_jax.models import block, layers, memory, parameters, vit
+from vit_jax.models import block, interface, layers, memory, parameters, vit
 from vit_jax.models.flops import block_adds
+from vit_jax.models.mae import encoder_of
 from vit_jax.models.memory import shard_batch
 
 # Sharding of the parameters beside the encoder, as rows of models.parameters.RULES. To layer-wise
@@ -43,11 +46,35 @@ class Segmenter(nn.Module):
     num_classes: Positive[int]  # K
     depth: Positive[int] = 2  # blocks of the decoder
     dropout: Rate = 0.1  # dropout rate of its attention probabilities, attention outputs and MLPs
+    metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel of images in [0, 1]."""
+        return self.vit.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel of images in [0, 1]."""
+        return self.vit.std
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Pixels from one patch to the next: (vertical, horizontal)."""
+        return self.vit.stride
 
     @property
     def num_heads(self) -> int:
         """Attention heads of the decoder, of 64 channels each."""
         return max(self.vit.width // 64, 1)
+
+    def grid(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
+        return self.vit.grid(image_shape)
+
+    def normalise(self, images: jax.Array) -> jax.Array:
+        """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
+        return self.vit.normalise(images)
 
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""
@@ -107,3 +134,8 @@ def unit(x: jax.Array) -> jax.Array:
     """Vectors x [..., D] scaled to unit length."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), TINY))
+
+
+def around_encoder(model: vit.Vit, **fields: Any) -> Segmenter:
+    """The Segmenter of these fields around a ViT."""
+    return Segmenter(encoder_of(model, 'a segmenter'), **fields)

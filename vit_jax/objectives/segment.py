@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Positive, Rate
 from vit_jax.models import mae, resizing, segmenter
+from vit_jax.models.patch_classifier import PatchClassifier, logits_of
 from vit_jax.models.vit import Vit
 from vit_jax.objectives import Examples, Objective, class_count, headless, linear_probe
 
@@ -80,17 +81,11 @@ def segment(
 
 def with_linear(encoder: Vit, examples: Examples, classes: int, decay: float) -> Objective:
     """`segment` with batch norm and a linear layer."""
-    shape, width = examples.spec['image'].shape, encoder.width
-    h, w = encoder.grid(shape)
+    net, shape = PatchClassifier(encoder, classes), examples.spec['image'].shape
+    width, (h, w) = encoder.width, encoder.grid(shape)
 
     def init(key):
-        keys = jax.random.split(key)
-        return {
-            'vit': encoder.init(keys[0], jnp.zeros((1, *shape)))['params'],
-            'batch_norm': {'scale': jnp.ones(width), 'bias': jnp.zeros(width)},
-            'head': {'kernel': 0.01 * jax.random.normal(keys[1], (width, classes)),
-                     'bias': jnp.zeros(classes)},
-        }  # fmt: skip
+        return net.init(key, jnp.zeros((1, *shape)))['params']
 
     def features(params, batch, **how):
         """Patches after the last norm, float32 [B, N, D]."""
@@ -98,16 +93,12 @@ def with_linear(encoder: Vit, examples: Examples, classes: int, decay: float) ->
         out = encoder.apply({'params': params['vit']}, images, **how)[1]
         return out['encoded'].astype(jnp.float32)
 
-    def logits_of(params, x):
-        x = x * params['batch_norm']['scale'] + params['batch_norm']['bias']
-        x = x @ params['head']['kernel'] + params['head']['bias']
-        return x.reshape(len(x), h, w, classes)
-
     def loss(params, extra, frozen, batch, key, step):
         mask = batch['mask'].astype(jnp.float32)
         x = features(params, batch, train=True, rngs={'dropout': key})
         mean, variance = moments(x, mask)
         logits = logits_of(params, (x - mean) * jax.lax.rsqrt(variance + EPSILON))
+        logits = logits.reshape(-1, h, w, classes)
         metrics = pixel_metrics(logits, batch['label_map'], mask)
         count = jnp.maximum(jnp.sum(mask) * h * w, 2)
         aux = {'mean': mean, 'variance': variance * count / (count - 1)}
@@ -122,12 +113,12 @@ def with_linear(encoder: Vit, examples: Examples, classes: int, decay: float) ->
         return kept | {'average': folded(params, **kept)}
 
     def predict(params, batch):
-        return {'semantic': logits_of(params, features(params, batch)).transpose(0, 3, 1, 2)}
+        logits, _ = net.apply({'params': params}, net.normalise(batch['image']))
+        return {'semantic': logits.transpose(0, 3, 1, 2)}
 
-    flops = encoder.flops(shape) + 2 * h * w * width * classes
     rules = ((r'mean|variance', P()),)
     return Objective(
-        init, loss, predict, extra, update, rules=rules, flops=flops, indivisible=BESIDE
+        init, loss, predict, extra, update, rules=rules, flops=net.flops(shape), indivisible=BESIDE
     )
 
 

@@ -1,0 +1,265 @@
+"""Predicts from images: python -m vit_jax.predict --checkpoint X IMAGE...
+
+X is anything that vit_jax.load takes. Images are files, folders of them, or their addresses. Prints
+the most likely classes of each image and their probabilities (of a softmax, or of a sigmoid where
+the model was trained with one), by name where names are known. --json prints one JSON object per
+image, with names exactly as they are. An image that can't be read is reported on stderr and
+skipped; the exit status is then 2.
+
+--features FILE.npz writes, instead of classes, the input of the head for each image, even if the
+checkpoint has no head: `features` float32 [images, D] and `files`, their names.
+
+--out FILE.npz writes, instead of classes, all named arrays that the checkpoint predicts: of a run,
+what its objective's `predict` returns (docs/extending.md); of any other checkpoint, the model's
+intermediates (pre_logits, logits, tokens, ...). `files` are the names of the images.
+
+Of a detector or segmenter (a run of objective detect, segment or masks, or a public YOLOS or EoMT)
+it prints what is where, at the size of the image: of detectors the objects whose score is above
+--threshold, with their boxes (x, y, width and height in pixels); of segmenters each class and its
+share of the pixels. --masks=instances makes objects with masks of what a mask classifier predicts.
+--json adds masks as run lengths of COCO (`segmentation`). --out FILE.png, or --out FOLDER for
+several images, draws all this over the images. --out FILE.npz has the arrays, as above.
+
+--hide 0.75, for a masked autoencoder with its decoder, hides a share of the patches (--seed says
+which) and draws a row for each image: the image, what the model sees of it, and what it restores.
+--out FILE.png names the picture, restored.png by default. A model of normalised patches does not
+predict their mean and deviation, which are guessed from the visible patches.
+"""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from vit_jax import cli
+from vit_jax.data import files, tasks
+from vit_jax.errors import UserError
+from vit_jax.evaluators import classify
+from vit_jax.figures import restored
+from vit_jax.io import storage
+from vit_jax.io.progress import Bar
+from vit_jax.io.text import printable, to_json
+from vit_jax.predict import (
+    classifier,
+    dense,
+    method,
+    predicted,
+    read_ahead,
+    write_arrays,
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = flags.FLAGS
+    if not argv[1:]:
+        raise UserError('no image is named; give paths of images or folders')
+    if options.features and options.out:
+        raise UserError('--features and --out are both given; --out writes pre_logits, too')
+    if options.hide is not None:
+        if options.features or options.json:
+            raise UserError('--hide draws a picture; leave out --features and --json')
+        out = options.out or 'restored.png'
+        check_output('out', out, '.png')
+        written = restored.write(
+            pathlib.Path(out).absolute(), options.checkpoint, files.find_images(argv[1:]),
+            hide=options.hide, seed=options.seed, image_size=options.image_size, view=options.view,
+            ema=None if options.ema else False,
+        )  # fmt: skip
+        print(f'Written: {printable(out)}: {written}')
+        return
+    to_arrays = options.features or (options.out or '').endswith('.npz')
+    if not to_arrays and dense.is_dense(options.checkpoint):
+        find(files.find_images(argv[1:]), options)
+        return
+    if options.masks:
+        raise UserError(f'--masks is for mask classifiers, and {options.checkpoint} is none')
+    classify_images(argv[1:], options)
+
+
+def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
+    """Prints classes of images, or writes features or other arrays to a file."""
+    out = options.features or options.out
+    if out:
+        check_output('features' if options.features else 'out', out)
+    paths = files.find_images(names)
+    output = 'features' if options.features else 'all' if options.out else 'classes'
+    arguments = (options.checkpoint, output, None if options.ema else False, options.image_size)
+    predictor = method(*arguments) or classifier(*arguments, options.patch_size)
+    view = tasks.fixed_view(
+        predictor.view if options.view is None else options.view, predictor.image_size
+    )
+    batch_size = min(options.batch_size, len(paths))
+    rows, images = [], read_ahead(paths, view, 2 * batch_size)
+    with counted(len(paths)) as usable:
+        for path, outputs in usable(predicted(predictor, images, batch_size)):
+            if out:
+                rows.append((path, outputs))
+            else:
+                show(path, outputs, predictor.classes, options.top)
+        if rows:
+            write_arrays(out, rows)
+
+
+def find(paths: Sequence[str], options: flags.FlagValues) -> None:
+    """Prints or draws what a detector or segmenter finds in images."""
+    pictures = pictures_of(paths, options) if options.out else {}
+    found = dense.finder(
+        options.checkpoint, threshold=options.threshold, masks=options.masks,
+        ema=None if options.ema else False, image_size=options.image_size,
+        patch_size=options.patch_size,
+    )  # fmt: skip
+    predictor, batch_size = found.predictor, min(options.batch_size, len(paths))
+    view = tasks.whole_view(options.view or predictor.view, predictor.image_size)
+    view, names = dense.with_places(view), predictor.classes
+    images = dense.keyed(read_ahead(paths, view, 2 * batch_size))
+    with counted(len(paths)) as usable:
+        for (path, place), outputs in usable(predicted(predictor, images, batch_size)):
+            one = found.find(outputs, place)
+            if options.json:
+                print(to_json(dense.record(path, one, names)), flush=True)
+            else:
+                print_rows(path, dense.lines(one, names))
+            if path in pictures:
+                dense.draw(pictures[path], dense.original(path), one, names)
+                if not options.json:
+                    print(f'Written: {printable(pictures[path])}')
+
+
+def pictures_of(paths: Sequence[str], options: flags.FlagValues) -> dict[str, pathlib.Path]:
+    """{image: PNG to write} of --out; raises UserError if one can't be written."""
+    out = options.out
+    if out.endswith('.png') and len(paths) == 1:
+        check_output('out', out, '.png')
+        return {paths[0]: pathlib.Path(out).absolute()}
+    if pathlib.Path(out).suffix or '://' in out:
+        raise UserError(
+            f'--out={out}: name a local .png file for one image, a folder for several, or an .npz'
+        )
+    folder, found = storage.make_folder(pathlib.Path(out).absolute()), {}
+    for path in paths:
+        stem = pathlib.Path(path).stem
+        picture = folder / f'{stem}.png'
+        if picture in found.values():
+            picture = folder / f'{stem}-{len(found)}.png'
+        storage.check_free(picture, options.force)
+        found[path] = picture
+    return found
+
+
+@contextlib.contextmanager
+def counted(total: int) -> Iterator[Callable[[Iterator], Iterator[tuple[Any, Any]]]]:
+    """Yields a function that passes on those of `predicted` that could be read.
+
+    Others are reported on stderr; at the end there is a UserError if there were any. That of a
+    single image is raised as it is.
+    """
+    failed = []
+
+    def usable(pairs):
+        with progress(total) as advance:
+            for key, outputs in pairs:
+                if not isinstance(outputs, UserError):
+                    yield key, outputs
+                elif total == 1:
+                    raise outputs
+                else:
+                    print(f'skipped: {printable(outputs)}', file=sys.stderr)
+                    failed.append(key)
+                advance(1)
+
+    yield usable
+    if failed:
+        raise UserError(f'{len(failed):,} of {total:,} images cannot be read')
+
+
+def check_output(flag: str, path: str, suffix: str = '.npz') -> None:
+    """Raises UserError if the file that a flag names can't be written, before any computation."""
+    if not path.endswith(suffix) or '://' in path:
+        raise UserError(f'--{flag}={path}: name a local file that ends in {suffix}')
+    path = pathlib.Path(path).absolute()
+    storage.check_free(path, flags.FLAGS.force)
+    storage.prepare_file(path)
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(count)`; shows a bar if stderr is a terminal and stdout is not."""
+    if total == 1 or sys.stdout.isatty() or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    with Bar('images', total) as bar:
+        yield bar.add
+
+
+def show(
+    path: str, probabilities: np.ndarray, classes: Sequence[str] | None, top: int
+) -> None:
+    """Prints the `top` classes of an image by their probabilities [K]."""
+    best = np.argsort(-probabilities, kind='stable')[:top]
+    rows = [(int(i), classify.class_name(classes, i), float(probabilities[i])) for i in best]
+    if flags.FLAGS.json:
+        found = [dict(index=i, name=n, probability=p) for i, n, p in rows]
+        print(to_json({'image': str(path), 'top': found}), flush=True)
+        return
+    print_rows(path, [(f'{probability:7.2%}', name) for _, name, probability in rows])
+
+
+def print_rows(path: str, rows: Sequence[Sequence[str]]) -> None:
+    """Prints the name of an image and a table."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in rows:
+        table.add_row(*map(printable, row))
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console.print(printable(path), soft_wrap=True)
+    console.print(table if rows else '  nothing')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string(
+        'checkpoint', None, 'Checkpoint to predict with: a path, an address or a catalogue name.',
+        required=True,
+    )  # fmt: skip
+    flags.DEFINE_integer('top', 5, 'Number of classes to print for each image.', lower_bound=1)
+    flags.DEFINE_integer('batch_size', 32, 'Number of images in a batch.', lower_bound=1)
+    flags.DEFINE_integer(
+        'image_size', None, "Image size in pixels. Default: the checkpoint's.", lower_bound=1,
+        upper_bound=65_536,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        'patch_size', None, "Resize the kernel of a ViT's patches to this side, in pixels.",
+        lower_bound=1, upper_bound=65_536,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        'view', None, 'How to make an image square: central (crop), resize (squeeze) or fit (pad). '
+        "Default: that of a run's first evaluation or of the checkpoint's documents, else central, "
+        'or fit for detectors and segmenters.',
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        'ema', True, "Predict with the moving average of a run's parameters if it was saved."
+    )
+    flags.DEFINE_string('features', None, 'Write the input of the head to this .npz file.')
+    flags.DEFINE_string(
+        'out', None, 'Write all arrays that are predicted to this .npz file, or the picture of '
+        '--hide or of a detector or segmenter to this .png file, or several into this folder.',
+    )  # fmt: skip
+    flags.DEFINE_float(
+        'threshold', 0.5, 'Score above which an object is found.', lower_bound=0, upper_bound=1
+    )
+    flags.DEFINE_enum(
+        'masks', None, list(get_args(dense.Masks)), 'Whether the masks of a mask classifier are a '
+        'class for each pixel or objects. Default: as a run was trained, else semantic.',
+    )  # fmt: skip
+    flags.DEFINE_float(
+        'hide', None, 'Hide this share of the patches and draw what a masked autoencoder restores.',
+        lower_bound=0, upper_bound=1,
+    )  # fmt: skip
+    flags.DEFINE_integer('seed', 0, 'Decides which patches --hide hides.', lower_bound=0)
+    flags.DEFINE_bool('force', False, 'Replace files of --features or --out that exist.')
+    flags.DEFINE_bool('json', False, 'Print one JSON object per image.')
+    cli.run(main)
