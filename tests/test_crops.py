@@ -1,4 +1,4 @@
-"""The task `crops`: views of one image, as torchvision and DINO's code define them."""
+"""The tasks `crops` and `image`: views of one image, as torchvision and DINO's code define them."""
 
 import io
 
@@ -9,7 +9,9 @@ from scipy import stats
 
 from vit_jax.data import distort, images, pipeline, sources, tasks
 from vit_jax.data.augment import torchvision_box
-from vit_jax.data.tasks import crops
+from vit_jax.data.tasks import classify, crops
+from vit_jax.data.tasks import image as image_task
+from vit_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.asarray(Image.fromarray(RNG.integers(0, 256, (9, 12, 3), np.uint8)).resize(
@@ -140,3 +142,17 @@ def test_crops_without_distortions_are_windows_of_the_image(source, monkeypatch)
     made = task.read({'image': jpeg(SMOOTH)}, np.random.default_rng(0))
     assert made['local'].shape == (2, 16, 16, 3)
     assert np.ptp(made['global'].astype(int)) > 50
+
+
+def test_images_without_labels_are_those_of_classify(source):
+    """The same views as with labels; the task classify says which task reads what has none."""
+    view = dict(name='inception_torchvision', area=(0.2, 1.0))
+    alone = image_task.image(source, view=view, image_size=32)
+    labelled = classify.classify(source, view=view, image_size=32)
+    bare = {'image': source.records[0]['image']}
+    with pytest.raises(UserError, match="no label; data.task='image' reads"):
+        labelled.read(bare, np.random.default_rng(0))
+    made = alone.read(bare, np.random.default_rng(0))
+    assert made.keys() == alone.blank.keys() == {'image'}
+    expected = labelled.read(source.records[0], np.random.default_rng(0))['image']
+    np.testing.assert_array_equal(made['image'], expected)

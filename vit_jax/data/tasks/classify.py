@@ -53,6 +53,8 @@ def image_and_label(
     classes: int,
 ) -> dict[str, np.ndarray]:
     """Makes the arrays of `classify`; `shape` is that of the label."""
+    if 'label' not in record:
+        raise UserError("it has no label; data.task='image' reads images alone")
     label = np.asarray(record['label'], np.int32).reshape(shape)
     with images.naming('image'):
         image = view(images.read(record['image']), rng)  # a JPEG is decoded here
