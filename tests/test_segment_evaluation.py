@@ -1,5 +1,7 @@
 """Evaluation of segmentation: by PyTorch's interpolation and scikit-learn's confusion matrix."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from scipy import special
 from sklearn import metrics as reference
 
 from vit_jax import sharding
+from vit_jax.data import images
+from vit_jax.data.geometry import Geometry
 from vit_jax.data.tasks import make_view
 from vit_jax.errors import UserError
 from vit_jax.evaluators import Subject, segment
@@ -120,6 +124,89 @@ def test_it_counts_each_pixel_once_as_others_do(folder, view, masks):
     assert set(found) == set(wanted) and len(set(predicted)) > 2
 
 
+SLIDING = [
+    (dict(stride=20, smaller=40, larger=70), False),
+    (dict(stride=32, smaller=48, even=True, scales=(1.0, 0.6), flip=True), True),
+    (dict(stride=24, scales=(0.5, 1.3), flip=True), False),
+    (dict(flip=True), False),
+]
+
+
+def corners_of(whole, settings):
+    """Places of the windows in an image of a size; one without a stride."""
+    if 'stride' not in settings:
+        return [(0, 0)]
+    stride, sides = settings['stride'], []
+    for rest in (max(n - part, 0) for n, part in zip(whole, SIZE, strict=True)):
+        if settings.get('even'):
+            sides.append([int(x) for x in np.linspace(0, rest, -(-rest // stride) + 1)])
+        else:
+            sides.append(sorted({min(i, rest) for i in range(0, rest + stride, stride)}))
+    return list(itertools.product(*sides))
+
+
+def scores_in(scaled, corner, shape, flip, masks):
+    """Scores [K, *shape] by one window of an image, and the pixels that it shows."""
+    window = np.zeros((*SIZE, 3), np.uint8)
+    part = scaled[corner[0] :, corner[1] :][: SIZE[0], : SIZE[1]]
+    window[: part.shape[0], : part.shape[1]] = part
+    way = -1 if flip else 1
+    maps = np.asarray(predict(COLOURS, {'image': window[None, :, ::way]})['semantic'])
+    geometry = Geometry((0, 0, *shape), scaled.shape[:2], SIZE, corner)
+    maps = interpolated(maps[..., ::way], shape, geometry).numpy().astype(float)
+    if masks:
+        maps = 3 * np.concatenate([maps, -maps.mean(0, keepdims=True)])
+        shares = special.softmax(QUERIES.astype(float), axis=1)[:, :-1]
+        maps = np.tensordot(shares.T, special.expit(maps), 1)
+    sides = zip(shape, scaled.shape[:2], corner, strict=True)
+    at = [(np.arange(n) + 0.5) * w / n - c for n, w, c in sides]
+    y, x = ((0 <= p) & (p < n) for p, n in zip(at, SIZE, strict=True))
+    return maps, y[:, None] & x
+
+
+def by_windows(image, shape, masks, settings):
+    """Scores [K, *shape] of an image, window by window, by PyTorch's interpolation."""
+    smaller, total = settings.get('smaller', 32), 0.0
+    larger, scales = settings.get('larger', 4 * smaller), settings.get('scales', (1.0,))
+    several = len(scales) > 1 or settings.get('flip')
+    for scale in scales:
+        factor = scale * min(smaller / min(shape), larger / max(shape))
+        whole = tuple(max(1, int(n * factor + 0.5)) for n in shape)
+        whole = whole if 'stride' in settings else SIZE
+        scaled = images.resized(image, (0, 0, *shape), whole)
+        for flip in (False, True) if settings.get('flip') else (False,):
+            sums, count = np.zeros((len(CLASSES), *shape)), np.zeros(shape)
+            for corner in corners_of(whole, settings):
+                maps, inside = scores_in(scaled, corner, shape, flip, masks)
+                sums, count = sums + maps * inside, count + inside
+            found = sums / count
+            total = total + (special.softmax(found, axis=0) if several and not masks else found)
+    return total
+
+
+@pytest.mark.parametrize('settings, masks', SLIDING)
+def test_windows_count_as_each_by_itself(folder, settings, masks):
+    pairs = []
+    for i, shape in enumerate(SHAPES):
+        image, labels = (
+            np.asarray(Image.open(folder / name / f'{i}.png')) for name in ('images', 'masks')
+        )
+        predicted = by_windows(image, shape, masks, settings).argmax(0)
+        pairs.append((labels[labels != 255], predicted[labels != 255]))
+    labels, predicted = (np.concatenate(each) for each in zip(*pairs, strict=True))
+    how = dict(predict=predict_masks) if masks else {}
+    view = {} if 'stride' in settings else dict(view='resize')
+    measured = evaluation(folder, batch_size=3, **how, **settings, **view)
+    total = measured.step(COLOURS, next(measured.feed()))['confusion'] * 0
+    for batch in measured.feed():
+        total = total + measured.step(COLOURS, batch)['confusion']
+    expected = reference.confusion_matrix(labels, predicted, labels=range(len(CLASSES)))
+    assert np.abs(np.asarray(total) - expected).sum() <= 6  # pixels between two classes
+    assert len(set(predicted)) > 2 and expected.sum() > 5000
+    eight = evaluation(folder, devices=8, batch_size=8, **how, **settings, **view)
+    assert eight(COLOURS) == measured(COLOURS)
+
+
 def test_each_image_counts_once_on_any_devices(folder):
     one = evaluation(folder, batch_size=7)(COLOURS)
     assert evaluation(folder, devices=8, batch_size=16)(COLOURS) == one
@@ -135,6 +222,10 @@ def test_what_can_not_be_measured_is_refused(folder):
         evaluation(folder, view=dict(name='resize', crop=0.5))(COLOURS)
     with pytest.raises(UserError, match='no pixel of the data set has a label'):
         segment.summary(np.zeros((3, 3)))
+    with pytest.raises(UserError, match='evals: scales is a setting of windows; give their stride'):
+        evaluation(folder, scales=(1.0, 2.0))
+    with pytest.raises(UserError, match='stride 40 leaves gaps between windows of 32 pixels'):
+        evaluation(folder, stride=40)
     absent = segment.iou(np.array([[2, 1, 0], [0, 0, 0], [0, 0, 0]]))
     np.testing.assert_array_equal(absent, [2 / 3, 0, np.nan])
 

@@ -31,6 +31,13 @@ def weights(pixels: int, cells: int, size: int, place: jax.Array) -> jax.Array:
     return linear(jnp.clip(at * (cells / size) - 0.5, 0, cells - 1), cells)
 
 
+def weights_inside(pixels: int, cells: int, size: int, place: jax.Array) -> jax.Array:
+    """`weights`, but 0 in pixels whose centre is outside of the view."""
+    at = place[:, :1] * (jnp.arange(pixels, dtype=jnp.float32) + 0.5) + place[:, 1:]
+    inside = (at >= 0) & (at < size)
+    return weights(pixels, cells, size, place) * inside[:, :, None]
+
+
 def weights_by_view(
     pixels: int, cells: int, size: int, place: jax.Array, sides: jax.Array
 ) -> jax.Array:

@@ -1,6 +1,6 @@
 """Semantic segmentation: intersection over union, from one confusion matrix of all pixels.
 
-Shapes: B batch, K classes, Q queries, h w of the logits, Y X of the label maps, R rows of a block.
+Shapes: B batch, K classes, Y X of the label maps, R rows of a block.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,11 +16,21 @@ from vit_jax.data import label_maps, mixture, pipeline
 from vit_jax.data.readers import names
 from vit_jax.data.tasks import size_of
 from vit_jax.data.tasks.segment import whole_label_map
+from vit_jax.data.windows import Windows
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.evaluators import Subject
-from vit_jax.evaluators.pixels import in_blocks, weights
-from vit_jax.io.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
+from vit_jax.evaluators import Subject, label_scores
+from vit_jax.evaluators.pixels import in_blocks
+from vit_jax.io.bounds import (
+    NonNegative,
+    Pixels,
+    Positive,
+    Prefetch,
+    Rate,
+    Size,
+    Threads,
+    Workers,
+)
 
 METRICS = {'miou': 'max', 'pixel_accuracy': 'max', 'class_accuracy': 'max'}
 
@@ -34,6 +44,11 @@ class Segment:
     has the sum over queries of its probability times the mask's (arXiv:2107.06278 section 3.4). One
     confusion matrix counts all pixels of the data set, exactly.
 
+    With a `stride`, windows of the image size slide over the image, which is resized so that its
+    smaller side has `smaller` pixels; a pixel has the mean logits of the windows that show it. Of
+    several scales, and of mirrored images, the mean of the probabilities counts (mmsegmentation,
+    encoder_decoder.py; there logits are interpolated to the resized image, then to the image).
+
     - miou: mean over classes of intersection over union, of those that occur in labels or
       predictions
     - pixel_accuracy: share of the pixels whose class is predicted
@@ -45,7 +60,16 @@ class Segment:
       image_size: size of the images in pixels: one number, or (height, width).
       batch_size: examples in a batch, over all devices and processes.
       canvas: size of the largest image of the data set in pixels; label maps are padded to it.
-      view: 'fit' pads images at their aspect ratio, 'resize' stretches them; see Views.
+      view: 'fit' pads images at their aspect ratio, 'resize' stretches them; see Views. Without a
+        stride.
+      stride: pixels from one window to the next; the last one ends where the image does. None: one
+        view shows the image.
+      even: whether as many windows are at equal distances (tue-mps/eomt lightning_module.py, with
+        the stride of a whole window).
+      smaller: smaller side of the image at scale 1, in pixels. None: that of the image size.
+      larger: bound of its larger side at scale 1. None: 4 times `smaller`.
+      scales: scales of the image.
+      flip: whether each view or window is also mirrored left to right.
       mask: field of the records that holds the mask.
       zero: what id 0 of a mask is, as in the task `segment`.
       ignored: other ids that are ignored. None: 255, or 65535 of more than 255 classes.
@@ -62,6 +86,12 @@ class Segment:
         batch_size: Positive[int],
         canvas: Size,
         view: str | dict = 'fit',
+        stride: Positive[int] | None = None,
+        even: bool = False,
+        smaller: Pixels | None = None,
+        larger: Pixels | None = None,
+        scales: tuple[Positive[float], ...] = (1.0,),
+        flip: bool = False,
         mask: str = 'mask',
         zero: label_maps.Zero = 'class',
         ignored: tuple[NonNegative[int], ...] | None = None,
@@ -79,7 +109,8 @@ class Segment:
                 f'evals: batch_size {batch_size} of canvas {width} x {height} are more pixels than '
                 'are counted at once, 2^31; a smaller batch has fewer'
             )
-        count = count_classes(subject.outputs)
+        count = label_scores.count_classes(subject.outputs)
+        windows = windows_of(image_size, stride, even, smaller, larger, scales)
         own, title = mixture.load(**source), f'data set {mixture.title(source)}'
         self.classes = subject.names.get('classes') or tuple(map(str, range(count)))
         # the background that `zero` adds is no class of the data set
@@ -88,7 +119,7 @@ class Segment:
         self.sources = {'source': self.source}
         task = whole_label_map(
             self.source, view=view, image_size=image_size, canvas=canvas, mask=mask, classes=known,
-            zero=zero, ignored=ignored,
+            zero=zero, ignored=ignored, windows=windows,
         )  # fmt: skip
         self.feed = partial(
             pipeline.examples, self.source, task, sharding.rows(batch_size, self.mesh),
@@ -98,7 +129,11 @@ class Segment:
         self.metrics = METRICS | {
             f'iou/{name}': 'max' for name in (self.classes if by_class else ())
         }
-        self.step = evaluators.compiled(partial(confusion_of, predict=subject.predict), self.mesh)
+        sums = partial(
+            confusion_of, predict=subject.predict, flip=flip,
+            counts=windows.counts() if windows else (1,),
+        )  # fmt: skip
+        self.step = evaluators.compiled(sums, self.mesh)
 
     def __call__(
         self,
@@ -129,60 +164,56 @@ class Segment:
 segment = Segment  # by its name in a config
 
 
-def count_classes(outputs: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """Number of classes K by the shapes of outputs; raises UserError if they are no label map."""
-    if 'semantic' in outputs:
-        return outputs['semantic'].shape[1]
-    if {'logits', 'masks'} <= outputs.keys():
-        return outputs['logits'].shape[2] - 1
-    raise UserError(
-        'evals of type segment read `semantic`, or `logits` and `masks`, as the objectives segment '
-        f'and masks predict them; this one predicts {", ".join(sorted(outputs))}'
-    )
+def windows_of(
+    image_size: Size, stride: int | None, even: bool, smaller: int | None, larger: int | None,
+    scales: tuple[float, ...],
+) -> Windows | None:  # fmt: skip
+    """The windows of settings of `Segment`, None without a stride; raises UserError."""
+    size = size_of(image_size)
+    if stride is None:
+        given = dict(even=even, smaller=smaller, larger=larger, scales=tuple(scales) != (1.0,))
+        for name in (name for name, value in given.items() if value):
+            raise UserError(f'evals: {name} is a setting of windows; give their stride, too')
+        return None
+    if stride > min(size):
+        raise UserError(f'evals: stride {stride} leaves gaps between windows of {min(size)} pixels')
+    if not scales:
+        raise UserError('evals: scales has no number; (1.0,) is the image as it is')
+    smaller = smaller or min(size)
+    larger = larger or 4 * smaller
+    if larger < smaller:
+        raise UserError(f'evals: larger is {larger}, below smaller={smaller}')
+    return Windows(size, stride, even, smaller, larger, tuple(scales))
 
 
 def confusion_of(
-    params: Any, batch: Mapping[str, jax.Array], *, predict: Callable
-) -> dict[str, jax.Array]:
+    params: Any, batch: Mapping[str, jax.Array], *, predict: Callable, counts: tuple[int, ...],
+    flip: bool,
+) -> dict[str, jax.Array]:  # fmt: skip
     """Counts pixels of a batch by label and prediction: `confusion` int32 [K, K], `examples`.
 
     Args:
       params: parameters of the objective.
-      batch: `image` [B, H, W, 3], `label_map` [B, Y, X], `place` [B, 2, 2] as in
-        `tasks.segment.whole_label_map`, `mask` [B].
-      predict: (params, batch) -> {'semantic': [B, K, h, w]}, or {'logits': [B, Q, K + 1], 'masks':
-        [B, Q, h, w]}.
+      batch: `label_map` [B, Y, X], `mask` [B], and what `label_scores.predictions` reads.
+      predict, counts, flip: as in `label_scores.predictions`.
     """
-    found, size = predict(params, batch), batch['image'].shape[1:3]
-    classes = count_classes(found)
-    logits = found['semantic' if 'semantic' in found else 'masks'].astype(jnp.float32)
-    labels, place = batch['label_map'], batch['place']
-    rows, columns = (
-        weights(labels.shape[1 + i], logits.shape[2 + i], size[i], place[:, i]) for i in range(2)
-    )
+    groups = label_scores.predictions(params, batch, predict, counts, flip)
+    labels, classes = batch['label_map'], groups[0].classes
     valid = (labels < classes) & (batch['mask'][:, None, None] > 0)
     # a cell beyond the matrix takes what does not count
     cells = jnp.where(valid, labels.astype(jnp.int32) * classes, classes**2)  # [B, Y, X]
-    columns_of = partial(jnp.einsum, 'bkyw,bxw->bkyx', precision='highest')
-
-    def scores(maps):
-        if 'semantic' in found:
-            return maps
-        shares = jax.nn.softmax(found['logits'].astype(jnp.float32))[..., :-1]  # [B, Q, K]
-        return jnp.einsum('bqk,bqyx->bkyx', shares, jax.nn.sigmoid(maps), precision='highest')
+    rows = [group.blocks(labels.shape[1]) for group in groups]
+    columns = [group.weights(labels.shape[2], 1) for group in groups]
 
     def add(counts, block):
-        own, offsets = block  # [B, R, h] and [B, R, X]
-        part = jnp.einsum('byh,bkhw->bkyw', own, logits, precision='highest')
-        predicted = jnp.argmax(scores(columns_of(part, columns)), axis=1)  # [B, R, X]
+        offsets, own = block  # [B, R, X]
+        scores = label_scores.sum_of_scores(groups, own, columns)
+        predicted = jnp.argmax(scores, axis=1)  # [B, R, X]
         return counts.at[(offsets + predicted).reshape(-1)].add(1, mode='drop'), None
 
-    blocks = in_blocks(rows, 0.0), in_blocks(cells, classes**2)
-    counts, _ = jax.lax.scan(add, jnp.zeros(classes**2, jnp.int32), blocks)
-    return {
-        'confusion': counts.reshape(classes, classes),
-        'examples': jnp.sum(batch['mask'] > 0),
-    }
+    blocks = in_blocks(cells, classes**2), rows
+    found, _ = jax.lax.scan(add, jnp.zeros(classes**2, jnp.int32), blocks)
+    return {'confusion': found.reshape(classes, classes), 'examples': jnp.sum(batch['mask'] > 0)}
 
 
 def iou(confusion: np.ndarray) -> np.ndarray:

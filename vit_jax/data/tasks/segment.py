@@ -19,6 +19,7 @@ from vit_jax.data.tasks import (
     size_of,
     whole_view,
 )
+from vit_jax.data.windows import Windows
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Size
 
@@ -79,15 +80,19 @@ def whole_label_map(
     classes: Positive[int] | tuple[str, ...] | None = None,
     zero: label_maps.Zero = 'class',
     ignored: tuple[NonNegative[int], ...] | None = None,
+    windows: Windows | None = None,
 ) -> Task:
     """`segment` for evaluation: label maps keep the size of the images.
 
     `label_map` [Y, X] has that of an image in its upper left corner and ignored pixels in the rest.
-    `place` float32 [2, 2] says where the image is in `image`, see `tasks.place_of`.
+    `place` float32 [2, 2] says where the image is in `image`, see `tasks.place_of`. With `windows`
+    there are `image` [N, H, W, 3], `place` [N, 2, 2] and `windows` int32 [S], see `Windows.cut`.
 
     Args:
-      view: 'fit' or 'resize', which keep the whole image, by name or with arguments.
+      view: 'fit' or 'resize', which keep the whole image, by name or with arguments; unused with
+        `windows`.
       canvas: size (Y, X) of the label maps in pixels; an image that is larger is unusable.
+      windows: where windows are cut from the image; None: one view shows it.
       image_size, mask, classes, zero, ignored: as in `segment`.
     """
     task = segment(
@@ -96,12 +101,26 @@ def whole_label_map(
     )  # fmt: skip
     whole_view(view, image_size)
     fill, dtype = task.read.keywords['ids'].fill, task.blank['label_map'].dtype
-    blank = {
-        'image': task.blank['image'], 'label_map': np.full(size_of(canvas), fill, dtype),
-        'place': np.tile(np.float32([1, 0]), (2, 1)),
-    }  # fmt: skip
-    read = partial(image_and_whole_label_map, blank=blank, **task.read.keywords)
+    empty = np.full(size_of(canvas), fill, dtype)
+    if windows is None:
+        cut = partial(one_view, view=task.read.keywords['view'])
+        blank = {'image': task.blank['image'], 'place': np.tile(np.float32([1, 0]), (2, 1))}
+    else:
+        cut = windows.cut
+        blank = cut(np.zeros((1, 1, 3), np.uint8))
+    keywords = {k: task.read.keywords[k] for k in ('mask', 'ids')}
+    blank = blank | {'label_map': empty}
+    read = partial(image_and_whole_label_map, blank=blank, cut=cut, **keywords)
     return Task(blank, read, task.names)
+
+
+def one_view(
+    image: np.ndarray | images.Encoded, *, view: Callable
+) -> dict[str, np.ndarray]:
+    """The `image` of a view and its `place`; raises Unreadable if it does not show all."""
+    geometry = view.place(image.shape[:2], None)
+    place = place_of(geometry, image.shape[:2])
+    return {'image': geometry.image(image), 'place': place}
 
 
 def image_and_whole_label_map(
@@ -109,21 +128,22 @@ def image_and_whole_label_map(
     rng: np.random.Generator,
     *,
     blank: Mapping[str, np.ndarray],
-    view: Callable,
+    cut: Callable,
     mask: str,
     ids: label_maps.Ids,
 ) -> dict[str, np.ndarray]:
-    """Makes the arrays of `whole_label_map`; `blank` are those of an example without an image."""
+    """Makes the arrays of `whole_label_map`: the label map, and what `cut` makes of the image.
+
+    `blank` has the arrays of an example without an image.
+    """
     image, labels = read_both(record, mask, ids)
     height, width = labels.shape
     check_canvas(labels.shape, blank['label_map'].shape)
-    geometry = view.place(labels.shape, rng, labels)
-    place = place_of(geometry, labels.shape)
     with images.naming('image'):
-        moved = geometry.image(image)
+        found = cut(image)
     padded = blank['label_map'].copy()
     padded[:height, :width] = labels
-    return {'image': moved, 'label_map': padded, 'place': place}
+    return found | {'label_map': padded}
 
 
 def read_both(
