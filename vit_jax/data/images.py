@@ -116,6 +116,12 @@ def resized(
     return resized_by_numpy(image, box, size, method, antialias, flip)
 
 
+def whole(image: np.ndarray | Encoded) -> np.ndarray:
+    """All pixels of what `read` returned, uint8 [H, W, 3]."""
+    shape = tuple(image.shape[:2])
+    return resized(image, (0, 0, *shape), shape)
+
+
 def resized_by_numpy(
     image: np.ndarray, box: Box, size: Size, method: str, antialias: bool, flip: bool
 ) -> np.ndarray:

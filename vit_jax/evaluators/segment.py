@@ -129,11 +129,11 @@ class Segment:
         self.metrics = METRICS | {
             f'iou/{name}': 'max' for name in (self.classes if by_class else ())
         }
-        sums = partial(
-            confusion_of, predict=subject.predict, flip=flip,
-            counts=windows.counts() if windows else (1,),
-        )  # fmt: skip
-        self.step = evaluators.compiled(sums, self.mesh)
+        how = dict(
+            predict=subject.predict, flip=flip, counts=windows.counts() if windows else (1,)
+        )
+        self.step = evaluators.compiled(partial(confusion_of, **how), self.mesh)
+        self.label_maps = evaluators.compiled(partial(label_maps_of, **how), self.mesh)
 
     def __call__(
         self,
@@ -214,6 +214,28 @@ def confusion_of(
     blocks = in_blocks(cells, classes**2), rows
     found, _ = jax.lax.scan(add, jnp.zeros(classes**2, jnp.int32), blocks)
     return {'confusion': found.reshape(classes, classes), 'examples': jnp.sum(batch['mask'] > 0)}
+
+
+def label_maps_of(
+    params: Any, batch: Mapping[str, jax.Array], *, predict: Callable, counts: tuple[int, ...],
+    flip: bool,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """The `predicted` class of each pixel, of the type and shape of the batch's `label_map`.
+
+    Beside it there are `label_map`, `id` and `mask`. Arguments are those of `confusion_of`.
+    """
+    groups = label_scores.predictions(params, batch, predict, counts, flip)
+    labels = batch['label_map']
+    rows = [group.blocks(labels.shape[1]) for group in groups]
+    columns = [group.weights(labels.shape[2], 1) for group in groups]
+
+    def classes_of(own):
+        return jnp.argmax(label_scores.sum_of_scores(groups, own, columns), axis=1)  # [B, R, X]
+
+    found = jnp.moveaxis(jax.lax.map(classes_of, rows), 0, 1)  # [B, Y / R, R, X]
+    found = found.reshape(len(labels), -1, labels.shape[2])[:, : labels.shape[1]]
+    kept = {name: batch[name] for name in ('label_map', 'id', 'mask')}
+    return kept | {'predicted': found.astype(labels.dtype)}
 
 
 def iou(confusion: np.ndarray) -> np.ndarray:

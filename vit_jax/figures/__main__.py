@@ -5,12 +5,14 @@ workdir of the run), and page.html, a self-contained page with all of them, the 
 versions.
 
 For a run, from its newest checkpoint: summary.png (loss and accuracy, worst mistakes, attention of
-the class token), curves.png and confusion.png. For any model, as in arXiv:2010.11929 figures 6, 7
-and 14: filters.png, positions.png and, for the images, distance.png, rollout.png, heads.png and the
-predictions. For a folder with runs that start from others in it: images.png and compute.png,
-accuracy against the size and compute of their pre-training (figures 3 to 5). For a folder with runs
-that differ in augmentation and regularization: grid.png, as in arXiv:2106.10270 figure 4. For a
-folder with probed runs of several training methods: methods.png.
+the class token), curves.png and confusion.png; for one of segmentation or detection worst.png, its
+worst images beside the truth. For any model, as in arXiv:2010.11929 figures 6, 7 and 14:
+filters.png, positions.png and, for the images, distance.png, rollout.png, heads.png and the
+predictions. For a ViT and label maps, those of the run or of --masks EXPERIMENT: features.png,
+principal components of patches. For a folder with runs that start from others in it: images.png and
+compute.png, accuracy against the size and compute of their pre-training (figures 3 to 5). For a
+folder with runs that differ in augmentation and regularization: grid.png, as in arXiv:2106.10270
+figure 4. For a folder with probed runs of several training methods: methods.png.
 """
 
 import itertools
@@ -33,7 +35,9 @@ from vit_jax.data import files, mixture, pipeline, sources
 from vit_jax.data.tasks import classify as classify_task
 from vit_jax.errors import Damaged, UserError
 from vit_jax.evaluators import classify
-from vit_jax.figures import model_page, page, plates, study_page, summary
+from vit_jax.evaluators.detect import Detect
+from vit_jax.evaluators.segment import Segment
+from vit_jax.figures import features, model_page, page, plates, study_page, summary, worst
 from vit_jax.io import storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable
@@ -86,6 +90,10 @@ def of_run(path: epath.Path, out: epath.Path) -> Iterator[page.Part]:
                '' if row['measured'] is None else number(row['measured']),
                results.VERDICTS[row['pass']], row['source']) for row in result['expected']),
         ]  # fmt: skip
+    placed = {n: e for n, e in parts.evals.items() if isinstance(e, (Segment, Detect))}
+    for name, evaluation in list(placed.items())[:1]:
+        params = optim.averaged(state)
+        yield from worst.parts(name, evaluation, params, out)
     classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
     if classifying and parts.model is not None:
         yield from of_predictions(
@@ -208,6 +216,8 @@ def main(argv: Sequence[str]) -> None:
                 print(f'{len(drawn)} of {len(paths):,} images are drawn; --max_images=N draws more')
             image_results = model_page.ImageResults(found, drawn)
             stages.append(image_results.parts(out))
+        if labelled := features.data_set_of(path if is_run else None, options.masks):
+            stages.append(features.parts(found, *labelled, out))
         stages.append([model_page.of_fields(found, name)])
     if is_run:
         stages = [of_run(path, out), *stages, of_records(path)]
@@ -260,6 +270,10 @@ if __name__ == '__main__':
     flags.DEFINE_integer(
         'max_images', 16, 'Number of these images to draw at most, evenly spaced.',
         lower_bound=1, upper_bound=100,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        'masks', None, 'Experiment with label maps (data.task segment), beside which features of '
+        'patches are drawn. Default: those of the run, if it has any.',
     )  # fmt: skip
     flags.DEFINE_integer(
         'image_size', None, "Image size in pixels. Default: the checkpoint's.", lower_bound=1,

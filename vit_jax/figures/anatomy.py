@@ -1,8 +1,8 @@
-"""Analyses of a Vision Transformer as arrays: filters, position embeddings and attention.
+"""Analyses of a Vision Transformer as arrays: filters, position embeddings, attention, patches.
 
-They are those of arXiv:2010.11929 figures 6, 7 and 14. Shapes: L layers, B batch, H heads, T
-tokens, of which the last N = h w are the patches; P patch, C channels, D width. Computed in
-float64.
+All but the last are those of arXiv:2010.11929 figures 6, 7 and 14. Shapes: L layers, B batch, H
+heads, T tokens, of which the last N = h w are the patches; P patch, C channels, D width. Computed
+in float64.
 """
 
 import numpy as np
@@ -15,10 +15,35 @@ def filter_components(kernel: np.ndarray, count: int = 28) -> tuple[np.ndarray, 
     mean (figure 7, left). Each component has the sign that makes its largest value positive.
     """
     points = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T  # [D, P * P * C]
+    rows, shares = principal(points)
+    return rows[:count].reshape(-1, *kernel.shape[:3]), shares[:count]
+
+
+def patch_components(
+    features: np.ndarray, kept: np.ndarray, count: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first principal components of patches [B, h, w, count], and their shares.
+
+    They are those of the patches `kept`, bool [B, h, w], of all images together, features being
+    [B, h, w, D] (arXiv:2304.07193 figure 1). Each is scaled so that 96% of these are in [0, 1].
+    """
+    features = np.asarray(features, np.float64)
+    points = features[kept]
+    rows, shares = principal(points)
+    found = (features - points.mean(axis=0)) @ rows[:count].T
+    low, high = np.percentile(found[kept], (2, 98), axis=0)
+    scaled = (found - low) / np.maximum(high - low, np.finfo(np.float64).tiny)
+    return scaled.clip(0, 1), shares[:count]
+
+
+def principal(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Principal components [C, D] of points [N, D], and their shares of the variance [C].
+
+    Each has the sign that makes its largest value positive.
+    """
     _, scale, rows = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
     largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
-    components = (rows * np.sign(largest))[:count].reshape(-1, *kernel.shape[:3])
-    return components, (scale**2 / np.sum(scale**2))[:count]
+    return rows * np.sign(largest), scale**2 / np.sum(scale**2)
 
 
 def position_similarity(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -8,8 +8,7 @@ import numpy as np
 
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
-from vit_jax.data import files, label_maps, run_lengths
-from vit_jax.data.geometry import Geometry
+from vit_jax.data import files, images, label_maps, run_lengths
 from vit_jax.data.overlays import BACKGROUND
 from vit_jax.data.tasks import WHOLE, View, place_of
 from vit_jax.errors import UserError
@@ -23,6 +22,7 @@ from vit_jax.predict import Predictor
 
 OBJECTIVES = ('detect', 'masks', 'segment')
 AROUND = ('a detector', 'a mask classifier')  # names of `convert.stages.Around`
+LEAST = 5e-4  # share of the pixels below which a class is not in the legend of a picture
 Masks = Literal['semantic', 'instances']
 
 
@@ -194,8 +194,9 @@ def draw(path: os.PathLike, image: np.ndarray, found: Found, names: Sequence[str
 
     if found.label_map is not None:
         entries = {
-            k: f'{names[k]}  {share:.1%}' for k, share in shares(found) if names[k] != BACKGROUND
-        }
+            k: f'{names[k]} {share:.1%}' for k, share in shares(found)
+            if names[k] != BACKGROUND and share >= LEAST
+        }  # fmt: skip
         example = dict(image=image, label_map=found.label_map)
         overlaid.write(path, example, names, (), entries)
         return
@@ -211,15 +212,10 @@ def draw(path: os.PathLike, image: np.ndarray, found: Found, names: Sequence[str
     for k in dict.fromkeys(found.labels.tolist()):
         scores = found.scores[found.labels == k]
         times = f'{len(scores)} \N{MULTIPLICATION SIGN} ' if len(scores) > 1 else ''
-        entries[k] = f'{times}{names[k]}  {scores.max():.2f}'
+        entries[k] = f'{times}{names[k]} {scores.max():.2f}'
     overlaid.write(path, example, names, words, entries)
 
 
 def original(path: str) -> np.ndarray:
     """An image file as it is shown, uint8 [Y, X, 3]."""
-
-    def whole(image, rng):
-        shape = image.shape[:2]
-        return Geometry((0, 0, *shape), shape, shape).image(image)
-
-    return files.pixels(path, whole)
+    return files.pixels(path, lambda image, rng: images.whole(image))
