@@ -15,7 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive
 from vit_jax.models import interface, vit
-from vit_jax.models.mae import encoder_of
+from vit_jax.models.around import AroundVit, encoder_of
 from vit_jax.models.memory import shard_batch
 
 # Sharding of the parameters beside the encoder, as rows of models.parameters.RULES.
@@ -25,7 +25,7 @@ RULES = (
 )
 
 
-class Detector(nn.Module):
+class Detector(AroundVit):
     """Images [B, H, W, C], normalised floats, to (class logits [B, Q, K + 1], intermediates).
 
     The last class is that of no object. The intermediates are:
@@ -40,38 +40,14 @@ class Detector(nn.Module):
     in the subtree `vit`.
     """
 
-    vit: vit.Vit  # the encoder, as `models.mae.encoder_of` returns it
     num_classes: Positive[int]  # K
     queries: Positive[int] = 100  # Q
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
 
     @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each channel of images in [0, 1]."""
-        return self.vit.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel of images in [0, 1]."""
-        return self.vit.std
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        """Pixels from one patch to the next: (vertical, horizontal)."""
-        return self.vit.stride
-
-    @property
     def in_tables(self) -> bool:
         """Whether positions of detection tokens are rows in the encoder's tables."""
         return self.vit.posemb == 'learn' and self.vit.posemb_at != 'stem'
-
-    def grid(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
-        return self.vit.grid(image_shape)
-
-    def normalise(self, images: jax.Array) -> jax.Array:
-        """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
-        return self.vit.normalise(images)
 
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""

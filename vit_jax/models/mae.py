@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive, Rate
 from vit_jax.models import block, embedding, interface, layers, memory, vit
+from vit_jax.models.around import AroundVit, encoder_of
 from vit_jax.models.flops import block_adds, vit_flops
 from vit_jax.models.memory import shard_batch
 
@@ -26,7 +27,7 @@ RULES = (
 FIELDS = ('hide', 'normalised')  # that may change without a change of the parameters
 
 
-class Mae(nn.Module):
+class Mae(AroundVit):
     """Images [B, H, W, C], normalised floats, to (predicted patches, named intermediates).
 
     Of each image the patches of least noise are visible. The encoder reads these alone; the decoder
@@ -41,7 +42,6 @@ class Mae(nn.Module):
     patches that leaves none visible.
     """
 
-    vit: vit.Vit  # the encoder, as `encoder_of` returns it
     decoder_width: Positive[int] = 512  # size of a token in the decoder
     decoder_depth: Positive[int] = 8  # number of its blocks
     decoder_heads: Positive[int] = 16  # attention heads of each
@@ -53,32 +53,9 @@ class Mae(nn.Module):
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
 
     @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each channel of images in [0, 1]."""
-        return self.vit.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel of images in [0, 1]."""
-        return self.vit.std
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        """Pixels from one patch to the next: (vertical, horizontal)."""
-        return self.vit.stride
-
-    @property
     def mlp_dim(self) -> int:
         """Hidden size of the decoder's MLPs."""
         return self.decoder_mlp_dim or 4 * self.decoder_width
-
-    def grid(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
-        return self.vit.grid(image_shape)
-
-    def normalise(self, images: jax.Array) -> jax.Array:
-        """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
-        return self.vit.normalise(images)
 
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""
@@ -185,21 +162,3 @@ def dense(features: int, dtype: Any, name: str) -> nn.Dense:
 def around_encoder(model: vit.Vit, **fields: Any) -> Mae:
     """The autoencoder of these fields around a ViT."""
     return Mae(encoder_of(model), **fields)
-
-
-def encoder_of(model: vit.Vit, method: str = 'a masked autoencoder') -> vit.Vit:
-    """The encoder of a model around it, from a ViT: no head, its output that of all tokens.
-
-    Parameters are the same. Raises UserError for a ViT with parameters or norms after its tokens,
-    and names the `method`.
-    """
-    if model.pool == 'map' or model.last_norm != 'tokens':
-        field = 'pool' if model.pool == 'map' else 'last_norm'
-        raise UserError(
-            f'model.{field} is {getattr(model, field)!r}, which {method} does not train; '
-            "model.pool is 'cls' or 'gap', model.last_norm 'tokens'"
-        )
-    cls = 'cls' in model.prefix
-    return model.clone(
-        pool='none', cls_token=cls, num_classes=None, representation_size=None, dist_head=False
-    )

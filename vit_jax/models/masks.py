@@ -16,8 +16,8 @@ from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive, Share
 from vit_jax.models import attention, block, encoder, interface, layers, memory, resizing, vit
+from vit_jax.models.around import AroundVit, encoder_of
 from vit_jax.models.flops import block_adds
-from vit_jax.models.mae import encoder_of
 from vit_jax.models.memory import shard_batch
 from vit_jax.models.rotary import rotation
 
@@ -31,7 +31,7 @@ RULES = (
 EPSILON = 1e-6  # of norms where features grow (tue-mps/eomt scale_block.py, as in timm)
 
 
-class MaskClassifier(nn.Module):
+class MaskClassifier(AroundVit):
     """Images [B, H, W, C], normalised floats, to (class logits [B, Q, K + 1], intermediates).
 
     The last class is that of no object. The intermediates, with y x the grid of patches, doubled
@@ -48,7 +48,6 @@ class MaskClassifier(nn.Module):
     in the subtree `vit`.
     """
 
-    vit: vit.Vit  # the encoder, as `models.mae.encoder_of` returns it
     num_classes: Positive[int]  # K
     queries: Positive[int] = 100  # Q
     query_blocks: Positive[int] = 4  # blocks that queries pass, the last ones
@@ -56,29 +55,6 @@ class MaskClassifier(nn.Module):
     # probability of masked attention in each of these blocks; (): in none, as after training
     masked: tuple[Share, ...] = ()
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each channel of images in [0, 1]."""
-        return self.vit.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel of images in [0, 1]."""
-        return self.vit.std
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        """Pixels from one patch to the next: (vertical, horizontal)."""
-        return self.vit.stride
-
-    def grid(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
-        return self.vit.grid(image_shape)
-
-    def normalise(self, images: jax.Array) -> jax.Array:
-        """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
-        return self.vit.normalise(images)
 
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive
 from vit_jax.models import interface, vit
-from vit_jax.models.mae import encoder_of
+from vit_jax.models.around import AroundVit, encoder_of
 
 FIRST = 0.01  # deviation of the head's first weights (facebookresearch/dinov2 linear_head.py)
 
 
-class PatchClassifier(nn.Module):
+class PatchClassifier(AroundVit):
     """Images [B, H, W, C], normalised floats, to (class logits [B, h, w, K], intermediates).
 
     Batch norm has a scale and a bias alone: those of training are by its batches, and its moving
@@ -28,32 +28,8 @@ class PatchClassifier(nn.Module):
     Parameters of the encoder are in the subtree `vit`.
     """
 
-    vit: vit.Vit  # the encoder, as `models.mae.encoder_of` returns it
     num_classes: Positive[int]  # K
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each channel of images in [0, 1]."""
-        return self.vit.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel of images in [0, 1]."""
-        return self.vit.std
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        """Pixels from one patch to the next: (vertical, horizontal)."""
-        return self.vit.stride
-
-    def grid(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
-        return self.vit.grid(image_shape)
-
-    def normalise(self, images: jax.Array) -> jax.Array:
-        """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
-        return self.vit.normalise(images)
 
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""

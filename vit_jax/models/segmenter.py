@@ -15,8 +15,8 @@ from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive, Rate
 from vit_jax.models import block, interface, layers, memory, parameters, vit
+from vit_jax.models.around import AroundVit, encoder_of
 from vit_jax.models.flops import block_adds
-from vit_jax.models.mae import encoder_of
 from vit_jax.models.memory import shard_batch
 
 # Sharding of the parameters beside the encoder, as rows of models.parameters.RULES. To layer-wise
@@ -31,7 +31,7 @@ EPSILON = 1e-5  # of the decoder's norms, that of PyTorch (rstrudel/segmenter de
 TINY = 1e-12  # squared length below which a vector is not made longer
 
 
-class Segmenter(nn.Module):
+class Segmenter(AroundVit):
     """Images [B, H, W, C], normalised floats, to (class logits [B, h, w, K], intermediates).
 
     Patches of the encoder and a token for each class pass the blocks of the decoder. The logits of
@@ -42,39 +42,15 @@ class Segmenter(nn.Module):
     Parameters of the encoder are in the subtree `vit`.
     """
 
-    vit: vit.Vit  # the encoder, as `models.mae.encoder_of` returns it
     num_classes: Positive[int]  # K
     depth: Positive[int] = 2  # blocks of the decoder
     dropout: Rate = 0.1  # dropout rate of its attention probabilities, attention outputs and MLPs
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
 
     @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each channel of images in [0, 1]."""
-        return self.vit.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel of images in [0, 1]."""
-        return self.vit.std
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        """Pixels from one patch to the next: (vertical, horizontal)."""
-        return self.vit.stride
-
-    @property
     def num_heads(self) -> int:
         """Attention heads of the decoder, of 64 channels each."""
         return max(self.vit.width // 64, 1)
-
-    def grid(self, image_shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of patches of an image [H, W, ...]; raises UserError if not whole."""
-        return self.vit.grid(image_shape)
-
-    def normalise(self, images: jax.Array) -> jax.Array:
-        """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
-        return self.vit.normalise(images)
 
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""

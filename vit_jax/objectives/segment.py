@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Positive, Rate
-from vit_jax.models import mae, resizing, segmenter
+from vit_jax.models import around, resizing, segmenter
 from vit_jax.models.patch_classifier import PatchClassifier, logits_of
 from vit_jax.models.vit import Vit
 from vit_jax.objectives import Examples, Objective, class_count, headless, linear_probe
@@ -53,7 +53,7 @@ def segment(
     """
     classes = class_count(model, examples, 'segment')
     model = headless(model, examples, 'segment', pixels=False)
-    encoder = mae.encoder_of(model, 'a segmenter')
+    encoder = around.encoder_of(model, 'a segmenter')
     check_spec(examples, classes)
     if head == 'linear':
         return with_linear(encoder, examples, classes, norm_decay)
