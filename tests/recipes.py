@@ -2,10 +2,13 @@
 
 import functools
 import importlib.util
+import json
 import pathlib
 
 import jax
 import numpy as np
+import scenes
+from PIL import Image
 
 import vit_jax
 from vit_jax import models
@@ -14,7 +17,7 @@ EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
     'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino', 'dino_probe',
-    'aim', 'deit', 'deit3',
+    'aim', 'deit', 'deit3', 'dinov2_ade20k',
 )  # fmt: skip
 OWN = ('study', 'augreg_fashion', 'ssl_study')  # whose numbers were measured here
 
@@ -50,6 +53,46 @@ def teacher(path):
     return str(path)
 
 
+def folder_of_scenes(path, objects):
+    """Pictures with label maps in a folder as ADE20K's, or with objects as COCO's, made once."""
+    rng, kinds = np.random.default_rng(0), [dict(id=1, name='a'), dict(id=2, name='b')]
+    for part, short in () if path.exists() else (('training', 'train'), ('validation', 'val')):
+        images = path / (f'{short}2017' if objects else f'images/{part}')
+        beside = path / ('annotations' if objects else f'annotations/{part}')
+        content = dict(images=[], annotations=[], categories=kinds)
+        images.mkdir(parents=True)
+        beside.mkdir(parents=True, exist_ok=True)
+        for i in range(8):
+            labels, picture = scenes.blocks((40, 48), rng)
+            Image.fromarray(picture).save(images / f'{i}.jpg')
+            if not objects:
+                Image.fromarray(labels).save(beside / f'{i}.png')
+            content['images'].append(dict(id=i, file_name=f'{i}.jpg', width=48, height=40))
+            content['annotations'].append(dict(
+                id=i + 1, image_id=i, category_id=1 + i % 2, bbox=[8, 4, 20, 16], area=320,
+                iscrowd=0, segmentation=scenes.rectangle((8, 4, 28, 20)),
+            ))  # fmt: skip
+        if objects:
+            (beside / f'instances_{short}2017.json').write_text(json.dumps(content))
+    return str(path)
+
+
+def dense(values, data_dir):
+    """The section `data` of `toy` for label maps or objects; changes objective and evaluations."""
+    objective, data = values['objective'], values['data']
+    task = data['task']
+    source = dict(name=folder_of_scenes(pathlib.Path(data_dir) / task, objects=task == 'detect'))
+    smaller = dict(queries=8, query_blocks=1, points=16, most_masks=4)
+    objective |= {name: n for name, n in smaller.items() if name in objective}
+    data |= {'classes': 5} if 'classes' in data else {}
+    for one in values['evals'].values():
+        part = 'val' if task == 'detect' else 'validation'
+        one |= dict(image_size=32, source=dict(source, split=part))
+        sides = {'canvas': 48, 'stride': 16}
+        one |= {name: n for name, n in sides.items() if one.get(name)}
+    return dict(source, split='train')
+
+
 def toy(values, data_dir, steps=2, test='test[:10%]'):
     """The same recipe with a tiny model on a few tiny images: two steps take seconds.
 
@@ -79,13 +122,15 @@ def toy(values, data_dir, steps=2, test='test[:10%]'):
     if 'teacher' in values.get('objective', {}):
         values['objective']['teacher'] = teacher(pathlib.Path(data_dir) / 'teacher')
     larger = 32 / values['data']['image_size']
-    values['data'] |= dict(source=dict(few, split='train'), image_size=32, batch_size=8)
+    is_dense = values['data'].get('task') in ('segment', 'detect', 'panoptic')
+    source = dense(values, data_dir) if is_dense else dict(few, split='train')
+    values['data'] |= dict(source=source, image_size=32, batch_size=8)
     shrink_view(values['data'], larger)
     chosen = values.get('select', {})
     chosen |= dict(split='train') if 'split' in chosen else {}
     for one in (*values['evals'].values(), *chosen.get('evals', {}).values()):
         for key in ('source', 'train_source'):
-            if key in one:
+            if key in one and not is_dense:
                 data = dict(name='digits', data_dir=data_dir) if 'type' in one else few
                 split = test if data['name'] == 'digits' else 'test'
                 one[key] = dict(data, split=split if key == 'source' else 'train')

@@ -62,6 +62,7 @@ def test_schedules(kind):
     expected = {
         'cosine': (1 + np.cos(np.pi * 45 / 90), 1 + np.cos(np.pi * 80 / 90)),
         'linear': (1.0, 2 * 10 / 90),
+        'poly': (2 * 0.5**0.9, 2 * (10 / 90) ** 0.9),
         'rsqrt': (2 / np.sqrt(1 + 45 / 50), 2 / np.sqrt(1 + 80 / 50)),
         'constant': (2.0, 2.0),
         'step': (0.2, 0.02),
@@ -79,6 +80,10 @@ def test_steps_and_ends_of_published_schedules():
     for kind, half in ('linear', (1e-3 + 1e-5) / 2), ('cosine', (1e-3 + 1e-5) / 2):
         rate = optim.make_schedule(110, lr=1e-3, schedule=kind, warmup=10, end_lr=1e-5)
         np.testing.assert_allclose([rate(10), rate(60), rate(110)], [1e-3, half, 1e-5], rtol=1e-5)
+    rate = optim.make_schedule(160_000, lr=1e-3, schedule='poly', power=2.0, end_lr=1e-5)
+    steps = np.array([0, 1, 70_000, 159_999, 160_000])  # rstrudel/segmenter scheduler.py
+    expected = (1e-3 - 1e-5) * (1 - steps / 160_000) ** 2 + 1e-5
+    np.testing.assert_allclose([rate(t) for t in steps], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('fields, peer', [
@@ -122,8 +127,11 @@ def test_weight_decay_under_momentum_equals_numpy(kind):
         assert_close(found[t], params, start)
 
 
-def test_adamw_of_dino_equals_numpy():
+@pytest.mark.parametrize('late', [0, 5])
+def test_adamw_of_dino_equals_numpy(late):
     """By array: clipping, a decay on a cosine, moments and their count that begin late.
+
+    With `late`, so do rates that rise in as many steps.
 
     PyTorch's AdamW skips a parameter without a gradient altogether (facebookresearch/dino utils.py,
     clip_gradients, cancel_gradients_last_layer and cosine_scheduler).
@@ -134,7 +142,7 @@ def test_adamw_of_dino_equals_numpy():
     tx = optim.make(
         params, steps, lr=0.01, warmup=3, end_lr=1e-4, weight_decay=0.04, weight_decay_end=0.4,
         decay=('kernel$', 'posemb$'), clip=limit, clip_by='array', hold='^head/kernel$',
-        hold_steps=until,
+        hold_steps=until, hold_warmup=late,
     )  # fmt: skip
     state, update = tx.init(params), jax.jit(tx.update)
     exact = {n: x.astype(float) for n, x in start.items()}
@@ -156,13 +164,14 @@ def test_adamw_of_dino_equals_numpy():
             first, second = moments[n]
             moments[n] = first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
             first, second = first / (1 - 0.9 ** counts[n]), second / (1 - 0.999 ** counts[n])
-            exact[n] *= 1 - rate * decay * (n.endswith('kernel') or n == 'posemb')
-            exact[n] -= rate * first / (np.sqrt(second) + 1e-8)
+            own = rate * (min(1, (t - until) / late) if n == held and late else 1)
+            exact[n] *= 1 - own * decay * (n.endswith('kernel') or n == 'posemb')
+            exact[n] -= own * first / (np.sqrt(second) + 1e-8)
         found = parameters.named_leaves(params)
         if t < until:
             np.testing.assert_array_equal(found[held], start[held])
         if t:  # the first rate is 0
-            moving = {n: x for n, x in exact.items() if n != held or t >= until}
+            moving = {n: x for n, x in exact.items() if n != held or t >= until + bool(late)}
             assert_close(found, moving, start)
 
 

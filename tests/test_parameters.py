@@ -104,9 +104,9 @@ def test_rules_of_an_objective_come_first():
     rules = Objective(None, None, None, rules=(
         ('head/kernel', parameters.P('tensor'), 'stem'), ('encoder/fc', parameters.P(), 'blocks'),
     )).rules  # fmt: skip
-    rows = {name: rate for name, _, _, rate, *_ in
-            optim.make(params, 9, rules, decay=(), layer_decay=0.5).table}  # fmt: skip
-    assert rows == {'encoder/fc': '0.125 ... 0.5', 'head/kernel': '0.0625'}
+    for start, expected in ('head', ['0.125 ... 0.5', '0.0625']), ('block', ['0.25 ... 1', '0.25']):
+        tx = optim.make(params, 9, rules, decay=(), layer_decay=0.5, layer_decay_from=start)
+        assert [rate for _, _, _, rate, *_ in tx.table] == expected
     with pytest.raises(UserError, match='no encoder blocks'):
         optim.make(params, 9, (('encoder/fc', parameters.P()),), decay=(), layer_decay=0.5)
     two = params | {'decoder': {'fc': np.ones((2, 2))}}

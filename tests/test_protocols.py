@@ -76,6 +76,8 @@ def origin(full, places):
         point = re.search(r'-i21k-300ep-lr_0.001-aug_(.*)-sd', address)
         if point:
             return f'AugReg {point[1]}'
+        if 'lvd142m' in begin:
+            return 'LVD-142M'
         return 'ImageNet-21k' if 'imagenet21k' in address else 'ImageNet'
     before = recipes.given(places[begin].file.split('/')[1][:-3], places[begin].arg)
     source = before['data']['source']

@@ -23,7 +23,7 @@ from vit_jax.optim.decay import (
     decay_strengths,
     matches,
 )
-from vit_jax.optim.holding import begin_late, zero_until
+from vit_jax.optim.holding import begin_late, rise_after
 from vit_jax.optim.layerwise import layers, rate_multipliers, scale_by_name, span
 from vit_jax.optim.muon import scale_by_muon
 from vit_jax.optim.schedules import Schedule, make_schedule
@@ -178,8 +178,8 @@ def make(
     name: Literal['adamw', 'sgd', 'adafactor', 'lamb', 'lars', 'muon'] = 'adamw',
     lr: Positive[float] = 1e-3, schedule: Schedule = 'cosine', end_lr: NonNegative[float] = 0.0,
     warmup: NonNegative[int] = 0, cooldown: NonNegative[int] = 0,
-    timescale: Positive[int] = 10_000, boundaries: tuple[Share, ...] = (),
-    step_factor: Annotated[float, Range(0, 1, '(]')] = 0.1,
+    power: Positive[float] = 0.9, timescale: Positive[int] = 10_000,
+    boundaries: tuple[Share, ...] = (), step_factor: Annotated[float, Range(0, 1, '(]')] = 0.1,
     weight_decay: NonNegative[float] = 0.0, decay_kind: Literal['decoupled', 'l2'] = 'decoupled',
     decay: tuple[Pattern, ...] | Pattern = ('kernel$',),
     decay_factors: tuple[tuple[Pattern, NonNegative[float]], ...] = (),
@@ -187,8 +187,10 @@ def make(
     clip: Positive[float] | None = None, clip_by: Literal['global', 'array'] = 'global',
     clip_update: Positive[float] | None = None,
     layer_decay: Annotated[float, Range(0, 1, '(]')] = 1.0,
+    layer_decay_from: Literal['head', 'block'] = 'head',
     freeze: tuple[Pattern, ...] | Pattern = (), only: tuple[Pattern, ...] | Pattern = (),
     hold: tuple[Pattern, ...] | Pattern = (), hold_steps: NonNegative[int] = 0,
+    hold_warmup: NonNegative[int] = 0,
     ema: Rate | None = None, b1: Rate = 0.9, b2: Rate = 0.999, eps: Positive[float] = 1e-8,
     momentum: Rate = 0.9, momentum_dtype: Float | None = None, b2_cap: Share = 0.999,
     trust: tuple[Pattern, ...] | Pattern = ('kernel$',),
@@ -216,6 +218,7 @@ def make(
       hold: patterns of the parameters that stay as they are for the first `hold_steps` updates; the
         algorithm's state for them begins after these.
       hold_steps: see `hold`.
+      hold_warmup: updates after these in which their rate rises linearly from 0.
       ema: decay of an exponential moving average of the parameters, which evaluations then use.
         None: no average.
       trust: patterns of the parameters whose updates have a trust ratio in lamb and lars. In lamb
@@ -230,9 +233,9 @@ def make(
     leaves = named_leaves(params)
     frozen = frozen_names(leaves, freeze, only)
     strengths = decay_strengths(leaves, frozen, weight_decay, decay, decay_factors)
-    multipliers = rate_multipliers(leaves, rules, layer_decay)
+    multipliers = rate_multipliers(leaves, rules, layer_decay, layer_decay_from)
     rate = make_schedule(
-        steps, lr=lr, schedule=schedule, end_lr=end_lr, timescale=timescale,
+        steps, lr=lr, schedule=schedule, end_lr=end_lr, power=power, timescale=timescale,
         boundaries=boundaries, step_factor=step_factor, warmup=warmup, cooldown=cooldown,
     )  # fmt: skip
     trusted = matching('trust', trust, leaves) if name in ('lamb', 'lars') else set()
@@ -241,7 +244,7 @@ def make(
         momentum_dtype=momentum_dtype, b2_cap=b2_cap, clip_update=clip_update,
         trust=trusted, trust_coefficient=trust_coefficient,
     )  # fmt: skip
-    held = matching('hold', hold, leaves) if hold_steps else set()
+    held = matching('hold', hold, leaves) if hold_steps or hold_warmup else set()
     rule = begin_late(rule, held, hold_steps) if held else rule
     clipping = [clipping_of(clip, clip_by, leaves, rules)] if clip is not None else []
     decays = add_decays(strengths, decay_factor(steps, weight_decay, weight_decay_end))
@@ -254,7 +257,7 @@ def make(
     parts += [scale_by_trust_ratio(trusted, stacks_of(leaves, rules))] if name == 'lamb' else []
     parts += [scale_by_name(multipliers)] if multipliers else []
     parts += [optax.scale_by_learning_rate(rate)]
-    parts += [zero_until(held, hold_steps)] if held else []
+    parts += [rise_after(held, hold_steps, hold_warmup)] if held else []
     parts += [average_params(ema)] if ema is not None else []
     tx = optax.chain(*parts)
     table = table_of(leaves, multipliers, strengths, frozen)

@@ -47,13 +47,22 @@ def begin_late(
     return optax.GradientTransformation(init, update)
 
 
-def zero_until(names: Collection[str], steps: int) -> optax.GradientTransformation:
-    """Zeroes the first `steps` updates of the parameters `names`."""
+def rise_after(
+    names: Collection[str], steps: int, warmup: int
+) -> optax.GradientTransformation:
+    """Scales updates of the parameters `names`: by 0 for `steps`, then linearly to 1 in `warmup`.
+
+    In the first of the latter the factor is 0, as in the warm-up of a schedule.
+    """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         waiting = state.count < steps
+        factor = jnp.minimum((state.count - steps) / max(warmup, 1), 1) if warmup else 1
         updates = map_by_name(
-            lambda name, u: jnp.where(waiting, 0, u) if name in names else u, updates
+            lambda name, u: jnp.where(waiting, 0, u * factor).astype(u.dtype)
+            if name in names
+            else u,
+            updates,
         )
         return updates, Count(optax.safe_increment(state.count))
 

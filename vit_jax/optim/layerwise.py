@@ -17,21 +17,25 @@ def layers(leaves: Mapping[str, Any], rules: tuple) -> dict[str, parameters.Laye
 
 
 def rate_multiplier(
-    layer: parameters.Layer, ndim: int, depth: int, layer_decay: float
+    layer: parameters.Layer, ndim: int, depth: int, layer_decay: float, layer_decay_from: str
 ) -> jax.Array | float:
-    """Multiplier of the learning rate of a leaf.
+    """Multiplier of the learning rate of a leaf, see `rate_multipliers`.
 
-    It is d^(L+1) in the stem and 1 in the head, for `layer_decay` d and `depth` L: an array
-    [L, 1, ...] of `ndim` dimensions for stacked blocks, a float for every other leaf.
+    It is an array [L, 1, ...] of `ndim` dimensions for `depth` L stacked blocks, a float for every
+    other leaf.
     """
+    last, stem = (1, depth + 1) if layer_decay_from == 'head' else (0, depth - 1)
     if layer == 'blocks':
-        rates = layer_decay ** jnp.arange(depth, 0, -1)
+        rates = layer_decay ** jnp.arange(depth - 1 + last, last - 1, -1)
         return rates.reshape(depth, *[1] * (ndim - 1)).astype(jnp.float32)
-    return layer_decay ** (depth + 1) if layer == 'stem' else 1.0
+    return layer_decay**stem if layer == 'stem' else 1.0
 
 
 def rate_multipliers(
-    leaves: Mapping[str, Any], rules: tuple, layer_decay: float
+    leaves: Mapping[str, Any],
+    rules: tuple,
+    layer_decay: float,
+    layer_decay_from: str = 'head',
 ) -> dict[str, jax.Array | float]:
     """{name: multiplier of the learning rate} of parameters by name, {} if all have one rate.
 
@@ -40,6 +44,9 @@ def rate_multipliers(
       rules: the objective's own rows of `models.parameters.RULES`.
       layer_decay: factor of the learning rate from each block to the one before it
         (arXiv:2106.08254 section 3.1). 1: the same rate for all.
+      layer_decay_from: what has the full rate: the 'head' alone, so that of L blocks the last has
+        layer_decay times it, the first layer_decay^L and the stem layer_decay^(L + 1); or the last
+        'block', too, and the stem that of the first block (tue-mps/eomt lightning_module.py).
 
     Raises:
       UserError: the parameters have no stacked blocks, or stacks of several depths.
@@ -53,7 +60,7 @@ def rate_multipliers(
         blocks = f'stacks of {depths} blocks' if depths else 'no encoder blocks'
         raise UserError(f'optim.layer_decay is {layer_decay}, but the model has {blocks}')
     return {
-        n: rate_multiplier(found[n], len(x.shape), depths[0], layer_decay)
+        n: rate_multiplier(found[n], len(x.shape), depths[0], layer_decay, layer_decay_from)
         for n, x in leaves.items()
     }
 

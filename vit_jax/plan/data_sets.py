@@ -11,13 +11,14 @@ from vit_jax.errors import UserError
 
 # Examples of the training split and classes, for plans without the data. Sources: arXiv:2010.11929
 # section 4.1 (ImageNet, JFT-300M), arXiv:2106.04560 section 3.1 (JFT-3B; its "nearly 3 billion" in
-# round numbers), tensorflow.org/datasets/catalog (the others).
+# round numbers), tensorflow.org/datasets/catalog (the others); of the folders of ADE20K and of COCO
+# 2017 by the names of their archives.
 SIZES = {
     'imagenet2012': (1_281_167, 1000), 'imagenet21k': (14_197_122, 21_843),
     'jft_300m': (303_000_000, 18_291), 'jft_3b': (3_000_000_000, 29_593),
     'cifar10': (50_000, 10), 'cifar100': (50_000, 100), 'oxford_iiit_pet': (3_680, 37),
     'oxford_flowers102': (1_020, 102), 'places365_small': (1_803_460, 365),
-    'scene_parse150': (20_210, 150),
+    'scene_parse150': (20_210, 150), 'ADEChallengeData2016': (20_210, 150), 'coco': (118_287, 80),
 }  # fmt: skip
 VTAB_1K = {'train800': 800, 'val200': 200, 'train800val200': 1000}  # examples per split
 
@@ -64,7 +65,8 @@ def published_size(settings: Mapping | ConfigDict) -> tuple[int | None, int | No
     if name.startswith('vtab:'):
         task = vtab.task(name)
         return {**VTAB_1K, 'train': task.train}.get(split), task.classes
-    examples, classes = SIZES.get(name.partition('/')[0].partition(':')[0], (None, None))
+    first, last = name.partition('/')[0].partition(':')[0], name.rstrip('/').rpartition('/')[2]
+    examples, classes = SIZES.get(first) or SIZES.get(last) or (None, None)
     part, length = splits.size(split, examples or 0)
     return length if examples and part in ('train', 'full') else None, classes
 
