@@ -1,5 +1,6 @@
 """The commands of README.md and docs/ run, on small data; those that can't are listed here."""
 
+import itertools
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import launched
 import numpy as np
 import pytest
+import scenes
 import xla_flags
 from pages import FENCED, ROOT, commands
 from PIL import Image
@@ -31,6 +33,8 @@ STAND_INS = {  # for what a reader puts in; of its own for some commands
     'python -m vit_jax.data.prepare': {'SRC': 'images', 'DST': 'shards', 'TEST_SET': 'others'},
     'python -m vit_jax.export': {'FILE': 'exported'},
     'python -m vit_jax.plan': {'v5e:16x16': 'cpu:8'},
+    'python -m vit_jax.main --config segmenter.py': {'PATH': 'scenes'},
+    'python -m vit_jax.figures SRC --masks segmenter.py': {'PATH': 'scenes'},
     'python -m vit_jax.main': {'FILE': 'tests/tiny.py:images'},
     '': {
         'PATH_OR_TFDS_NAME': 'images', 'PATH': 'images', 'FOLDER': 'images', 'SRC': 'runs/mine',
@@ -39,8 +43,10 @@ STAND_INS = {  # for what a reader puts in; of its own for some commands
     },
 }  # fmt: skip
 SMALL = '--config.steps=2 --config.optim.warmup=0 --config.data.batch_size=8'
+SMALL_EVALS = '--config.evals.val.image_size=32 --config.evals.val.batch_size=2'
 SHORTER = {  # what makes it take seconds, added to the command
     'experiments/folder.py:PATH': f'{SMALL} --config.model.depth=1',
+    'segmenter.py:PATH --config.init_from': f'{SMALL} --config.data.image_size=32 {SMALL_EVALS}',
     'experiments/finetune.py': f'{SMALL} --config.data.image_size=64',
     'tests/denoise.py:FOLDER --workdir runs/denoise': '--config.steps=8',
     '--config FILE --step 100': '--config.steps=101',
@@ -84,9 +90,20 @@ def run(line, folder):
     return out
 
 
+def write_scenes(path):
+    """Images beside masks of three classes."""
+    rng = np.random.default_rng(0)
+    for part, i in itertools.product(('train', 'val'), range(8)):
+        for name, array in zip(('masks', 'images'), scenes.blocks((40, 50), rng, 3), strict=True):
+            file = path / part / name / f'{i}.png'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(scenes.png(array))
+    (path / 'classes.txt').write_text('a\nb\nc')
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder with the recipes, images and three runs."""
+    """A folder with the recipes, images and five runs."""
     folder = tmp_path_factory.mktemp('docs')
     for name in ('experiments', 'tests'):
         (folder / name).symlink_to(ROOT / name)
@@ -100,6 +117,10 @@ def folder(tmp_path_factory):
     train = 'python -m vit_jax.main --workdir runs/'
     run(f'{train}mine --config experiments/folder.py:images {SMALL} --config.model.depth=1', folder)
     run(f'{train}denoise --config tests/denoise.py:images --config.steps=8', folder)
+    blocks = FENCED.findall((ROOT / 'docs' / 'dense.md').read_text())
+    (folder / 'segmenter.py').write_text(next(code for kind, code in blocks if kind == 'py'))
+    write_scenes(folder / 'scenes')
+    run(filled(next(line for line in RUN if '--config segmenter.py' in line)), folder)
     for name in ('a', 'b'):
         shutil.copytree(folder / 'runs' / 'mine', folder / 'runs' / name)
     return folder

@@ -148,8 +148,8 @@ def test_a_page_has_the_worst_images_and_the_patches(run, tmp_path):
 
 
 def test_data_sets_without_label_maps_are_refused(run):
-    source, task = features.data_set_of(run, None)
+    source, task = features.data_set_of(str(run), run, None)
     assert len(source) == 9 and task.names['classes'] == tuple(CLASSES)
     with pytest.raises(UserError, match='--masks=.*: data.task is classify, not segment'):
-        features.data_set_of(None, f'{launched.TINY}:{run.parent}')
-    assert features.data_set_of(None, None) is None
+        features.data_set_of('x', None, f'{launched.TINY}:{run.parent}')
+    assert features.data_set_of('x', None, None) is None

@@ -216,7 +216,7 @@ def main(argv: Sequence[str]) -> None:
                 print(f'{len(drawn)} of {len(paths):,} images are drawn; --max_images=N draws more')
             image_results = model_page.ImageResults(found, drawn)
             stages.append(image_results.parts(out))
-        if labelled := features.data_set_of(path if is_run else None, options.masks):
+        if labelled := features.data_set_of(argv[1], path if is_run else None, options.masks):
             stages.append(features.parts(found, *labelled, out))
         stages.append([model_page.of_fields(found, name)])
     if is_run:

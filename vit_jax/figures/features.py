@@ -17,6 +17,7 @@ from vit_jax.data.overlays import BACKGROUND
 from vit_jax.data.tasks.segment import read_both
 from vit_jax.errors import UserError
 from vit_jax.figures import anatomy, model_page, overlaid, page
+from vit_jax.io import experiment
 from vit_jax.models.vit import Vit
 from vit_jax.run import workdir
 
@@ -26,13 +27,14 @@ VIEW = 'fit'
 
 
 def data_set_of(
-    run: epath.Path | None, masks: str | None
+    checkpoint: str, run: epath.Path | None, masks: str | None
 ) -> tuple[sources.Source, tasks.Task] | None:
     """A data set with label maps and its task, None if there is none.
 
     It is that of the first evaluation of label maps, else of training.
 
     Args:
+      checkpoint: its address, for an experiment that names no model.
       run: the workdir of a run.
       masks: an experiment, in place of the run's config.
     """
@@ -41,7 +43,8 @@ def data_set_of(
     if masks is None:
         config = configs.complete(workdir.read_json(run / 'config.json'))
     else:
-        config = configs.load(masks)
+        named = experiment.read(masks).get('model', {}).get('name')
+        config = configs.load(masks, [] if named else [('init_from', checkpoint)])
     if config.data.task != 'segment':
         if masks is None:
             return None

@@ -28,7 +28,8 @@ LEAST = 400  # pixels of the longer side of a picture, at least
 IOU = 'The lowest mean of intersection over union of the classes in an image.'
 SCORES = (
     'The lowest mean over objects of the best score of their class at a box of theirs '
-    f'(intersection over union {MATCHED} or more). Boxes drawn have scores above {THRESHOLD}.'
+    f'(intersection over union {MATCHED} or more). Drawn are scores above {THRESHOLD}, and the '
+    'highest.'
 )
 
 
@@ -118,7 +119,8 @@ def of_objects(
     source, rows = evaluation.source, []
     for i in sorted(scores, key=lambda i: (scores[i], i))[:SHOWN]:
         image, one = images.whole(images.read(source.records[i]['image'])), found[i]
-        kept = np.flatnonzero(one.scores > THRESHOLD)[::-1]  # the best one is on top
+        order = np.argsort(-one.scores, kind='stable')
+        kept = order[: max(np.sum(one.scores > THRESHOLD), 1)][::-1]  # the best one is on top
         truth = dict(labels=one.labels, boxes=in_shares(one.boxes, image))
         made = dict(labels=one.found_labels[kept], boxes=in_shares(one.found_boxes[kept], image))
         words = [f'{evaluation.classes[k]} {s:.2f}'
