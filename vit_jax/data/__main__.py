@@ -162,7 +162,7 @@ def main(argv: list[str], changes: Sequence) -> None:
     if options.step >= steps:
         raise UserError(f'--step is {options.step}; there are 0 to {steps - 1:,}')
     task, names = assembly.task_of(config, source), ()
-    if {'label_map', 'boxes'} & task.blank.keys():
+    if {'label_map', 'boxes', 'segments'} & task.blank.keys():
         names = task.names['classes']
         pictures, examples = annotated(config, source, task, options.step, options.count)
     else:

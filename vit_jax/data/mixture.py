@@ -96,7 +96,9 @@ def load(*, mixture: dict | None = None, **source: Any) -> sources.Source:
         offset += len(source)
         most = max(most, getattr(source.records, 'max_labels', None) or 1)
     numbered = all(source.labels == 'by_number' for source in loaded.values())
-    return sources.Source(Mixture(parts, most), classes, 'by_number' if numbered else 'by_name')
+    stuff = tuple(dict.fromkeys(name for source in loaded.values() for name in source.stuff))
+    by = 'by_number' if numbered else 'by_name'
+    return sources.Source(Mixture(parts, most), classes, by, stuff)
 
 
 def all_classes(loaded: Mapping[str, sources.Source]) -> tuple[str, ...]:

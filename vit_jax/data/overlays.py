@@ -44,14 +44,17 @@ def colour(number: int) -> tuple[float, float, float]:
 def picture(
     example: Mapping[str, np.ndarray], names: Sequence[str], line: int = 1
 ) -> Picture:
-    """Draws an example of `segment` or `detect`; a class called background is not painted.
+    """Draws an example of `segment`, `panoptic` or `detect`.
 
-    Lines along the edges of masks have a width of `line` pixels.
+    A class called background is not painted. Lines along the edges of masks have a width of `line`
+    pixels.
     """
     image = example['image']
+    clear = [k for k, name in enumerate(names) if name == BACKGROUND]
     if 'label_map' in example:
-        clear = [k for k, name in enumerate(names) if name == BACKGROUND]
         return Picture(over_label_map(image, example['label_map'], clear, line))
+    if 'segments' in example:
+        return Picture(over_segments(image, example['segments'], example['labels'], clear, line))
     used = example['labels'] >= 0
     boxes, classes = example['boxes'][used], example['labels'][used].tolist()
     if 'masks' in example:
@@ -69,6 +72,16 @@ def over_label_map(
     for number in np.setdiff1d(labels[~ignored], clear):
         image = painted(image, labels == number, colour(int(number)), line)
     return np.where(ignored[..., None], np.uint8(GREY * image), image)
+
+
+def over_segments(
+    image: np.ndarray, numbers: np.ndarray, labels: np.ndarray, clear: Sequence[int], line: int
+) -> np.ndarray:
+    """`over_label_map` of segments [H, W] with the classes `labels`, each with an edge."""
+    for number in np.flatnonzero((labels >= 0) & ~np.isin(labels, clear)):
+        image = painted(image, numbers == number, colour(int(labels[number])), line)
+    void = numbers == label_maps.ignored(numbers.dtype)
+    return np.where(void[..., None], np.uint8(GREY * image), image)
 
 
 def painted(

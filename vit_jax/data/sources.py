@@ -15,6 +15,7 @@ from vit_jax.data.readers import (
     folders,
     hf_metadata,
     pairs,
+    panoptic,
     parquet,
     prepared,
     records,
@@ -39,11 +40,13 @@ class Source(NamedTuple):
         has `name(i)` and may have `traits()`, see `readers.facts`.
       classes: names of the classes that `label` counts; empty without labels.
       labels: how the classes are matched with a model's, see `readers.names`.
+      stuff: names of the classes that are no things, of panoptic segments.
     """
 
     records: Any
     classes: tuple[str, ...]
     labels: str = 'by_name'
+    stuff: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -100,7 +103,8 @@ def load(
     - parquet files, named likewise or in data/; arrow files of Hugging Face's `save_to_disk`
     - a folder with images/ beside masks/, the masks with the names of their images, see
       `readers.pairs`
-    - a folder with a json of COCO beside its images, see `readers.coco`
+    - a folder with a json of COCO beside its images, see `readers.coco`; with a panoptic one, see
+      `readers.panoptic`
     - a folder of Pascal VOC, JPEGImages/ beside ImageSets/, see `readers.voc`
     - any other folder: images in class/, or in train/class/ and val/class/
     - `jft_like:EXAMPLESxCLASSES[@SIZE][,KEY=VALUE]...`: synthetic images, drawn as they are read,
@@ -125,7 +129,7 @@ def load(
         or by their numbers.
     """
     found = open_source(name, split, data_dir, image, label)
-    return Source(found.records, found.classes, labels)
+    return Source(found.records, found.classes, labels, found.stuff)
 
 
 def open_source(
@@ -151,8 +155,12 @@ def open_source(
     if parts:
         return open_shards(parts, address, split, image, label)
     with explain_address(address):
-        if parts := coco.find(address, files, inner):
-            return take_share(*coco.read(address, parts, split), split)
+        parts = coco.find(address, files, inner)
+        segments = panoptic.find(address, files, inner, beside=bool(parts))
+        if part in segments:
+            return take_share(*panoptic.read(address, segments, split), split)
+        if parts or segments:
+            return take_share(*coco.read(address, parts | segments, split), split)
         if parts := voc.find(address, inner):
             return Source(*voc.read(address, parts, split))
         if parts := pairs.find(address, inner):
@@ -219,7 +227,9 @@ def splits_of(name: str, data_dir: str | None = None) -> tuple[str, ...]:
         return tuple(records.read_manifest(address)['splits'])
     parts = shards.find_shards(address, files, inner)
     with explain_address(address):
-        parts = parts or coco.find(address, files, inner)
+        if not parts:
+            parts = coco.find(address, files, inner)
+            parts |= panoptic.find(address, files, inner, beside=bool(parts))
         parts = parts or voc.find(address, inner) or pairs.find(address, inner)
         return tuple(parts or folders.split_folders(address.rstrip('/')) or ('train',))
 
@@ -239,12 +249,13 @@ def held_out(name: str) -> tuple[str, dict[str, str]]:
 def take_share(found: Any, classes: Iterable[str], split: str) -> Source:
     """Makes a Source of records, or of a share of them by position."""
     _, low, high = splits.parse(split)
+    stuff = getattr(found, 'stuff', ())
     if (low, high) != (0, 100):
         start, stop = (round(len(found) * percent / 100) for percent in (low, high))
         found = Slice(found, start, stop)
     if not len(found):
         raise UserError(f'split {split!r} has no examples')
-    return Source(found, tuple(classes))
+    return Source(found, tuple(classes), stuff=stuff)
 
 
 def open_shards(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vit_jax.evaluators.pixels import in_blocks, weights_by_view
+from vit_jax.evaluators.pixels import axes_of, in_blocks
 from vit_jax.objectives import boxes
 
 TRUTH = ('id', 'mask', 'size', 'boxes', 'labels', 'crowd', 'areas')
@@ -100,26 +100,19 @@ def measured(
       canvas: (Y, X).
     """
     (height, width), (b, d) = canvas, logits.shape[:2]
-    size, places, logits = batch['size'], batch['place'], logits.astype(jnp.float32)
-    rows, columns = (
-        weights_by_view(
-            canvas[i], logits.shape[2 + i], batch['image'].shape[1 + i], places[:, i], size[:, i]
-        )
-        for i in range(2)
-    )
-    inside = [jnp.arange(canvas[i]) < size[:, i, None] for i in range(2)]  # [B, Y], [B, X]
+    logits = logits.astype(jnp.float32)
+    axes = axes_of(logits, batch, canvas)
     bits = batch.get('masks', jnp.zeros((b, 1, height, -(-width // 8)), jnp.uint8))
     m = bits.shape[1]
     blocks = (
-        in_blocks(rows, 0.0), in_blocks(inside[0][..., None], False),
+        in_blocks(axes.rows, 0.0), in_blocks(axes.in_rows[..., None], False),
         in_blocks(bits.swapaxes(1, 2).reshape(b, height, m * bits.shape[3]), 0),
     )  # fmt: skip
 
     def add(total, block):
         own, valid, true = block  # [B, R, h], [B, R, 1], [B, R, M * X / 8]
-        values = jnp.einsum('brh,bdhw->bdrw', own, logits, precision='highest')
-        values = jnp.einsum('bdrw,bxw->bdrx', values, columns, precision='highest')
-        masks = (values > 0) & (valid & inside[1][:, None])[:, None]  # [B, D, R, X]
+        values = axes.values(logits, own)  # [B, D, R, X]
+        masks = (values > 0) & (valid & axes.in_columns[:, None])[:, None]
         true = jnp.unpackbits(true.reshape(*true.shape[:2], m, bits.shape[3]), axis=-1, count=width)
         # counts of 0 and 1 are exact in float32
         common = jnp.einsum(

@@ -1,8 +1,11 @@
 """Maps of a view at the pixels of its image.
 
-Shapes: B batch, h w of the maps, H W of the view, Y X of a canvas in whose upper left corner images
-are.
+Shapes: B batch, Q maps of an example, h w of the maps, H W of the view, Y X of a canvas in whose
+upper left corner images are, R some of its rows.
 """
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +59,38 @@ def weights_by_view(
     in_view = linear(jnp.clip(scale * centres - 0.5, 0, last) + offset, size)
     in_map = weights(size, cells, size, jnp.array([[1.0, 0.0]]))[0]
     return jnp.matmul(in_view, in_map, precision='highest')
+
+
+class Axes(NamedTuple):
+    """How maps are interpolated at the pixels of images, see `axes_of`.
+
+    Attributes:
+      rows: weights [B, Y, h].
+      columns: weights [B, X, w].
+      in_rows: bool [B, Y], whether a row is one of the image.
+      in_columns: bool [B, X].
+    """
+
+    rows: jax.Array
+    columns: jax.Array
+    in_rows: jax.Array
+    in_columns: jax.Array
+
+    def values(self, maps: jax.Array, rows: jax.Array) -> jax.Array:
+        """Maps [B, Q, h, w] at rows of weights [B, R, h]: [B, Q, R, X]."""
+        part = jnp.einsum('brh,bqhw->bqrw', rows, maps, precision='highest')
+        return jnp.einsum('bqrw,bxw->bqrx', part, self.columns, precision='highest')
+
+
+def axes_of(
+    maps: jax.Array, batch: Mapping[str, jax.Array], canvas: tuple[int, int]
+) -> Axes:
+    """The Axes of maps [B, Q, h, w] of a batch with `image`, `place` [B, 2, 2], `size` [B, 2]."""
+    view, place, size = batch['image'].shape[1:3], batch['place'], batch['size']
+    return Axes(*(
+        weights_by_view(canvas[i], maps.shape[2 + i], view[i], place[:, i], size[:, i])
+        for i in range(2)
+    ), *(jnp.arange(canvas[i]) < size[:, i, None] for i in range(2)))  # fmt: skip
 
 
 def linear(at: jax.Array, count: int) -> jax.Array:

@@ -2,11 +2,12 @@
 
 A batch is {image: uint8 [B, H, W, C], mask: [B]} and the masks of the images. For semantic
 segmentation they are in label_map [B, Y, X], one for each class that is present; pixels of a label
-that is no class, such as 255, are in none. For instances and panoptic segments they are masks
-[B, M, Y, X], 1 inside, of the classes labels [B, M], which are padded with -1. Shapes: Q
-predictions, K classes.
+that is no class, such as 255, are in none. For instances they are masks [B, M, Y, X], 1 inside, of
+the classes labels [B, M], which are padded with -1; for panoptic segments segments [B, Y, X], the
+number of the label of each pixel, or a larger one. Shapes: Q predictions, K classes.
 """
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import jax
@@ -54,7 +55,8 @@ def masks(
 
     Args:
       model: ViT, as `models.build` makes it; the head is left out.
-      examples: the training examples, with `image` and either `label_map` or `masks` and `labels`.
+      examples: the training examples, with `image` and either `label_map`, or `labels` and `masks`
+        or `segments`.
       queries: number of queries Q, at least that of an example's masks.
       query_blocks: number of blocks that queries pass.
       most_masks: of a label map, the number of classes that have masks, the largest; others of an
@@ -82,16 +84,6 @@ def masks(
     def init(key):
         return net.init(key, jnp.zeros((1, *shape)))['params']
 
-    def targets_of(batch):
-        if 'label_map' in batch:
-            found = mask_losses.of_label_map(batch['label_map'], classes, most)
-        else:
-            found = mask_losses.Targets(
-                batch['labels'], batch['masks'], jnp.ones_like(batch['labels'])
-            )
-        labels = jnp.where(batch['mask'][:, None] > 0, found.labels, -1)
-        return found._replace(labels=labels)
-
     def loss(params, extra, frozen, batch, key, step):
         keys = jax.random.split(jax.random.fold_in(key, POINTS), query_blocks + 2)
         share = masked_shares(query_blocks, step / examples.steps)
@@ -99,7 +91,7 @@ def masks(
             {'params': params}, net.normalise(batch['image']), train=True, masked=share,
             rngs={'dropout': key, 'mask': keys[0]},
         )[1]  # fmt: skip
-        targets, total = targets_of(batch), dict.fromkeys(weights, 0.0)
+        targets, total = targets_of(batch, classes, most), dict.fromkeys(weights, 0.0)
         predictions = zip(keys[1:], out['logits_by_block'], out['masks_by_block'], strict=True)
         for one, logits, predicted in predictions:
             found = set_losses(
@@ -123,10 +115,11 @@ def check_masks(
     examples: Examples, classes: int, queries: int, most: int | None
 ) -> int:
     """Most masks of an example; raises UserError unless these are in the spec, and few enough."""
-    if 'masks' in examples.spec:
+    given = [name for name in ('masks', 'segments') if name in examples.spec]
+    if given:
         if 'labels' not in examples.spec:
-            raise UserError('objective masks needs `labels` beside `masks`, a class for each')
-        count = examples.spec['masks'].shape[0]
+            raise UserError(f'objective masks needs `labels` beside `{given[0]}`, a class for each')
+        count = examples.spec['labels'].shape[0]
     else:
         check_spec(examples, classes)
         count = min(classes, queries) if most is None else most
@@ -135,6 +128,23 @@ def check_masks(
             f'objective.queries is {queries}, fewer than the {count} masks that an example may have'
         )
     return count
+
+
+def targets_of(
+    batch: Mapping[str, jax.Array], classes: int, most: int
+) -> mask_losses.Targets:
+    """The true masks of a batch, up to `most` of an example; those that do not count have none."""
+    if 'label_map' in batch:
+        found = mask_losses.of_label_map(batch['label_map'], classes, most)
+    elif 'segments' in batch:
+        numbers = jnp.broadcast_to(jnp.arange(most), batch['labels'].shape)
+        found = mask_losses.Targets(batch['labels'], batch['segments'][:, None], numbers)
+    else:
+        found = mask_losses.Targets(
+            batch['labels'], batch['masks'], jnp.ones_like(batch['labels'])
+        )
+    labels = jnp.where(batch['mask'][:, None] > 0, found.labels, -1)
+    return found._replace(labels=labels)
 
 
 def masked_shares(blocks: int, progress: jax.Array) -> jax.Array:

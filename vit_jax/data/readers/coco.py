@@ -6,11 +6,12 @@ path/SPLIT/_annotations.coco.json, with the images beside it. The format is that
 "Data format", object detection.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from vit_jax.io.text import brief
 MOST_JSON = 2**32  # bytes
 ANNOTATION = ('boxes', 'labels', 'crowd', 'areas', 'ids')
 BESIDE = '_annotations.coco.json'
-NAME = re.compile(r'(?:instances_)?(.+)\.json')
+NAME = re.compile(r'(?:instances_)?(?!panoptic_)(.+)\.json')  # see `readers.panoptic`
 
 
 class Coco:
@@ -91,7 +92,9 @@ def find(path: str, files: Iterable[str], inner: set[str]) -> dict[str, tuple[st
         jsons += [f'{path}/annotations/{name}' for name in names if name.endswith('.json')]
     images = set(walk.list_folder(f'{path}/images')[1]) if jsons and 'images' in inner else set()
     for file in jsons:
-        stem = NAME.fullmatch(file.rpartition('/')[2])[1]
+        if not (named := NAME.fullmatch(file.rpartition('/')[2])):
+            continue
+        stem = named[1]
         folder = f'{path}/{stem}' if stem in inner else f'{path}/images/{stem}'
         if stem in inner | images and holds_images(folder):
             parts.setdefault(re.sub(r'\d{4}$', '', stem), (file, folder))
@@ -110,6 +113,17 @@ def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> tuple[Coco
     if part not in parts:
         raise splits.missing(path, part, parts)
     file, folder = parts[part]
+    with content_of(file, 'json') as content:
+        names, arrays, classes = parse(content)
+    return Coco(path, [f'{folder}/{name}' for name in names], arrays), classes
+
+
+@contextlib.contextmanager
+def content_of(file: str, kind: str) -> Iterator[Any]:
+    """Yields the content of a json; raises UserError where it can't be read, or what follows fails.
+
+    `kind` says in messages what of COCO it is to be.
+    """
     with ranges.reading(file):
         if '://' in file:
             fs, place = addresses.backend(file)
@@ -119,10 +133,9 @@ def read(path: str, parts: dict[str, tuple[str, str]], split: str) -> tuple[Coco
         else:
             content = storage.read_local(file, MOST_JSON)
     try:
-        names, arrays, classes = parse(json.loads(content))
+        yield json.loads(content)
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError, OverflowError) as e:
-        raise UserError(f'{file} is not a valid json of COCO: {brief(reason(e))}') from e
-    return Coco(path, [f'{folder}/{name}' for name in names], arrays), classes
+        raise UserError(f'{file} is not a valid {kind} of COCO: {brief(reason(e))}') from e
 
 
 def reason(error: Exception) -> str:

@@ -153,13 +153,13 @@ def relabel(
     source: Any, classes: Sequence[str], title: str, whose: str = "the model's"
 ) -> Any:
     """A Source with the labels of `classes`, and their names if they have any."""
-    kind, by = type(source), source.labels
+    kind, by, stuff = type(source), source.labels, source.stuff
     labels = None if by == 'by_number' else label_table(source.classes, classes, title, whose)
     if labels is not None:
-        return kind(Relabelled(source.records, labels), tuple(classes), by)
+        return kind(Relabelled(source.records, labels), tuple(classes), by, stuff)
     if are_indices(classes) or len(source.classes) > len(classes):
         return source
-    return kind(source.records, tuple(classes), by)
+    return kind(source.records, tuple(classes), by, stuff)
 
 
 class Relabelled:
