@@ -6,39 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attended import HOPPER, V4, exact
 
 from vit_jax import models, sharding
 from vit_jax.distributed import topologies
 from vit_jax.errors import UserError
-from vit_jax.models import attention, attention_kernel, memory, rotary
+from vit_jax.models import attention, attention_kernel, memory, rotary, tiling
 from vit_jax.plan import hlo_traffic
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
     reason='the TPU compiler is not installed: pip install "vit_jax[plan]"',
 )
-HOPPER = ('gpu', 'NVIDIA H100 80GB HBM3')
-V4 = ('tpu', 'TPU v4')
 SHAPE = dict(
     tokens=197, width=768, heads=12, dtype=jnp.bfloat16, dropout=0.0, capture=False, relative=False
 )  # fmt: skip
-
-
-def exact(qkv, weights, shift=0.0):
-    """Output and gradients of sum(weights * output) by qkv and shift, by hand, in float64."""
-    q, k, v = np.moveaxis(np.asarray(qkv, np.float64), 2, 0)  # [B, T, H, C]
-    scale = q.shape[-1] ** -0.5
-    e = np.einsum('bqhc,bkhc->bhqk', q, k) * scale + shift
-    e = np.exp(e - e.max(-1, keepdims=True))
-    probs = e / e.sum(-1, keepdims=True)
-    d_probs = np.einsum('bqhc,bkhc->bhqk', weights, v)
-    d_logits = probs * (d_probs - (probs * d_probs).sum(-1, keepdims=True))
-    grads = (
-        np.einsum('bhqk,bkhc->bqhc', scale * d_logits, k),
-        np.einsum('bhqk,bqhc->bkhc', scale * d_logits, q),
-        np.einsum('bhqk,bqhc->bkhc', probs, weights),
-    )  # fmt: skip
-    return np.einsum('bhqk,bkhc->bqhc', probs, v), np.stack(grads, axis=2), d_logits.sum(0)
 
 
 @pytest.mark.parametrize('images, tokens, heads, channels, rows, shifted, dtype, tolerance', [
@@ -74,10 +56,12 @@ def test_the_kernel_is_exact(
 @pytest.mark.parametrize('mesh, images, rows', [
     (None, 3, 256), (dict(data=2, fsdp=2, tensor=2), 4, 8),
 ])
-@pytest.mark.parametrize('shifted', [False, True])
-def test_the_kernel_rotates_queries_and_keys(mesh, images, rows, shifted, monkeypatch):
+@pytest.mark.parametrize('kind', ['pallas', 'shifted', 'tiled'])
+def test_the_kernels_rotate_queries_and_keys(mesh, images, rows, kind, monkeypatch):
     """As XLA does before attention, gradients included, with a shift of the logits or without."""
     monkeypatch.setattr(attention_kernel, 'ROWS', rows)
+    monkeypatch.setattr(tiling, 'ROWS', (min(rows, 16), rows))
+    shifted = kind == 'shifted'
     rope, (tokens, heads, channels) = rotary.Rope(), (21, 2, 16)
     tables = rotary.rotation(rope, (4, 5), 1, channels)
     rng = np.random.default_rng(0)
@@ -87,6 +71,8 @@ def test_the_kernel_rotates_queries_and_keys(mesh, images, rows, shifted, monkey
     arguments = (0, 1, 2) if shifted else (0, 1)
 
     def inside(qkv, bias, shift):
+        if kind == 'tiled':
+            return jnp.sum(weights * attention.tiled(qkv, bias, tables, True))
         added = shift if shifted else None
         return jnp.sum(weights * attention.pallas(qkv, bias, tables, added, True))
 
@@ -159,7 +145,11 @@ def test_auto_is_what_can_be():
 
     assert auto(V4) == auto(('tpu', 'TPU v6 lite')) == auto(V4, dtype=jnp.float32) == 'pallas'
     assert auto(V4, capture=True) == auto(V4, dropout=0.1) == auto(('tpu', 'TPU v3')) == 'xla'
-    assert auto(V4, tokens=1025) == 'xla' and auto(V4, tokens=577) == 'pallas'
+    assert auto(V4, tokens=1025) == auto(V4, tokens=4301) == 'tiled'
+    assert auto(V4, tokens=577) == 'pallas' and auto(V4, tokens=9000) == 'chunked'
+    assert auto(V4, tokens=2047, dropout=0.1) == 'xla'
+    assert auto(V4, tokens=2048, dropout=0.1) == auto(('cpu', 'cpu'), tokens=2048) == 'chunked'
+    assert auto(HOPPER, tokens=2048) == 'cudnn' and auto(V4, tokens=2048, capture=True) == 'xla'
     assert auto(V4, bias=(12, 197, 197)) == 'pallas' and auto(V4, bias=(8, 1, 197, 197)) == 'xla'
     assert auto(V4, tokens=577, bias=(12, 577, 577)) == auto(HOPPER, bias=(12, 197, 197)) == 'xla'
     assert auto(HOPPER) == 'cudnn' and auto(HOPPER, dtype=jnp.float32) == 'xla'
@@ -176,6 +166,10 @@ def test_auto_is_what_can_be():
     ('pallas', V4, dict(tokens=577, bias=(12, 577, 577)), '577 tokens of width 768 with biases of '
      '12 heads need 38 MiB on the chip, where TPU v4 has 16'),
     ('pallas', V4, dict(bias=(8, 1, 197, 197)), 'it adds no mask to the logits'),
+    ('tiled', ('cpu', 'cpu'), {}, 'for TPUs, and this is for cpu'),
+    ('tiled', V4, dict(tokens=9000), 'keys and values of 9000 tokens do not fit on the chip'),
+    ('tiled', V4, dict(bias=(12, 197, 197)), 'it adds nothing to the logits'),
+    ('chunked', V4, dict(capture=True), 'are captured'),
     ('cudnn', HOPPER, dict(bias=(12, 197, 197)), 'it adds nothing to the logits, and model.style'),
     ('cudnn', V4, {}, 'NVIDIA GPUs, and this is for TPU v4'),
     ('cudnn', ('gpu', 'NVIDIA H200'), dict(dtype=jnp.float32), 'products are in float32'),

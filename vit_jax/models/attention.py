@@ -1,4 +1,4 @@
-"""Implementations of softmax(q k^T) v: XLA's, cuDNN's, and a kernel for TPUs.
+"""Implementations of softmax(q k^T) v: XLA's, by chunks, cuDNN's, and two kernels for TPUs.
 
 Shapes: B batch, T tokens, H heads, C channels of a head, D width.
 """
@@ -14,6 +14,9 @@ from jax.typing import DTypeLike
 
 from vit_jax.errors import UserError
 from vit_jax.models import attention_kernel as kernel
+from vit_jax.models import attention_tiled, memory, tiling
+
+MANY = 2048  # tokens from which on no [B, H, T, T] is in memory, but where it is captured
 
 
 def chosen(
@@ -25,42 +28,61 @@ def chosen(
     `platform` and `device` are JAX's names of what the step is compiled for: 'tpu', 'TPU v4'.
     `bias` is the shape of what is added to the logits: [H, T, T], a shape with images, or ().
     """
-    obstacles = {'xla': None}
-    obstacles['pallas'] = obstacles['cudnn'] = (
+    found = {'xla': None}
+    found['chunked'] = (
         'it does not return the probabilities, which are captured' if capture
-        else "it adds nothing to the logits, and model.posemb is 'relative'" if relative
-        else f'it cannot drop probabilities, and model.attention_dropout is {dropout}'
-        if dropout else None
+        else "it has no keys by offset, and model.posemb is 'relative'" if relative else None
     )  # fmt: skip
-    if bias and not obstacles['cudnn']:
-        obstacles['cudnn'] = 'it adds nothing to the logits, and model.style.bias or a mask does'
-        obstacles['pallas'] = 'it adds no mask to the logits' if len(bias) > 3 else None
-    channels, biased = width // heads, heads if bias else 0
-    if platform != 'tpu':
-        obstacles['pallas'] = f'it is a kernel for TPUs, and this is for {platform}'
-    elif device in ('TPU v2', 'TPU v3'):
-        obstacles['pallas'] = f'a kernel cannot multiply bfloat16 on {device}'
-    elif not kernel.buffers(tokens, width, dtype, device, biased):
-        needed = kernel.block_bytes(tokens, width, dtype, biased) / kernel.MIB
-        biases = f' with biases of {heads} heads' if bias else ''
-        obstacles['pallas'] = (
-            f'{tokens} tokens of width {width}{biases} need {needed:.0f} '
-            f'MiB on the chip, where {device} has {kernel.available(device) / kernel.MIB:.0f}'
-        )
+    dropped = f'it cannot drop probabilities, and model.attention_dropout is {dropout}'
+    common = found['chunked'] or (dropped if dropout else None)
+    added = 'it adds nothing to the logits, and model.style.bias or a mask does' if bias else None
+    found['cudnn'] = common or added or cudnn_obstacle(device, width // heads, dtype)
+    tpu = common or (
+        f'it is a kernel for TPUs, and this is for {platform}' if platform != 'tpu'
+        else f'a kernel cannot multiply bfloat16 on {device}' if device in ('TPU v2', 'TPU v3')
+        else None
+    )  # fmt: skip
+    mask = 'it adds no mask to the logits' if len(bias) > 3 else None
+    found['pallas'] = tpu or mask or size_obstacle(tokens, width, heads, dtype, device, bias)
+    cut = tiling.plan(tokens, heads, width // heads)
+    fits = tiling.buffers(cut, dtype, device, rotary=True)
+    large = f'keys and values of {tokens} tokens do not fit on the chip of {device}'
+    found['tiled'] = tpu or added or (None if fits else large)
+    if kind == 'auto':
+        plain = ('chunked', 'xla') if tokens >= MANY else ('xla',)
+        return next(k for k in ('pallas', 'tiled', 'cudnn', *plain) if not found[k])
+    if found[kind]:
+        raise UserError(f"model.attention is {kind!r}, but {found[kind]}; 'auto' chooses")
+    return kind
+
+
+def size_obstacle(
+    tokens: int, width: int, heads: int, dtype: DTypeLike, device: str, bias: tuple[int, ...]
+) -> str | None:
+    """Why an image with all its heads, and biases of the logits, do not fit on a TPU's chip."""
+    biased = heads if bias else 0
+    if kernel.buffers(tokens, width, dtype, device, biased):
+        return None
+    needed = kernel.block_bytes(tokens, width, dtype, biased) / kernel.MIB
+    biases = f' with biases of {heads} heads' if bias else ''
+    return (
+        f'{tokens} tokens of width {width}{biases} need {needed:.0f} MiB on the chip, where '
+        f'{device} has {kernel.available(device) / kernel.MIB:.0f}'
+    )
+
+
+def cudnn_obstacle(device: str, channels: int, dtype: DTypeLike) -> str | None:
+    """Why cuDNN does not apply to a device and heads of these channels."""
     if 'NVIDIA' not in device:
-        obstacles['cudnn'] = f'it is for NVIDIA GPUs, and this is for {device}'
-    elif dtype == jnp.float32:
-        obstacles['cudnn'] = (
+        return f'it is for NVIDIA GPUs, and this is for {device}'
+    if dtype == jnp.float32:
+        return (
             'it computes in bfloat16 or float16, and products are in float32 (model.matmul_dtype, '
             'else model.dtype)'
         )
-    elif channels % 8 or channels > 128:
-        obstacles['cudnn'] = f'{channels} channels of a head are not a multiple of 8 up to 128'
-    if kind == 'auto':
-        return next(k for k in ('pallas', 'cudnn', 'xla') if not obstacles[k])
-    if obstacles[kind]:
-        raise UserError(f"model.attention is {kind!r}, but {obstacles[kind]}; 'auto' chooses")
-    return kind
+    if channels % 8 or channels > 128:
+        return f'{channels} channels of a head are not a multiple of 8 up to 128'
+    return None
 
 
 def masked(bias: jax.Array | None, attend: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -70,6 +92,21 @@ def masked(bias: jax.Array | None, attend: jax.Array, dtype: DTypeLike) -> jax.A
     """
     mask = jnp.where(attend, 0, jnp.finfo(dtype).min).astype(dtype)[:, None]
     return mask if bias is None else bias.astype(dtype) + mask
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention by cuDNN: q, k, v [B, T, H, C] -> [B, T, H, C].
+
+    JAX (0.10 and 0.11) refuses gradients for an odd T, as it checks even an absent bias, which
+    needs an even T. So an odd T is padded by one token, which the sequence lengths exclude.
+    """
+    attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+    b, t = q.shape[:2]
+    if t % 2 == 0:
+        return attend(q, k, v)
+    q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
+    lengths = memory.shard_batch(jnp.full(b, t, jnp.int32))
+    return attend(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :t]
 
 
 def on_each_device(
@@ -167,3 +204,55 @@ def backward(
 
 
 pallas.defvjp(forward, backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tiled(
+    qkv: jax.Array, bias: jax.Array, tables: tuple[jax.Array, ...] = (), interpret: bool = False
+) -> jax.Array:
+    """`pallas` by tiles, for many tokens and without a shift."""
+    return tiled_forward(qkv, bias, tables, interpret)[0]
+
+
+def tiled_forward(
+    qkv: jax.Array, bias: jax.Array, tables: tuple[jax.Array, ...], interpret: bool
+) -> tuple[jax.Array, tuple]:
+    """(`tiled`, residuals: qkv as the kernel takes it, out, its sums, bias, one table or none)."""
+
+    def local(qkv, bias, *table):
+        b, t, _, h, c = qkv.shape
+        cut = tiling.plan(t, h, c)
+        qkv = qkv.reshape(b, t, 3 * h * c) + bias.reshape(3 * h * c).astype(qkv.dtype)
+        qkv = tiling.padded(qkv, cut, h)
+        out, sums = attention_tiled.forward(qkv, *table or (None,), cut, interpret)
+        return tiling.unpadded(out, cut, h)[:, :, 0], qkv, sums
+
+    table = [jnp.concatenate(tables, axis=1)] if tables else []
+    arrays = [(0, 3), (None, 1), *places(table, None)]
+    out, qkv, sums = on_each_device(local, arrays, [(0, 2), (0, 2), (0, 1)])(qkv, bias, *table)
+    b, t, h, c = out.shape
+    out = checkpoint_name(out.reshape(b, t, h * c), 'attended').reshape(out.shape)
+    qkv, sums = checkpoint_name(qkv, 'qkv'), checkpoint_name(sums, 'sums')
+    return out, (qkv, out, sums, bias, table)
+
+
+def tiled_backward(
+    interpret: bool, residuals: tuple, d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    """Gradients of `tiled` by qkv and bias; tables have none."""
+    qkv, out, sums, bias, table = residuals
+
+    def local(qkv, out, sums, d_out, *table):
+        b, t, h, c = out.shape
+        cut = tiling.plan(t, h, c)
+        tiles = [tiling.padded(x.reshape(b, t, h * c), cut, h) for x in (out, d_out)]
+        found = attention_tiled.backward(qkv, *table or (None,), (*tiles, sums), cut, interpret)
+        d_qkv, d_bias = (tiling.unpadded(x, cut, h) for x in found)
+        return d_qkv, jnp.squeeze(d_bias, 1)
+
+    arrays = [(0, 2), (0, 2), (0, 1), (0, 2), *places(table, None)]
+    d_qkv, d_bias = on_each_device(local, arrays, [(0, 3), (0, 2)])(qkv, out, sums, d_out, *table)
+    return d_qkv, jnp.sum(d_bias, axis=0).astype(bias.dtype), None
+
+
+tiled.defvjp(tiled_forward, tiled_backward)

@@ -3,14 +3,12 @@
 Shapes: B batch, N patches, T tokens, D width, H heads, C head width (D = H * C), L depth.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vit_jax.models import attention, embedding, memory, relative, rotary
+from vit_jax.models import attention, attention_chunked, embedding, memory, relative, rotary
 from vit_jax.models.layers import Dropout, Dtype, Mlp, Projection, dropped, norm
 from vit_jax.models.memory import rounded, shard_batch
 from vit_jax.models.style import PLAIN, PROJECTIONS, Style
@@ -42,28 +40,14 @@ def by_offset(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-1], t, 2 * t - 1)[..., :t]
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention by cuDNN: q, k, v [B, T, H, C] -> [B, T, H, C].
-
-    JAX (0.10 and 0.11) refuses gradients for an odd T, as it checks even an absent bias, which
-    needs an even T. So an odd T is padded by one token, which the sequence lengths exclude.
-    """
-    attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
-    b, t = q.shape[:2]
-    if t % 2 == 0:
-        return attend(q, k, v)
-    q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
-    lengths = shard_batch(jnp.full(b, t, jnp.int32))
-    return attend(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :t]
-
-
 class Attention(nn.Module):
     """Multi-head self-attention (arXiv:1706.03762 section 3.2): [B, T, D] -> [B, T, D].
 
     `rotation` is that of rotary.rotation, for queries and keys. `bias`, of the shape [H, T, T],
     [B, 1, T, T] or [B, H, T, T], is added to the logits. `grid` (h, w) are the patches, which come
-    last among the tokens, for positions of this block's own. Returns (output, probabilities
-    [B, H, T, T], or None where `capture` is off).
+    last among the tokens, for positions of this block's own. `places`, bool [B, Q, T], are where
+    the last Q tokens before them attend to. Returns (output, probabilities [B, H, T, T], or None
+    where `capture` is off).
     """
 
     num_heads: int
@@ -82,8 +66,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None = None,
-        bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+        bias: jax.Array | None = None, places: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
         b, t, width = x.shape
         style = self.style
         heads = (self.num_heads, width // self.num_heads)
@@ -103,7 +87,12 @@ class Attention(nn.Module):
             bias = own if bias is None else bias + own
         if vector is None:
             vector = jnp.zeros((3, *heads))
-        x, captured = self.attend(qkv, vector, bias, self.rotation(t, width, rotation))
+        rotation = self.rotation(t, width, rotation)
+        x, captured = self.attend(qkv, vector, bias, rotation)
+        if places is not None:
+            first = t - self.grid[0] * self.grid[1] - places.shape[1]
+            y = self.attend_places(qkv + vector.astype(self.dtype), rotation, first, places)
+            x = jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=1)
         if 'attention' in style.norms:
             normed = norm(style.norm, self.epsilon, self.dtype, 'norm')(x.reshape(b, t, width))
             x = normed.reshape(x.shape)
@@ -145,20 +134,28 @@ class Attention(nn.Module):
             capture=self.capture, relative=self.relative, bias=() if bias is None else bias.shape,
         )  # fmt: skip
         rope = self.style.rotary
-        if kind == 'pallas' and rope is not None and (rope.learnt or rope.pairs != 'halves'):
+        in_kernel = kind in ('pallas', 'tiled')
+        if in_kernel and rope is not None and (rope.learnt or rope.pairs != 'halves'):
             q, k, v = jnp.split(qkv + vector.astype(self.dtype), 3, axis=2)  # [B, T, 1, H, C]
             q, k = (rotary.rotate(rope, x, *rotation) for x in (q, k))
             qkv, vector = jnp.concatenate([q, k, v], axis=2), jnp.zeros_like(vector)
             rotation = None
         if kind == 'pallas':
             return attention.pallas(qkv, vector, rotation or (), bias), None
+        if kind == 'tiled':
+            return attention.tiled(qkv, vector, rotation or ()), None
         qkv = checkpoint_name(qkv + vector.astype(self.dtype), 'qkv')
         q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
         if rope is not None:
             q, k = (rotary.rotate(rope, x, *rotation) for x in (q, k))
         if kind == 'cudnn':
-            return cudnn(q, k, v), None
+            return attention.cudnn(q, k, v), None
         q, k, v = (memory.keep_layout(x.swapaxes(1, 2)) for x in (q, k, v))  # [B, H, T, C]
+        if kind == 'chunked':
+            rate = 0.0 if self.deterministic else self.dropout
+            drawn = rate and self.make_rng('dropout')
+            x = attention_chunked.attend(q, k, v, bias, rate, drawn)
+            return checkpoint_name(x.swapaxes(1, 2), 'attended'), None
         q = q * q.shape[-1] ** -0.5
         logits = jnp.einsum('bhqc,bhkc->bhqk', q, k)
         if self.relative:
@@ -175,13 +172,29 @@ class Attention(nn.Module):
         x = memory.keep_layout(jnp.einsum('bhqk,bhkc->bhqc', probs, v))
         return checkpoint_name(x.swapaxes(1, 2), 'attended'), captured
 
+    def attend_places(
+        self, qkv: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, first: int,
+        places: jax.Array,
+    ) -> jax.Array:  # fmt: skip
+        """Attention [B, Q, H, C] of Q tokens from `first` on to those in `places` [B, Q, T]."""
+        q, k, v = (qkv[:, :, i] for i in range(3))  # [B, T, H, C]
+        if self.style.rotary is not None:
+            q, k = (rotary.rotate(self.style.rotary, x, *rotation) for x in (q, k))
+        q = q[:, first : first + places.shape[1]] * q.shape[-1] ** -0.5
+        logits = jnp.einsum('bqhc,bkhc->bhqk', q, k)
+        logits = jnp.where(places[:, None], logits, jnp.finfo(self.dtype).min)
+        probs = rounded(nn.softmax(logits.astype(jnp.float32)).astype(self.dtype))
+        probs = Dropout(self.dropout, deterministic=self.deterministic)(probs)
+        return jnp.einsum('bhqk,bkhc->bqhc', probs, v)
+
 
 class Block(nn.Module):
     """Encoder block (arXiv:2010.11929 eq. 2 and 3), as the body of a scan over depth.
 
     `drop_path` is the rate of this block (arXiv:1603.09382), `layer_scale` the initial value of
     per-channel residual scales (arXiv:2103.17239 eq. 3; None: no scales). Positions, its own or
-    `shared` ones, are added to its input. `grid`, `rotation` and `bias` are those of `Attention`.
+    `shared` ones, are added to its input. `grid`, `rotation`, `bias` and `places` are those of
+    `Attention`.
     """
 
     num_heads: int
@@ -222,6 +235,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, drop_path: jax.Array, shared: jax.Array | None = None,
         rotation: tuple[jax.Array, jax.Array] | None = None, bias: jax.Array | None = None,
+        places: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
         """(output, (attention probabilities, the output again)), the latter two if captured."""
         order = self.style.order
@@ -233,7 +247,7 @@ class Block(nn.Module):
             x = x + shared.astype(x.dtype)
         x = shard_batch(x)
         normed = x if order == 'post' else norms['norm1'](x)
-        y, probabilities = self.attend(normed, rotation, bias)
+        y, probabilities = self.attend(normed, rotation, bias, places)
         if order == 'post':
             y = norms['norm1'](y)
         if order == 'parallel':
@@ -248,8 +262,9 @@ class Block(nn.Module):
         return x, (probabilities, x if self.keep else None)
 
     def attend(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, bias: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, bias: jax.Array | None,
+        places: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
         """Attention with dropout: [B, T, D] -> ([B, T, D], probabilities or None)."""
         y, probabilities = Attention(
             self.num_heads,
@@ -265,7 +280,7 @@ class Block(nn.Module):
             dtype=self.matmul_dtype,
             quantize=self.quantize,
             name='attn',
-        )(x, rotation, bias)
+        )(x, rotation, bias, places)
         return Dropout(self.dropout, deterministic=self.deterministic)(y), probabilities
 
     def feed_forward(self, x: jax.Array) -> jax.Array:

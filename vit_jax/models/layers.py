@@ -143,6 +143,17 @@ class Projection(nn.Module):
         return y if bias is None else y + bias.astype(self.dtype)
 
 
+def kept(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Dropout of [..., T, D] at the rate, a multiple of 2^-16; see `Dropout`."""
+    *batch, tokens, width = x.shape
+    share = min(round(rate * 2**16), 2**16 - 1)
+    shape = (*batch, -(-tokens // 2), width)
+    words = jax.random.bits(key, shape, 'uint32')
+    halves = [(words & 0xFFFF) >= share, (words >> 16) >= share]
+    keep = jnp.concatenate(halves, axis=-2)[..., :tokens, :]
+    return jnp.where(keep, x / (1 - share / 2**16), 0)
+
+
 class Dropout(nn.Module):
     """Dropout (Srivastava et al., 2014, section 4) of [..., T, D], the rate a multiple of 2^-16.
 
@@ -158,13 +169,7 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or not self.rate:
             return x
-        *batch, tokens, width = x.shape
-        share = min(round(self.rate * 2**16), 2**16 - 1)
-        shape = (*batch, -(-tokens // 2), width)
-        words = jax.random.bits(self.make_rng('dropout'), shape, 'uint32')
-        halves = [(words & 0xFFFF) >= share, (words >> 16) >= share]
-        keep = jnp.concatenate(halves, axis=-2)[..., :tokens, :]
-        return jnp.where(keep, x / (1 - share / 2**16), 0)
+        return kept(x, self.rate, self.make_rng('dropout'))
 
 
 class Mlp(nn.Module):

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.io.bounds import Positive, Share
-from vit_jax.models import attention, block, encoder, interface, layers, memory, resizing, vit
+from vit_jax.models import block, encoder, interface, layers, memory, resizing, vit
 from vit_jax.models.around import AroundVit, encoder_of
 from vit_jax.models.flops import block_adds
 from vit_jax.models.memory import shard_batch
@@ -156,19 +156,16 @@ class MaskClassifier(AroundVit):
         self, params: Mapping[str, Any], i: int, x: jax.Array, attend: jax.Array | None,
         grid: tuple[int, int], train: bool,
     ) -> jax.Array:  # fmt: skip
-        """Block i of those that queries pass, [B, T, D] -> [B, T, D]; `attend` is [B, T, T]."""
+        """Block i of those that queries pass, [B, T, D] -> [B, T, D]; `attend` is [B, Q, T]."""
         i += self.vit.depth - self.query_blocks
         one = jax.tree.map(lambda p: p[i], params['encoder'])
         rope, before = self.vit.style.rotary, x.shape[1] - grid[0] * grid[1]
         turned = rope and rotation(rope, grid, before, self.vit.width // self.vit.num_heads)
-        bias = None
-        if attend is not None:
-            bias = attention.masked(None, attend, self.vit.product_dtype)
         kind = memory.recomputed(block.Block, self.vit.remat, False)
         module = kind(**encoder.fields_of_blocks(self.vit, grid, train), parent=None)
         rngs = {'dropout': self.make_rng('dropout')} if train else {}
         return module.apply(
-            {'params': one}, x, self.rates()[i], None, turned, bias, rngs=rngs
+            {'params': one}, x, self.rates()[i], None, turned, None, attend, rngs=rngs
         )[0]
 
     def mask_module(self, norm: Mapping[str, Any], grid: tuple[int, int], before: int) -> Any:
@@ -198,7 +195,7 @@ class MaskClassifier(AroundVit):
     def attend(
         self, masks: jax.Array, grid: tuple[int, int], before: int, share: jax.Array | None
     ) -> jax.Array:
-        """Which tokens attend to which, bool [B, T, T]: queries to the patches in their masks.
+        """Where queries attend to, bool [B, Q, T]: to the patches in their masks and the others.
 
         Each query attends to all patches with probability 1 - `share`; None: never.
         """
@@ -213,8 +210,7 @@ class MaskClassifier(AroundVit):
                 )
             drawn = jax.random.uniform(self.make_rng('mask'), (b, q, 1))
             patches = patches | (drawn > share)
-        rows = jnp.pad(patches, ((0, 0), (0, 0), (before + q, 0)), constant_values=True)
-        return jnp.pad(rows, ((0, 0), (before, n), (0, 0)), constant_values=True)
+        return jnp.pad(patches, ((0, 0), (0, 0), (before + q, 0)), constant_values=True)
 
 
 class MaskHead(nn.Module):

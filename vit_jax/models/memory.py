@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-SAVED = ('qkv', 'logits', 'attended', 'projected', 'middle', 'hidden')  # names within blocks
+# Names within blocks.
+SAVED = ('qkv', 'logits', 'sums', 'attended', 'projected', 'middle', 'hidden')
 
 
 def target() -> tuple[str, str]:

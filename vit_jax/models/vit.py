@@ -118,7 +118,7 @@ class Vit(nn.Module):
     dropout: Rate = 0.0  # dropout rate of embeddings, attention outputs and MLPs
     attention_dropout: Rate = 0.0  # dropout rate of the attention probabilities
     # implementation of attention; auto: the fastest that applies, see models/attention.py
-    attention: Literal['auto', 'xla', 'cudnn', 'pallas'] = 'auto'
+    attention: Literal['auto', 'xla', 'cudnn', 'pallas', 'tiled', 'chunked'] = 'auto'
     drop_path: Rate = 0.0  # stochastic depth rate of the last block
     # that rate rises linearly from 0 in the first block; else it is the same in all
     drop_path_rises: bool = True

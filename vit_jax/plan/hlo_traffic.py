@@ -27,7 +27,7 @@ def moved(
 ) -> int:
     """Bytes that an instruction outside of fusions reads from and writes to main memory."""
     written = [s.footprint for s in i.shapes]
-    sources = [computation[o] for o in i.operands if o in computation]
+    sources = [computation[o] for o in arguments(i) if o in computation]
     read = [sum(s.footprint for s in o.shapes) for o in sources]
     if i.opcode == 'copy-start':  # (destination, source, ...)
         return sum(written[:2])
@@ -127,9 +127,15 @@ def whole(i: Instruction) -> list[Shape]:
     return [s._replace(space=0) for s in i.shapes]
 
 
+def arguments(i: Instruction) -> list[str]:
+    """Operands by name, one of a custom call once: of what a kernel takes twice it reads parts."""
+    return list(dict.fromkeys(i.operands)) if i.opcode == 'custom-call' else list(i.operands)
+
+
 def operands(text: str) -> Iterator[tuple[Instruction, list[Shape]]]:
     """Yields each instruction of a program once, with the Shapes that it reads."""
     computations, _ = parsed(text)
     for computation in computations.values():
         for i in computation.values():
-            yield i, [s for o in i.operands if o in computation for s in whole(computation[o])]
+            arrays = (computation[o] for o in arguments(i) if o in computation)
+            yield i, [s for o in arrays for s in whole(o)]
