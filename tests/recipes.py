@@ -17,7 +17,7 @@ EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
     'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino', 'dino_probe',
-    'aim', 'deit', 'deit3', 'dinov2_ade20k',
+    'aim', 'deit', 'deit3', 'dinov2_ade20k', 'segmenter',
 )  # fmt: skip
 OWN = ('study', 'augreg_fashion', 'ssl_study')  # whose numbers were measured here
 

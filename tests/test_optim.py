@@ -91,6 +91,7 @@ def test_steps_and_ends_of_published_schedules():
      optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1, mask=lambda p:
      jax.tree_util.tree_map_with_path(lambda k, _: k[-1].key == 'kernel', p)))),
     (dict(name='sgd', momentum=0.8), optax.sgd(1e-2, momentum=0.8)),
+    (dict(name='sgd', nesterov=True), optax.sgd(1e-2, momentum=0.9, nesterov=True)),
 ])
 def test_optimizer_equals_optax(fields, peer):
     params = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, *IMAGE)))['params']

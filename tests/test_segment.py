@@ -69,29 +69,32 @@ def torch_loss(logits, batch):
     return torch.nn.functional.cross_entropy(larger, labels).item(), hits.item()
 
 
-def encoded(params, batch):
-    """Patches [B, D, h, w] of the ViT alone, as a torch tensor, of the examples that count."""
+def encoded(params, batch, blocks=1):
+    """Patches [B, F, h, w] of the ViT alone, as a torch tensor, of the examples that count."""
     import torch
 
     vit = models.build('vit/4', None, width=16, depth=2, num_heads=2, mlp_dim=24)
     images = vit.normalise(batch['image'][batch['mask'] > 0])
-    tokens = vit.apply({'params': params['vit']}, images)[1]['encoded']
-    return torch.from_numpy(np.array(tokens.reshape(-1, 4, 6, 16).transpose(0, 3, 1, 2)))
+    tokens = vit.apply({'params': params['vit']}, images, capture=('normed_by_block',))[1]
+    tokens = np.concatenate([x[:, 1:] for x in tokens['normed_by_block'][-blocks:]], axis=2)
+    return torch.from_numpy(tokens.reshape(-1, 4, 6, 16 * blocks).transpose(0, 3, 1, 2))
 
 
-def test_the_linear_head_is_batch_norm_and_a_convolution_of_pytorch():
+@pytest.mark.parametrize('blocks', [1, 2])
+def test_the_linear_head_is_batch_norm_and_a_convolution_of_pytorch(blocks):
     torch = pytest.importorskip('torch')
-    objective, batch = learner(norm_decay=0.7), a_batch()
-    params = noise(objective.init(jax.random.key(0)))
-    norm, head = torch.nn.BatchNorm2d(16, momentum=0.3), torch.nn.Conv2d(16, K, 1)
+    objective, batch = learner(norm_decay=0.7, blocks=blocks), a_batch()
+    params, width = noise(objective.init(jax.random.key(0))), 16 * blocks
+    norm, head = torch.nn.BatchNorm2d(width, momentum=0.3), torch.nn.Conv2d(width, K, 1)
     pairs = {norm.weight: params['batch_norm']['scale'], norm.bias: params['batch_norm']['bias'],
              head.weight: params['head']['kernel'].T[..., None, None],
              head.bias: params['head']['bias']}  # fmt: skip
     with torch.no_grad():
         for theirs, ours in pairs.items():
             theirs.copy_(torch.from_numpy(np.array(ours)))
-        wanted = torch_loss(head(norm(encoded(params, batch))), batch)
-        after = head(norm.eval()(encoded(params, batch))).numpy()
+        patches = encoded(params, batch, blocks)
+        wanted = torch_loss(head(norm(patches)), batch)
+        after = head(norm.eval()(patches)).numpy()
     extra = objective.extra(params)
     loss, (metrics, aux) = objective.loss(params, extra, {}, batch, jax.random.key(1), 0)
     np.testing.assert_allclose([loss, metrics['accuracy']], wanted, rtol=1e-5)
@@ -100,6 +103,22 @@ def test_the_linear_head_is_batch_norm_and_a_convolution_of_pytorch():
     np.testing.assert_allclose(extra['variance'], norm.running_var, atol=1e-5)
     found = objective.predict(extra['average'], batch)['semantic']
     assert_close(found[batch['mask'] > 0], after)
+
+
+def test_the_linear_head_without_batch_norm_is_a_convolution_of_pytorch():
+    torch = pytest.importorskip('torch')
+    objective, batch = learner(batch_norm=False, blocks=2), a_batch()
+    params = noise(objective.init(jax.random.key(0)))
+    assert params.keys() == {'vit', 'head'}
+    kernel, bias = (torch.from_numpy(np.array(params['head'][n])) for n in ('kernel', 'bias'))
+    patches = encoded(params, batch, 2)
+    wanted = torch.nn.functional.conv2d(patches, kernel.T[..., None, None], bias)
+    loss, (metrics, _) = objective.loss(params, {}, {}, batch, jax.random.key(1), 0)
+    np.testing.assert_allclose(
+        [loss, metrics['accuracy']], torch_loss(wanted, batch), rtol=1e-5
+    )
+    found = objective.predict(params, batch)['semantic']
+    assert_close(found[batch['mask'] > 0], wanted.numpy())
 
 
 def test_the_mask_transformer_is_made_of_layers_of_pytorch():

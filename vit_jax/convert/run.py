@@ -149,15 +149,17 @@ def segmenter_of(
         fields = {name: settings[f'decoder_{name}'] for name in ('depth', 'dropout')}
         count = arrays['class_tokens'].shape[1]
         return functools.partial(segmenter.around_encoder, num_classes=count, **fields)
-    count = arrays['head/bias'].shape[0]
+    count, batch_norm = arrays['head/bias'].shape[0], settings['batch_norm']
 
     def build(model):
-        if ema is False:
+        if ema is False and batch_norm:
             raise UserError(
                 'ema=False (--noema): the batch norm of a linear segmenter is by its moving '
                 "averages alone; part='encoder' has the ViT without them"
             )
-        return patch_classifier.around_encoder(model, num_classes=count)
+        return patch_classifier.around_encoder(
+            model, num_classes=count, blocks=settings['blocks'], batch_norm=batch_norm
+        )
 
     return build
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Positive, Rate
 from vit_jax.models import around, resizing, segmenter
-from vit_jax.models.patch_classifier import PatchClassifier, logits_of
+from vit_jax.models.patch_classifier import PatchClassifier, logits_of, patches_of
 from vit_jax.models.vit import Vit
 from vit_jax.objectives import Examples, Objective, class_count, headless, linear_probe
 
@@ -28,6 +28,8 @@ def segment(
     examples: Examples,
     *,
     head: Literal['linear', 'segmenter'] = 'linear',
+    blocks: Positive[int] = 1,
+    batch_norm: bool = True,
     norm_decay: Rate = 0.9,
     decoder_depth: Positive[int] = 2,
     decoder_dropout: Rate = 0.1,
@@ -46,6 +48,9 @@ def segment(
       examples: the training examples, with `image` and `label_map` in the spec.
       head: batch norm and a linear layer, as facebookresearch/dinov2 (linear_head.py), or the mask
         transformer of arXiv:2105.05633, `models.segmenter.Segmenter`.
+      blocks: number of the last blocks whose patches the head linear reads, side by side, after the
+        last norm.
+      batch_norm: whether the head linear has batch norm.
       norm_decay: decay of the moving averages of batch norm, with head linear. Evaluations, and
         what loads the run, have these averages, multiplied into the head.
       decoder_depth: blocks of the mask transformer.
@@ -56,10 +61,13 @@ def segment(
     encoder = around.encoder_of(model, 'a segmenter')
     check_spec(examples, classes)
     if head == 'linear':
-        return with_linear(encoder, examples, classes, norm_decay)
-    net = segmenter.Segmenter(encoder, classes, decoder_depth, decoder_dropout)
+        net = PatchClassifier(encoder, classes, blocks, batch_norm)
+    else:
+        net = segmenter.Segmenter(encoder, classes, decoder_depth, decoder_dropout)
     net.check()
     shape = examples.spec['image'].shape
+    if head == 'linear' and batch_norm:
+        return with_batch_norm(net, shape, norm_decay)
 
     def init(key):
         return net.init(key, jnp.zeros((1, *shape)))['params']
@@ -74,31 +82,32 @@ def segment(
         logits, _ = net.apply({'params': params}, encoder.normalise(batch['image']))
         return {'semantic': logits.transpose(0, 3, 1, 2)}
 
+    rules = segmenter.RULES if head == 'segmenter' else ()
     return Objective(
-        init, loss, predict, rules=segmenter.RULES, flops=net.flops(shape), indivisible=BESIDE
+        init, loss, predict, rules=rules, flops=net.flops(shape), indivisible=BESIDE
     )
 
 
-def with_linear(encoder: Vit, examples: Examples, classes: int, decay: float) -> Objective:
-    """`segment` with batch norm and a linear layer."""
-    net, shape = PatchClassifier(encoder, classes), examples.spec['image'].shape
-    width, (h, w) = encoder.width, encoder.grid(shape)
+def with_batch_norm(net: PatchClassifier, shape: tuple[int, ...], decay: float) -> Objective:
+    """`segment` with batch norm and a linear layer, of images [H, W, C]."""
+    width, (h, w) = net.features, net.grid(shape)
+    capture = ('normed_by_block',) if net.blocks > 1 else ()
 
     def init(key):
         return net.init(key, jnp.zeros((1, *shape)))['params']
 
     def features(params, batch, **how):
-        """Patches after the last norm, float32 [B, N, D]."""
-        images = encoder.normalise(batch['image'])
-        out = encoder.apply({'params': params['vit']}, images, **how)[1]
-        return out['encoded'].astype(jnp.float32)
+        """Patches after the last norm, float32 [B, N, F]."""
+        images = net.normalise(batch['image'])
+        out = net.vit.apply({'params': params['vit']}, images, capture=capture, **how)[1]
+        return patches_of(out, net.blocks)
 
     def loss(params, extra, frozen, batch, key, step):
         mask = batch['mask'].astype(jnp.float32)
         x = features(params, batch, train=True, rngs={'dropout': key})
         mean, variance = moments(x, mask)
         logits = logits_of(params, (x - mean) * jax.lax.rsqrt(variance + EPSILON))
-        logits = logits.reshape(-1, h, w, classes)
+        logits = logits.reshape(-1, h, w, net.num_classes)
         metrics = pixel_metrics(logits, batch['label_map'], mask)
         count = jnp.maximum(jnp.sum(mask) * h * w, 2)
         aux = {'mean': mean, 'variance': variance * count / (count - 1)}

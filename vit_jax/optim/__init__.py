@@ -126,6 +126,7 @@ def update_rule(
     b2: float,
     eps: float,
     momentum: float,
+    nesterov: bool,
     momentum_dtype: str | None,
     b2_cap: float,
     clip_update: float | None,
@@ -146,6 +147,7 @@ def update_rule(
       b2: decay of the second moment in adamw, lamb and muon's adamw.
       eps: term added to the denominator in adamw, lamb and muon's adamw.
       momentum: decay of the momentum in sgd, adafactor, lars and muon, where it is Nesterov's.
+      nesterov: whether the momentum of sgd is Nesterov's.
       momentum_dtype: dtype in which the first moment or momentum is stored. None: that of the
         parameters.
       b2_cap: upper bound of the decay 1 - t^-0.8 of the second moment in adafactor, at update t.
@@ -154,7 +156,7 @@ def update_rule(
       trust: names of the parameters whose updates have a trust ratio in lars.
       trust_coefficient: factor of the trust ratio in lars.
     """
-    trace = optax.trace(decay=momentum, accumulator_dtype=momentum_dtype)
+    trace = optax.trace(momentum, nesterov and name == 'sgd', momentum_dtype)
     if name == 'sgd':
         return trace
     if name == 'lars':
@@ -190,9 +192,10 @@ def make(
     layer_decay_from: Literal['head', 'block'] = 'head',
     freeze: tuple[Pattern, ...] | Pattern = (), only: tuple[Pattern, ...] | Pattern = (),
     hold: tuple[Pattern, ...] | Pattern = (), hold_steps: NonNegative[int] = 0,
-    hold_warmup: NonNegative[int] = 0,
-    ema: Rate | None = None, b1: Rate = 0.9, b2: Rate = 0.999, eps: Positive[float] = 1e-8,
-    momentum: Rate = 0.9, momentum_dtype: Float | None = None, b2_cap: Share = 0.999,
+    hold_warmup: NonNegative[int] = 0, ema: Rate | None = None,
+    b1: Rate = 0.9, b2: Rate = 0.999, eps: Positive[float] = 1e-8,
+    momentum: Rate = 0.9, nesterov: bool = False, momentum_dtype: Float | None = None,
+    b2_cap: Share = 0.999,
     trust: tuple[Pattern, ...] | Pattern = ('kernel$',),
     trust_coefficient: Positive[float] = 0.001, sam_rho: NonNegative[float] = 0.0,
 ) -> Optimizer:  # fmt: skip
@@ -241,7 +244,7 @@ def make(
     trusted = matching('trust', trust, leaves) if name in ('lamb', 'lars') else set()
     rule = update_rule(
         leaves, rules, name=name, b1=b1, b2=b2, eps=eps, momentum=momentum,
-        momentum_dtype=momentum_dtype, b2_cap=b2_cap, clip_update=clip_update,
+        nesterov=nesterov, momentum_dtype=momentum_dtype, b2_cap=b2_cap, clip_update=clip_update,
         trust=trusted, trust_coefficient=trust_coefficient,
     )  # fmt: skip
     held = matching('hold', hold, leaves) if hold_steps or hold_warmup else set()
