@@ -30,7 +30,7 @@ def write(root, files):
 ])
 @pytest.mark.parametrize('masks', ['masks', 'annotations'])
 @pytest.mark.parametrize('file, text', [
-    ('classes.txt', '\ufeffant\nbee\nfly\n'), ('labels.txt', 'ant\r\nbee\r\nfly'),
+    ('classes.txt', '\ufeffant\nbee\nfly\n\n'), ('labels.txt', 'ant\r\nbee\r\nfly'),
     ('classes.json', '["ant", "bee", "fly"]'), (None, ''),
 ])  # fmt: skip
 def test_folders_of_masks_and_the_names_of_their_classes(tmp_path, layout, part, masks, file, text):
@@ -92,6 +92,19 @@ def test_a_fault_in_an_annotation_of_coco_costs_one_example(tmp_path, change, wo
     assert batch['mask'].tolist() == [0, 1]
     with pytest.raises(UserError, match=f'a.png: {words}'):
         list(pipeline.examples(source, task, batch_size=2, threads=1))
+
+
+@pytest.mark.parametrize('shape, words', [
+    ((7, 8), 'its annotations are of 8 x 7 pixels, the image has 8 x 6$'),
+    ((8, 6), 'its annotations are of 6 x 8 pixels, the image has 8 x 6 as its EXIF .* shows it'),
+])
+def test_annotations_of_another_size_are_not_those_of_the_image(tmp_path, shape, words):
+    source, task = coco_task(tmp_path)
+    for i, ends in ((0, shape), (1, (6, 8))):
+        source.records.arrays['shapes'][i] = ends
+    task.read(source.records[1], None)
+    with pytest.raises(UserError, match=words):
+        task.read(source.records[0], None)
 
 
 XML = """<annotation><filename>a.jpg</filename>

@@ -217,8 +217,10 @@ def test_masks_beside_images_are_fields(tmp_path, layout, capsys, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(kinds.png(value))
     (tmp_path / layout.format('alone.png')).write_bytes(kinds.png(1))
+    (tmp_path / layout.replace('images', 'masks').format('7_mask.png')).write_bytes(kinds.png(1))
     source = sources.load(name=str(tmp_path))
-    assert 'skipped 1 images without a mask' in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert 'skipped 1 images without a mask' in line and '1 masks without an image' in line
     assert len(source) == 6 and source.classes == () and source.name(3).endswith('sub/3.jpg')
     assert sources.splits_of(str(tmp_path)) == ('train',)
     assert fed(source, 'image') == [kinds.png(i) for i in range(6)]
@@ -293,6 +295,7 @@ def test_boxes_of_coco_are_fields(tmp_path, place, folder):
     (lambda c: c['images'][0].update(file_name='../x.png'), 'is not a path below its folder'),
     (lambda c: c['images'][0].update(file_name='/etc/passwd'), 'is not a path below its folder'),
     (lambda c: c['images'][0].update(id=3), 'two images have the id 3'),
+    (lambda c: c['categories'][0].update(id=18), 'two categories have the id 18'),
     (lambda c: c['annotations'][0].update(image_id=4), 'annotation 1 has an unknown image'),
     (lambda c: c['annotations'][0].update(bbox=[1, 2, 3]), 'train.json is not a valid json'),
     (lambda c: c['annotations'][0].update(category_id=None), 'train.json is not a valid json'),

@@ -53,9 +53,15 @@ def read(
     neither is.
 
     Raises:
-      Unreadable: a box is not finite or has no area in the image, a label is no class, or the
-        fields have different lengths.
+      Unreadable: a box is not finite or has no area in the image, a label is no class, the fields
+        have different lengths, or the annotations are of an image of another size.
     """
+    annotated = record.get('annotated_shape', shape)
+    if tuple(annotated) != tuple(shape):
+        raise Unreadable(
+            f'its annotations are of {sized(annotated)} pixels, the image has {sized(shape)}'
+            f'{turned(annotated, shape)}'
+        )
     corners, own = numbers(field(record, boxes), boxes), numbers(field(record, labels), labels)
     if corners.size % 4:
         raise Unreadable(f'its {boxes} are not four numbers each')
@@ -219,6 +225,12 @@ def polygons(segmentation: Any, shape: tuple[int, int]) -> list[list[float]]:
         if (points < -size).any() or (points > 2 * size).any():
             raise Unreadable('its polygon leaves the image by more than its size')
     return [p.tolist() for p in found]
+
+
+def turned(shape: Sequence[int], image: Sequence[int]) -> str:
+    """The likely reason, for a message, why a shape is that of an image on its side, or ''."""
+    on_side = tuple(shape[:2]) == tuple(image[1::-1]) != tuple(image[:2])
+    return ' as its EXIF orientation shows it' if on_side else ''
 
 
 def sized(shape: Sequence[int]) -> str:

@@ -31,11 +31,11 @@ NAME = re.compile(r'(?:instances_)?(?!panoptic_)(.+)\.json')  # see `readers.pan
 class Coco:
     """Records of images with boxes.
 
-    They have `image` (bytes), `image_id` (int), and of the n annotations of the image `boxes`
-    float32 [n, 4] (x, y, width, height in pixels), `labels` int32 [n] (indices of the class names;
-    -1 for a category that is not listed), `crowd` bool [n], `areas` float32 [n], `ids` int64 [n]
-    and, when a task asks for it, `segmentation`, a list of what the json has: polygons or run
-    lengths.
+    They have `image` (bytes), `image_id` (int), if the json has it `annotated_shape` (height,
+    width), and of the n annotations of the image `boxes` float32 [n, 4] (x, y, width, height in
+    pixels), `labels` int32 [n] (indices of the class names; -1 for a category that is not listed),
+    `crowd` bool [n], `areas` float32 [n], `ids` int64 [n] and, when a task asks for it,
+    `segmentation`, a list of what the json has: polygons or run lengths.
     """
 
     label_fields = ('labels',)
@@ -51,6 +51,8 @@ class Coco:
         fields = {name: self.arrays[name][own] for name in ANNOTATION}
         fields['image'] = folders.file_bytes(self.paths[i])
         fields['image_id'] = int(self.arrays['image_ids'][i])
+        if min(shape := tuple(self.arrays['shapes'][i].tolist())) > 0:
+            fields['annotated_shape'] = shape
         return Record(fields, self, i)
 
     def annotations(self, i: int) -> slice:
@@ -148,15 +150,16 @@ def parse(content: Any) -> tuple[list[str], dict[str, np.ndarray], tuple[str, ..
 
     Raises ValueError, TypeError, KeyError, AttributeError or OverflowError if it is another one.
     """
-    categories = {int(one['id']): str(one['name']) for one in content['categories']}
+    categories = {k: str(one['name']) for k, one in by_number(content['categories']).items()}
     label_of = {number: label for label, number in enumerate(sorted(categories))}
-    names, index = [], {}
+    names, index, shapes = [], {}, []
     for image in content['images']:
         if not plain(image['file_name']):
             raise ValueError(f'file_name {image["file_name"]!r} is not a path below its folder')
         if index.setdefault(int(image['id']), len(names)) != len(names):
             raise ValueError(f'two images have the id {image["id"]}')
         names.append(image['file_name'])
+        shapes.append([int(image.get(side) or 0) for side in ('height', 'width')])
     own = [[] for _ in names]
     for annotation in content['annotations']:
         k = index.get(int(annotation['image_id']))
@@ -170,6 +173,7 @@ def parse(content: Any) -> tuple[list[str], dict[str, np.ndarray], tuple[str, ..
         raise ValueError('a bbox is not four numbers')
     return names, {
         'image_ids': np.array(list(index), np.int64),
+        'shapes': np.array(shapes, np.int64).reshape(-1, 2),
         'ends': np.cumsum([len(one) for one in own], dtype=np.int64),
         'boxes': boxes,
         'labels': np.array(
@@ -184,6 +188,15 @@ def parse(content: Any) -> tuple[list[str], dict[str, np.ndarray], tuple[str, ..
         'text': np.frombuffer(b''.join(texts), np.uint8),
         'text_ends': np.cumsum([len(text) for text in texts], dtype=np.int64),
     }, tuple(categories[number] for number in sorted(categories))
+
+
+def by_number(categories: Iterable[dict]) -> dict[int, dict]:
+    """{id: category}; raises ValueError if two have the same id."""
+    found = {}
+    for one in categories:
+        if found.setdefault(int(one['id']), one) is not one:
+            raise ValueError(f'two categories have the id {one["id"]}')
+    return found
 
 
 def plain(name: Any) -> bool:

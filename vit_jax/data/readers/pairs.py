@@ -89,6 +89,8 @@ def read(
                 raise UserError(f'{folder}/{stem} stands for {len(files)} files: {files[0]} ...')
     for stem in [stem for stem in images if stem not in masks]:
         skipped.add('images without a mask', images.pop(stem)[0])
+    for stem in [stem for stem in masks if stem not in images]:
+        skipped.add('masks without an image', masks[stem][0])
     stems = shares.chosen(list(images), low, high)
     if not stems:
         raise UserError(f'no images with masks in {top[0]} and {top[1]} for split {split!r}')

@@ -115,7 +115,7 @@ def parse(
 
     Raises ValueError, TypeError, KeyError, AttributeError or OverflowError if it is another one.
     """
-    categories = {int(one['id']): one for one in content['categories']}
+    categories = coco.by_number(content['categories'])
     order = sorted(categories)
     label_of = {number: label for label, number in enumerate(order)}
     own = {}

@@ -186,7 +186,7 @@ def small_file(folder: str, name: str) -> bytes | None:
 def listed_names(folders: Sequence[str], files: Sequence[str]) -> list[str] | None:
     """Names of classes in the first of `files` in any of the folders, or None.
 
-    A .txt has one a line, a .json is a list.
+    A .txt has one a line, blank lines at its end aside; a .json is a list.
     """
     for folder in folders:
         for name in files:
@@ -195,7 +195,7 @@ def listed_names(folders: Sequence[str], files: Sequence[str]) -> list[str] | No
                 continue
             try:
                 words = text.decode('utf-8-sig')  # Windows editors write a byte order mark
-                words = words.splitlines() if name.endswith('.txt') else json.loads(words)
+                words = words.rstrip().splitlines() if name.endswith('.txt') else json.loads(words)
             except (ValueError, RecursionError):
                 words = None
             if isinstance(words, list) and words and all(isinstance(w, str) for w in words):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import images, label_maps
+from vit_jax.data import annotations, images, label_maps
 from vit_jax.data.readers import names
 from vit_jax.data.readers.record import field
 from vit_jax.data.sources import Source
@@ -180,5 +180,6 @@ def check_size(mask: tuple[int, ...], image: tuple[int, ...]) -> None:
     """Raises Unreadable unless a mask has the shape of its image."""
     if mask[:2] != image[:2]:
         raise images.Unreadable(
-            f'it has {mask[1]} x {mask[0]} pixels, the image {image[1]} x {image[0]}'
+            f'it has {annotations.sized(mask)} pixels, the image {annotations.sized(image)}'
+            f'{annotations.turned(mask, image)}'
         )
