@@ -149,7 +149,7 @@ def segmenter_of(
         fields = {name: settings[f'decoder_{name}'] for name in ('depth', 'dropout')}
         count = arrays['class_tokens'].shape[1]
         return functools.partial(segmenter.around_encoder, num_classes=count, **fields)
-    count, batch_norm = arrays['head/bias'].shape[0], settings['batch_norm']
+    count, batch_norm = arrays['head/bias'].shape[0], settings.get('batch_norm', True)
 
     def build(model):
         if ema is False and batch_norm:
@@ -158,7 +158,7 @@ def segmenter_of(
                 "averages alone; part='encoder' has the ViT without them"
             )
         return patch_classifier.around_encoder(
-            model, num_classes=count, blocks=settings['blocks'], batch_norm=batch_norm
+            model, num_classes=count, blocks=settings.get('blocks', 1), batch_norm=batch_norm
         )
 
     return build
