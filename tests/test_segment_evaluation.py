@@ -12,9 +12,10 @@ from scipy import special
 from sklearn import metrics as reference
 
 from vit_jax import sharding
-from vit_jax.data import images
+from vit_jax.data import images, pipeline, sources
 from vit_jax.data.geometry import Geometry
 from vit_jax.data.tasks import make_view
+from vit_jax.data.tasks import segment as segment_task
 from vit_jax.errors import UserError
 from vit_jax.evaluators import Subject, segment
 
@@ -205,6 +206,33 @@ def test_windows_count_as_each_by_itself(folder, settings, masks):
     assert len(set(predicted)) > 2 and expected.sum() > 5000
     eight = evaluation(folder, devices=8, batch_size=8, **how, **settings, **view)
     assert eight(COLOURS) == measured(COLOURS)
+
+
+@pytest.mark.parametrize('settings', [dict(view='fit'), SLIDING[0][0]])
+def test_images_of_all_sizes_are_evaluated_by_one_program(folder, settings):
+    traced = []
+
+    def noted(params, batch):
+        traced.append(batch['image'].shape)
+        return predict(params, batch)
+
+    one = evaluation(folder, batch_size=1, predict=noted, **settings)
+    traced.clear()
+    total = sharding.put(next(one.feed()), one.mesh)
+    one.step(COLOURS, total)
+    first = len(traced)
+    one(COLOURS)
+    assert len(traced) == first > 0 and len(SHAPES) == len(set(SHAPES)) > 5
+
+
+def test_images_of_all_sizes_are_trained_by_one_program(folder):
+    source = sources.load(name=str(folder))
+    for view in ('fit', 'scale_crop', 'large_scale_jitter'):
+        task, traced = segment_task.segment(source, view=view, image_size=SIZE), []
+        step = jax.jit(lambda batch, traced=traced: traced.append(batch['image'].shape))
+        for batch, _ in zip(pipeline.batches(source, task, 0, batch_size=2), SHAPES, strict=False):
+            step(batch)
+        assert traced == [(2, *SIZE, 3)]
 
 
 def test_each_image_counts_once_on_any_devices(folder):
