@@ -36,7 +36,7 @@ ROWS = {  # of table 1
     **{f'd{n}': ('a', f'depth {n}') for n in (1, 2, 4, 12)},
     **{f'w{n}': ('b', f'width {n}') for n in (128, 256, 768, 1024)},
     'block50': ('f', 'block 50'), 'block75': ('f', 'block 75'), 'grid75': ('f', 'grid 75'),
-    'none': ('e', 'none'), 'fixed': ('e', 'crop, fixed size'),
+    'encoder': ('c', 'encoder w/ [M]'), 'none': ('e', 'none'), 'fixed': ('e', 'crop, fixed size'),
 }  # fmt: skip
 ARGS = (
     *MODELS, 'h/14,448', *(f'{model},repo' for model in MODELS), *(f'l/16,{v}' for v in ROWS),

@@ -21,7 +21,6 @@ from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.figures import restored
 from vit_jax.models import embedding
-from vit_jax.models.flops import vit_flops
 from vit_jax.models.mae import Mae, around_encoder
 from vit_jax.objectives import Examples, mae
 
@@ -219,16 +218,23 @@ def test_shares_are_exact_and_what_is_hidden_is_drawn_as_named(sampling):
     assert len({h.tobytes() for h in hidden[0.6]}) > 32
 
 
-def test_what_is_hidden_changes_no_code_and_settings_are_checked():
-    objective = learner()
+@pytest.mark.parametrize('where', ['decoder', 'encoder'])
+def test_what_is_hidden_changes_no_code(where):
+    objective = learner(mask_tokens=where)
     params = objective.init(jax.random.key(0))
-    net = around_encoder(models.build('vit/4', None, **WIDTHS), **SMALL)
+    net = around_encoder(models.build('vit/4', None, **WIDTHS), mask_tokens=where, **SMALL)
     images, noise = random_images(2, *IMAGE), random_images(2, 24)
     prediction, out = compiled(net)(params, images, noise=noise)
     patches = np.where(out['mask'][..., None], np.nan, embedding.cut(jnp.asarray(images), (4, 4)))
     blind = embedding.joined(jnp.asarray(patches), (4, 6), (4, 4))
     np.testing.assert_array_equal(net.apply({'params': params}, blind, noise=noise)[0], prediction)
-    assert objective.flops == net.flops(IMAGE)
+    hidden = np.asarray(prediction)[np.asarray(out['mask']) > 0]
+    assert len(np.unique(hidden, axis=0)) == len(hidden) == 2 * 18  # each has its position
+    assert out['visible'].shape[1] == 1 + (24 if where == 'encoder' else 6)
+    assert params['mask_token'].shape[2] == 16 and objective.flops == net.flops(IMAGE)
+
+
+def test_settings_are_checked():
     for words, settings in (
         ('hide is 0.97: none of 24 patches', dict(hide=0.97)),
         ('objective.hide is 0, which hides none', dict(hide=0.0)),
@@ -241,12 +247,14 @@ def test_what_is_hidden_changes_no_code_and_settings_are_checked():
             learner(**settings)
 
 
-def test_mask_tokens_in_the_encoder_would_cost_three_times_as_much():
+def test_mask_tokens_in_the_encoder_cost_three_times_as_much():
     """arXiv:2111.06377 table 1c: training has 3.3 times the FLOPs with them."""
-    vit, shape = models.build('vit-l/16', None), (224, 224, 3)
-    net = around_encoder(vit)
-    more = vit.flops(shape) - vit_flops(vit, shape, net.visible_count(196))
-    assert 3.2 < 1 + more / net.flops(shape) < 3.35
+    nets = (
+        around_encoder(models.build('vit-l/16', None), mask_tokens=where)
+        for where in ('encoder', 'decoder')
+    )
+    more, few = (net.flops((224, 224, 3)) for net in nets)
+    assert 3.2 < more / few < 3.35
 
 
 def test_flops_are_those_that_the_compiler_counts():

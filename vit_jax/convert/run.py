@@ -120,6 +120,7 @@ def around_of(
     if settings['name'] == 'mae':
         fields = {k: v for k, v in settings.items() if k.startswith('decoder_')}
         fields |= dict(hide=settings['hide'], normalised=settings['normalise'])
+        fields |= dict(mask_tokens=settings['mask_tokens'])
         build = functools.partial(mae.around_encoder, **fields)
         name, free, classes = 'a masked autoencoder', mae.FIELDS, None
     elif settings['name'] == 'detect':

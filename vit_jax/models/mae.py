@@ -38,6 +38,9 @@ class Mae(AroundVit):
     visible  [B, T, D]  the encoder's output after its last norm: class token, then visible
                         patches, those of least noise first
 
+    With `mask_tokens` 'encoder' it reads a mask token in place of each hidden patch (table 1c), and
+    its output, which is then of all patches in their places, is what the decoder reads.
+
     Parameters of the encoder are in the subtree `vit`. Raises UserError for a share of hidden
     patches that leaves none visible.
     """
@@ -48,6 +51,7 @@ class Mae(AroundVit):
     decoder_mlp_dim: Positive[int] | None = None  # hidden size of its MLPs; None: 4 times its width
     # positions in the decoder: fixed, or a table with a row for each prefix token and patch
     decoder_posemb: Literal['sincos2d_moco', 'learn'] = 'sincos2d_moco'
+    mask_tokens: Literal['decoder', 'encoder'] = 'decoder'  # which of them reads mask tokens first
     hide: Rate = 0.75  # share of patches that are hidden; N (1 - hide), rounded down, are visible
     normalised: bool = True  # each predicted patch has been trained to have mean 0 and variance 1
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
@@ -80,6 +84,7 @@ class Mae(AroundVit):
         """FLOPs of a forward pass over one image, counted as `Vit.flops` does."""
         h, w = self.grid(image_shape)
         visible, prefix = self.visible_count(h * w), sum(self.vit.prefix.values())
+        visible = h * w if self.mask_tokens == 'encoder' else visible
         width, tokens = self.decoder_width, h * w + prefix
         pixels = self.stride[0] * self.stride[1] * image_shape[-1]
         adds = (visible + prefix) * self.vit.width * width + tokens * width * pixels
@@ -113,22 +118,30 @@ class Mae(AroundVit):
         count = self.visible_count(n)
         order = shard_batch(jnp.argsort(noise, axis=1))
         rank = shard_batch(jnp.argsort(order, axis=1))  # of each patch in this order
-        visible, _ = self.vit(images, visible=order[:, :count], train=train)
-        prediction = self.decode(visible, rank, grid, train)
-        return prediction, {'mask': (rank >= count).astype(jnp.float32), 'visible': visible}
+        hidden, first = rank >= count, self.mask_tokens == 'encoder'
+        size = self.vit.width if first else self.decoder_width
+        token = self.param('mask_token', nn.initializers.normal(0.02), (1, 1, size))
 
-    def decode(
-        self, visible: jax.Array, rank: jax.Array, grid: tuple[int, int], train: bool
-    ) -> jax.Array:
-        """Restores patches [B, N, P * P * C] from the encoder's output [B, T, D], ranks [B, N]."""
-        (b, n), dtype, width = rank.shape, self.vit.dtype, self.decoder_width
-        before = sum(self.vit.prefix.values())
-        x = dense(width, dtype, 'decoder_embedding')(visible)
-        mask = self.param('mask_token', nn.initializers.normal(0.02), (1, 1, width))
-        hidden = jnp.tile(mask.astype(dtype), (b, n + before - x.shape[1], 1))
+        def masked(patches):
+            return shard_batch(jnp.where(hidden[..., None], token.astype(patches.dtype), patches))
+
+        read = dict(corrupt=masked) if first else dict(visible=order[:, :count])
+        visible, _ = self.vit(images, train=train, **read)
+        x = dense(self.decoder_width, self.vit.dtype, 'decoder_embedding')(visible)
+        x = x if first else self.in_places(x, token, rank)
+        return self.decode(x, grid, train), {'mask': hidden.astype(jnp.float32), 'visible': visible}
+
+    def in_places(self, x: jax.Array, token: jax.Array, rank: jax.Array) -> jax.Array:
+        """Inserts a token [1, 1, W] for each hidden patch: [B, T, W] to all N patches' places."""
+        (b, n), before = rank.shape, sum(self.vit.prefix.values())
+        hidden = jnp.tile(token.astype(x.dtype), (b, n + before - x.shape[1], 1))
         patches = shard_batch(jnp.concatenate([x[:, before:], hidden], axis=1))
         patches = shard_batch(jnp.take_along_axis(patches, rank[:, :, None], axis=1))
-        x = jnp.concatenate([x[:, :before], patches], axis=1)
+        return jnp.concatenate([x[:, :before], patches], axis=1)
+
+    def decode(self, x: jax.Array, grid: tuple[int, int], train: bool) -> jax.Array:
+        """Restores patches [B, N, P * P * C] from class token and all patches [B, T, W]."""
+        dtype, before = self.vit.dtype, sum(self.vit.prefix.values())
         x = shard_batch(x + self.positions(grid, before).astype(dtype))
         scan = self.is_initializing() or self.vit.remat != 'none'
         style = block.Style(unbiased=self.vit.style.unbiased)

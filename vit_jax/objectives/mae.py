@@ -27,6 +27,7 @@ def mae(
     hide: Rate = 0.75,
     sampling: Literal['random', 'block', 'grid'] = 'random',
     normalise: bool = True,
+    mask_tokens: Literal['decoder', 'encoder'] = 'decoder',
     decoder_width: Positive[int] = 512,
     decoder_depth: Positive[int] = 8,
     decoder_heads: Positive[int] = 16,
@@ -47,6 +48,8 @@ def mae(
         shares than 0.75 by more patches at random, or by fewer.
       normalise: whether each patch to restore has mean 0 and variance 1 (section 3), or the scale
         of the normalised image.
+      mask_tokens: whether the decoder alone reads them, or the encoder, too, which then reads all
+        patches (table 1c).
       decoder_width: size of a token in the decoder.
       decoder_depth: number of blocks of the decoder.
       decoder_heads: attention heads of each.
@@ -54,8 +57,9 @@ def mae(
     """
     model = headless(model, examples, 'mae')
     net = around_encoder(
-        model, hide=hide, normalised=normalise, decoder_width=decoder_width,
-        decoder_depth=decoder_depth, decoder_heads=decoder_heads, decoder_mlp_dim=decoder_mlp_dim,
+        model, hide=hide, normalised=normalise, mask_tokens=mask_tokens,
+        decoder_width=decoder_width, decoder_depth=decoder_depth, decoder_heads=decoder_heads,
+        decoder_mlp_dim=decoder_mlp_dim,
     )  # fmt: skip
     shape = examples.spec['image'].shape
     grid = net.grid(shape)

@@ -94,6 +94,8 @@ def beside(
     if encoder.patch_size[0] != encoder.patch_size[1]:
         y, x = encoder.patch_size
         raise UserError(f'format hf has masked autoencoders of square patches alone, not {y} x {x}')
+    if model.mask_tokens == 'encoder':
+        raise UserError("format hf has no mask tokens in the encoder (mask_tokens='encoder')")
     if model.decoder_posemb != 'learn':
         table = embedding.fixed(model.decoder_posemb, *model.grid(size), model.decoder_width)
         table = np.pad(table, ((0, 0), (sum(encoder.prefix.values()), 0), (0, 0)))
