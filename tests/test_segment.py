@@ -254,6 +254,7 @@ def test_a_run_is_loaded_as_the_segmenter_that_it_trained(head, tmp_path):
     batch = next(pipeline.batches(parts.source, parts.task, 0, batch_size=4))
     model, found = vit_jax.load(tmp_path / 'run')
     assert model.metadata.classes == ('dark', 'bright') == vit_jax.class_names(model)
+    assert vit_jax.class_names(tmp_path / 'run') == model.metadata.classes
     logits, _ = model.apply({'params': found}, model.normalise(batch['image']))
     kept = parts.objective.extra(params).get('average', params)
     wanted = parts.objective.predict(kept, batch)['semantic']

@@ -76,21 +76,27 @@ def class_names(source: Source) -> tuple[str, ...] | None:
 
     `source` is that of `preprocess`: a model from `vit_jax.load`, or anything that `load` takes.
     """
-    model, about = find_model(source)
-    return about.classes if about.classes and len(about.classes) == model.num_classes else None
+    model, about = find_model(source, whole=True)
+    count = getattr(model, 'num_classes', None)  # None of a model without classes
+    return about.classes if about.classes and len(about.classes) == count else None
 
 
 def find_model(
-    source: Any, image_size: int | Sequence[int] | None = None
+    source: Any, image_size: int | Sequence[int] | None = None, whole: bool = False
 ) -> tuple[nn.Module, Metadata]:
-    """(model, Metadata) of a model, a pair (model, parameters), or anything that `load` takes."""
+    """(model, Metadata) of a model, a pair (model, parameters), or anything that `load` takes.
+
+    Of a file or run with a model around an encoder this is the encoder unless `whole`.
+    """
     if isinstance(source, tuple) and source and hasattr(source[0], 'normalise'):
         source = source[0]
     if hasattr(source, 'normalise'):
         return source, source.metadata or UNKNOWN
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f'{type(source).__name__} is neither a model nor a checkpoint to load')
-    loaded = weights.read(source, image_size=image_size, values=False, as_input=True)
+    loaded = weights.read(
+        source, image_size=image_size, values=False, as_input=True, whole=whole
+    )
     return loaded.model, loaded.metadata
 
 

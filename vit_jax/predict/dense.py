@@ -112,7 +112,8 @@ def finder(
             boxes = np.array(list(map(box_of, made)), float).reshape(-1, 4)
             return Found(place.shape, None, scores, labels, boxes, made)
         rows = places.detections(outputs['logits'], outputs['boxes'], place)
-        kept = rows[0] > threshold
+        seen = rows[2][:, 2:].min(1) > 0  # those in the padding are nowhere in the image
+        kept = (rows[0] > threshold) & seen
         return Found(place.shape, None, *(row[kept] for row in rows))
 
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
