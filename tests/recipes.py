@@ -17,7 +17,7 @@ EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
     'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino', 'dino_probe',
-    'aim', 'deit', 'deit3', 'dinov2_ade20k', 'segmenter',
+    'aim', 'deit', 'deit3', 'dinov2_ade20k', 'segmenter', 'yolos',
 )  # fmt: skip
 OWN = ('study', 'augreg_fashion', 'ssl_study')  # whose numbers were measured here
 
@@ -40,8 +40,8 @@ def shrink_view(section, factor):
     """Scales the sides in pixels of a section's view."""
     view = section.get('view')
     if isinstance(view, dict):
-        sides = {k: round(view[k] * factor) for k in ('resize', 'smaller') if k in view}
-        section['view'] = view | sides
+        given = {k: view[k] for k in ('resize', 'smaller', 'before', 'crop') if view.get(k)}
+        section['view'] = view | jax.tree.map(lambda n: max(round(n * factor), 8), given)
 
 
 def teacher(path):

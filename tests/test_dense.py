@@ -149,6 +149,32 @@ def test_scales_are_those_of_the_published_recipes():
     assert max(w for _, w in long) <= 4096 and min(w for _, w in long) >= 1024
     fixed = make_view('fit', 64).place((300, 400), None)
     assert fixed.resized == (48, 64) and fixed.offset == (0, 0)
+    for shape, whole in ((480, 640), (800, 1067)), ((480, 1000), (640, 1333)):
+        assert make_view(dict(name='fit', smaller=800), 1333).place(shape, None).resized == whole
+
+
+@pytest.mark.parametrize('shape', [(480, 640), (640, 427), (300, 700)])
+def test_resize_or_crop_follows_detrs_rules(shape):
+    """Those of facebookresearch/detr datasets/transforms.py, to a pixel."""
+    sizes, view = range(480, 801, 32), make_view('resize_or_crop', 1333)
+    whole_image, seen, wholes = np.float32([[0, 0, shape[1], shape[0]]]), set(), 0
+    for seed in range(300):
+        found = view.place(shape, np.random.default_rng(seed))
+        y, x, *part = found.window
+        small, large = sorted(part)
+        expected = [(s, s * large / small) for s in sizes]
+        expected = [(a, b) if b <= 1333 else (1333 * small / large, 1333) for a, b in expected]
+        assert np.abs(np.subtract(expected, sorted(found.resized))).max(1).min() <= 1
+        scales = [before / min(shape) for before in (400, 500, 600)]
+        assert found.window == (0, 0, *shape) or any(
+            all(384 - scale <= n * scale <= 600 + scale for n in part) for scale in scales
+        )
+        assert y + part[0] <= shape[0] and x + part[1] <= shape[1]
+        [box], _ = found.boxes(whole_image)  # padding is on the right and below
+        np.testing.assert_allclose(box, [0, 0, *found.resized[::-1]], atol=1e-3)
+        wholes += part == [*shape]
+        seen.add((found.flip, min(found.resized)))
+    assert len(seen) > 15 and 120 < wholes < 180
 
 
 def test_a_batch_does_not_depend_on_how_many_read_it():

@@ -395,6 +395,18 @@ def test_fields_override_what_was_read():
         load.read(PRE_LOGITS, epsilom=1e-3)
 
 
+def test_a_table_before_each_block_begins_as_that_of_the_stem():
+    stem, params = vit_jax.load(PRE_LOGITS, image_size=(48, 80))
+    model, by_layer = vit_jax.load(PRE_LOGITS, image_size=(48, 80), posemb_at='layers')
+    table = by_layer['encoder']['posemb']
+    assert table.shape == (model.depth, *params['posemb'].shape) and 'posemb' not in by_layer
+    images = np.random.default_rng(0).normal(size=(2, 48, 80, 3)).astype(np.float32)
+    found, wanted = (
+        m.apply({'params': p}, images)[0] for m, p in ((model, by_layer), (stem, params))
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_heads_of_fused_weights_are_asked_for_where_nothing_tells_them(tmp_path):
     shutil.copy(DATA / 'timm_vit_token' / 'model.safetensors', tmp_path / 'a.safetensors')
     with pytest.raises(UserError, match=r'width 48 has; give num_heads='):

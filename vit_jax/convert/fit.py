@@ -1,7 +1,7 @@
 """Builds a model and its parameters from a parsed file, and accounts for every array."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -82,7 +82,13 @@ def fit(
 
 
 def with_table(parsed: Parsed, fields: dict[str, Any]) -> Parsed:
-    """`parsed` with a table of its fixed positions if the model is to learn them from there on."""
+    """`parsed` with a table of its fixed positions if the model is to learn them from there on.
+
+    If it is to have a table before each block and the file has that of the stem, it is that of the
+    first block; others are zeros.
+    """
+    if fields.get('posemb_at') == 'layers' and parsed.fields.get('posemb_at', 'stem') == 'stem':
+        return parsed._replace(pieces=lambda m: with_layers(parsed.pieces, m))
     kind = parsed.fields.get('posemb')
     if kind not in embedding.FIXED or fields.get('posemb') != 'learn' or not parsed.image_size:
         return parsed
@@ -94,6 +100,16 @@ def with_table(parsed: Parsed, fields: dict[str, Any]) -> Parsed:
         arrays=parsed.arrays | {name: array_in_memory(table)}, table=(name, table.shape[1]),
         pieces=lambda m: [*parsed.pieces(m), Piece(name, 'posemb')],
     )
+
+
+def with_layers(pieces: Callable[[nn.Module], list[Piece]], model: nn.Module) -> list[Piece]:
+    """Pieces of a model with a table before each block, of a file with that of the stem."""
+    if getattr(model, 'posemb_at', '') != 'layers':
+        return pieces(model)
+    own, table = pieces(model.clone(posemb_at='stem')), 'encoder/posemb'
+    first = [p._replace(ours=table, index=(0,)) if p.ours == 'posemb' else p for p in own]
+    others = range(1, model.depth)
+    return first + [Piece(f'positions of block {i}', table, (i,), optional=True) for i in others]
 
 
 def classes_of(parsed: Parsed, model: nn.Module) -> tuple[str, ...] | None:

@@ -25,7 +25,7 @@ from vit_jax.data.central import (
 )
 from vit_jax.data.geometry import Geometry
 from vit_jax.data.images import Box, Size
-from vit_jax.data.jitter import large_scale_jitter, mirror, scale_crop
+from vit_jax.data.jitter import large_scale_jitter, mirror, resize_or_crop, scale_crop
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Interval, NonNegative, Pixels, Positive, Range, Share
 
@@ -271,7 +271,7 @@ VIEWS = {
     f.__name__: f
     for f in (
         resize, central, small_central, fit, resize_crop, small_crop, random_crop, inception,
-        inception_torchvision, scale_crop, large_scale_jitter, shift, affine,
+        inception_torchvision, scale_crop, resize_or_crop, large_scale_jitter, shift, affine,
     )
 }  # fmt: skip
 FIXED = ('central', 'fit', 'resize', 'small_central')  # deterministic

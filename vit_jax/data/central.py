@@ -98,6 +98,7 @@ def fit(
     rng: Generator | None,
     *,
     size: Size,
+    smaller: Pixels | None = None,
     place: Place = 'corner',
     method: Method = 'bilinear',
     antialias: bool = True,
@@ -105,11 +106,13 @@ def fit(
     """Resizes the whole image to fit into the size at its aspect ratio, and pads it with black.
 
     Args:
+      smaller: bound of its smaller side in pixels. None: the size alone bounds it.
       place: where the image is: in the upper left corner, or in the centre.
       method: interpolation: 'area' averages the pixels that an output pixel covers.
       antialias: whether to widen the filter where the image shrinks, as Pillow does.
     """
-    whole = fitted(shape, size)
+    scale = min(n / side for n, side in zip(size, shape, strict=True))
+    whole = fitted(shape, size, 1.0 if smaller is None else min(smaller / min(shape) / scale, 1.0))
     centre = place == 'centre'
     y, x = ((part - n) // 2 if centre else 0 for n, part in zip(whole, size, strict=True))
     return Geometry((0, 0, *shape), whole, size, (-y, -x), method=method, antialias=antialias)

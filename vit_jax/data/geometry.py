@@ -88,14 +88,14 @@ class Geometry(NamedTuple):
         return start + indices, (places >= 0) & (places < whole)
 
     def boxes(self, boxes: np.ndarray, least: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        """Moves boxes [N, 4], (x0, y0, x1, y1), with the image and clips them to the output.
+        """Moves boxes [N, 4], (x0, y0, x1, y1), with the image and clips them to what is seen.
 
-        A warped box is the smallest upright one around it.
+        A warped box is the smallest upright one around it, clipped to the output.
 
         Args:
           boxes: edges in pixels of the image.
-          least: share of a moved box's area that must be inside of the output for the box to be
-            kept. Boxes without any area are dropped.
+          least: share of a moved box's area that must be seen for the box to be kept. Boxes without
+            any area are dropped.
 
         Returns:
           (float32 [M, 4] in pixels of the output, int [M]: indices of the boxes that are kept).
@@ -104,12 +104,17 @@ class Geometry(NamedTuple):
         corners = boxes.astype(np.float64).reshape(-1, 4)[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]
         scale = self.resized[1] / w, self.resized[0] / h
         moved = (corners - (left, top)) * scale - self.offset[::-1]  # [N, 4 corners, (x, y)]
+        low, high = np.zeros(2), np.array([width, height])
         if self.warp is not None:
             moved = (moved - self.warp[:, 2]) @ np.linalg.inv(self.warp[:, :2]).T
+        else:
+            low = np.maximum(low, np.negative(self.offset[::-1]))
+            high = np.minimum(high, np.subtract(self.resized, self.offset)[::-1])
         if self.flip:
             moved[..., 0] = width - moved[..., 0]
+            low[0], high[0] = width - high[0], width - low[0]
         moved = np.concatenate([moved.min(1), moved.max(1)], axis=1)
-        clipped = np.clip(moved, 0, [width, height] * 2)
+        clipped = np.clip(moved, [*low, *low], [*high, *high])
         area, seen = area_of(moved), area_of(clipped)
         kept = np.flatnonzero((seen > 0) & (seen >= least * area))
         return clipped[kept].astype(np.float32), kept

@@ -43,6 +43,56 @@ def large_scale_jitter(
     return Geometry((0, 0, *shape), whole, size, (y, x), None, mirrored, method, antialias)
 
 
+def resize_or_crop(
+    shape: Size,
+    rng: Generator,
+    *,
+    size: Size,
+    smaller: tuple[Pixels, ...] = tuple(range(480, 801, 32)),
+    before: tuple[Pixels, ...] = (400, 500, 600),
+    crop: Interval[Pixels] = (384, 600),
+    flip: bool = True,
+    method: Method = 'bilinear',
+    antialias: bool = True,
+) -> Geometry:
+    """Resizes the image, or with probability 1/2 a random window of it, to one of several sizes.
+
+    DETR's training view (facebookresearch/detr datasets/coco.py), in one step, so that windows
+    begin and end at pixels of the image. The aspect ratio is kept; padding is on the right and
+    below in mirrored images, too.
+
+    Args:
+      smaller: the smaller side becomes one of these, or less where the other would not fit into the
+        size.
+      before: a window is cut from the image after its smaller side has become one of these.
+      crop: the window's sides are uniform in this range, as far as this image reaches.
+      flip: whether to mirror left to right with probability 1/2.
+      method: interpolation: 'area' averages the pixels that an output pixel covers.
+      antialias: whether to widen the filter where the image shrinks, as Pillow does.
+    """
+    window = (0, 0, *shape)
+    if rng.integers(2):
+        factor = int(rng.choice(before)) / min(shape)
+        whole = [max(1, int(n * factor)) for n in shape]
+        low, high = crop
+        sides = [int(rng.integers(min(low, n), min(high, n) + 1)) for n in whole]
+        start = [int(rng.integers(n - part + 1)) for n, part in zip(whole, sides, strict=True)]
+        corner = [min(round(n / factor), most - 1) for n, most in zip(start, shape, strict=True)]
+        ends = [
+            min(max(round((n + part) / factor), first + 1), most)
+            for n, part, first, most in zip(start, sides, corner, shape, strict=True)
+        ]
+        window = (*corner, ends[0] - corner[0], ends[1] - corner[1])
+    part = window[2:]
+    whole = fitted(part, size)
+    wanted = int(rng.choice(smaller)) / min(part)
+    if wanted < min(n / side for n, side in zip(size, part, strict=True)):
+        whole = tuple(max(1, int(n * wanted + 1e-6)) for n in part)
+    mirrored = mirror(rng, flip)
+    x = whole[1] - size[1] if mirrored else 0
+    return Geometry(window, whole, size, (0, x), None, mirrored, method, antialias)
+
+
 def scale_crop(
     shape: Size,
     rng: Generator,
