@@ -17,7 +17,7 @@ EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
     'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino', 'dino_probe',
-    'aim', 'deit', 'deit3', 'dinov2_ade20k', 'segmenter', 'yolos',
+    'aim', 'deit', 'deit3', 'dinov2_ade20k', 'segmenter', 'yolos', 'eomt',
 )  # fmt: skip
 OWN = ('study', 'augreg_fashion', 'ssl_study')  # whose numbers were measured here
 
@@ -84,7 +84,7 @@ def dense(values, data_dir):
     source = dict(name=folder_of_scenes(pathlib.Path(data_dir) / task, objects=task == 'detect'))
     smaller = dict(queries=8, query_blocks=1, points=16, most_masks=4)
     objective |= {name: n for name, n in smaller.items() if name in objective}
-    data |= {'classes': 5} if 'classes' in data else {}
+    data |= dict(classes=5) if data['task'] == 'segment' else dict(most=8)
     for one in values['evals'].values():
         part = 'val' if task == 'detect' else 'validation'
         one |= dict(image_size=32, source=dict(source, split=part))

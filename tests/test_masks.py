@@ -209,6 +209,11 @@ def test_masked_attention_ends_block_by_block_and_is_gone():
         [1, 1, 1, 1], [1, 1, 1, 1], [by_hand, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1],
         [0, 0, 0, by_hand], [0, 0, 0, 0], [0, 0, 0, 0],
     ], atol=1e-5)  # fmt: skip
+    # tue-mps/eomt configs/dinov2/coco/panoptic/eomt_giant_640.yaml: of 88,692 steps
+    starts, lasts = [14782, 25869, 36955, 48042, 59128], [29564, 40651, 51737, 62824, 73910]
+    for steps, share in (starts, 1), (lasts, 0):
+        found = [masks.masked_shares(5, n / 88_692)[i] for i, n in enumerate(steps)]
+        np.testing.assert_allclose(found, share, atol=2e-4)
     net = around_encoder(models.build('vit/4', None, **WIDTHS), num_classes=K, query_blocks=2)
     images = random_images(2, *IMAGE)
     params = net.init(jax.random.key(0), images)['params']

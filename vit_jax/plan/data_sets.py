@@ -19,6 +19,7 @@ SIZES = {
     'cifar10': (50_000, 10), 'cifar100': (50_000, 100), 'oxford_iiit_pet': (3_680, 37),
     'oxford_flowers102': (1_020, 102), 'places365_small': (1_803_460, 365),
     'scene_parse150': (20_210, 150), 'ADEChallengeData2016': (20_210, 150), 'coco': (118_287, 80),
+    'coco/panoptic': (118_287, 133),
 }  # fmt: skip
 VTAB_1K = {'train800': 800, 'val200': 200, 'train800val200': 1000}  # examples per split
 
@@ -66,6 +67,8 @@ def published_size(settings: Mapping | ConfigDict) -> tuple[int | None, int | No
         task = vtab.task(name)
         return {**VTAB_1K, 'train': task.train}.get(split), task.classes
     first, last = name.partition('/')[0].partition(':')[0], name.rstrip('/').rpartition('/')[2]
+    if split.startswith('panoptic_'):
+        last, split = f'{last}/panoptic', split.removeprefix('panoptic_')
     examples, classes = SIZES.get(first) or SIZES.get(last) or (None, None)
     part, length = splits.size(split, examples or 0)
     return length if examples and part in ('train', 'full') else None, classes
