@@ -66,7 +66,7 @@ def chip_bytes(cut: Plan, dtype: DTypeLike, rotary: bool, buffers: int) -> int:
     whole = 3 * buffers * size + 2 * 4  # keys, values and a gradient; sums in float32
     if rotary:
         whole += size + 4 * -(-2 * cut.channels // LANES) * LANES // cut.lanes
-    tiles = cut.rows * (8 * cut.lanes * size + 8192) + 2.3 * cut.rows * tokens
+    tiles = cut.rows * (8 * cut.lanes * size + 8192) + (1.1 + 0.6 * size) * cut.rows * tokens
     return int(tokens * cut.lanes * whole + tiles)
 
 
