@@ -21,6 +21,7 @@ from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.models.parameters import named_leaves
 from vit_jax.objectives import dino
+from vit_jax.plan import hlo
 from vit_jax.run import checkpoint
 
 FILE = pathlib.Path(tiny_dino.__file__)
@@ -113,6 +114,22 @@ def test_eight_devices_are_one_on_any_mesh(folder, one):
         whole = [n for n, x in named_leaves(tree).items() if x.sharding.is_fully_replicated]
         assert all(x.endswith(('bias', 'scale', 'cls', 'posemb')) for x in whole)
         assert not any('prototypes' in x for x in whole)
+
+
+@pytest.mark.slow
+def test_local_crops_gather_no_weights_again(folder):
+    def gathered(local_count):
+        how = {'mesh.fsdp': 8, 'data.local_count': local_count, 'data.batch_size': 8}
+        full, parts = parts_of(folder, devices=8, **how)
+        advance = step.compiled(parts.objective, parts.tx, parts.abstract, parts.mesh)
+        batch = next(pipeline.batches(parts.source, parts.task, full.seed, batch_size=8))
+        state = step.init(parts.objective, parts.tx, full.seed, parts.abstract)
+        program = advance.lower(state, sharding.put(batch, parts.mesh), {}).compile()
+        found = hlo.read(program.as_text()).collectives
+        weights = sum(x.nbytes for x in jax.tree.leaves(state.params['vit']['encoder']))
+        return sum(x.bytes * x.times for x in found if x.kind == 'all-gather') / weights
+
+    assert 2 <= gathered(3) == gathered(0) < 3  # the student's and the teacher's, and the head
 
 
 def test_micro_batches_add_up(folder, one):

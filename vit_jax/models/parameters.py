@@ -3,12 +3,15 @@
 A name is a path in the tree of parameters, such as 'encoder/attn/qkv/kernel'.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from vit_jax.errors import UserError
 
@@ -96,6 +99,41 @@ def find_rule(name: str, shape: tuple[int, ...], rules: tuple = ()) -> Rule:
         f'no sharding rule for {name} {list(shape)}; the `rules` of an objective have a row for '
         'each array of its own (docs/extending.md)'
     )
+
+
+def gathered(params: Any, dtype: DTypeLike) -> Any:
+    """Parameters without FSDP's sharding, gathered once for all passes that read them.
+
+    What FSDP shards has the dtype then, in which products read it anyway. Whole weights of this
+    dtype are in memory; gradients are scattered as each pass has them. Without FSDP returns
+    `params` themselves.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get('fsdp', 1) == 1:
+        return params
+
+    def whole(name, x):
+        spec = find_rule(name, x.shape).spec
+        if 'fsdp' not in spec:
+            return x
+        return gathered_array(x, P(*(None if a == 'fsdp' else a for a in spec)), spec, dtype)
+
+    return map_by_name(whole, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gathered_array(x: jax.Array, spec: P, gradient: P, dtype: DTypeLike) -> jax.Array:
+    """x as `dtype`, sharded by `spec`; its gradient is sharded by `gradient`."""
+    return jax.lax.with_sharding_constraint(x.astype(dtype), spec)
+
+
+gathered_array.defvjp(
+    lambda x, spec, gradient, dtype: (
+        gathered_array(x, spec, gradient, dtype), jnp.zeros((), x.dtype)
+    ),
+    lambda spec, gradient, dtype, like, d: (
+        jax.lax.with_sharding_constraint(d, gradient).astype(like.dtype),
+    ),
+)
 
 
 def check_same(params: Any, expected: Any, origin: str) -> None:

@@ -19,7 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.io.bounds import NonNegative, Positive, Rate
 from vit_jax.models import resizing
 from vit_jax.models.memory import shard_batch
-from vit_jax.models.parameters import map_by_name
+from vit_jax.models.parameters import gathered, map_by_name
 from vit_jax.models.prototypes import RULES, Prototypes, unit
 from vit_jax.models.vit import Vit
 from vit_jax.objectives import Examples, Objective, headless, masked_mean
@@ -60,6 +60,9 @@ def dino(
     spread over the sphere, 0 where they are equal for all images (arXiv:2011.10566 section 4.1).
     A warning says that these have collapsed where the deviation is below 0.01, or the two entropies
     within 0.001: the outputs are then the same for all images, uniform or of one prototype.
+
+    With FSDP the student's weights are gathered once a step, for both passes and their gradients:
+    they are in memory whole, in the dtype of products.
 
     Args:
       model: a ViT with a class token, as `models.build` makes it.
@@ -107,8 +110,9 @@ def dino(
         seen = run(extra['average']['vit'], batch['global'])
         outputs = jax.lax.stop_gradient(logits(extra['average'], seen))  # [B, 2, K]
         targets = jax.nn.softmax((outputs - extra['center']) / temperature(step))
+        whole = gathered(params['vit'], vit.product_dtype)  # for the passes of both sizes
         features = [
-            run(params['vit'], batch[kind], jax.random.fold_in(key, i))
+            run(whole, batch[kind], jax.random.fold_in(key, i))
             for i, kind in enumerate(kinds)
         ]
         student = logits(params, jnp.concatenate(features, axis=1)) / student_temperature
