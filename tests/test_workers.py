@@ -235,3 +235,30 @@ def test_ctrl_c_within_a_destructor_is_not_lost(before, tmp_path):
         cwd=pathlib.Path(__file__).parent.parent, env=os.environ | {'PYTHONPATH': '.'},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (130, 'interrupted\n')
+
+
+STARTING = """
+import os, signal, threading, time
+from vit_jax.data.workers import ignore_signals
+
+go = threading.Event()
+
+def other():
+    go.wait()
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+threading.Thread(target=other).start()
+try:
+    with ignore_signals():
+        go.set()
+        for _ in range(20):  # this thread has blocked the signal, the other one not
+            time.sleep(0.01)
+        print('started', flush=True)
+except KeyboardInterrupt:
+    print('interrupted')
+"""
+
+
+def test_a_signal_to_another_thread_does_not_leave_a_process_half_started():
+    done = subprocess.run([sys.executable, '-c', STARTING], capture_output=True, text=True)
+    assert done.stdout.split() == ['started', 'interrupted'], done.stderr

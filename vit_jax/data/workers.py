@@ -31,15 +31,38 @@ def ignore_signals() -> Iterator[None]:
     """Blocks SIGNALS, which go to the whole group, in threads and processes started in the block.
 
     They inherit the signal mask of this thread, so there is no moment at which a signal reaches
-    them. This process receives pending signals at the end of the block.
+    them. This process handles its signals at the end of the block.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    with postpone_handlers():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        try:
+            resource_tracker.ensure_running()  # it unblocks all but SIGHUP when it starts
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def postpone_handlers() -> Iterator[None]:
+    """Calls the handlers of SIGNALS at the end of the block, where this is the main thread.
+
+    What this thread blocks the system gives to another one, such as NumPy's, and Python calls the
+    handler in the main thread: it would leave a process half started.
+    """
+    received, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():
+        known = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        handlers = {signum: handler for signum, handler in known.items() if callable(handler)}
+    for signum in handlers:
+        signal.signal(signum, lambda number, frame: received.append(number))
     try:
-        resource_tracker.ensure_running()  # it unblocks all but SIGHUP when it starts
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for signum in received:
+            signal.raise_signal(signum)
 
 
 def call_ignoring_signals(call: Callable[[], Any]) -> Any:

@@ -45,8 +45,8 @@ def results(
             process = context.Process(target=work, args=(job, theirs), daemon=True)
             with ignore_signals():
                 process.start()
+                busy[pipe] = process, queue.pop()
             theirs.close()  # so that the pipe ends when the worker dies
-            busy[pipe] = process, queue.pop()
             send_task(pipe, busy[pipe][1])
         while busy:
             for pipe in connection.wait(list(busy)):
