@@ -227,6 +227,7 @@ def flags(teacher):
             for n, v in x.items()]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit_names_its_teacher_and_outlives_it(folder, tmp_path):
     teacher, run = teacher_at(tmp_path / 'teacher', 5), tmp_path / 'run'
     whole = in_process.run(folder, tmp_path / 'whole', *flags(teacher))
