@@ -37,11 +37,13 @@ def given(name, arg):
 
 
 def shrink_view(section, factor):
-    """Scales the sides in pixels of a section's view."""
+    """Scales the sides in pixels of a section's view; floats are shares of a side."""
     view = section.get('view')
     if isinstance(view, dict):
         given = {k: view[k] for k in ('resize', 'smaller', 'before', 'crop') if view.get(k)}
-        section['view'] = view | jax.tree.map(lambda n: max(round(n * factor), 8), given)
+        section['view'] = view | jax.tree.map(
+            lambda n: n if isinstance(n, float) else max(round(n * factor), 8), given
+        )
 
 
 def teacher(path):
