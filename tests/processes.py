@@ -71,16 +71,19 @@ class Run:
     """Processes that train in one workdir, each with its log; all end with the block."""
 
     def __init__(
-        self, folder, workdir, count, devices, *flags, stop_in=(None, ''), only=None, cwd=None
+        self, folder, workdir, count, devices, *flags, stop_in=(None, ''), only=None, cwd=None,
+        config=None,
     ):  # fmt: skip
         """`stop_in` is (process, 'module:function'); of `only` these processes none is missing.
 
-        `cwd` is {process: folder}, where a relative `folder` is another one for each.
+        `cwd` is {process: folder}, where a relative `folder` is another one for each. `config` is
+        another file than tests/tiny.py.
         """
         self.workdir, self.count = workdir, count
         self.logs = [pathlib.Path(f'{workdir}.{i}.log') for i in range(count)]
         self.seen = [len(log.read_text()) if log.exists() else 0 for log in self.logs]
         port = free_port()
+        file, flags = (config, flags) if config else (launched.TINY, (*TINY, *flags))
         self.processes = {}
         for i in range(count) if only is None else only:
             place = [f'--coordinator=localhost:{port}', f'--num_processes={count}',
@@ -91,8 +94,8 @@ class Run:
             }  # fmt: skip
             with self.logs[i].open('a') as log:
                 self.processes[i] = subprocess.Popen(
-                    [sys.executable, '-m', 'vit_jax.main', f'--config={launched.TINY}:{folder}',
-                     f'--workdir={workdir}', *TINY, *place, *flags],
+                    [sys.executable, '-m', 'vit_jax.main', f'--config={file}:{folder}',
+                     f'--workdir={workdir}', *flags, *place],
                     stdout=log, stderr=log, env=environment, cwd=cwd and cwd[i],
                 )  # fmt: skip
 
@@ -140,9 +143,9 @@ class Run:
         return found
 
 
-def finish(folder, workdir, count, devices, *flags):
-    """A whole run, in which all processes must end with status 0."""
-    with Run(folder, workdir, count, devices, *flags) as run:
+def finish(folder, workdir, count, devices, *flags, **options):
+    """A whole run, in which all processes must end with status 0; `options` are those of `Run`."""
+    with Run(folder, workdir, count, devices, *flags, **options) as run:
         statuses = run.ended()
         assert set(statuses.values()) == {0}, run.says()
         return run

@@ -1,10 +1,15 @@
-"""Runs that learn masks and boxes, killed and moved to other devices."""
+"""Runs that learn masks and boxes, killed and moved to other devices, and evaluated on several."""
 
+import jax
 import launched
 import numpy as np
+import processes
 import pytest
+import tiny_dense
 import tiny_detect
 import tiny_segment
+
+from vit_jax import assembly, config
 
 STEPS = 24
 SAME = (  # small steps, and not Adam's: differences by rounding must not grow
@@ -63,3 +68,20 @@ def test_killed_it_resumes_to_the_bit_and_moves_to_other_devices(folder, tmp_pat
         assert ours.keys() == theirs.keys() and ours['step'] == theirs['step']
         if 'loss' in ours:
             np.testing.assert_allclose(ours['loss'], theirs['loss'], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_evaluations_on_two_processes_count_each_image_once(tmp_path):
+    """Seven images in batches of four, on two processes with two devices each."""
+    folder, file = tiny_dense.write(tmp_path / 'data'), tiny_dense.__file__
+    processes.finish(folder, tmp_path / 'run', 2, 2, config=file)
+    made = launched.metrics(tmp_path / 'run')
+    batches = [(f'evals.{name}.batch_size', '3') for name in ('maps', 'objects', 'panoptic')]
+    parts = assembly.make(config.load(f'{file}:{folder}', batches), devices=jax.devices()[:1])
+    for name, evaluation in parts.evals.items():
+        wanted = evaluation(parts.objective.init(jax.random.key(0)))
+        [line] = [one for one in made if f'{name}/examples' in one]
+        found = {key.removeprefix(f'{name}/'): x for key, x in line.items() if key != 'step'}
+        assert {key: found[key] for key in wanted} == wanted and wanted['examples'] == 7
+        scores = {key: x for key, x in wanted.items() if key != 'examples'}
+        assert len(scores) > 5 and 0.1 < np.mean(list(scores.values())) < 0.999, scores
