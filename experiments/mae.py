@@ -23,8 +23,9 @@ FILE:l/16,VARIANT is a row of table 1: 800 epochs, pixels that are not normalise
     block75              82.8  63.9        fixed     crops of a fixed size  84.7  73.1
     grid75               84.0  66.0        encoder  reads mask tokens, too  84.2  59.6
 
-The others are not here: targets of PCA and of a dVAE, and colour jitter, whose strength the paper
-does not give. A probe on 65,000 images follows the training.
+The others are not here, as the paper does not say how they were made: PCA of which patches, with
+coefficients of what scale, and how strong colour jitter was; targets of a dVAE need its weights. A
+probe on 65,000 images follows the training.
 """
 
 from ml_collections import ConfigDict
