@@ -1,7 +1,10 @@
 """Small models, batches and objectives for tests of steps and evaluators."""
 
+import functools
+
 import jax
 import numpy as np
+import optax
 from flax import linen as nn
 
 from vit_jax import evaluators, models, sharding
@@ -52,6 +55,24 @@ def loss_of(objective):
         return value, metrics
 
     return loss
+
+
+def learnt_by_heart(objective, batch, lr, steps):
+    """Losses of steps by Adam on one batch with one key; the objective counts each as a half."""
+    params, tx = objective.init(jax.random.key(0)), optax.adam(lr)
+    state, losses = tx.init(params), []
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def advance(params, state, n):
+        loss = lambda p: objective.loss(p, {}, {}, batch, jax.random.key(0), n / 2)[0]  # noqa: E731
+        value, slopes = jax.value_and_grad(loss)(params)
+        changes, state = tx.update(slopes, state)
+        return optax.apply_updates(params, changes), state, value
+
+    for n in range(steps):
+        params, state, value = advance(params, state, n)
+        losses.append(float(value))
+    return losses
 
 
 def subject(model, shape, classes=None, loss=None, mesh=None):

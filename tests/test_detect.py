@@ -1,16 +1,14 @@
 """Detectors: against transformers, SciPy and NumPy, on any number of devices, and as files."""
 
-import functools
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import launched
 import numpy as np
-import optax
 import pytest
 from compared import assert_close, outputs, random_images, randomised
-from learners import assert_trees_close
+from learners import assert_trees_close, learnt_by_heart
 from safetensors.numpy import load_file
 from scipy.optimize import linear_sum_assignment
 
@@ -295,17 +293,5 @@ def test_a_run_begins_from_a_classifier_and_is_a_detector(tmp_path):
 @pytest.mark.slow
 def test_a_few_images_are_learnt_by_heart():
     objective, batch = learner(model=dict(width=64, mlp_dim=128, num_heads=4)), a_batch()
-    params, tx = objective.init(jax.random.key(0)), optax.adam(1e-3)
-    state, losses = tx.init(params), []
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def advance(params, state):
-        loss = lambda p: objective.loss(p, {}, {}, batch, jax.random.key(0), 0)[0]  # noqa: E731
-        value, slopes = jax.value_and_grad(loss)(params)
-        changes, state = tx.update(slopes, state)
-        return optax.apply_updates(params, changes), state, value
-
-    for _ in range(400):
-        params, state, value = advance(params, state)
-        losses.append(float(value))
+    losses = learnt_by_heart(objective, batch, 1e-3, 400)
     assert losses[-1] < 0.1 * losses[0]

@@ -160,6 +160,18 @@ def test_perfect_boxes_have_precision_1_and_boxes_of_the_view_do_not(folder):
     assert evaluation(root, params, view=centred)(params)['ap'] == pytest.approx(1)
 
 
+def test_classes_of_the_same_name_have_metrics_of_their_own(folder):
+    root, content = folder
+    params = predictions(content, 0.5)
+    by_name = evaluation(root, params, by_class=True)(params)
+    source = dict(name=str(root), split='val', labels='by_number')
+    classes, other = ('ant', 'bee', 'ant'), ('ant (0)', 'bee', 'ant (2)')
+    found = evaluation(root, params, classes=classes, source=source, by_class=True)
+    measured = found(params)
+    assert measured.keys() - {'examples'} <= found.metrics.keys()
+    assert [measured[f'ap/{name}'] for name in other] == [by_name[f'ap/{x}'] for x in CLASSES]
+
+
 def masks_and_logits(content, seed=2):
     """Logits of masks near the true boxes; one is empty everywhere."""
     rng, boxes = np.random.default_rng(seed), predictions(content, 1.5)

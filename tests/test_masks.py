@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import launched
 import numpy as np
-import optax
 import pytest
 from compared import assert_close, outputs, random_images, randomised
-from learners import assert_trees_close
+from learners import assert_trees_close, learnt_by_heart
 from safetensors.numpy import load_file
 
 import vit_jax
@@ -302,19 +301,7 @@ def test_a_few_images_are_learnt_by_heart():
     objective = learner(model=dict(width=64, mlp_dim=128, num_heads=4), points=200)
     batch = a_batch(4)
     batch['label_map'] = np.repeat(np.repeat(batch['label_map'][:, ::5, ::5], 5, 1), 5, 2)
-    params, tx = objective.init(jax.random.key(0)), optax.adam(1e-3)
-    state, losses = tx.init(params), []
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def advance(params, state, n):
-        loss = lambda p: objective.loss(p, {}, {}, batch, jax.random.key(n), n / 2)[0]  # noqa: E731
-        value, slopes = jax.value_and_grad(loss)(params)
-        changes, state = tx.update(slopes, state)
-        return optax.apply_updates(params, changes), state, value
-
-    for n in range(200):
-        params, state, value = advance(params, state, n)
-        losses.append(float(value))
+    losses = learnt_by_heart(objective, batch, 1e-3, 200)
     assert losses[-1] < 0.5 * losses[0], losses
 
 

@@ -116,6 +116,14 @@ def test_places(own, classes, wanted):
         assert (found if found is None else found.tolist()) == wanted
 
 
+@pytest.mark.parametrize('given, wanted', [
+    (('a', 'b'), ('a', 'b')), (('a', 'b', 'a'), ('a (0)', 'b', 'a (2)')), ((), ()),
+    (('a (1)', 'a', 'a', 'a (1)'), ('a (1) (0)', 'a (1)', 'a (2)', 'a (1) (3)')),
+])  # fmt: skip
+def test_names_that_two_classes_have_get_their_numbers(given, wanted):
+    assert names.distinct(given) == wanted and len(set(wanted)) == len(given)
+
+
 def test_folders_of_numbers_with_signs_are_in_their_order(tmp_path):
     rows = [(kinds.png(i), i % 4) for i in range(8)]
     folder = kinds.write('folder', tmp_path / 'all', rows, ['-9', '+1', '0', '-10'])

@@ -9,6 +9,7 @@ the settings.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax import sharding
+from vit_jax.data import mixture, pipeline
+from vit_jax.data.readers import names
+from vit_jax.data.sources import Source
 from vit_jax.distributed.stop import Stop
 from vit_jax.objectives import Objective
 from vit_jax.step import stop_votes
@@ -65,6 +69,53 @@ def subject(
     example = one_example(objective.inputs or spec)
     outputs = jax.eval_shape(objective.predict, params, example)
     return Subject(objective.predict, mesh, outputs, names, objective.settings)
+
+
+class Opened(NamedTuple):
+    """The data set of an evaluation.
+
+    Attributes:
+      own: as it is.
+      source: with the labels of the model's classes.
+      classes: names of the model's classes, made `distinct`; numbers where there are none.
+      title: its name in messages.
+    """
+
+    own: Source
+    source: Source
+    classes: tuple[str, ...]
+    title: str
+
+
+def open_source(
+    subject: Subject, settings: Mapping[str, Any], count: int, first: int = 0
+) -> Opened:
+    """Opens a data set and matches its labels with the model's classes, see `names.relabel`.
+
+    Args:
+      subject: the model.
+      settings: those of the data set, see `mixture.load`.
+      count: number of the model's classes.
+      first: number of classes before those of the data set, such as a background.
+    """
+    own, title = mixture.load(**settings), f'data set {mixture.title(settings)}'
+    classes = subject.names.get('classes') or tuple(map(str, range(count)))
+    both = count and own.classes
+    source = names.relabel(own, classes[first:], title) if both else own
+    return Opened(own, source, names.distinct(classes), title)
+
+
+def reader(mesh: Mesh, batch_size: int, **settings: Any) -> Callable:
+    """Reads data sets on a mesh: (source, task, stop=None) -> batches, see `pipeline.examples`.
+
+    Args:
+      mesh: where batches lie.
+      batch_size: examples in a batch; raises UserError unless the devices divide it.
+      **settings: threads, workers, prefetch and tolerance.
+    """
+    sharding.check_batch(batch_size, mesh)
+    rows = sharding.rows(batch_size, mesh)
+    return partial(pipeline.examples, rows=rows, batch_size=batch_size, **settings)
 
 
 def compiled(sums: Callable, mesh: Mesh) -> Callable:

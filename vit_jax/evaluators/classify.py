@@ -12,13 +12,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding
-from vit_jax.data import mixture, pipeline
 from vit_jax.data.readers import names
 from vit_jax.data.sources import Source
 from vit_jax.data.tasks import classify as classify_task
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError, check_choice
-from vit_jax.evaluators import Subject, totals
+from vit_jax.evaluators import Subject, open_source, reader, totals
 from vit_jax.io.bounds import Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.io.text import cell
 from vit_jax.models import interface
@@ -136,15 +135,16 @@ class Classify:
         tolerance: Rate = 0.0,
     ) -> None:
         self.mesh = mesh = subject.mesh
-        own, title = mixture.load(**source), f'data set {mixture.title(source)}'
-        sharding.check_batch(batch_size, mesh)
+        read = reader(
+            mesh, batch_size, threads=threads, workers=workers, prefetch=prefetch,
+            tolerance=tolerance,
+        )  # fmt: skip
         if output != 'logits':
             check_choice('output', output, sorted(subject.outputs))
         outputs = subject.outputs[output].shape[-1] if output in subject.outputs else 0
         if len(getattr(subject.outputs.get(output), 'shape', (1, outputs))) != 2:
             raise UserError(interface.EACH_TOKEN)
-        classes = subject.names.get('classes') or tuple(map(str, range(outputs)))
-        self.source = names.relabel(own, classes, title) if outputs else own
+        own, self.source, classes, title = open_source(subject, source, outputs)
         if len(self.source.classes) > outputs:
             raise UserError(
                 f'{title} has {len(own.classes)} classes, the model {outputs or "no head"} '
@@ -157,11 +157,7 @@ class Classify:
             among = occurring_labels(self.source)
         self.sources = {'source': self.source}
         task = classify_task.classify(self.source, view=view, image_size=image_size)
-        self.feed = partial(
-            pipeline.examples, self.source, task, sharding.rows(batch_size, mesh),
-            batch_size=batch_size, threads=threads, workers=workers, prefetch=prefetch,
-            tolerance=tolerance,
-        )  # fmt: skip
+        self.feed = partial(read, self.source, task)
         among = None if among is None else jnp.asarray(among[among >= 0])
         few = (outputs if among is None else len(among)) <= TOP  # then all are among the best
         self.metrics = {k: v for k, v in METRICS.items() if k != 'top5' or not few}
@@ -261,20 +257,21 @@ def by_class(
 
     Args:
       predicted: what `Classify.predictions` returns.
-      classes: names, written as by `text.cell`. None: numbers.
+      classes: names, written as by `text.cell`, and `names.distinct`. None: numbers.
       count: number of classes. The matrix is left out for more than MOST_CONFUSED.
     """
     prediction = predicted['prediction']
     labels = one_label(predicted['label'], prediction)
     images = np.bincount(labels[labels >= 0], minlength=count)
     hits = np.bincount(labels[labels == prediction], minlength=count)
-    names = [cell(class_name(classes, i)) for i in range(count)]
+    titles = names.distinct([class_name(classes, i) for i in range(count)])
+    titles = [cell(title) for title in titles]
     few = count <= MOST_CONFUSED
     counts = confusion(labels, prediction, count).tolist() if few else [()] * count
     file = io.StringIO()
     write = csv.writer(file, lineterminator='\n')
-    write.writerow(['class', 'images', 'accuracy', *(names if few else ())])
-    for name, hit, of, row in zip(names, hits, images, counts, strict=True):
+    write.writerow(['class', 'images', 'accuracy', *(titles if few else ())])
+    for name, hit, of, row in zip(titles, hits, images, counts, strict=True):
         write.writerow([name, of, hit / of if of else '', *row])
     return file.getvalue()
 

@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import evaluators, sharding
-from vit_jax.data import annotations, mixture, pipeline
-from vit_jax.data.readers import names
+from vit_jax import evaluators
+from vit_jax.data import annotations
 from vit_jax.data.tasks import size_of
 from vit_jax.data.tasks.detect import Fields, whole_objects
 from vit_jax.distributed.stop import Stop
@@ -89,22 +88,20 @@ class Detect:
     ) -> None:
         self.mesh, self.masks, self.most, self.each = subject.mesh, masks, most, by_class
         average_precision.check_installed()
-        sharding.check_batch(batch_size, self.mesh)
+        read = evaluators.reader(
+            self.mesh, batch_size, threads=threads, workers=workers, prefetch=prefetch,
+            tolerance=tolerance,
+        )  # fmt: skip
         count = count_classes(subject.outputs, masks, canvas)
-        own, title = mixture.load(**source), f'data set {mixture.title(source)}'
-        self.classes = subject.names.get('classes') or tuple(map(str, range(count)))
-        self.source = names.relabel(own, self.classes, title) if own.classes else own
+        opened = evaluators.open_source(subject, source, count)
+        self.source, self.classes = opened.source, opened.classes
         self.sources = {'source': self.source}
         fields = Fields(boxes, labels, crowd, segmentation, box_format)
         task = whole_objects(
             self.source, view=view, image_size=image_size, most=most_objects, fields=fields,
             areas=areas, canvas=canvas if masks else None, classes=self.classes,
         )  # fmt: skip
-        self.feed = partial(
-            pipeline.examples, self.source, task, sharding.rows(batch_size, self.mesh),
-            batch_size=batch_size, threads=threads, workers=workers, prefetch=prefetch,
-            tolerance=tolerance,
-        )  # fmt: skip
+        self.feed = partial(read, self.source, task)
         self.metrics = metrics(masks=masks) | {
             f'{start}ap/{name}': 'max'
             for start in (('', MASK) if masks else ('',))

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import evaluators, sharding
-from vit_jax.data import label_maps, mixture, pipeline
-from vit_jax.data import segments as data_segments
+from vit_jax import evaluators
+from vit_jax.data import label_maps
 from vit_jax.data.readers import names
+from vit_jax.data.segments import Fields, Zero
 from vit_jax.data.sources import Source
 from vit_jax.data.tasks import size_of
 from vit_jax.data.tasks.panoptic import whole_segments
@@ -82,7 +82,7 @@ class Panoptic:
         labels: str = 'labels',
         crowd: str | None = 'crowd',
         ids: str | None = 'ids',
-        zero: data_segments.Zero = 'void',
+        zero: Zero = 'void',
         ignored: tuple[NonNegative[int], ...] = (),
         by_class: bool = False,
         threads: Threads | None = None,
@@ -91,31 +91,28 @@ class Panoptic:
         tolerance: Rate = 0.0,
     ) -> None:
         self.mesh, self.each, self.overlap = subject.mesh, by_class, overlap
-        sharding.check_batch(batch_size, self.mesh)
+        read = evaluators.reader(
+            self.mesh, batch_size, threads=threads, workers=workers, prefetch=prefetch,
+            tolerance=tolerance,
+        )  # fmt: skip
         if not {'logits', 'masks'} <= subject.outputs.keys():
             raise UserError(
                 'evals of type panoptic read `logits` and `masks`, as the objective masks predicts '
                 f'them; this one predicts {", ".join(sorted(subject.outputs))}'
             )
         count = subject.outputs['logits'].shape[2] - 1
-        own, title = mixture.load(**source), f'data set {mixture.title(source)}'
-        self.classes = subject.names.get('classes') or tuple(map(str, range(count)))
         # the background that `zero` adds is no class of the data set
         first = int(zero == 'background')
-        known = self.classes[first:]
-        self.source = names.relabel(own, known, title) if own.classes else own
+        opened = evaluators.open_source(subject, source, count, first)
+        self.source, self.classes = opened.source, opened.classes
         self.sources = {'source': self.source}
-        self.stuff = stuff_of(stuff, own, self.classes, first)
+        self.stuff = stuff_of(stuff, opened.own, self.classes, first)
         task = whole_segments(
             self.source, view=view, image_size=image_size, canvas=canvas, most=most_segments,
-            segments=segments, labels=labels, crowd=crowd, ids=ids, zero=zero, ignored=ignored,
-            classes=known,
+            fields=Fields(segments, labels, crowd, ids, zero, tuple(ignored)),
+            classes=self.classes[first:],
         )  # fmt: skip
-        self.feed = partial(
-            pipeline.examples, self.source, task, sharding.rows(batch_size, self.mesh),
-            batch_size=batch_size, threads=threads, workers=workers, prefetch=prefetch,
-            tolerance=tolerance,
-        )  # fmt: skip
+        self.feed = partial(read, self.source, task)
         self.metrics = METRICS | {
             f'{measure}/{name}': 'max'
             for measure in panoptic_quality.MEASURES

@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import sharding
-from vit_jax.data import mixture, pipeline
+from vit_jax.data import mixture
 from vit_jax.data.readers import names
 from vit_jax.data.sources import Source
 from vit_jax.data.tasks import classify
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.evaluators import Subject, classifiers
+from vit_jax.evaluators import Subject, classifiers, reader
 from vit_jax.io.bounds import NonNegative, Positive, Prefetch, Rate, Size, Threads, Workers
 from vit_jax.step import stop_votes
 
@@ -116,12 +116,11 @@ class Probe:
             raise UserError(
                 f'evals: k is {tuple(k)}; there are {len(self.train_source)} training images'
             )
-        sharding.check_batch(batch_size, mesh)
         self.sources = {'source': self.source, 'train_source': self.train_source}
         self.task = partial(classify.classify, view=view, image_size=image_size)
-        self.feed = partial(
-            pipeline.examples, rows=sharding.rows(batch_size, mesh), batch_size=batch_size,
-            threads=threads, workers=workers, prefetch=prefetch, tolerance=tolerance,
+        self.feed = reader(
+            mesh, batch_size, threads=threads, workers=workers, prefetch=prefetch,
+            tolerance=tolerance,
         )  # fmt: skip
         replicated = NamedSharding(mesh, PartitionSpec())
         self.step = jax.jit(

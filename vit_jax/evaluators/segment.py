@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import evaluators, sharding
-from vit_jax.data import label_maps, mixture, pipeline
-from vit_jax.data.readers import names
+from vit_jax import evaluators
+from vit_jax.data import label_maps
 from vit_jax.data.tasks import size_of
 from vit_jax.data.tasks.segment import whole_label_map
 from vit_jax.data.windows import Windows
@@ -102,7 +101,10 @@ class Segment:
         tolerance: Rate = 0.0,
     ) -> None:
         self.mesh, self.by_class = subject.mesh, by_class
-        sharding.check_batch(batch_size, self.mesh)
+        read = evaluators.reader(
+            self.mesh, batch_size, threads=threads, workers=workers, prefetch=prefetch,
+            tolerance=tolerance,
+        )  # fmt: skip
         height, width = size_of(canvas)
         if batch_size * height * width >= 2**31:
             raise UserError(
@@ -111,21 +113,16 @@ class Segment:
             )
         count = label_scores.count_classes(subject.outputs)
         windows = windows_of(image_size, stride, even, smaller, larger, scales)
-        own, title = mixture.load(**source), f'data set {mixture.title(source)}'
-        self.classes = subject.names.get('classes') or tuple(map(str, range(count)))
         # the background that `zero` adds is no class of the data set
-        known = self.classes[int(zero == 'background') :]
-        self.source = names.relabel(own, known, title) if own.classes else own
+        first = int(zero == 'background')
+        opened = evaluators.open_source(subject, source, count, first)
+        self.source, self.classes = opened.source, opened.classes
         self.sources = {'source': self.source}
         task = whole_label_map(
-            self.source, view=view, image_size=image_size, canvas=canvas, mask=mask, classes=known,
-            zero=zero, ignored=ignored, windows=windows,
+            self.source, view=view, image_size=image_size, canvas=canvas, mask=mask,
+            classes=self.classes[first:], zero=zero, ignored=ignored, windows=windows,
         )  # fmt: skip
-        self.feed = partial(
-            pipeline.examples, self.source, task, sharding.rows(batch_size, self.mesh),
-            batch_size=batch_size, threads=threads, workers=workers, prefetch=prefetch,
-            tolerance=tolerance,
-        )  # fmt: skip
+        self.feed = partial(read, self.source, task)
         self.metrics = METRICS | {
             f'iou/{name}': 'max' for name in (self.classes if by_class else ())
         }

@@ -1,5 +1,6 @@
 """Matches the labels of a data set with those of a model or a mixture, by names of classes."""
 
+import collections
 import functools
 import re
 import sys
@@ -83,6 +84,18 @@ def first_duplicate(names: Sequence[str]) -> str | None:
     """First name that occurs twice, or None."""
     once = set()
     return next((name for name in names if name in once or once.add(name)), None)
+
+
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of metrics and columns: classes that share a name have their number after it.
+
+    ImageNet has two of the name 'crane', 134 and 517: 'crane (134)' and 'crane (517)'.
+    """
+    found = tuple(names)
+    while first_duplicate(found) is not None:
+        counts = collections.Counter(found)
+        found = tuple(f'{x} ({k})' if counts[x] > 1 else x for k, x in enumerate(found))
+    return found
 
 
 def join_names(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data import distort, images
+from vit_jax.data import distort, images, label_maps
 from vit_jax.data.augment import FIXED, READ_LABELS, VIEWS
 from vit_jax.data.geometry import Geometry
 from vit_jax.data.sources import Source
@@ -37,20 +37,19 @@ class Task(NamedTuple):
 
 
 def class_names(
-    source: Source, classes: int | Sequence[str] | None, key: str
+    source: Source, classes: int | Sequence[str] | None, key: str, background: bool = False
 ) -> tuple[str, ...]:
     """Names of classes: given, numbers up to a count, or those of a data set.
 
-    Raises UserError, with the setting's key, if there are none.
+    Raises UserError, with the setting's key, if there are none. With `background` it comes first.
     """
-    if isinstance(classes, int):
-        return tuple(map(str, range(classes)))
-    found = tuple(source.classes if classes is None else classes)
+    given = range(classes) if isinstance(classes, int) else classes
+    found = tuple(map(str, source.classes if given is None else given))
     if not found:
         raise UserError(
             f'the data set has no names of classes (classes.txt); {key} gives them, or their number'
         )
-    return found
+    return (label_maps.BACKGROUND, *found) if background else found
 
 
 def size_of(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data import images, label_maps, segments
+from vit_jax.data.segments import Fields
 from vit_jax.data.sources import Source
 from vit_jax.data.tasks import (
     Task,
@@ -62,23 +63,13 @@ def panoptic(
       ignored: other ids that are void, such as 255 in Pascal VOC.
       classes: names of the classes, or how many there are. None: those of the data set.
     """
-    found, fields = names_and_fields(
-        source, classes, segments, labels, crowd, ids, zero, tuple(ignored)
-    )
+    found = class_names(source, classes, 'data.classes', zero == 'background')
     blank = blank_of(image_size, size_of(image_size), most)
-    view = make_view(view, image_size, augment, in_place=True)
-    own = len(found) - (zero == 'background')
-    read = partial(image_and_segments, view=view, fields=fields, blank=blank, classes=own)
+    read = partial(
+        image_and_segments, view=make_view(view, image_size, augment, in_place=True), blank=blank,
+        fields=Fields(segments, labels, crowd, ids, zero, tuple(ignored)), classes=len(found),
+    )  # fmt: skip
     return Task(blank, read, {'classes': found})
-
-
-def names_and_fields(
-    source: Source, classes: int | tuple[str, ...] | None, *fields: Any
-) -> tuple[tuple[str, ...], segments.Fields]:
-    """(names of the classes, the background's among them, Fields) of settings of `panoptic`."""
-    fields, found = segments.Fields(*fields), class_names(source, classes, 'data.classes')
-    background = (label_maps.BACKGROUND,) if fields.zero == 'background' else ()
-    return (*background, *found), fields
 
 
 def blank_of(
@@ -96,9 +87,13 @@ def blank_of(
 
 
 def read_both(
-    record: Mapping[str, Any], fields: segments.Fields, classes: int
+    record: Mapping[str, Any], fields: Fields, classes: int
 ) -> tuple[np.ndarray | images.Encoded, segments.Segments]:
-    """The image and the segments of a record; raises Unreadable."""
+    """The image and the segments of a record; raises Unreadable.
+
+    `classes` is the number of all classes, the background included.
+    """
+    classes -= fields.zero == 'background'
     with images.naming('image'):
         image = images.read(record['image'])
     return image, segments.read(record, image.shape[:2], fields, classes)
@@ -109,7 +104,7 @@ def image_and_segments(
     rng: np.random.Generator,
     *,
     view: Callable,
-    fields: segments.Fields,
+    fields: Fields,
     blank: Mapping[str, np.ndarray],
     classes: int,
 ) -> dict[str, np.ndarray]:
@@ -136,12 +131,7 @@ def whole_segments(
     image_size: Size,
     canvas: Size,
     most: Positive[int],
-    segments: str,
-    labels: str,
-    crowd: str | None,
-    ids: str | None,
-    zero: segments.Zero,
-    ignored: tuple[int, ...],
+    fields: Fields,
     classes: Positive[int] | tuple[str, ...] | None = None,
 ) -> Task:
     """`panoptic` for evaluation: segments keep the size of the images, and crowds are there.
@@ -153,17 +143,18 @@ def whole_segments(
     Args:
       view: 'fit' or 'resize', which keep the whole image, by name or with arguments.
       canvas: size (Y, X) of the maps in pixels; an image that is larger is unusable.
-      image_size, most, segments, labels, crowd, ids, zero, ignored, classes: as in `panoptic`.
+      fields: names of the fields of a record, and what its ids are.
+      image_size, most, classes: as in `panoptic`.
     """
-    found, fields = names_and_fields(
-        source, classes, segments, labels, crowd, ids, zero, tuple(ignored)
-    )
+    found = class_names(source, classes, 'data.classes', fields.zero == 'background')
     blank = blank_of(image_size, size_of(canvas), most) | {
         'crowd': np.zeros(most, bool), 'size': np.ones(2, np.int32),
         'place': np.tile(np.float32([1, 0]), (2, 1)),
     }  # fmt: skip
-    own, view = len(found) - (zero == 'background'), whole_view(view, image_size)
-    read = partial(image_and_whole_segments, view=view, fields=fields, blank=blank, classes=own)
+    read = partial(
+        image_and_whole_segments, view=whole_view(view, image_size), fields=fields, blank=blank,
+        classes=len(found),
+    )  # fmt: skip
     return Task(blank, read, {'classes': found})
 
 
@@ -172,7 +163,7 @@ def image_and_whole_segments(
     rng: np.random.Generator,
     *,
     view: Callable,
-    fields: segments.Fields,
+    fields: Fields,
     blank: Mapping[str, np.ndarray],
     classes: int,
 ) -> dict[str, np.ndarray]:

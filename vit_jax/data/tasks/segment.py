@@ -56,8 +56,7 @@ def segment(
         set, as in Pascal VOC; 'ignored', nothing, so that id 1 is the first class, as in ADE20K.
       ignored: other ids that are ignored. None: 255, or 65535 of more than 255 classes.
     """
-    found = class_names(source, classes, 'data.classes')
-    found = (label_maps.BACKGROUND, *found) if zero == 'background' else found
+    found = class_names(source, classes, 'data.classes', zero == 'background')
     if len(found) > MOST_CLASSES:
         raise UserError(f'{len(found)} classes are more than {MOST_CLASSES}')
     others = None if ignored is None else tuple(ignored)
