@@ -9,7 +9,7 @@ import pytest
 
 from vit_jax import models, optim
 from vit_jax.errors import UserError
-from vit_jax.models import parameters
+from vit_jax.models import parameters, text, two_towers
 from vit_jax.objectives import Objective
 
 IMAGE = (1, 64, 64, 3)
@@ -32,6 +32,7 @@ FAMILIES = {
     ),
     'shared biases': dict(name='vit/32', style=dict(bias=dict(shared=True, kind='mlp'))),
     'biases of an MLP': dict(name='vit/32', style=dict(bias=dict(kind='mlp'))),
+    'words': dict(name='text', vocab_size=9, length=5),
     'mixer': dict(name='mixer-s/32', tokens_mlp_dim=8, num_heads=None),
     'bit': dict(name='bit', units=(1, 1), width=0.5, depth=None, num_heads=None, mlp_dim=None),
 }
@@ -41,15 +42,35 @@ def built(family):
     """(a small model of a family, its parameters: random numbers)."""
     fields = {k: v for k, v in {**TINY, **FAMILIES[family]}.items() if v is not None}
     model = models.build(**fields)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(IMAGE, jnp.float32))
+    return model, drawn(model, example(model))
+
+
+def example(model):
+    """What a model reads: an image [1, H, W, C] or tokens [1, L]."""
+    if isinstance(model, text.Text):
+        return jnp.arange(model.length)[None] % model.vocab_size
+    return jnp.asarray(np.random.default_rng(1).normal(size=IMAGE), jnp.float32)
+
+
+def drawn(model, *inputs):
+    """Random numbers as the parameters of a model of these inputs."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     rng = np.random.default_rng(0)
-    return model, jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype('f'), shapes['params'])
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype('f'), shapes['params'])
+
+
+def towers(depth):
+    """(two towers of 3 and `depth` blocks, their parameters)."""
+    image = models.build('vit/32', **TINY)
+    words = dict(TINY, vocab_size=9, length=5, depth=depth)
+    model = two_towers.build_towers(image, words)
+    return model, drawn(model, example(model.image), example(model.text))
 
 
 def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
     used = set()
-    for family in FAMILIES:
-        for name, leaf in parameters.named_leaves(built(family)[1]).items():
+    for params in (*(built(family)[1] for family in FAMILIES), towers(2)[1]):
+        for name, leaf in parameters.named_leaves(params).items():
             matches = [
                 rule for rule in parameters.RULES if re.search(f'(^|/)({rule.pattern})$', name)
             ]
@@ -65,11 +86,11 @@ def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
 @pytest.mark.parametrize('family', [name for name in FAMILIES if name != 'bit'])
 def test_the_layer_of_a_parameter_is_where_the_model_reads_it(family):
     model, params = built(family)
-    images = jnp.asarray(np.random.default_rng(1).normal(size=IMAGE), jnp.float32)
+    inputs = example(model)
 
     @jax.jit
     def by_block(params):  # the input of the first block, then the output of each
-        _, out = model.apply({'params': params}, images, capture='tokens_by_block')
+        _, out = model.apply({'params': params}, inputs, capture='tokens_by_block')
         return jnp.reshape(out['tokens_by_block'], (model.depth + 1, -1))
 
     leaves, tree = parameters.named_leaves(params), jax.tree.structure(params)
@@ -95,6 +116,18 @@ def test_the_layer_of_a_parameter_is_where_the_model_reads_it(family):
     for name, rate in rates.items():
         expected = {'stem': 0.5**4, 'head': 1, 'blocks': np.array([0.125, 0.25, 0.5])}[layers[name]]
         np.testing.assert_allclose(np.squeeze(rate), expected)
+
+
+def test_each_tower_has_the_rates_of_its_depth():
+    params = parameters.named_leaves(towers(2)[1])
+    rates = optim.rate_multipliers(params, (), 0.5)
+    expected = {
+        'image/posemb': 0.5**4, 'text/posemb': 0.5**3, 'text/vocabulary': 0.5**3,
+        'image/encoder/norm1/bias': [0.125, 0.25, 0.5], 'text/encoder/norm1/bias': [0.25, 0.5],
+        'image/head/kernel': 1, 'text/head/kernel': 1, 'temperature': 1, 'bias': 1,
+    }  # fmt: skip
+    for name, values in expected.items():
+        np.testing.assert_allclose(np.squeeze(rates[name]), values, err_msg=name)
 
 
 def test_rules_of_an_objective_come_first():

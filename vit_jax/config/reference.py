@@ -36,6 +36,9 @@ MODELS = {  # {model whose defaults are shown: text}
 Vision Transformers and hybrids, named `vit-SIZE/PATCH`, `rUNITS+vit-SIZE/PATCH`, or `vit/PATCH`
 with the size given by fields. The defaults are those of `vit-b/16`; the name sets `patch_size`,
 `width`, `depth`, `num_heads`, `mlp_dim` and `resnet`.""",
+    'text-b': """\
+The same transformer on words, named `text-SIZE`, or `text` with the size given by fields. The
+defaults are those of `text-b`; the name sets `width`, `depth`, `num_heads` and `mlp_dim`.""",
     'mixer-b/16': """\
 MLP-Mixer, named `mixer-SIZE/PATCH`. The defaults are those of `mixer-b/16`; the name sets
 `patch_size`, `width`, `depth`, `tokens_mlp_dim` and `mlp_dim`.""",
@@ -64,7 +67,11 @@ def arguments(docstring: str) -> dict[str, str]:
 
 
 def fields(module: type) -> dict[str, str]:
-    """{field: meaning} of a flax module from the comments above or beside its fields."""
+    """{field: meaning} of a flax module from the comments above or beside its fields.
+
+    A dataclass that is made of another has that as `documented_by`.
+    """
+    module = getattr(module, 'documented_by', module)
     pattern = r'^((?:    # .*\n)*)    (\w+): [^#\n]+(?:  # (.*))?$'
     found = re.findall(pattern, inspect.getsource(module), re.M)
     return {

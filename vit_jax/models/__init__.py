@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from vit_jax.errors import UserError, shown
 from vit_jax.io import bounds
-from vit_jax.models import interface, mixer, resnet, vit
+from vit_jax.models import interface, mixer, resnet, text, vit
 
 # Units by stage and patch size in features, by published name: arXiv:2010.11929 section 3.1 (r50),
 # arXiv:2106.10270 table 2 (r26, and r, whose patches have 32 pixels in spite of the 16).
@@ -20,21 +20,25 @@ HYBRIDS = {
     ('r50', 32): ((3, 4, 6, 3), 1),
 }
 NO_SETTINGS = ('parent', 'name', 'metadata')  # fields of a module that `build` does not take
-KINDS = {vit.Vit: 'vit', mixer.Mixer: 'mixer', resnet.Bit: 'bit'}
+KINDS = {vit.Vit: 'vit', mixer.Mixer: 'mixer', resnet.Bit: 'bit', text.Text: 'text'}
 NAMES = (
     "vit-SIZE/PATCH (SIZE: {}), 'vit/PATCH' with every size a field, mixer-SIZE/PATCH (SIZE: {}), "
-    "the hybrids {} and bit-rDEPTHxWIDTH (DEPTH: {}), or 'bit' with its units a field"
+    "the hybrids {}, text-SIZE (or 'text') of the sizes of vit, and bit-rDEPTHxWIDTH (DEPTH: {}), "
+    "or 'bit' with its units a field"
 )
 
 
 def parts(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
     """(module, {field: value}) that a name stands for; raises UserError for an unknown name."""
-    text = name if isinstance(name, str) else ''
-    match = re.fullmatch(r'bit(?:-r(\d+)x(\d+))?', text)
+    given = name if isinstance(name, str) else ''
+    match = re.fullmatch(r'bit(?:-r(\d+)x(\d+))?', given)
     if match and (match[1] is None or int(match[1]) in resnet.DEPTHS and int(match[2])):
         sizes = dict(units=resnet.DEPTHS[int(match[1])], width=float(match[2])) if match[1] else {}
         return resnet.Bit, sizes
-    match = re.fullmatch(r'(?:(r\d*)\+)?(vit|mixer)(?:-(\w+))?/(\d+)', text)
+    match = re.fullmatch(r'text(?:-(\w+))?', given)
+    if match and match[1] in (None, *vit.SIZES):
+        return text.Text, vit.SIZES.get(match[1], {})
+    match = re.fullmatch(r'(?:(r\d*)\+)?(vit|mixer)(?:-(\w+))?/(\d+)', given)
     root, kind, size, patch = match.groups() if match else (None,) * 4
     module, sizes = {'mixer': (mixer.Mixer, mixer.SIZES)}.get(kind, (vit.Vit, vit.SIZES))
     valid = match and (size in sizes or size is None and root is None)
@@ -66,7 +70,7 @@ def fields(name: str) -> dict[str, tuple[Any, Any]]:
 
 
 def build(name: str, num_classes: int | None = 1000, **values: Any) -> nn.Module:
-    """Builds a Flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16', 'bit-r50x1'.
+    """Builds a Flax module by name: 'vit-b/16', 'r50+vit-b/16', 'mixer-b/16', 'text-b'.
 
     `values` override any field of the module (`width=96`, `pool='gap'`, `dtype='bfloat16'` or
     `jnp.bfloat16`, `patch_size=4` or `(4, 8)`, `style=dict(norm='rms')`). Reads no file. Raises
@@ -114,6 +118,8 @@ def name_of(model: nn.Module, values: dict[str, Any]) -> str:
         (s for s, row in sizes.items() if all(values[k] == v for k, v in row.items())), None
     )
     size = f'-{size}' if size else ''
+    if isinstance(model, text.Text):
+        return f'text{size}'
     hybrid = next(
         (f'{r}+vit{size}/{p}' for (r, p), (units, inner) in HYBRIDS.items()
          if size and values.get('resnet') == units and values['patch_size'] == (inner,) * 2),

@@ -7,10 +7,8 @@ from vit_jax.errors import UserError
 from vit_jax.models import vit
 
 
-class AroundVit(nn.Module):
-    """A model whose encoder is a ViT without a head, its parameters in the subtree `vit`."""
-
-    vit: vit.Vit  # the encoder, as `encoder_of` returns it
+class TakesImages:
+    """How a model takes images, of one that has a ViT as `vit`."""
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -34,6 +32,12 @@ class AroundVit(nn.Module):
     def normalise(self, images: jax.Array) -> jax.Array:
         """Normalises images, uint8 [B, H, W, C], to the floats that this model takes."""
         return self.vit.normalise(images)
+
+
+class AroundVit(TakesImages, nn.Module):
+    """A model whose encoder is a ViT without a head, its parameters in the subtree `vit`."""
+
+    vit: vit.Vit  # the encoder, as `encoder_of` returns it
 
 
 def encoder_of(model: vit.Vit, method: str = 'a masked autoencoder') -> vit.Vit:

@@ -43,6 +43,17 @@ def vit_flops(
     return 2 * (adds + outputs * features * (model.num_classes or 0) * heads)
 
 
+def text_flops(model: nn.Module, length: int) -> int:
+    """FLOPs of a forward pass of a `text.Text` over one text of `length` tokens."""
+    d = model.width
+    adds = model.depth * block_adds(length, d, (3 if model.glu else 2) * d * model.mlp_dim)
+    if model.pool == 'map':
+        hidden = model.pool_style.mlp_dim or model.mlp_dim
+        adds += length * (2 * d * d + 2 * d) + 2 * d * d + 2 * d * hidden
+    outputs = length if model.pool == 'none' else 1
+    return 2 * (adds + outputs * d * (model.num_classes or 0))
+
+
 def block_adds(tokens: int, width: int, mlp: int) -> int:
     """Multiply-adds of a block: projections, attention, and `mlp` of them for each token."""
     return tokens * (4 * width * width + 2 * tokens * width + mlp)

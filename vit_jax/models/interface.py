@@ -51,6 +51,20 @@ def check_images(images: Any, channels: int) -> None:
         )
 
 
+def check_tokens(tokens: Any, length: int) -> None:
+    """Raises UserError unless tokens are int [B, L], with L from 1 to `length`."""
+    if not hasattr(tokens, 'shape'):
+        raise UserError(f'tokens are of type {type(tokens).__name__}, not an array of int [B, L]')
+    shape = tuple(tokens.shape)
+    if len(shape) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(f'tokens are {tokens.dtype} {list(shape)}, not int [B, L]')
+    if not 0 < shape[1] <= length:
+        raise UserError(
+            f'a text has {shape[1]} tokens, and the model has positions for 1 to {length} '
+            '(text.length); cut longer texts where they are tokenized'
+        )
+
+
 EACH_TOKEN = (
     "model.pool is 'none': the output is of each token, and none of the image; choose another, as "
     "vit_jax.load(path, pool='cls') or in a config model.pool"

@@ -87,11 +87,17 @@ def norm(kind: str, epsilon: float, dtype: Dtype, name: str | None, **how: Any) 
     return module(epsilon=epsilon, dtype=dtype, name=name, **how)
 
 
-def head(num_classes: int, bias: float, dtype: Dtype, name: str = 'head') -> nn.Module:
-    """Dense layer to logits, within a module; starts with a kernel of zeros and this `bias`."""
+def head(
+    num_classes: int, bias: float | None, dtype: Dtype, std: float = 0.0, name: str = 'head'
+) -> nn.Module:
+    """Dense layer to logits, within a module; starts with a kernel of this deviation and `bias`.
+
+    None is no bias.
+    """
+    kernel = nn.initializers.normal(std) if std else nn.initializers.zeros
     return nn.Dense(
-        num_classes, kernel_init=nn.initializers.zeros,
-        bias_init=nn.initializers.constant(bias), dtype=dtype, name=name,
+        num_classes, use_bias=bias is not None, kernel_init=kernel,
+        bias_init=nn.initializers.constant(bias or 0.0), dtype=dtype, name=name,
     )  # fmt: skip
 
 

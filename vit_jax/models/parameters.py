@@ -54,6 +54,7 @@ RULES = (
     Rule(r'(en|de)coder/token_mixing/fc1/kernel', P(None, None, 'fsdp'), 'blocks'),  # [L, N, M]
     Rule(r'(en|de)coder/token_mixing/fc2/kernel', P(None, 'fsdp', None), 'blocks'),  # [L, M, N]
     Rule(r'(en|de)coder/(\w+/)*(bias|scale[12]?|posemb(_[yx])?)', P(), 'blocks'),
+    Rule(r'vocabulary', P('tensor', 'fsdp'), 'stem'),  # [V, D]
     Rule(r'embedding/kernel', P(None, None, None, 'fsdp'), 'stem'),  # [P, P, C, D]
     Rule(r'(conv_root|conv_proj|conv\d)/kernel', P(None, None, None, 'fsdp'), 'stem'),  # [h,w,C,F]
     Rule(r'bias_(table|fc[12]/(kernel|bias))', P(), 'stem'),  # shared by all blocks
@@ -66,8 +67,15 @@ RULES = (
     Rule(r'map_head/mlp/fc1/bias', P('tensor')),  # [M]
     Rule(r'map_head/mlp/fc2/kernel', P('tensor', 'fsdp')),  # [M, D]
     Rule(r'(pre_logits|head|dist_head)/kernel', P('fsdp', None)),  # [D, K]
-    Rule(r'bias|scale[12]?|probe', P()),  # all others, those of an objective's own layers included
+    # all others, those of an objective's own layers included
+    Rule(r'bias|scale[12]?|probe|temperature', P()),
 )
+
+
+def tower_of(name: str) -> str:
+    """The tower of a `two_towers.TwoTowers` that a parameter is of, 'image' or 'text'; else ''."""
+    first = name.partition('/')[0]
+    return first if first in ('image', 'text') else ''
 
 
 def leaf_name(path: tuple) -> str:

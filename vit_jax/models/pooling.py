@@ -55,7 +55,7 @@ def pooled(model: nn.Module, out: dict[str, jax.Array], first: jax.Array) -> jax
 class MapHead(nn.Module):
     """Multi-head attention pooling by one learned query (arXiv:2106.04560 section 3.4).
 
-    [B, T, D] -> [B, D].
+    [B, T, D] -> [B, D]. Tokens where `real`, bool [B, T], is false are left out.
     """
 
     num_heads: int
@@ -66,7 +66,7 @@ class MapHead(nn.Module):
     norm_kind: str = 'layer'
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> jax.Array:
         b, _, width = x.shape
         xavier = nn.initializers.xavier_uniform()
         heads = (self.num_heads, width // self.num_heads)
@@ -77,6 +77,8 @@ class MapHead(nn.Module):
         k = shard_batch(nn.DenseGeneral(heads, **dense, name='key')(x), whole=False)
         v = shard_batch(nn.DenseGeneral(heads, **dense, name='value')(x), whole=False)
         logits = jnp.einsum('bqhc,bkhc->bhqk', q * q.shape[-1] ** -0.5, k)
+        if real is not None:
+            logits = jnp.where(real[:, None, None], logits, jnp.finfo(logits.dtype).min)
         probs = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         x = jnp.einsum('bhqk,bkhc->bqhc', probs, v)
         x = shard_batch(nn.DenseGeneral(width, axis=(-2, -1), **dense, name='out')(x))

@@ -115,6 +115,8 @@ class Vit(nn.Module):
     glu: bool = False  # SwiGLU instead of GELU, arXiv:2002.05202
     epsilon: Positive[float] = 1e-6  # term added to the variance in norms
     head_bias: Finite[float] = 0.0  # initial bias of the head; -log K starts sigmoid losses near 0
+    # initial deviation of the head's kernel; None: width^-0.5, for the projection of a tower
+    head_std: NonNegative[float] | None = 0.0
     dropout: Rate = 0.0  # dropout rate of embeddings, attention outputs and MLPs
     attention_dropout: Rate = 0.0  # dropout rate of the attention probabilities
     # implementation of attention; auto: the fastest that applies, see models/attention.py
@@ -263,7 +265,8 @@ class Vit(nn.Module):
         out['pre_logits'] = x
         if self.num_classes is None:
             return x, out
-        head = self.num_classes, self.head_bias, self.dtype
+        std = self.width**-0.5 if self.head_std is None else self.head_std
+        head = self.num_classes, self.head_bias, self.dtype, std
         logits = memory.shard_batch(layers.head(*head)(x))
         if self.dist_head:
             out['logits_cls'] = logits

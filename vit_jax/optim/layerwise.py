@@ -48,21 +48,40 @@ def rate_multipliers(
         layer_decay times it, the first layer_decay^L and the stem layer_decay^(L + 1); or the last
         'block', too, and the stem that of the first block (tue-mps/eomt lightning_module.py).
 
+    Each of two towers has its own depth.
+
     Raises:
-      UserError: the parameters have no stacked blocks, or stacks of several depths.
+      UserError: the parameters have no stacked blocks, or stacks of several depths in one tower.
       ValueError: a parameter has no rule.
     """
     if layer_decay == 1:
         return {}
     found = layers(leaves, rules)
-    depths = sorted({x.shape[0] for n, x in leaves.items() if found[n] == 'blocks'})
-    if len(depths) != 1:
-        blocks = f'stacks of {depths} blocks' if depths else 'no encoder blocks'
+    depths = depths_of_towers(leaves, found)
+    stacked = {tower: sorted(several) for tower, several in depths.items() if several}
+    wrong = next((several for several in stacked.values() if len(several) > 1), None)
+    if wrong or not stacked:
+        blocks = f'stacks of {wrong} blocks' if wrong else 'no encoder blocks'
         raise UserError(f'optim.layer_decay is {layer_decay}, but the model has {blocks}')
     return {
-        n: rate_multiplier(found[n], len(x.shape), depths[0], layer_decay, layer_decay_from)
+        n: rate_multiplier(
+            found[n], len(x.shape), *stacked.get(parameters.tower_of(n), [0]), layer_decay,
+            layer_decay_from,
+        )
         for n, x in leaves.items()
-    }
+    }  # fmt: skip
+
+
+def depths_of_towers(
+    leaves: Mapping[str, Any], found: Mapping[str, parameters.Layer]
+) -> dict[str, set[int]]:
+    """{tower, '' outside of two towers: depths of its stacked blocks} of leaves by name."""
+    depths = {}
+    for name, leaf in leaves.items():
+        own = depths.setdefault(parameters.tower_of(name), set())
+        if found[name] == 'blocks':
+            own.add(leaf.shape[0])
+    return depths
 
 
 def scale_by_name(multipliers: Mapping[str, Any]) -> optax.GradientTransformation:
