@@ -4,6 +4,7 @@
     images = vit_jax.preprocess(model, ['a.jpg'])       # paths, PIL images or arrays
     logits, out = model.apply({'params': params}, images)
     vit_jax.class_names(model)                          # indexed by label
+    vit_jax.tokenizer(path)(['a shoe', 'a bag'])        # int32 [2, L]
     vit_jax.save('mine', model, params, format='hf')    # official, big_vision, timm or hf
     vit_jax.models.build('vit-b/16', num_classes=10)    # a model without a checkpoint
 """
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from vit_jax.convert.inputs import class_names, preprocess
     from vit_jax.convert.load import load
     from vit_jax.convert.save import save
+    from vit_jax.convert.tokenizers import tokenizer
     from vit_jax.errors import UserError
 
 __version__ = '0.1.0'
-__all__ = ['UserError', 'class_names', 'load', 'models', 'preprocess', 'save']
+__all__ = ['UserError', 'class_names', 'load', 'models', 'preprocess', 'save', 'tokenizer']
 
 # Imported on first use: training needs none of them.
 MODULES = {
@@ -30,6 +32,7 @@ MODULES = {
     'load': 'vit_jax.convert.load',
     'preprocess': 'vit_jax.convert.inputs',
     'save': 'vit_jax.convert.save',
+    'tokenizer': 'vit_jax.convert.tokenizers',
 }
 
 if streams.is_command():  # before the other imports, which take seconds

@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -122,12 +122,21 @@ def files_beside(
     files = [File(name, path, version(info))]
     beside = ('open_clip_config.json',) if name.startswith('open_clip') else COMPANIONS
     usual = {'.safetensors': beside, '.npz': (pathlib.PurePath(name).stem + '.json',)}
-    for other in dict.fromkeys((*usual.get(pathlib.PurePath(name).suffix, ()), *companions)):
-        before, mark, query = path.partition('?')
-        sibling = before.rsplit('/', 1)[0] + f'/{other}{mark}{query}'
+    others = dict.fromkeys((*usual.get(pathlib.PurePath(name).suffix, ()), *companions))
+    before, mark, query = path.partition('?')
+    return files + files_named(fs, before.rsplit('/', 1)[0], others, mark + query)
+
+
+def files_named(
+    fs: fsspec.AbstractFileSystem, folder: str, names: Iterable[str], query: str = ''
+) -> list[File]:
+    """Lists those of the named files that are in a folder; `query` ends each of their paths."""
+    files = []
+    for name in names:
+        path = f'{folder}/{name}{query}'
         try:
             with unreachable():
-                files.append(File(other, sibling, version(fs.info(sibling))))
+                files.append(File(name, path, version(fs.info(path))))
         except Exception as e:
             if not is_external(e):
                 raise  # else it is missing: a store may answer 404, 403 or 401

@@ -67,6 +67,29 @@ def local(address: str | os.PathLike, companions: Sequence[str] = ()) -> pathlib
     return folder / name if is_file else folder
 
 
+def named(address: str, names: Sequence[str]) -> pathlib.Path:
+    """Folder with those of the named files that are in the folder of an address; cached.
+
+    Raises UserError if none is there, or as `local` does.
+    """
+    folder = addresses.cache_folder(f'{address}#{",".join(names)}')
+    with addresses.explained(address):
+        fs, path = addresses.backend(address)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, address):
+            atomic.remove_leftovers(folder)
+            try:
+                with addresses.unreachable():
+                    files = addresses.files_named(fs, path.rstrip('/'), names)
+            except addresses.Unreachable as e:
+                check_cached(folder, None, address, str(e))
+            else:
+                if not files:
+                    raise UserError(f'{address} has none of {", ".join(names)}')
+                update(fs, files, folder, address)
+    return folder
+
+
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, address: str) -> Iterator[None]:
     """Locks a cached folder; a second process waits, and then finds the files there."""

@@ -1,0 +1,243 @@
+"""Texts to ids: equal to the libraries that the files are of; lengths, ends and padding hold."""
+
+import html
+import itertools
+import pickle
+import re
+import subprocess
+import sys
+import unicodedata
+
+import fsspec
+import hypothesis
+import numpy as np
+import pytest
+import regex
+import words
+from hypothesis import strategies as st
+
+import vit_jax
+from vit_jax.data import tokenizers
+from vit_jax.data.tokenizers import cleaning
+from vit_jax.errors import UserError
+
+FOLDERS = {'clip': words.clip, 'siglip': words.siglip, 'siglip2': words.siglip2, 'bert': words.bert}
+TEXTS = st.text(st.characters(exclude_categories=['Cs']), max_size=60)
+
+
+@pytest.fixture(scope='module', params=FOLDERS)
+def folder(request, tmp_path_factory):
+    return FOLDERS[request.param](tmp_path_factory.mktemp(request.param) / 'model')
+
+
+@pytest.fixture(scope='module')
+def peer(folder):
+    from transformers import AutoTokenizer, Siglip2Tokenizer
+
+    if folder.parent.name.startswith('siglip2'):
+        return Siglip2Tokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_ids_are_those_of_transformers(folder, peer):
+    tokenizer = vit_jax.tokenizer(folder)
+    expected = peer(
+        list(words.STRANGE), padding='max_length', truncation=True, max_length=tokenizer.length,
+        return_tensors='np',
+    )['input_ids']  # fmt: skip
+    found = tokenizer(words.STRANGE)
+    assert found.dtype == np.int32 and found.shape == (len(words.STRANGE), tokenizer.length)
+    for text, one, other in zip(words.STRANGE, found, expected, strict=True):
+        assert one.tolist() == other.tolist(), text[:30]
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(TEXTS)
+def test_any_text_has_the_ids_of_transformers(folder, peer, text):
+    hypothesis.assume(not any(token in text for token in peer.all_special_tokens))
+    tokenizer = tokenizers.load(folder)
+    expected = peer(text, padding='max_length', truncation=True, max_length=tokenizer.length)
+    assert tokenizer(text)[0].tolist() == expected['input_ids']
+
+
+def test_the_length_of_a_model_is_stated_beside_it(tmp_path):
+    """model_max_length, max_position_embeddings, or what the family has; the given one wins."""
+    folder = words.clip(tmp_path / 'clip')
+    assert tokenizers.load(folder).length == 16
+    words.write(folder, config={'text_config': {'max_position_embeddings': 9}})
+    assert tokenizers.load(folder).length == 9
+    words.write(folder, tokenizer_config={'model_max_length': 10**30}, config={})
+    assert tokenizers.load(folder).length == 77
+    assert tokenizers.load(folder, length=5)('a dog ' * 9).shape == (1, 5)
+    with pytest.raises(UserError, match='length 1 has no room'):
+        tokenizers.load(folder, length=1)
+
+
+def test_padding_is_what_the_documents_say(tmp_path):
+    folder = words.clip(tmp_path, pad_token='!', padding_side='left')
+    ids = tokenizers.load(folder)('a dog')[0]
+    start, end = tokenizers.load(folder).bos, tokenizers.load(folder).eos
+    assert ids[-1] == end and ids[0] == 0 and ids.tolist().index(start) > 1
+    assert tokenizers.load(folder).decode(ids) == 'a dog'
+    with pytest.raises(UserError, match='pad_token is none-such, no token'):
+        tokenizers.load(words.clip(tmp_path, pad_token='none-such'))
+
+
+def reference(text, merges):
+    """OpenAI's ids, by the definition: the earliest merge first, wherever it applies."""
+    text = html.unescape(html.unescape(unicodedata.normalize('NFC', text)))
+    text = ' '.join(regex.split(r'\s+', text)).strip().lower()
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    vocabulary, ids = words.vocabulary_of_clip(merges), []
+    ranks = {merge: k for k, merge in enumerate(merges)}
+    for word in regex.findall(pattern, text, regex.IGNORECASE):
+        plain = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
+        others = [k for k in range(256) if k not in plain]
+        parts = [chr(k if k in plain else 256 + others.index(k)) for k in word.encode()]
+        parts[-1] += '</w>'
+        while len(parts) > 1:
+            pairs = enumerate(itertools.pairwise(parts))
+            rank, k = min((ranks.get(pair, 10**9), k) for k, pair in pairs)
+            if rank == 10**9:
+                break
+            parts[k : k + 2] = [parts[k] + parts[k + 1]]
+        ids += [vocabulary[part] for part in parts]
+    return [vocabulary['<|startoftext|>'], *ids, vocabulary['<|endoftext|>']]
+
+
+def test_openai_files_follow_openai_code(tmp_path, monkeypatch):
+    """HTML is unescaped twice, and padding is 0; the end is kept when a text is cut."""
+    monkeypatch.setattr(cleaning, 'fixer', lambda: None)
+    tokenizer = tokenizers.load(words.openai(tmp_path))
+    merges = words.merges_of_clip()
+    for text in words.STRANGE:
+        ids = reference(text, merges)
+        ids = [*ids[:76], ids[-1]] if len(ids) > 77 else ids + [0] * (77 - len(ids))
+        assert tokenizer(text)[0].tolist() == ids, text[:30]
+    assert 'without ftfy' in tokenizer.follows
+
+
+@pytest.mark.parametrize('clean, text, same', [
+    ('canonicalize', 'A_dog&amp;#33;', 'a dog'), ('lower', 'A  DOG &amp;amp;', 'a dog &'),
+    ('whitespace', 'A&nbsp;&nbsp;dog', 'A dog'),
+])  # fmt: skip
+def test_open_clip_cleans_before_the_tokenizer(tmp_path, clean, text, same):
+    folder = words.clip(tmp_path)
+    text_config = dict(context_length=7, hf_tokenizer_name='x', tokenizer_kwargs={'clean': clean})
+    words.write(folder, open_clip_config={'model_cfg': {'text_cfg': text_config}})
+    tokenizer = tokenizers.load(folder)
+    assert tokenizer.length == 7 and tokenizer.follows == 'mlfoundations/open_clip'
+    plain = tokenizer._replace(steps=())
+    assert tokenizer(text).tolist() == plain(same).tolist() != plain(text).tolist()
+
+
+def test_big_vision_models_keep_the_end_and_lower_ascii(tmp_path):
+    """eos='sticky', pad_value=1 of c4_en: the end is the padding."""
+    path = tmp_path / 'c4_en.model'
+    path.write_bytes(words.pieces())
+    tokenizer = tokenizers.load(path, length=4)
+    dog, cat = (tokenizer(text)[0, 0] for text in ('dog', 'cat'))
+    assert tokenizer(['', 'dog', 'DOG cat dog', 'dog ' * 9]).tolist() == [
+        [1] * 4, [dog, 1, 1, 1], [dog, cat, dog, 1], [dog, dog, dog, 1]
+    ]  # fmt: skip
+    assert tokenizer('É').tolist() != tokenizer('é').tolist()
+    cut = tokenizer._replace(sticky=False)
+    assert cut('dog ' * 9).tolist() == [[dog] * 4] and cut('dog').tolist() == [[dog, 1, 1, 1]]
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+    st.lists(TEXTS, max_size=3), st.integers(2, 9), st.sampled_from(['left', 'right'])
+)
+def test_every_row_has_its_end_once_and_then_padding(folder, texts, length, side):
+    tokenizer = tokenizers.load(folder, length=length)._replace(side=side, pad=3)
+    rows = tokenizer(texts)
+    assert rows.shape == (len(texts), length) and rows.dtype == np.int32
+    for text, row in zip(texts, rows.tolist(), strict=True):
+        content = len(tokenizer.ids(text))
+        own = row[:content] if side == 'right' else row[length - content :]
+        assert own == tokenizer.ids(text) and own[-1] == tokenizer.eos
+        assert tokenizer.bos is None or own[0] == tokenizer.bos
+        assert sorted([*own, *[3] * (length - content)]) == sorted(row)
+
+
+@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.given(st.lists(st.sampled_from(['a', 'dog', 'red', 'shoe', 'bag']), max_size=8))
+def test_known_words_are_decoded(folder, known):
+    tokenizer = tokenizers.load(folder, length=70)
+    assert tokenizer.decode(tokenizer(' '.join(known).upper())[0]).strip() == ' '.join(known)
+
+
+def test_saved_files_and_pickles_give_the_same_ids(folder, tmp_path):
+    tokenizer = tokenizers.load(folder)
+    tokenizer.save(tmp_path / 'run' / 'tokenizer')
+    for other in (tokenizers.load(tmp_path / 'run'), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.fingerprint == tokenizer.fingerprint
+        assert other(words.STRANGE).tolist() == tokenizer(words.STRANGE).tolist()
+    for other in (tokenizer._replace(side='left'), tokenizer.with_length(5)):
+        assert other.fingerprint != tokenizer.fingerprint
+
+
+def test_an_address_is_fetched_without_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'cache'))
+    local = words.siglip(tmp_path / 'model')
+    store = fsspec.filesystem('memory')
+    for path in local.iterdir():
+        store.pipe(f'/siglip/{path.name}', path.read_bytes())
+    store.pipe('/siglip/model.safetensors', bytes(99))
+    expected = tokenizers.load(local)(words.STRANGE).tolist()
+    for address in ('memory://siglip', 'memory://siglip/model.safetensors'):
+        assert vit_jax.tokenizer(address)(words.STRANGE).tolist() == expected
+    assert not [path for path in tmp_path.glob('cache/*/*') if path.suffix == '.safetensors']
+    with pytest.raises(UserError, match='memory://none has none of'):
+        tokenizers.load('memory://none')
+
+
+@pytest.mark.parametrize('text, error', [
+    ('a\udcff', 'character 1 of a text is half of a pair'), (b'dog', "b'dog' is not a text"),
+    (None, 'None is not a text'), ('a' * (2**20 + 1), 'longer than 1,048,576'),
+])  # fmt: skip
+def test_what_is_no_text_is_named(folder, text, error):
+    with pytest.raises(UserError, match=error) as caught:
+        tokenizers.load(folder)([text])
+    assert '\n' not in str(caught.value)
+
+
+BROKEN = {
+    'no': ({}, 'has no tokenizer: none of tokenizer.json'),
+    'json': ({'tokenizer.json': b'{"model": 3}'}, 'tokenizer.json is not a tokenizer.json'),
+    'bytes': ({'tokenizer.json': b'\xff\x00'}, 'tokenizer.json is not a tokenizer.json'),
+    'model': ({'spiece.model': b'\x00' * 99}, 'spiece.model is not a model of SentencePiece'),
+    'gz': ({'bpe_simple_vocab_16e6.txt.gz': b'\x1f\x8b\x08junk'}, "not a list of CLIP's merges"),
+    'merges': ({'vocab.json': b'{"a": 0}', 'merges.txt': b'a b\n'}, "not a vocabulary of CLIP's"),
+    'vocab': ({'vocab.json': b'[1]', 'merges.txt': b''}, 'not {token: number}'),
+    'bert': ({'vocab.txt': b'dog\ncat\n'}, 'it has no .PAD.'),
+    'saved': ({'vit_jax_tokenizer.json': b'{"kind": "pickle"}'}, 'kind is pickle, not'),
+    'length': (
+        {'vit_jax_tokenizer.json': b'{"kind": "sentencepiece"}', 'spiece.model': None},
+        'vit_jax_tokenizer.json: length is None',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_broken_files_are_one_line(tmp_path, name):
+    files, error = BROKEN[name]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(words.pieces() if content is None else content)
+    with pytest.raises(UserError, match=re.escape(error).replace('\\.PAD\\.', '.PAD.')) as caught:
+        tokenizers.load(tmp_path)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('lacking', ['tokenizers', 'sentencepiece'])
+def test_a_missing_library_is_named_with_its_extra(tmp_path, lacking):
+    folder = (words.clip if lacking == 'tokenizers' else words.siglip)(tmp_path)
+    text = (
+        f'import sys; sys.modules[{lacking!r}] = None\nfrom vit_jax.data import tokenizers\n'
+        f'try: tokenizers.load({str(folder)!r})\nexcept ValueError as e: print(e)\n'
+        'print("jax" in sys.modules, "flax" in sys.modules)'
+    )
+    done = subprocess.run([sys.executable, '-c', text], capture_output=True, text=True, timeout=200)
+    assert f'texts need {lacking}; install it with: pip install "vit_jax[text]"' in done.stdout
+    assert done.stdout.endswith('False False\n'), done.stdout + done.stderr

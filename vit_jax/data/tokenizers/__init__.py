@@ -1,0 +1,34 @@
+"""Tokenizers: texts to numbers [B, L], with all that belongs to a model's protocol.
+
+Length, padding, begin and end, lower-casing and cleaning come with the vocabulary, as a checkpoint
+has them; nothing of it is left to the caller. `load` reads the files of all kinds.
+"""
+
+import os
+import pathlib
+
+from vit_jax.data.tokenizers import folders
+from vit_jax.data.tokenizers.tokenizer import Tokenizer
+from vit_jax.errors import UserError, shown
+
+__all__ = ['Tokenizer', 'load']
+
+
+def load(address: str | os.PathLike, *, length: int | None = None) -> Tokenizer:
+    """Reads a tokenizer from a path, or from an address (gs://, https://, hf://).
+
+    These are known, see `folders`: a folder that `save` or `python -m vit_jax.data.tokenizers`
+    wrote, or one that has such a folder as tokenizer/, as a run's workdir; the folder of a
+    checkpoint of Hugging Face or OpenCLIP; a tokenizer.json; a model of SentencePiece
+    (spiece.model, sentencepiece.model); CLIP's bpe_simple_vocab_16e6.txt.gz; a vocab.txt of BERT.
+
+    Args:
+      address: where it is.
+      length: number of tokens of a text, in place of its own.
+
+    Raises:
+      UserError: there is none, or a file of it is broken or does not say what it must.
+    """
+    if not isinstance(address, (str, os.PathLike)) or not str(address):
+        raise UserError(f'the tokenizer is {shown(address)}, not a path or an address')
+    return folders.read(pathlib.Path(folders.local(str(address)))).with_length(length)
