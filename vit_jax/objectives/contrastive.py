@@ -1,0 +1,156 @@
+"""Images and their texts: two towers learn which of a batch belong together.
+
+A batch is {image: uint8 [B, H, W, C], text: int [B, L], mask: [B]}. Shapes: E dimensions of the
+space of both, M micro-batches.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+from vit_jax.io.bounds import Finite, Positive
+from vit_jax.models import text as texts
+from vit_jax.models.memory import shard_batch
+from vit_jax.models.two_towers import TwoTowers, build_towers
+from vit_jax.models.vit import Vit
+from vit_jax.objectives import Examples, Objective, pairs
+
+METRICS = {'loss': 'min', 'accuracy': 'max'}
+PAIRS = 'each image is compared with the texts of the whole batch; objective.micro_batches has the '
+PAIRS += 'memory of micro-batches, and the same loss'
+
+
+def contrastive(
+    model: Vit,
+    examples: Examples,
+    *,
+    text: texts.Fields | None = None,
+    loss: Literal['sigmoid', 'softmax'] = 'sigmoid',
+    temperature: Positive[float] = 10.0,
+    temperature_max: Positive[float] | None = None,
+    bias: Finite[float] = -10.0,
+    micro_batches: Positive[int] = 1,
+) -> Objective:
+    """Trains an image and a text tower to give the image and text of a pair similar embeddings.
+
+    Parameters are in the subtrees `image` and `text`, beside the logarithm of the temperature and
+    the bias. The loss is that of all pairs of the global batch, of which each device has its share
+    (objectives/pairs.py). With `optim.freeze` '^image/' the image tower stays as it is, as in LiT
+    (arXiv:2111.07991). Evaluations read the image tower's outputs, `image_embedding` and, with
+    texts, `text_embedding` [B, E].
+
+    `accuracy` is the share of images with no text in the batch that is more similar than their own.
+
+    Args:
+      model: the image tower, a ViT as `models.build` makes it. `model.num_classes` is the number E
+        of a linear projection; without it the pooled tokens are the embedding.
+      examples: the training examples, with `image` and `text` in the spec, as of the task
+        `image_text`.
+      text: the text tower, see models/text.py. Its vocabulary and length default to those of the
+        tokenizer, and `num_classes` to the size of the image tower's output.
+      loss: sigmoid of each pair (arXiv:2303.15343), or softmax over texts and over images
+        (arXiv:2103.00020).
+      temperature: initial factor of the cosines, whose logarithm is learnt: 10 in arXiv:2303.15343,
+        1 / 0.07 in arXiv:2103.00020.
+      temperature_max: bound of that factor; 100 in arXiv:2103.00020. None: none.
+      bias: initial term added to all logits, with the loss sigmoid.
+      micro_batches: number M of parts of a batch whose embeddings are computed one after the
+        other, and again for the gradient (arXiv:2101.06983): the loss and its gradient are those of
+        the whole batch, in the memory of a part.
+    """
+    net = towers(
+        model, examples, text, use_bias=loss == 'sigmoid', temperature_init=temperature,
+        bias_init=bias, temperature_max=temperature_max,
+    )  # fmt: skip
+    image, tokens = examples.spec['image'].shape, examples.spec['text'].shape
+
+    def init(key):
+        blank = jnp.zeros((1, *image)), jnp.zeros((1, *tokens), jnp.int32)
+        return net.init(key, *blank)['params']
+
+    def embed(params, batch, key):
+        images = net.normalise(batch['image'])
+        out = net.apply({'params': params}, images, batch['text'], train=True,
+                        rngs={'dropout': key})[1]  # fmt: skip
+        scalars = {name: out[name] for name in ('temperature', 'bias')}
+        return {name: out[name] for name in ('image_embedding', 'text_embedding')}, scalars
+
+    def loss_fn(params, extra, frozen, batch, key, step):
+        inputs = {name: batch[name] for name in ('image', 'text')}
+        embeddings, scalars = in_parts(embed, params, inputs, key, micro_batches)
+        value, accuracy = pairs.loss(
+            pairs.Pairs(
+                embeddings['image_embedding'], embeddings['text_embedding'],
+                scalars['temperature'], scalars['bias'], batch['mask'].astype(jnp.float32),
+            ), loss,
+        )  # fmt: skip
+        metrics = {'loss': value, 'accuracy': accuracy, 'temperature': scalars['temperature']}
+        return value, (metrics | ({'bias': scalars['bias']} if net.use_bias else {}), {})
+
+    def predict(params, batch):
+        images = net.normalise(batch['image']) if 'image' in batch else None
+        out = net.apply({'params': params}, images, batch.get('text'))[1]
+        names = [n for n in ('image_embedding', 'text_embedding') if n in out]
+        each = jnp.ones(len(out[names[0]]))
+        found = {name: out[name] for name in names} | {'temperature': out['temperature'] * each}
+        return out.get('image', {}) | found
+
+    return Objective(
+        init, loss_fn, predict, indivisible=PAIRS, flops=net.flops(image, tokens[-1]),
+        settings={'pairs': loss},
+    )  # fmt: skip
+
+
+def towers(model: nn.Module, examples: Examples, text: Any, **fields: Any) -> TwoTowers:
+    """The two towers, checked; raises UserError for a model or examples of another kind."""
+    if not isinstance(model, Vit):
+        raise UserError(
+            'objective contrastive trains a ViT as image tower, and model.name is that of a '
+            f'{type(model).__name__}'
+        )
+    if missing := {'image', 'text'} - examples.spec.keys():
+        raise UserError(
+            f'objective contrastive trains on images with texts, and data.task makes no '
+            f"{min(missing)}; set data.task to 'image_text'"
+        )
+    tokenizer = examples.names.get('tokenizer')
+    known = {} if tokenizer is None else dict(
+        vocab_size=tokenizer.vocab_size, length=tokenizer.length
+    )
+    net = build_towers(model, known | dict(text or {}), **fields)
+    try:
+        net.grid(examples.spec['image'].shape)
+    except UserError as e:
+        raise UserError(f'config data.image_size: {e}') from e
+    return net
+
+
+def in_parts(
+    embed: Callable, params: Any, inputs: dict[str, jax.Array], key: jax.Array, count: int
+) -> tuple[Any, Any]:
+    """`embed` (params, inputs, key) -> (rows, scalars) of a batch, part after part.
+
+    Activations of a part are computed again for the gradient, so only rows are saved of all parts.
+    """
+    if count == 1:
+        return embed(params, inputs, key)
+    size = len(inputs['image'])
+    if size % count:
+        raise UserError(
+            f'objective.micro_batches is {count}, which does not divide data.batch_size {size}'
+        )
+
+    def body(carry, xs):
+        i, part = xs
+        part = jax.tree.map(shard_batch, part)
+        return carry, jax.checkpoint(embed)(params, part, jax.random.fold_in(key, i))
+
+    # Part i has rows i, i + count, ... of each device, so that none leaves its device.
+    split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), inputs)
+    _, (rows, scalars) = jax.lax.scan(body, None, (jnp.arange(count), split))
+    whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:]), rows)
+    return jax.tree.map(shard_batch, whole), jax.tree.map(lambda x: x[0], scalars)
