@@ -8,7 +8,7 @@ from learners import IMAGE, MODEL, assert_trees_close, batch
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
-from vit_jax.objectives import Examples, masked_patch, next_patch, targets
+from vit_jax.objectives import Examples, corruption, masked_patch, next_patch, targets
 
 SPEC = Examples({'image': jax.ShapeDtypeStruct(IMAGE, np.uint8)})
 METHODS = {
@@ -29,7 +29,7 @@ def started(objective, seed=0):
 @pytest.mark.parametrize('patches, corrupt', [(196, 0.5), (16, 0.5), (49, 0.15), (7, 0.9)])
 def test_shares_of_corrupted_patches_are_exact(patches, corrupt):
     count = 4000
-    kinds, others = masked_patch.draw(jax.random.key(0), (count, patches), corrupt)
+    kinds, others = corruption.draw(jax.random.key(0), (count, patches), corrupt)
     expected = np.array([0.8, 0.1, 0.1]) * corrupt * patches
     counts = np.stack([(kinds == i).sum(axis=1) for i in range(3)], axis=1)  # [images, 3]
     assert (np.abs(counts - expected) < 1).all()
@@ -39,6 +39,19 @@ def test_shares_of_corrupted_patches_are_exact(patches, corrupt):
     np.testing.assert_allclose(places, 0.8 * corrupt, atol=5 * 0.5 / count**0.5)
     assert (others != np.arange(patches)).all() and (others >= 0).all() and (others < patches).all()
     assert len(np.unique(others[:, 0])) == patches - 1
+
+
+def test_only_real_tokens_are_corrupted():
+    count, corrupt = 4000, 0.15
+    rng = np.random.default_rng(0)
+    real = rng.random((count, 30)) < rng.random((count, 1))
+    kinds, _ = corruption.draw(jax.random.key(0), real.shape, corrupt, jnp.asarray(real))
+    kinds = np.asarray(kinds)
+    assert (kinds[~real] == 3).all()
+    expected = np.array([0.8, 0.1, 0.1]) * corrupt * real.sum(axis=1, keepdims=True)
+    counts = np.stack([(kinds == i).sum(axis=1) for i in range(3)], axis=1)
+    assert (np.abs(counts - expected) < 1).all()
+    np.testing.assert_allclose((counts - expected).mean(axis=0), 0, atol=4 * 0.5 / count**0.5)
 
 
 def test_colours_are_the_upper_bits_of_means():
@@ -64,7 +77,7 @@ def test_masked_patches_count_alone_and_are_not_seen(target, monkeypatch):
     params, examples = started(objective), batch(4) | {'mask': np.ones(4, np.float32)}
     kinds = jnp.array([[0, 0, 3, 3], [1, 3, 3, 3], [2, 3, 3, 3], [0, 3, 3, 0]])
     others = jnp.array([[1, 2, 3, 0], [2, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1]])
-    monkeypatch.setattr(masked_patch, 'draw', lambda *_: (kinds, others))
+    monkeypatch.setattr(corruption, 'draw', lambda *_: (kinds, others))
 
     @jax.jit
     def loss(images, mask):

@@ -13,11 +13,9 @@ from jax.sharding import PartitionSpec as P
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Share
 from vit_jax.models import embedding
-from vit_jax.objectives import Examples, Objective, headless, masked_mean, targets
+from vit_jax.objectives import Examples, Objective, corruption, headless, masked_mean, targets
 
 SIDE = 4  # of a patch that is made smaller
-SHARES = (0.8, 0.1, 0.1)  # of the corrupted patches: masked, replaced, kept
-CORRUPT = 0x636F72  # folded into the key for corruption; dropout uses the key itself
 RULES = ((r'mask_token', P(), 'stem'),)
 
 
@@ -68,7 +66,7 @@ def masked_patch(
     def loss_fn(params, extra, frozen, batch, key, step):
         images, mask = model.normalise(batch['image']), batch['mask'].astype(jnp.float32)
         count = model.grid(shape)[0] * model.grid(shape)[1]
-        kinds, others = draw(jax.random.fold_in(key, CORRUPT), (len(images), count), corrupt)
+        kinds, others = corruption.draw(key, (len(images), count), corrupt)
 
         def replace(x):
             other = jnp.take_along_axis(x, others[:, :, None], axis=1)
@@ -91,7 +89,7 @@ def masked_patch(
             hits = jnp.mean(jnp.argmax(logits, axis=-1) == wanted, axis=-1)
         weights = (kinds < 3).astype(jnp.float32)
         means = {'loss': per_patch} if hits is None else {'loss': per_patch, 'accuracy': hits}
-        means = {name: masked_mean(of_each(x, weights), mask) for name, x in means.items()}
+        means = {n: masked_mean(corruption.of_each(x, weights), mask) for n, x in means.items()}
         return means['loss'], (means, {})
 
     def predict(params, batch):
@@ -113,28 +111,3 @@ def check(model: nn.Module, shape: tuple[int, ...], target: str) -> None:
     grid = model.grid(shape)
     if grid == (1, 1):
         raise UserError('objective masked_patch needs several patches, and an image has one')
-
-
-def draw(key: jax.Array, shape: tuple[int, int], corrupt: float) -> tuple[jax.Array, jax.Array]:
-    """Draws what happens to each patch: int [B, N], and the index of another patch, int [B, N].
-
-    0: masked, 1: replaced by the other patch, 2: kept and predicted, 3: not corrupted. The counts
-    of an image are its shares of N, rounded up or down by one number that is drawn for the image:
-    their expectation is exact, and they add up.
-    """
-    b, n = shape
-    order, offset, other = jax.random.split(key, 3)
-    ranks = jnp.argsort(jnp.argsort(jax.random.uniform(order, shape), axis=1), axis=1)  # [B, N]
-    ends, end = [], 0.0
-    for share in SHARES:
-        end += share
-        ends.append(n * corrupt * end)
-    ends = jnp.floor(jnp.asarray(ends) + jax.random.uniform(offset, (b, 1)))  # [B, 3]
-    kinds = jnp.sum(ranks[:, :, None] >= ends[:, None], axis=-1)
-    others = (jnp.arange(n) + jax.random.randint(other, shape, 1, n)) % n
-    return kinds, others
-
-
-def of_each(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Means over patches by weights: [B, N] -> [B]; 0 where no patch has any."""
-    return jnp.sum(values * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
