@@ -153,7 +153,7 @@ def test_facts_of_mixtures_and_drawn_sets_are_those_of_their_parts(tmp_path):
 
 
 def test_a_resume_compares_samples_where_both_have_one(tmp_path):
-    parts = types.SimpleNamespace(task=types.SimpleNamespace(names={}))
+    parts = types.SimpleNamespace(task=types.SimpleNamespace(names={}, tokenizer=None))
 
     def settle(begun=True, **found):
         now = {'data.order': 'a', **{f'data.{key}': value for key, value in found.items()}}

@@ -1,5 +1,6 @@
 """Builds the parts of a run from its config: data set, model, objective, optimizer, state."""
 
+import os
 from collections.abc import Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.data import mixture, order, sources, tasks
 from vit_jax.data.readers import names
+from vit_jax.data.tokenizers import folders
 from vit_jax.errors import UserError
 from vit_jax.models import parameters
 from vit_jax.objectives import Examples, Objective
@@ -128,7 +130,7 @@ def of_run(
     checkpoints: trained.Read = 'known',
 ) -> Parts:
     """Builds the parts of the run in a workdir, which has checkpoints if it has `begun`."""
-    classes = kept_classes(config, path, begun)
+    classes, config = kept_classes(config, path, begun), with_kept_tokenizer(config, path, begun)
     return make(config, devices=devices, classes=classes, checkpoints=checkpoints)
 
 
@@ -143,6 +145,17 @@ def kept_classes(config: ConfigDict, path: epath.Path, begun: bool) -> Sequence[
     if classes:
         return classes
     return weights.read(config.init_from, part='encoder', values=False, ema=None).classes
+
+
+def with_kept_tokenizer(config: ConfigDict, path: epath.Path, begun: bool) -> ConfigDict:
+    """The config of the run in `path`, with its copy of a tokenizer whose file is gone."""
+    address, kept = config.data.get('tokenizer'), path / folders.INSIDE
+    there = address is None or '://' in address or os.path.exists(os.path.expanduser(address))
+    if there or not begun or not kept.exists():
+        return config
+    config = config.copy_and_resolve_references()
+    config.data.tokenizer = os.fspath(kept)
+    return config
 
 
 def steps_of(config: ConfigDict, source: Sized) -> int:

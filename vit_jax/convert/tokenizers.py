@@ -4,6 +4,7 @@ import os
 
 from vit_jax.convert import load, run
 from vit_jax.data import tokenizers
+from vit_jax.data.tokenizers import folders
 from vit_jax.errors import UserError
 
 
@@ -24,7 +25,7 @@ def tokenizer(path: str | os.PathLike, *, length: int | None = None) -> tokenize
     address = found or load.resolve(str(path))
     if found is None and run.is_run(address):
         root = run.split_address(address)[0]
-        address = root / 'tokenizer'
+        address = root / folders.INSIDE
         if not address.exists():
             raise UserError(f'{root} has no tokenizer: its run reads no texts')
     return tokenizers.load(os.fspath(address), length=length)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from vit_jax.data import jft_like
 from vit_jax.data.readers import (
+    captions,
     coco,
     facts,
     folders,
@@ -101,6 +102,7 @@ def load(
     - tar shards (WebDataset): `x-{0000..0146}.tar`, `x-*.tar`, or a folder that holds them, also
       in train/ and val/
     - parquet files, named likewise or in data/; arrow files of Hugging Face's `save_to_disk`
+    - a folder with captions.jsonl, or a metadata.jsonl with captions, see `readers.captions`
     - a folder with images/ beside masks/, the masks with the names of their images, see
       `readers.pairs`
     - a folder with a json of COCO beside its images, see `readers.coco`; with a panoptic one, see
@@ -155,6 +157,8 @@ def open_source(
     if parts:
         return open_shards(parts, address, split, image, label)
     with explain_address(address):
+        if parts := captions.find(address, files, inner):
+            return take_share(*captions.read(address, parts, split, label), split)
         parts = coco.find(address, files, inner)
         segments = panoptic.find(address, files, inner, beside=bool(parts))
         if part in segments:
@@ -191,7 +195,7 @@ def is_workdir(folder: str) -> bool:
         return False
     with os.scandir(folder) as entries:
         inner = {entry.name for entry in entries if entry.is_dir()}
-    return inner <= {'checkpoints', 'tensorboard', 'compiled', 'profile', 'logs'}
+    return inner <= {'checkpoints', 'tensorboard', 'compiled', 'profile', 'logs', 'tokenizer'}
 
 
 def expand_home(folder: str | None) -> str | None:
@@ -227,6 +231,7 @@ def splits_of(name: str, data_dir: str | None = None) -> tuple[str, ...]:
         return tuple(records.read_manifest(address)['splits'])
     parts = shards.find_shards(address, files, inner)
     with explain_address(address):
+        parts = parts or captions.find(address, files, inner)
         if not parts:
             parts = coco.find(address, files, inner)
             parts |= panoptic.find(address, files, inner, beside=bool(parts))

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax.data.readers import facts
+from vit_jax.data.tokenizers import folders
 from vit_jax.errors import UserError
 from vit_jax.io.text import printable
 from vit_jax.models.parameters import leaf_name
@@ -39,7 +40,9 @@ def facts_of(parts: Any) -> dict[str, Any]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(parts.objective.frozen)
     ]
     weights = {'frozen': facts.digest(x for pair in frozen for x in pair)} if frozen else {}
-    return facts.of_run(parts.source, parts.evals) | weights | {
+    named = parts.task.tokenizer
+    words = {} if named is None else {'data.tokenizer': named.loaded.fingerprint}
+    return facts.of_run(parts.source, parts.evals) | words | weights | {
         'jax.default_prng_impl': str(jax.config.jax_default_prng_impl),
         'jax.threefry_partitionable': bool(jax.config.jax_threefry_partitionable),
         'jax.enable_x64': bool(jax.config.jax_enable_x64),
@@ -54,7 +57,7 @@ def facts_of(parts: Any) -> dict[str, Any]:
 def record_facts(
     path: epath.Path, parts: Any, now: Mapping[str, Any], begun: bool, *, allow_change: bool
 ) -> list[Change]:
-    """Writes facts.json and the names of the task; returns the changes of the facts.
+    """Writes facts.json, the names of the task and its tokenizer; returns the changes of the facts.
 
     Args:
       path: workdir of the run.
@@ -100,6 +103,8 @@ def record_facts(
     if jax.process_index() == 0:
         for kind, names in parts.task.names.items():
             workdir.write_json(path / f'{kind}.json', list(names))
+        if parts.task.tokenizer is not None:
+            parts.task.tokenizer.loaded.save(path / folders.INSIDE)
         workdir.write_json(path / FILE, now)
     return changes
 

@@ -119,7 +119,10 @@ def columns(
     pa = library()
     for key in (image, label):
         if key is not None and key not in schema.names:
-            raise UserError(f'{file} has no column {key!r}, but {brief(", ".join(schema.names))}')
+            hint = '; source.label=None reads no labels' if key == label else ''
+            raise UserError(
+                f'{file} has no column {key!r}, but {brief(", ".join(schema.names))}{hint}'
+            )
     path = bytes_path(schema, image)
     if path is None:
         kind = brief(schema.field(image).type)

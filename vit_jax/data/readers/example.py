@@ -59,7 +59,8 @@ def encode(
 ) -> bytes:
     """Encodes the bytes of an image, its labels and its name; equal input gives equal bytes.
 
-    Other fields are bytes, text or arrays of numbers; all else is written as JSON.
+    Other fields are bytes, text, several of these or arrays of numbers; all else is written as
+    JSON.
     """
     example = Example()
     features = example.features.feature
@@ -68,16 +69,26 @@ def encode(
     features['label'].int64_list.value.extend(map(int, labels))
     features['name'].bytes_list.value.append(name.encode('utf-8', 'surrogateescape'))
     for key, one in (fields or {}).items():
-        array = None if isinstance(one, bytes | str) else numbers(one)
+        array = None if isinstance(one, bytes | str) or are_texts(one) else numbers(one)
         if array is not None:
             floats = array.dtype.kind == 'f'
             own = features[key].float_list if floats else features[key].int64_list
             own.SetInParent()  # an empty list, where there are none
             own.value.extend(array.astype(np.float64 if floats else np.int64).ravel().tolist())
             continue
-        one = one if isinstance(one, bytes | str) else json.dumps(one)
-        features[key].bytes_list.value.append(one if isinstance(one, bytes) else one.encode())
+        several = one if are_texts(one) else [one]
+        several = [one if isinstance(one, bytes | str) else json.dumps(one) for one in several]
+        features[key].bytes_list.value.extend(
+            one if isinstance(one, bytes) else one.encode('utf-8', 'surrogateescape')
+            for one in several
+        )
     return example.SerializeToString(deterministic=True)
+
+
+def are_texts(value: Any) -> bool:
+    """Whether a value is a list of bytes or of texts, such as captions."""
+    several = isinstance(value, (list, tuple)) or isinstance(value, np.ndarray) and value.ndim == 1
+    return several and len(value) > 0 and all(isinstance(one, bytes | str) for one in value)
 
 
 def numbers(one: Any) -> np.ndarray | None:

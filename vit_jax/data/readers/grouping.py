@@ -78,7 +78,7 @@ class Grouping:
         elif 'json' in self.group:
             value = self.json_label()
         else:
-            raise self.error('no label: neither .cls nor .json')
+            raise self.error('no label: neither .cls nor .json; source.label=None reads none')
         for one in value if isinstance(value, list) else [value]:
             if type(one) is not int or not -(2**31) <= one < 2**31:
                 raise self.error(f'label {brief(ascii(one))} is not the number of a class')

@@ -121,8 +121,9 @@ def load(
     features, labels = builder.info.features, ('label',)
     for key in (image, label):
         if key is not None and feature_of(features, key) is None:
+            hint = '; source.label=None reads no labels' if key == label else ''
             raise UserError(
-                f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}'
+                f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}{hint}'
             )
     classes, most = (), None
     if label is not None:

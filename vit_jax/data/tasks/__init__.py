@@ -29,11 +29,14 @@ class Task(NamedTuple):
         UserError, where the record can't be used. Picklable.
       names: meaning of numbers in the arrays, {'classes': ('cat', 'dog')}; a run saves them as
         classes.json and compares them when it resumes.
+      tokenizer: what made the ids of texts, a tokenizers.Named; a run saves its tokenizer and
+        refuses another one when it resumes.
     """
 
     blank: dict
     read: Callable
     names: dict = {}
+    tokenizer: Any = None
 
 
 def class_names(

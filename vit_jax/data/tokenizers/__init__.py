@@ -4,14 +4,18 @@ Length, padding, begin and end, lower-casing and cleaning come with the vocabula
 has them; nothing of it is left to the caller. `load` reads the files of all kinds.
 """
 
+import functools
 import os
 import pathlib
+from collections.abc import Iterable
+
+import numpy as np
 
 from vit_jax.data.tokenizers import folders
 from vit_jax.data.tokenizers.tokenizer import Tokenizer
 from vit_jax.errors import UserError, shown
 
-__all__ = ['Tokenizer', 'load']
+__all__ = ['Named', 'Tokenizer', 'load']
 
 
 def load(address: str | os.PathLike, *, length: int | None = None) -> Tokenizer:
@@ -32,3 +36,28 @@ def load(address: str | os.PathLike, *, length: int | None = None) -> Tokenizer:
     if not isinstance(address, (str, os.PathLike)) or not str(address):
         raise UserError(f'the tokenizer is {shown(address)}, not a path or an address')
     return folders.read(pathlib.Path(folders.local(str(address)))).with_length(length)
+
+
+class Named:
+    """The tokenizer at an address, read at its first use: a plan needs the length alone.
+
+    Attributes:
+      address: where it is, see `load`.
+      length: number L of tokens of a text.
+    """
+
+    def __init__(self, address: str, length: int | None = None):
+        self.address, self.given = address, length
+
+    @functools.cached_property
+    def loaded(self) -> Tokenizer:
+        """The tokenizer; raises UserError as `load` does."""
+        return load(self.address, length=self.given)
+
+    @property
+    def length(self) -> int:
+        return self.given or self.loaded.length
+
+    def __call__(self, texts: str | Iterable[str]) -> np.ndarray:
+        """Ids int32 [B, L] of texts."""
+        return self.loaded(texts)
