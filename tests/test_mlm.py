@@ -23,8 +23,9 @@ MODEL = models.build(
 SPEC = {'text': jax.ShapeDtypeStruct((LENGTH,), np.int32)}
 
 
-def made(model=MODEL, **names):
-    return mlm.mlm(model, Examples(SPEC, {'tokenizer': TOKENIZER} | names), corrupt=0.4)
+def made(model=MODEL, tokenizer=TOKENIZER):
+    named = tokenizer and types.SimpleNamespace(loaded=tokenizer)
+    return mlm.mlm(model, Examples(SPEC, tokenizer=named), corrupt=0.4)
 
 
 def batch(size=8, seed=0):
@@ -82,12 +83,12 @@ def test_texts_without_words_count_for_nothing():
 
 def test_what_it_does_not_train_is_named():
     unmasked = types.SimpleNamespace(**vars(TOKENIZER) | {'mask': None})
-    for model, names, words in [
-        (models.build('vit/4', num_classes=None), {}, 'text tower'),
-        (MODEL, {'tokenizer': None}, 'data.task'),
-        (MODEL, {'tokenizer': unmasked}, 'mask token'),
-        (MODEL.clone(vocab_size=29), {}, 'model.vocab_size is 29'),
-        (MODEL.clone(causal=True), {}, 'model.causal'),
+    for model, tokenizer, words in [
+        (models.build('vit/4', num_classes=None), TOKENIZER, 'text tower'),
+        (MODEL, None, 'data.task'),
+        (MODEL, unmasked, 'mask token'),
+        (MODEL.clone(vocab_size=29), TOKENIZER, 'model.vocab_size is 29'),
+        (MODEL.clone(causal=True), TOKENIZER, 'model.causal'),
     ]:
         with pytest.raises(UserError, match=words):
-            made(model, **names)
+            made(model, tokenizer)

@@ -25,9 +25,6 @@ class Letters:
         rows = [[ord(c) for c in text[:LENGTH]] for text in texts]
         return np.array([row + [0] * (LENGTH - len(row)) for row in rows], np.int32)
 
-    def with_length(self, length):
-        return self
-
 
 def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -48,7 +45,7 @@ def subject(mesh):
 
     outputs = {n: jax.ShapeDtypeStruct((1, WIDTH), np.float32)
                for n in ('image_embedding', 'text_embedding')}  # fmt: skip
-    return evaluators.Subject(predict, mesh, outputs, {'tokenizer': Letters()}, {})
+    return evaluators.Subject(predict, mesh, outputs, {}, {}, Letters())
 
 
 def params(seed=0):

@@ -88,8 +88,9 @@ def evaluations(
     if config.objective.name != 'supervised' and run.is_run(str(checkpoint)):
         parts, params = restore.parts_and_params(str(checkpoint), config, ema)
         subject = evaluators.subject(
-            parts.objective, params, parts.spec, parts.mesh, parts.task.names
-        )
+            parts.objective, params, parts.spec, parts.mesh, parts.task.names,
+            parts.task.tokenizer,
+        )  # fmt: skip
         for name, evaluation in parts.evals.items():
             yield name, evaluation, subject, params
         return

@@ -79,7 +79,9 @@ def make(
     tx = optim.make(step.abstract_params(objective), steps, objective.rules, **config.optim)
     abstract = step.abstract_state(objective, tx, mesh)
     evaluations.check_image_sizes(config, objective, spec, abstract.params)
-    subject = evaluators.subject(objective, abstract.params, spec, mesh, task.names)
+    subject = evaluators.subject(
+        objective, abstract.params, spec, mesh, task.names, task.tokenizer
+    )
     evals = {name: evaluations.make(subject, settings) for name, settings in config.evals.items()}
     evaluations.check_best(config.checkpoint.best, evals)
     return Parts(source, task, steps, mesh, model, spec, objective, tx, abstract, evals)
@@ -109,7 +111,7 @@ def objective_of(
 ) -> Objective:
     """Makes the objective that a config names, for a run of a number of steps."""
     copies = -(-config.data.repeats // config.accumulate)  # in succession, within a micro-batch
-    examples = Examples(spec, task.names, copies, steps)
+    examples = Examples(spec, task.names, task.tokenizer, copies, steps)
     function = configs.named('objective.name', config.objective.name).function
     settings = configs.settings_of(config.objective, function)
     settings |= trained.loaded(settings, function, model, examples, checkpoints)

@@ -34,6 +34,7 @@ class Subject(NamedTuple):
       outputs: {name: ShapeDtypeStruct} of what `predict` returns for a batch of one example.
       names: meaning of numbers in outputs, {'classes': (...)}; None or () if unknown.
       settings: those of the objective, for settings of an evaluation that are not given.
+      tokenizer: that of the training examples, see data.tokenizers.Named; None without texts.
     """
 
     predict: Callable
@@ -41,6 +42,7 @@ class Subject(NamedTuple):
     outputs: dict
     names: dict
     settings: dict
+    tokenizer: Any = None
 
 
 def one_example(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -56,6 +58,7 @@ def subject(
     spec: Mapping[str, jax.ShapeDtypeStruct],
     mesh: Mesh,
     names: dict,
+    tokenizer: Any = None,
 ) -> Subject:
     """Makes the Subject of an objective.
 
@@ -65,10 +68,11 @@ def subject(
       spec: {name: ShapeDtypeStruct} of one training example.
       mesh: where batches and parameters lie.
       names: names of what is numbered, {'classes': (...)}.
+      tokenizer: that of the training examples, see data.tokenizers.Named.
     """
     example = one_example(objective.inputs or spec)
     outputs = jax.eval_shape(objective.predict, params, example)
-    return Subject(objective.predict, mesh, outputs, names, objective.settings)
+    return Subject(objective.predict, mesh, outputs, names, objective.settings, tokenizer)
 
 
 class Opened(NamedTuple):

@@ -8,28 +8,21 @@ import jax
 import numpy as np
 
 from vit_jax import evaluators, sharding
-from vit_jax.data import tokenizers
-from vit_jax.data.tokenizers import Tokenizer
+from vit_jax.data.tokenizers import Named
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators import Subject
 
 
-def tokenizer_of(subject: Subject, address: str | None) -> Tokenizer:
-    """The tokenizer of a setting, or the run's own; raises UserError where there is neither.
+def tokenizer_of(subject: Subject, address: str | None) -> Named:
+    """The tokenizer of a setting, for texts of the run's length, or the run's own.
 
-    One of more tokens than the model has is refused, too.
+    Raises UserError where there is neither.
     """
-    own = subject.names.get('tokenizer')
+    own = subject.tokenizer
     if address is None and own is None:
         raise UserError('evals: the run has no tokenizer; name one: tokenizer=PATH')
-    found = own if address is None else tokenizers.load(address)
-    if own is not None and found.vocab_size > own.vocab_size:
-        raise UserError(
-            f'evals: tokenizer {address} has {found.vocab_size} tokens, that of the run '
-            f'{own.vocab_size}'
-        )
-    return found if own is None else found.with_length(own.length)
+    return own if address is None else Named(address, own and own.length)
 
 
 def check_outputs(subject: Subject, *names: str) -> None:

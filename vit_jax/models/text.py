@@ -94,6 +94,7 @@ class Text(nn.Module):
 
     captures = ('attention', 'tokens_by_block', 'normed_by_block')
     posemb_at, prefix = 'stem', {}  # as a `vit.Vit` has them
+    reads = 'text'  # the array of an example; `vit.Vit` and others read `image`
 
     def __post_init__(self) -> None:
         self.dtype = interface.dtype_name(self.dtype)
@@ -104,6 +105,10 @@ class Text(nn.Module):
     def product_dtype(self) -> str:
         """Dtype of the products in blocks."""
         return self.matmul_dtype or self.dtype
+
+    def normalise(self, tokens: jax.Array) -> jax.Array:
+        """Returns the tokens, as models of images normalise theirs."""
+        return tokens
 
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""

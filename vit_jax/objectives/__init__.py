@@ -17,12 +17,14 @@ class Examples(NamedTuple):
     Attributes:
       spec: {name: ShapeDtypeStruct} of one example, without `mask` and `id`.
       names: meaning of numbers in it: {'classes': ('cat', 'dog')}.
+      tokenizer: that of its texts, see data.tokenizers.Named; None without texts.
       copies: how many times an example comes in succession within a micro-batch (data.repeats).
       steps: length of the run in updates.
     """
 
     spec: dict = {}
     names: dict = {}
+    tokenizer: Any = None
     copies: int = 1
     steps: int = 1
 

@@ -117,11 +117,10 @@ def towers(model: nn.Module, examples: Examples, text: Any, **fields: Any) -> Tw
             f'objective contrastive trains on images with texts, and data.task makes no '
             f"{min(missing)}; set data.task to 'image_text'"
         )
-    tokenizer = examples.names.get('tokenizer')
-    known = {} if tokenizer is None else dict(
-        vocab_size=tokenizer.vocab_size, length=tokenizer.length
-    )
-    net = build_towers(model, known | dict(text or {}), **fields)
+    values = {'length': examples.spec['text'].shape[0]} | dict(text or {})
+    if 'vocab_size' not in values and examples.tokenizer is not None:
+        values['vocab_size'] = examples.tokenizer.loaded.vocab_size
+    net = build_towers(model, values, **fields)
     try:
         net.grid(examples.spec['image'].shape)
     except UserError as e:

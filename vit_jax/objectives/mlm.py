@@ -31,8 +31,8 @@ def mlm(model: nn.Module, examples: Examples, *, corrupt: Share = 0.15) -> Objec
 
     Args:
       model: a text tower, as `models.build` makes it (`text-b`); its head is left out.
-      examples: the training examples, with `text` in the spec and the tokenizer in names, as of the
-        task `text`.
+      examples: the training examples, with `text` in the spec and the tokenizer, as of the task
+        `text`.
       corrupt: share of the tokens of a text that are corrupted.
     """
     tokenizer = checked(model, examples)
@@ -86,9 +86,9 @@ def checked(model: nn.Module, examples: Examples) -> Any:
             "objective mlm trains a text tower, as model.name 'text-b'; the model is a "
             f'{type(model).__name__}'
         )
-    tokenizer = examples.names.get('tokenizer')
-    if 'text' not in examples.spec or tokenizer is None:
+    if 'text' not in examples.spec or examples.tokenizer is None:
         raise UserError("objective mlm trains on texts; set data.task to 'text'")
+    tokenizer = examples.tokenizer.loaded
     if tokenizer.mask is None:
         raise UserError(
             'objective mlm needs a tokenizer with a mask token, as python -m '

@@ -1,7 +1,7 @@
 """Classification with labels.
 
 A batch is {image: uint8 [B, H, W, C], label: int [B], int [B, L] padded with -1 or float [B, K],
-mask: [B]}.
+mask: [B]}; of a text tower {text: int [B, T]} in place of the images.
 """
 
 from typing import Literal
@@ -43,8 +43,8 @@ def supervised(
     `model.dist_head` learn from the labels, each by a loss of its own, which are averaged.
 
     Args:
-      model: classifier, as `models.build` makes it.
-      examples: the training examples, with `image` [H, W, C] in the spec.
+      model: classifier, as `models.build` makes it, of images or texts.
+      examples: the training examples, with `image` [H, W, C] or `text` [T] in the spec.
       loss: cross-entropy of a softmax over the classes, or of a sigmoid for each class
         (multi-label).
       label_smoothing: share of a label that a softmax spreads over all classes (arXiv:1512.00567);
@@ -62,7 +62,14 @@ def supervised(
       patch_grid: side of the table of positions that is resized for `patch_sides`.
       predict_side: side of the patches in evaluations. None: the median of `patch_sides`.
     """
-    shape = examples.spec['image'].shape
+    name = reads(model)
+    if name not in examples.spec:
+        raise UserError(
+            f'the model reads {name}, and data.task makes {", ".join(examples.spec)}'
+        )
+    if name != 'image' and (mixup or cutmix):
+        raise UserError(f'objective.mixup and cutmix mix images, and the model reads {name}')
+    shape = examples.spec[name].shape
     patches = flexible.Patches(model, shape, patch_sides, patch_grid, predict_side)
     for side in patches.drawn:
         check_model(patches.model_of(side), examples)
@@ -74,7 +81,8 @@ def supervised(
         )
 
     def init(key):
-        return model.init(key, patches.blank())['params']
+        blank = patches.blank() if name == 'image' else jnp.zeros((1, *shape), jnp.int32)
+        return model.init(key, blank)['params']
 
     def loss_of(side):
         def loss_fn(params, extra, frozen, batch, key, step):
@@ -96,20 +104,30 @@ def supervised(
         return loss_fn
 
     def predict(params, batch):
-        return patches.apply(params, model.normalise(batch['image']), patches.predicted)[1]
+        return patches.apply(params, model.normalise(batch[name]), patches.predicted)[1]
 
-    flops = [patches.model_of(side).flops(shape) for side in patches.drawn]
+    flops = [flops_of(patches.model_of(side), shape) for side in patches.drawn]
     return Objective(
         init, predict=predict, flops=sum(flops) / len(flops), settings={'loss': loss},
         **patches.variants(loss_of),
     )
 
 
+def reads(model: nn.Module) -> str:
+    """The array of an example that a model reads, 'image' or 'text'."""
+    return getattr(model, 'reads', 'image')
+
+
+def flops_of(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """FLOPs of a forward pass over one image [H, W, C] or text [T]."""
+    return model.flops(shape) if reads(model) == 'image' else model.flops(*shape)
+
+
 def check_model(model: nn.Module, examples: Examples) -> None:
-    """Raises UserError unless the model takes the images and has an output for each class."""
+    """Raises UserError unless the model takes the examples and has an output for each class."""
     interface.check_output(model)
     try:
-        model.flops(examples.spec['image'].shape)
+        flops_of(model, examples.spec[reads(model)].shape)
     except UserError as e:  # of images without patches
         raise UserError(f'config data.image_size: {e}') from e
     classes = examples.names.get('classes', ())
@@ -118,6 +136,8 @@ def check_model(model: nn.Module, examples: Examples) -> None:
             f'labels are out of range: the data set has {len(classes)} classes, model.num_classes '
             f'is {model.num_classes}'
         )
+    if reads(model) != 'image':
+        return
     channels = examples.spec['image'].shape[-1]
     if not len(model.mean) == len(model.std) == channels:
         raise UserError(
@@ -129,8 +149,11 @@ def model_inputs(
     batch: dict[str, jax.Array], key: jax.Array, *, model: nn.Module, loss: str, mixup: float,
     cutmix: float, mix_by: str, mix_shift: int, mix_union: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(normalised images [B, H, W, C], labels) that a step trains on, mixed if configured."""
-    images, labels = model.normalise(batch['image']), batch['label']
+    """(normalised images [B, H, W, C], labels) that a step trains on, mixed if configured.
+
+    Of a text tower (tokens [B, T], labels).
+    """
+    images, labels = model.normalise(batch[reads(model)]), batch['label']
     if not mixup and not cutmix:
         return images, labels
     images, labels = mixing.mix(
