@@ -3,22 +3,21 @@
 import json
 import types
 
-import jax
 import launched
 import numpy as np
+import predicting
 import pytest
 import tiny_detect
 import tiny_segment
 from PIL import Image
 from scipy import special
 
-from vit_jax import assembly, config
 from vit_jax.data import annotations, overlays, run_lengths, tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators import places
 from vit_jax.figures import overlaid
-from vit_jax.predict import __main__ as command
-from vit_jax.predict import dense
+from vit_jax.predict import dense, findings
+from vit_jax.predict.findings import Found
 
 RNG = np.random.default_rng(4)
 VIEWS = 'resize', 'fit', dict(name='fit', place='centre')
@@ -118,14 +117,16 @@ def test_run_lengths_are_those_of_pycocotools_both_ways():
 def test_a_picture_has_the_colours_of_what_is_there(objects, tmp_path):
     labels = np.zeros((20, 30), np.uint8)
     labels[4:16, 5:12], labels[4:16, 12:22] = 1, 2
-    found = dense.Found((20, 30), labels)
+    found = Found((20, 30), labels)
     if objects:
         masks = np.stack([labels == 1, labels == 2])
         boxes = np.array(list(map(dense.box_of, masks)), float)
-        found = dense.Found((20, 30), None, np.array([0.9, 0.6]), np.array([1, 2]), boxes, masks)
+        found = Found(
+            (20, 30), scores=np.array([0.9, 0.6]), labels=np.array([1, 2]), boxes=boxes, masks=masks
+        )
         assert boxes.tolist() == [[5, 4, 7, 12], [12, 4, 10, 12]]
     image, names = np.full((20, 30, 3), 100, np.uint8), ['background', 'shoe', 'a $b$ bag']
-    dense.draw(tmp_path / 'x.png', image, found, names)
+    findings.draw(tmp_path / 'x.png', image, found, names)
     made, times = np.asarray(Image.open(tmp_path / 'x.png').convert('RGB')), 16
     assert overlaid.enlarged(image) == times and made.shape[0] > 20 * times
     for k, (y, x) in ((1, (10, 8)), (2, (10, 16))):
@@ -138,29 +139,6 @@ def test_a_picture_has_the_colours_of_what_is_there(objects, tmp_path):
     assert (made[20 * times :] != 255).any()  # the legend
 
 
-def predicted(capsys, checkpoint, paths, **given):
-    """What `python -m vit_jax.predict` prints."""
-    options = dict(
-        checkpoint=str(checkpoint), ema=True, image_size=None, patch_size=None, view=None,
-        threshold=0.5, masks=None, json=True, out=None, batch_size=2, force=False,
-    )  # fmt: skip
-    command.find([str(path) for path in paths], types.SimpleNamespace(**options | given))
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def a_run(path, module, objective, folder):
-    given = config.experiment.read(f'{module.__file__}:{folder}')
-    given['objective'] = objective
-    given['data']['image_size'] = 16
-    full = config.complete(given)
-    parts = assembly.make(full, devices=jax.devices()[:1])
-    params = jax.tree.map(
-        lambda x: x + 0.5 * RNG.normal(size=x.shape).astype(np.float32),
-        parts.objective.init(jax.random.key(0)),
-    )
-    return launched.write_run(path, full, parts, params)
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 3})
@@ -168,19 +146,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    paths = [tmp_path_factory.mktemp('photos') / f'{i}.png' for i in range(3)]
-    for path, shape in zip(paths, ((40, 60), (90, 30), (16, 16)), strict=True):
-        Image.fromarray(RNG.integers(0, 256, (*shape, 3), np.uint8)).save(path)
-    return paths
+    return predicting.photos(tmp_path_factory.mktemp('photos'))
 
 
 @pytest.mark.parametrize('masks', ['semantic', 'instances'])
 def test_a_run_of_masks_prints_and_draws(masks, folder, photos, tmp_path, capsys):
     coco = pytest.importorskip('pycocotools.mask')
     objective = dict(name='masks', queries=5, query_blocks=1, points=20)
-    run = a_run(tmp_path / 'run', tiny_segment, objective, folder)
+    run = predicting.a_run(tmp_path / 'run', tiny_segment, objective, folder)
     out = dict(out=str(tmp_path / 'out'), masks=masks, threshold=0.05)
-    rows = predicted(capsys, run, photos, **out)
+    rows = predicting.predicted(capsys, run, photos, **out)
     assert [(row['height'], row['width']) for row in rows] == [(40, 60), (90, 30), (16, 16)]
     assert [row['image'] for row in rows] == list(map(str, photos))
     for row, path in zip(rows, photos, strict=True):
@@ -195,20 +170,21 @@ def test_a_run_of_masks_prints_and_draws(masks, folder, photos, tmp_path, capsys
             assert boxes == [one['box'] for one in found]
         assert Image.open(tmp_path / 'out' / f'{path.stem}.png').size[0] >= 240
     with pytest.raises(UserError, match=r'0\.png exists'):
-        predicted(capsys, run, photos, **out)
+        predicting.predicted(capsys, run, photos, **out)
 
 
 def test_a_run_of_detection_prints_and_names_mistakes(folder, photos, tmp_path, capsys):
-    run = a_run(tmp_path / 'run', tiny_detect, dict(name='detect', queries=5), folder)
+    run = predicting.a_run(tmp_path / 'run', tiny_detect, dict(name='detect', queries=5), folder)
     assert dense.is_dense(str(run))
-    rows = predicted(capsys, run, photos, threshold=0.0)
+    rows = predicting.predicted(capsys, run, photos, threshold=0.0)
     for row, size in zip(rows, ((40, 60), (90, 30), (16, 16)), strict=True):
         assert len(row['objects']) == 5 or size != (16, 16)  # others are padded
         for one in row['objects']:
             x, y, w, h = one['box']
-            assert 0 <= x < x + w <= size[1] and 0 <= y < y + h <= size[0]
+            assert 0 <= x < x + w <= size[1] + 1e-4 and 0 <= y < y + h <= size[0] + 1e-4
             assert one['name'] in ('small', 'large') and 0 < one['score'] < 1
-    assert all(row['objects'] == [] for row in predicted(capsys, run, photos, threshold=1.0))
+    rows = predicting.predicted(capsys, run, photos, threshold=1.0)
+    assert all(row['objects'] == [] for row in rows)
     place = places.Place((20, 40), (32, 32), np.float32([[0.8, 0]] * 2))
     centres = np.array([[0.5, 0.9, 0.2, 0.1], [0.5, 0.2, 0.2, 0.1]])
     outputs = {'logits': np.zeros((2, 3)), 'boxes': centres}
@@ -220,12 +196,12 @@ def test_a_run_of_detection_prints_and_names_mistakes(folder, photos, tmp_path, 
         (dict(out=str(tmp_path / 'a.png')), 'a folder for several'),
     ):
         with pytest.raises(UserError, match=words):
-            predicted(capsys, run, photos, **given)
+            predicting.predicted(capsys, run, photos, **given)
 
 
 @pytest.mark.slow
 def test_the_command_prints_json_and_ends_with_status_2_for_mistakes(folder, photos, tmp_path):
-    run = a_run(tmp_path / 'run', tiny_segment, dict(name='segment'), folder)
+    run = predicting.a_run(tmp_path / 'run', tiny_segment, dict(name='segment'), folder)
     arguments = f'--checkpoint={run}', *photos
     status, out, err = launched.run('predict', *arguments, '--json', f'--out={tmp_path}/out')
     assert status == 0, err

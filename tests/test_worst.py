@@ -9,6 +9,7 @@ import pytest
 import scenes
 import sklearn.decomposition
 import sklearn.metrics
+import tiny_dense
 from PIL import Image
 
 from vit_jax import assembly, config, evaluators
@@ -75,6 +76,32 @@ def test_the_images_of_the_lowest_iou_come_first(run, monkeypatch):
     each = worst.of_label_maps(parts.evals['val'], params, lambda count: None)
     assert len(each) == 8  # one has no label
     assert [row.caption for row in rows] == [row.caption for row in each[: len(rows)]]
+
+
+def test_the_images_of_the_lowest_panoptic_quality_come_first(tmp_path):
+    folder = tiny_dense.write(tmp_path / 'set')
+    full = config.load(f'{tiny_dense.__file__}:{folder}', [('evals.panoptic.batch_size', '3')])
+    parts = assembly.make(full, devices=jax.devices()[:1])
+    params = parts.objective.init(None)
+    rows = worst.of_segments(parts.evals['panoptic'], params, lambda count: None)
+    scores = []
+    for row in rows:
+        numbers, found = row.truth['segments'], row.found['segments']
+        assert numbers.shape == found.shape == row.image.shape[:2]
+        labels, own = (over['labels'].tolist() for over in (row.truth, row.found))
+        each = []
+        for k in {*labels, *own} - {-1}:  # of each class there is one segment
+            true = numbers == labels.index(k) if k in labels else np.zeros(found.shape, bool)
+            mask = found == own.index(k) if k in own else np.zeros(found.shape, bool)
+            iou = np.sum(true & mask) / np.sum(true | mask & (numbers != 255))
+            each.append(iou if iou > 0.5 else 0.0)
+        scores.append(np.mean(each))
+        assert row.caption.endswith(f'{scores[-1]:.1%}')
+    assert len(rows) == worst.SHOWN and scores == sorted(scores) and scores[0] < scores[-1]
+    whole = parts.evals['panoptic'](params)
+    assert scores[0] < whole['pq'] < 1
+    worst.draw(tmp_path / 'x.png', rows[:2], parts.evals['panoptic'].classes)
+    assert Image.open(tmp_path / 'x.png').size[0] > 500
 
 
 def test_the_score_of_an_image_is_that_of_its_objects():

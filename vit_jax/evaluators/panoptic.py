@@ -122,6 +122,7 @@ class Panoptic:
             tables, predict=subject.predict, threshold=threshold, canvas=size_of(canvas)
         )
         self.step = evaluators.compiled(step, self.mesh)
+        self.maps = evaluators.compiled(partial(step, maps=True), self.mesh)
 
     def __call__(
         self,
@@ -151,6 +152,18 @@ class Panoptic:
             found |= panoptic_quality.by_class(total, self.classes)
         return found | {'examples': examples}
 
+    def numbers(self, one: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers of segments uint16 [Y, X], classes [N]) found in an image, of what `maps` makes.
+
+        Pixels in none have the number VOID.
+        """
+        found, own = one['found'], one['table'][:, :-1].sum(0)
+        segments = panoptic_quality.segments_of(
+            own, one['won'], one['areas'], found, stuff=self.stuff, overlap=self.overlap
+        )
+        number, classes = panoptic_quality.numbers_of(segments, found)
+        return number[one['winner']], classes
+
     def tally(self, one: Mapping[str, np.ndarray]) -> np.ndarray:
         """Tallies of an image, of what `tables` makes of it."""
         table, found = panoptic_quality.merged(
@@ -168,26 +181,28 @@ panoptic = Panoptic  # by its name in a config
 
 
 def stuff_of(
-    given: tuple[str, ...] | None, own: Source, classes: tuple[str, ...], first: int
-) -> frozenset[int]:
+    given: tuple[str, ...] | None, own: Source | None, classes: tuple[str, ...], first: int,
+    setting: str = 'evals.stuff',
+) -> frozenset[int]:  # fmt: skip
     """Numbers of the classes that are stuff; the first ones, `first` of them, are in any case.
 
     Args:
       given: their names. None: those of the data set.
       own: the data set.
       classes: names of all classes.
+      setting: what gave the names, for messages.
     """
     stuff = own.stuff if given is None else given
     by_number = given is None and own.labels == 'by_number'
     places = names.match(stuff, (*classes[:first], *own.classes) if by_number else classes)
     if None in places:
-        raise UserError(f'evals.stuff: there is no class {stuff[places.index(None)]!r}')
+        raise UserError(f'{setting}: there is no class {stuff[places.index(None)]!r}')
     return frozenset([*range(first), *places])
 
 
 def tables(
     params: Any, batch: Mapping[str, jax.Array], *, predict: Callable, threshold: float,
-    canvas: tuple[int, int],
+    canvas: tuple[int, int], maps: bool = False,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """Counts pixels by true segment and query: what `panoptic_quality.merged` takes, for a batch.
 
@@ -200,14 +215,16 @@ def tables(
       predict: (params, batch) -> {'logits': [B, Q, K + 1], 'masks': logits [B, Q, h, w]}.
       threshold: probability of its class above which a query counts.
       canvas: (Y, X).
+      maps: whether to return the query that has each pixel, Q for none, as `winner` int16
+        [B, Y, X], and of the batch `segments` and `id`.
     """
     out = predict(params, batch)
     shares = jax.nn.softmax(out['logits'].astype(jnp.float32))
     scores, found = shares.max(-1), shares.argmax(-1)  # [B, Q]
     counts = (found < shares.shape[2] - 1) & (scores > threshold)
-    maps, (b, q) = out['masks'].astype(jnp.float32), scores.shape
+    masks, (b, q) = out['masks'].astype(jnp.float32), scores.shape
     m, void = batch['labels'].shape[1], label_maps.ignored(batch['segments'].dtype)
-    axes = axes_of(maps, batch, canvas)
+    axes = axes_of(masks, batch, canvas)
     count = jax.vmap(lambda counts, *at: counts.at[at].add(1, mode='drop'))
     blocks = (
         in_blocks(axes.rows, 0.0), in_blocks(axes.in_rows[..., None], False),
@@ -216,23 +233,27 @@ def tables(
 
     def add(total, block):
         own, valid, true = block  # [B, R, h], [B, R, 1], [B, R, X]
-        masks = jax.nn.sigmoid(axes.values(maps, own))  # [B, Q, R, X]
+        values = jax.nn.sigmoid(axes.values(masks, own))  # [B, Q, R, X]
         inside = valid & axes.in_columns[:, None]
-        weighted = jnp.where(counts[..., None, None], scores[..., None, None] * masks, -1)
+        weighted = jnp.where(counts[..., None, None], scores[..., None, None] * values, -1)
         winner = jnp.where(counts.any(1)[:, None, None], weighted.argmax(1), q)  # [B, R, X]
-        in_mask = (masks >= 0.5) & inside[:, None]
+        in_mask = (values >= 0.5) & inside[:, None]
         mine = jnp.take_along_axis(in_mask, jnp.minimum(winner, q - 1)[:, None], axis=1)[:, 0]
         # pixels outside of the image are counted nowhere
         rows = jnp.where(inside, jnp.minimum(true.astype(jnp.int32), m), m + 1)
+        winner_in_mask = jnp.where(mine, winner, q)
         return {
-            'table': count(total['table'], rows, jnp.where(mine, winner, q)),
+            'table': count(total['table'], rows, winner_in_mask),
             'won': count(total['won'], jnp.where(inside, winner, q)),
             'areas': total['areas'] + in_mask.sum((2, 3), dtype=jnp.int32),
-        }, None
+        }, winner_in_mask.astype(jnp.int16) if maps else None
 
     zero = partial(jnp.zeros, dtype=jnp.int32)
-    total, _ = jax.lax.scan(
+    total, each = jax.lax.scan(
         add, {'table': zero((b, m + 1, q + 1)), 'won': zero((b, q)), 'areas': zero((b, q))}, blocks
     )
     true = {name: batch[name] for name in ('labels', 'crowd', 'mask')}
+    if maps:
+        each = jnp.moveaxis(each, 0, 1).reshape(b, -1, canvas[1])[:, : canvas[0]]
+        true |= {'winner': each, 'segments': batch['segments'], 'id': batch['id']}
     return total | true | {'found': jnp.where(counts, found, -1)}

@@ -8,8 +8,56 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from vit_jax.data.segments import VOID
+
 COUNTS = ('iou', 'tp', 'fp', 'fn')  # rows of tallies: the sum of matches' IoU, and numbers
 MEASURES = ('pq', 'sq', 'rq')
+
+
+def segments_of(
+    own: np.ndarray, won: np.ndarray, areas: np.ndarray, labels: np.ndarray, *,
+    stuff: Collection[int], overlap: float,
+) -> list[list[int]]:  # fmt: skip
+    """The queries of each segment.
+
+    A query is dropped if it has too little of its mask. Those of a class of stuff are one segment
+    (tue-mps/eomt training/lightning_module.py, to_per_pixel_preds_panoptic).
+
+    Args:
+      own: pixels that a query wins and has in its mask, [Q].
+      won: pixels that it wins, [Q].
+      areas: pixels of its mask, [Q].
+      labels: its class, [Q]; -1 of queries that do not count.
+      stuff: classes that are stuff.
+      overlap: least share of `areas` that `won` must be.
+    """
+    found, of_stuff = [], {}
+    for query in np.flatnonzero(labels >= 0).tolist():
+        if not own[query] or won[query] / areas[query] < overlap:
+            continue
+        label = int(labels[query])
+        if label in of_stuff:
+            of_stuff[label].append(query)
+            continue
+        found.append([query])
+        if label in stuff:
+            of_stuff[label] = found[-1]
+    return found
+
+
+def numbers_of(
+    segments: Sequence[Sequence[int]], labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and classes of what `segments_of` makes of queries of these classes.
+
+    Returns:
+      (number of each query's segment uint16 [Q + 1], classes of the segments int [P]). The number
+      is VOID where there is none, and last, for pixels of no query.
+    """
+    number = np.full(len(labels) + 1, VOID, np.uint16)
+    for k, queries in enumerate(segments):
+        number[queries] = k
+    return number, np.array([labels[queries[0]] for queries in segments], np.int64)
 
 
 def merged(
@@ -18,32 +66,15 @@ def merged(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Makes segments of queries: (table [M + 1, P + 1], labels int [P]).
 
-    A query is dropped if it has too little of its mask. Those of a class of stuff are one segment
-    (tue-mps/eomt training/lightning_module.py, to_per_pixel_preds_panoptic).
-
-    Args:
-      table: [M + 1, Q + 1], pixels that a query wins and has in its mask.
-      won: pixels that a query wins, [Q].
-      areas: pixels of its mask, [Q].
-      labels: its class, [Q]; -1 of queries that do not count.
-      stuff: classes that are stuff.
-      overlap: least share of `areas` that `won` must be.
+    `table` [M + 1, Q + 1] counts pixels that a query wins and has in its mask; other arguments are
+    those of `segments_of`.
     """
-    own, of_stuff, columns, found = table[:, :-1].sum(0), {}, [], []
-    for query in np.flatnonzero(labels >= 0):
-        if not own[query] or won[query] / areas[query] < overlap:
-            continue
-        label = int(labels[query])
-        if label in of_stuff:
-            columns[of_stuff[label]] = columns[of_stuff[label]] + table[:, query]
-            continue
-        if label in stuff:
-            of_stuff[label] = len(columns)
-        columns.append(table[:, query])
-        found.append(label)
-    kept = np.array(columns, np.int64).reshape(-1, len(table)).T
+    own = table[:, :-1].sum(0)
+    found = segments_of(own, won, areas, labels, stuff=stuff, overlap=overlap)
+    kept = np.array([table[:, queries].sum(1) for queries in found], np.int64)
+    kept = kept.reshape(-1, len(table)).T
     void = table.sum(1) - kept.sum(1)
-    return np.concatenate([kept, void[:, None]], axis=1), np.array(found, np.int64)
+    return np.concatenate([kept, void[:, None]], axis=1), numbers_of(found, labels)[1]
 
 
 def tally(

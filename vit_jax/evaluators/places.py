@@ -3,13 +3,13 @@
 Shapes: Q queries, K classes, h w of a map, Y X of the image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from vit_jax.data import label_maps
-from vit_jax.evaluators import instances, pixels
+from vit_jax.evaluators import instances, panoptic_quality, pixels
 
 BLOCK = 2**24  # values of all maps that are in memory at once
 STEP = 512  # weights are computed for sides of multiples of it: few programs for many sizes
@@ -96,6 +96,43 @@ def label_map(maps: np.ndarray, place: Place, logits: np.ndarray | None = None) 
             block = np.tensordot(shares.T, sigmoid(block), axes=1)
         found[rows] = block.argmax(0)
     return found
+
+
+def segments(
+    logits: np.ndarray, masks: np.ndarray, place: Place, threshold: float, overlap: float,
+    stuff: Collection[int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Panoptic segments: (numbers uint16 [Y, X], classes [N], scores [N]).
+
+    A pixel of `numbers` has the number of its segment, or VOID in none. Segments are those of the
+    evaluator `panoptic`. A score is the probability of the class; that of stuff, the largest of its
+    queries.
+
+    Args:
+      logits: of classes, [Q, K + 1]; the last one is no object.
+      masks: logits of masks on the view, [Q, h, w].
+      place: where the image lies in it.
+      threshold: probability of its class above which a query counts.
+      overlap: least share of its own mask that a query must win.
+      stuff: classes that are stuff.
+    """
+    shares = softmax(logits)
+    scores, labels = shares.max(1), shares.argmax(1)
+    kept = np.flatnonzero((labels < shares.shape[1] - 1) & (scores > threshold))
+    scores, labels, count = scores[kept], labels[kept], len(kept)
+    winner = np.full(place.shape, count, np.uint16)
+    own, won, areas = np.zeros((3, count), np.int64)
+    for rows, block in blocks(masks[kept], place, twice=True) if count else ():
+        values = sigmoid(block)
+        best = (scores[:, None, None] * values).argmax(0)
+        inside = np.take_along_axis(values, best[None], axis=0)[0] >= 0.5
+        winner[rows] = np.where(inside, best, count)
+        areas += (values >= 0.5).sum((1, 2))
+        won += np.bincount(best.ravel(), minlength=count)
+        own += np.bincount(best[inside], minlength=count)
+    found = panoptic_quality.segments_of(own, won, areas, labels, stuff=stuff, overlap=overlap)
+    number, classes = panoptic_quality.numbers_of(found, labels)
+    return number[winner], classes, np.array([scores[queries].max() for queries in found])
 
 
 def blocks(

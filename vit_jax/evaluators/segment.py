@@ -162,24 +162,27 @@ segment = Segment  # by its name in a config
 
 
 def windows_of(
-    image_size: Size, stride: int | None, even: bool, smaller: int | None, larger: int | None,
-    scales: tuple[float, ...],
+    image_size: Size, stride: int | None, even: bool = False, smaller: int | None = None,
+    larger: int | None = None, scales: tuple[float, ...] = (1.0,), where: str = 'evals: ',
 ) -> Windows | None:  # fmt: skip
-    """The windows of settings of `Segment`, None without a stride; raises UserError."""
+    """The windows of settings of `Segment`, None without a stride.
+
+    Raises UserError, whose message begins with `where`.
+    """
     size = size_of(image_size)
     if stride is None:
         given = dict(even=even, smaller=smaller, larger=larger, scales=tuple(scales) != (1.0,))
         for name in (name for name, value in given.items() if value):
-            raise UserError(f'evals: {name} is a setting of windows; give their stride, too')
+            raise UserError(f'{where}{name} is a setting of windows; give their stride, too')
         return None
     if stride > min(size):
-        raise UserError(f'evals: stride {stride} leaves gaps between windows of {min(size)} pixels')
+        raise UserError(f'{where}stride {stride} leaves gaps between windows of {min(size)} pixels')
     if not scales:
-        raise UserError('evals: scales has no number; (1.0,) is the image as it is')
+        raise UserError(f'{where}scales has no number; (1.0,) is the image as it is')
     smaller = smaller or min(size)
     larger = larger or 4 * smaller
     if larger < smaller:
-        raise UserError(f'evals: larger is {larger}, below smaller={smaller}')
+        raise UserError(f'{where}larger is {larger}, below smaller={smaller}')
     return Windows(size, stride, even, smaller, larger, tuple(scales))
 
 

@@ -36,6 +36,7 @@ from vit_jax.data.tasks import classify as classify_task
 from vit_jax.errors import Damaged, UserError
 from vit_jax.evaluators import classify
 from vit_jax.evaluators.detect import Detect
+from vit_jax.evaluators.panoptic import Panoptic
 from vit_jax.evaluators.segment import Segment
 from vit_jax.figures import features, model_page, page, plates, study_page, summary, worst
 from vit_jax.io import storage
@@ -90,7 +91,7 @@ def of_run(path: epath.Path, out: epath.Path) -> Iterator[page.Part]:
                '' if row['measured'] is None else number(row['measured']),
                results.VERDICTS[row['pass']], row['source']) for row in result['expected']),
         ]  # fmt: skip
-    placed = {n: e for n, e in parts.evals.items() if isinstance(e, (Segment, Detect))}
+    placed = {n: e for n, e in parts.evals.items() if isinstance(e, (Segment, Panoptic, Detect))}
     for name, evaluation in list(placed.items())[:1]:
         params = optim.averaged(state)
         yield from worst.parts(name, evaluation, params, out)

@@ -61,7 +61,7 @@ def drawn(
 ) -> Picture:
     """An example with what is over its image, enlarged so that lines are fine."""
     times, larger = enlarged(example['image'], least), dict(example)
-    for key, axis in (('image', 0), ('label_map', 0), ('masks', 1)):
+    for key, axis in (('image', 0), ('label_map', 0), ('segments', 0), ('masks', 1)):
         if key in example:
             larger[key] = example[key].repeat(times, axis).repeat(times, axis + 1)
     return overlays.picture(larger, names, 1 + max(larger['image'].shape) // LARGE)

@@ -14,8 +14,9 @@ from vit_jax import evaluators
 from vit_jax.data import images
 from vit_jax.data.overlays import BACKGROUND
 from vit_jax.distributed.stop import Stop
-from vit_jax.evaluators import average_precision
+from vit_jax.evaluators import average_precision, panoptic_quality
 from vit_jax.evaluators.detect import Detect, by_id
+from vit_jax.evaluators.panoptic import Panoptic
 from vit_jax.evaluators.segment import Segment, iou
 from vit_jax.figures import overlaid, page
 from vit_jax.io.progress import Bar
@@ -31,6 +32,7 @@ SCORES = (
     f'(intersection over union {MATCHED} or more). Drawn are scores above {THRESHOLD}, and the '
     'highest.'
 )
+QUALITY = 'The lowest panoptic quality of an image, the mean over its classes.'
 
 
 class Row(NamedTuple):
@@ -44,7 +46,7 @@ class Row(NamedTuple):
 
 
 def parts(
-    name: str, evaluation: Segment | Detect, params: Any, out: epath.Path
+    name: str, evaluation: Segment | Panoptic | Detect, params: Any, out: epath.Path
 ) -> Iterator[page.Part]:
     """Draws the worst images of an evaluation, SHOWN at most; yields the part of a page.
 
@@ -54,9 +56,7 @@ def parts(
       params: parameters of the run.
       out: folder of the picture.
     """
-    make, note = (
-        (of_label_maps, IOU) if isinstance(evaluation, Segment) else (of_objects, SCORES)
-    )
+    make, note = next(row for kind, *row in KINDS if isinstance(evaluation, kind))
     with Bar(printable(name), len(evaluation.source), brief=True) as bar:
         rows = make(evaluation, params, bar.add)
     if rows:
@@ -72,7 +72,7 @@ def draw(path: os.PathLike, rows: Sequence[Row], names: Sequence[str]) -> None:
         for over, words in ((row.truth, None), (row.found, row.words)):
             one = overlaid.drawn({'image': row.image, **over}, names, LEAST)
             line.append((one, [names[k] for k in one.classes] if words is None else words))
-            seen |= set(np.unique(over['label_map' if 'label_map' in over else 'labels']).tolist())
+            seen |= set(np.unique(over.get('label_map', over.get('labels'))).tolist())
         pictures.append(line)
     entries = {k: name for k, name in enumerate(names) if k in seen and name != BACKGROUND}
     heads = ('', 'truth', 'prediction')
@@ -106,6 +106,28 @@ def score_of_map(truth: np.ndarray, found: np.ndarray, classes: int) -> float:
     cells = truth[labelled].astype(int) * classes + found[labelled]
     counts = np.bincount(cells, minlength=classes**2).reshape(classes, classes)
     return float(np.nanmean(iou(counts))) if len(cells) else np.nan
+
+
+def of_segments(
+    evaluation: Panoptic, params: Any, advance: Callable[[int], None]
+) -> list[Row]:
+    """The images of the lowest panoptic quality, without those that have no class."""
+    source, kept = evaluation.source, []
+    for batch in measured(evaluation, evaluation.maps, params, advance):
+        for i in np.flatnonzero(batch['mask'] > 0):
+            one = {name: values[i] for name, values in batch.items()}
+            quality = panoptic_quality.summary(evaluation.tally(one), ())
+            if quality:
+                truth = one['segments'], one['labels']
+                kept.append((quality['pq'], int(one['id']), truth, evaluation.numbers(one)))
+        kept = sorted(kept, key=lambda row: row[:2])[:SHOWN]
+    rows = []
+    for score, i, *both in kept:
+        image = images.whole(images.read(source.records[i]['image']))
+        height, width = image.shape[:2]
+        truth, found = (dict(segments=x[:height, :width], labels=labels) for x, labels in both)
+        rows.append(Row(f'{source.name(i)}: {score:.1%}', image, truth, found))
+    return rows
 
 
 def of_objects(
@@ -159,3 +181,8 @@ def measured(
     return evaluators.results(
         step, evaluation.feed, params, evaluation.mesh, Stop(), lambda phase: None, advance
     )
+
+
+KINDS = (
+    (Segment, of_label_maps, IOU), (Panoptic, of_segments, QUALITY), (Detect, of_objects, SCORES)
+)

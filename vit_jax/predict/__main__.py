@@ -16,8 +16,10 @@ intermediates (pre_logits, logits, tokens, ...). `files` are the names of the im
 Of a detector or segmenter (a run of objective detect, segment or masks, or a public YOLOS or EoMT)
 it prints what is where, at the size of the image: of detectors the objects whose score is above
 --threshold, with their boxes (x, y, width and height in pixels); of segmenters each class and its
-share of the pixels. --masks=instances makes objects with masks of what a mask classifier predicts.
---json adds masks as run lengths of COCO (`segmentation`). --out FILE.png, or --out FOLDER for
+share of the pixels. --masks=instances makes objects with masks of what a mask classifier predicts,
+--masks=panoptic segments of things and stuff. --stride cuts an image into windows, of whose logits
+a pixel has the mean; with --scales at several sizes and with --flip mirrored, too, as evaluations
+do. --json adds masks as run lengths of COCO (`segmentation`). --out FILE.png, or --out FOLDER for
 several images, draws all this over the images. --out FILE.npz has the arrays, as above.
 
 --hide 0.75, for a masked autoencoder with its decoder, hides a share of the patches (--seed says
@@ -48,9 +50,11 @@ from vit_jax.io.text import printable, to_json
 from vit_jax.predict import (
     classifier,
     dense,
+    findings,
     method,
     predicted,
     read_ahead,
+    windowed,
     write_arrays,
 )
 
@@ -77,8 +81,10 @@ def main(argv: Sequence[str]) -> None:
     if not to_arrays and dense.is_dense(options.checkpoint):
         find(files.find_images(argv[1:]), options)
         return
-    if options.masks:
-        raise UserError(f'--masks is for mask classifiers, and {options.checkpoint} is none')
+    for name in ('masks', 'stride', 'scales', 'flip', 'stuff'):
+        if getattr(options, name):
+            kind = 'mask classifiers' if name in ('masks', 'stuff') else 'segmenters'
+            raise UserError(f'--{name} is for {kind}, and {options.checkpoint} is none')
     classify_images(argv[1:], options)
 
 
@@ -109,26 +115,38 @@ def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
 def find(paths: Sequence[str], options: flags.FlagValues) -> None:
     """Prints or draws what a detector or segmenter finds in images."""
     pictures = pictures_of(paths, options) if options.out else {}
-    found = dense.finder(
-        options.checkpoint, threshold=options.threshold, masks=options.masks,
+    finder = dense.finder(
+        options.checkpoint, threshold=options.threshold, masks=options.masks, stuff=options.stuff,
         ema=None if options.ema else False, image_size=options.image_size,
         patch_size=options.patch_size,
     )  # fmt: skip
-    predictor, batch_size = found.predictor, min(options.batch_size, len(paths))
-    view = tasks.whole_view(options.view or predictor.view, predictor.image_size)
-    view, names = dense.with_places(view), predictor.classes
-    images = dense.keyed(read_ahead(paths, view, 2 * batch_size))
     with counted(len(paths)) as usable:
-        for (path, place), outputs in usable(predicted(predictor, images, batch_size)):
-            one = found.find(outputs, place)
+        for (path, place), outputs in usable(outputs_of(paths, finder, options)):
+            one, names = finder.find(outputs, place), finder.predictor.classes
             if options.json:
-                print(to_json(dense.record(path, one, names)), flush=True)
+                print(to_json(findings.record(path, one, names)), flush=True)
             else:
-                print_rows(path, dense.lines(one, names))
+                print_rows(path, findings.lines(one, names))
             if path in pictures:
-                dense.draw(pictures[path], dense.original(path), one, names)
+                findings.draw(pictures[path], findings.original(path), one, names)
                 if not options.json:
                     print(f'Written: {printable(pictures[path])}')
+
+
+def outputs_of(
+    paths: Sequence[str], finder: dense.Finder, options: flags.FlagValues
+) -> Iterator[tuple[Any, Any]]:
+    """Yields ((path, place), outputs), or a UserError in place of them, of all images."""
+    predictor, batch_size = finder.predictor, min(options.batch_size, len(paths))
+    view = tasks.whole_view(options.view or predictor.view, predictor.image_size)
+    windows = windowed.windows_of(predictor.image_size, options.stride, options.scales)
+    if windows is None and not options.flip:
+        images = read_ahead(paths, dense.with_places(view), 2 * batch_size)
+        return predicted(predictor, dense.keyed(images), batch_size)
+    if not finder.by_pixel:
+        raise UserError('--stride and --flip are for label maps, and this finds objects')
+    images = read_ahead(paths, windowed.cutter(view, windows), 2)
+    return windowed.predicted(predictor, dense.keyed(images), windows, options.flip)
 
 
 def pictures_of(paths: Sequence[str], options: flags.FlagValues) -> dict[str, pathlib.Path]:
@@ -249,12 +267,24 @@ if __name__ == '__main__':
         '--hide or of a detector or segmenter to this .png file, or several into this folder.',
     )  # fmt: skip
     flags.DEFINE_float(
-        'threshold', 0.5, 'Score above which an object is found.', lower_bound=0, upper_bound=1
-    )
+        'threshold', None, 'Score above which an object or segment is found. Default: 0.5, or 0.8 '
+        'of panoptic segments.', lower_bound=0, upper_bound=1,
+    )  # fmt: skip
     flags.DEFINE_enum(
         'masks', None, list(get_args(dense.Masks)), 'Whether the masks of a mask classifier are a '
-        'class for each pixel or objects. Default: as a run was trained, else semantic.',
+        'class for each pixel, objects or panoptic segments. Default: as a run was trained, else '
+        'semantic.',
     )  # fmt: skip
+    flags.DEFINE_list(
+        'stuff', None, 'Names of classes that are no things, each one panoptic segment. Default: '
+        "those of a run's data set, else none.",
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        'stride', None, 'Pixels from one window to the next, which slide over an image for its '
+        'label map. Default: one view shows the image.', lower_bound=1,
+    )  # fmt: skip
+    flags.DEFINE_list('scales', None, 'Scales of the image at which windows slide. Default: 1.')
+    flags.DEFINE_bool('flip', False, 'Predict label maps of mirrored images, too.')
     flags.DEFINE_float(
         'hide', None, 'Hide this share of the patches and draw what a masked autoencoder restores.',
         lower_bound=0, upper_bound=1,
