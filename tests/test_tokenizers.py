@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import json
 import pickle
 import re
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 import vit_jax
 from vit_jax.data import tokenizers
-from vit_jax.data.tokenizers import cleaning
+from vit_jax.data.tokenizers import cleaning, training
 from vit_jax.errors import UserError
 
 FOLDERS = {'clip': words.clip, 'siglip': words.siglip, 'siglip2': words.siglip2, 'bert': words.bert}
@@ -90,7 +91,7 @@ def reference(text, merges):
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
     vocabulary, ids = words.vocabulary_of_clip(merges), []
     ranks = {merge: k for k, merge in enumerate(merges)}
-    for word in regex.findall(pattern, text, regex.IGNORECASE):
+    for word in regex.findall(pattern, text, regex.IGNORECASE)[:100]:
         plain = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
         others = [k for k in range(256) if k not in plain]
         parts = [chr(k if k in plain else 256 + others.index(k)) for k in word.encode()]
@@ -241,3 +242,55 @@ def test_a_missing_library_is_named_with_its_extra(tmp_path, lacking):
     done = subprocess.run([sys.executable, '-c', text], capture_output=True, text=True, timeout=200)
     assert f'texts need {lacking}; install it with: pip install "vit_jax[text]"' in done.stdout
     assert done.stdout.endswith('False False\n'), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+def test_a_trained_tokenizer_is_a_function_of_its_captions(kind, tmp_path):
+    captions = [*words.captions(), 'Caf\u00e9 \U0001f600']
+    (tmp_path / 'a.txt').write_text('\n'.join(captions), encoding='utf-8')
+    command = [sys.executable, '-m', 'vit_jax.data.tokenizers', '--captions', tmp_path / 'a.txt',
+               '--vocab_size=330', '--length=9', f'--kind={kind}', '--json', '--out']  # fmt: skip
+    done = subprocess.run([*command, tmp_path / 'b'], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    settings = dict(kind=kind, vocab_size=330, length=9, lower=True)
+    own = training.train(captions, **settings)
+    tokenizer = tokenizers.load(tmp_path / 'b')
+    assert tokenizer.fingerprint == own.fingerprint  # another process, another seed of hashes
+    other = training.train([*captions, 'another word'], **settings)
+    assert other.fingerprint != own.fingerprint
+    assert tokenizer.length == 9 and tokenizer.eos == 1 and tokenizer.mask is not None
+    for text in ('a dog', 'red shoe', 'caf\u00e9 \U0001f600', '\u65e5\u672c'):
+        ids = tokenizer.with_length(60)(f'  {text.upper()} ')[0]
+        assert tokenizer.decode(ids) == text
+    found = json.loads(done.stdout)
+    counts = [len(tokenizer.with_length(99).ids(text)) for text in captions]
+    assert found['captions'] == len(captions) and found['vocab_size'] == tokenizer.vocab_size <= 330
+    assert found['tokens'] == pytest.approx(np.mean(counts))
+    assert found['cut'] == pytest.approx(np.mean(np.array(counts) > 9))
+    assert len(found['examples']) == 5 and found['spelled'] == 0
+    # a, dog, </s>; a space, three bytes, </s>
+    assert training.report(tokenizer, ['a dog', '\u65e5']).spelled == 3 / 8
+    assert all(''.join(parts) in text.replace(' ', '') for text, parts in found['examples'].items())
+
+
+def test_transformers_reads_a_trained_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    settings = dict(kind='bpe', vocab_size=330, length=9, lower=True)
+    tokenizer = training.train(words.captions(), **settings)
+    tokenizer.save(tmp_path)
+    peer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = list(words.STRANGE)
+    expected = peer(texts, padding='max_length', truncation=True, max_length=9)['input_ids']
+    assert tokenizer(texts).tolist() == expected
+
+
+def test_what_trains_no_tokenizer_is_refused(tmp_path):
+    settings = dict(kind='bpe', vocab_size=330, length=9, lower=True)
+    for change, error in (
+        (dict(vocab_size=9), 'a vocabulary of 9 is below 260'), (dict(length=0), 'nothing states'),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=error):
+            training.train(['a dog'], **settings | change)
+    with pytest.raises(UserError, match='half of a pair'):
+        training.train(['\udcff'], **settings)

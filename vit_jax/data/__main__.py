@@ -3,8 +3,9 @@
 Draws the batch of step N (0 is the first) of an experiment, or of a run's config.json, as the model
 receives it: after view, augmentations, mixup and CutMix with that step's random keys. Prints the
 id, name and labels of each example. Label maps, masks and boxes are drawn over their images, with
-the names of the classes; then labels are shares of the pixels, or numbers of objects. Makes no
-model and trains nothing. Any setting can be changed, as in --config.data.view=central.
+the names of the classes; then labels are shares of the pixels, or numbers of objects. Captions are
+what the tokens of the step say. Makes no model and trains nothing. Any setting can be changed, as
+in --config.data.view=central.
 """
 
 import functools
@@ -37,7 +38,7 @@ def model_inputs(
     if (config.data.task, config.objective.name) != ('classify', 'supervised'):
         raise UserError(
             f'a batch of task {config.data.task} and objective {config.objective.name} has no '
-            'picture here; segment, detect, and classify with supervised have'
+            'picture here; segment, detect, image_text, and classify with supervised have'
         )
     data = configs.settings_of(config.data, pipeline.batches)
     task = assembly.task_of(config, source)
@@ -106,6 +107,21 @@ def annotated(
     return pictures, lines
 
 
+def captioned(
+    config: ConfigDict, source: Source, task: tasks.Task, step: int, count: int
+) -> tuple[list[overlays.Picture], list[dict]]:
+    """(pictures, what `rows` yields) of a batch of texts; without pictures for texts alone."""
+    data = configs.settings_of(config.data, pipeline.batches)
+    batch = next(pipeline.batches(source, task, config.seed, step, **data))
+    lines, tokenizer = [], task.tokenizer.loaded
+    for k in range(min(count, len(batch['id']))):
+        i = int(batch['id'][k])
+        labels = {tokenizer.decode(batch['text'][k]): 1}
+        used = bool(batch['mask'][k])
+        lines.append(dict(place=k, id=i, name=source.name(i), labels=labels, used=used))
+    return [overlays.Picture(image) for image in batch.get('image', ())], lines
+
+
 def draw(
     path: pathlib.Path,
     kind: str,
@@ -165,6 +181,10 @@ def main(argv: list[str], changes: Sequence) -> None:
     if {'label_map', 'boxes', 'segments'} & task.blank.keys():
         names = task.names['classes']
         pictures, examples = annotated(config, source, task, options.step, options.count)
+    elif task.tokenizer is not None:
+        pictures, examples = captioned(config, source, task, options.step, options.count)
+        if to and not pictures:
+            raise UserError(f'--show={options.show}: task {config.data.task} has no images')
     else:
         batch, images, weights = model_inputs(config, source, options.step)
         examples = list(rows(batch, weights, source, options.count))
@@ -173,7 +193,10 @@ def main(argv: list[str], changes: Sequence) -> None:
         if options.json:
             print(to_json(row))
         else:
-            labels = ', '.join(f'{printable(k)} {v:g}' for k, v in row['labels'].items())
+            labels = ', '.join(
+                printable(k) if task.tokenizer else f'{printable(k)} {v:g}'
+                for k, v in row['labels'].items()
+            )
             used = '' if row['used'] else '  NOT USED'
             print(f'{row["id"]:>10}  {printable(row["name"])}  {labels}{used}')
     if options.show:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from vit_jax.data import jft_like
+from vit_jax.data import jft_like, scene_captions
 from vit_jax.data.readers import (
     captions,
     coco,
@@ -92,7 +92,7 @@ def load(
     name: str,
     split: str = 'train',
     data_dir: Annotated[str | None, MayChange()] = None,
-    image: str = 'image',
+    image: str | None = 'image',
     label: str | None = 'label',
     labels: Literal['by_name', 'by_number'] = 'by_name',
 ) -> Source:
@@ -111,6 +111,7 @@ def load(
     - any other folder: images in class/, or in train/class/ and val/class/
     - `jft_like:EXAMPLESxCLASSES[@SIZE][,KEY=VALUE]...`: synthetic images, drawn as they are read,
       see data/jft_like.py
+    - `scene_captions:SHARE`: captions of fashion_scenes, see data/scene_captions.py
     - `vtab:TASK`: a task of VTAB or VTAB-1k, from TFDS, see data/readers/vtab.py
     - any other name: a TFDS data set that is prepared in `data_dir`
 
@@ -123,7 +124,8 @@ def load(
         of the file name in a folder of images, by position elsewhere. A pattern of shards has the
         split 'train' alone; TFDS data sets take all splits that TFDS knows.
       data_dir: folder where TFDS keeps prepared data sets. None: its default.
-      image: TFDS feature, parquet column or file extension in a tar that holds the image.
+      image: TFDS feature, parquet column or file extension in a tar that holds the image. None:
+        the examples have no image, as in a TFDS data set or parquet files of texts.
       label: TFDS feature, parquet column, or file extension or json field in a tar that holds the
         label. None: the examples have no label, and the data set has no classes. A TFDS feature of
         objects, such as objects/label, names the classes of what is annotated.
@@ -135,7 +137,7 @@ def load(
 
 
 def open_source(
-    name: str, split: str, data_dir: str | None, image: str, label: str | None
+    name: str, split: str, data_dir: str | None, image: str | None, label: str | None
 ) -> Source:
     """Same as `load`, with labels that are matched by name."""
     address, kind = os.path.expanduser(name), kind_of(name)
@@ -147,6 +149,8 @@ def open_source(
     part, _, _ = splits.parse(split)
     if kind == 'drawn':
         return take_share(*jft_like.load(name, part), split)
+    if kind == 'scenes':
+        return take_share(*scene_captions.load(name, part, data_dir), split)
     if kind == 'pattern':
         return open_shards({'train': shards.expand(address)}, address, split, image, label)
     files, inner = shards.list_folder(address)
@@ -173,8 +177,9 @@ def open_source(
 
 
 def kind_of(name: str) -> str:
-    """Kind of a data set's name: 'drawn', 'vtab', 'pattern' (of shards), 'place' or 'tfds'."""
-    for start, kind in (('jft_like:', 'drawn'), ('vtab:', 'vtab')):
+    """Kind of a data set's name: drawn, scenes, vtab, pattern (of shards), place or tfds."""
+    kinds = (('jft_like:', 'drawn'), ('scene_captions:', 'scenes'), ('vtab:', 'vtab'))
+    for start, kind in kinds:
         if name.startswith(start):
             return kind
     address = os.path.expanduser(name)
@@ -218,8 +223,8 @@ def explain_address(address: str) -> Iterator[None]:
 def splits_of(name: str, data_dir: str | None = None) -> tuple[str, ...]:
     """The splits of a data set, from the names of its files; `name` and `data_dir` as in `load`."""
     address, kind = os.path.expanduser(name), kind_of(name)
-    if kind == 'drawn':
-        return jft_like.SPLITS
+    if kind in ('drawn', 'scenes'):
+        return (jft_like if kind == 'drawn' else scene_captions).SPLITS
     if kind == 'vtab':
         return vtab.SPLITS
     if kind == 'pattern':
@@ -264,7 +269,7 @@ def take_share(found: Any, classes: Iterable[str], split: str) -> Source:
 
 
 def open_shards(
-    parts: dict[str, list[str]], address: str, split: str, image: str, label: str | None
+    parts: dict[str, list[str]], address: str, split: str, image: str | None, label: str | None
 ) -> Source:
     """Opens a split of tar, parquet or arrow files; `parts` is {split: files}."""
     part, _, _ = splits.parse(split)
@@ -276,6 +281,8 @@ def open_shards(
         kinds = ', '.join(sorted(kinds))
         raise UserError(f'{address}: files are {kinds}, not one of {", ".join(shards.SHARDS)}')
     kind, read = (tars, tars.Tars) if kinds == {'.tar'} else (hf_metadata, parquet.Table)
+    if image is None and kind is tars:
+        raise UserError(f'{address}: examples of tar shards need an image; source.image names it')
     found = read(files, image=image, label=label)
     if label is None:
         return take_share(found, (), split)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from vit_jax.data import sources
+from vit_jax.data import captions, sources
 from vit_jax.data.readers import names
 from vit_jax.data.readers.splits import KNOWN
 from vit_jax.errors import UserError, check_choice
@@ -59,9 +59,11 @@ def check_fields(
     src: str, loaded: Mapping[str, sources.Source], keep: Sequence[str], max_side: int
 ) -> None:
     """Raises UserError unless examples have labels or the fields to keep, at images as they are."""
-    if keep and max_side:
+    placed = [name for name in keep if name.rpartition('/')[2] not in captions.KNOWN]
+    if placed and max_side:
         raise UserError(
-            '--keep needs --max_side=0: masks and boxes have the pixels of their images'
+            '--keep needs --max_side=0: masks and boxes have the pixels of their images; captions '
+            f'do not, but {placed[0]} is none'
         )
     if max_labels(loaded) == 0 and not keep:
         raise UserError(f'{src} has no labels; --keep names fields to write, such as mask or boxes')

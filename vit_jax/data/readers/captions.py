@@ -47,12 +47,19 @@ class Captioned:
     def __getitem__(self, i: int) -> Record:
         start = int(self.ends[i - 1]) if i else 0
         fields = parse(self.lines[start : int(self.ends[i])].tobytes())
-        fields.pop('label', None)
-        if fields.pop('file_name', None):
-            fields['image'] = folders.file_bytes(f'{self.root}/{self.paths[i]}')
+        fields.pop('label', None), fields.pop('file_name', None), fields.pop('image', None)
         if self.labels is not None:
             fields['label'] = self.labels[i]
-        return Record(fields)
+        return Record(fields, self, i)
+
+    def field_names(self, i: int) -> list[str]:
+        """The image, if the line has one."""
+        return ['image'] if self.paths[i] else []
+
+    def read_field(self, i: int, name: str) -> bytes:
+        """Bytes of the image; raises UserError if it can't be read."""
+        with ranges.reading(self.name(i)):
+            return folders.file_bytes(self.name(i))
 
     def traits(self) -> facts.Traits:
         """See `facts`."""

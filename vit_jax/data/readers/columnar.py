@@ -113,8 +113,8 @@ def open_file(file: str) -> Arrow | Parquet:
 
 
 def columns(
-    schema: Any, file: str, image: str, label: str | None
-) -> tuple[tuple[str, ...], bool]:
+    schema: Any, file: str, image: str | None, label: str | None
+) -> tuple[tuple[str, ...] | None, bool]:
     """(path of the bytes, whether labels are lists) of a schema; raises UserError without them."""
     pa = library()
     for key in (image, label):
@@ -123,8 +123,8 @@ def columns(
             raise UserError(
                 f'{file} has no column {key!r}, but {brief(", ".join(schema.names))}{hint}'
             )
-    path = bytes_path(schema, image)
-    if path is None:
+    path = None if image is None else bytes_path(schema, image)
+    if path is None and image is not None:
         kind = brief(schema.field(image).type)
         raise UserError(f'{file}: column {image!r} is {kind}, not the bytes of images')
     if label is None:

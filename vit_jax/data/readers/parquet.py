@@ -30,13 +30,15 @@ class Table(OpenFiles):
     it: encoded images as bytes, else as Python objects.
 
     Args:
-      image: column with the bytes of images.
+      image: column with the bytes of images. None: the examples have no image.
       label: column with the numbers of classes. None: the examples have no label.
     """
 
     limit = MOST_FILES
 
-    def __init__(self, files: Sequence[str], *, image: str = 'image', label: str | None = 'label'):
+    def __init__(
+        self, files: Sequence[str], *, image: str | None = 'image', label: str | None = 'label'
+    ):
         self.files, self.image, self.label, self.cached_bytes = list(files), image, label, CACHED
         rows, labels, counts = [], [], []
         self.close()
@@ -61,6 +63,7 @@ class Table(OpenFiles):
         self.ends = np.cumsum([sum(one) for one in rows], dtype=np.int64)  # of each file
         self.first = np.cumsum([0] + [len(one) for one in rows])  # first group of each file
         self.labels = self.label_ends = self.max_labels = None
+        self.label_fields = () if label is None else ('label',)
         if label is not None:
             self.labels = np.concatenate([np.zeros(0, np.int32), *labels])
         if self.many:
@@ -100,15 +103,18 @@ class Table(OpenFiles):
 
     def __getitem__(self, i: int) -> Record:
         k, group, row = self.find(i)
-        data = columnar.bytes_at(self.column(k, group, self.path), row)
-        if data is None:
-            raise UserError(f'{self.name(i)} has no image: column {self.image!r} holds no bytes')
-        if self.labels is None:
-            return Record({'image': data}, self, i)
-        if self.label_ends is None:
-            return Record({'image': data, 'label': int(self.labels[i])}, self, i)
-        label = tars.padded(self.labels, self.label_ends, i, self.max_labels)
-        return Record({'image': data, 'label': label}, self, i)
+        fields = {}
+        if self.path is not None:
+            fields['image'] = columnar.bytes_at(self.column(k, group, self.path), row)
+            if fields['image'] is None:
+                raise UserError(
+                    f'{self.name(i)} has no image: column {self.image!r} holds no bytes'
+                )
+        if self.labels is not None and self.label_ends is None:
+            fields['label'] = int(self.labels[i])
+        elif self.labels is not None:
+            fields['label'] = tars.padded(self.labels, self.label_ends, i, self.max_labels)
+        return Record(fields, self, i)
 
     def field_names(self, i: int) -> list[str]:
         """All columns."""

@@ -48,6 +48,7 @@ class Tars(ranges.Ranges):
         super().__init__(files, counts, joined(found, 'offsets'), joined(found, 'sizes'))
         self.keys, self.key_ends = joined(found, 'keys'), np.cumsum(joined(found, 'key_sizes'))
         self.labels = joined(found, 'labels') if label is not None else None
+        self.label_fields = () if label is None else ('label',)
         self.label_ends = self.max_labels = None  # one label per image
         if any(one['many'] for one in found):
             label_counts = joined(found, 'label_counts')

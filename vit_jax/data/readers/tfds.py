@@ -27,7 +27,7 @@ class Tfds:
     Args:
       data: sequence of examples, from `random_access`.
       title: name of the data set for messages.
-      image: feature of the image.
+      image: feature of the image; None: there is none.
       label: feature of the label, or function of the example; None: there is none.
       small: the records stay in memory once they are read.
       max_labels: most labels of an image, to which a list of them is padded with -1. None: one.
@@ -40,7 +40,7 @@ class Tfds:
         self,
         data: Any,
         title: str,
-        image: str,
+        image: str | None,
         label: str | Callable[[Mapping], int] | None,
         small: bool,
         max_labels: int | None = None,
@@ -63,8 +63,10 @@ class Tfds:
     def read(self, i: int) -> Record:
         """Reads example i from its file."""
         example = self.data[i]
-        image = example[self.image]
-        fields = {**flat(example), 'image': self.change(image) if self.change else image}
+        fields = flat(example)
+        if self.image is not None:
+            image = example[self.image]
+            fields['image'] = self.change(image) if self.change else image
         if self.label is None:
             return Record(fields)
         label = self.label(example) if callable(self.label) else example[self.label]
@@ -86,8 +88,9 @@ class Tfds:
         return facts.Traits([info.full_name, str(parts)], [str(sorted(names.items()))], sample)
 
     def read_image(self, i: int) -> bytes:
-        """Bytes of the image of example i, as they are in its file."""
-        return self.data[i][self.image]
+        """Bytes of the image of example i, as they are in its file; of no image, all it has."""
+        example = self.data[i]
+        return repr(sorted(example.items())).encode() if self.image is None else example[self.image]
 
     def name(self, i: int) -> str:
         """Data set, split and index of example i."""
@@ -108,7 +111,7 @@ def load(
     split: str,
     *,
     data_dir: str | None = None,
-    image: str = 'image',
+    image: str | None = 'image',
     label: str | None = 'label',
 ) -> tuple[Tfds | tfrecord.TfRecords, tuple[str, ...]]:
     """(records, class names) of a split of a data set; without a `label` there are no classes.
@@ -126,6 +129,7 @@ def load(
                 f'data set {name} has no feature {key!r}, but {", ".join(sorted(features))}{hint}'
             )
     classes, most = (), None
+    labels = labels if label is not None else ()
     if label is not None:
         whole = feature_of(features, label)
         one = getattr(whole, 'feature', whole)  # for a sequence of labels
@@ -136,7 +140,7 @@ def load(
             labels, label, most = (label,), None, None
     tfrecords = builder.info.available_file_formats() == {tfds_lib.core.FileFormat.TFRECORD}
     with explain_errors(builder, name, split):
-        if tfrecords and most is None:
+        if tfrecords and most is None and image is not None:
             found = tfrecord.of_builder(builder, split, image=image, label=label)
         else:
             data = random_access(builder, split, image)
@@ -198,12 +202,12 @@ def load_vtab(
     return found, tuple(names)
 
 
-def random_access(builder: Any, split: str, image: str) -> Any:
+def random_access(builder: Any, split: str, image: str | None) -> Any:
     """A split as a sequence of examples; all images are their encoded bytes."""
     import tensorflow_datasets as tfds_lib
 
     images = [k for k, f in builder.info.features.items() if isinstance(f, tfds_lib.features.Image)]
-    decoders = {name: tfds_lib.decode.SkipDecoding() for name in {image, *images}}
+    decoders = {name: tfds_lib.decode.SkipDecoding() for name in {image, *images} - {None}}
     return builder.as_data_source(split, decoders=decoders)
 
 

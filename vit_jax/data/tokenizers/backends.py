@@ -86,7 +86,7 @@ class Fast:
     def text(self, ids: Sequence[int]) -> str:
         """The text that ids stand for."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-        return text.replace(self.word_end, ' ').strip() if self.word_end else text
+        return (text.replace(self.word_end, ' ') if self.word_end else text).strip()
 
     def id_of(self, token: str) -> int | None:
         """Id of a token, None if there is none."""
