@@ -905,15 +905,16 @@ def test_big_vision_with_two_towers(prefix, tmp_path):
         assert_same_bits(by_part.params, by_name.params)
     with pytest.raises(UserError, match="a text tower; give part='image'"):
         load.read(path)
-    with pytest.raises(UserError, match="no part 'text'; there are encoder, image"):
-        load.read(path, part='text')
+    with pytest.raises(UserError, match="no part 'words'; there are encoder, image, text"):
+        load.read(path, part='words')
     unused = {'t', 'txt/Embed_0/embedding', *(f'video/{n}' for n in other)}
     assert done(by_name.account)['unused'] == unused
     assert_is(f'{path}:video', 'big_vision_tok_learn')
     with pytest.raises(UserError, match="no part 'image', but img, txt, video"):
         load.read(f'{path}:image')
-    with pytest.raises(UserError, match='Embed_0/embedding'):
-        load.read(f'{path}:txt')
+    for address, part in ((f'{path}:txt', None), (path, 'text')):
+        with pytest.raises(UserError, match='the file has no array txt/Encoder_0/encoderblock_0/'):
+            load.read(address, part=part)
 
 
 def test_big_vision_stacked_is_unstacked(tmp_path):

@@ -22,14 +22,15 @@ from vit_jax.io import storage
 from vit_jax.io.text import aligned, brief, printable
 from vit_jax.models.detector import Detector
 from vit_jax.models.mae import Mae
+from vit_jax.models.two_towers import TwoTowers
 
 TO = flags.DEFINE_enum('to', None, list(save.FORMATS), 'The format to write.')
 LIST = flags.DEFINE_bool('list', False, 'Print the catalogue of public checkpoints.')
 LIKE = flags.DEFINE_string('like', None, 'Print the part of it whose names contain this text.')
 SIZE = flags.DEFINE_list('image_size', None, 'Pixels, or height,width: resize the positions.')
 PART = flags.DEFINE_enum(
-    'part', None, list(load.PARTS), 'Of a file that holds more than a ViT: its encoder, or the '
-    'image tower beside a text tower.',
+    'part', None, list(load.PARTS), 'Of a file that holds more than a ViT: its encoder, or one of '
+    'two towers, of images or of texts.',
 )  # fmt: skip
 CLASSES = flags.DEFINE_integer(
     'num_classes', None, 'A new head of zeros; 0: no head.', lower_bound=0
@@ -94,6 +95,8 @@ def inside_of(whole: nn.Module) -> str:
     """Describes a model around an encoder as text."""
     if isinstance(whole, Mae):
         return f'a masked autoencoder, {whole.decoder_depth} blocks of decoder'
+    if isinstance(whole, TwoTowers):
+        return f'two towers, beside {models.describe(whole.text)["name"]} for texts'
     name = 'a detector' if isinstance(whole, Detector) else 'a mask classifier'
     if not hasattr(whole, 'queries'):
         return f'a segmenter of {whole.num_classes} classes'
@@ -117,7 +120,7 @@ def main(argv: list[str], changes: list[tuple[str, str]]) -> None:
     loaded = load.read(
         argv[1], part=PART.value, image_size=size(), num_classes=CLASSES.value,
         keep_pre_logits=KEEP.value, ema=None if EMA.value else False,
-        whole=PART.value is None and TO.value == 'hf', **fields,
+        whole=PART.value is None and TO.value == 'hf', towers=True, **fields,
     )  # fmt: skip
     print(printable(describe(loaded), keep='\n'))
     print(load.format_account(loaded.account))

@@ -6,7 +6,17 @@ from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
-from vit_jax.convert import big_vision, files, hf, official, open_clip, timm, views
+from vit_jax.convert import (
+    big_vision,
+    big_vision_text,
+    files,
+    hf,
+    official,
+    open_clip,
+    open_clip_text,
+    timm,
+    views,
+)
 from vit_jax.convert.documents import (
     PROBLEMS,
     Notes,
@@ -21,6 +31,7 @@ from vit_jax.convert.hf import eomt as hf_eomt
 from vit_jax.convert.hf import inside as hf_inside
 from vit_jax.convert.hf import mae as hf_mae
 from vit_jax.convert.hf import processor as hf_processor
+from vit_jax.convert.hf import text as hf_text
 from vit_jax.convert.hf import yolos as hf_yolos
 from vit_jax.convert.official import shape_of
 from vit_jax.convert.stages import Around, Parsed
@@ -31,14 +42,14 @@ from vit_jax.io.text import brief
 
 
 def parse_folder(
-    arrays: dict[str, Array], folder: pathlib.Path, part: str | None = None
+    arrays: dict[str, Array], folder: pathlib.Path, part: str | None = None, towers: bool = False
 ) -> Parsed | None:
     """Parses .safetensors arrays and the documents in a folder; None if no family matches.
 
-    `part` is that of `load`.
+    `part` is that of `load`; with `towers` a text tower beside an image tower is parsed, too.
     """
     if open_clip.matches(arrays):
-        return parse_open_clip(arrays, read_json(folder / open_clip.FILE), part)
+        return parse_open_clip(arrays, read_json(folder / open_clip.FILE), part, towers)
     config = read_json(folder / 'config.json')
     record = read_json(folder / 'run_config.json') or None
     arrays, config = hf_inside.without_wrapper(arrays, config)
@@ -52,7 +63,7 @@ def parse_folder(
         names = 'processor_config.json', 'preprocessor_config.json'
         documents = (read_json(folder / name) for name in names)
         settings = hf_processor.processor_settings(*documents)
-        parsed = parse_hf(family, arrays, config, settings, record, part)
+        parsed = parse_hf(family, arrays, config, settings, record, part, towers)
         if whole[1].get('model_type') == hf_inside.WHOLE:
             inside = parsed.arrays | {name: whole[0][name] for name in others}
             parsed = parsed._replace(arrays=inside, around=hf_eomt.around(*whole))
@@ -67,11 +78,13 @@ def read_sidecar(path: pathlib.Path) -> dict[str, Any]:
 
 
 def parse_npz(
-    arrays: dict[str, Array], tower: str | None, part: str | None, path: pathlib.Path
-) -> Parsed:
+    arrays: dict[str, Array], tower: str | None, part: str | None, path: pathlib.Path,
+    towers: bool = False,
+) -> Parsed:  # fmt: skip
     """Parses an official or big_vision file, and the .json that `save` wrote beside it.
 
-    `tower` names one tower of several, `part` is that of `load`.
+    `tower` names one tower of several, `part` is that of `load`; with `towers` a text tower beside
+    an image tower is parsed, too.
     """
     record = read_sidecar(path)
     size = size_option(record, 'image_size', 'the .json beside it')
@@ -87,7 +100,9 @@ def parse_npz(
         kind, fields = official.describe(renamed)
         table = official.table_rows(renamed)
         return Parsed('official', kind, fields, renamed, official.pieces, table, {}, **extra)
-    renamed, unused = big_vision.select_arrays(arrays, tower, part)
+    text = big_vision_text.tower(arrays, record) if towers and tower is None else None
+    renamed, unused = big_vision.select_arrays(arrays, tower, part if text is None else 'image')
+    extra['text'] = text
     if official.is_mixer(renamed):
         return Parsed(
             'big_vision', 'mixer', official.describe_mixer(renamed), renamed, official.pieces, None,
@@ -141,14 +156,20 @@ def parse_timm(
 
 
 def parse_open_clip(
-    arrays: dict[str, Array], config: dict[str, Any], part: str | None
+    arrays: dict[str, Array], config: dict[str, Any], part: str | None, towers: bool = False
 ) -> Parsed:
-    """Parses the image tower of a file of OpenCLIP and its open_clip_config.json."""
-    tower, others = open_clip.select(arrays, part)
+    """Parses the image tower of a file of OpenCLIP and its open_clip_config.json.
+
+    With `towers` the text tower is parsed, too.
+    """
+    towers = towers and open_clip_text.has_tower(arrays)
+    tower, others = open_clip.select(arrays, 'image' if towers else part)
+    text = open_clip_text.tower({n: arrays[n] for n in others}, config) if towers else None
     unknown = open_clip.unknown_keys(config)
     if open_clip.PATCHES not in tower:
         parsed = parse_trunk(tower, config)
-        return parsed._replace(unused=others, notes=parsed.notes._replace(unknown=unknown))
+        notes = parsed.notes._replace(unknown=unknown)
+        return parsed._replace(unused=others, notes=notes, text=text)
     fields, guessed = open_clip.describe(tower, config)
     size = open_clip.image_size(config)
     view, ignored = timm_config.evaluation_view(
@@ -156,7 +177,7 @@ def parse_open_clip(
     )
     return Parsed(
         'open_clip', 'vit', fields, tower, open_clip.pieces, open_clip.table_rows(tower), others,
-        size, None, None, None, Notes(guessed, {}, ignored, unknown), size, view,
+        size, None, None, None, Notes(guessed, {}, ignored, unknown), size, view, text=text,
     )  # fmt: skip
 
 
@@ -200,10 +221,16 @@ def parse_hf(
     processor: tuple[dict[str, Any], str | None],
     record: dict[str, Any] | None,
     part: str | None,
+    towers: bool = False,
 ) -> Parsed:
-    """Parses a folder of transformers; `processor` is (settings, name of their file)."""
-    arrays = hf_mae.current_names(arrays)
-    renamed, config, others = family.select(arrays, config, part)
+    """Parses a folder of transformers; `processor` is (settings, name of their file).
+
+    With `towers` a text tower beside an image tower is parsed, too.
+    """
+    arrays, whole = hf_mae.current_names(arrays), config
+    towers = towers and hf_text.has_tower(arrays, config)
+    renamed, config, others = family.select(arrays, config, 'image' if towers else part)
+    text = hf_text.tower({n: arrays[n] for n in others}, whole) if towers else None
     kind, fields, guessed = family.describe(renamed, config)
     if hasattr(family, 'count_channels'):
         channels = family.count_channels(renamed, config)
@@ -225,7 +252,7 @@ def parse_hf(
         hf_config.class_names(config, fields['num_classes']), record,
         stated_loss(config), notes, size, images.view,
         getattr(family, 'offset_rows', no_offsets)(renamed),
-        around=around_of(renamed, config),
+        around=around_of(renamed, config), text=text,
     )  # fmt: skip
 
 

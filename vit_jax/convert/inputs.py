@@ -95,7 +95,7 @@ def find_model(
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f'{type(source).__name__} is neither a model nor a checkpoint to load')
     loaded = weights.read(
-        source, image_size=image_size, values=False, as_input=True, whole=whole
+        source, image_size=image_size, values=False, as_input=True, whole=whole, towers=True
     )
     return loaded.model, loaded.metadata
 

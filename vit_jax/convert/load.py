@@ -18,6 +18,7 @@ from vit_jax.convert import families, files, run, shards
 from vit_jax.convert.files import Array
 from vit_jax.convert.fit import fit
 from vit_jax.convert.stages import Loaded, Parsed, size_of
+from vit_jax.convert.towers import fit_text
 from vit_jax.convert.whole import fit_whole
 from vit_jax.errors import UserError, check_choice, shown
 from vit_jax.io import fetch
@@ -26,14 +27,14 @@ from vit_jax.io.text import aligned, printable
 ARGUMENTS = (
     'part', 'image_size', 'num_classes', 'keep_pre_logits', 'ema', 'source_image_size',
 )  # fmt: skip
-PARTS = ('encoder', 'image')
+PARTS = ('encoder', 'image', 'text')
 MOST_PATCHES = 2**18  # of an image, unless the caller asks for more
 
 
 def load(
     path: str | os.PathLike,
     *,
-    part: Literal['encoder', 'image'] | None = None,
+    part: Literal['encoder', 'image', 'text'] | None = None,
     image_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
     keep_pre_logits: bool = False,
@@ -55,10 +56,12 @@ def load(
         official or big_vision .npz ('FILE.npz:img' for one tower of several); a timm or Hugging
         Face folder or .safetensors; a run's workdir or one of its checkpoints.
       part: the part of a file that holds more than a ViT: 'encoder' is the bare ViT of any file,
-        'image' the image tower of one with an image and a text tower. None: all that it holds, a
-        `models.mae.Mae` of a masked autoencoder, a `models.detector.Detector` of a YOLOS, a
-        `models.masks.MaskClassifier` of an EoMT, a `models.segmenter.Segmenter` or
-        `models.patch_classifier.PatchClassifier` of a run of objective segment.
+        'image' or 'text' one tower of a file with both. None: all that it holds, a
+        `models.two_towers.TwoTowers` of both (other keywords are then those of the image tower, and
+        text={...} of the text tower), a `models.mae.Mae` of a masked autoencoder, a
+        `models.detector.Detector` of a YOLOS, a `models.masks.MaskClassifier` of an EoMT, a
+        `models.segmenter.Segmenter` or `models.patch_classifier.PatchClassifier` of a run of
+        objective segment.
       image_size: int or (height, width) to which the position table is resized, by the method of
         its source. None: the size in preprocessor_config.json, as for every command, else that of
         the position table (224 and 518 for DINOv2 of transformers).
@@ -89,7 +92,7 @@ def load(
 def read(
     path: str | os.PathLike,
     *,
-    part: Literal['encoder', 'image'] | None = None,
+    part: Literal['encoder', 'image', 'text'] | None = None,
     image_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
     keep_pre_logits: bool = False,
@@ -98,32 +101,39 @@ def read(
     source_image_size: int | Sequence[int] | None = None,
     as_input: bool = False,
     whole: bool = False,
+    towers: bool = False,
     **fields: Any,
 ) -> Loaded:
     """Loads a checkpoint as `Loaded`; arguments are those of `load`.
 
     Without `values` no parameters are read. Without `image_size` positions stay as in the file or,
     `as_input`, are resized for the input size that the documents beside the weights state. Of a
-    model around an encoder, such as a masked autoencoder, this is the encoder unless `whole`.
+    model around an encoder, such as a masked autoencoder, this is the encoder unless `whole`; of
+    two towers it is both if `whole` or `towers`, and an error unless `part` names one.
     """
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise UserError(f'the checkpoint is {shown(path)}, not a path, an address or a name')
     if part is not None:
         check_choice('part', part, PARTS)
     address, tower = split_tower(resolve(str(path)))
+    if tower == 'txt':
+        tower, part = None, 'text'
     options = dict(
         image_size=size_of(image_size), num_classes=num_classes, values=values,
         keep_pre_logits=keep_pre_logits, source_image_size=size_of(source_image_size),
         fields=fields,
     )  # fmt: skip
-    make = fit_whole if whole else fit
+    make = fit_text if part == 'text' else fit_whole if whole else fit
     if run.is_run(address):
         return make(run.parse_run(address, ema), str(path), **options)
     local = fetch.local(address)
     if ema:
         raise UserError(f'{path} is not a checkpoint of a run, so it has no moving average (ema)')
-    with open_checkpoint(local, tower, part) as parsed:
-        if as_input and image_size is None:
+    both = part == 'text' or part is None and (whole or towers)
+    with open_checkpoint(local, tower, part, both) as parsed:
+        if towers and parsed.text is not None:
+            make = fit_whole
+        if as_input and image_size is None and part != 'text':
             options['image_size'] = stated_size(parsed, path)
         loaded = make(parsed, str(path), **options)
         if as_input and image_size is None:
@@ -208,29 +218,32 @@ def split_tower(address: str) -> tuple[str, str | None]:
 
 @contextlib.contextmanager
 def open_checkpoint(
-    local: str | os.PathLike, tower: str | None = None, part: str | None = None
-) -> Iterator[Parsed]:
+    local: str | os.PathLike, tower: str | None = None, part: str | None = None,
+    towers: bool = False,
+) -> Iterator[Parsed]:  # fmt: skip
     """Opens a local file or folder of any family; its arrays can be read while it is open.
 
-    `tower` names one tower of an .npz with several, `part` is that of `load`.
+    `tower` names one tower of an .npz with several, `part` is that of `load`; with `towers` a text
+    tower beside an image tower is parsed, too.
     """
     with contextlib.ExitStack() as stack:
-        yield parse(pathlib.Path(local), tower, part, stack)
+        yield parse(pathlib.Path(local), tower, part, stack, towers)
 
 
 def parse(
-    local: pathlib.Path, tower: str | None, part: str | None, stack: contextlib.ExitStack
-) -> Parsed:
+    local: pathlib.Path, tower: str | None, part: str | None, stack: contextlib.ExitStack,
+    towers: bool = False,
+) -> Parsed:  # fmt: skip
     """Parses local files by their family, which the names of the arrays determine.
 
-    The files are open until `stack` closes.
+    The files are open until `stack` closes. Other arguments are those of `open_checkpoint`.
     """
     paths, folder, ignored = shards.weight_files(local)
     try:
         arrays = open_shards(paths, stack)
         if str(paths[0]).endswith('.npz'):
-            return families.parse_npz(arrays, tower, part, paths[0])
-        parsed = families.parse_folder(arrays, folder, part)
+            return families.parse_npz(arrays, tower, part, paths[0], towers)
+        parsed = families.parse_folder(arrays, folder, part, towers)
     except UserError as e:
         raise UserError(e if str(local) in str(e) else f'{local}: {e}') from e
     if parsed is None:

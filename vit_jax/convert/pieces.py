@@ -155,7 +155,7 @@ def file_arrays(pieces: Sequence[Piece], params: Mapping[str, np.ndarray]) -> di
     for piece in pieces:
         parts.setdefault(piece.theirs, []).append(piece.save(params[piece.ours][piece.index]))
     return {
-        name: np.ascontiguousarray(values[0] if len(values) == 1 else np.concatenate(values))
+        name: np.asarray(values[0] if len(values) == 1 else np.concatenate(values), order='C')
         for name, values in parts.items()
     }
 

@@ -9,13 +9,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from vit_jax.convert import biases, big_vision, folding, hf, official, timm, views
+from vit_jax.convert import biases, big_vision, folding, hf, official, timm, towers_saving, views
+from vit_jax.convert.agreement import check_params, check_towers
 from vit_jax.convert.documents import PROBLEMS, class_names
 from vit_jax.convert.hf import eomt as hf_eomt
 from vit_jax.convert.hf import mae as hf_mae
@@ -25,6 +24,7 @@ from vit_jax.convert.hf import vit_saving
 from vit_jax.convert.hf import yolos as hf_yolos
 from vit_jax.convert.pieces import file_arrays
 from vit_jax.convert.stages import Beside, loss_of, size_of, view_of
+from vit_jax.convert.towers_saving import subtree
 from vit_jax.convert.write import write_folder, write_npz
 from vit_jax.errors import UserError, shown
 from vit_jax.models import (
@@ -37,6 +37,8 @@ from vit_jax.models import (
     relative,
     resnet,
     segmenter,
+    text,
+    two_towers,
     vit,
 )
 from vit_jax.models.interface import Metadata
@@ -49,6 +51,7 @@ AROUND_NAMES = {
     patch_classifier.PatchClassifier: 'linear segmenter',
 }  # fmt: skip
 AROUND = tuple(AROUND_NAMES)  # models around an encoder
+TwoTowers = two_towers.TwoTowers
 IN_RUNS = (segmenter.Segmenter, patch_classifier.PatchClassifier)  # which no format has
 OF_MIXER = ('official', 'timm')  # formats that have MLP-Mixer
 PLAIN = {  # {field: values that a format can express that says nothing else}
@@ -105,19 +108,27 @@ def save(
       UserError: the format cannot express the model; the message names the field.
     """
     path, params = check_arguments(path, model, params, format, config)
+    whole, beside = (model, params), None
+    if isinstance(model, TwoTowers):
+        check_towers(model, params)
+        model, params = model.image.clone(metadata=model.metadata), subtree(params, 'image')
     about = describe(model, params, image_size, classes, config, loss, view)
-    beside = None
     if isinstance(model, AROUND):
         model, params, beside = of_whole(model, params, about)
     fold = fold or beside is not None
+    if isinstance(whole[0], TwoTowers) and format == 'hf':
+        beside = towers_saving.of_folder(*whole)
     model, params = as_expressed(model, params, format, about.image_size, fold)
     family = family_of(model, format)
     arrays = file_arrays(family.pieces(model), params)
     if format in ('official', 'big_vision'):
         if path.suffix != '.npz':
             raise UserError(f'{path}: format {format} is one file, name it with .npz')
-        prefix = 'params/' if format == 'big_vision' else ''
-        write_npz(path, {prefix + n: a for n, a in arrays.items()}, npz_record(model, about))
+        prefix, record = 'params/' if format == 'big_vision' else '', npz_record(model, about)
+        if isinstance(whole[0], TwoTowers):
+            others, stated = towers_saving.of_npz(*whole)
+            arrays, record = {f'img/{n}': a for n, a in arrays.items()} | others, record | stated
+        write_npz(path, {prefix + n: a for n, a in arrays.items()}, record)
         return
     if path.suffix in ('.npz', '.safetensors'):
         raise UserError(f'{path}: format {format} is a folder, name it without {path.suffix}')
@@ -128,7 +139,7 @@ def save(
         arrays = family.complete(model, arrays)
     if beside:
         arrays = beside.finish(arrays)
-        documents['config.json'] |= beside.config
+        documents['config.json'] = beside.document(documents['config.json'] | beside.config)
     write_folder(path, arrays, documents)
     if notes:
         logging.warning('%s: as %s prepares images: %s', path, format, '; '.join(notes))
@@ -211,6 +222,13 @@ def check_arguments(
             f'format {format} has no {AROUND_NAMES[type(model)]}; {where}, and of a file or run '
             "vit_jax.load(path, part='encoder') (--part encoder) is the ViT alone"
         )
+    if isinstance(model, TwoTowers) and format not in towers_saving.FORMATS:
+        raise UserError(
+            f'format {format} has no two towers; {" and ".join(towers_saving.FORMATS)} have, and '
+            "of a file vit_jax.load(path, part='image') (--part image) is the image tower alone"
+        )
+    if isinstance(model, text.Text):
+        raise UserError('no format has a text tower alone; save both towers, or keep the file')
     if isinstance(model, resnet.Bit) and format != 'timm':
         raise UserError(f'format {format} has no BiT ResNet; timm has, and a workdir keeps one')
     return path, {k: np.asarray(v) for k, v in flatten_dict(params, sep='/').items()}
@@ -287,27 +305,6 @@ def can_express(model: nn.Module, format: str) -> bool:
 def limits_of(model: nn.Module, format: str) -> dict[str, tuple]:
     """{field: values that the format can express}."""
     return (PLAIN if isinstance(model, vit.Vit) else {}) | family_of(model, format).limits(model)
-
-
-def check_params(
-    model: nn.Module, params: dict[str, np.ndarray], size: tuple[int, int] | None
-) -> None:
-    """Raises UserError unless the parameters have the model's names and shapes, in float32."""
-    if size is None:
-        size = model.stride
-        if 'posemb' in params:
-            count = params['posemb'].shape[1] - sum(model.prefix_posemb.values())
-            size = model.stride[0], model.stride[1] * count
-    images = jax.ShapeDtypeStruct((1, *size, len(model.mean)), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
-    shapes = {k: v.shape for k, v in flatten_dict(shapes, sep='/').items()}
-    for name in sorted(shapes.keys() | params.keys()):
-        given = list(params[name].shape) if name in params else 'absent'
-        expected = list(shapes[name]) if name in shapes else 'absent'
-        if given != expected:
-            raise UserError(f'parameter {name} is {given} in params, but {expected} in the model')
-        if params[name].dtype != np.float32:
-            raise UserError(f'parameter {name} has dtype {params[name].dtype}, not float32')
 
 
 def npz_record(model: nn.Module, about: About) -> dict[str, Any]:

@@ -20,6 +20,7 @@ TWO_TOWERS = (
     "the file has an image tower and a text tower; give part='image' (python -m vit_jax.convert "
     'SRC DST --part image) for the image tower alone'
 )
+NO_TEXT = "there is no text tower of a known kind in the file, which part='text' is for"
 ENCODER = (
     "give part='encoder' (python -m vit_jax.convert SRC DST --part encoder) for the encoder alone"
 )
@@ -35,11 +36,23 @@ class Around(NamedTuple):
     classes: tuple[str, ...] | None = None  # names by label, of what the whole model predicts
 
 
+class TextTower(NamedTuple):
+    """What a file has beside an image tower: a text tower, and the scalars of both."""
+
+    fields: dict[str, Any]  # of models.text.Text
+    arrays: dict[str, Array]  # all of them, by their name in the pieces
+    pieces: Callable[[nn.Module], list[Piece]]  # of the text tower
+    scalars: list[Piece]  # of `temperature` and, if the file has one, `bias`
+    unused: dict[str, str] = {}  # {name: why}
+    notes: Notes = Notes()
+
+
 class Beside(NamedTuple):
     """What a folder has beside an encoder that is saved as the subtree `vit` of another model."""
 
     finish: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # encoder's arrays -> all
     config: dict[str, Any]  # keys of config.json in place of those of the encoder, or more
+    document: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config  # the whole of it
 
 
 class Parsed(NamedTuple):
@@ -61,6 +74,7 @@ class Parsed(NamedTuple):
     view: str | dict | None = None
     offsets: tuple[str, int] | None = None  # (name, rows) of a table of biases by offset
     around: Around | None = None  # None: the file is of an encoder or classifier alone
+    text: TextTower | None = None  # beside this image tower, where the whole file is asked for
 
 
 class Loaded(NamedTuple):

@@ -12,6 +12,7 @@ from vit_jax.convert import pieces, surgery
 from vit_jax.convert.fit import aligned_empty, fit
 from vit_jax.convert.infer import STATE_SIZE, infer_model
 from vit_jax.convert.stages import Loaded, Parsed
+from vit_jax.convert.towers import fit_towers
 from vit_jax.errors import UserError
 from vit_jax.models import embedding
 from vit_jax.models.mae import Mae
@@ -25,6 +26,8 @@ def fit_whole(parsed: Parsed, path: str, *, fields: dict[str, Any], **options: A
 
     Tables of positions that equal fixed ones are replaced by them.
     """
+    if parsed.text is not None:
+        return fit_towers(parsed, path, fields=fields, **options)
     if parsed.around is None:
         return fit(parsed, path, fields=fields, **options)
     if options['num_classes'] is not None:

@@ -1,0 +1,46 @@
+"""Checks that parameters are those of their model: names, shapes and dtype."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from vit_jax.errors import UserError
+from vit_jax.models.two_towers import TwoTowers
+
+
+def check_towers(model: TwoTowers, params: dict[str, np.ndarray]) -> None:
+    """As `check_params`, for the text tower and the scalars beside an image tower."""
+    tokens = jax.ShapeDtypeStruct((1, model.text.length), jnp.int32)
+    shapes = jax.eval_shape(model.text.init, jax.random.key(0), tokens)['params']
+    shapes = {f'text/{k}': v.shape for k, v in flatten_dict(shapes, sep='/').items()}
+    shapes |= dict.fromkeys(('temperature', *(('bias',) if model.use_bias else ())), ())
+    compare(shapes, {n: x for n, x in params.items() if not n.startswith('image/')})
+
+
+def check_params(
+    model: nn.Module, params: dict[str, np.ndarray], size: tuple[int, int] | None
+) -> None:
+    """Raises UserError unless the parameters have the model's names and shapes, in float32."""
+    if size is None:
+        size = model.stride
+        if 'posemb' in params:
+            count = params['posemb'].shape[1] - sum(model.prefix_posemb.values())
+            size = model.stride[0], model.stride[1] * count
+    images = jax.ShapeDtypeStruct((1, *size, len(model.mean)), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+    compare({k: v.shape for k, v in flatten_dict(shapes, sep='/').items()}, params)
+
+
+def compare(shapes: Mapping[str, tuple[int, ...]], params: dict[str, np.ndarray]) -> None:
+    """Raises UserError unless the parameters have these names and shapes, in float32."""
+    for name in sorted(shapes.keys() | params.keys()):
+        given = list(params[name].shape) if name in params else 'absent'
+        expected = list(shapes[name]) if name in shapes else 'absent'
+        if given != expected:
+            raise UserError(f'parameter {name} is {given} in params, but {expected} in the model')
+        if params[name].dtype != np.float32:
+            raise UserError(f'parameter {name} has dtype {params[name].dtype}, not float32')
