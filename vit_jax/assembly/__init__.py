@@ -18,7 +18,7 @@ from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.data import mixture, order, sources, tasks
 from vit_jax.data.readers import names
-from vit_jax.data.tokenizers import folders
+from vit_jax.data.tokenizers import Named, folders
 from vit_jax.errors import UserError
 from vit_jax.models import parameters
 from vit_jax.objectives import Examples, Objective
@@ -78,6 +78,8 @@ def make(
     objective = objective_of(config, model, task, spec, steps, checkpoints)
     tx = optim.make(step.abstract_params(objective), steps, objective.rules, **config.optim)
     abstract = step.abstract_state(objective, tx, mesh)
+    if checkpoints == 'values' and task.tokenizer is not None:
+        check_vocabulary(abstract.params, task.tokenizer)
     evaluations.check_image_sizes(config, objective, spec, abstract.params)
     subject = evaluators.subject(
         objective, abstract.params, spec, mesh, task.names, task.tokenizer
@@ -122,6 +124,16 @@ def objective_of(
             f'batches: {objective.indivisible}; set it to 1'
         )
     return objective
+
+
+def check_vocabulary(params: Any, tokenizer: Named) -> None:
+    """Raises UserError if the model has embeddings for fewer tokens than the tokenizer has."""
+    for name, x in parameters.named_leaves(params).items():
+        if name.split('/')[-1] == 'vocabulary' and x.shape[0] < tokenizer.loaded.vocab_size:
+            raise UserError(
+                f'the model has {x.shape[0]} tokens (vocab_size), and tokenizer '
+                f'{tokenizer.address} {tokenizer.loaded.vocab_size}'
+            )
 
 
 def of_run(

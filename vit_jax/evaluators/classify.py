@@ -15,6 +15,7 @@ from vit_jax import sharding
 from vit_jax.data.readers import names
 from vit_jax.data.sources import Source
 from vit_jax.data.tasks import classify as classify_task
+from vit_jax.data.tasks import text as text_task
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError, check_choice
 from vit_jax.evaluators import Subject, open_source, reader, totals
@@ -107,7 +108,8 @@ class Classify:
 
     Args:
       source: the data set, see Data sets.
-      image_size: size of the images in pixels: one number, or (height, width).
+      image_size: size of the images in pixels: one number, or (height, width). None: the model
+        reads texts, which are those of the task `text`.
       batch_size: examples in a batch, over all devices and processes.
       view: how an image is cropped and resized, see Views.
       output: the model's output that is measured: 'logits', or 'logits_cls' or 'logits_dist' for
@@ -115,6 +117,7 @@ class Classify:
       loss: loss to measure, which also says what a probability is: of a softmax or a sigmoid. None:
         that of training, or 'softmax' where it is unknown.
       subset: whether to predict only classes that occur in the data set (ImageNet-A and -R).
+      text: field of the texts, as in the task `text`.
       threads, workers, prefetch, tolerance: as in the section `data`.
     """
 
@@ -123,12 +126,13 @@ class Classify:
         subject: Subject,
         *,
         source: dict,
-        image_size: Size,
+        image_size: Size | None = None,
         batch_size: Positive[int],
         view: str | dict = 'resize',
         output: str = 'logits',
         loss: Literal['softmax', 'sigmoid'] | None = None,
         subset: bool = False,
+        text: str | None = None,
         threads: Threads | None = None,
         workers: Workers = 0,
         prefetch: Prefetch = 8,
@@ -156,7 +160,12 @@ class Classify:
         elif subset:
             among = occurring_labels(self.source)
         self.sources = {'source': self.source}
-        task = classify_task.classify(self.source, view=view, image_size=image_size)
+        if image_size is not None:
+            task = classify_task.classify(self.source, view=view, image_size=image_size)
+        elif subject.tokenizer is None:
+            raise UserError('evals: image_size is None, and the run has no tokenizer of texts')
+        else:
+            task = text_task.with_labels(self.source, subject.tokenizer, text, draw=False)
         self.feed = partial(read, self.source, task)
         among = None if among is None else jnp.asarray(among[among >= 0])
         few = (outputs if among is None else len(among)) <= TOP  # then all are among the best

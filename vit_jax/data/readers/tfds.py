@@ -14,7 +14,7 @@ from vit_jax.data.readers import facts, splits, tfrecord, vtab
 from vit_jax.data.readers.record import Record
 from vit_jax.errors import UserError
 
-BUILDERS = ('digits', 'fashion_mnist_debian', 'fashion_scenes')
+BUILDERS = ('digits', 'emoji', 'fashion_mnist_debian', 'fashion_scenes')
 MOST_LABELS = 32  # of an image
 SMALL = 2**28  # bytes; reading and parsing a record takes longer than decoding a small image
 

@@ -31,30 +31,44 @@ def text(
       labels: whether examples have the class of the data set's label.
     """
     named = Named(tokenizer, length)
+    if labels:
+        return with_labels(source, named, text)
     blank = {'text': np.zeros(named.length, np.int32)}
-    if not labels:
-        return Task(blank, partial(ids_of, tokenizer=named, text=text), tokenizer=named)
+    return Task(blank, partial(ids_of, tokenizer=named, text=text), tokenizer=named)
+
+
+def with_labels(
+    source: Source, tokenizer: Named, text: str | None, draw: bool = True
+) -> Task:
+    """The task with labels, for a tokenizer; arguments are those of `text`.
+
+    Of several texts the first one is read unless `draw`, as in evaluations.
+    """
     if not source.classes:
         raise UserError('the data set has no labels; data.labels=False reads texts alone')
-    read = partial(ids_and_label, tokenizer=named, text=text, classes=len(source.classes))
-    blank['label'] = np.int32(0)
-    return Task(blank, read, {'classes': tuple(source.classes)}, named)
+    read = partial(
+        ids_and_label, tokenizer=tokenizer, text=text, classes=len(source.classes), draw=draw
+    )
+    blank = {'text': np.zeros(tokenizer.length, np.int32), 'label': np.int32(0)}
+    return Task(blank, read, {'classes': tuple(source.classes)}, tokenizer)
 
 
 def ids_of(
-    record: Mapping[str, Any], rng: np.random.Generator, *, tokenizer: Named, text: str | None
-) -> dict[str, np.ndarray]:
+    record: Mapping[str, Any], rng: np.random.Generator, *, tokenizer: Named, text: str | None,
+    draw: bool = True,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Makes the array `text`."""
     found = captions.of_record(record, text)
-    return {'text': tokenizer(found[int(rng.integers(len(found)))])[0]}
+    return {'text': tokenizer(found[int(rng.integers(len(found))) if draw else 0])[0]}
 
 
 def ids_and_label(
     record: Mapping[str, Any], rng: np.random.Generator, *, tokenizer: Named, text: str | None,
-    classes: int,
+    classes: int, draw: bool,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Makes the arrays `text` and `label`."""
     label = record['label']
     if np.ndim(label) or not 0 <= label < classes:
         raise UserError(f'label {label} is not one of {classes} classes')
-    return ids_of(record, rng, tokenizer=tokenizer, text=text) | {'label': np.int32(label)}
+    ids = ids_of(record, rng, tokenizer=tokenizer, text=text, draw=draw)
+    return ids | {'label': np.int32(label)}
