@@ -8,12 +8,13 @@
 The packages belong into TFDS's folder for manual downloads, ~/tensorflow_datasets/downloads/manual.
 START:
 
-    lit     the image tower is the ViT-S/14 of --config.init_from and stays as it is (arXiv:2111.07991)
+    lit     the image tower is the ViT-S/14 of --config.init_from and stays as it is
+            (arXiv:2111.07991)
     tuned   the same, with a tenth of the rate and without weight decay
     random  a ViT of width 128 and 6 blocks, of random weights
 
-1,516 emoji of Google are trained on. Evaluations search Twitter's: `seen` the same emoji, `unseen` the
-395 others, whose names no run has read. Not yet run here.
+1,516 emoji of Google are trained on. Evaluations search Twitter's: `seen` the same emoji, `unseen`
+the 395 others, whose names no run has read. Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -47,6 +48,8 @@ def get_config(arg='lit'):
     config.optim = dict(lr=1e-3, weight_decay=0.05, warmup=100, clip=1.0)
     if arg == 'lit':
         config.optim.freeze = '^image/'
+    if arg == 'tuned':
+        config.optim.update(rate_factors=(('^image/', 0.1),), decay_factors=(('^image/', 0.0),))
     config.evals = {
         name: dict(
             type='retrieval', source=dict(name='emoji', split=f'twitter_{name}', label=None),

@@ -2,8 +2,10 @@
 
 import collections
 import io
+import json
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from vit_jax.data import sources
 from vit_jax.data.builders.digits import digits_dataset_builder
+from vit_jax.data.builders.emoji import emoji_dataset_builder as emoji
 from vit_jax.data.builders.fashion_mnist_debian import (
     fashion_mnist_debian_dataset_builder as fashion,
 )
@@ -181,3 +184,44 @@ def test_prepared_scenes_train_both_tasks(tmp_path, monkeypatch):
         for k in range(count):
             np.testing.assert_array_equal(made['masks'][k], scene.instances == k + 1)
     assert not drawn
+
+
+def test_emoji_are_split_by_what_they_are(tmp_path):
+    manual = tmp_path / 'downloads' / 'manual'
+    with pytest.raises(UserError, match='emoji'):
+        emoji.Builder(data_dir=tmp_path).download_and_prepare(file_format='array_record')
+    manual.mkdir(parents=True)
+    rows = [
+        dict(name=f'Red_THING {i}', short_names=[f'red-thing-{i}', f'thing_{i}'], unified=f'{i:X}',
+             image=f'{i}.png', category=emoji.CATEGORIES[i % 10])
+        for i in range(40)
+    ]  # fmt: skip
+    for house, shade in (('google', 0), ('twitter', 255)):
+        path = manual / f'{emoji.PACKAGE}-{house}-{emoji.VERSION}.tgz'
+        with tarfile.open(path, 'w:gz') as tar:
+            files = {'package/emoji.json': json.dumps(rows).encode()}
+            for i in range(40):
+                pixels = np.full((64, 64, 4), (shade, 0, i, 255), np.uint8)
+                pixels[:32] = 0  # transparent
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, 'png')
+                files[f'package/img/{house}/64/{i}.png'] = file.getvalue()
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    for house, shade in (('google', 0), ('twitter', 255)):
+        names = {}
+        for part in ('', '_seen', '_unseen'):
+            found = sources.load(name='emoji', split=house + part, data_dir=str(tmp_path))
+            names[part] = set()
+            for record in (found.records[i] for i in range(len(found))):
+                i = np.asarray(Image.open(io.BytesIO(record['image'])))
+                assert (i[:32] == 255).all() and (i[32:, :, 0] == shade).all()
+                number = int(i[40, 0, 2])
+                texts = [text.decode() for text in record['captions']]
+                assert texts == [f'red thing {number}', f'thing {number}']
+                assert found.classes[record['label']] == rows[number]['category']
+                names[part].add(number)
+        assert names[''] == set(range(40)) == names['_seen'] | names['_unseen']
+        assert not names['_seen'] & names['_unseen'] and 2 < len(names['_unseen']) < 20

@@ -213,3 +213,18 @@ def test_lamb_equals_optax_on_arrays_that_are_no_stacks():
         updates, state = peer.update(tree(grads), state, params)
         params = optax.apply_updates(params, updates)
         assert_trees_close(tree(found[t]), params, rtol=1e-5, atol=1e-6)
+
+
+def test_rates_are_multiplied_by_pattern():
+    start, gradient = problem(1)
+    settings = dict(name='sgd', lr=0.1, schedule='constant')
+    factors = (('attn/', 0.1), ('^encoder/', 3.0))
+    plain, _ = ours(start, gradient, 1, **settings)
+    found, _ = ours(start, gradient, 1, rate_factors=factors, **settings)
+    for name, x in start.items():
+        factor = 0.1 if 'attn/' in name else 3.0 if name.startswith('encoder/') else 1.0
+        wanted = x + factor * (plain[0][name] - x)
+        np.testing.assert_allclose(found[0][name], wanted, rtol=1e-5, atol=1e-5)
+        assert factor == 1 or np.abs(wanted - plain[0][name]).max() > 1e-2
+    with pytest.raises(UserError, match='rate_factors'):
+        ours(start, gradient, 1, rate_factors=(('nothing', 2.0),), **settings)

@@ -190,6 +190,7 @@ def make(
     clip_update: Positive[float] | None = None,
     layer_decay: Annotated[float, Range(0, 1, '(]')] = 1.0,
     layer_decay_from: Literal['head', 'block'] = 'head',
+    rate_factors: tuple[tuple[Pattern, NonNegative[float]], ...] = (),
     freeze: tuple[Pattern, ...] | Pattern = (), only: tuple[Pattern, ...] | Pattern = (),
     hold: tuple[Pattern, ...] | Pattern = (), hold_steps: NonNegative[int] = 0,
     hold_warmup: NonNegative[int] = 0, ema: Rate | None = None,
@@ -236,7 +237,7 @@ def make(
     leaves = named_leaves(params)
     frozen = frozen_names(leaves, freeze, only)
     strengths = decay_strengths(leaves, frozen, weight_decay, decay, decay_factors)
-    multipliers = rate_multipliers(leaves, rules, layer_decay, layer_decay_from)
+    multipliers = rate_multipliers(leaves, rules, layer_decay, layer_decay_from, rate_factors)
     rate = make_schedule(
         steps, lr=lr, schedule=schedule, end_lr=end_lr, power=power, timescale=timescale,
         boundaries=boundaries, step_factor=step_factor, warmup=warmup, cooldown=cooldown,

@@ -1,5 +1,6 @@
-"""Layer-wise decay of the learning rate, arXiv:2106.08254 section 3.1."""
+"""Learning rates by name: layer-wise decay (arXiv:2106.08254 section 3.1), factors by pattern."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import optax
 
 from vit_jax.errors import UserError
 from vit_jax.models import parameters
+from vit_jax.optim.decay import check_patterns
 
 
 def layers(leaves: Mapping[str, Any], rules: tuple) -> dict[str, parameters.Layer]:
@@ -36,6 +38,7 @@ def rate_multipliers(
     rules: tuple,
     layer_decay: float,
     layer_decay_from: str = 'head',
+    rate_factors: tuple[tuple[str, float], ...] = (),
 ) -> dict[str, jax.Array | float]:
     """{name: multiplier of the learning rate} of parameters by name, {} if all have one rate.
 
@@ -47,15 +50,23 @@ def rate_multipliers(
       layer_decay_from: what has the full rate: the 'head' alone, so that of L blocks the last has
         layer_decay times it, the first layer_decay^L and the stem layer_decay^(L + 1); or the last
         'block', too, and the stem that of the first block (tue-mps/eomt lightning_module.py).
+      rate_factors: (pattern, factor) pairs; the first pattern found in the name of a parameter
+        multiplies its rate: (('^image/', 0.1),) gives one of two towers a tenth.
 
     Each of two towers has its own depth.
 
     Raises:
-      UserError: the parameters have no stacked blocks, or stacks of several depths in one tower.
+      UserError: the parameters have no stacked blocks, or stacks of several depths in one tower; a
+        pattern matches no parameter.
       ValueError: a parameter has no rule.
     """
+    check_patterns('rate_factors', [pattern for pattern, _ in rate_factors], leaves)
+    factors = {
+        name: next((f for pattern, f in rate_factors if re.search(pattern, name)), 1.0)
+        for name in leaves
+    }
     if layer_decay == 1:
-        return {}
+        return factors if rate_factors else {}
     found = layers(leaves, rules)
     depths = depths_of_towers(leaves, found)
     stacked = {tower: sorted(several) for tower, several in depths.items() if several}
@@ -64,7 +75,7 @@ def rate_multipliers(
         blocks = f'stacks of {wrong} blocks' if wrong else 'no encoder blocks'
         raise UserError(f'optim.layer_decay is {layer_decay}, but the model has {blocks}')
     return {
-        n: rate_multiplier(
+        n: factors[n] * rate_multiplier(
             found[n], len(x.shape), *stacked.get(parameters.tower_of(n), [0]), layer_decay,
             layer_decay_from,
         )

@@ -35,8 +35,10 @@ def text(
     params = sum(count for _, _, count, *_ in parts.tx.table)
     trained = sum(count for _, _, count, *_, frozen in parts.tx.table if not frozen)
     flops, name = parts.objective.flops, model_name(config)
-    cost = '' if flops is None else f', {flop(flops)} an image forward'
-    counts = [f'{len(parts.source):,} images']
+    unit = 'texts' if 'text' in parts.spec and 'image' not in parts.spec else 'images'
+    one = 'a text' if unit == 'texts' else 'an image'
+    cost = '' if flops is None else f', {flop(flops)} {one} forward'
+    counts = [f'{len(parts.source):,} {unit}']
     counts += [f'{len(names):,} {kind}' for kind, names in parts.task.names.items()]
     devices = jax.devices()
     lines = [
@@ -45,7 +47,7 @@ def text(
         f'data    {mixture.title(config.data.source)}: {", ".join(counts)}',
         f'devices {len(devices)} x {devices[0].device_kind}, mesh '
         + ' '.join(f'{axis}={size}' for axis, size in parts.mesh.shape.items()),
-        f'steps   {parts.steps:,} of {config.data.batch_size} images, '
+        f'steps   {parts.steps:,} of {config.data.batch_size} {unit}, '
         f'{parts.steps * config.data.batch_size / len(parts.source):.1f} epochs',
     ]
     if start:

@@ -54,7 +54,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         for house in HOUSES:
             path = folder / f'{PACKAGE}-{house}-{VERSION}.tgz'
             if not path.exists():
-                raise UserError(f'emoji reads {path}, which is not there; run in its folder: {PACK}')
+                raise UserError(
+                    f'emoji reads {path}, which is not there; run in its folder: {PACK}'
+                )
             for part in ('', '_seen', '_unseen'):
                 splits[house + part] = self._generate_examples(path, house, part)
         return splits
