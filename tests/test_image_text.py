@@ -176,6 +176,16 @@ def test_an_unusable_example_is_named_and_counted(row, error, tmp_path, tokens):
     assert batch['mask'].tolist() == [1, 0, 1]
 
 
+def test_a_plan_needs_no_tokenizer_but_the_length(tmp_path):
+    source = sources.load(**folder_of(tmp_path / 'a', CAPTIONS))
+    task = task_of(source, str(tmp_path / 'none'))
+    assert task.blank['text'].shape == (6,)
+    for read in (lambda: task.read(source.records[0], np.random.default_rng(0)),
+                 lambda: task_of(source, str(tmp_path / 'none'), length=None)):  # fmt: skip
+        with pytest.raises(UserError, match='no tokenizer at'):
+            read()
+
+
 def test_bytes_that_are_not_utf8_are_named():
     with pytest.raises(images.Unreadable, match='its caption is not UTF-8: byte 3'):
         captions.of_record({'txt': b'caf\xe9'})

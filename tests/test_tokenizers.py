@@ -1,5 +1,6 @@
 """Texts to ids: equal to the libraries that the files are of; lengths, ends and padding hold."""
 
+import gzip
 import html
 import itertools
 import json
@@ -118,6 +119,16 @@ def test_openai_files_follow_openai_code(tmp_path, monkeypatch):
     assert 'without ftfy' in tokenizer.follows
 
 
+def test_openai_code_uses_some_of_the_merges_of_its_file(tmp_path):
+    """The file has 262,144; the vocabulary of CLIP is 49,408, its ends the last two."""
+    pairs = itertools.product(words.symbols(), repeat=2)
+    lines = ['#version', *map(' '.join, itertools.islice(pairs, 50_000))]
+    path = tmp_path / 'merges.txt.gz'
+    path.write_bytes(gzip.compress('\n'.join(lines).encode()))
+    tokenizer = tokenizers.load(path)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (49_406, 49_407, 49_408)
+
+
 @pytest.mark.parametrize('clean, text, same', [
     ('canonicalize', 'A_dog&amp;#33;', 'a dog'), ('lower', 'A  DOG &amp;amp;', 'a dog &'),
     ('whitespace', 'A&nbsp;&nbsp;dog', 'A dog'),
@@ -189,6 +200,11 @@ def test_an_address_is_fetched_without_its_weights(tmp_path, monkeypatch):
     expected = tokenizers.load(local)(words.STRANGE).tolist()
     for address in ('memory://siglip', 'memory://siglip/model.safetensors'):
         assert vit_jax.tokenizer(address)(words.STRANGE).tolist() == expected
+    vit_jax.tokenizer(local).save(tmp_path / 'saved')
+    store.pipe('/run/config.json', b'{}')
+    for path in (tmp_path / 'saved').iterdir():
+        store.pipe(f'/run/tokenizer/{path.name}', path.read_bytes())
+    assert tokenizers.load('memory://run')(words.STRANGE).tolist() == expected
     assert not [path for path in tmp_path.glob('cache/*/*') if path.suffix == '.safetensors']
     with pytest.raises(UserError, match='memory://none has none of'):
         tokenizers.load('memory://none')
@@ -214,6 +230,11 @@ BROKEN = {
     'vocab': ({'vocab.json': b'[1]', 'merges.txt': b''}, 'not {token: number}'),
     'bert': ({'vocab.txt': b'dog\ncat\n'}, 'it has no .PAD.'),
     'saved': ({'vit_jax_tokenizer.json': b'{"kind": "pickle"}'}, 'kind is pickle, not'),
+    'steps': (
+        {'vit_jax_tokenizer.json': b'{"kind": "sentencepiece", "length": 3, "pad": 0, "bos": 0, '
+         b'"eos": 1, "mask": 0, "sticky": true, "side": "left", "steps": [[]]}',
+         'spiece.model': None}, 'vit_jax_tokenizer.json: steps is',
+    ),
     'length': (
         {'vit_jax_tokenizer.json': b'{"kind": "sentencepiece"}', 'spiece.model': None},
         'vit_jax_tokenizer.json: length is None',

@@ -16,6 +16,7 @@ from vit_jax.io.text import brief
 
 MOST_BYTES = 2**27  # of a vocabulary; Gemma's tokenizer.json has 34 million
 MOST_TOKENS = 2**24
+PROBE = 'a \N{SNOWMAN}'  # at which a broken tokenizer fails, one without unknown tokens too
 VOCABULARY, PIECES = 'tokenizer.json', 'spiece.model'
 
 
@@ -53,7 +54,7 @@ def explained(file: object, what: str) -> Iterator[None]:
 
 
 class Fast:
-    """A tokenizers.Tokenizer."""
+    """A tokenizers.Tokenizer; `ends` are (ids before, ids after) that it adds to a text."""
 
     kind = 'tokenizers'
 
@@ -66,7 +67,9 @@ class Fast:
         self.size = max(numbers, default=-1) + 1
         if not 0 < self.size <= MOST_TOKENS:
             raise ValueError(f'its ids end at {self.size - 1:,}')
-        self.ids('a')  # a broken one fails here
+        processor = tokenizer.post_processor
+        self.ends = added(json.loads(processor.__getstate__())) if processor else ([], [])
+        self.ids(PROBE)
 
     @classmethod
     def parse(cls, data: bytes, file: object) -> 'Fast':
@@ -77,11 +80,6 @@ class Fast:
     def ids(self, text: str) -> list[int]:
         """Ids of the tokens of a text."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def around(self) -> tuple[list[int], list[int]]:
-        """(ids before, ids after) that its post-processor adds to a text."""
-        processor = self.tokenizer.post_processor
-        return added(json.loads(processor.__getstate__())) if processor else ([], [])
 
     def text(self, ids: Sequence[int]) -> str:
         """The text that ids stand for."""
@@ -124,7 +122,7 @@ class Pieces:
         with explained(file, 'a model of SentencePiece'):
             self.processor = library('sentencepiece').SentencePieceProcessor(model_proto=data)
             self.size = self.processor.get_piece_size()
-            self.ids('a')  # a broken one fails here
+            self.ids(PROBE)
 
     def __reduce__(self):
         return Pieces, (self.data,)

@@ -133,7 +133,8 @@ def token_finder(
             value = value.get('content') if isinstance(value, dict) else value
             if value is None:
                 continue
-            number = backend.id_of(value) if isinstance(value, str) else None
+            text = isinstance(value, str) and value.encode(errors='ignore').decode() == value
+            number = backend.id_of(value) if text else None
             if number is None:
                 raise UserError(f'{path / file}: {key} is {brief(value)}, no token')
             return number
@@ -148,7 +149,7 @@ def ends_of(
     """(id before, id after) each text, as the class adds them."""
     if isinstance(backend, Pieces):
         return None, token('eos_token', '</s>')
-    before, after = backend.around()
+    before, after = map(list, backend.ends)
     if name in ('GemmaTokenizer', 'Siglip2Tokenizer', 'LlamaTokenizer'):
         flags = [stated.get(f'add_{end}_token') for end in ('bos', 'eos')]
         if name == 'Siglip2Tokenizer' and flags == [None, None] and not before + after:

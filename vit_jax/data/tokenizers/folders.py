@@ -11,10 +11,9 @@ from vit_jax.errors import UserError
 from vit_jax.io import fetch, storage
 from vit_jax.io.text import brief
 
-FILES = (
-    SETTINGS, VOCABULARY, families.CONFIG, families.TOKENS, 'config.json', 'open_clip_config.json',
-    'vocab.json', 'merges.txt', 'vocab.txt', vocabularies.MERGES, *families.MODELS,
-)  # fmt: skip
+HOLDING = (VOCABULARY, *families.MODELS, 'vocab.json', vocabularies.MERGES, 'vocab.txt')
+DOCUMENTS = (families.CONFIG, families.TOKENS, families.MODEL, families.OPEN_CLIP)
+FILES = (*HOLDING, 'merges.txt', SETTINGS, *DOCUMENTS)
 INSIDE = 'tokenizer'  # folder of a run's tokenizer
 WEIGHTS = ('.safetensors', '.npz')
 ALONE = ('.json', '.model', '.gz', '.txt')  # suffixes of files of a tokenizer alone
@@ -29,10 +28,16 @@ def local(address: str) -> str:
         address = before
     elif name.endswith(ALONE):
         return f'{fetch.named(before, [name])}/{name}'
-    try:
-        return str(fetch.named(f'{address.rstrip("/")}/{INSIDE}', FILES))
-    except UserError:
-        return str(fetch.named(address, FILES))
+    error = None
+    for place in (address.rstrip('/'), f'{address.rstrip("/")}/{INSIDE}'):
+        try:
+            found = fetch.named(place, FILES)
+        except UserError as e:
+            error = error or e
+            continue
+        if any((found / name).exists() for name in HOLDING):
+            return str(found)
+    raise error or UserError(f'{address} has no tokenizer: none of {", ".join(HOLDING)}')
 
 
 def read(path: pathlib.Path) -> Tokenizer:
@@ -50,9 +55,9 @@ def read(path: pathlib.Path) -> Tokenizer:
     there = [name for name in FILES if (path / name).is_file()]
     found = families.read(path, there)
     if found is None:
-        known = (*families.MODELS, vocabularies.MERGES, 'vocab.txt')
-        if not (alone := [name for name in known if name in there]):
-            raise UserError(f'{path} has no tokenizer: none of {VOCABULARY}, {", ".join(known)}')
+        alone = [name for name in HOLDING if name in there and name != 'vocab.json']
+        if not alone:
+            raise UserError(f'{path} has no tokenizer: none of {", ".join(HOLDING)}')
         return read_file(path / alone[0])
     return found
 
@@ -102,7 +107,7 @@ def saved(path: pathlib.Path) -> Tokenizer:
     """What `Tokenizer.save` wrote; each of its values is checked."""
     found, file = storage.read_json(path / SETTINGS), path / SETTINGS
     kinds = {Fast.kind: VOCABULARY, Pieces.kind: PIECES}
-    if found.get('kind') not in kinds:
+    if found.get('kind') not in list(kinds):
         raise UserError(f'{file}: kind is {brief(found.get("kind"))}, not {" or ".join(kinds)}')
     of = path / kinds[found['kind']]
     backend = Pieces(content(of), of) if of.name == PIECES else Fast.parse(content(of), of)
@@ -110,7 +115,7 @@ def saved(path: pathlib.Path) -> Tokenizer:
         'length': lambda v: type(v) is int and v > 0,
         'sticky': lambda v: isinstance(v, bool),
         'side': lambda v: v in ('left', 'right'),
-        'steps': lambda v: isinstance(v, list) and all(step in cleaning.STEPS for step in v),
+        'steps': lambda v: isinstance(v, list) and all(step in list(cleaning.STEPS) for step in v),
         'follows': lambda v: isinstance(v, str),
         'pad': lambda v: is_id(v, backend),
     }

@@ -75,7 +75,7 @@ def clip_of_merges(data: bytes, file: object) -> Fast:
             text = stream.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise ValueError(f'more than {MOST_BYTES:,} bytes')
-    merges = pairs(text, file)[: 49152 - 256 - 2 - 256]
+    merges = pairs(text, file)[: 49152 - 256 - 2]
     symbols = byte_symbols()
     tokens = [*symbols, *(one + WORD_END for one in symbols), *map(''.join, merges), START, END]
     vocabulary = {token: number for number, token in enumerate(tokens)}
