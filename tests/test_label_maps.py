@@ -1,6 +1,8 @@
 """Masks to label maps: ids as the file has them, by the extension and by Pillow."""
 
+import ast
 import io
+import re
 
 import numpy as np
 import pytest
@@ -149,6 +151,30 @@ def test_ids_are_the_numbers_in_the_file(depth, colour, reader):
     found = reader(scenes.raw_png(ids, depth, colour))
     assert found.dtype == (np.uint16 if depth == 16 else np.uint8)
     np.testing.assert_array_equal(found, ids)
+
+
+@pytest.mark.parametrize('ids', [
+    label_maps.Ids(5), label_maps.Ids(5, 'ignored'), label_maps.Ids(5, 'background', (9,)),
+    label_maps.Ids(300), label_maps.Ids(255),
+])  # fmt: skip
+@pytest.mark.parametrize('values', [[0, 5], [0, 6, 7], [255], [254, 255]])
+def test_ids_of_no_class_are_named_with_the_setting_that_reads_them(ids, values):
+    """Whichever it is: with the words of the message the same mask is read."""
+    mask = np.array([values], np.uint8)
+    try:
+        ids.labels(mask)
+        return  # all are classes, or ignored
+    except images.Unreadable as e:
+        words = str(e)
+    first = int(ids.zero == 'ignored')
+    assert f'{ids.classes} classes, {first} to {ids.classes - 1 + first}; ' in words
+    settings = re.findall(r"(zero|ignored)=('\w+'|\(.*?\))", words)
+    assert settings
+    for name, value in settings:
+        value = ast.literal_eval(value)
+        more = int(value == 'background')  # a class before the others
+        found = ids._replace(**{name: value}, classes=ids.classes + more).labels(mask)
+        assert found.max() == ids.fill or name == 'zero'
 
 
 def other_file(kind, mode):

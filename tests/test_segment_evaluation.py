@@ -254,6 +254,8 @@ def test_what_can_not_be_measured_is_refused(folder):
         evaluation(folder, scales=(1.0, 2.0))
     with pytest.raises(UserError, match='stride 40 leaves gaps between windows of 32 pixels'):
         evaluation(folder, stride=40)
+    with pytest.raises(UserError, match='evals: 14,577 windows .*mirrored .* maps of 17 GiB'):
+        evaluation(folder, stride=1, smaller=160, larger=160, flip=True, batch_size=1600)
     absent = segment.iou(np.array([[2, 1, 0], [0, 0, 0], [0, 0, 0]]))
     np.testing.assert_array_equal(absent, [2 / 3, 0, np.nan])
 

@@ -23,6 +23,7 @@ except ImportError:
 Zero = Literal['class', 'background', 'ignored']
 BACKGROUND = 'background'  # name of class 0 where `zero` is so
 MOST_BYTE = 255  # classes of a label map of bytes
+MOST_NAMED = 8  # ids in a message
 MOST_PIXELS = 2**26  # of a mask that the extension reads
 
 
@@ -64,8 +65,18 @@ class Ids(NamedTuple):
             table[own] = classes[table[own] - first] + first
         labels, used = mapped(ids, table, self.dtype)
         if (wrong := used[table[used] < 0]).size:
-            raise Unreadable(f'it has the id {wrong[0]}, and there are {self.classes} classes')
+            raise Unreadable(self.advice(wrong.tolist()))
         return labels
+
+    def advice(self, wrong: list[int]) -> str:
+        """What to say about ids of no class: which ones are, and the setting that would help."""
+        first, own = int(self.zero == 'ignored'), wrong[0]
+        said = f'it has the id {own}, and there are {self.classes} classes, '
+        said += f'{first} to {first + self.classes - 1}; '
+        if wrong == [self.classes] and self.zero == 'class':
+            return said + "zero='ignored' or zero='background' begins them at 1"
+        others = (self.fill,) if self.ignored is None else self.ignored
+        return said + f'ignored={(*others, *wrong[:MOST_NAMED])} leaves its pixels out'
 
 
 def mapped(ids: np.ndarray, table: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

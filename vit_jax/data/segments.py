@@ -99,7 +99,11 @@ def numbered(
     order = np.argsort(known, kind='stable')
     place = order[np.searchsorted(known[order], values).clip(0, len(known) - 1)]
     if (wrong := values[known[place] != values]).size:
-        raise Unreadable(f'it has the id {wrong[0]}, which no segment has')
+        ignored = (*fields.ignored, int(wrong[0]))
+        raise Unreadable(
+            f'it has the id {wrong[0]}, which no segment has; ignored={ignored} makes its pixels '
+            'void'
+        )
     pixels = np.bincount(number[place], lengths, minlength=count + 1)
     return np.repeat(number[place], lengths).astype(np.uint16).reshape(found.shape), pixels
 

@@ -4,6 +4,7 @@ Shapes: B batch, N windows, S scales, K classes, Q queries, h w of the logits, H
 of the label maps, R rows of a block.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluators.pixels import in_blocks, weights, weights_inside
 from vit_jax.models.memory import shard_batch
 
+MOST_BYTES = 2**34  # of maps of windows on a device
 interpolated = partial(jnp.einsum, precision='highest')
 
 
@@ -28,6 +30,24 @@ def count_classes(outputs: Mapping[str, jax.ShapeDtypeStruct]) -> int:
         'evals of type segment read `semantic`, or `logits` and `masks`, as the objectives segment '
         f'and masks predict them; this one predicts {", ".join(sorted(outputs))}'
     )
+
+
+def check_windows(
+    outputs: Mapping[str, jax.ShapeDtypeStruct], counts: tuple[int, ...], flip: bool, examples: int
+) -> None:
+    """Raises UserError if the maps of all windows of `examples` images are above MOST_BYTES.
+
+    They are on a device at once; `counts` and `flip` are those of `predictions`.
+    """
+    maps = outputs['semantic' if 'semantic' in outputs else 'masks']
+    needed = 4 * examples * sum(counts) * (1 + flip) * math.prod(maps.shape[1:])
+    if needed > MOST_BYTES:
+        mirrored = ', mirrored ones too,' if flip else ''
+        raise UserError(
+            f'evals: {sum(counts):,} windows of an image{mirrored} have maps of '
+            f'{needed / 2**30:.0f} GiB on a device with {examples} images of a batch, above '
+            f'{MOST_BYTES / 2**30:.0f}; a larger stride, fewer scales or a smaller batch have fewer'
+        )
 
 
 class Group(NamedTuple):

@@ -44,7 +44,8 @@ class Segment:
     confusion matrix counts all pixels of the data set, exactly.
 
     With a `stride`, windows of the image size slide over the image, which is resized so that its
-    smaller side has `smaller` pixels; a pixel has the mean logits of the windows that show it. Of
+    smaller side has `smaller` pixels; a pixel has the mean logits of the windows that show it. The
+    windows of a batch, and the logits of each, are in memory at once, up to 16 GiB of a device. Of
     several scales, and of mirrored images, the mean of the probabilities counts (mmsegmentation,
     encoder_decoder.py; there logits are interpolated to the resized image, then to the image).
 
@@ -126,9 +127,10 @@ class Segment:
         self.metrics = METRICS | {
             f'iou/{name}': 'max' for name in (self.classes if by_class else ())
         }
-        how = dict(
-            predict=subject.predict, flip=flip, counts=windows.counts() if windows else (1,)
-        )
+        counts = windows.counts() if windows else (1,)
+        share = batch_size // (self.mesh.shape['data'] * self.mesh.shape['fsdp'])
+        label_scores.check_windows(subject.outputs, counts, flip, share)
+        how = dict(predict=subject.predict, flip=flip, counts=counts)
         self.step = evaluators.compiled(partial(confusion_of, **how), self.mesh)
         self.label_maps = evaluators.compiled(partial(label_maps_of, **how), self.mesh)
 
