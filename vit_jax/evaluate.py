@@ -6,8 +6,9 @@ that made X. Any setting can be changed: --config.evals.test.batch_size=100. Of 
 only dtype, matmul_dtype, quantize and unroll have an effect, as X determines the model.
 
 A run of another objective than `supervised` is evaluated as during training, at the image size of
-training, and its training data has to be at hand. Any other checkpoint is a classifier: its
-position embeddings are resized to the image size of each evaluation.
+training, and its training data has to be at hand. Any other checkpoint is a classifier, or two
+towers that evaluations zero_shot and retrieval compare: its position embeddings are resized to the
+image size of each evaluation.
 
 Labels of the data are matched to the checkpoint's by class name, in any order, where both have
 names. A data set with some of the classes is scored among these; one with other classes is refused
@@ -19,6 +20,7 @@ number of images, its accuracy and how often it was predicted as each of all cla
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,16 +32,18 @@ from ml_collections import ConfigDict
 from vit_jax import assembly, cli, evaluators, sharding
 from vit_jax import config as configs
 from vit_jax.assembly import restore
-from vit_jax.convert import fit, run
+from vit_jax.convert import fit, run, tokenizers
 from vit_jax.convert import load as weights
 from vit_jax.data import tasks
 from vit_jax.data.readers import names
+from vit_jax.data.tokenizers import Named
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import experiment, storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable, to_json
-from vit_jax.objectives import Examples, flexible, supervised
+from vit_jax.models.two_towers import TwoTowers
+from vit_jax.objectives import Examples, contrastive, flexible, supervised
 from vit_jax.run import workdir
 
 
@@ -105,17 +109,26 @@ def evaluations(
             loaded = {size: read(checkpoint, size, config.model, ema, patch_size)}
         found = loaded[size]
         loss = found.loss or config.objective.get('loss') or 'softmax'
-        subject = subject_of(found, size, mesh, loss)
+        subject = subject_of(found, size, mesh, loss, checkpoint)
         yield name, assembly.evaluations.make(subject, settings), subject, found.params
 
 
 def subject_of(
-    found: fit.Loaded, image_size: tuple[int, int], mesh: jax.sharding.Mesh, loss: str
-) -> evaluators.Subject:
-    """Wraps a loaded classifier for the evaluators."""
+    found: fit.Loaded, image_size: tuple[int, int], mesh: jax.sharding.Mesh, loss: str,
+    checkpoint: str,
+) -> evaluators.Subject:  # fmt: skip
+    """Wraps a loaded classifier, or two towers, for the evaluators."""
     spec = {'image': jax.ShapeDtypeStruct((*image_size, 3), np.uint8)}
+    names = {'classes': found.classes}
+    if isinstance(found.model, TwoTowers):
+        length = found.model.text.length
+        spec['text'] = jax.ShapeDtypeStruct((length,), np.int32)
+        predict = partial(contrastive.predict, found.model)
+        outputs = jax.eval_shape(predict, found.params, evaluators.one_example(spec))
+        words = Named(tokenizers.address_of(checkpoint), length)
+        return evaluators.Subject(predict, mesh, outputs, names, {}, words)
     objective = supervised.supervised(found.model, Examples(spec), loss=loss)
-    return evaluators.subject(objective, found.params, spec, mesh, {'classes': found.classes})
+    return evaluators.subject(objective, found.params, spec, mesh, names)
 
 
 def read(
@@ -126,7 +139,7 @@ def read(
     fields = 'dtype', 'matmul_dtype', 'quantize', 'unroll'
     how = {field: model[field] for field in fields if field in model}
     how |= {} if patch_size is None else {'patch_size': patch_size}
-    return weights.read(checkpoint, image_size=image_size, ema=ema, **how)
+    return weights.read(checkpoint, image_size=image_size, ema=ema, towers=True, **how)
 
 
 def settings_of(

@@ -21,6 +21,11 @@ def tokenizer(path: str | os.PathLike, *, length: int | None = None) -> tokenize
     Raises:
       UserError: there is none, or it is broken.
     """
+    return tokenizers.load(address_of(path), length=length)
+
+
+def address_of(path: str | os.PathLike) -> str:
+    """Address of a checkpoint's tokenizer; raises UserError for a run that has none."""
     found = load.catalogue().get(str(path), {}).get('tokenizer')
     address = found or load.resolve(str(path))
     if found is None and run.is_run(address):
@@ -28,4 +33,4 @@ def tokenizer(path: str | os.PathLike, *, length: int | None = None) -> tokenize
         address = root / folders.INSIDE
         if not address.exists():
             raise UserError(f'{root} has no tokenizer: its run reads no texts')
-    return tokenizers.load(os.fspath(address), length=length)
+    return os.fspath(address)

@@ -5,6 +5,7 @@ space of both, M micro-batches.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -91,18 +92,25 @@ def contrastive(
         metrics = {'loss': value, 'accuracy': accuracy, 'temperature': scalars['temperature']}
         return value, (metrics | ({'bias': scalars['bias']} if net.use_bias else {}), {})
 
-    def predict(params, batch):
-        images = net.normalise(batch['image']) if 'image' in batch else None
-        out = net.apply({'params': params}, images, batch.get('text'))[1]
-        names = [n for n in ('image_embedding', 'text_embedding') if n in out]
-        each = jnp.ones(len(out[names[0]]))
-        found = {name: out[name] for name in names} | {'temperature': out['temperature'] * each}
-        return out.get('image', {}) | found
-
     return Objective(
-        init, loss_fn, predict, indivisible=PAIRS, flops=net.flops(image, tokens[-1]),
+        init, loss_fn, partial(predict, net), indivisible=PAIRS, flops=net.flops(image, tokens[-1]),
         settings={'pairs': loss},
     )  # fmt: skip
+
+
+def predict(
+    net: TwoTowers, params: Any, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """What evaluations read of images, texts or both, see `contrastive`.
+
+    `temperature` [B] is the same for all.
+    """
+    images = net.normalise(batch['image']) if 'image' in batch else None
+    out = net.apply({'params': params}, images, batch.get('text'))[1]
+    names = [n for n in ('image_embedding', 'text_embedding') if n in out]
+    each = jnp.ones(len(out[names[0]]))
+    found = {name: out[name] for name in names} | {'temperature': out['temperature'] * each}
+    return out.get('image', {}) | found
 
 
 def towers(model: nn.Module, examples: Examples, text: Any, **fields: Any) -> TwoTowers:

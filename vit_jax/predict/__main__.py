@@ -22,6 +22,11 @@ a pixel has the mean; with --scales at several sizes and with --flip mirrored, t
 do. --json adds masks as run lengths of COCO (`segmentation`). --out FILE.png, or --out FOLDER for
 several images, draws all this over the images. --out FILE.npz has the arrays, as above.
 
+--labels "a shoe,a bag", for a checkpoint with an image and a text tower (SigLIP, CLIP, a run of
+objective contrastive), makes classes of texts: the probability that each describes the image.
+--labels=FILE has one in each line. --templates are texts with a place {} for them, such as "a photo
+of a {}.", or openai_80, those of CLIP; the mean of their embeddings counts.
+
 --hide 0.75, for a masked autoencoder with its decoder, hides a share of the patches (--seed says
 which) and draws a row for each image: the image, what the model sees of it, and what it restores.
 --out FILE.png names the picture, restored.png by default. A model of normalised patches does not
@@ -40,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vit_jax import cli
-from vit_jax.data import files, tasks
+from vit_jax.data import files, prompts, tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.figures import restored
@@ -48,6 +53,8 @@ from vit_jax.io import storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import printable, to_json
 from vit_jax.predict import (
+    Predictor,
+    by_labels,
     classifier,
     dense,
     findings,
@@ -96,7 +103,10 @@ def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
     paths = files.find_images(names)
     output = 'features' if options.features else 'all' if options.out else 'classes'
     arguments = (options.checkpoint, output, None if options.ema else False, options.image_size)
-    predictor = method(*arguments) or classifier(*arguments, options.patch_size)
+    if options.labels:
+        predictor = of_labels(output, options)
+    else:
+        predictor = method(*arguments) or classifier(*arguments, options.patch_size)
     view = tasks.fixed_view(
         predictor.view if options.view is None else options.view, predictor.image_size
     )
@@ -110,6 +120,23 @@ def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
                 show(path, outputs, predictor.classes, options.top)
         if rows:
             write_arrays(out, rows)
+
+
+def of_labels(output: str, options: flags.FlagValues) -> Predictor:
+    """The classifier that --labels makes of two towers."""
+    if output != 'classes':
+        raise UserError('--labels prints classes; leave out --features and --out')
+    labels = options.labels
+    if len(labels) == 1 and pathlib.Path(labels[0]).is_file():
+        labels = labels[0]
+    templates = options.templates
+    if len(templates) == 1 and prompts.PLACE not in templates[0]:
+        templates = templates[0]
+    return by_labels.predictor(
+        options.checkpoint, prompts.chosen('--labels', labels, prompts.LABELS),
+        prompts.templates_of(templates), tokenizer=options.tokenizer,
+        ema=None if options.ema else False, image_size=options.image_size,
+    )  # fmt: skip
 
 
 def find(paths: Sequence[str], options: flags.FlagValues) -> None:
@@ -289,6 +316,17 @@ if __name__ == '__main__':
         'hide', None, 'Hide this share of the patches and draw what a masked autoencoder restores.',
         lower_bound=0, upper_bound=1,
     )  # fmt: skip
+    flags.DEFINE_list(
+        'labels', None, 'Texts that images are classified into, separated by commas, a file with '
+        'one in a line, or imagenet.',
+    )  # fmt: skip
+    flags.DEFINE_list(
+        'templates', '{}', 'Texts with a place {} for a label of --labels, a file of them, '
+        'openai_80 or openai_7.',
+    )  # fmt: skip
+    flags.DEFINE_string(
+        'tokenizer', None, "Tokenizer of --labels. Default: the checkpoint's."
+    )
     flags.DEFINE_integer('seed', 0, 'Decides which patches --hide hides.', lower_bound=0)
     flags.DEFINE_bool('force', False, 'Replace files of --features or --out that exist.')
     flags.DEFINE_bool('json', False, 'Print one JSON object per image.')

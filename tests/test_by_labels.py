@@ -1,0 +1,120 @@
+"""Zero-shot commands on two towers of transformers, beside transformers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import words
+from PIL import Image
+
+import vit_jax
+from vit_jax.data import tasks
+from vit_jax.errors import UserError
+from vit_jax.evaluate import evaluate, settings_of
+from vit_jax.predict import by_labels, predicted, read_ahead
+
+LABELS = ('a red dog', 'the bag', "it's a <b>shoe</b>, {really} & more", 'x' * 200)
+SIZE = 32
+
+
+def images_of(folder, count=6):
+    """Images in two folders, whose names are classes."""
+    rng, paths = np.random.default_rng(0), []
+    for i in range(count):
+        place = folder / ('a_red_dog', 'bag')[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f'{i}.png')
+        paths.append(str(place / f'{i}.png'))
+    return paths
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """(folder of a CLIP with random weights and a tokenizer, the model of transformers)."""
+    folder = words.clip(tmp_path_factory.mktemp('clip'))
+    size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    vocabulary = len(json.loads((folder / 'vocab.json').read_text()))
+    text = dict(
+        vocab_size=vocabulary, max_position_embeddings=16, bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1, **size,
+    )  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=dict(image_size=SIZE, patch_size=8, **size),
+        projection_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.1 * torch.randn(value.shape))
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def logits_of(model, folder, paths, texts):
+    """Logits [images, texts] of transformers for the images that ours reads."""
+    ours, _ = vit_jax.load(folder)
+    pixels = torch.tensor(np.asarray(vit_jax.preprocess(ours, paths))).permute(0, 3, 1, 2)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    ids = tokenizer(list(texts), padding='max_length', max_length=16, truncation=True,
+                    return_tensors='pt')  # fmt: skip
+    with torch.no_grad():
+        return model(**ids, pixel_values=pixels.float()).logits_per_image.double().numpy()
+
+
+def softmax(x):
+    x = np.exp(x - x.max(axis=1, keepdims=True))
+    return x / x.sum(axis=1, keepdims=True)
+
+
+def test_probabilities_of_labels_are_those_of_transformers(checkpoint, tmp_path):
+    folder, model = checkpoint
+    paths = images_of(tmp_path)
+    found = by_labels.predictor(str(folder), LABELS)
+    view = tasks.fixed_view(found.view, found.image_size)
+    rows = dict(predicted(found, read_ahead(paths, view, 2), 4))
+    wanted = softmax(logits_of(model, folder, paths, LABELS))
+    for path, row in zip(paths, wanted, strict=True):
+        np.testing.assert_allclose(rows[path], row, atol=1e-5)
+
+
+def test_evaluation_of_a_public_checkpoint_is_that_of_transformers(checkpoint, tmp_path):
+    folder, model = checkpoint
+    paths = images_of(tmp_path / 'images', 10)
+    (tmp_path / 'config.py').write_text(
+        'from ml_collections import ConfigDict\n'
+        'def get_config(arg=None):\n'
+        f'    source = dict(name={str(tmp_path / "images")!r})\n'
+        '    return ConfigDict(dict(steps=1, data=dict(\n'
+        f'        source=source, image_size={SIZE}, batch_size=8, view="central",\n'
+        '    ), evals=dict(zero=dict(\n'
+        '        type="zero_shot", source=source, view="central",\n'
+        '        templates=("a photo of a {}", "{} next to it")))))\n'
+    )
+    config = settings_of(str(tmp_path / 'config.py'), str(folder), [])
+    ((name, metrics, _),) = evaluate(str(folder), config)
+    templates = ('a photo of a {}', '{} next to it')
+    texts = [t.format(c) for c in ('a red dog', 'bag') for t in templates]
+    scale = float(model.logit_scale.detach().exp())
+    cosines = logits_of(model, folder, paths, texts) / scale
+    logits = cosines.reshape(len(paths), 2, 2).mean(axis=2)  # of means, not yet of unit length
+    with torch.no_grad():
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+        ids = tokenizer(texts, padding='max_length', max_length=16, return_tensors='pt')
+        found = model.get_text_features(**ids)
+        found = getattr(found, 'pooler_output', found).double().numpy()
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    logits /= np.linalg.norm(found.reshape(2, 2, -1).mean(axis=1), axis=1)
+    labels = np.array(['bag' in path.split('/')[-2] for path in paths]).astype(int)
+    assert name == 'zero' and metrics['examples'] == 10
+    assert np.isclose(metrics['accuracy'], np.mean(logits.argmax(axis=1) == labels))
+    loss = -np.log(softmax(scale * logits)[np.arange(10), labels]).mean()
+    assert np.isclose(metrics['loss'], loss, rtol=1e-4)
+
+
+def test_a_checkpoint_of_one_tower_is_named():
+    with pytest.raises(UserError, match='an image and a text tower'):
+        by_labels.predictor('tests/data/big_vision_map_learn.npz', LABELS)

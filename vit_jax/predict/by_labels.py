@@ -1,0 +1,86 @@
+"""Classes of images by their texts, of a checkpoint with an image and a text tower."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.convert import load as weights
+from vit_jax.convert import tokenizers
+from vit_jax.data import files, prompts
+from vit_jax.data.tokenizers import Tokenizer
+from vit_jax.errors import UserError
+from vit_jax.evaluators import zero_shot
+from vit_jax.models.two_towers import TwoTowers
+from vit_jax.predict import Predictor
+
+TEXTS = 256  # that are embedded at a time
+
+
+def predictor(
+    checkpoint: str,
+    labels: Sequence[str],
+    templates: Sequence[str] = (prompts.PLACE,),
+    *,
+    tokenizer: str | None = None,
+    ema: bool | None = None,
+    image_size: int | None = None,
+) -> Predictor:
+    """Loads two towers as a classifier of images into texts.
+
+    Probabilities are of a sigmoid for each text where the model has a bias, as it was then trained
+    by that loss (arXiv:2303.15343), else of a softmax over the texts.
+
+    Args:
+      checkpoint: as for vit_jax.load.
+      labels: the texts.
+      templates: texts with a place {} for them; an embedding is the mean over these, see
+        `evaluators.zero_shot`.
+      tokenizer: address, as for vit_jax.tokenizer. None: that of the checkpoint.
+      ema: whether to read the moving average of a run's parameters. None: if the run saved one.
+      image_size: pixels per side. None: that of the checkpoint.
+    """
+    found = weights.read(checkpoint, whole=True, as_input=True, ema=ema, image_size=image_size)
+    model = found.model
+    if not isinstance(model, TwoTowers):
+        raise UserError(
+            f'--labels are for a checkpoint with an image and a text tower, and {checkpoint} is of '
+            f'a {type(model).__name__}'
+        )
+    cut = tokenizers.tokenizer(tokenizer or checkpoint)
+    classes = class_embeddings(model, found.params, cut, labels, templates)
+
+    def compute(params, images):
+        out = model.apply({'params': params}, model.normalise(images), None)[1]
+        cosines = jnp.matmul(out['image_embedding'], classes.T, precision='highest')
+        logits = out['temperature'] * cosines + out['bias']
+        return jax.nn.sigmoid(logits) if model.use_bias else jax.nn.softmax(logits)
+
+    size = found.image_size or (files.DEFAULT_SIZE,) * 2
+    return Predictor(compute, found.params, size, found.view, tuple(labels))
+
+
+def class_embeddings(
+    model: TwoTowers, params: Any, tokenizer: Tokenizer, labels: Sequence[str],
+    templates: Sequence[str],
+) -> np.ndarray:  # fmt: skip
+    """Embeddings of labels, float32 [K, E]: means over templates, at unit length."""
+    if tokenizer.vocab_size > model.text.vocab_size or tokenizer.length > model.text.length:
+        raise UserError(
+            f'the tokenizer has {tokenizer.vocab_size} tokens and texts of {tokenizer.length}, the '
+            f'model {model.text.vocab_size} and {model.text.length}'
+        )
+    ids = tokenizer(prompts.prompts(labels, prompts.templates_of(templates)))
+
+    @jax.jit
+    def embed(params, tokens):
+        return model.apply({'params': params}, None, tokens)[1]['text_embedding']
+
+    size, parts = min(TEXTS, len(ids)), []
+    for start in range(0, len(ids), size):
+        some = ids[start : start + size]
+        padded = np.pad(some, [(0, size - len(some)), (0, 0)], mode='edge')
+        parts.append(np.asarray(embed(params, padded))[: len(some)])
+    return zero_shot.of_classes(np.concatenate(parts), len(templates))
