@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -10,9 +11,11 @@ import words
 from PIL import Image
 
 import vit_jax
+from vit_jax import models
 from vit_jax.data import tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate, settings_of
+from vit_jax.figures import labelled
 from vit_jax.predict import by_labels, predicted, read_ahead
 
 LABELS = ('a red dog', 'the bag', "it's a <b>shoe</b>, {really} & more", 'x' * 200)
@@ -113,6 +116,35 @@ def test_evaluation_of_a_public_checkpoint_is_that_of_transformers(checkpoint, t
     assert np.isclose(metrics['accuracy'], np.mean(logits.argmax(axis=1) == labels))
     loss = -np.log(softmax(scale * logits)[np.arange(10), labels]).mean()
     assert np.isclose(metrics['loss'], loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize('fields', [
+    dict(pool='map'), dict(pool='gap', last_norm='pooled', num_classes=12),
+    dict(pool='gap', representation_size=20, num_classes=12, style=dict(norm='rms')),
+])  # fmt: skip
+def test_the_patch_of_an_image_of_one_is_embedded_as_that_image(fields):
+    model = models.build(
+        'vit/8', **dict(num_classes=None, width=16, depth=1, num_heads=2, mlp_dim=32) | fields
+    )
+    images = np.random.default_rng(0).standard_normal((3, 8, 8, 3)).astype(np.float32)
+    params = model.init(jax.random.key(0), images)['params']
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+    image, out = model.apply({'params': params}, images)
+    found = by_labels.patch_embeddings(model, params, out['encoded'])
+    wanted = image / np.linalg.norm(image, axis=1, keepdims=True)
+    np.testing.assert_allclose(found[:, 0], wanted, atol=1e-5)
+
+
+def test_a_picture_of_images_beside_texts(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 16, 20, 3), dtype=np.uint8)
+    cosines, maps = rng.random((3, 4)), rng.random((3, 4, 2, 2))
+    sizes = []
+    for name, shown in (('matrix', None), ('maps', maps)):
+        labelled.draw(tmp_path / f'{name}.png', images, LABELS, cosines, shown)
+        with Image.open(tmp_path / f'{name}.png') as picture:
+            sizes.append(picture.size)
+    assert sizes[0][0] < sizes[1][0] and sizes[0][1] < sizes[1][1]
 
 
 def test_a_checkpoint_of_one_tower_is_named():

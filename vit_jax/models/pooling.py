@@ -44,12 +44,16 @@ def pooled(model: nn.Module, out: dict[str, jax.Array], first: jax.Array) -> jax
     if model.pool == 'cls_gap':  # the linear head of DINOv2, arXiv:2304.07193 section 7.1
         return jnp.concatenate([out['cls'], out['encoded'].mean(axis=1)], axis=-1)
     if model.pool == 'map':
-        return MapHead(
-            model.pool_style.num_heads or model.num_heads,
-            model.pool_style.mlp_dim or model.mlp_dim, model.gelu, model.epsilon, model.dtype,
-            model.style.norm, name='map_head',
-        )(tokens)  # fmt: skip
+        return map_head(model, 'map_head')(tokens)
     return tokens
+
+
+def map_head(model: nn.Module, name: str | None = None) -> 'MapHead':
+    """The attention pooling of a `vit.Vit` or `text.Text`, within it under a name."""
+    return MapHead(
+        model.pool_style.num_heads or model.num_heads, model.pool_style.mlp_dim or model.mlp_dim,
+        model.gelu, model.epsilon, model.dtype, model.style.norm, name=name,
+    )  # fmt: skip
 
 
 class MapHead(nn.Module):

@@ -195,11 +195,7 @@ class Text(nn.Module):
         if self.pool == 'none':
             return x
         if self.pool == 'map':
-            return pooling.MapHead(
-                self.pool_style.num_heads or self.num_heads,
-                self.pool_style.mlp_dim or self.mlp_dim, self.gelu, self.epsilon, self.dtype,
-                self.style.norm, name='map_head',
-            )(x, real)  # fmt: skip
+            return pooling.map_head(self, 'map_head')(x, real)
         if self.pool == 'mean':
             if real is None:
                 return x.mean(axis=1)

@@ -25,7 +25,8 @@ several images, draws all this over the images. --out FILE.npz has the arrays, a
 --labels "a shoe,a bag", for a checkpoint with an image and a text tower (SigLIP, CLIP, a run of
 objective contrastive), makes classes of texts: the probability that each describes the image.
 --labels=FILE has one in each line. --templates are texts with a place {} for them, such as "a photo
-of a {}.", or openai_80, those of CLIP; the mean of their embeddings counts.
+of a {}.", or openai_80, those of CLIP; the mean of their embeddings counts. --out FILE.png draws
+images beside texts with the cosines of their embeddings, and with --maps where in an image.
 
 --hide 0.75, for a masked autoencoder with its decoder, hides a share of the patches (--seed says
 which) and draws a row for each image: the image, what the model sees of it, and what it restores.
@@ -48,7 +49,7 @@ from vit_jax import cli
 from vit_jax.data import files, prompts, tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
-from vit_jax.figures import restored
+from vit_jax.figures import labelled, restored
 from vit_jax.io import storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import printable, to_json
@@ -84,6 +85,9 @@ def main(argv: Sequence[str]) -> None:
         )  # fmt: skip
         print(f'Written: {printable(out)}: {written}')
         return
+    if options.labels and (options.out or '').endswith('.png'):
+        draw_labels(argv[1:], options)
+        return
     to_arrays = options.features or (options.out or '').endswith('.npz')
     if not to_arrays and dense.is_dense(options.checkpoint):
         find(files.find_images(argv[1:]), options)
@@ -104,7 +108,9 @@ def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
     output = 'features' if options.features else 'all' if options.out else 'classes'
     arguments = (options.checkpoint, output, None if options.ema else False, options.image_size)
     if options.labels:
-        predictor = of_labels(output, options)
+        if output != 'classes':
+            raise UserError('--labels prints classes, or draws them with --out=FILE.png')
+        predictor = of_labels(options)
     else:
         predictor = method(*arguments) or classifier(*arguments, options.patch_size)
     view = tasks.fixed_view(
@@ -122,10 +128,8 @@ def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
             write_arrays(out, rows)
 
 
-def of_labels(output: str, options: flags.FlagValues) -> Predictor:
+def of_labels(options: flags.FlagValues, maps: bool = False) -> Predictor:
     """The classifier that --labels makes of two towers."""
-    if output != 'classes':
-        raise UserError('--labels prints classes; leave out --features and --out')
     labels = options.labels
     if len(labels) == 1 and pathlib.Path(labels[0]).is_file():
         labels = labels[0]
@@ -135,8 +139,30 @@ def of_labels(output: str, options: flags.FlagValues) -> Predictor:
     return by_labels.predictor(
         options.checkpoint, prompts.chosen('--labels', labels, prompts.LABELS),
         prompts.templates_of(templates), tokenizer=options.tokenizer,
-        ema=None if options.ema else False, image_size=options.image_size,
+        ema=None if options.ema else False, image_size=options.image_size, maps=maps,
     )  # fmt: skip
+
+
+def draw_labels(names: Sequence[str], options: flags.FlagValues) -> None:
+    """Draws images beside the texts of --labels."""
+    check_output('out', options.out, '.png')
+    paths = files.find_images(names)[: labelled.MOST]
+    predictor = of_labels(options, maps=True)
+    view = tasks.fixed_view(
+        predictor.view if options.view is None else options.view, predictor.image_size
+    )
+    pixels, found = dict(read_ahead(paths, view, len(paths))), {}
+    images = ((path, pixels[path]) for path in paths)
+    with counted(len(paths)) as usable:
+        size = min(options.batch_size, len(paths))
+        found |= dict(usable(predicted(predictor, images, size)))
+        if found:
+            arrays = {n: np.stack([row[n] for row in found.values()]) for n in ('cosines', 'maps')}
+            labelled.draw(
+                pathlib.Path(options.out).absolute(), [pixels[path] for path in found],
+                predictor.classes, arrays['cosines'], arrays['maps'] if options.maps else None,
+            )  # fmt: skip
+            print(f'Written: {printable(options.out)}')
 
 
 def find(paths: Sequence[str], options: flags.FlagValues) -> None:
@@ -324,6 +350,7 @@ if __name__ == '__main__':
         'templates', '{}', 'Texts with a place {} for a label of --labels, a file of them, '
         'openai_80 or openai_7.',
     )  # fmt: skip
+    flags.DEFINE_bool('maps', False, 'Draw where in an image the texts of --labels are.')
     flags.DEFINE_string(
         'tokenizer', None, "Tokenizer of --labels. Default: the checkpoint's."
     )

@@ -13,7 +13,9 @@ from vit_jax.data import files, prompts
 from vit_jax.data.tokenizers import Tokenizer
 from vit_jax.errors import UserError
 from vit_jax.evaluators import zero_shot
-from vit_jax.models.two_towers import TwoTowers
+from vit_jax.models import layers, pooling
+from vit_jax.models.two_towers import TwoTowers, unit_length
+from vit_jax.models.vit import Vit
 from vit_jax.predict import Predictor
 
 TEXTS = 256  # that are embedded at a time
@@ -27,6 +29,7 @@ def predictor(
     tokenizer: str | None = None,
     ema: bool | None = None,
     image_size: int | None = None,
+    maps: bool = False,
 ) -> Predictor:
     """Loads two towers as a classifier of images into texts.
 
@@ -41,6 +44,8 @@ def predictor(
       tokenizer: address, as for vit_jax.tokenizer. None: that of the checkpoint.
       ema: whether to read the moving average of a run's parameters. None: if the run saved one.
       image_size: pixels per side. None: that of the checkpoint.
+      maps: whether to predict, in place of probabilities [B, K] alone, {'probabilities', 'cosines'
+        [B, K] and 'maps' [B, K, h, w], the cosines of `patch_embeddings`}.
     """
     found = weights.read(checkpoint, whole=True, as_input=True, ema=ema, image_size=image_size)
     model = found.model
@@ -56,10 +61,38 @@ def predictor(
         out = model.apply({'params': params}, model.normalise(images), None)[1]
         cosines = jnp.matmul(out['image_embedding'], classes.T, precision='highest')
         logits = out['temperature'] * cosines + out['bias']
-        return jax.nn.sigmoid(logits) if model.use_bias else jax.nn.softmax(logits)
+        found = jax.nn.sigmoid(logits) if model.use_bias else jax.nn.softmax(logits)
+        if not maps:
+            return found
+        patches = patch_embeddings(model.image, params['image'], out['image']['encoded'])
+        shown = jnp.einsum('bne,ke->bkn', patches, classes, precision='highest')
+        grid = model.grid(images.shape[1:])
+        maps_of = shown.reshape(*shown.shape[:2], *grid)
+        return {'probabilities': found, 'cosines': cosines, 'maps': maps_of}
 
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
     return Predictor(compute, found.params, size, found.view, tuple(labels))
+
+
+def patch_embeddings(model: Vit, params: Any, encoded: jax.Array) -> jax.Array:
+    """Embeddings of patches [B, N, D], each pooled as if it were alone: [B, N, E], unit length.
+
+    What follows the pooling follows here: a norm, a tanh layer, the head. With attention pooling
+    the weight of the only token is 1.
+    """
+    b, n, width = encoded.shape
+    x = encoded.reshape(b * n, 1, width)
+    if model.pool == 'map':
+        x = pooling.map_head(model).apply({'params': params['map_head']}, x)
+    else:
+        x = x[:, 0]
+    if model.last_norm == 'pooled':
+        norm = layers.norm(model.style.norm, model.epsilon, model.dtype, None)
+        x = norm.apply({'params': params['norm']}, x)
+    for name, function in (('pre_logits', jnp.tanh), ('head', lambda x: x)):
+        if name in params:
+            x = function(x @ params[name]['kernel'] + params[name].get('bias', 0))
+    return unit_length(x).reshape(b, n, -1)
 
 
 def class_embeddings(
