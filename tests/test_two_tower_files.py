@@ -3,14 +3,19 @@
 import json
 
 import jax
+import kinds
 import numpy as np
 import pytest
+import words
 from compared import assert_close, done, random_images, randomised
 from safetensors.numpy import load_file, save_file
 
 import vit_jax
-from vit_jax.convert import load
+from vit_jax import assembly, config, models
+from vit_jax.convert import load, run
+from vit_jax.data import pipeline
 from vit_jax.errors import UserError
+from vit_jax.models.parameters import named_leaves
 from vit_jax.models.text import Text
 from vit_jax.models.two_towers import TwoTowers
 
@@ -282,7 +287,7 @@ def test_open_clip(prefix, name, tmp_path):
     model, params = vit_jax.load(folder, **gelu)
     assert model.text.eos_id == (31 if prefix else None)
     assert_as(expected(module, images, TOKENS), model, params, images)
-    for key, value, words in (
+    for key, value, message in (
         ('heads', 3, 'not divisible by text.num_heads'),
         ('context_length', 7, 'context_length is 7, but the arrays have 6'),
         ('qk_norm', True, 'qk_norm of text_cfg is True, which is not supported'),
@@ -293,7 +298,7 @@ def test_open_clip(prefix, name, tmp_path):
         (tmp_path / 'other').mkdir(exist_ok=True)
         (tmp_path / 'other' / config.name).write_text(json.dumps(changed))
         save_file(of_open_clip(module, prefix), tmp_path / 'other' / 'open_clip_model.safetensors')
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             vit_jax.load(tmp_path / 'other')
 
 
@@ -332,7 +337,7 @@ def test_what_a_format_cannot_express_is_named(tmp_path):
     biased = model.clone(use_bias=True), params | {'bias': np.zeros((), np.float32)}
     ended = model.clone(text=model.text.clone(eos_id=2)), params
     padded = model.clone(text=model.text.clone(mask_padding=True)), params
-    for (towers, weights), format, words in (
+    for (towers, weights), format, message in (
         ((model, params), 'timm', 'format timm has no two towers; hf and big_vision have'),
         ((model, params), 'big_vision', "cannot express"),
         (biased, 'hf', 'has these towers as CLIPModel, which has no bias of the logits'),
@@ -340,7 +345,71 @@ def test_what_a_format_cannot_express_is_named(tmp_path):
         (padded, 'hf', 'cannot express text.mask_padding=True of this model, only False'),
         ((model, {**params, 'text': {}}), 'hf', r'parameter text/.* is absent in params'),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             path = tmp_path / ('b.npz' if format == 'big_vision' else 'b')
             vit_jax.save(path, towers, weights, format)
     assert not (tmp_path / 'b').exists()
+
+
+def run_of(folder, tokenizer, **changes):
+    """The config of a run of one step on three images with captions."""
+    rows = []
+    for i, caption in enumerate(('a dog', 'the red cat', 'a blue shoe')):
+        (folder / 'data').mkdir(parents=True, exist_ok=True)
+        (folder / 'data' / f'{i}.png').write_bytes(kinds.png(i))
+        rows.append(json.dumps(dict(file_name=f'{i}.png', text=caption)))
+    (folder / 'data' / 'captions.jsonl').write_text('\n'.join(rows))
+    small = dict(width=16, depth=1, num_heads=2, mlp_dim=16)
+    data = dict(source=dict(name=str(folder / 'data')), tokenizer=str(tokenizer), batch_size=8)
+    return dict(
+        model=dict(name='vit/4', num_classes=8, pool='map', **small), steps=1, data=data | dict(
+            task='image_text', image_size=8, view='resize', length=6,
+        ), objective=dict(name='contrastive', text=dict(pool='mean', **small)),
+        optim=dict(lr=1e-3), checkpoint=dict(every=1), **changes,
+    )  # fmt: skip
+
+
+def stored(folder, given, params, monkeypatch):
+    """Makes a folder that of a run with this config and these parameters."""
+    (folder / 'checkpoints').mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps(given))
+    arrays = {n: np.asarray(x) for n, x in named_leaves(params).items()}
+    monkeypatch.setattr(run, 'arrays_of', lambda address, ema: arrays)
+
+
+def test_a_run_of_two_towers_is_loaded_and_written(tmp_path, monkeypatch):
+    full = config.complete(run_of(tmp_path, words.clip(tmp_path / 'tokens')))
+    parts = assembly.make(full, devices=jax.devices()[:1])
+    trained = jax.jit(parts.objective.init)(jax.random.key(1))
+    stored(tmp_path / 'run', full.to_dict(), trained, monkeypatch)
+    model, params = vit_jax.load(tmp_path / 'run')
+    assert isinstance(model, TwoTowers) and model.text.pool == 'mean' and model.text.length == 6
+    batch = next(pipeline.batches(parts.source, parts.task, 0, batch_size=3))
+    found = ours(model, params, model.normalise(batch['image']), batch['text'])
+    wanted = jax.jit(parts.objective.predict)(trained, batch)
+    for name in ('image_embedding', 'text_embedding'):
+        assert_close(found[name], np.asarray(wanted[name]), atol=1e-5)
+    for part in ('image', 'text'):
+        alone = vit_jax.load(tmp_path / 'run', part=part)[1]
+        jax.tree.map(np.testing.assert_array_equal, alone, params[part])
+    vit_jax.save(tmp_path / 'a.npz', model, params, 'big_vision')
+    back, again = vit_jax.load(tmp_path / 'a.npz')
+    assert back == model and back.text.pool == 'mean'
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.parametrize('prefix', ['', 'text/'])
+def test_a_run_of_texts_alone_is_their_tower(prefix, tmp_path, monkeypatch):
+    """Text classification, and masked words, which has a head of its own."""
+    model = models.build('text', num_classes=3, vocab_size=9, length=4, width=8, depth=1,
+                         num_heads=1, mlp_dim=8)  # fmt: skip
+    params = model.init(jax.random.key(0), np.zeros((1, 4), int))['params']
+    kept = {n: x for n, x in params.items() if not prefix or n != 'head'}
+    trained = dict(text=kept, vocabulary_bias=np.zeros(9, np.float32)) if prefix else kept
+    given = dict(model=models.describe(model) | dict(num_classes=None),
+                 objective=dict(name='mlm' if prefix else 'supervised'), data=dict(length=4))
+    stored(tmp_path / 'run', given, trained, monkeypatch)
+    for part in (None, 'encoder', 'text'):
+        found, weights = vit_jax.load(tmp_path / 'run', part=part)
+        assert found == (model.clone(num_classes=None) if prefix else model)
+        jax.tree.map(np.testing.assert_array_equal, weights, kept)

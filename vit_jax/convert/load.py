@@ -125,7 +125,12 @@ def read(
     )  # fmt: skip
     make = fit_text if part == 'text' else fit_whole if whole else fit
     if run.is_run(address):
-        return make(run.parse_run(address, ema), str(path), **options)
+        parsed = run.parse_run(address, ema)
+        if parsed.kind == 'text':
+            make = fit_text
+        elif towers and part is None and parsed.text is not None:
+            make = fit_whole
+        return make(parsed, str(path), **options)
     local = fetch.local(address)
     if ema:
         raise UserError(f'{path} is not a checkpoint of a run, so it has no moving average (ema)')

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax import models
+from vit_jax.convert import run_text
 from vit_jax.convert.documents import class_names
 from vit_jax.convert.files import array_in_memory, brief
 from vit_jax.convert.pieces import Piece
@@ -82,7 +83,15 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
                 f'{address}: objective {config["objective"]["name"]} has a network of its own, '
                 'which is not a model of this package; evaluate, predict and export take its runs'
             )
-        name, size = config['model']['name'], config['data']['image_size']
+        text = run_text.tower(config, arrays)
+        name = config['model']['name']
+        if text is not None and name.startswith('text'):
+            names = class_names(workdir.read_names(root / 'classes.json'))
+            return Parsed(
+                'vit_jax', 'text', {}, {}, lambda model: [], None, {}, None, names, config,
+                text=text,
+            )  # fmt: skip
+        size = config['data']['image_size']
         values = {k: v for k, v in config['model'].items() if k != 'name'}
         size = (size, size) if isinstance(size, int) else tuple(size)
         if config['objective'].get('patch_sides'):
@@ -107,7 +116,7 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
     return Parsed(
         'vit_jax', models.KINDS[type(model)], fields, entries,
         lambda m: run_pieces(m, arrays, prefix), rows, others, size, class_names(classes), config,
-        around=around,
+        around=around, text=text,
     )  # fmt: skip
 
 

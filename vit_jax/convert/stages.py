@@ -45,6 +45,7 @@ class TextTower(NamedTuple):
     scalars: list[Piece]  # of `temperature` and, if the file has one, `bias`
     unused: dict[str, str] = {}  # {name: why}
     notes: Notes = Notes()
+    own: dict[str, Any] = {}  # fields of models.two_towers.TwoTowers
 
 
 class Beside(NamedTuple):

@@ -35,7 +35,7 @@ def fit_towers(parsed: Parsed, path: str, *, fields: dict[str, Any], **options: 
             f"{path} has two towers, which take no other head; part='image' and part='text' are "
             'each of them alone, which take one'
         )
-    own = {name: fields[name] for name in OWN if name in fields}
+    own = parsed.text.own | {name: fields[name] for name in OWN if name in fields}
     of_image = {k: v for k, v in fields.items() if k not in (*OWN, 'text')}
     image = fit(parsed, path, fields=of_image, **options)
     tower = parsed.text
@@ -88,7 +88,8 @@ def fit_text(parsed: Parsed, path: str, *, fields: dict[str, Any], **options: An
     others = (parsed.arrays.keys() | parsed.unused.keys()) - {name for _, name, _ in account}
     account += [('unused', name, 'outside of the text tower') for name in sorted(others)]
     account += tower.notes.rows(words, fields)
-    return Loaded(words, params, account, parsed.family, None, None, parsed.config)
+    classes = parsed.classes if parsed.kind == 'text' and options['num_classes'] is None else None
+    return Loaded(words, params, account, parsed.family, None, classes, parsed.config)
 
 
 def text_model(tower: TextTower, fields: Mapping[str, Any]) -> text.Text:
