@@ -55,27 +55,40 @@ def teacher(path):
     return str(path)
 
 
-def folder_of_scenes(path, objects):
-    """Pictures with label maps in a folder as ADE20K's, or with objects as COCO's, made once."""
-    rng, kinds = np.random.default_rng(0), [dict(id=1, name='a'), dict(id=2, name='b')]
+def folder_of_scenes(path, task):
+    """Pictures with label maps in a folder as ADE20K's, or as COCO's with objects or segments.
+
+    It is made once.
+    """
+    rng, kinds = np.random.default_rng(0), [
+        dict(id=1, name='a', isthing=1), dict(id=2, name='b', isthing=0)
+    ]
     for part, short in () if path.exists() else (('training', 'train'), ('validation', 'val')):
-        images = path / (f'{short}2017' if objects else f'images/{part}')
-        beside = path / ('annotations' if objects else f'annotations/{part}')
+        images = path / (f'images/{part}' if task == 'segment' else f'{short}2017')
+        beside = path / 'annotations'
+        maps = beside / (part if task == 'segment' else f'panoptic_{short}2017')
         content = dict(images=[], annotations=[], categories=kinds)
-        images.mkdir(parents=True)
-        beside.mkdir(parents=True, exist_ok=True)
+        for folder in (images, maps):
+            folder.mkdir(parents=True, exist_ok=True)
         for i in range(8):
             labels, picture = scenes.blocks((40, 48), rng)
             Image.fromarray(picture).save(images / f'{i}.jpg')
-            if not objects:
-                Image.fromarray(labels).save(beside / f'{i}.png')
             content['images'].append(dict(id=i, file_name=f'{i}.jpg', width=48, height=40))
-            content['annotations'].append(dict(
-                id=i + 1, image_id=i, category_id=1 + i % 2, bbox=[8, 4, 20, 16], area=320,
-                iscrowd=0, segmentation=scenes.rectangle((8, 4, 28, 20)),
-            ))  # fmt: skip
-        if objects:
-            (beside / f'instances_{short}2017.json').write_text(json.dumps(content))
+            if task == 'detect':
+                content['annotations'].append(dict(
+                    id=i + 1, image_id=i, category_id=1 + i % 2, bbox=[8, 4, 20, 16], area=320,
+                    iscrowd=0, segmentation=scenes.rectangle((8, 4, 28, 20)),
+                ))  # fmt: skip
+                continue
+            Image.fromarray(labels).save(maps / f'{i}.png')
+            segments = [dict(id=int(k), category_id=1 + int(k) % 2, iscrowd=0)
+                        for k in np.unique(labels[labels > 0])]  # fmt: skip
+            content['annotations'].append(
+                dict(image_id=i, file_name=f'{i}.png', segments_info=segments)
+            )
+        if task != 'segment':
+            name = dict(detect='instances', panoptic='panoptic')[task]
+            (beside / f'{name}_{short}2017.json').write_text(json.dumps(content))
     return str(path)
 
 
@@ -83,12 +96,12 @@ def dense(values, data_dir):
     """The section `data` of `toy` for label maps or objects; changes objective and evaluations."""
     objective, data = values['objective'], values['data']
     task = data['task']
-    source = dict(name=folder_of_scenes(pathlib.Path(data_dir) / task, objects=task == 'detect'))
+    source = dict(name=folder_of_scenes(pathlib.Path(data_dir) / task, task))
     smaller = dict(queries=8, query_blocks=1, points=16, most_masks=4)
     objective |= {name: n for name, n in smaller.items() if name in objective}
     data |= dict(classes=5) if data['task'] == 'segment' else dict(most=8)
     for one in values['evals'].values():
-        part = 'val' if task == 'detect' else 'validation'
+        part = 'validation' if task == 'segment' else 'val'
         one |= dict(image_size=32, source=dict(source, split=part))
         sides = {'canvas': 48, 'stride': 16}
         one |= {name: n for name, n in sides.items() if one.get(name)}

@@ -96,7 +96,8 @@ TOYS = [
     ('study', 'digits,resnet-m,5k'), ('ssl_study', 'next_patch,jft'), ('dino', 's/16,300'),
     ('dino_probe', 'b/16,400'), ('aim', '0.6b'), ('aim', '0.6b,probe'), ('deit', 's/16,tokens'),
     ('deit3', 's/16'), ('dinov2_ade20k', 's/14'), ('dinov2_ade20k', 'g/14,ms'),
-    ('eomt', 'ade20k,l/16'), ('eomt', 'instances,l/16'), ('yolos', 's/16'),
+    ('eomt', 'ade20k,l/16'), ('eomt', 'coco,s/16'), ('eomt', 'instances,l/16'),
+    ('yolos', 's/16'),
     ('segmenter', 'b/16,mask'), ('segmenter', 'deit-b/16,linear'),
 ]  # fmt: skip
 
