@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 PUNCTUATION = str.maketrans('', '', string.punctuation)
 ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+BREAKS = re.compile('\r\n|[\r\u2028\u2029]')
 SPACES = re.compile(r'\s+')
 
 
@@ -31,10 +32,36 @@ def fixer() -> Callable[[str], str] | None:
     return fix_text
 
 
+def named(protocol: str) -> str:
+    """A protocol that calls ftfy, with a note where ftfy is not installed."""
+    return protocol if fixer() else f'{protocol}, without ftfy'
+
+
 def fix(text: str) -> str:
-    """Repairs wrongly decoded text by ftfy; without it, only composes letters (NFC)."""
+    """Straight quotes, letters of one width, no ligatures and control characters, composed (NFC).
+
+    This is what ftfy's fix_text does to characters (rspeer/python-ftfy ftfy/chardata.py). Where
+    ftfy is installed, it is called; it also repairs text that was decoded by a wrong encoding.
+    """
     found = fixer()
-    return found(text) if found else unicodedata.normalize('NFC', text)
+    if found:
+        return found(text)
+    return unicodedata.normalize('NFC', BREAKS.sub('\n', text.translate(plain())))
+
+
+@functools.cache
+def plain() -> dict[int, str | None]:
+    """What `fix` makes of characters; U+0080 to U+009F are meant as bytes of Windows-1252."""
+    compatible = [*'ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ\u3000', *map(chr, range(0xFF01, 0xFFF0))]
+    table = {ord(one): unicodedata.normalize('NFKC', one) for one in compatible} | {0xFB05: 'ſt'}
+    for code in range(0x80, 0xA0):
+        table[code] = bytes([code]).decode('cp1252', 'ignore') or chr(code)
+    quotes = {0x2BC: "'"} | dict.fromkeys(range(0x2018, 0x201C), "'")
+    quotes |= dict.fromkeys(range(0x201C, 0x2020), '"')
+    removed = (range(9), (11,), range(14, 32), (127,), range(0x206A, 0x2070), (0xFEFF,),
+               range(0xFFF9, 0xFFFD))  # fmt: skip
+    table = {code: one.translate(quotes) for code, one in table.items()} | quotes
+    return table | dict.fromkeys(code for codes in removed for code in codes)
 
 
 STEPS = {

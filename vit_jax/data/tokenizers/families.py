@@ -212,4 +212,6 @@ def of_open_clip(path: pathlib.Path, found: Tokenizer) -> Tokenizer:
     if steps is None or type(length) is not int or not 0 < length <= MOST_LENGTH:
         raise UserError(f'{file}: text_cfg is {brief(text)}, which is not known here')
     change = {'pad': 0} if whole else {}
-    return found._replace(length=length, steps=steps, follows='mlfoundations/open_clip', **change)
+    return found._replace(
+        length=length, steps=steps, follows=cleaning.named('mlfoundations/open_clip'), **change
+    )

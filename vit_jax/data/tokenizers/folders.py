@@ -73,7 +73,7 @@ def read_file(path: pathlib.Path) -> Tokenizer:
     if path.suffix == '.gz':
         backend = vocabularies.clip_of_merges(content(path), path)
         start, end = (backend.id_of(name) for name in (vocabularies.START, vocabularies.END))
-        follows = 'openai/CLIP' if cleaning.fixer() else 'openai/CLIP, without ftfy'
+        follows = cleaning.named('openai/CLIP')
         return Tokenizer(backend, 77, 0, start, end, steps=cleaning.OPENAI, follows=follows)
     if path.suffix == '.txt':
         backend = vocabularies.bert(content(path), path)
