@@ -1,0 +1,91 @@
+"""Runs of two towers, killed and moved to other devices, and evaluated on several processes."""
+
+import json
+
+import jax
+import launched
+import numpy as np
+import processes
+import pytest
+import tiny_towers
+import words
+from PIL import Image
+
+import vit_jax
+from vit_jax import assembly, config
+from vit_jax.predict import by_labels
+
+SAME = (  # small steps, and not Adam's: differences by rounding must not grow
+    '--config.optim.name=sgd', '--config.optim.lr=0.01', '--config.optim.clip=1.0',
+)  # fmt: skip
+FILE = tiny_towers.__file__
+CLASSES = ('red', 'blue', 'dog')
+
+
+def write(path, count=14):
+    """path/data has images and captions.jsonl, path/tokens the tokenizer."""
+    words.clip(path / 'tokens', length=12)
+    rng, rows = np.random.default_rng(0), []
+    (path / 'data').mkdir(parents=True)
+    for i in range(count):
+        label = i % 3
+        pixels = rng.integers(0, 90, (8, 8, 3)) + 150 * (np.arange(3) == label)
+        Image.fromarray(pixels.astype(np.uint8)).save(path / 'data' / f'{i}.png')
+        name = CLASSES[label]
+        texts = [f'a photo of the {name} {i}', f'{name} above the bag'][: 1 + i % 2]
+        rows.append({'file_name': f'{i}.png', 'captions': texts, 'label': name})
+    (path / 'data' / 'captions.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.slow
+def test_killed_it_resumes_to_the_bit_and_moves_to_other_devices(tmp_path):
+    folder = write(tmp_path / 'data')
+
+    def finish(workdir, *more, **options):
+        found = launched.finish(folder, workdir, *SAME, *more, config=FILE, **options)
+        assert found[0] == 0, found[1]
+
+    def killed(workdir, *more, **options):
+        process = launched.start(folder, workdir, *SAME, *more, config=FILE, **options)
+        launched.wait_for(lambda: launched.checkpoints(workdir), process, workdir)
+        launched.kill(process)
+
+    whole, again, moved = (tmp_path / n for n in ('whole', 'again', 'moved'))
+    finish(whole)
+    killed(again, '--config.data.workers=2')
+    finish(again)
+    assert launched.checkpoints(again) == launched.checkpoints(whole)
+    for saved in launched.checkpoints(whole):
+        launched.assert_same_bits(*(launched.state(w, saved) for w in (again, whole)))
+    assert launched.timeless(again) == launched.timeless(whole)
+
+    killed(moved, '--config.mesh.fsdp=2', devices=4)
+    finish(moved, '--config.mesh.fsdp=2', devices=2)
+    assert 'resumed at step' in launched.log_of(moved).read_text()
+    for ours, theirs in zip(launched.timeless(moved), launched.timeless(whole), strict=True):
+        assert ours.keys() == theirs.keys() and ours['step'] == theirs['step']
+        if 'loss' in ours:
+            np.testing.assert_allclose(ours['loss'], theirs['loss'], rtol=1e-4)
+
+    model, params = vit_jax.load(whole)
+    tokens = vit_jax.tokenizer(whole)(['red above the bag', 'dog'])
+    images = np.zeros((3, 8, 8, 3), np.float32)
+    assert model.apply({'params': params}, images, tokens)[0].shape == (3, 2)
+    assert by_labels.predictor(str(whole), ('red', 'blue')).classes == ('red', 'blue')
+
+
+@pytest.mark.slow
+def test_evaluations_on_two_processes_are_those_of_one(tmp_path):
+    """14 images in batches of 8, on two processes with two devices each."""
+    folder = write(tmp_path / 'data')
+    flags = '--config.steps=1', '--config.optim.lr=1e-9'
+    processes.finish(folder, tmp_path / 'run', 2, 2, *flags, config=FILE)
+    made = launched.metrics(tmp_path / 'run')
+    parts = assembly.make(config.load(f'{FILE}:{folder}'), devices=jax.devices()[:1])
+    for name, evaluation in parts.evals.items():
+        wanted = evaluation(parts.objective.init(jax.random.key(3)))
+        [line] = [one for one in made if f'{name}/examples' in one]
+        assert wanted['examples'] == 14
+        for key, value in wanted.items():
+            assert np.isclose(line[f'{name}/{key}'], value, rtol=1e-4), key
