@@ -111,7 +111,7 @@ def test_a_frozen_image_tower_stays_as_it_is():
 def test_wrong_settings_are_named():
     with pytest.raises(UserError, match='image_text'):
         contrastive.contrastive(MODEL, Examples({'image': SPEC['image']}), text=TEXT)
-    with pytest.raises(UserError, match='micro_batches is 3'):
+    with pytest.raises(UserError, match='in 3 micro-batches'):
         objective = made(micro_batches=3)
         jax.eval_shape(loss_of(objective), step.abstract_params(objective), batch())
     with pytest.raises(UserError, match='data.image_size'):

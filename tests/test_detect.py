@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 import vit_jax
 from vit_jax import assembly, config, models, optim, sharding, step, train
+from vit_jax.assembly import initial
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
@@ -265,7 +266,7 @@ def test_a_run_begins_from_a_classifier_and_is_a_detector(tmp_path):
     plain = config.complete(given | dict(
         init_from=str(tmp_path / 'begin'), model=given['model'] | dict(posemb_at='stem')
     ))  # fmt: skip
-    state, account = assembly.first_state(plain, assembly.make(plain, devices=jax.devices()[:1]))
+    state, account = initial.first_state(plain, assembly.make(plain, devices=jax.devices()[:1]))
     for name in ('embedding', 'encoder', 'norm', 'cls'):
         jax.tree.map(np.testing.assert_array_equal, state.params['vit'][name], weights[name])
     assert state.params['vit']['posemb'].shape == (1, 1 + 8, 16)

@@ -16,6 +16,7 @@ from learners import assert_trees_close
 
 import vit_jax
 from vit_jax import assembly, config, sharding, step, train
+from vit_jax.assembly import initial
 from vit_jax.convert import load
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
@@ -162,12 +163,12 @@ def test_a_run_is_its_teacher(folder, whole, tmp_path):
     again = parts.evals['knn'](teacher)
     assert again['3_nn_cosine'] == last['knn/3_nn_cosine'] and 'loss' not in again
 
-    begun, account = assembly.first_state(*parts_of(folder, init_from=whole, seed=8))
+    begun, account = initial.first_state(*parts_of(folder, init_from=whole, seed=8))
     assert_trees_close(begun.params['vit'], params, rtol=0, atol=0)
     assert re.search(r're-initialised +head/', account)
     labelled = tiny.get_config(str(folder)).to_dict() | dict(init_from=str(whole), model={})
     full = config.complete(labelled)
-    tuned, _ = assembly.first_state(full, assembly.make(full, devices=jax.devices()[:1]))
+    tuned, _ = initial.first_state(full, assembly.make(full, devices=jax.devices()[:1]))
     assert_trees_close(tuned.params['encoder'], params['encoder'], rtol=0, atol=0)
     assert tuned.params['head']['kernel'].shape == (16, 3)
     larger, resized = vit_jax.load(str(whole), image_size=24, num_classes=5)

@@ -12,6 +12,7 @@ from learners import IMAGE
 
 import vit_jax
 from vit_jax import assembly, config, evaluate, models, predict, step, train
+from vit_jax.assembly import initial
 from vit_jax.convert import load
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
@@ -160,7 +161,7 @@ def test_a_run_begins_from_any_patch_size(tmp_path):
     vit_jax.save(tmp_path / 'base.npz', base, params, format='official')
     full = config.complete(given() | dict(init_from=str(tmp_path / 'base.npz')))
     parts = assembly.make(full, devices=jax.devices()[:1])
-    state, account = assembly.first_state(full, parts)
+    state, account = initial.first_state(full, parts)
     kernel = resizing.kernel(params['embedding']['kernel'], (4, 4))
     np.testing.assert_allclose(state.params['embedding']['kernel'], kernel, atol=1e-6)
     assert state.params['posemb'].shape == (1, 1 + 3 * 3, 16)

@@ -16,6 +16,7 @@ from recorded import DATA, location
 
 import vit_jax
 from vit_jax import assembly, config, models, optim, sharding, step, train
+from vit_jax.assembly import initial
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
@@ -362,7 +363,7 @@ def test_its_encoder_begins_a_supervised_run(folder, whole, posemb):
         given['data']['image_size'] = size
         given |= dict(objective=dict(name='supervised'), evals={}, init_from=str(path))
         full = config.complete(given)
-        return assembly.first_state(full, assembly.make(full, devices=jax.devices()[:1]))
+        return initial.first_state(full, assembly.make(full, devices=jax.devices()[:1]))
 
     state, account = begun((16, 16))
     encoder = vit_jax.load(path, part='encoder')[1]

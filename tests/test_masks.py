@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 import vit_jax
 from vit_jax import assembly, config, models, optim, sharding, step, train
+from vit_jax.assembly import initial
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
@@ -271,7 +272,7 @@ def test_a_run_begins_from_a_classifier_and_is_a_mask_classifier(tmp_path):
     given['init_from'] = str(tmp_path / 'begin')
     full = config.complete(given)
     parts = assembly.make(full, devices=jax.devices()[:1])
-    state, account = assembly.first_state(full, parts)
+    state, account = initial.first_state(full, parts)
     for name in ('embedding', 'encoder', 'norm', 'cls', 'registers'):
         jax.tree.map(np.testing.assert_array_equal, state.params['vit'][name], weights[name])
     assert 'class_head/bias' in account and 'at random: beside the model' in account

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vit_jax import assembly, config, evaluate, export, predict, train
-from vit_jax.assembly import restore
+from vit_jax.assembly import initial, restore
 from vit_jax.convert import load
 from vit_jax.convert import run as run_files
 from vit_jax.distributed.stop import Stop
@@ -206,7 +206,7 @@ def test_a_model_in_a_subtree_is_loaded_alone(folder, tmp_path):
         config.experiment.read(f'{file}:{folder}'), [('init_from', path), ('seed', '5')]
     )
     other = assembly.make(full, devices=jax.devices()[:2])
-    state, account = assembly.first_state(full, other)
+    state, account = initial.first_state(full, other)
     for tree in (state.params, state.extra['average']):
         equal = jax.tree.map(np.array_equal, tree['online'], found.params)
         assert all(jax.tree.leaves(equal))

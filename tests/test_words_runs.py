@@ -12,8 +12,12 @@ import words
 from PIL import Image
 
 import vit_jax
-from vit_jax import assembly, config
+from vit_jax import assembly, config, train
+from vit_jax.assembly import initial
+from vit_jax.distributed.stop import Stop
+from vit_jax.models import parameters
 from vit_jax.predict import by_labels
+from vit_jax.run import workdir
 
 SAME = (  # small steps, and not Adam's: differences by rounding must not grow
     '--config.optim.name=sgd', '--config.optim.lr=0.01', '--config.optim.clip=1.0',
@@ -77,9 +81,10 @@ def test_killed_it_resumes_to_the_bit_and_moves_to_other_devices(tmp_path):
 
 @pytest.mark.slow
 def test_evaluations_on_two_processes_are_those_of_one(tmp_path):
-    """14 images in batches of 8, on two processes with two devices each."""
+    """14 images in batches of 16 and of 8, on two processes with two devices each."""
     folder = write(tmp_path / 'data')
-    flags = '--config.steps=1', '--config.optim.lr=1e-9'
+    flags = ['--config.steps=1', '--config.optim.lr=1e-9']
+    flags += [f'--config.evals.{name}.batch_size=8' for name in ('zero', 'found')]
     processes.finish(folder, tmp_path / 'run', 2, 2, *flags, config=FILE)
     made = launched.metrics(tmp_path / 'run')
     parts = assembly.make(config.load(f'{FILE}:{folder}'), devices=jax.devices()[:1])
@@ -89,3 +94,51 @@ def test_evaluations_on_two_processes_are_those_of_one(tmp_path):
         assert wanted['examples'] == 14
         for key, value in wanted.items():
             assert np.isclose(line[f'{name}/{key}'], value, rtol=1e-4), key
+
+
+def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path):
+    folder, run = write(tmp_path / 'data'), tmp_path / 'run'
+    short = [('steps', '2'), ('checkpoint.every', '1'), ('evals', '{}')]
+    with workdir.lock_workdir(str(run)) as path:
+        train.train(config.load(f'{FILE}:{folder}', short), path, Stop())
+    model, saved = vit_jax.load(run)
+    saved = parameters.named_leaves(saved)
+
+    def begun(*changes, **sections):
+        given = tiny_towers.get_config(str(folder)).to_dict() | dict(seed=5, evals={}) | sections
+        full = config.override(given, [('init_from', str(run)), *changes])
+        parts = assembly.make(full, devices=jax.devices()[:1])
+        state, account = initial.first_state(full, parts)
+        return parameters.named_leaves(state.params), account
+
+    both, _ = begun()
+    assert both.keys() == saved.keys()
+    for name, x in both.items():
+        np.testing.assert_array_equal(x, saved[name], name)
+
+    without, _ = begun(('objective.loss', 'softmax'))
+    assert without.keys() == saved.keys() - {'bias'}
+    assert without['temperature'] == saved['temperature']
+
+    image = vit_jax.load(run, part='image')
+    vit_jax.save(tmp_path / 'image.npz', *image, format='official')
+    one, account = begun(('init_from', str(tmp_path / 'image.npz')))
+    tower = [n for n in one if n.startswith('image/') and not n.startswith('image/head/')]
+    for name in tower:
+        np.testing.assert_array_equal(one[name], saved[name], name)
+    for name in ('image/head/kernel', 'text/vocabulary', 'text/head/kernel'):
+        assert np.any(one[name]) and not np.array_equal(one[name], saved[name]), name
+    assert 'at random: beside the model' in account
+
+    alone, _ = begun(
+        model=dict(
+            name='text', causal=True, pool='eos', vocab_size=model.text.vocab_size, length=12,
+            **tiny_towers.SMALL,
+        ), objective={}, data=dict(
+            task='text', source=dict(name=f'{folder}/data'), labels=True, batch_size=8,
+            tokenizer=f'{folder}/tokens',
+        ),
+    )  # fmt: skip
+    assert alone['head/kernel'].shape == (16, 3) and not np.any(alone['head/kernel'])
+    for name, x in alone.items():
+        assert name.startswith('head/') or np.array_equal(x, saved[f'text/{name}']), name

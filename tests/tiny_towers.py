@@ -15,7 +15,7 @@ def get_config(folder):
     source = dict(name=f'{folder}/data')
     config.data = dict(
         task='image_text', source=source | {'label': None}, image_size=8, view='resize',
-        batch_size=8, tokenizer=f'{folder}/tokens',
+        batch_size=16, tokenizer=f'{folder}/tokens',
     )  # fmt: skip
     config.optim = dict(lr=1e-3)
     config.evals = dict(

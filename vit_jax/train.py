@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import assembly, evaluators, optim, sharding, step
 from vit_jax import config as configs
-from vit_jax.assembly import evaluations
+from vit_jax.assembly import evaluations, initial
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.io.text import printable
@@ -59,7 +59,7 @@ def train(
         set_phase('restore')
         state, account = checkpoints.resume(parts.abstract), None
         if state is None:
-            state, account = assembly.first_state(config, parts)
+            state, account = initial.first_state(config, parts)
         start = int(state.step)
         sizes = (parts.steps, config.data.batch_size, start, parts.objective.flops)
         with report.Report(path, *sizes, stop, parts.objective.warn, **config.report) as log:

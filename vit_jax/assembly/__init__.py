@@ -8,14 +8,12 @@ import jax
 import numpy as np
 from etils import epath
 from flax import linen as nn
-from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from vit_jax import config as configs
 from vit_jax import evaluators, models, optim, sharding, step
 from vit_jax.assembly import evaluations, trained
 from vit_jax.convert import load as weights
-from vit_jax.convert import run
 from vit_jax.data import mixture, order, sources, tasks
 from vit_jax.data.readers import names
 from vit_jax.data.tokenizers import Named, folders
@@ -190,44 +188,3 @@ def example_ids(config: ConfigDict, parts: Parts, number: int) -> np.ndarray:
         parts.source, batch_size=config.data.batch_size, seed=config.seed, step=number - 1,
         repeats=config.data.repeats,
     )  # fmt: skip
-
-
-def first_state(config: ConfigDict, parts: Parts) -> tuple[step.State, str | None]:
-    """The state at step 0, random or from `init_from`, and a table of what was loaded, or None.
-
-    Of a method that keeps the model in a subtree of its parameters, the others are random.
-    """
-    if config.init_from is None:
-        fresh = (parts.objective, parts.tx, config.seed, parts.abstract)
-        return step.init(*fresh), None
-    if parts.model is None:
-        raise UserError(
-            f'init_from is {config.init_from}, but objective {config.objective.name} has a network '
-            'of its own, whose parameters no checkpoint of a model has'
-        )
-    size, names = parts.inputs['image'].shape[:2], parameters.named_leaves(parts.abstract.params)
-    if config.objective.get('patch_sides'):  # whose positions are a table of their own
-        size = tuple(config.objective.patch_grid * n for n in parts.model.patch_size)
-    subject = f'init_from is {config.init_from}, but objective {config.objective.name}'
-    prefix = run.only_prefix(parts.model, size, names, subject)
-    classes = names[f'{prefix}head/bias'].shape[0] if f'{prefix}head/bias' in names else 0
-    of_head = ('name', 'num_classes', 'representation_size')
-    fields = {k: v for k, v in models.describe(parts.model).items() if k not in of_head}
-    found = weights.read(
-        config.init_from, part='encoder', ema=None, image_size=size,
-        num_classes=None if config.keep_head and classes else classes,
-        keep_pre_logits=config.keep_pre_logits, **fields,
-    )  # fmt: skip
-    own = {f'{prefix}{name}': x for name, x in parameters.named_leaves(found.params).items()}
-    inside = {name: x for name, x in names.items() if name.startswith(prefix)}
-    parameters.check_same(own, inside, config.init_from)
-    if len(inside) < len(names):
-        random = step.random_params(parts.objective, config.seed, parts.abstract)
-        own = parameters.named_leaves(random) | own
-    params = unflatten_dict(own, sep='/')
-    state = step.begin(params, parts.objective, parts.tx, parts.abstract)
-    account = [*found.account, *(
-        ('re-initialised', name, 'at random: beside the model')
-        for name in sorted(names.keys() - inside)
-    )]  # fmt: skip
-    return state, weights.format_account(account)

@@ -4,6 +4,7 @@ A batch is {image: uint8 [B, H, W, C], text: int [B, L], mask: [B]}. Shapes: E d
 space of both, M micro-batches.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -145,10 +146,12 @@ def in_parts(
     """
     if count == 1:
         return embed(params, inputs, key)
-    size = len(inputs['image'])
-    if size % count:
+    size, mesh = len(inputs['image']), jax.sharding.get_abstract_mesh()
+    least = count * math.prod(mesh.shape.get(axis, 1) for axis in pairs.AXES)
+    if size % least:
         raise UserError(
-            f'objective.micro_batches is {count}, which does not divide data.batch_size {size}'
+            f'data.batch_size {size} in {count} micro-batches (objective.micro_batches) is not '
+            f'divisible by the devices of mesh axes data and fsdp; {least} and its multiples are'
         )
 
     def body(carry, xs):
