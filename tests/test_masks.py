@@ -297,6 +297,28 @@ def test_a_run_begins_from_a_classifier_and_is_a_mask_classifier(tmp_path):
     np.testing.assert_allclose(out['masks'], theirs.masks_queries_logits, atol=1e-4)
 
 
+def test_with_remat_upscaled_features_are_computed_again_for_the_gradient():
+    """Values and gradients are those without it, and no array of their size is kept."""
+    images, fine, made = random_images(3, *IMAGE), (3, 8, 12, 16), []
+    for remat in ('full', 'none'):
+        vit = models.build('vit/4', None, **WIDTHS | dict(depth=2, pool='none', remat=remat))
+        net = around_encoder(
+            vit, num_classes=K, queries=5, query_blocks=1, upscales=1, masked=(1,)
+        )
+        params = jax.jit(net.init)(jax.random.key(0), images)['params']
+
+        def loss(params, net=net):
+            out = net.apply({'params': params}, images)[1]
+            return jnp.mean(out['masks_by_block'] ** 2) + jnp.mean(out['logits_by_block'] ** 2)
+
+        saved = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+        count = [x.shape for x in jax.tree.leaves(saved)].count(fine)
+        made.append((jax.jit(jax.value_and_grad(loss))(params), count))
+    (again, few), (plain, many) = made
+    assert_trees_close(again, plain, rtol=1e-4, atol=1e-5)
+    assert few == 0 < many and again[0] > 0
+
+
 @pytest.mark.slow
 def test_a_few_images_are_learnt_by_heart():
     objective = learner(model=dict(width=64, mlp_dim=128, num_heads=4), points=200)

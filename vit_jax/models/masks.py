@@ -5,6 +5,7 @@ patches, queries, patches), Q queries, D width, L depth, K classes.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -172,6 +173,8 @@ class MaskClassifier(AroundVit):
         """A function of x [B, T, D]: (class logits [B, Q, K + 1], masks [B, Q, y, x], patches).
 
         `norm` are parameters of the encoder's last norm, `before` counts the tokens before queries.
+        With `remat`, all of it is computed again for the gradient: features of 4^upscales times the
+        patches would be saved for each of the predictions.
         """
         style, dtype = self.vit.style, self.vit.dtype
         last = layers.norm(style.norm, self.vit.epsilon, dtype, None, parent=None)
@@ -180,17 +183,28 @@ class MaskClassifier(AroundVit):
         head = MaskHead(self.vit.gelu, dtype, name='mask_head')
         larger = [Upscale(self.vit.gelu, dtype, name=f'upscale_{i}') for i in range(self.upscales)]
 
-        def predict(x):
+        def predict(run, norm, x):
             x = last.apply({'params': norm}, x)
             queries, patches = x[:, before : before + self.queries], x[:, before + self.queries :]
-            logits = shard_batch(classes(queries)).astype(jnp.float32)
+            logits = shard_batch(run(classes, queries)).astype(jnp.float32)
             y = patches.reshape(len(x), *grid, -1)
             for module in larger:
-                y = module(y)
-            masks = jnp.einsum('bqd,bhwd->bqhw', head(queries), y)
+                y = run(module, y)
+            masks = jnp.einsum('bqd,bhwd->bqhw', run(head, queries), y)
             return logits, shard_batch(masks.astype(jnp.float32)), patches
 
-        return predict
+        if self.is_initializing() or self.vit.remat == 'none':
+            return partial(predict, lambda module, x: module(x), norm)
+        free = {module.name: module.clone(parent=None) for module in (classes, head, *larger)}
+
+        def recompute(params, norm, x):
+            return predict(
+                lambda module, x: free[module.name].apply({'params': params[module.name]}, x),
+                norm, x,
+            )  # fmt: skip
+
+        own = {name: self.variables['params'][name] for name in free}
+        return partial(jax.checkpoint(recompute), own, norm)
 
     def attend(
         self, masks: jax.Array, grid: tuple[int, int], before: int, share: jax.Array | None
