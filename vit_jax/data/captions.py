@@ -1,5 +1,6 @@
 """The captions of an image, each checked."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,11 +8,13 @@ import numpy as np
 
 from vit_jax.data.images import Unreadable
 from vit_jax.data.readers.record import field
+from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 
 # Fields that have captions where no setting names one: of json and parquet, a tar's .txt, and
 # coco_captions of TFDS.
 KNOWN = ('captions', 'caption', 'text', 'txt', 'captions/text')
+OF_JSON = ('json/captions', 'json/caption', 'json/text')  # of a tar without .txt
 
 
 def of_record(record: Mapping[str, Any], path: str | None = None) -> list[str]:
@@ -21,7 +24,7 @@ def of_record(record: Mapping[str, Any], path: str | None = None) -> list[str]:
     Raises Unreadable, which says what is wrong.
     """
     if path is None:
-        path = next((name for name in KNOWN if name in record), None)
+        path = known(record)
         if path is None:
             raise Unreadable(
                 f'it has no caption: none of the fields {", ".join(KNOWN)} among '
@@ -34,6 +37,17 @@ def of_record(record: Mapping[str, Any], path: str | None = None) -> list[str]:
         raise Unreadable(f'it has no caption: its {path} are none')
     places = [f'caption {k} of {len(found)}' for k in range(len(found))] if several else ['caption']
     return [text_of(one, place) for one, place in zip(found, places, strict=True)]
+
+
+def known(record: Mapping[str, Any]) -> str | None:
+    """The first of KNOWN, or else of OF_JSON, that a record has; None if it has none."""
+    found = next((name for name in KNOWN if name in record), None)
+    if found is None and 'json' in record:
+        for path in OF_JSON:
+            with contextlib.suppress(UserError):
+                field(record, path)
+                return path
+    return found
 
 
 def text_of(value: Any, place: str) -> str:

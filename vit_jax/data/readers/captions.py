@@ -58,7 +58,7 @@ class Captioned:
 
     def read_field(self, i: int, name: str) -> bytes:
         """Bytes of the image; raises UserError if it can't be read."""
-        with ranges.reading(self.name(i)):
+        with ranges.reading(self.paths[i]):
             return folders.file_bytes(self.name(i))
 
     def traits(self) -> facts.Traits:

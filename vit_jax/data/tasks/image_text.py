@@ -35,7 +35,7 @@ def image_text(
       length: number L of tokens of a text. None: that of the tokenizer.
       text: field of the captions, or path to it, such as json/caption: text, bytes in UTF-8 or
         several of them. None: the first of captions, caption, text, txt, captions/text that an
-        example has.
+        example has, or in its json.
     """
     named = Named(tokenizer, length)
     blank = {
