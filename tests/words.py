@@ -95,7 +95,10 @@ def siglip(folder, length=12, **stated):
 
 
 def siglip2(folder, length=12):
-    """Gemma's kind of BPE, with bytes for what is unknown; written by transformers."""
+    """Gemma's kind of BPE, with bytes for what is unknown; written by transformers.
+
+    As in the published files the class is Gemma's and nothing in them lower-cases.
+    """
     from transformers import Siglip2Tokenizer
 
     special = ['<pad>', '<eos>', '<bos>', '<unk>', '<mask>']
@@ -107,6 +110,12 @@ def siglip2(folder, length=12):
         add_bos_token=False, add_eos_token=True,
     )  # fmt: skip
     made.save_pretrained(folder)
+    stated, whole = (
+        json.loads((folder / f'{name}.json').read_text())
+        for name in ('tokenizer_config', 'tokenizer')
+    )
+    whole['normalizer'] = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
+    write(folder, tokenizer=whole, tokenizer_config=stated | {'tokenizer_class': 'GemmaTokenizer'})
     text_config = dict(max_position_embeddings=length)
     write(folder, config=dict(model_type='siglip2', text_config=text_config))
     return folder
