@@ -127,7 +127,7 @@ def test_the_patch_of_an_image_of_one_is_embedded_as_that_image(fields):
         'vit/8', **dict(num_classes=None, width=16, depth=1, num_heads=2, mlp_dim=32) | fields
     )
     images = np.random.default_rng(0).standard_normal((3, 8, 8, 3)).astype(np.float32)
-    params = model.init(jax.random.key(0), images)['params']
+    params = jax.jit(model.init)(jax.random.key(0), images)['params']
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
     image, out = model.apply({'params': params}, images)
     found = by_labels.patch_embeddings(model, params, out['encoded'])

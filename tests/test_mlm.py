@@ -42,7 +42,7 @@ def test_loss_is_that_of_numpy_on_corrupted_words(monkeypatch):
     rng = np.random.default_rng(1)
     params = jax.tree.map(
         lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32),
-        objective.init(jax.random.key(0)),
+        jax.jit(objective.init)(jax.random.key(0)),
     )
     key, read = jax.random.key(5), []
     apply = type(MODEL).apply
@@ -75,7 +75,7 @@ def test_loss_is_that_of_numpy_on_corrupted_words(monkeypatch):
 
 def test_texts_without_words_count_for_nothing():
     objective = made()
-    params, one = objective.init(jax.random.key(0)), batch()
+    params, one = jax.jit(objective.init)(jax.random.key(0)), batch()
     one['text'][:] = PAD
     value, _ = objective.loss(params, {}, {}, one, jax.random.key(0), 0)
     assert value == 0

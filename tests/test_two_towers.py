@@ -151,7 +151,7 @@ def test_two_towers_by_their_parts():
 
 def test_the_temperature_starts_where_it_is_told_and_stays_below_its_bound():
     model, _, images = towers(temperature_init=1 / 0.07, use_bias=False, temperature_max=100.0)
-    params = model.init(jax.random.key(0), images, TOKENS)['params']
+    params = jax.jit(model.init)(jax.random.key(0), images, TOKENS)['params']
     assert 'bias' not in params
     logits, out = applied(model, params, images, TOKENS)
     np.testing.assert_allclose(out['temperature'], 1 / 0.07, rtol=1e-6)
