@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import scenes
+import words
 from PIL import Image
 
 import vit_jax
@@ -17,7 +18,7 @@ EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 PUBLISHED = (  # whose numbers others have published
     'pretrain', 'posemb', 'augreg', 'vit_s16_i1k', 'mixer_i1k', 'finetune', 'finetune_augreg',
     'finetune_readme', 'transfer', 'mae', 'finetune_mae', 'mae_probe', 'dino', 'dino_probe',
-    'aim', 'deit', 'deit3', 'dinov2_ade20k', 'segmenter', 'yolos', 'eomt',
+    'aim', 'deit', 'deit3', 'dinov2_ade20k', 'segmenter', 'yolos', 'eomt', 'siglip', 'lit', 'clip',
 )  # fmt: skip
 OWN = ('study', 'augreg_fashion', 'ssl_study')  # whose numbers were measured here
 
@@ -108,6 +109,38 @@ def dense(values, data_dir):
     return dict(source, split='train')
 
 
+def folder_of_captions(path):
+    """16 pictures with a caption each, and a tokenizer of their words in tokenizer/, made once."""
+    rng, lines = np.random.default_rng(0), []
+    if not path.exists():
+        words.clip(path / 'tokenizer')
+        for i, caption in enumerate(words.captions(16)):
+            Image.fromarray(scenes.blocks((40, 48), rng)[1]).save(path / f'{i}.jpg')
+            lines.append(json.dumps(dict(file_name=f'{i}.jpg', text=caption)))
+        (path / 'captions.jsonl').write_text('\n'.join(lines))
+    return str(path)
+
+
+def captioned(values, data_dir):
+    """The section `data.source` of `toy` for images with texts; changes objective and evaluations.
+
+    Labels and templates of ImageNet are of a package that tests do not have.
+    """
+    place = folder_of_captions(pathlib.Path(data_dir) / 'captions')
+    text = dict(width=32, depth=2, num_heads=2, mlp_dim=32, unroll=1, vocab_size=1000)
+    if values['model'].get('num_classes'):
+        values['model']['num_classes'], text['num_classes'] = 16, 16
+    values['objective']['text'] |= text
+    values['data'] |= dict(tokenizer=f'{place}/tokenizer')
+    for one in values['evals'].values():
+        if one['type'] == 'zero_shot':
+            one |= dict(labels=None, templates=('a {}.', 'one {}'))
+            one['source'] = dict(name='digits', data_dir=data_dir, split='test[:10%]')
+        else:
+            one['source'] = dict(name=place, label=None)
+    return dict(name=place, label=None)
+
+
 def toy(values, data_dir, steps=2, test='test[:10%]'):
     """The same recipe with a tiny model on a few tiny images: two steps take seconds.
 
@@ -137,15 +170,16 @@ def toy(values, data_dir, steps=2, test='test[:10%]'):
     if 'teacher' in values.get('objective', {}):
         values['objective']['teacher'] = teacher(pathlib.Path(data_dir) / 'teacher')
     larger = 32 / values['data']['image_size']
-    is_dense = values['data'].get('task') in ('segment', 'detect', 'panoptic')
-    source = dense(values, data_dir) if is_dense else dict(few, split='train')
+    task = values['data'].get('task')
+    others = {'image_text': captioned, 'segment': dense, 'detect': dense, 'panoptic': dense}
+    source = others[task](values, data_dir) if task in others else dict(few, split='train')
     values['data'] |= dict(source=source, image_size=32, batch_size=8)
     shrink_view(values['data'], larger)
     chosen = values.get('select', {})
     chosen |= dict(split='train') if 'split' in chosen else {}
     for one in (*values['evals'].values(), *chosen.get('evals', {}).values()):
         for key in ('source', 'train_source'):
-            if key in one and not is_dense:
+            if key in one and task not in others:
                 data = dict(name='digits', data_dir=data_dir) if 'type' in one else few
                 split = test if data['name'] == 'digits' else 'test'
                 one[key] = dict(data, split=split if key == 'source' else 'train')

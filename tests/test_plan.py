@@ -202,6 +202,14 @@ def test_a_data_set_that_is_not_here(experiment):
         data_sets.load({**config.data.source, 'name': 'nowhere'})
     drawn, note = data_sets.load({**config.data.source, 'name': 'jft_like:5000x70'})
     assert (len(drawn), len(drawn.classes), note) == (5000, 70, None)
+    parts = {n: dict(name=f'data/{n}', label=None, weight=1.0) for n in ('cc12m', 'yfcc15m')}
+    pairs, _ = data_sets.load(dict(mixture=parts))
+    assert (len(pairs), pairs.classes) == (25_000_000, ())
+    pairs, _ = data_sets.load(dict(name='nowhere', label=None), examples=7)
+    assert (len(pairs), pairs.classes) == (7, ())
+    parts['cc12m']['name'] = 'nowhere'
+    with pytest.raises(UserError, match='--examples'):
+        data_sets.load(dict(mixture=parts))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ FREE = re.compile(
 LEAVES = ('view', 'augment', 'grid', 'decay_factors', 'expected')
 DATA = {
     'jft_like:303000000x18291': 'JFT-300M', 'jft_like:3000000000x29593': 'JFT-3B',
-    'dfn2b and imagenet': 'DFN-2B and ImageNet',
+    'dfn2b and imagenet': 'DFN-2B and ImageNet', 'data/webli': 'WebLI', 'data/wit400m': 'WIT',
 }  # fmt: skip
 
 

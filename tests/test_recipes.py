@@ -72,6 +72,7 @@ def one_of_each():
     ('finetune', 'cifar10,mixer/b_16-i1k,224'), ('finetune', 'vtab:kitti_distance,l/16-i21k'),
     ('finetune', 'imagenet2012,h/14,512,polyak'),
     ('dino', 's/16,300'), ('deit', 'ti/16,tokens'), ('deit3', 'h/14,154'), ('deit3', 'b/16'),
+    ('siglip', 'so400m/14'), ('lit', 'l/16'), ('clip', 'l/14'),
 ])  # fmt: skip
 def test_builds_at_its_full_size(name, arg):
     text = rehearsal.describe(config.complete(recipes.given(name, arg)), 'runs/x')
@@ -98,7 +99,8 @@ TOYS = [
     ('deit3', 's/16'), ('dinov2_ade20k', 's/14'), ('dinov2_ade20k', 'g/14,ms'),
     ('eomt', 'ade20k,l/16'), ('eomt', 'coco,s/16'), ('eomt', 'instances,l/16'),
     ('yolos', 's/16'),
-    ('segmenter', 'b/16,mask'), ('segmenter', 'deit-b/16,linear'),
+    ('segmenter', 'b/16,mask'), ('segmenter', 'deit-b/16,linear'), ('siglip', 'b/16'),
+    ('siglip', 'b/16,unlocked'), ('lit', 'b/16'), ('clip', 'b/32'),
 ]  # fmt: skip
 
 

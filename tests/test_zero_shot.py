@@ -95,6 +95,8 @@ def test_labels_and_templates(tmp_path):
     assert read == ('a <b>boot</b>', '{bag} &amp; co')
     texts = prompts.prompts(read, ('one {}', '{}!'))
     assert texts == ['one a <b>boot</b>', 'a <b>boot</b>!', 'one {bag} &amp; co', '{bag} &amp; co!']
+    canonical = prompts.prompts(("Hermit_Crab's",), ('A  photo, of a {}.', '{}'), canonical=True)
+    assert canonical == ['a photo of a hermit crabs', 'hermit crabs']
     for labels, words in [
         (('a',), '1 labels'), (('a', ' '), 'not a text'), ('nothing', 'no file, and not imagenet'),
     ]:  # fmt: skip

@@ -8,6 +8,7 @@ from types import ModuleType
 
 from etils import epath
 
+from vit_jax.data.tokenizers import cleaning
 from vit_jax.errors import UserError, shown
 from vit_jax.io import storage
 
@@ -19,6 +20,8 @@ TEMPLATES = {
 }  # fmt: skip
 LABELS = {'imagenet': 'IMAGENET_CLASSNAMES'}  # in the order of its 1,000 labels
 MOST_BYTES = 2**24  # of a file of labels or templates
+# google-research/big_vision evaluators/proj/image_text/prompt_engineering.py, canonicalize_text
+CANONICAL = ('underscores', 'punctuation', 'lower', 'spaces')
 
 
 def labels_of(given: str | Sequence[str] | None, classes: Sequence[str]) -> tuple[str, ...]:
@@ -58,9 +61,15 @@ def templates_of(given: str | Sequence[str]) -> tuple[str, ...]:
     return found
 
 
-def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """All templates of the first label, then those of the second, ..."""
-    return [template.replace(PLACE, label) for label in labels for template in templates]
+def prompts(
+    labels: Sequence[str], templates: Sequence[str], canonical: bool = False
+) -> list[str]:
+    """All templates of the first label, then those of the second, ...
+
+    `canonical` ones have no punctuation and no capitals, as big_vision's.
+    """
+    texts = [template.replace(PLACE, label) for label in labels for template in templates]
+    return [cleaning.clean(text, CANONICAL) for text in texts] if canonical else texts
 
 
 def chosen(setting: str, given: str | Sequence[str], known: dict[str, str]) -> tuple[str, ...]:

@@ -34,6 +34,8 @@ class ZeroShot:
         underscores.
       templates: texts with a place {} for the label; a file with one a line; or 'openai_80' or
         'openai_7', those of CLIP for ImageNet.
+      canonical: whether labels and templates lose their punctuation and capitals, as in big_vision
+        (evaluators/proj/image_text/prompt_engineering.py).
       tokenizer: an address as for vit_jax.tokenizer. None: that of the run.
       threads, workers, prefetch, tolerance: as in the section `data`.
     """
@@ -48,6 +50,7 @@ class ZeroShot:
         view: str | dict = 'resize',
         labels: tuple[str, ...] | str | None = None,
         templates: tuple[str, ...] | str = ('a photo of a {}.',),
+        canonical: bool = False,
         tokenizer: str | None = None,
         threads: Threads | None = None,
         workers: Workers = 0,
@@ -57,7 +60,7 @@ class ZeroShot:
         embeddings.check_outputs(subject, 'image_embedding', 'text_embedding')
         classes = mixture.load(**source).classes
         self.labels = prompts.labels_of(labels, classes)
-        self.templates = prompts.templates_of(templates)
+        self.templates, self.canonical = prompts.templates_of(templates), canonical
         self.tokenizer = embeddings.tokenizer_of(subject, tokenizer)
         self.embed = embeddings.text_embedder(subject, batch_size)
         logits = jax.ShapeDtypeStruct((1, len(classes)), jnp.float32)
@@ -82,7 +85,7 @@ class ZeroShot:
 
         Calls `set_phase` and `advance` as `evaluators.totals` does.
         """
-        ids = self.tokenizer(prompts.prompts(self.labels, self.templates))
+        ids = self.tokenizer(prompts.prompts(self.labels, self.templates, self.canonical))
         texts = self.embed(params, ids, stop, set_phase)
         if texts is None:
             return None

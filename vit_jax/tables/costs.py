@@ -22,12 +22,15 @@ from vit_jax.plan import data_sets, rehearsal
 
 NOT_PUBLIC, BY_HAND = 'not public', 'manual download'
 # Sources: arXiv:2010.11929 section 4.1 and arXiv:2106.04560 section 3.1 (JFT); for manual downloads
-# tensorflow.org/datasets/catalog; image-net.org (ImageNet-21k) and objectnet.dev are not in it.
+# tensorflow.org/datasets/catalog; image-net.org (ImageNet-21k) and objectnet.dev are not in it;
+# of images with texts the papers of their recipes.
 ACCESS = {
     'jft_300m': NOT_PUBLIC, 'jft_3b': NOT_PUBLIC,
     'jft_like': f'drawn images in place of JFT, which is {NOT_PUBLIC}',
     'imagenet2012': BY_HAND, 'imagenet2012_real': BY_HAND, 'imagenet21k': BY_HAND,
     'objectnet': BY_HAND, 'resisc45': BY_HAND, 'diabetic_retinopathy_detection': BY_HAND,
+    'webli': NOT_PUBLIC, 'wit400m': NOT_PUBLIC, 'lit4b': NOT_PUBLIC,
+    'cc12m': 'a list of addresses', 'yfcc15m': 'to be asked for',
 }  # fmt: skip
 
 
@@ -82,7 +85,7 @@ def needs(configs: Iterable[ConfigDict]) -> list[str]:
         for name in data_sets_of(config):
             kind = name.partition(':')[0]
             name = vtab.task(name).dataset if kind == 'vtab' else kind
-            name = name.partition('/')[0]
+            name = name.removeprefix('data/').partition('/')[0]
             if name in ACCESS:
                 found.add(f'{name} ({ACCESS[name]})')
         begin = config.init_from
