@@ -5,11 +5,12 @@ LiT-B16B_2 and LiT-L16L; arXiv:2111.07991 table 1 has 75.7% for the latter). Not
 
 The recipe is appendices D and I: the image tower is AugReg's of ImageNet-21k and stays as it is,
 the text tower is as large and its class token has a projection; 16 tokens of BERT's WordPiece;
-softmax over batches of 16,384, Adam (l/16: Adafactor) with a rate of 1e-3 and weight decay 1e-4,
-2,000 steps of warm-up, a cosine, gradients clipped to norm 1, windows of Inception. They are
-trained on YFCC100M's 15 million images of CLIP's subset and the 10 million of CC12M that were left,
-for 60,000 steps (big_vision README_lit.md for b/16; for l/16 it is a choice). Evaluations resize
-images, whatever their aspect ratio.
+softmax over batches of 16,384, Adam (l/16: Adafactor) with a rate of 1e-3 and weight decay of 1e-4
+a step, which is 0.1 times the rate (big_vision optax.py), 2,000 steps of warm-up, a cosine,
+gradients clipped to norm 1, windows of Inception. They are trained on YFCC100M's 15 million images
+of CLIP's subset and the 10 million of CC12M that were left, for 60,000 steps (big_vision
+README_lit.md for b/16; for l/16 it is a choice). Evaluations resize images, whatever their aspect
+ratio.
 
     b/32,cc12m           on CC12M alone, 12,000 steps: 60.7% (table 6)
     b/16,large,cc12m     with a large text tower, Adafactor: 66.9% (appendix B)
@@ -78,7 +79,7 @@ def get_config(arg='b/16'):
     )  # fmt: skip
     config.optim = dict(
         name='adafactor' if text == 'large' or scratch else 'adamw', lr=1e-3, clip=1.0,
-        weight_decay=1e-4, momentum_dtype='bfloat16' if text == 'large' or scratch else None,
+        weight_decay=0.1, momentum_dtype='bfloat16' if text == 'large' or scratch else None,
         schedule='cosine', warmup=2_000,
     )  # fmt: skip
     squeezed = dict(name='resize', antialias=False)

@@ -5,9 +5,10 @@ Published in arXiv:2303.15343 table 3 for b/16 and l/16 at 256 px and so400m/14,
 measures 82.0% of so400m/14's public checkpoint, which reads 16 tokens. Not yet run here.
 
 The recipe is sections 4.2, 4.6 and 4.7 and appendix C: both towers of one size from random weights,
-40 billion examples in batches of 32,768, Adafactor with b2 0.95, a rate of 1e-3 and weight decay
-1e-4, a cosine; images are resized, whatever their aspect ratio; texts are the first 64 tokens of
-SentencePiece's 32,000 of English C4. The logits begin with a temperature of 10 and a bias of -10.
+40 billion examples in batches of 32,768, Adafactor with b2 0.95, a rate of 1e-3 and weight decay of
+1e-4 a step, which is 0.1 times the rate (big_vision optax.py), a cosine; images are resized,
+whatever their aspect ratio; texts are the first 64 tokens of SentencePiece's 32,000 of English C4.
+The logits begin with a temperature of 10 and a bias of -10.
 Not in the paper: 10,000 steps of warm-up (arXiv:2111.07991 appendix C, whose settings section 4.1
 takes), gradients clipped to norm 1 (big_vision siglip_lit_coco.py), the view of ImageNet's images
 and prompts without punctuation (big_vision image_text/common.py, discriminative_classifier.py).
@@ -66,7 +67,7 @@ def get_config(arg='b/16'):
         length=64 if larger or not words else 16, image_size=size, batch_size=batch,
     )  # fmt: skip
     config.optim = dict(
-        name='adafactor', b2_cap=0.95, momentum_dtype='bfloat16', lr=1e-3, weight_decay=1e-4,
+        name='adafactor', b2_cap=0.95, momentum_dtype='bfloat16', lr=1e-3, weight_decay=0.1,
         schedule='cosine', warmup=10_000, clip=1.0,
     )  # fmt: skip
     if larger:

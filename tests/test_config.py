@@ -149,7 +149,7 @@ def test_the_settings_in_the_docs_are_accepted():
 @pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiments_are_complete(path):
     argument = ':/images' if path.stem == 'folder' else ''
-    needs = path.stem in ('finetune', 'fashion_2k', 'imagenet')
+    needs = path.stem in ('finetune', 'fashion_2k', 'imagenet', 'emoji')
     begin = [('init_from', str(CHECKPOINT))] if needs else []
     full = config.load(f'{path}{argument}', begin)
     assert full.evals and path.read_text().startswith('"""')
