@@ -1,11 +1,12 @@
-"""Compares OpenCLIP's image towers with what vit_jax makes of their files.
+"""Compares OpenCLIP's image towers, and both towers, with what vit_jax makes of their files.
 
     python tests/compare_open_clip.py [PART ...]
 
 Each configuration of OpenCLIP whose tower is a ViT, its own or one of timm, is made small, gets
 random weights, is saved as push_to_hf_hub would, loaded by vit_jax and compared at its own and at
-another image size, in float32. PART limits it to names that contain one of the texts. With
---record FOLDER, keeps a tiny file and what OpenCLIP returns, as in tests/data.
+another image size, in float32; with --both, whole models with a text tower of OpenCLIP's own, by
+embeddings and logits. PART limits it to names that contain one of the texts. With --record FOLDER,
+keeps a tiny file and what OpenCLIP returns, as in tests/data.
 
 Not a test, as it needs open_clip, timm and torchvision.
 """
@@ -13,6 +14,7 @@ Not a test, as it needs open_clip, timm and torchvision.
 import argparse
 import contextlib
 import functools
+import inspect
 import json
 import pathlib
 import tempfile
@@ -25,13 +27,13 @@ import open_clip
 import timm
 import torch
 import verdicts
-from open_clip.model import _build_vision_tower
+from open_clip.model import CLIP, CustomTextCLIP, _build_vision_tower
 from safetensors.torch import save_file
 
 import vit_jax
 from vit_jax.convert.timm import arguments
 
-CLASSES = 7
+CLASSES, WORDS = 7, 101
 
 
 def small(config, width=16):
@@ -75,7 +77,13 @@ def saved(tower, config, folder, half=False):
     arrays = {f'visual.{n}': a.contiguous() for n, a in tower.state_dict().items()}
     text = {'logit_scale': torch.ones(()), 'token_embedding.weight': torch.ones(3, 4)}
     arrays = {n: a.half() if half else a for n, a in (arrays | text).items()}
+    write(arrays, config, folder)
+
+
+def write(arrays, config, folder):
+    """Writes arrays and model_cfg as push_to_hf_hub does."""
     folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: array.contiguous() for name, array in arrays.items()}
     save_file(arrays, folder / 'open_clip_model.safetensors', metadata={'format': 'pt'})
     squash = dict(interpolation='bicubic', resize_mode='squash')
     document = dict(model_cfg=config, preprocess_cfg=dict(mean=[0.5] * 3, std=[0.5] * 3) | squash)
@@ -125,6 +133,37 @@ def compare(name, config, folder, seed):
     return verdicts.largest(found)
 
 
+def whole(name, config, folder, seed):
+    """Largest difference of embeddings and logits of both towers."""
+    config, args = small(config)
+    text, generator = config['text_cfg'], np.random.default_rng(seed)
+    if args and config['vision_cfg'].get('timm_proj') in ('', 'none', None):
+        config['embed_dim'] = args['embed_dim']
+    width = config['embed_dim'] if text.get('proj_type') == 'none' else 32
+    text.update(width=width, heads=width // 8, layers=2, vocab_size=WORDS)
+    kind = CustomTextCLIP if config.get('custom_text') else CLIP
+    known = inspect.signature(kind).parameters
+    with small_architecture(config['vision_cfg'].get('timm_model_name'), args):
+        model = kind(**{key: value for key, value in config.items() if key in known})
+        model = compare_timm.randomised(model, seed)
+        write(model.state_dict(), config, folder)
+        size = config['vision_cfg'].get('image_size', 224)
+        images = generator.normal(size=(3, size, size, 3)).astype(np.float32)
+        tokens = generator.integers(0, WORDS, (3, text.get('context_length', 77)))
+        with torch.no_grad():
+            x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+            theirs = [model.encode_image(x, normalize=True),
+                      model.encode_text(torch.from_numpy(tokens), normalize=True)]  # fmt: skip
+            logits = model.logit_scale.exp() * theirs[0] @ theirs[1].T
+            theirs.append(logits if model.logit_bias is None else logits + model.logit_bias)
+        towers, params = vit_jax.load(folder)
+    logits, out = jax.jit(lambda p: towers.apply({'params': p}, images, tokens))(params)
+    ours = out['image_embedding'], out['text_embedding'], logits
+    return verdicts.largest([
+        float(np.abs(np.asarray(a) - b.numpy()).max()) for a, b in zip(ours, theirs, strict=True)
+    ])  # fmt: skip
+
+
 def record(folder, seed=0):
     """Writes tests/data's open_clip/ and open_clip_timm/ with what OpenCLIP returns."""
     own = dict(layers=2, width=8, head_width=4, patch_size=4, image_size=16, mlp_ratio=2.0)
@@ -151,6 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('parts', nargs='*')
     parser.add_argument('--record', type=pathlib.Path)
+    parser.add_argument('--both', action='store_true')
     options = parser.parse_args()
     if options.record:
         record(options.record)
@@ -165,10 +205,14 @@ def main():
         )  # fmt: skip
         if not vit or (options.parts and not any(p in name for p in options.parts)):
             continue
+        if options.both and ('hf_model_name' in config['text_cfg'] or 'coca' in name):
+            continue
         with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision('highest'):
             verdict, value, text = verdicts.judge(
-                functools.partial(compare, name, config, pathlib.Path(folder), i), folder
-            )
+                functools.partial(
+                    whole if options.both else compare, name, config, pathlib.Path(folder), i
+                ), folder,
+            )  # fmt: skip
         summary.add('a trunk of timm' if trunk else "OpenCLIP's own ViT", verdict, value)
         print(f'{name:40} {verdict:8} {text}', flush=True)
     summary.show()

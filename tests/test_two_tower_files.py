@@ -413,3 +413,23 @@ def test_a_run_of_texts_alone_is_their_tower(prefix, tmp_path, monkeypatch):
         found, weights = vit_jax.load(tmp_path / 'run', part=part)
         assert found == (model.clone(num_classes=None) if prefix else model)
         jax.tree.map(np.testing.assert_array_equal, weights, kept)
+
+
+@pytest.mark.parametrize('name, config', [
+    ('CLIPTextModelWithProjection', NARROW | dict(projection_dim=10)),
+    ('CLIPTextModel', NARROW | dict(eos_token_id=2)), ('SiglipTextModel', NARROW),
+])  # fmt: skip
+def test_a_text_tower_alone(name, config, tmp_path):
+    transformers, torch = pytest.importorskip('transformers'), pytest.importorskip('torch')
+    kind = getattr(transformers, name)
+    module = randomised(kind(kind.config_class(**config)))
+    module.save_pretrained(tmp_path)
+    with torch.no_grad():
+        out = module(input_ids=torch.from_numpy(TOKENS))
+    for part in (None, 'text'):
+        model, params = vit_jax.load(tmp_path, part=part)
+        found, inside = jax.jit(lambda p: model.apply({'params': p}, TOKENS))(params)  # noqa: B023
+        wanted = out['text_embeds' if 'text_embeds' in out else 'pooler_output'].numpy()
+        assert_close(np.asarray(found), wanted)
+        assert_close(np.asarray(inside['encoded']), out.last_hidden_state.numpy())
+    assert set(done(load.read(tmp_path).account)) == {'loaded'}

@@ -96,7 +96,7 @@ def test_evaluations_on_two_processes_are_those_of_one(tmp_path):
             assert np.isclose(line[f'{name}/{key}'], value, rtol=1e-4), key
 
 
-def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path):
+def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path, caplog):
     folder, run = write(tmp_path / 'data'), tmp_path / 'run'
     short = [('steps', '2'), ('checkpoint.every', '1'), ('evals', '{}')]
     with workdir.lock_workdir(str(run)) as path:
@@ -115,6 +115,10 @@ def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path):
     assert both.keys() == saved.keys()
     for name, x in both.items():
         np.testing.assert_array_equal(x, saved[name], name)
+
+    assert 'computes otherwise' not in caplog.text
+    begun(('objective.text.gelu', 'exact'))
+    assert "otherwise: objective.text.gelu is 'exact', there 'tanh'" in caplog.text
 
     without, _ = begun(('objective.loss', 'softmax'))
     assert without.keys() == saved.keys() - {'bias'}

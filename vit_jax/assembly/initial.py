@@ -1,8 +1,10 @@
 """The state at the first step of a run: random, or with the weights of `init_from`."""
 
+import dataclasses
 from typing import Any
 
 import jax
+from absl import logging
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
@@ -10,10 +12,15 @@ from vit_jax import assembly, models, step
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.errors import UserError
+from vit_jax.io import bounds
 from vit_jax.models import parameters
-from vit_jax.models.text import Text
+from vit_jax.models.text import Fields, Text
 from vit_jax.models.two_towers import TwoTowers
 
+# Fields by which text towers of equal parameters compute different outputs.
+FUNCTION = (
+    'causal', 'pool', 'eos_id', 'pad_id', 'mask_padding', 'num_heads', 'style', 'gelu', 'epsilon',
+)  # fmt: skip
 OF_HEAD = ('name', 'num_classes', 'representation_size')  # what another head changes
 Weights = tuple[dict[str, jax.Array], list[tuple[str, str, str]]]  # by name, and their account
 
@@ -65,6 +72,8 @@ def of_text(config: ConfigDict, parts: assembly.Parts, names: dict[str, Any]) ->
     """Weights of a text tower, with a head of zeros unless `keep_head`."""
     prefix = next(n.removesuffix('vocabulary') for n in names if n.endswith('vocabulary'))
     classes = names[f'{prefix}head/bias'].shape[0] if f'{prefix}head/bias' in names else 0
+    stated = weights.read(config.init_from, part='text', ema=None, values=False).model
+    warn_of_differences(config.init_from, stated, config.model, 'model')
     found = weights.read(
         config.init_from, part='text', ema=None,
         num_classes=None if config.keep_head and classes else classes, **fields_of(parts.model),
@@ -82,6 +91,9 @@ def of_towers(config: ConfigDict, parts: assembly.Parts, names: dict[str, Any]) 
         )
         bodies = {n: x for n, x in names.items() if not n.startswith('image/head/')}
         return checked(config, bodies, 'image/', found)
+    warn_of_differences(
+        config.init_from, whole.text, config.objective.get('text') or {}, 'objective.text'
+    )
     found = weights.read(config.init_from, ema=None, towers=True, image_size=size, **fields)
     scalars = {'temperature', 'bias'}
     own = {
@@ -91,6 +103,19 @@ def of_towers(config: ConfigDict, parts: assembly.Parts, names: dict[str, Any]) 
     wanted = {name: x for name, x in names.items() if name in own or name not in scalars}
     parameters.check_same(own, wanted, config.init_from)
     return own, list(found.account)
+
+
+def warn_of_differences(path: str, model: Text, section: Any, name: str) -> None:
+    """Logs which settings of a text tower change what the weights of `model` compute."""
+    known = {field.name for field in dataclasses.fields(Fields)}
+    given = {k: v for k, v in ConfigDict(section).to_dict().items() if k in known}
+    own = bounds.grouped(Fields, given)
+    different = [
+        f'{name}.{field} is {getattr(own, field)!r}, there {getattr(model, field)!r}'
+        for field in FUNCTION if getattr(own, field) != getattr(model, field)
+    ]  # fmt: skip
+    if different:
+        logging.warning('%s: its text tower computes otherwise: %s', path, '; '.join(different))
 
 
 def image_size(config: ConfigDict, parts: assembly.Parts) -> tuple[int, int]:

@@ -60,6 +60,7 @@ def catalogue(like: str = '') -> str:
     for name in names:
         row = entries[name]
         accuracy = '' if row['accuracy'] is None else f'{row["accuracy"]:.2f}%'
+        accuracy += ' zero-shot' if 'zero-shot' in (row['metric'] or '') else ''
         shown = row['family'], str(row['image_size']), accuracy, row['licence'] or ''
         rows.append((name, *shown, row['address']))
     return aligned(rows)

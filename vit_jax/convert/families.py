@@ -56,6 +56,11 @@ def parse_folder(
     timm_class = timm.class_of_file(arrays, config)
     if timm_class is not None:
         return parse_timm(timm_class, arrays, config, record)
+    if (words := hf_text.alone(arrays, config)) is not None:
+        return Parsed(
+            'hf', 'text', {}, {}, lambda model: [], None, {}, None, None, record,
+            text=hf_text.tower(words, config),
+        )  # fmt: skip
     whole = arrays, config
     arrays, config, others = hf_inside.encoder_of(arrays, config, part)
     family = hf.family_of_file(arrays, config)

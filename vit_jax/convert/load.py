@@ -136,7 +136,9 @@ def read(
         raise UserError(f'{path} is not a checkpoint of a run, so it has no moving average (ema)')
     both = part == 'text' or part is None and (whole or towers)
     with open_checkpoint(local, tower, part, both) as parsed:
-        if towers and parsed.text is not None:
+        if parsed.kind == 'text':
+            make = fit_text
+        elif towers and parsed.text is not None:
             make = fit_whole
         if as_input and image_size is None and part != 'text':
             options['image_size'] = stated_size(parsed, path)

@@ -15,7 +15,13 @@ from vit_jax.convert.files import Array
 from vit_jax.convert.hf import config as hf_config
 from vit_jax.convert.hf import towers
 from vit_jax.convert.official import shape_of
-from vit_jax.convert.pieces import Piece, count_numbered, linear_pieces, norm_pieces
+from vit_jax.convert.pieces import (
+    Piece,
+    count_numbered,
+    linear_pieces,
+    norm_pieces,
+    rename_arrays,
+)
 from vit_jax.convert.stages import TextTower
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
@@ -48,6 +54,16 @@ def has_tower(names: Collection[str], config: Mapping[str, Any]) -> bool:
     return PREFIX + VOCABULARY in names and 'logit_scale' in names and kind in (None, *TYPES)
 
 
+def alone(arrays: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, Array] | None:
+    """Arrays of a file of a text tower alone, by their names beside an image tower; else None."""
+    kind = str(config.get('model_type', '_text_model'))
+    starts = [p for p in ('', PREFIX) if p + VOCABULARY in arrays and p + TABLE in arrays]
+    if not kind.endswith('_text_model') or 'logit_scale' in arrays or not starts:
+        return None
+    names = {n for n in arrays if n.startswith(PREFIX) or n == PROJECTION}
+    return rename_arrays(arrays, {n: n if n in names else PREFIX + n for n in arrays})
+
+
 def is_siglip(names: Collection[str]) -> bool:
     """Whether the tower has SigLIP's head, and not CLIP's projection."""
     return HEAD in names
@@ -55,18 +71,21 @@ def is_siglip(names: Collection[str]) -> bool:
 
 def tower(arrays: Mapping[str, Array], config: dict[str, Any]) -> TextTower:
     """The text tower of a file; `arrays` are all that are outside of its image tower."""
-    kind = hf_config.stated_type(config, *TYPES[is_siglip(arrays) * 2 :][:2])
+    stated = {k: v for k, v in config.items() if k == 'model_type'}
+    if stated:
+        stated['model_type'] = str(stated['model_type']).removesuffix('_text_model')
+    kind = hf_config.stated_type(stated, *TYPES[is_siglip(arrays) * 2 :][:2])
     fields, unknown = describe(arrays, config, kind)
-    bias = 'logit_bias' in arrays
     layouts = {theirs: shape_layout(arrays, theirs) for theirs in SCALARS.values()}
+    both = 'logit_scale' in arrays
+    scalars = scalar_pieces('logit_bias' in arrays, layouts) if both else []
     unused = {n: 'indices of positions' for n in arrays if n.endswith('embeddings.position_ids')}
     guesses = hf_config.guessed(config, 'num_heads', 'gelu', 'epsilon')
     if not config and kind == 'clip':
         guesses['eos_id'] = 'the place of the highest id, as there is no config.json'
     return TextTower(
-        fields, dict(arrays), pieces, scalar_pieces(bias, layouts), unused,
-        Notes(guesses, {}, (), unknown),
-    )  # fmt: skip
+        fields, dict(arrays), pieces, scalars, unused, Notes(guesses, {}, (), unknown)
+    )
 
 
 def shape_layout(arrays: Mapping[str, Array], name: str) -> str:
@@ -81,7 +100,9 @@ def scalar_pieces(bias: bool, layouts: Mapping[str, str]) -> list[Piece]:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The section of the text tower; CLIP's classes take text_config_dict in its place."""
+    """The config of the text tower, for which CLIP's classes prefer text_config_dict."""
+    if str(config.get('model_type')).endswith('_text_model'):
+        return config
     inner = option(config, 'text_config_dict', 'an object')
     return option(config, 'text_config', 'an object', {}) if inner is None else inner
 
@@ -93,11 +114,12 @@ def describe(
     siglip, inner = is_siglip(arrays), text_config(config)
     defaults, layer = DEFAULTS['siglip' if siglip else 'clip'], f'{PREFIX}encoder.layers.0.'
     vocabulary, width = shape_of(arrays, PREFIX + VOCABULARY, 2)
+    head = HEAD if siglip else PROJECTION
     fields = dict(
         vocab_size=vocabulary, width=width, length=shape_of(arrays, PREFIX + TABLE, 2)[0],
         depth=count_numbered(arrays, r'text_model\.encoder\.layers\.(\d+)\.'),
         mlp_dim=shape_of(arrays, f'{layer}mlp.fc1.weight', 2)[0],
-        num_classes=shape_of(arrays, HEAD if siglip else PROJECTION, 2)[0],
+        num_classes=shape_of(arrays, head, 2)[0] if head in arrays else None,
         causal=not siglip, pool='last' if siglip else 'eos', head_bias=0.0 if siglip else None,
     )  # fmt: skip
     keys = dict(
@@ -149,6 +171,8 @@ def pieces(model: Text) -> list[Piece]:
     for i in range(model.depth):
         rows += towers.block_pieces(f'{PREFIX}encoder.layers.{i}', (i,), model)
     rows += norm_pieces(f'{PREFIX}final_layer_norm.', 'norm', model=model)
+    if model.num_classes is None:
+        return rows
     if model.head_bias is None:
         return [*rows, Piece(PROJECTION, 'head/kernel', layout=1)]
     return rows + linear_pieces(HEAD.removesuffix('.weight'), 'head')
