@@ -21,10 +21,12 @@ Products are of bfloat16.
     b/16,3b b/16,9b   224 px and 16 tokens, 3 or 9 billion examples: 69.9 and 73.4% (table 5)
     b/16,unlocked     the image tower is AugReg's, with a tenth of the rate and without decay,
                       2.4 billion examples in batches of 16,384: 71% (section 4.5)
+    b/8,lit           AugReg's image tower, locked, with a large text tower of 12 blocks by Lion, a
+                      rate of 1e-4 and decay of 1e-7 a step, 65,000 steps: 79.7% (section 4.4)
 
 WebLI is not public. --config.data.source.name=PATH names other images with texts, such as shards of
-WebDataset. --config.init_from=hf://google/siglip-base-patch16-256 goes on from the public weights.
-SigLiT (section 4.4) is not here, as it is trained with Lion.
+WebDataset; nor are the pairs of b/8,lit, those of arXiv:2111.07991. Of Lion b2 0.99 is not in the
+paper. --config.init_from=hf://google/siglip-base-patch16-256 goes on from the public weights.
 """
 
 from ml_collections import ConfigDict
@@ -37,11 +39,12 @@ SIZES = {  # of both towers
     'l/16': dict(width=1024, depth=24, num_heads=16, mlp_dim=4096),
     'so400m/14': dict(width=1152, depth=27, num_heads=16, mlp_dim=4304),
 }  # fmt: skip
-EXAMPLES = {'': 40e9, '3b': 3e9, '9b': 9e9, 'unlocked': 2.4e9}
+EXAMPLES = {'': 40e9, '3b': 3e9, '9b': 9e9, 'unlocked': 2.4e9, 'lit': 65_000 * 32_768}
 LARGER = {  # patches in table 3
     'b/16,224': 196, 'b/16,384': 576, 'b/16,512': 1024, 'l/16,384': 576, 'so400m/14,378': 729,
 }  # fmt: skip
-ARGS = (*SIZES, *LARGER, 'b/16,3b', 'b/16,9b', 'b/16,unlocked')
+TEXT = SIZES | {'b/8': SIZES['l/16'] | dict(depth=12)}
+ARGS = (*SIZES, *LARGER, 'b/16,3b', 'b/16,9b', 'b/16,unlocked', 'b/8,lit')
 
 
 def get_config(arg='b/16'):
@@ -58,7 +61,7 @@ def get_config(arg='b/16'):
     config.model = dict(name=f'vit-{model}', pool='map', matmul_dtype='bfloat16')
     config.objective = dict(
         name='contrastive', loss='sigmoid', temperature=10.0, bias=-10.0,
-        text=dict(vocab_size=32_000, pool='last', matmul_dtype='bfloat16', **SIZES[model]),
+        text=dict(vocab_size=32_000, pool='last', matmul_dtype='bfloat16', **TEXT[model]),
     )  # fmt: skip
     squeezed = dict(name='resize', antialias=False)
     config.data = dict(
@@ -73,9 +76,16 @@ def get_config(arg='b/16'):
     if larger:
         config.init_from = f'runs/siglip/{model.replace("/", "_")}'
         config.optim.update(lr=1e-5, weight_decay=0.0)
-    if words == 'unlocked':
+    if words in ('unlocked', 'lit'):
         config.model.update(pool='cls')
-        config.init_from = 'augreg/b_16-i21k'
+        config.init_from = f'augreg/{model.replace("/", "_")}-i21k'
+    if words == 'lit':
+        config.data.source.name = 'data/lit4b'
+        config.optim = dict(
+            name='lion', lr=1e-4, b2=0.99, weight_decay=1e-3, schedule='cosine', warmup=6_500,
+            freeze='^image/',
+        )  # fmt: skip
+    if words == 'unlocked':
         config.optim.update(rate_factors=(('^image/', 0.1),), decay_factors=(('^image/', 0.0),))
     config.evals = dict(
         imagenet=dict(
@@ -105,6 +115,9 @@ def expected(arg):
         cells = [('siglip.table3', row, column) for column in columns]
     elif words == 'unlocked':
         cells = [('siglip.text', 'SigLIP B/16, AugReg image tower without decay', 'ImageNet')]
+    elif words == 'lit':
+        row = 'SigLiT, AugReg B/8 and a large text tower of 12 blocks, 65,000 steps of 32k, Lion'
+        cells = [('siglip.text', row, 'ImageNet')]
     else:
         cells = [('siglip.table5', '32k', f'{words[0]} B, sigmoid')] if words else []
     return [

@@ -128,6 +128,23 @@ def test_weight_decay_under_momentum_equals_numpy(kind):
         assert_close(found[t], params, start)
 
 
+def test_lion_equals_numpy():
+    """arXiv:2302.06675 algorithm 2, with the decay of big_vision."""
+    steps, lr = 12, 1e-3
+    start, gradient = problem(steps)
+    found, _ = ours(
+        start, gradient, steps, name='lion', lr=lr, schedule='constant', b1=0.8, b2=0.99,
+        weight_decay=0.1,
+    )  # fmt: skip
+    params, momentum = {n: x.astype(float) for n, x in start.items()}, dict.fromkeys(start, 0.0)
+    for t in range(steps):
+        for n, g in gradient(t, params).items():
+            sign = np.sign(0.8 * momentum[n] + 0.2 * g)
+            momentum[n] = 0.99 * momentum[n] + 0.01 * g
+            params[n] = params[n] - lr * (sign + 0.1 * n.endswith('kernel') * params[n])
+        assert_close(found[t], params, start)
+
+
 @pytest.mark.parametrize('late', [0, 5])
 def test_adamw_of_dino_equals_numpy(late):
     """By array: clipping, a decay on a cosine, moments and their count that begin late.

@@ -140,11 +140,14 @@ def update_rule(
       rules: the objective's own rows of `models.parameters.RULES`.
       name: optimization algorithm. adafactor is the variant of arXiv:2106.04560 section 3.4. lamb
         (arXiv:1904.00962) is adamw with a trust ratio, which its weight decay is inside of. lars is
-        that of facebookresearch/mae util/lars.py: the trust ratio, then the momentum. muon
+        that of facebookresearch/mae util/lars.py: the trust ratio, then the momentum. lion is the
+        sign of a mixture of momentum and gradient (arXiv:2302.06675 algorithm 2). muon
         orthogonalises the momentum of kernels in the blocks (optim/muon.py), adamw does the rest.
         In all of them each layer of stacked blocks is an array of its own.
-      b1: decay of the first moment in adamw, lamb and muon's adamw.
-      b2: decay of the second moment in adamw, lamb and muon's adamw.
+      b1: decay of the first moment in adamw, lamb and muon's adamw; share of the momentum in the
+        mixture of lion.
+      b2: decay of the second moment in adamw, lamb and muon's adamw; of lion's momentum, which is
+        0.99 in its paper.
       eps: term added to the denominator in adamw, lamb and muon's adamw.
       momentum: decay of the momentum in sgd, adafactor, lars and muon, where it is Nesterov's.
       nesterov: whether the momentum of sgd is Nesterov's.
@@ -168,6 +171,8 @@ def update_rule(
             scale_by_factored_rms(stacks_of(leaves, rules), b2_cap=b2_cap, clip_update=clip_update),
             optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype),
         )
+    if name == 'lion':
+        return optax.scale_by_lion(b1, b2, mu_dtype=momentum_dtype)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=momentum_dtype)
     if name != 'muon':
         return adam
@@ -177,7 +182,7 @@ def update_rule(
 
 def make(
     params: Any, steps: int, rules: tuple = (), *,
-    name: Literal['adamw', 'sgd', 'adafactor', 'lamb', 'lars', 'muon'] = 'adamw',
+    name: Literal['adamw', 'sgd', 'adafactor', 'lamb', 'lars', 'lion', 'muon'] = 'adamw',
     lr: Positive[float] = 1e-3, schedule: Schedule = 'cosine', end_lr: NonNegative[float] = 0.0,
     warmup: NonNegative[int] = 0, cooldown: NonNegative[int] = 0,
     power: Positive[float] = 0.9, timescale: Positive[int] = 10_000,
