@@ -8,13 +8,16 @@ import pytest
 import torch
 import transformers
 import words
+from ml_collections import ConfigDict
 from PIL import Image
 
 import vit_jax
-from vit_jax import models
+from vit_jax import evaluate as evaluation
+from vit_jax import models, sharding
 from vit_jax.data import tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate, settings_of
+from vit_jax.evaluators import embeddings
 from vit_jax.figures import labelled
 from vit_jax.predict import by_labels, predicted, read_ahead
 
@@ -145,6 +148,56 @@ def test_a_picture_of_images_beside_texts(tmp_path):
         with Image.open(tmp_path / f'{name}.png') as picture:
             sizes.append(picture.size)
     assert sizes[0][0] < sizes[1][0] and sizes[0][1] < sizes[1][1]
+
+
+def more_tokens(folder, out):
+    """A tokenizer in `out` like that in `folder`, with a token more."""
+    out.mkdir()
+    for name in ('merges.txt', 'tokenizer_config.json'):
+        (out / name).write_bytes((folder / name).read_bytes())
+    tokens = json.loads((folder / 'vocab.json').read_text())
+    (out / 'vocab.json').write_text(json.dumps(tokens | {'more</w>': len(tokens)}))
+    return str(out)
+
+
+def test_a_tokenizer_of_tokens_that_the_model_does_not_have_is_refused(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    address = more_tokens(folder, tmp_path / 'more')
+    with pytest.raises(UserError, match='more has .* tokens, and the model'):
+        by_labels.predictor(str(folder), LABELS, tokenizer=address)
+    size, mesh = (SIZE, SIZE), sharding.make_mesh(jax.devices()[:1])
+    found = evaluation.read(str(folder), size, ConfigDict(), None, None)
+    subject = evaluation.subject_of(found, size, mesh, 'softmax', str(folder))
+    assert embeddings.tokenizer_of(subject, str(folder)).length == 16
+    with pytest.raises(UserError, match='more has .* tokens, and the model'):
+        embeddings.tokenizer_of(subject, address)
+
+
+def test_labels_whose_probabilities_say_nothing_are_refused(checkpoint):
+    with pytest.raises(UserError, match="'a bag' 2 times"):
+        by_labels.check_distinct(('a bag', 'a shoe', 'a bag'))
+    with pytest.raises(UserError, match="'a bag' alone"):
+        by_labels.predictor(str(checkpoint[0]), ('a bag',))
+
+
+def test_a_file_that_is_not_there_is_no_label():
+    for address in ('lables.txt', '/tmp', 'gs://bucket/labels', 'imagenet', __file__):
+        assert by_labels.is_address(address), address
+    for label in ('a dog', 'a photo of a dog.', 'e.g. 3.5', 'U.S.', 'x'):
+        assert not by_labels.is_address(label), label
+
+
+def test_maps_need_embeddings_of_patches_alone(checkpoint, monkeypatch):
+    read = by_labels.weights.read
+
+    def pooled_by_both(*args, **settings):
+        found = read(*args, **settings)
+        image = found.model.image.clone(pool='cls_gap')
+        return found._replace(model=found.model.clone(image=image))
+
+    monkeypatch.setattr(by_labels.weights, 'read', pooled_by_both)
+    with pytest.raises(UserError, match='leave out --maps'):
+        by_labels.predictor(str(checkpoint[0]), LABELS, drawn='maps')
 
 
 def test_a_checkpoint_of_one_tower_is_named():

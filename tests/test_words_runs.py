@@ -15,6 +15,7 @@ import vit_jax
 from vit_jax import assembly, config, train
 from vit_jax.assembly import initial
 from vit_jax.distributed.stop import Stop
+from vit_jax.errors import UserError
 from vit_jax.models import parameters
 from vit_jax.predict import by_labels
 from vit_jax.run import workdir
@@ -94,6 +95,17 @@ def test_evaluations_on_two_processes_are_those_of_one(tmp_path):
         assert wanted['examples'] == 14
         for key, value in wanted.items():
             assert np.isclose(line[f'{name}/{key}'], value, rtol=1e-4), key
+
+
+def test_an_evaluation_s_tokenizer_has_the_tokens_of_the_model(tmp_path):
+    folder = write(tmp_path / 'data', count=3)
+    more = words.clip(tmp_path / 'more')
+    tokens = json.loads((more / 'vocab.json').read_text())
+    (more / 'vocab.json').write_text(json.dumps(tokens | {'more</w>': len(tokens)}))
+    for name in ('zero', 'found'):
+        changed = config.load(f'{FILE}:{folder}', [(f'evals.{name}.tokenizer', str(more))])
+        with pytest.raises(UserError, match='more has .* tokens, and the model'):
+            assembly.make(changed, devices=jax.devices()[:1])
 
 
 def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path, caplog):

@@ -90,11 +90,15 @@ def test_accuracy_is_that_of_numpy_on_any_devices(tmp_path):
 def test_labels_and_templates(tmp_path):
     classes = ('ankle_boot', 'bag')
     assert prompts.labels_of(None, classes) == ('ankle boot', 'bag')
-    (tmp_path / 'labels.txt').write_text('\ufeffa <b>boot</b>\r\n{bag} &amp; co\n')
+    (tmp_path / 'labels.txt').write_text('\ufeffa <b>boot</b>\r\n{bag} &amp;\u2028co\n\n\n')
     read = prompts.labels_of(str(tmp_path / 'labels.txt'), classes)
-    assert read == ('a <b>boot</b>', '{bag} &amp; co')
+    assert read == ('a <b>boot</b>', '{bag} &amp;\u2028co')
     texts = prompts.prompts(read, ('one {}', '{}!'))
-    assert texts == ['one a <b>boot</b>', 'a <b>boot</b>!', 'one {bag} &amp; co', '{bag} &amp; co!']
+    assert texts[:2] == ['one a <b>boot</b>', 'a <b>boot</b>!']
+    assert texts[2:] == ['one {bag} &amp;\u2028co', '{bag} &amp;\u2028co!']
+    (tmp_path / 'blank.txt').write_text('boot\n \nbag\n')
+    with pytest.raises(UserError, match='line 2 of .*blank.txt is blank'):
+        prompts.labels_of(str(tmp_path / 'blank.txt'), classes)
     canonical = prompts.prompts(("Hermit_Crab's",), ('A  photo, of a {}.', '{}'), canonical=True)
     assert canonical == ['a photo of a hermit crabs', 'hermit crabs']
     for labels, words in [

@@ -125,7 +125,8 @@ def subject_of(
         spec['text'] = jax.ShapeDtypeStruct((length,), np.int32)
         predict = partial(contrastive.predict, found.model)
         outputs = jax.eval_shape(predict, found.params, evaluators.one_example(spec))
-        words = Named(tokenizers.address_of(checkpoint), length)
+        fits = found.model.text.vocab_size, length
+        words = Named(tokenizers.address_of(checkpoint), fits=fits)
         return evaluators.Subject(predict, mesh, outputs, names, {}, words)
     objective = supervised.supervised(found.model, Examples(spec), loss=loss)
     return evaluators.subject(objective, found.params, spec, mesh, names)

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import pathlib
+import re
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -90,7 +91,10 @@ def chosen(setting: str, given: str | Sequence[str], known: dict[str, str]) -> t
 
 
 def lines(setting: str, path: str, known: dict[str, str]) -> tuple[str, ...]:
-    """The lines of a text file; raises UserError where there is none, naming the known names."""
+    """The lines of a text file, blank ones at its end left out.
+
+    Raises UserError for another blank line, and for no file, naming the `known` names.
+    """
     data = storage.read(epath.Path(path), MOST_BYTES)
     if data is None:
         raise UserError(f'{setting} is {path!r}, which is no file, and not {" or ".join(known)}')
@@ -98,7 +102,11 @@ def lines(setting: str, path: str, known: dict[str, str]) -> tuple[str, ...]:
         text = data.decode()
     except UnicodeDecodeError as e:
         raise UserError(f'{setting}: {path} is not UTF-8 at byte {e.start}') from None
-    return tuple(line.strip() for line in text.removeprefix('\ufeff').splitlines())
+    # Not splitlines, which cuts at characters that texts may have inside, such as U+2028.
+    found = [line.strip() for line in re.split('\r\n|\n|\r', text.removeprefix('\ufeff').rstrip())]
+    if '' in found[:-1]:
+        raise UserError(f'{setting}: line {found.index("") + 1} of {path} is blank; remove it')
+    return tuple(found) if found != [''] else ()
 
 
 @functools.cache

@@ -20,7 +20,9 @@ from vit_jax import sharding
 from vit_jax.data import mixture, pipeline
 from vit_jax.data.readers import names
 from vit_jax.data.sources import Source
+from vit_jax.data.tokenizers import Named
 from vit_jax.distributed.stop import Stop
+from vit_jax.models.parameters import named_leaves
 from vit_jax.objectives import Objective
 from vit_jax.step import stop_votes
 
@@ -72,6 +74,9 @@ def subject(
     """
     example = one_example(objective.inputs or spec)
     outputs = jax.eval_shape(objective.predict, params, example)
+    sizes = [x.shape[0] for name, x in named_leaves(params).items() if name.endswith('vocabulary')]
+    if tokenizer is not None and sizes:
+        tokenizer = Named(tokenizer.address, tokenizer.length, (min(sizes), tokenizer.length))
     return Subject(objective.predict, mesh, outputs, names, objective.settings, tokenizer)
 
 

@@ -22,7 +22,11 @@ def tokenizer_of(subject: Subject, address: str | None) -> Named:
     own = subject.tokenizer
     if address is None and own is None:
         raise UserError('evals: the run has no tokenizer; name one: tokenizer=PATH')
-    return own if address is None else Named(address, own and own.length)
+    if address is None or own is None:
+        return own or Named(address)
+    found = Named(address, own.given if own.fits else own.length, own.fits)
+    found.check()
+    return found
 
 
 def check_outputs(subject: Subject, *names: str) -> None:

@@ -85,11 +85,17 @@ def main(argv: Sequence[str]) -> None:
         )  # fmt: skip
         print(f'Written: {printable(out)}: {written}')
         return
-    if options.labels and (options.out or '').endswith('.png'):
+    drawn = options.labels is not None and (options.out or '').endswith('.png')
+    if options.maps and not drawn:
+        raise UserError('--maps draws where texts are; give --labels and --out=FILE.png')
+    if options.labels is None and (options.templates != [prompts.PLACE] or options.tokenizer):
+        name = 'tokenizer' if options.tokenizer else 'templates'
+        raise UserError(f'--{name} is for the texts of --labels; give --labels')
+    if drawn:
         draw_labels(argv[1:], options)
         return
     to_arrays = options.features or (options.out or '').endswith('.npz')
-    if not to_arrays and dense.is_dense(options.checkpoint):
+    if not to_arrays and options.labels is None and dense.is_dense(options.checkpoint):
         find(files.find_images(argv[1:]), options)
         return
     for name in ('masks', 'stride', 'scales', 'flip', 'stuff'):
@@ -107,7 +113,7 @@ def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
     paths = files.find_images(names)
     output = 'features' if options.features else 'all' if options.out else 'classes'
     arguments = (options.checkpoint, output, None if options.ema else False, options.image_size)
-    if options.labels:
+    if options.labels is not None:
         if output != 'classes':
             raise UserError('--labels prints classes, or draws them with --out=FILE.png')
         predictor = of_labels(options)
@@ -128,26 +134,34 @@ def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
             write_arrays(out, rows)
 
 
-def of_labels(options: flags.FlagValues, maps: bool = False) -> Predictor:
+def of_labels(options: flags.FlagValues, drawn: by_labels.Drawn | None = None) -> Predictor:
     """The classifier that --labels makes of two towers."""
-    labels = options.labels
-    if len(labels) == 1 and pathlib.Path(labels[0]).is_file():
+    labels, templates = options.labels, options.templates
+    if len(labels) == 1 and by_labels.is_address(labels[0]):
         labels = labels[0]
-    templates = options.templates
     if len(templates) == 1 and prompts.PLACE not in templates[0]:
         templates = templates[0]
+    texts = prompts.chosen('--labels', labels, prompts.LABELS)
+    if labels not in list(prompts.LABELS):
+        by_labels.check_distinct(texts)
     return by_labels.predictor(
-        options.checkpoint, prompts.chosen('--labels', labels, prompts.LABELS),
-        prompts.templates_of(templates), tokenizer=options.tokenizer,
-        ema=None if options.ema else False, image_size=options.image_size, maps=maps,
+        options.checkpoint, texts, prompts.templates_of(templates), tokenizer=options.tokenizer,
+        ema=None if options.ema else False, image_size=options.image_size,
+        patch_size=options.patch_size, drawn=drawn,
     )  # fmt: skip
 
 
 def draw_labels(names: Sequence[str], options: flags.FlagValues) -> None:
     """Draws images beside the texts of --labels."""
     check_output('out', options.out, '.png')
-    paths = files.find_images(names)[: labelled.MOST]
-    predictor = of_labels(options, maps=True)
+    if options.json:
+        raise UserError('--json prints classes; leave out --out, which draws them')
+    paths = files.find_images(names)
+    predictor = of_labels(options, 'maps' if options.maps else 'cosines')
+    for kind, found in (('images', paths), ('labels', predictor.classes)):
+        if len(found) > labelled.MOST:
+            print(f'{kind}: the first {labelled.MOST} of {len(found):,} are drawn', file=sys.stderr)
+    paths = paths[: labelled.MOST]
     view = tasks.fixed_view(
         predictor.view if options.view is None else options.view, predictor.image_size
     )
@@ -157,10 +171,11 @@ def draw_labels(names: Sequence[str], options: flags.FlagValues) -> None:
         size = min(options.batch_size, len(paths))
         found |= dict(usable(predicted(predictor, images, size)))
         if found:
-            arrays = {n: np.stack([row[n] for row in found.values()]) for n in ('cosines', 'maps')}
+            rows = list(found.values())
+            arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             labelled.draw(
                 pathlib.Path(options.out).absolute(), [pixels[path] for path in found],
-                predictor.classes, arrays['cosines'], arrays['maps'] if options.maps else None,
+                predictor.classes, arrays['cosines'], arrays.get('maps'),
             )  # fmt: skip
             print(f'Written: {printable(options.out)}')
 

@@ -1,7 +1,10 @@
 """Classes of images by their texts, of a checkpoint with an image and a text tower."""
 
+import pathlib
+import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,8 @@ import numpy as np
 from vit_jax.convert import load as weights
 from vit_jax.convert import tokenizers
 from vit_jax.data import files, prompts
-from vit_jax.data.tokenizers import Tokenizer
-from vit_jax.errors import UserError
+from vit_jax.data.tokenizers import Named, Tokenizer
+from vit_jax.errors import UserError, shown
 from vit_jax.evaluators import zero_shot
 from vit_jax.models import layers, pooling
 from vit_jax.models.two_towers import TwoTowers, unit_length
@@ -19,6 +22,7 @@ from vit_jax.models.vit import Vit
 from vit_jax.predict import Predictor
 
 TEXTS = 256  # that are embedded at a time
+Drawn = Literal['cosines', 'maps']
 
 
 def predictor(
@@ -29,7 +33,8 @@ def predictor(
     tokenizer: str | None = None,
     ema: bool | None = None,
     image_size: int | None = None,
-    maps: bool = False,
+    patch_size: int | None = None,
+    drawn: Drawn | None = None,
 ) -> Predictor:
     """Loads two towers as a classifier of images into texts.
 
@@ -44,34 +49,65 @@ def predictor(
       tokenizer: address, as for vit_jax.tokenizer. None: that of the checkpoint.
       ema: whether to read the moving average of a run's parameters. None: if the run saved one.
       image_size: pixels per side. None: that of the checkpoint.
-      maps: whether to predict, in place of probabilities [B, K] alone, {'probabilities', 'cosines'
-        [B, K] and 'maps' [B, K, h, w], the cosines of `patch_embeddings`}.
+      patch_size: pixels per side of a patch. None: that of the checkpoint.
+      drawn: whether to predict, in place of probabilities [B, K], {'cosines': [B, K]}, and as
+        'maps' [B, K, h, w] those of `patch_embeddings`.
+
+    Raises:
+      UserError: the checkpoint has not both towers, or there is one label alone, of which a
+        softmax is always 1.
     """
-    found = weights.read(checkpoint, whole=True, as_input=True, ema=ema, image_size=image_size)
+    sizes = dict(image_size=image_size) | ({} if patch_size is None else {'patch_size': patch_size})
+    found = weights.read(checkpoint, whole=True, as_input=True, ema=ema, **sizes)
     model = found.model
     if not isinstance(model, TwoTowers):
         raise UserError(
             f'--labels are for a checkpoint with an image and a text tower, and {checkpoint} is of '
             f'a {type(model).__name__}'
         )
-    cut = tokenizers.tokenizer(tokenizer or checkpoint)
+    if drawn is None and len(labels) == 1 and not model.use_bias:
+        raise UserError(
+            f'--labels has {shown(labels[0])} alone, and {checkpoint} compares texts with each '
+            'other, so its probability is always 1; add another text'
+        )
+    if drawn == 'maps' and model.image.pool == 'cls_gap':
+        raise UserError(
+            f'--maps: the image tower of {checkpoint} pools the class token with the patches '
+            "(pool 'cls_gap'), so a patch alone has no embedding; leave out --maps"
+        )
+    fits = model.text.vocab_size, model.text.length
+    cut = Named(tokenizers.address_of(tokenizer or checkpoint), fits=fits).loaded
     classes = class_embeddings(model, found.params, cut, labels, templates)
 
     def compute(params, images):
         out = model.apply({'params': params}, model.normalise(images), None)[1]
         cosines = jnp.matmul(out['image_embedding'], classes.T, precision='highest')
-        logits = out['temperature'] * cosines + out['bias']
-        found = jax.nn.sigmoid(logits) if model.use_bias else jax.nn.softmax(logits)
-        if not maps:
-            return found
+        if drawn is None:
+            logits = out['temperature'] * cosines + out['bias']
+            return jax.nn.sigmoid(logits) if model.use_bias else jax.nn.softmax(logits)
+        if drawn == 'cosines':
+            return {'cosines': cosines}
         patches = patch_embeddings(model.image, params['image'], out['image']['encoded'])
         shown = jnp.einsum('bne,ke->bkn', patches, classes, precision='highest')
         grid = model.grid(images.shape[1:])
         maps_of = shown.reshape(*shown.shape[:2], *grid)
-        return {'probabilities': found, 'cosines': cosines, 'maps': maps_of}
+        return {'cosines': cosines, 'maps': maps_of}
 
     size = found.image_size or (files.DEFAULT_SIZE,) * 2
     return Predictor(compute, found.params, size, found.view, tuple(labels))
+
+
+def is_address(label: str) -> bool:
+    """Whether the only label names a file of labels, which need not be there, or known ones."""
+    looks = '://' in label or label.startswith('/') or re.fullmatch(r'\S+\.[a-z]{2,5}', label)
+    return label in prompts.LABELS or bool(looks) or pathlib.Path(label).is_file()
+
+
+def check_distinct(labels: Sequence[str]) -> None:
+    """Raises UserError if a label is given twice, as each then has half of its probability."""
+    label, count = Counter(labels).most_common(1)[0]
+    if count > 1:
+        raise UserError(f'--labels has {shown(label)} {count} times; give it once')
 
 
 def patch_embeddings(model: Vit, params: Any, encoded: jax.Array) -> jax.Array:
@@ -100,11 +136,6 @@ def class_embeddings(
     templates: Sequence[str],
 ) -> np.ndarray:  # fmt: skip
     """Embeddings of labels, float32 [K, E]: means over templates, at unit length."""
-    if tokenizer.vocab_size > model.text.vocab_size or tokenizer.length > model.text.length:
-        raise UserError(
-            f'the tokenizer has {tokenizer.vocab_size} tokens and texts of {tokenizer.length}, the '
-            f'model {model.text.vocab_size} and {model.text.length}'
-        )
     ids = tokenizer(prompts.prompts(labels, prompts.templates_of(templates)))
 
     @jax.jit

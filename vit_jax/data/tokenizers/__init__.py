@@ -33,9 +33,14 @@ def load(address: str | os.PathLike, *, length: int | None = None) -> Tokenizer:
     Raises:
       UserError: there is none, or a file of it is broken or does not say what it must.
     """
+    return of_its_length(address).with_length(length)
+
+
+def of_its_length(address: str | os.PathLike) -> Tokenizer:
+    """The tokenizer at an address, of length 0 where its files state none; see `load`."""
     if not isinstance(address, (str, os.PathLike)) or not str(address):
         raise UserError(f'the tokenizer is {shown(address)}, not a path or an address')
-    return folders.read(pathlib.Path(folders.local(str(address)))).with_length(length)
+    return folders.read(pathlib.Path(folders.local(str(address))))
 
 
 class Named:
@@ -44,15 +49,33 @@ class Named:
     Attributes:
       address: where it is, see `load`.
       length: number L of tokens of a text.
+      fits: (tokens in the vocabulary of the model, tokens of its longest text), None if unknown.
     """
 
-    def __init__(self, address: str, length: int | None = None):
-        self.address, self.given = address, length
+    def __init__(
+        self, address: str, length: int | None = None, fits: tuple[int, int] | None = None
+    ):
+        self.address, self.given, self.fits = address, length, fits
 
     @functools.cached_property
     def loaded(self) -> Tokenizer:
-        """The tokenizer; raises UserError as `load` does."""
-        return load(self.address, length=self.given)
+        """The tokenizer, of texts that the model takes.
+
+        Raises UserError as `load` does, and where the model has embeddings for fewer tokens.
+        """
+        if self.fits is None:
+            return load(self.address, length=self.given)
+        found, (vocabulary, longest) = of_its_length(self.address), self.fits
+        if found.vocab_size > vocabulary:
+            raise UserError(
+                f'tokenizer {self.address} has {found.vocab_size} tokens, and the model '
+                f'{vocabulary} (vocab_size); name the tokenizer that it was trained with'
+            )
+        return found.with_length(min(self.given or found.length or longest, longest))
+
+    def check(self) -> None:
+        """Reads the tokenizer, to fail before a run begins; raises UserError as `loaded` does."""
+        assert self.loaded
 
     @property
     def length(self) -> int:
