@@ -14,6 +14,7 @@ from PIL import Image
 import vit_jax
 from vit_jax import assembly, config, train
 from vit_jax.assembly import initial
+from vit_jax.convert import load as weights
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.models import parameters
@@ -113,6 +114,8 @@ def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path, caplog):
     short = [('steps', '2'), ('checkpoint.every', '1'), ('evals', '{}')]
     with workdir.lock_workdir(str(run)) as path:
         train.train(config.load(f'{FILE}:{folder}', short), path, Stop())
+    with pytest.raises(UserError, match='has an image tower and a text tower'):
+        weights.read(run)  # as a classifier, of which the dimensions of embeddings are no classes
     model, saved = vit_jax.load(run)
     saved = parameters.named_leaves(saved)
 

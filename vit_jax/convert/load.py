@@ -17,7 +17,7 @@ from absl import logging
 from vit_jax.convert import families, files, run, shards
 from vit_jax.convert.files import Array
 from vit_jax.convert.fit import fit
-from vit_jax.convert.stages import Loaded, Parsed, size_of
+from vit_jax.convert.stages import TWO_TOWERS, Loaded, Parsed, size_of
 from vit_jax.convert.towers import fit_text
 from vit_jax.convert.whole import fit_whole
 from vit_jax.errors import UserError, check_choice, shown
@@ -128,7 +128,9 @@ def read(
         parsed = run.parse_run(address, ema)
         if parsed.kind == 'text':
             make = fit_text
-        elif towers and part is None and parsed.text is not None:
+        elif parsed.text is not None and part is None and not whole:
+            if not towers:
+                raise UserError(f'{path}: {TWO_TOWERS}')
             make = fit_whole
         return make(parsed, str(path), **options)
     local = fetch.local(address)
