@@ -12,11 +12,12 @@ import words
 from PIL import Image
 
 import vit_jax
-from vit_jax import assembly, config, train
+from vit_jax import assembly, config, evaluate, export, predict, train
 from vit_jax.assembly import initial
 from vit_jax.convert import load as weights
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
+from vit_jax.figures import __main__ as figures
 from vit_jax.models import parameters
 from vit_jax.predict import by_labels
 from vit_jax.run import workdir
@@ -161,3 +162,26 @@ def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path, caplog):
     assert alone['head/kernel'].shape == (16, 3) and not np.any(alone['head/kernel'])
     for name, x in alone.items():
         assert name.startswith('head/') or np.array_equal(x, saved[f'text/{name}']), name
+
+
+def test_a_run_of_texts_is_evaluated_and_takes_no_images(tmp_path):
+    folder, run = write(tmp_path / 'data'), tmp_path / 'run'
+    source = dict(name=f'{folder}/data')
+    full = config.override(dict(
+        seed=5, steps=1, checkpoint=dict(every=1), optim=dict(lr=1e-2),
+        model=dict(name='text', vocab_size=600, length=12, **tiny_towers.SMALL),
+        data=dict(task='text', source=source, labels=True, batch_size=8,
+                  tokenizer=f'{folder}/tokens'),
+        evals=dict(named=dict(type='classify', source=source)),
+    ), [])  # fmt: skip
+    with workdir.lock_workdir(str(run)) as path:
+        train.train(full, path, Stop())
+    ((name, metrics, _),) = evaluate.evaluate(str(run), evaluate.settings_of(None, str(run), []))
+    [wanted] = [line for line in launched.metrics(run) if 'named/loss' in line]
+    assert name == 'named' and metrics['examples'] == 14
+    assert np.isclose(metrics['loss'], wanted['named/loss'], rtol=1e-5)
+    with pytest.raises(UserError, match='reads text, not images'):
+        predict.classifier(str(run), 'classes')
+    with pytest.raises(UserError, match='reads text, not images'):
+        export.exported(*vit_jax.load(run), (8, 8))
+    assert figures.model_of(str(run), True, None) is None

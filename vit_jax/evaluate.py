@@ -5,10 +5,10 @@ config's section `evals` (a run's config.json is a config, too); without --confi
 that made X. Any setting can be changed: --config.evals.test.batch_size=100. Of the section `model`,
 only dtype, matmul_dtype, quantize and unroll have an effect, as X determines the model.
 
-A run of another objective than `supervised` is evaluated as during training, at the image size of
-training, and its training data has to be at hand. Any other checkpoint is a classifier, or two
-towers that evaluations zero_shot and retrieval compare: its position embeddings are resized to the
-image size of each evaluation.
+A run of another objective than `supervised`, or of texts, is evaluated as during training, at the
+image size of training, and its training data has to be at hand. Any other checkpoint is a
+classifier, or two towers that evaluations zero_shot and retrieval compare: its position embeddings
+are resized to the image size of each evaluation.
 
 Labels of the data are matched to the checkpoint's by class name, in any order, where both have
 names. A data set with some of the classes is scored among these; one with other classes is refused
@@ -86,10 +86,11 @@ def evaluations(
 ) -> Iterator[tuple[str, Callable, evaluators.Subject, Any]]:
     """Yields (name, evaluation, subject, params) for each section of `evals`.
 
-    A run of another objective is made as it was for training. Any other checkpoint is a
-    classifier, whose positions are resized for each evaluation; no training data is read.
+    A run of another objective, or of texts, is made as it was for training. Any other checkpoint is
+    a classifier, whose positions are resized for each evaluation; no training data is read.
     """
-    if config.objective.name != 'supervised' and run.is_run(str(checkpoint)):
+    of_images = config.data.get('task') != 'text'
+    if not (config.objective.name == 'supervised' and of_images) and run.is_run(str(checkpoint)):
         parts, params = restore.parts_and_params(str(checkpoint), config, ema)
         subject = evaluators.subject(
             parts.objective, params, parts.spec, parts.mesh, parts.task.names,
@@ -104,6 +105,8 @@ def evaluations(
         )
     mesh, loaded = sharding.make_mesh(**config.mesh), {}
     for name, settings in config.evals.items():
+        if not of_images:
+            raise UserError(f'evals.{name} reads texts, and {checkpoint} is no run, as it must be')
         size = tasks.size_of(settings.image_size)
         if size not in loaded:
             loaded = {size: read(checkpoint, size, config.model, ema, patch_size)}

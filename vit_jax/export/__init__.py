@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from vit_jax.data import augment
 from vit_jax.errors import UserError
 from vit_jax.io.text import to_json
+from vit_jax.models import interface
 from vit_jax.objectives import losses
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -56,6 +57,7 @@ def exported(
     Raises:
       UserError: the view, a platform or the model can't be exported.
     """
+    interface.check_reads_images(model)
     if hasattr(model, 'attention'):
         model = model.clone(attention='xla')
     if hasattr(model, 'unroll'):

@@ -96,7 +96,7 @@ def of_run(path: epath.Path, out: epath.Path) -> Iterator[page.Part]:
         params = optim.averaged(state)
         yield from worst.parts(name, evaluation, params, out)
     classifying = {n: e for n, e in parts.evals.items() if config.evals[n].type == 'classify'}
-    if classifying and parts.model is not None:
+    if classifying and parts.model is not None and 'image' in parts.inputs:
         yield from of_predictions(
             config, parts, *next(iter(classifying.items())), state, lines, out
         )
@@ -235,12 +235,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def model_of(address: str, is_run: bool, image_size: int | None) -> Loaded | None:
-    """Loads a checkpoint; None for a run of a method without a model of the package."""
+    """Loads a checkpoint; None for a run of texts, or of a method without a model of images."""
     try:
-        return weights.read(address, image_size=image_size, as_input=True)
+        found = weights.read(address, image_size=image_size, as_input=True)
+        interface.check_reads_images(found.model)
+        return found
     except UserError as e:
         config = run.config_of(address)[1] if is_run else {}
-        if config.get('objective', {}).get('name', 'supervised') == 'supervised':
+        classifies = config.get('objective', {}).get('name', 'supervised') == 'supervised'
+        if classifies and config.get('data', {}).get('task') != 'text':
             raise
         print(printable(f'No pictures of a model: {e}'))
         return None

@@ -77,6 +77,13 @@ def check_output(model: Any) -> None:
         raise UserError(EACH_TOKEN)
 
 
+def check_reads_images(model: Any) -> None:
+    """Raises UserError for a model of something else than images."""
+    name = getattr(model, 'reads', 'image')
+    if name != 'image':
+        raise UserError(f'the model reads {name}, not images; python -m vit_jax.evaluate takes it')
+
+
 def captures(capture: str | Sequence[str], valid: tuple[str, ...]) -> tuple[str, ...]:
     """`capture`, a name or several, as a tuple; raises UserError for one that is not in `valid`."""
     names = (capture,) if isinstance(capture, str) else capture

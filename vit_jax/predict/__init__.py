@@ -87,6 +87,7 @@ def classifier(
     if isinstance(found.model, Mae):  # whose output takes noise, too
         found = weights.read(checkpoint, **how)
     model = found.model
+    interface.check_reads_images(model)
     if model.num_classes is None and output == 'classes':
         raise UserError(f'{checkpoint} has no head, so it knows no classes')
     interface.check_output(model)
