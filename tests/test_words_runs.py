@@ -136,7 +136,13 @@ def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path, caplog):
     begun(('objective.text.gelu', 'exact'))
     assert "otherwise: objective.text.gelu is 'exact', there 'tanh'" in caplog.text
 
-    without, _ = begun(('objective.loss', 'softmax'))
+    assert 'makes other ids' not in caplog.text
+    words.bert(tmp_path / 'bert')
+    without, _ = begun(
+        ('objective.loss', 'softmax'), ('data.tokenizer', str(tmp_path / 'bert')),
+        ('objective.text.vocab_size', str(model.text.vocab_size)),
+    )  # fmt: skip
+    assert f'makes other ids than {tmp_path}/bert' in caplog.text
     assert without.keys() == saved.keys() - {'bias'}
     assert without['temperature'] == saved['temperature']
 
@@ -185,3 +191,6 @@ def test_a_run_of_texts_is_evaluated_and_takes_no_images(tmp_path):
     with pytest.raises(UserError, match='reads text, not images'):
         export.exported(*vit_jax.load(run), (8, 8))
     assert figures.model_of(str(run), True, None) is None
+    towers = config.load(f'{FILE}:{folder}', [('init_from', str(run)), ('evals', '{}')])
+    with pytest.raises(UserError, match='a model of texts alone; two towers begin'):
+        initial.first_state(towers, assembly.make(towers, devices=jax.devices()[:1]))

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from vit_jax import assembly, models, step
 from vit_jax.convert import load as weights
-from vit_jax.convert import run
+from vit_jax.convert import run, tokenizers
+from vit_jax.data.tokenizers import Named
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.models import parameters
@@ -74,6 +75,7 @@ def of_text(config: ConfigDict, parts: assembly.Parts, names: dict[str, Any]) ->
     classes = names[f'{prefix}head/bias'].shape[0] if f'{prefix}head/bias' in names else 0
     stated = weights.read(config.init_from, part='text', ema=None, values=False).model
     warn_of_differences(config.init_from, stated, config.model, 'model')
+    warn_of_tokenizer(config.init_from, parts.task.tokenizer)
     found = weights.read(
         config.init_from, part='text', ema=None,
         num_classes=None if config.keep_head and classes else classes, **fields_of(parts.model),
@@ -85,6 +87,11 @@ def of_towers(config: ConfigDict, parts: assembly.Parts, names: dict[str, Any]) 
     """Weights of both towers, of which each scalar is optional, or of the image tower alone."""
     size, fields = image_size(config, parts), fields_of(parts.model)
     whole = weights.read(config.init_from, ema=None, towers=True, values=False).model
+    if isinstance(whole, Text):
+        raise UserError(
+            f'init_from is {config.init_from}, a model of texts alone; two towers begin with both '
+            'of a checkpoint or with its image tower'
+        )
     if not isinstance(whole, TwoTowers):
         found = weights.read(
             config.init_from, part='encoder', ema=None, image_size=size, num_classes=0, **fields
@@ -94,6 +101,7 @@ def of_towers(config: ConfigDict, parts: assembly.Parts, names: dict[str, Any]) 
     warn_of_differences(
         config.init_from, whole.text, config.objective.get('text') or {}, 'objective.text'
     )
+    warn_of_tokenizer(config.init_from, parts.task.tokenizer)
     found = weights.read(config.init_from, ema=None, towers=True, image_size=size, **fields)
     scalars = {'temperature', 'bias'}
     own = {
@@ -116,6 +124,19 @@ def warn_of_differences(path: str, model: Text, section: Any, name: str) -> None
     ]  # fmt: skip
     if different:
         logging.warning('%s: its text tower computes otherwise: %s', path, '; '.join(different))
+
+
+def warn_of_tokenizer(path: str, named: Named | None) -> None:
+    """Logs if the tokenizer of a checkpoint, where it has one, makes other ids than the run's."""
+    try:
+        own = tokenizers.tokenizer(path, length=named and named.length)
+    except UserError:  # it has none
+        return
+    if named is not None and own.fingerprint != named.loaded.fingerprint:
+        logging.warning(
+            '%s: its tokenizer makes other ids than %s; data.tokenizer=%s is its own',
+            path, named.address, path,
+        )  # fmt: skip
 
 
 def image_size(config: ConfigDict, parts: assembly.Parts) -> tuple[int, int]:
