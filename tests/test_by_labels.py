@@ -13,8 +13,9 @@ from PIL import Image
 
 import vit_jax
 from vit_jax import evaluate as evaluation
-from vit_jax import models, sharding
+from vit_jax import evaluators, models, sharding
 from vit_jax.data import tasks
+from vit_jax.data.tokenizers import Named
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate, settings_of
 from vit_jax.evaluators import embeddings
@@ -158,6 +159,18 @@ def more_tokens(folder, out):
     tokens = json.loads((folder / 'vocab.json').read_text())
     (out / 'vocab.json').write_text(json.dumps(tokens | {'more</w>': len(tokens)}))
     return str(out)
+
+
+def test_a_tokenizer_of_other_ids_is_logged(checkpoint, tmp_path, caplog):
+    folder = str(checkpoint[0])
+    by_labels.predictor(folder, LABELS, tokenizer=folder)
+    assert 'makes other ids' not in caplog.text
+    by_labels.predictor(folder, LABELS, tokenizer=str(words.bert(tmp_path / 'bert')))
+    assert f'makes other ids than {tmp_path}/bert' in caplog.text
+    subject = evaluators.Subject(None, None, {}, {}, {}, Named(folder))
+    caplog.clear()
+    embeddings.tokenizer_of(subject, str(tmp_path / 'bert'))
+    assert f'makes other ids than {tmp_path}/bert' in caplog.text
 
 
 def test_a_tokenizer_of_tokens_that_the_model_does_not_have_is_refused(checkpoint, tmp_path):

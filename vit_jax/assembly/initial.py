@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from vit_jax import assembly, models, step
 from vit_jax.convert import load as weights
 from vit_jax.convert import run, tokenizers
-from vit_jax.data.tokenizers import Named
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.models import parameters
@@ -75,7 +74,7 @@ def of_text(config: ConfigDict, parts: assembly.Parts, names: dict[str, Any]) ->
     classes = names[f'{prefix}head/bias'].shape[0] if f'{prefix}head/bias' in names else 0
     stated = weights.read(config.init_from, part='text', ema=None, values=False).model
     warn_of_differences(config.init_from, stated, config.model, 'model')
-    warn_of_tokenizer(config.init_from, parts.task.tokenizer)
+    tokenizers.warn_of_another(config.init_from, parts.task.tokenizer)
     found = weights.read(
         config.init_from, part='text', ema=None,
         num_classes=None if config.keep_head and classes else classes, **fields_of(parts.model),
@@ -101,7 +100,7 @@ def of_towers(config: ConfigDict, parts: assembly.Parts, names: dict[str, Any]) 
     warn_of_differences(
         config.init_from, whole.text, config.objective.get('text') or {}, 'objective.text'
     )
-    warn_of_tokenizer(config.init_from, parts.task.tokenizer)
+    tokenizers.warn_of_another(config.init_from, parts.task.tokenizer)
     found = weights.read(config.init_from, ema=None, towers=True, image_size=size, **fields)
     scalars = {'temperature', 'bias'}
     own = {
@@ -124,19 +123,6 @@ def warn_of_differences(path: str, model: Text, section: Any, name: str) -> None
     ]  # fmt: skip
     if different:
         logging.warning('%s: its text tower computes otherwise: %s', path, '; '.join(different))
-
-
-def warn_of_tokenizer(path: str, named: Named | None) -> None:
-    """Logs if the tokenizer of a checkpoint, where it has one, makes other ids than the run's."""
-    try:
-        own = tokenizers.tokenizer(path, length=named and named.length)
-    except UserError:  # it has none
-        return
-    if named is not None and own.fingerprint != named.loaded.fingerprint:
-        logging.warning(
-            '%s: its tokenizer makes other ids than %s; data.tokenizer=%s is its own',
-            path, named.address, path,
-        )  # fmt: skip
 
 
 def image_size(config: ConfigDict, parts: assembly.Parts) -> tuple[int, int]:

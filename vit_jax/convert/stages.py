@@ -18,7 +18,7 @@ from vit_jax.models.interface import Metadata
 MOST_PIXELS = 65_536  # a side, as bounds.Pixels
 TWO_TOWERS = (
     "the file has an image tower and a text tower; give part='image' (python -m vit_jax.convert "
-    'SRC DST --part image) for the image tower alone'
+    'SRC DST --part image) for the image tower alone; predict takes both with --labels'
 )
 NO_TEXT = "there is no text tower of a known kind in the file, which part='text' is for"
 ENCODER = (

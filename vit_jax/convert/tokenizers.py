@@ -34,3 +34,13 @@ def address_of(path: str | os.PathLike) -> str:
         if not address.exists():
             raise UserError(f'{root} has no tokenizer: its run reads no texts')
     return os.fspath(address)
+
+
+def warn_of_another(checkpoint: str, named: tokenizers.Named | None) -> None:
+    """Logs if the tokenizer of a checkpoint, where it has one, makes other ids than `named`."""
+    try:
+        own = address_of(checkpoint)
+    except UserError:  # it has none
+        return
+    if named is not None:
+        tokenizers.warn_of_another(own, named)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vit_jax import evaluators, sharding
-from vit_jax.data.tokenizers import Named
+from vit_jax.data.tokenizers import Named, warn_of_another
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.evaluators import Subject
@@ -26,6 +26,7 @@ def tokenizer_of(subject: Subject, address: str | None) -> Named:
         return own or Named(address)
     found = Named(address, own.given if own.fits else own.length, own.fits)
     found.check()
+    warn_of_another(own.address, found)
     return found
 
 

@@ -86,6 +86,8 @@ def main(argv: Sequence[str]) -> None:
         print(f'Written: {printable(out)}: {written}')
         return
     drawn = options.labels is not None and (options.out or '').endswith('.png')
+    if options.labels is not None and not drawn and (options.out or options.features):
+        raise UserError('--labels prints classes, or draws them with --out=FILE.png')
     if options.maps and not drawn:
         raise UserError('--maps draws where texts are; give --labels and --out=FILE.png')
     if options.labels is None and (options.templates != [prompts.PLACE] or options.tokenizer):
@@ -114,8 +116,6 @@ def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
     output = 'features' if options.features else 'all' if options.out else 'classes'
     arguments = (options.checkpoint, output, None if options.ema else False, options.image_size)
     if options.labels is not None:
-        if output != 'classes':
-            raise UserError('--labels prints classes, or draws them with --out=FILE.png')
         predictor = of_labels(options)
     else:
         predictor = method(*arguments) or classifier(*arguments, options.patch_size)

@@ -76,7 +76,10 @@ def predictor(
             "(pool 'cls_gap'), so a patch alone has no embedding; leave out --maps"
         )
     fits = model.text.vocab_size, model.text.length
-    cut = Named(tokenizers.address_of(tokenizer or checkpoint), fits=fits).loaded
+    named = Named(tokenizers.address_of(tokenizer or checkpoint), fits=fits)
+    if tokenizer is not None:
+        tokenizers.warn_of_another(checkpoint, named)
+    cut = named.loaded
     classes = class_embeddings(model, found.params, cut, labels, templates)
 
     def compute(params, images):

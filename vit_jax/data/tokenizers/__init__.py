@@ -10,12 +10,13 @@ import pathlib
 from collections.abc import Iterable
 
 import numpy as np
+from absl import logging
 
 from vit_jax.data.tokenizers import folders
 from vit_jax.data.tokenizers.tokenizer import Tokenizer
 from vit_jax.errors import UserError, shown
 
-__all__ = ['Named', 'Tokenizer', 'load']
+__all__ = ['Named', 'Tokenizer', 'load', 'warn_of_another']
 
 
 def load(address: str | os.PathLike, *, length: int | None = None) -> Tokenizer:
@@ -84,3 +85,15 @@ class Named:
     def __call__(self, texts: str | Iterable[str]) -> np.ndarray:
         """Ids int32 [B, L] of texts."""
         return self.loaded(texts)
+
+
+def warn_of_another(own: str, named: Named) -> None:
+    """Logs if a tokenizer makes other ids than the one at the address `own`, if one is there."""
+    try:
+        found = load(own, length=named.length)
+    except UserError:  # a checkpoint without one
+        return
+    if found.fingerprint != named.loaded.fingerprint:
+        logging.warning(
+            'the tokenizer %s, that of the checkpoint, makes other ids than %s', own, named.address
+        )
