@@ -110,6 +110,20 @@ def test_an_evaluation_s_tokenizer_has_the_tokens_of_the_model(tmp_path):
             assembly.make(changed, devices=jax.devices()[:1])
 
 
+def test_the_text_tower_fits_the_image_tower_and_the_tokenizer(tmp_path):
+    folder = write(tmp_path / 'data', count=3)
+
+    def made(*changes):
+        changes = [('evals', '{}'), ('model.num_classes', 'None'), *changes]
+        parts = assembly.make(config.load(f'{FILE}:{folder}', changes), devices=jax.devices()[:1])
+        return parameters.named_leaves(parts.abstract.params)['text/head/kernel'].shape
+
+    assert made(('model.pool', 'cls_gap')) == (16, 32)
+    assert made(('model.representation_size', '24')) == (16, 24)
+    with pytest.raises(UserError, match='eos_id is 5, and texts of .* end with 555'):
+        made(('objective.text.eos_id', '5'))
+
+
 def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path, caplog):
     folder, run = write(tmp_path / 'data'), tmp_path / 'run'
     short = [('steps', '2'), ('checkpoint.every', '1'), ('evals', '{}')]

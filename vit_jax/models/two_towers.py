@@ -55,14 +55,10 @@ class TwoTowers(TakesImages, nn.Module):
         bounds.check_fields('towers', self)
         self.image.check()
         self.text.check()
-        sizes = [tower.num_classes or tower.width for tower in (self.image, self.text)]
+        sizes = [output_size(tower) for tower in (self.image, self.text)]
         for name in ('image', 'text'):
             if getattr(self, name).pool == 'none':
                 raise UserError(f"{name}.pool is 'none', which gives no vector of the whole {name}")
-        if self.image.num_classes is None and self.image.pool == 'cls_gap':
-            sizes[0] *= 2
-        if self.image.num_classes is None and self.image.representation_size is not None:
-            sizes[0] = self.image.representation_size
         if sizes[0] != sizes[1]:
             raise UserError(
                 f'the image tower gives vectors of {sizes[0]}, the text tower of {sizes[1]}; '
@@ -112,6 +108,12 @@ class TwoTowers(TakesImages, nn.Module):
         return out['temperature'] * products + out['bias'], out
 
 
+def output_size(tower: vit.Vit | text.Text) -> int:
+    """Size of the vector that a tower gives."""
+    pooled = tower.width * (2 if tower.pool == 'cls_gap' else 1)
+    return tower.num_classes or getattr(tower, 'representation_size', None) or pooled
+
+
 def unit_length(x: jax.Array) -> jax.Array:
     """Vectors [B, E] at unit length, in float32; zeros stay, with a gradient that is finite."""
     x = x.astype(jnp.float32)
@@ -132,7 +134,7 @@ def build_towers(image: vit.Vit, text_fields: Any, **fields: Any) -> TwoTowers:
     """
     tower = text.of_fields(text_fields)
     if tower.num_classes is None and not isinstance(text_fields, text.Text):
-        tower = tower.clone(num_classes=image.num_classes or image.width)
+        tower = tower.clone(num_classes=output_size(image))
     towers = [t.clone(head_std=None) if t.head_std == 0 else t for t in (image, tower)]
     model = TwoTowers(*towers, **fields)
     model.check()

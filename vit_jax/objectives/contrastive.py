@@ -130,6 +130,13 @@ def towers(model: nn.Module, examples: Examples, text: Any, **fields: Any) -> Tw
     if 'vocab_size' not in values and examples.tokenizer is not None:
         values['vocab_size'] = examples.tokenizer.loaded.vocab_size
     net = build_towers(model, values, **fields)
+    if net.text.pool == 'eos' and net.text.eos_id is not None and examples.tokenizer is not None:
+        end = examples.tokenizer.loaded.eos
+        if net.text.eos_id != end:
+            raise UserError(
+                f'config objective.text.eos_id is {net.text.eos_id}, and texts of '
+                f'{examples.tokenizer.address} end with {end}; set it to that'
+            )
     try:
         net.grid(examples.spec['image'].shape)
     except UserError as e:
