@@ -26,9 +26,9 @@ pixels, or average precision of boxes and masks:
 
 Background alone has 7.2% mIoU and 79.6% of the pixels; of each class a box in its mean place, by
 the class's frequency, has 0.02% AP: yolos,random has learnt little more. EoMT's queries join the
-last two blocks, which do not learn to read them where they are frozen. Its panoptic quality is that
-of the background, 8.6 to 8.8%: of no article is the score above the 0.8 that counts. eomt,mae and
-yolos from other starts are not yet run here.
+last two blocks, which are frozen in eomt,frozen. Its panoptic quality is that of the background,
+8.6 to 8.8%, as no score of an article is high. eomt,mae and yolos from other starts are not yet run
+here.
 """
 
 from ml_collections import ConfigDict
