@@ -34,24 +34,19 @@ which) and draws a row for each image: the image, what the model sees of it, and
 predict their mean and deviation, which are guessed from the visible patches.
 """
 
-import contextlib
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from vit_jax import cli
 from vit_jax.data import files, prompts, tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.figures import labelled, restored
-from vit_jax.io import storage
-from vit_jax.io.progress import Bar
 from vit_jax.io.text import printable, to_json
 from vit_jax.predict import (
     Predictor,
@@ -60,6 +55,7 @@ from vit_jax.predict import (
     dense,
     findings,
     method,
+    output,
     predicted,
     read_ahead,
     windowed,
@@ -77,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         if options.features or options.json:
             raise UserError('--hide draws a picture; leave out --features and --json')
         out = options.out or 'restored.png'
-        check_output('out', out, '.png')
+        output.check_output('out', out, options.force, '.png')
         written = restored.write(
             pathlib.Path(out).absolute(), options.checkpoint, files.find_images(argv[1:]),
             hide=options.hide, seed=options.seed, image_size=options.image_size, view=options.view,
@@ -86,13 +82,7 @@ def main(argv: Sequence[str]) -> None:
         print(f'Written: {printable(out)}: {written}')
         return
     drawn = options.labels is not None and (options.out or '').endswith('.png')
-    if options.labels is not None and not drawn and (options.out or options.features):
-        raise UserError('--labels prints classes, or draws them with --out=FILE.png')
-    if options.maps and not drawn:
-        raise UserError('--maps draws where texts are; give --labels and --out=FILE.png')
-    if options.labels is None and (options.templates != [prompts.PLACE] or options.tokenizer):
-        name = 'tokenizer' if options.tokenizer else 'templates'
-        raise UserError(f'--{name} is for the texts of --labels; give --labels')
+    check_labels(options, drawn)
     if drawn:
         draw_labels(argv[1:], options)
         return
@@ -107,14 +97,25 @@ def main(argv: Sequence[str]) -> None:
     classify_images(argv[1:], options)
 
 
+def check_labels(options: flags.FlagValues, drawn: bool) -> None:
+    """Raises UserError for flags of --labels that nothing would read."""
+    if options.labels is not None and not drawn and (options.out or options.features):
+        raise UserError('--labels prints classes, or draws them with --out=FILE.png')
+    if options.maps and not drawn:
+        raise UserError('--maps draws where texts are; give --labels and --out=FILE.png')
+    if options.labels is None and (options.templates != [prompts.PLACE] or options.tokenizer):
+        name = 'tokenizer' if options.tokenizer else 'templates'
+        raise UserError(f'--{name} is for the texts of --labels; give --labels')
+
+
 def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
     """Prints classes of images, or writes features or other arrays to a file."""
     out = options.features or options.out
     if out:
-        check_output('features' if options.features else 'out', out)
+        output.check_output('features' if options.features else 'out', out, options.force)
     paths = files.find_images(names)
-    output = 'features' if options.features else 'all' if options.out else 'classes'
-    arguments = (options.checkpoint, output, None if options.ema else False, options.image_size)
+    kind = 'features' if options.features else 'all' if options.out else 'classes'
+    arguments = (options.checkpoint, kind, None if options.ema else False, options.image_size)
     if options.labels is not None:
         predictor = of_labels(options)
     else:
@@ -124,7 +125,7 @@ def classify_images(names: Sequence[str], options: flags.FlagValues) -> None:
     )
     batch_size = min(options.batch_size, len(paths))
     rows, images = [], read_ahead(paths, view, 2 * batch_size)
-    with counted(len(paths)) as usable:
+    with output.counted(len(paths)) as usable:
         for path, outputs in usable(predicted(predictor, images, batch_size)):
             if out:
                 rows.append((path, outputs))
@@ -153,7 +154,7 @@ def of_labels(options: flags.FlagValues, drawn: by_labels.Drawn | None = None) -
 
 def draw_labels(names: Sequence[str], options: flags.FlagValues) -> None:
     """Draws images beside the texts of --labels."""
-    check_output('out', options.out, '.png')
+    output.check_output('out', options.out, options.force, '.png')
     if options.json:
         raise UserError('--json prints classes; leave out --out, which draws them')
     paths = files.find_images(names)
@@ -167,7 +168,7 @@ def draw_labels(names: Sequence[str], options: flags.FlagValues) -> None:
     )
     pixels, found = dict(read_ahead(paths, view, len(paths))), {}
     images = ((path, pixels[path]) for path in paths)
-    with counted(len(paths)) as usable:
+    with output.counted(len(paths)) as usable:
         size = min(options.batch_size, len(paths))
         found |= dict(usable(predicted(predictor, images, size)))
         if found:
@@ -182,19 +183,19 @@ def draw_labels(names: Sequence[str], options: flags.FlagValues) -> None:
 
 def find(paths: Sequence[str], options: flags.FlagValues) -> None:
     """Prints or draws what a detector or segmenter finds in images."""
-    pictures = pictures_of(paths, options) if options.out else {}
+    pictures = output.pictures_of(paths, options.out, options.force) if options.out else {}
     finder = dense.finder(
         options.checkpoint, threshold=options.threshold, masks=options.masks, stuff=options.stuff,
         ema=None if options.ema else False, image_size=options.image_size,
         patch_size=options.patch_size,
     )  # fmt: skip
-    with counted(len(paths)) as usable:
+    with output.counted(len(paths)) as usable:
         for (path, place), outputs in usable(outputs_of(paths, finder, options)):
             one, names = finder.find(outputs, place), finder.predictor.classes
             if options.json:
                 print(to_json(findings.record(path, one, names)), flush=True)
             else:
-                print_rows(path, findings.lines(one, names))
+                output.print_rows(path, findings.lines(one, names))
             if path in pictures:
                 findings.draw(pictures[path], findings.original(path), one, names)
                 if not options.json:
@@ -217,72 +218,6 @@ def outputs_of(
     return windowed.predicted(predictor, dense.keyed(images), windows, options.flip)
 
 
-def pictures_of(paths: Sequence[str], options: flags.FlagValues) -> dict[str, pathlib.Path]:
-    """{image: PNG to write} of --out; raises UserError if one can't be written."""
-    out = options.out
-    if out.endswith('.png') and len(paths) == 1:
-        check_output('out', out, '.png')
-        return {paths[0]: pathlib.Path(out).absolute()}
-    if pathlib.Path(out).suffix or '://' in out:
-        raise UserError(
-            f'--out={out}: name a local .png file for one image, a folder for several, or an .npz'
-        )
-    folder, found = storage.make_folder(pathlib.Path(out).absolute()), {}
-    for path in paths:
-        stem = pathlib.Path(path).stem
-        picture = folder / f'{stem}.png'
-        if picture in found.values():
-            picture = folder / f'{stem}-{len(found)}.png'
-        storage.check_free(picture, options.force)
-        found[path] = picture
-    return found
-
-
-@contextlib.contextmanager
-def counted(total: int) -> Iterator[Callable[[Iterator], Iterator[tuple[Any, Any]]]]:
-    """Yields a function that passes on those of `predicted` that could be read.
-
-    Others are reported on stderr; at the end there is a UserError if there were any. That of a
-    single image is raised as it is.
-    """
-    failed = []
-
-    def usable(pairs):
-        with progress(total) as advance:
-            for key, outputs in pairs:
-                if not isinstance(outputs, UserError):
-                    yield key, outputs
-                elif total == 1:
-                    raise outputs
-                else:
-                    print(f'skipped: {printable(outputs)}', file=sys.stderr)
-                    failed.append(key)
-                advance(1)
-
-    yield usable
-    if failed:
-        raise UserError(f'{len(failed):,} of {total:,} images cannot be read')
-
-
-def check_output(flag: str, path: str, suffix: str = '.npz') -> None:
-    """Raises UserError if the file that a flag names can't be written, before any computation."""
-    if not path.endswith(suffix) or '://' in path:
-        raise UserError(f'--{flag}={path}: name a local file that ends in {suffix}')
-    path = pathlib.Path(path).absolute()
-    storage.check_free(path, flags.FLAGS.force)
-    storage.prepare_file(path)
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(count)`; shows a bar if stderr is a terminal and stdout is not."""
-    if total == 1 or sys.stdout.isatty() or not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    with Bar('images', total) as bar:
-        yield bar.add
-
-
 def show(
     path: str, probabilities: np.ndarray, classes: Sequence[str] | None, top: int
 ) -> None:
@@ -293,17 +228,7 @@ def show(
         found = [dict(index=i, name=n, probability=p) for i, n, p in rows]
         print(to_json({'image': str(path), 'top': found}), flush=True)
         return
-    print_rows(path, [(f'{probability:7.2%}', name) for _, name, probability in rows])
-
-
-def print_rows(path: str, rows: Sequence[Sequence[str]]) -> None:
-    """Prints the name of an image and a table."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for row in rows:
-        table.add_row(*map(printable, row))
-    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-    console.print(printable(path), soft_wrap=True)
-    console.print(table if rows else '  nothing')
+    output.print_rows(path, [(f'{probability:7.2%}', name) for _, name, probability in rows])
 
 
 if __name__ == '__main__':
