@@ -19,6 +19,7 @@ from vit_jax import models
 from vit_jax.convert import inputs, load
 from vit_jax.data import augment, decoding, files, tasks
 from vit_jax.errors import UserError
+from vit_jax.models.text import Text
 
 SIZE, CLASSES = 32, ('ant', 'bee', 'cat', 'dog', 'eel')
 
@@ -254,15 +255,16 @@ def test_a_notebook_is_shown_what_there_is():
     )
     assert done.returncode == 0, done.stderr
     names = done.stdout.split('\n')[0].split()
-    assert {'load', 'save', 'preprocess', 'class_names', 'models'} <= set(names)
+    assert {'load', 'save', 'preprocess', 'class_names', 'tokenizer', 'models'} <= set(names)
     assert done.stdout.split('\n')[1] == 'preprocess build'
-    for name in ('load', 'save', 'preprocess', 'class_names'):
+    for name in ('load', 'save', 'preprocess', 'class_names', 'tokenizer'):
         function = getattr(vit_jax, name)
         signature = inspect.signature(function)
         assert len(function.__doc__) > 80 and signature.return_annotation is not signature.empty
         assert all(p.annotation is not p.empty for p in signature.parameters.values()), name
     for kind in models.KINDS:
-        assert 'normalised floats' in kind.__doc__ and 'pre_logits' in kind.__doc__
+        inputs = 'Token ids' if kind is Text else 'normalised floats'
+        assert inputs in kind.__doc__ and 'pre_logits' in kind.__doc__
         assert kind.__call__.__doc__ and kind.normalise.__doc__
         shown = str(inspect.signature(kind))  # which help() prints
         assert 'Annotated[int, above 0]' in shown and 'Range(' not in shown
