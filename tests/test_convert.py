@@ -984,6 +984,7 @@ def contents(path):
     return {path.name: path.read_bytes()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('format', ['official', 'timm'])
 def test_a_save_that_is_killed_leaves_one_of_the_two_versions(format, tmp_path):
     # A stopped process leaves its files as a killed one does, and can go on to the next moment.

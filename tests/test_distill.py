@@ -182,6 +182,7 @@ def run(devices=1, accumulate=1, steps=4, **mesh):
     return found, jax.device_get(state), frozen
 
 
+@pytest.mark.slow
 def test_eight_devices_and_micro_batches_are_one_with_a_sharded_teacher_that_stays():
     one, state, _ = run()
     assert np.abs(state.params['dist_head']['kernel']).max() > 1e-3 and not state.extra

@@ -111,6 +111,7 @@ def test_each_side_is_compiled_once(whole):
     assert [advance._cache_size() for advance in functions] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit_and_is_read_at_any_side(whole, tmp_path):
     whole, parts = whole[0], tmp_path / 'parts'
     shutil.copytree(whole, parts)

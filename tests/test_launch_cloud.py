@@ -16,6 +16,7 @@ def tpu(place, *words):
     return (*TPU, *words, '--workdir=gs://b/r', EXPERIMENT, '--config.seed=1')
 
 
+@pytest.mark.slow
 def test_tpu_is_made_set_up_and_run(place):
     status, output, errors = place.launch(*tpu(place, '--type=v4-32', '--spot'))
     assert (status, errors) == (0, ''), errors
@@ -65,6 +66,7 @@ def test_tpu_survives_its_launcher_and_is_found_again(place):
     place.wait(lambda: not place.trainers())
 
 
+@pytest.mark.slow
 def test_tpu_attaches_and_stops(place):
     ready(place).kill()
     again = place.start(*tpu(place))

@@ -282,6 +282,7 @@ def steps_of(objective, devices, count=3, accumulate=1, **mesh):
     return losses, jax.device_get(state.params)
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one_on_any_mesh():
     objective = learner(model=dict(drop_path=0.3))
     one = steps_of(objective, 1)

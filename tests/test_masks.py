@@ -202,6 +202,7 @@ def test_examples_without_masks_and_those_that_do_not_count(semantic):
     assert loss(params, batch | {'mask': np.zeros(4, np.float32)})[0][0] == 0
 
 
+@pytest.mark.slow
 def test_masked_attention_ends_block_by_block_and_is_gone():
     ends = [jnp.array(masks.masked_shares(4, n / 60)) for n in (0, 10, 15, 20, 40, 45, 50, 60)]
     by_hand = 0.5**0.9

@@ -178,6 +178,7 @@ def test_export_writes_what_the_objective_does(nameless, tmp_path):
         export_command.method(nameless, full, None, **settings | dict(dtype='bfloat16'))
 
 
+@pytest.mark.slow
 def test_a_model_in_a_subtree_is_loaded_alone(folder, tmp_path):
     file = tmp_path / 'siamese.py'
     file.write_text(SIAMESE)

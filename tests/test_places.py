@@ -149,6 +149,7 @@ def photos(tmp_path_factory):
     return predicting.photos(tmp_path_factory.mktemp('photos'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('masks', ['semantic', 'instances'])
 def test_a_run_of_masks_prints_and_draws(masks, folder, photos, tmp_path, capsys):
     coco = pytest.importorskip('pycocotools.mask')

@@ -78,6 +78,7 @@ def test_a_name_that_is_not_known_is_said_while_it_is_waited_for(monkeypatch, ca
     assert 'within 1 s (--start_timeout): Name or service not known' in str(found)
 
 
+@pytest.mark.slow
 @SECRETS
 def test_other_configs_and_equal_numbers_are_named_to_all(secret, monkeypatch):
     if secret:

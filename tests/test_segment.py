@@ -78,6 +78,7 @@ def encoded(params, batch, blocks=1):
     return torch.from_numpy(tokens.reshape(-1, 4, 6, 16 * blocks).transpose(0, 3, 1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('blocks', [1, 2])
 def test_the_linear_head_is_batch_norm_and_a_convolution_of_pytorch(blocks):
     torch = pytest.importorskip('torch')

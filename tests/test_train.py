@@ -86,6 +86,7 @@ def test_a_finished_run_says_so(folder, copied, capsys):
     assert launched.metrics(copied) == lines
 
 
+@pytest.mark.slow
 def test_a_changed_config_stops_the_run_where_it_changes_the_result(folder, tmp_path):
     run(folder, tmp_path, stop=StopAfter(tmp_path, 1))
     before = json.loads((tmp_path / 'config.json').read_text())

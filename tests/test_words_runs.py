@@ -124,6 +124,7 @@ def test_the_text_tower_fits_the_image_tower_and_the_tokenizer(tmp_path):
         made(('objective.text.eos_id', '5'))
 
 
+@pytest.mark.slow
 def test_towers_and_texts_begin_with_those_of_a_checkpoint(tmp_path, caplog):
     folder, run = write(tmp_path / 'data'), tmp_path / 'run'
     short = [('steps', '2'), ('checkpoint.every', '1'), ('evals', '{}')]

@@ -127,7 +127,7 @@ def build_towers(image: vit.Vit, text_fields: Any, **fields: Any) -> TwoTowers:
       image: the image tower. Without a head (num_classes None) its pooled tokens are the embedding.
       text_fields: a `text.Text`, or a section {field: value} of it. Without `num_classes` the text
         tower has a projection to the dimensions of the image tower's output.
-      fields: further fields of `TwoTowers`.
+      **fields: further fields of `TwoTowers`.
 
     Heads are projections here, which start from a deviation of width^-0.5: of zeros, no embedding
     would have a direction. Raises UserError for an invalid field.
