@@ -1,6 +1,7 @@
 """Masked autoencoders: against transformers, on any number of devices, and as what others load."""
 
 import functools
+import json
 import pathlib
 import shutil
 
@@ -339,6 +340,12 @@ def test_a_run_is_loaded_whole_saved_for_transformers_and_by_its_encoder(folder,
     np.testing.assert_allclose(
         compiled(vit)(weights, images)[1]['encoded'], seen['encoded'], atol=1e-6
     )
+    other = json.loads((path / 'config.json').read_text())
+    del other['objective']['mask_tokens']
+    shutil.copytree(path, tmp_path / 'other')
+    (tmp_path / 'other' / 'config.json').write_text(json.dumps(other))
+    with pytest.raises(UserError, match="not the config of a run .*'mask_tokens'"):
+        vit_jax.load(tmp_path / 'other')
     pytest.importorskip('transformers')
     import transformers
 

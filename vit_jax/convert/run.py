@@ -104,18 +104,18 @@ def parse_run(address: str, ema: bool | None) -> Parsed:
         bias = arrays.get(f'{prefix}head/bias')
         values['num_classes'] = None if bias is None else bias.shape[0]
         model = models.build(name, **values)
+        classes = class_names(workdir.read_names(root / 'classes.json'))
+        around = around_of(config, arrays, prefix, classes, ema)
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{root / "config.json"} is not the config of a run ({brief(e)})') from e
-    classes = workdir.read_names(root / 'classes.json')
     fields = {k: v for k, v in models.describe(model).items() if k != 'name'}
     entries = {name: array_in_memory(value) for name, value in arrays.items()}
     tables = (f'{prefix}posemb', f'{prefix}encoder/posemb')
     rows = next(((name, arrays[name].shape[-2]) for name in tables if name in arrays), None)
     others = {n: 'beside the model' for n in arrays if not n.startswith(prefix)}
-    around = around_of(config, arrays, prefix, class_names(classes), ema)
     return Parsed(
         'vit_jax', models.KINDS[type(model)], fields, entries,
-        lambda m: run_pieces(m, arrays, prefix), rows, others, size, class_names(classes), config,
+        lambda m: run_pieces(m, arrays, prefix), rows, others, size, classes, config,
         around=around, text=text,
     )  # fmt: skip
 
