@@ -33,8 +33,8 @@ class Retrieval:
     - text_to_image@K: share of the texts with their image among the K most similar images
 
     All pairs of the data set are compared by the cosine of their embeddings (arXiv:2103.00020
-    appendix E). Of equal similarities each order is as likely: the numbers are expectations, so a
-    model whose embeddings are all the same has those of chance.
+    appendix E). Ties are broken at random, in expectation, so a model with the same embedding for
+    all inputs scores at chance.
 
     Args:
       source: the data set, see Data sets.

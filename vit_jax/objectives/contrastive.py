@@ -45,7 +45,7 @@ def contrastive(
     (arXiv:2111.07991). Evaluations read the image tower's outputs, `image_embedding` and, with
     texts, `text_embedding` [B, E].
 
-    `accuracy` is the share of images with no text in the batch that is more similar than their own.
+    `accuracy` is the share of images to which no text of the batch is more similar than their own.
 
     Args:
       model: the image tower, a ViT as `models.build` makes it. `model.num_classes` is the number E

@@ -34,8 +34,8 @@ class Pairs(NamedTuple):
 def loss(pairs: Pairs, kind: str) -> tuple[jax.Array, jax.Array]:
     """(loss, accuracy): means over the images whose mask is 1, 0 if there is none.
 
-    With n devices on the axes of AXES of the mesh that is set, gradients included, no device
-    has more than [B / n, B / n] logits. Logits are float32 products of float32.
+    On a mesh whose axes AXES have n devices, no device ever has more than [B / n, B / n] logits,
+    neither for the loss nor for its gradients. Products are float32.
 
     Args:
       pairs: embeddings, scale, bias and mask.
