@@ -47,6 +47,7 @@ def get_config(arg='random'):
     config.optim = dict(lr=1e-3, weight_decay=0.05, warmup=50, clip=1.0)
     if large:
         config.optim.freeze = '^image/'
+        config.objective.keep_features = True
     config.evals = {
         split: dict(
             type='zero_shot', source=source(split, 'label'), templates=('{}',), image_size=size,

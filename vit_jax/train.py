@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import assembly, evaluators, optim, sharding, step
 from vit_jax import config as configs
-from vit_jax.assembly import evaluations, initial
+from vit_jax.assembly import evaluations, initial, kept
 from vit_jax.data import pipeline
 from vit_jax.distributed.stop import Stop
 from vit_jax.io.text import printable
@@ -61,6 +61,10 @@ def train(
         if state is None:
             state, account = initial.first_state(config, parts)
         start = int(state.step)
+        if parts.objective.kept is not None:
+            parts = kept.filled(config, parts, state.params, path, stop, set_phase)
+            if parts is None:
+                return None
         sizes = (parts.steps, config.data.batch_size, start, parts.objective.flops)
         with report.Report(path, *sizes, stop, parts.objective.warn, **config.report) as log:
             log.print(heading.text(parts, config, start, account, differing))

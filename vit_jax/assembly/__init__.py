@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as configs
 from vit_jax import evaluators, models, optim, sharding, step
-from vit_jax.assembly import evaluations, trained
+from vit_jax.assembly import evaluations, kept, trained
 from vit_jax.convert import load as weights
 from vit_jax.data import mixture, order, sources, tasks
 from vit_jax.data.readers import names
@@ -76,6 +76,10 @@ def make(
     objective = objective_of(config, model, task, spec, steps, checkpoints)
     tx = optim.make(step.abstract_params(objective), steps, objective.rules, **config.optim)
     abstract = step.abstract_state(objective, tx, mesh)
+    if objective.kept is not None:
+        objective = objective._replace(inputs=objective.inputs or spec)
+        task = kept.without_image(task, objective, tx, abstract.params)
+        spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in task.blank.items()}
     if checkpoints == 'values' and task.tokenizer is not None:
         check_vocabulary(abstract.params, task.tokenizer)
     evaluations.check_image_sizes(config, objective, spec, abstract.params)

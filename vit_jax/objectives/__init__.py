@@ -48,6 +48,20 @@ class Trained(NamedTuple):
     address: str = ''
 
 
+class Kept(NamedTuple):
+    """What a method computes of an example's image once, and its loss then reads in place of it.
+
+    Attributes:
+      compute: (params, batch with `image`) -> {name: array [B, ...]}.
+      weights: pattern of the parameters that it reads. All of them are to be frozen.
+      setting: the setting that asks for it, for messages: 'objective.keep_features'.
+    """
+
+    compute: Callable
+    weights: str
+    setting: str
+
+
 class Objective(NamedTuple):
     """Defines a training method: its loss, its predictions, and its state beside the parameters.
 
@@ -80,6 +94,7 @@ class Objective(NamedTuple):
         patch size. Each is compiled at the first step that has it. A plan has `loss`, which is then
         the most expensive.
       variant: (seed, step) -> the name of that step's, on the host.
+      kept: what is computed of each training image once, see `Kept`. None: nothing.
     """
 
     init: Callable
@@ -96,6 +111,7 @@ class Objective(NamedTuple):
     warn: Callable = lambda step, metrics: None
     variants: dict = {}
     variant: Callable | None = None
+    kept: Kept | None = None
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

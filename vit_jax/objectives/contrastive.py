@@ -1,7 +1,8 @@
 """Images and their texts: two towers learn which of a batch belong together.
 
-A batch is {image: uint8 [B, H, W, C], text: int [B, L], mask: [B]}. Shapes: E dimensions of the
-space of both, M micro-batches.
+A batch is {image: uint8 [B, H, W, C], text: int [B, L], mask: [B]}; with kept features it has
+`features` [B, D] in place of the image. Shapes: D input of the image tower's head, E dimensions of
+the space of both, M micro-batches.
 """
 
 import math
@@ -15,11 +16,12 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Finite, Positive
+from vit_jax.models import layers
 from vit_jax.models import text as texts
 from vit_jax.models.memory import shard_batch
-from vit_jax.models.two_towers import TwoTowers, build_towers
+from vit_jax.models.two_towers import TwoTowers, build_towers, unit_length
 from vit_jax.models.vit import Vit
-from vit_jax.objectives import Examples, Objective, pairs
+from vit_jax.objectives import Examples, Kept, Objective, pairs
 
 METRICS = {'loss': 'min', 'accuracy': 'max'}
 PAIRS = 'each image is compared with the texts of the whole batch; objective.micro_batches has the '
@@ -36,6 +38,7 @@ def contrastive(
     temperature_max: Positive[float] | None = None,
     bias: Finite[float] = -10.0,
     micro_batches: Positive[int] = 1,
+    keep_features: bool = False,
 ) -> Objective:
     """Trains an image and a text tower to give the image and text of a pair similar embeddings.
 
@@ -63,6 +66,9 @@ def contrastive(
       micro_batches: number M of parts of a batch whose embeddings are computed one after the
         other, and again for the gradient (arXiv:2101.06983): the loss and its gradient are those of
         the whole batch, in the memory of a part.
+      keep_features: whether each training image passes the image tower once, before the first step,
+        and steps then read its features, the input of the tower's head. All of the tower but its
+        head is to be frozen, and the view is not to be random. Evaluations read images.
     """
     net = towers(
         model, examples, text, use_bias=loss == 'sigmoid', temperature_init=temperature,
@@ -75,14 +81,16 @@ def contrastive(
         return net.init(key, *blank)['params']
 
     def embed(params, batch, key):
-        images = net.normalise(batch['image'])
+        images = None if keep_features else net.normalise(batch['image'])
         out = net.apply({'params': params}, images, batch['text'], train=True,
                         rngs={'dropout': key})[1]  # fmt: skip
+        if keep_features:
+            out['image_embedding'] = embedding_of(net.image, params['image'], batch['features'])
         scalars = {name: out[name] for name in ('temperature', 'bias')}
         return {name: out[name] for name in ('image_embedding', 'text_embedding')}, scalars
 
     def loss_fn(params, extra, frozen, batch, key, step):
-        inputs = {name: batch[name] for name in ('image', 'text')}
+        inputs = {name: batch[name] for name in ('features' if keep_features else 'image', 'text')}
         embeddings, scalars = in_parts(embed, params, inputs, key, micro_batches)
         value, accuracy = pairs.loss(
             pairs.Pairs(
@@ -93,10 +101,43 @@ def contrastive(
         metrics = {'loss': value, 'accuracy': accuracy, 'temperature': scalars['temperature']}
         return value, (metrics | ({'bias': scalars['bias']} if net.use_bias else {}), {})
 
+    flops = net.text.flops(tokens[-1]) if keep_features else net.flops(image, tokens[-1])
     return Objective(
-        init, loss_fn, partial(predict, net), indivisible=PAIRS, flops=net.flops(image, tokens[-1]),
-        settings={'pairs': loss},
+        init, loss_fn, partial(predict, net), indivisible=PAIRS, flops=flops,
+        settings={'pairs': loss}, kept=kept_features(net) if keep_features else None,
     )  # fmt: skip
+
+
+def kept_features(net: TwoTowers) -> Kept:
+    """The features of images, `features` [B, D]; raises UserError for an image tower with dropout.
+
+    They are float32, whatever the tower computes in.
+    """
+    for name in ('dropout', 'attention_dropout', 'drop_path'):
+        if rate := getattr(net.image, name):
+            raise UserError(
+                f'objective.keep_features: model.{name} is {rate:g}, so the features of an image '
+                'differ from step to step; set it to 0'
+            )
+    if net.image.dist_head:
+        raise UserError(
+            'objective.keep_features: model.dist_head is a second head, which reads other features'
+        )
+
+    def compute(params, batch):
+        images = net.normalise(batch['image'])
+        out = net.image.apply({'params': params['image']}, images)[1]
+        return {'features': out['pre_logits'].astype(jnp.float32)}
+
+    return Kept(compute, '^image/(?!head/)', 'objective.keep_features')
+
+
+def embedding_of(model: Vit, params: Any, features: jax.Array) -> jax.Array:
+    """The embedding [B, E] of an image's features [B, D], by the tower's head if it has one."""
+    if model.num_classes is not None:
+        head = layers.head(model.num_classes, model.head_bias, model.dtype)
+        features = head.apply({'params': params['head']}, features)
+    return unit_length(features)
 
 
 def predict(
@@ -153,7 +194,7 @@ def in_parts(
     """
     if count == 1:
         return embed(params, inputs, key)
-    size, mesh = len(inputs['image']), jax.sharding.get_abstract_mesh()
+    size, mesh = len(inputs['text']), jax.sharding.get_abstract_mesh()
     least = count * math.prod(mesh.shape.get(axis, 1) for axis in pairs.AXES)
     if size % least:
         raise UserError(

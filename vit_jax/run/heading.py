@@ -35,7 +35,7 @@ def text(
     params = sum(count for _, _, count, *_ in parts.tx.table)
     trained = sum(count for _, _, count, *_, frozen in parts.tx.table if not frozen)
     flops, name = parts.objective.flops, model_name(config)
-    unit = 'texts' if 'text' in parts.spec and 'image' not in parts.spec else 'images'
+    unit = 'texts' if 'text' in parts.inputs and 'image' not in parts.inputs else 'images'
     one = 'a text' if unit == 'texts' else 'an image'
     cost = '' if flops is None else f', {flop(flops)} {one} forward'
     counts = [f'{len(parts.source):,} {unit}']

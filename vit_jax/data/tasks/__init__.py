@@ -31,12 +31,15 @@ class Task(NamedTuple):
         classes.json and compares them when it resumes.
       tokenizer: what made the ids of texts, a tokenizers.Named; a run saves its tokenizer and
         refuses another one when it resumes.
+      rest: `read` without the `image`, which it does not look at. None where a task has none, or
+        where the image is drawn at random, so that it differs from step to step.
     """
 
     blank: dict
     read: Callable
     names: dict = {}
     tokenizer: Any = None
+    rest: Callable | None = None
 
 
 def class_names(
@@ -151,10 +154,16 @@ def make_view(
     return View(draw, tuple(steps), reads_labels)
 
 
+def is_fixed(view: str | dict, augmentations: Sequence[str | dict] = ()) -> bool:
+    """Whether a view with augmentations, of which all are random, draws nothing."""
+    name = view if isinstance(view, str) else dict(view).get('name')
+    return check_view(name) in FIXED and not augmentations
+
+
 def fixed_view(view: str | dict, image_size: int | tuple[int, int]) -> View:
     """`make_view` for evaluation; raises UserError for a random view."""
-    name = view if isinstance(view, str) else dict(view).get('name')
-    if check_view(name) not in FIXED:
+    if not is_fixed(view):
+        name = view if isinstance(view, str) else view['name']
         raise UserError(f'the view {name} draws at random; give one of {", ".join(FIXED)}')
     return make_view(view, image_size)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from vit_jax.data import captions, images
 from vit_jax.data.sources import Source
-from vit_jax.data.tasks import Task, fixed_view, make_view, size_of
+from vit_jax.data.tasks import Task, fixed_view, is_fixed, make_view, size_of
 from vit_jax.data.tokenizers import Named
 from vit_jax.io.bounds import Positive, Size
 
@@ -42,22 +42,28 @@ def image_text(
         'image': np.zeros((*size_of(image_size), 3), np.uint8),
         'text': np.zeros(named.length, np.int32),
     }
-    read = partial(
-        image_and_caption, view=make_view(view, image_size, augment), tokenizer=named, text=text
-    )
-    return Task(blank, read, tokenizer=named)
+    caption = partial(caption_of, tokenizer=named, text=text)
+    read = partial(image_and_caption, view=make_view(view, image_size, augment), caption=caption)
+    rest = caption if is_fixed(view, augment) else None
+    return Task(blank, read, tokenizer=named, rest=rest)
+
+
+def caption_of(
+    record: Mapping[str, Any], rng: np.random.Generator, *, tokenizer: Named, text: str | None
+) -> dict[str, np.ndarray]:
+    """Makes the `text` of `image_text`, of one of the captions."""
+    found = captions.of_record(record, text)
+    return {'text': tokenizer(found[int(rng.integers(len(found)))])[0]}
 
 
 def image_and_caption(
-    record: Mapping[str, Any], rng: np.random.Generator, *, view: Callable, tokenizer: Named,
-    text: str | None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    record: Mapping[str, Any], rng: np.random.Generator, *, view: Callable, caption: Callable
+) -> dict[str, np.ndarray]:
     """Makes the arrays of `image_text`."""
-    found = captions.of_record(record, text)
-    chosen = found[int(rng.integers(len(found)))]
+    chosen = caption(record, rng)
     with images.naming('image'):
         image = view(images.read(record['image']), rng)
-    return {'image': image, 'text': tokenizer(chosen)[0]}
+    return {'image': image} | chosen
 
 
 def all_captions(
