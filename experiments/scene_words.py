@@ -30,7 +30,7 @@ def get_config(arg='random'):
     large = arg == 'lit'
     config = ConfigDict()
     config.seed = 0
-    config.steps = 300 if large else 1500
+    config.steps = 1500
     config.model = {} if large else dict(
         name='vit/8', width=128, depth=6, num_heads=2, mlp_dim=512, pool='gap', num_classes=None
     )
@@ -51,7 +51,7 @@ def get_config(arg='random'):
     config.evals = {
         split: dict(
             type='zero_shot', source=source(split, 'label'), templates=('{}',), image_size=size,
-            batch_size=50, every=500,
+            batch_size=50, every=0 if large else 500,
         ) for split in ('seen', 'unseen')
     }  # fmt: skip
     config.report = dict(every=20)
