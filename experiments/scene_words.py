@@ -7,7 +7,7 @@
 A caption says where the largest article is to the second largest, "a sneaker above a bag". START:
 
     random  the image tower is a ViT of width 128 and 6 blocks of random weights, at 96 px
-    lit     it is the ViT-S/14 of --config.init_from, which stays as it is, at 168 px
+    lit     it is the ViT-S/14 of --config.init_from, which stays as it is, at 112 px
 
 Evaluations choose among all 410 captions: `seen` are scenes with pairs of articles that the
 training had, `unseen` those with the 7 pairs, a fifth by their hash, that it had not. Not yet run
@@ -39,7 +39,7 @@ def get_config(arg='random'):
         text=dict(width=128, depth=2, num_heads=2, mlp_dim=512, pool='mean', pad_id=0,
                   mask_padding=True),
     )  # fmt: skip
-    size = 168 if large else 96
+    size = 112 if large else 96
     config.data = dict(
         task='image_text', source=source('train'), tokenizer='runs/scene_words/tokenizer',
         image_size=size, batch_size=32, view='resize',
