@@ -1,4 +1,7 @@
-"""model.matmul_dtype: products alone in bfloat16; residual stream, norms and logits in float32."""
+"""Products alone in bfloat16 (model.matmul_dtype), and those in float32 on any device (precision).
+
+With the former the residual stream, norms and logits stay in float32.
+"""
 
 import functools
 
@@ -7,10 +10,21 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from learners import batch, classifier
 
-from vit_jax import models
+from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
-from vit_jax.models import block
+from vit_jax.models import (
+    attention,
+    block,
+    detector,
+    interface,
+    mae,
+    masks,
+    patch_classifier,
+    segmenter,
+    two_towers,
+)
 
 B, T, D, H, M, K = 2, 17, 24, 3, 40, 13  # K and R are sizes of nothing else
 R, M1 = 11, 6  # the representation layer, the MLP over patches
@@ -143,3 +157,86 @@ def test_names_of_dtypes():
     for name in ('vit-ti/16', 'mixer-b/16', 'bit-r50x1'):
         with pytest.raises(UserError, match="matmul_dtype is 'int8', not one of float32, bfloat16"):
             models.build(name, matmul_dtype='int8')
+
+
+PRODUCTS = 'dot_general', 'conv_general_dilated'
+EXACT = (jax.lax.Precision.HIGHEST,) * 2
+TEXT = dict(vocab_size=9, length=5, **{k: v for k, v in VIT.items() if k not in ('name', 'unroll')})
+
+
+def precisions(function, *arguments):
+    """Precisions of all products of float32 values, and of how many."""
+    found = [
+        e.params['precision'] for e in equations(jax.make_jaxpr(function)(*arguments).jaxpr)
+        if e.primitive.name in PRODUCTS and 'float32' in dtypes(e)
+    ]  # fmt: skip
+    return set(found), len(found)
+
+
+def small(**fields):
+    return models.build(**VIT | dict(num_classes=K) | fields)
+
+
+def towers():
+    return two_towers.build_towers(small(num_classes=D), TEXT | dict(num_classes=D))
+
+
+MODELS = {
+    **{kind: lambda kind=kind: models.build(**KINDS[kind] | dict(num_classes=K)) for kind in KINDS},
+    'chunked': lambda: small(attention='chunked'),
+    'towers': towers,
+    'mae': lambda: mae.around_encoder(small(), decoder_width=8, decoder_depth=1, decoder_heads=2),
+    'yolos': lambda: detector.around_encoder(small(), num_classes=K, queries=3),
+    'eomt': lambda: masks.around_encoder(small(), num_classes=K, queries=3, query_blocks=1),
+    'segmenter': lambda: segmenter.around_encoder(small(), num_classes=K, depth=1),
+    'patches': lambda: patch_classifier.around_encoder(small(), num_classes=K),
+}
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_all_products_of_a_model_as_commands_load_it_are_in_float32(kind):
+    model = MODELS[kind]()
+    inputs = [jnp.zeros((B, 16, 16, 3))]
+    if kind == 'towers':
+        inputs.append(jnp.ones((B, 5), jnp.int32))
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    more = {'noise': jnp.zeros((B, 16))} if kind == 'mae' else {}
+    exact = interface.exact(model)
+    assert exact != model and interface.exact(exact) == exact
+    found, count = precisions(lambda p, *x: exact.apply(p, *x, **more)[0], params, *inputs)
+    assert found == {EXACT} and count > 5
+    plain, _ = precisions(lambda p, *x: model.apply(p, *x, **more)[0], params, *inputs)
+    assert None in plain  # as the device does it
+
+
+def test_kernels_are_in_the_precision_around_them():
+    qkv, bias = jnp.zeros((B, T, 3, H, D // H)), jnp.zeros((3, H, D // H))
+
+    def total(qkv):
+        return attention.pallas(qkv, bias, (), None, True).sum()
+
+    assert precisions(jax.grad(total), qkv)[0] == {None}
+    with jax.default_matmul_precision('float32'):
+        assert precisions(jax.grad(total), qkv)[0] == {EXACT}
+
+
+@pytest.mark.parametrize('precision', [None, 'float32', 'tensorfloat32'])
+def test_a_step_computes_all_products_in_the_stated_precision(precision):
+    model = small(attention='chunked', gelu='exact', precision=precision)
+    objective, mesh = classifier(model, (16, 16, 3)), sharding.make_mesh(jax.devices()[:1])
+    tx = optim.make(step.abstract_params(objective), 10)
+    abstract = step.abstract_state(objective, tx, mesh)
+    examples = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch())) | {
+        'image': jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8)
+    }
+    advance = step.compiled(objective, tx, abstract, mesh, precision=precision)
+    high = {'float32': EXACT, 'tensorfloat32': (jax.lax.Precision.HIGH,) * 2, None: None}
+    assert precisions(advance, abstract, examples, {})[0] == {high[precision]}
+
+
+def test_models_with_products_in_16_bits_have_no_precision():
+    model = small(matmul_dtype='bfloat16')
+    assert interface.exact(model) == model
+    assert interface.computed_exactly(small, model) is small
+    with pytest.raises(UserError, match="precision is 'float32', .* they are in bfloat16"):
+        small(matmul_dtype='bfloat16', precision='float32')

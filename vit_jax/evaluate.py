@@ -3,7 +3,7 @@
 X is anything that vit_jax.load takes, or a run of any objective. The evaluations are those of the
 config's section `evals` (a run's config.json is a config, too); without --config, those of the run
 that made X. Any setting can be changed: --config.evals.test.batch_size=100. Of the section `model`,
-only dtype, matmul_dtype, quantize and unroll have an effect, as X determines the model.
+only dtype, matmul_dtype, precision, quantize and unroll have an effect, as X determines the model.
 
 A run of another objective than `supervised`, or of texts, is evaluated as during training, at the
 image size of training, and its training data has to be at hand. Any other checkpoint is a
@@ -42,6 +42,7 @@ from vit_jax.evaluators import classify
 from vit_jax.io import experiment, storage
 from vit_jax.io.progress import Bar
 from vit_jax.io.text import number, printable, to_json
+from vit_jax.models import interface
 from vit_jax.models.two_towers import TwoTowers
 from vit_jax.objectives import Examples, contrastive, flexible, supervised
 from vit_jax.run import workdir
@@ -139,11 +140,12 @@ def read(
     checkpoint: str, image_size: tuple[int, int], model: ConfigDict, ema: bool | None,
     patch_size: int | None,
 ) -> fit.Loaded:  # fmt: skip
-    """Loads the checkpoint at its sizes, with the config's dtypes, quantize and unroll."""
-    fields = 'dtype', 'matmul_dtype', 'quantize', 'unroll'
+    """Loads the checkpoint at its sizes, with the config's dtypes, products and unroll."""
+    fields = 'dtype', 'matmul_dtype', 'precision', 'quantize', 'unroll'
     how = {field: model[field] for field in fields if field in model}
     how |= {} if patch_size is None else {'patch_size': patch_size}
-    return weights.read(checkpoint, image_size=image_size, ema=ema, towers=True, **how)
+    found = weights.read(checkpoint, image_size=image_size, ema=ema, towers=True, **how)
+    return found._replace(model=interface.exact(found.model))
 
 
 def settings_of(

@@ -185,6 +185,16 @@ def stop_votes(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {'stop': jnp.sum(batch['stop'])} if 'stop' in batch else {}
 
 
+def at_precision(precision: str, function: Callable) -> Callable:
+    """The function, with products of float32 values in a precision of `interface.Precision`."""
+
+    def precise(*arguments):
+        with jax.default_matmul_precision(precision):
+            return function(*arguments)
+
+    return precise
+
+
 def compiled(
     objective: Objective,
     tx: optim.Optimizer,
@@ -193,10 +203,16 @@ def compiled(
     *,
     seed: int = 0,
     accumulate: int = 1,
+    precision: str | None = None,
 ) -> Callable[[State, dict[str, jax.Array], Any], tuple[State, dict[str, jax.Array]]]:
-    """`train_step` as one jitted function: state donated, shardings from the mesh."""
+    """`train_step` as one jitted function: state donated, shardings from the mesh.
+
+    `precision` is that of products of float32 values, gradients included; None: the device's.
+    """
     shardings = sharding.shardings_of(abstract)
     advance = partial(train_step, objective=objective, tx=tx, seed=seed, accumulate=accumulate)
+    if precision is not None:
+        advance = at_precision(precision, advance)
     return jax.jit(
         sharding.with_mesh(mesh, advance),
         donate_argnums=0,

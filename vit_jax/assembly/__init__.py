@@ -18,7 +18,7 @@ from vit_jax.data import mixture, order, sources, tasks
 from vit_jax.data.readers import names
 from vit_jax.data.tokenizers import Named, folders
 from vit_jax.errors import UserError
-from vit_jax.models import parameters
+from vit_jax.models import interface, parameters
 from vit_jax.objectives import Examples, Objective
 from vit_jax.run import workdir
 
@@ -125,7 +125,7 @@ def objective_of(
             f'accumulate is {config.accumulate}, but objective {config.objective.name} takes whole '
             f'batches: {objective.indivisible}; set it to 1'
         )
-    return objective
+    return objective._replace(predict=interface.computed_exactly(objective.predict, model))
 
 
 def check_vocabulary(params: Any, tokenizer: Named) -> None:

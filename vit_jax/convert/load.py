@@ -23,6 +23,7 @@ from vit_jax.convert.whole import fit_whole
 from vit_jax.errors import UserError, check_choice, shown
 from vit_jax.io import fetch
 from vit_jax.io.text import aligned, printable
+from vit_jax.models import interface
 
 ARGUMENTS = (
     'part', 'image_size', 'num_classes', 'keep_pre_logits', 'ema', 'source_image_size',
@@ -49,6 +50,7 @@ def load(
     `model.metadata` has image_size, view and classes (names by label) of the checkpoint. Other
     keywords override fields of the model, such as `num_heads`, `epsilon` or `dtype`; of a ViT,
     another `patch_size` resizes the kernel of the patches (FlexiViT, arXiv:2212.08013 eq. 3).
+    Products are computed in float32 on every device, unless `precision` or `dtype` says otherwise.
     `source_image_size` is the image size that a position table is for, if it is not square.
 
     Args:
@@ -107,9 +109,10 @@ def read(
     """Loads a checkpoint as `Loaded`; arguments are those of `load`.
 
     Without `values` no parameters are read. Without `image_size` positions stay as in the file or,
-    `as_input`, are resized for the input size that the documents beside the weights state. Of a
-    model around an encoder, such as a masked autoencoder, this is the encoder unless `whole`; of
-    two towers it is both if `whole` or `towers`, and an error unless `part` names one.
+    `as_input`, are resized for the input size that the documents beside the weights state, and
+    products of float32 values are computed in float32 (`interface.exact`). Of a model around an
+    encoder, such as a masked autoencoder, this is the encoder unless `whole`; of two towers it is
+    both if `whole` or `towers`, and an error unless `part` names one.
     """
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise UserError(f'the checkpoint is {shown(path)}, not a path, an address or a name')
@@ -132,7 +135,8 @@ def read(
             if not towers:
                 raise UserError(f'{path}: {TWO_TOWERS}')
             make = fit_whole
-        return make(parsed, str(path), **options)
+        loaded = make(parsed, str(path), **options)
+        return in_float32(loaded) if as_input else loaded
     local = fetch.local(address)
     if ema:
         raise UserError(f'{path} is not a checkpoint of a run, so it has no moving average (ema)')
@@ -149,7 +153,12 @@ def read(
             account = [explain_resize(row, parsed) for row in loaded.account]
             loaded = loaded._replace(account=account)
     log_notes(path, parsed, loaded.account)
-    return loaded
+    return in_float32(loaded) if as_input else loaded
+
+
+def in_float32(loaded: Loaded) -> Loaded:
+    """The same with a model that computes in float32 on any device, see `interface.exact`."""
+    return loaded._replace(model=interface.exact(loaded.model))
 
 
 def stated_size(parsed: Parsed, path: str | os.PathLike) -> tuple[int, int] | None:

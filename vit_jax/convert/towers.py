@@ -19,7 +19,7 @@ from vit_jax.models.two_towers import build_towers
 
 OWN = ('temperature_max',)  # fields of TwoTowers that a caller may give
 BOTH = (  # fields that a caller gives to both towers
-    'dtype', 'matmul_dtype', 'quantize', 'attention', 'remat', 'unroll', 'dropout',
+    'dtype', 'matmul_dtype', 'precision', 'quantize', 'attention', 'remat', 'unroll', 'dropout',
     'attention_dropout', 'drop_path', 'drop_path_rises',
 )  # fmt: skip
 

@@ -70,6 +70,7 @@ class Detector(AroundVit):
         return self.vit.clone(registers=self.vit.registers + self.queries, parent=None, name=None)
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self, images: jax.Array, *, train: bool = False
     ) -> tuple[jax.Array, dict[str, jax.Array]]:

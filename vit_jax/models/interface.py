@@ -1,14 +1,17 @@
 """What all models have in common: metadata, and checks of their inputs."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError, shown
+
+Precision = Literal['tensorfloat32', 'float32']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,56 @@ def dtype_name(value: Any) -> Any:
     if scalar or isinstance(value, (np.dtype, type(jnp.bfloat16))):
         return jnp.dtype(value).name
     return value
+
+
+def at_precision(call: Callable) -> Callable:
+    """Decorates the call of a model, or of one around `vit`, to compute at its `precision`."""
+
+    @functools.wraps(call)
+    def precise(self, *args, **kwargs):
+        precision = getattr(self, 'vit', self).precision
+        if precision is None:
+            return call(self, *args, **kwargs)
+        with jax.default_matmul_precision(precision):
+            return call(self, *args, **kwargs)
+
+    return precise
+
+
+def in_float32(model: Any) -> bool:
+    """Whether all products of a model, or of one around `vit`, are of float32 values."""
+    return getattr(model, 'vit', model).product_dtype == 'float32'
+
+
+def exact(model: Any) -> Any:
+    """The model with products of float32 values in float32, unless it has a precision."""
+    names = {field.name for field in dataclasses.fields(model)} & {'vit', 'image', 'text'}
+    if names:
+        return model.clone(**{name: exact(getattr(model, name)) for name in names})
+    stated = model.precision is not None or not in_float32(model)
+    return model if stated else model.clone(precision='float32')
+
+
+def computed_exactly(function: Callable, model: Any) -> Callable:
+    """Likewise a function that applies the model, or products of its own where that is None."""
+    if model is not None and not in_float32(model):
+        return function
+
+    @functools.wraps(function)
+    def computed(*args, **kwargs):
+        with jax.default_matmul_precision('float32'):
+            return function(*args, **kwargs)
+
+    return computed
+
+
+def check_precision(model: Any) -> None:
+    """Raises UserError for a precision of products that are in another dtype than float32."""
+    if model.precision is not None and model.product_dtype != 'float32':
+        raise UserError(
+            f'precision is {model.precision!r}, which is of products of float32 values, and '
+            f'they are in {model.product_dtype} (model.matmul_dtype, else model.dtype)'
+        )
 
 
 def check_images(images: Any, channels: int) -> None:

@@ -92,6 +92,7 @@ class Mae(AroundVit):
         return vit_flops(self.vit, image_shape, visible) + 2 * adds
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self, images: jax.Array, *, noise: jax.Array | None = None, train: bool = False
     ) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -94,6 +94,7 @@ class MaskClassifier(AroundVit):
         return self.vit.flops(image_shape) + 2 * adds
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self, images: jax.Array, *, train: bool = False, masked: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -97,6 +97,9 @@ class Mixer(nn.Module):
     # dtype of operands and results of the products in stem and blocks alone, while the residual
     # stream, norms and the head stay in `dtype`; None: `dtype`
     matmul_dtype: Float | None = None
+    # precision of products of float32 values; None: float32 in evaluations, in training what the
+    # device has: bfloat16 on TPUs, tensorfloat32 on NVIDIA's GPUs from Ampere on
+    precision: interface.Precision | None = None
     # 8-bit matrix products in the blocks, see models/quantized.py
     quantize: Literal['none', 'int8', 'fp8'] = 'none'
     mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
@@ -133,6 +136,7 @@ class Mixer(nn.Module):
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('model', self)
+        interface.check_precision(self)
         quantized.dot_general(self.quantize)
 
     def flops(self, image_shape: tuple[int, ...]) -> int:
@@ -144,6 +148,7 @@ class Mixer(nn.Module):
         return 2 * (adds + d * (self.num_classes or 0))
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self,
         images: jax.Array,

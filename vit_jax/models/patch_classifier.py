@@ -54,6 +54,7 @@ class PatchClassifier(AroundVit):
         return self.vit.flops(image_shape) + 2 * h * w * self.features * self.num_classes
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self, images: jax.Array, *, train: bool = False
     ) -> tuple[jax.Array, dict[str, jax.Array]]:

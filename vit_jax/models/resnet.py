@@ -212,6 +212,9 @@ class Bit(nn.Module):
     # dtype of operands and results of the convolutions alone, while the residual stream, norms and
     # the head stay in `dtype`; None: `dtype`
     matmul_dtype: Float | None = None
+    # precision of products of float32 values; None: float32 in evaluations, in training what the
+    # device has: bfloat16 on TPUs, tensorfloat32 on NVIDIA's GPUs from Ampere on
+    precision: interface.Precision | None = None
     mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
     std: tuple[Positive[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
@@ -247,6 +250,7 @@ class Bit(nn.Module):
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('model', self)
+        interface.check_precision(self)
         if not self.units:
             raise UserError(f'model.units is {self.units!r}, not units by stage, as (3, 4, 6, 3)')
         if not root_features(self.width) or root_features(self.width) % GROUPS:
@@ -261,6 +265,7 @@ class Bit(nn.Module):
         return 2 * (adds + channels(self.units, self.width) * (self.num_classes or 0))
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self,
         images: jax.Array,

@@ -71,6 +71,7 @@ class Segmenter(AroundVit):
         return self.vit.flops(image_shape) + 2 * adds
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self, images: jax.Array, *, train: bool = False
     ) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -88,6 +88,9 @@ class Text(nn.Module):
     dtype: Float = 'float32'  # dtype of the computation; parameters are float32
     # dtype of operands and results of the products in the blocks alone; None: `dtype`
     matmul_dtype: Float | None = None
+    # precision of products of float32 values; None: float32 in evaluations, in training what the
+    # device has: bfloat16 on TPUs, tensorfloat32 on NVIDIA's GPUs from Ampere on
+    precision: interface.Precision | None = None
     # 8-bit matrix products in the blocks, see models/quantized.py
     quantize: Literal['none', 'int8', 'fp8'] = 'none'
     metadata: interface.Metadata | None = interface.metadata()  # set by vit_jax.load
@@ -113,6 +116,7 @@ class Text(nn.Module):
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('text', self)
+        interface.check_precision(self)
         quantized.dot_general(self.quantize)
         if self.width % self.num_heads:
             raise UserError(
@@ -139,6 +143,7 @@ class Text(nn.Module):
         return text_flops(self, self.length if length is None else length)
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self,
         tokens: jax.Array,

@@ -70,6 +70,7 @@ class TwoTowers(TakesImages, nn.Module):
         return self.image.flops(image_shape) + self.text.flops(length)
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self,
         images: jax.Array | None,

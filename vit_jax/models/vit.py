@@ -132,6 +132,9 @@ class Vit(nn.Module):
     # dtype of operands and results of the products in stem and blocks alone, while the residual
     # stream, norms, pooling and the head stay in `dtype`; None: `dtype`
     matmul_dtype: Float | None = None
+    # precision of products of float32 values; None: float32 in evaluations, in training what the
+    # device has: bfloat16 on TPUs, tensorfloat32 on NVIDIA's GPUs from Ampere on
+    precision: interface.Precision | None = None
     # 8-bit matrix products in the blocks, see models/quantized.py
     quantize: Literal['none', 'int8', 'fp8'] = 'none'
     mean: tuple[Finite[float], ...] = (0.5, 0.5, 0.5)  # of each channel of images in [0, 1]
@@ -178,6 +181,7 @@ class Vit(nn.Module):
     def check(self) -> None:
         """Raises UserError for an invalid field, and names it."""
         bounds.check_fields('model', self)
+        interface.check_precision(self)
         quantized.dot_general(self.quantize)
         if self.posemb_at != 'stem' and self.posemb not in ('learn', 'learn2d'):
             raise UserError(
@@ -212,6 +216,7 @@ class Vit(nn.Module):
         return vit_flops(self, image_shape)
 
     @nn.compact
+    @interface.at_precision
     def __call__(
         self,
         images: jax.Array,

@@ -90,7 +90,7 @@ def distill(
     shape = examples.spec['image'].shape
     size = size_for(teacher, teacher_size, shape)
     patches = flexible.Patches(model, shape, patch_sides, patch_grid, predict_side)
-    expert = checked(teacher, model, examples).clone(matmul_dtype=teacher_dtype)
+    expert = checked(teacher, model, examples).clone(matmul_dtype=teacher_dtype, precision=None)
 
     def targets(params, images):
         """Logits [B, K] of the teacher for normalised images of the student."""

@@ -52,7 +52,7 @@ def compiled(config: ConfigDict, parts: assembly.Parts) -> jax.stages.Compiled:
     """Compiles the train step of a run for the devices of its mesh; raises Refused."""
     advance = step.compiled(
         parts.objective, parts.tx, parts.abstract, parts.mesh, seed=config.seed,
-        accumulate=config.accumulate,
+        accumulate=config.accumulate, precision=config.model.get('precision'),
     )  # fmt: skip
     shardings = sharding.by_name(parts.objective.frozen, parts.mesh, parts.objective.rules)
     shapes = jax.tree.map(
