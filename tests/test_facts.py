@@ -232,7 +232,9 @@ def test_a_run_goes_on_with_the_data_it_was_begun_with_or_says_what_differs(tmp_
         capsys.readouterr()
         run(data, path, Soon(path), steps=60)
     said = capsys.readouterr().out
-    assert 'evals.val.examples' in said and 'jax.default_matmul_precision' in said
+    assert 'evals.val.examples' in said
+    line = 'from here on the last bits may be others: jax.default_matmul_precision changed'
+    assert f'\n{line}\n' in said
     (train_ / 'bee' / '0.png').unlink()
     assert run(data, path, steps=20, allow_change=True)['steps'] == 20
     assert json.loads((path / 'facts.json').read_text())['data.examples'] == 11

@@ -1,6 +1,7 @@
 """A run whose workdir is on gs://, against an emulator, through errors, in real processes."""
 
 import json
+import pathlib
 import re
 import signal
 import threading
@@ -12,6 +13,7 @@ from etils import epath
 
 from vit_jax.errors import UserError
 from vit_jax.io import storage
+from vit_jax.run import compilation
 
 STEPS = 60
 FLAGS = (f'--config.steps={STEPS}', '--config.checkpoint.every=8')
@@ -233,3 +235,45 @@ def test_what_can_not_be_read_for_now_is_not_taken_for_absent(store, here, monke
     store.trouble = lambda request: '403'
     with pytest.raises(UserError, match='cannot read gs://bucket/run/config.json'):
         storage.read(here / 'config.json')
+
+
+def programs(**files):
+    """Copies programs to and from the store as a run does; returns those that it begins with."""
+    with compilation.mirrored('gs://bucket/run/compiled') as folder:
+        found = {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+        for name, data in files.items():
+            (pathlib.Path(folder) / f'{name}-cache').write_bytes(data)
+    return found
+
+
+def test_compiled_programs_are_kept_in_the_store(store, here):
+    assert programs(a=b'1') == {}
+    assert programs(b=b'2') == {'a-cache': b'1'}
+    assert programs() == {'a-cache': b'1', 'b-cache': b'2'}
+    assert store.names('run/compiled') == ['run/compiled/a-cache', 'run/compiled/b-cache']
+
+
+@pytest.mark.parametrize('trouble', ['403', 'silent'])
+def test_a_store_of_programs_that_is_away_delays_a_run_by_a_limit(
+    trouble, store, here, monkeypatch, caplog
+):
+    assert programs(a=b'1') == {}
+    store.trouble = lambda request: trouble
+    monkeypatch.setattr(compilation, 'PATIENCE', 0.5)
+    assert programs(b=b'2') == {}  # and no test takes forever
+    words = '403 Forbidden' if trouble == '403' else 'more than 0.5 s'
+    assert caplog.text.count(words) == 2 and caplog.text.count('goes on without') == 2
+    store.trouble = lambda request: None
+    assert programs() == {'a-cache': b'1'}
+
+
+@pytest.mark.slow
+def test_a_run_whose_programs_are_at_a_silent_store_ends_as_another(
+    store, folder, whole, tmp_path
+):
+    store.trouble = lambda request: 'silent' if 'programs' in request.path else None
+    flags = '--compilation_cache=gs://bucket/programs', '--config.steps=10'
+    run = train(store, folder, tmp_path, *flags, workdir=tmp_path / 'run')
+    status, output = end(run, tmp_path)
+    assert status == 0 and output.count('goes on without') == 2, output
+    assert launched.timeless(tmp_path / 'run')[:10] == launched.timeless(whole)[:10]

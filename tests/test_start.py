@@ -1,5 +1,6 @@
 """What a start costs and shows: compiled programs are kept, and steps are traced on request."""
 
+import contextlib
 import gzip
 import importlib.metadata
 import json
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.run import compilation, profiling, report
+from vit_jax.run import compilation, machine, profiling, report
 from vit_jax.run.profiling import parse
 
 LONGER = ('--config.steps=8', '--allow_config_change')
@@ -55,23 +56,26 @@ def test_what_one_run_compiled_the_next_one_takes(folder, tmp_path):
 
 
 def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
-    settings = {}
+    settings, asked = {}, []
     monkeypatch.setattr(compilation.jax.config, 'update', settings.__setitem__)
+    monkeypatch.setattr(
+        compilation, 'mirrored', lambda address: contextlib.nullcontext(asked.append(address))
+    )
     monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'home'))
     key = 'jax_compilation_cache_dir'
 
     def kept(wish, workdir='runs/a'):
         settings.clear()
-        compilation.enable_cache(wish, workdir)
-        return settings
+        with compilation.cache(wish, workdir):
+            return settings
 
     assert kept(None) == {}  # of this test's own environment
     monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
     assert kept('off') == {'jax_enable_compilation_cache': False}
-    assert kept(None)[key] == str(tmp_path / 'home/compiled' / compilation.cpu_id())
+    assert kept(None)[key] == str(tmp_path / 'home/compiled' / machine.cpu_id())
     assert kept(None)['jax_compilation_cache_max_size'] == compilation.LIMIT
-    assert kept(str(tmp_path / 'b'))[key] == str(tmp_path / 'b' / compilation.cpu_id())
-    assert kept(None, 'gs://bucket/run') == {key: 'gs://bucket/run/compiled'}
+    assert kept(str(tmp_path / 'b'))[key] == str(tmp_path / 'b' / machine.cpu_id())
+    assert kept(None, 'gs://bucket/run') == {key: None} and asked == ['gs://bucket/run/compiled']
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'--compilation_cache=.*file/x cannot be used: .*or off'):
         kept(str(tmp_path / 'file' / 'x'))

@@ -13,6 +13,7 @@ SIGHUP, SIGINT and SIGTERM with everything saved.
 
 import signal
 import sys
+from collections.abc import Callable
 
 from absl import flags
 
@@ -73,6 +74,11 @@ CACHE = flags.DEFINE_string(
     'compilation_cache', None, 'Folder in which compiled programs are kept for the next start, or '
     'off; by default ~/.cache/vit_jax/compiled, or WORKDIR/compiled where that is on gs://.',
 )  # fmt: skip
+DETERMINISTIC = flags.DEFINE_bool(
+    'deterministic', True, 'On GPUs, exclude operations that add in any order and keep in '
+    'WORKDIR/kernels which kernels XLA chose, so that a resumed run repeats to the bit. CPUs and '
+    'TPUs need neither.',
+)  # fmt: skip
 
 
 def main(argv: list[str], overrides: list[tuple[str, str]]) -> int:
@@ -86,13 +92,23 @@ def main(argv: list[str], overrides: list[tuple[str, str]]) -> int:
 def run(overrides: list[tuple[str, str]], stop: stopping.Stop) -> int:
     """Trains, prints the results and returns the exit status."""
     # Imported here, so that a signal during the imports is handled.
-    from vit_jax import config, train
     from vit_jax.data import memory
+    from vit_jax.run import determinism, workdir
+
+    memory.sweep()
+    path, wanted = workdir.located(WORKDIR.value), DETERMINISTIC.value and not DRY_RUN.value
+    with determinism.repeatable(path, wanted) as keep_kernels:  # a checkpoint's model needs JAX
+        return trained(overrides, stop, keep_kernels)
+
+
+def trained(
+    overrides: list[tuple[str, str]], stop: stopping.Stop, keep_kernels: Callable[[], None]
+) -> int:
+    """As `run`, with the flags of XLA set; `keep_kernels` is as for train.train."""
+    from vit_jax import config, train
     from vit_jax.distributed import clusters, hosts, watch
     from vit_jax.run import compilation, report, results, workdir
 
-    memory.sweep()
-    compilation.enable_cache(CACHE.value, WORKDIR.value)
     begun = workdir.read_json(workdir.located(WORKDIR.value) / 'config.json')
     settings = config.load(CONFIG.value, overrides, begun, absent=DRY_RUN.value)
     if DRY_RUN.value:
@@ -106,14 +122,17 @@ def run(overrides: list[tuple[str, str]], stop: stopping.Stop) -> int:
             COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=START.value
         )
         hosts.check_processes(where, EXPECT_PROCESSES.value)
-        with hosts.join(where, hosts.facts(settings), **limits) as (set_phase, agree):
+        with (
+            compilation.cache(CACHE.value, WORKDIR.value),
+            hosts.join(where, hosts.facts(settings), **limits) as (set_phase, agree),
+        ):
             hosts.check_devices(EXPECT_DEVICES.value)
             stop.shared = where is not None
             with workdir.lock_workdir(WORKDIR.value) as path:
                 try:
                     result = train.train(
                         settings, path, stop, set_phase, agree, allow_change=ALLOW.value,
-                        profile=PROFILE.value,
+                        profile=PROFILE.value, keep_kernels=keep_kernels,
                     )  # fmt: skip
                 except report.NotFinite as e:  # raised at the same step in all processes
                     print(f'error: {e}', file=sys.stderr)

@@ -24,6 +24,7 @@ def train(
     set_phase: Callable[[str], None] = lambda phase: None,
     agree: Callable[[Mapping[str, Any]], None] = lambda facts: None, *,
     allow_change: bool = False, profile: str | None = None,
+    keep_kernels: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Trains in the folder `path` to the last step, or until `stop` is true.
 
@@ -37,6 +38,7 @@ def train(
       agree: called with the facts of the data, which must be equal in all processes.
       allow_change: resume even if config or data differ from those of the run's start.
       profile: steps to trace, as STEP:COUNT. None: none.
+      keep_kernels: called by process 0 before each save, see determinism.repeatable.
 
     Returns:
       The contents of result.json; None if stopped.
@@ -46,7 +48,7 @@ def train(
         begun = bool(checkpoints.steps())
         parts = assembly.of_run(config, path, begun, checkpoints='values')
         facts = origin.facts_of(parts)
-        agree({key: value for key, value in facts.items() if key != 'xla_flags'})
+        agree(origin.shared(facts))
         profiling.check(profile, parts.steps)
         differing = changes.record_config(
             path, config, begun, may_change=configs.may_change, allow_change=allow_change
@@ -69,7 +71,9 @@ def train(
         with report.Report(path, *sizes, stop, parts.objective.warn, **config.report) as log:
             log.print(heading.text(parts, config, start, account, differing))
             with profiling.Profile(profile, path, parts.steps, start, log.print) as tracer:
-                loop(config, parts, state, stop, set_phase, checkpoints, log, tracer)
+                loop(
+                    config, parts, state, stop, set_phase, checkpoints, log, tracer, keep_kernels
+                )
             if stop:
                 return None
             result = results.complete(log.result(), config.expected, configs.better(config))
@@ -81,16 +85,19 @@ def train(
 def loop(
     config: ConfigDict, parts: assembly.Parts, state: step.State, stop: Stop,
     set_phase: Callable[[str], None], checkpoints: Checkpoints, log: report.Report,
-    tracer: profiling.Profile,
+    tracer: profiling.Profile, keep_kernels: Callable[[], None],
 ) -> None:  # fmt: skip
     """Trains from `state` to the last step, or to the next step after `stop` becomes true."""
     frozen = step.frozen(parts.objective, parts.mesh)
-    settings = dict(seed=config.seed, accumulate=config.accumulate)
+    precision = config.model.get('precision')
+    settings = dict(seed=config.seed, accumulate=config.accumulate, precision=precision)
     programs = step.Programs(parts.objective, parts.tx, parts.abstract, parts.mesh, **settings)
 
     def save():
         set_phase(f'save, of step {n}')
         log.sync()  # raises NotFinite, so that a non-finite state is never saved
+        if jax.process_index() == 0:
+            keep_kernels()
         checkpoints.save(n, state, log.history(config.checkpoint.best))
 
     def save_alone():

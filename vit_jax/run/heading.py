@@ -1,5 +1,6 @@
 """The text that a run prints at its start, and the name of its model."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.data import mixture
 from vit_jax.io.text import aligned, flop
-from vit_jax.run import changes
+from vit_jax.run import changes, determinism, origin
 
 
 def model_name(config: Mapping | ConfigDict) -> str:
@@ -50,12 +51,17 @@ def text(
         f'steps   {parts.steps:,} of {config.data.batch_size} {unit}, '
         f'{parts.steps * config.data.batch_size / len(parts.source):.1f} epochs',
     ]
+    if devices[0].platform == 'gpu' and determinism.EXCLUDE not in os.environ.get('XLA_FLAGS', ''):
+        lines.append('bits    another start may round otherwise (--nodeterministic)')
     if start:
         lines.append(f'resumed at step {start:,}')
     if account:
         lines.append(f'from    {config.init_from}\n{account}')
     if differing:
         lines.append(f'changed since the start of the run:\n{changes.table(differing)}')
+    rounding = [change.key for change in differing if change.key.startswith(origin.BITS)]
+    if rounding:
+        lines.append(f'from here on the last bits may be others: {", ".join(rounding)} changed')
     return '\n'.join(lines)
 
 

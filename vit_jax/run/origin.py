@@ -1,7 +1,7 @@
 """Facts of a run's start besides its config, data and settings of JAX, stored in facts.json.
 
 A resumed run equals an uninterrupted one only with the same examples in the same order, the same
-names of its outputs and the same random numbers. Other versions, devices and XLA flags change
+names of its outputs and the same random numbers. Other versions, machines and XLA flags change
 rounding.
 """
 
@@ -19,12 +19,17 @@ from vit_jax.data.tokenizers import folders
 from vit_jax.errors import UserError
 from vit_jax.io.text import printable
 from vit_jax.models.parameters import leaf_name
-from vit_jax.run import workdir
+from vit_jax.run import determinism, machine, workdir
 from vit_jax.run.changes import Change, table
 
 FILE = 'facts.json'
-ROUNDING = ('evals.', 'jaxlib', 'jax.version', 'jax.default_matmul', 'device_kind', 'xla_flags')
-IGNORED_FLAGS = ('--xla_force_host_platform_device_count', '--xla_dump', '--xla_gpu_enable_latency')
+MACHINE = 'machine.'
+BITS = (MACHINE, 'mesh.', 'jaxlib', 'jax.version', 'jax.default_matmul', 'device_kind', 'xla_flags')
+ROUNDING = ('evals.', *BITS)
+IGNORED_FLAGS = (
+    '--xla_force_host_platform_device_count', '--xla_dump', '--xla_gpu_enable_latency',
+    determinism.DUMP, determinism.LOAD,
+)  # fmt: skip
 MOST_NAMED = 10
 
 
@@ -51,7 +56,13 @@ def facts_of(parts: Any) -> dict[str, Any]:
         'jaxlib': jaxlib.__version__,
         'device_kind': jax.devices()[0].device_kind,
         'xla_flags': ' '.join(sorted(f for f in flags if not f.startswith(IGNORED_FLAGS))),
+        **{MACHINE + name: value for name, value in machine.facts().items()},
     }
+
+
+def shared(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that must be equal in all processes: those of data, names and versions."""
+    return {k: v for k, v in facts.items() if not k.startswith((MACHINE, 'xla_flags'))}
 
 
 def record_facts(

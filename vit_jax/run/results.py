@@ -11,6 +11,7 @@ from etils import epath
 
 from vit_jax.distributed import devices
 from vit_jax.io.text import number, printable
+from vit_jax.run import machine
 
 VERDICTS = {True: 'pass', False: 'FAIL', None: 'not measured'}  # of a row of `expected`
 COSTS = dict.fromkeys(('exaflops', 'device_hours', 'tpu_core_days'), 'min')  # lower is better
@@ -71,10 +72,11 @@ def judge(
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of the libraries, git commit and time."""
+    """Versions of the libraries, what computed, git commit and time."""
     names = ('vit_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
     return {
         'versions': {name: importlib.metadata.version(name) for name in names},
+        'machine': machine.facts(),
         'git_commit': git_commit(),
         'finished': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     }

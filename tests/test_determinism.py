@@ -1,0 +1,159 @@
+"""What a run does to repeat to the bit on a GPU: flags of XLA, and the kernels that it keeps.
+
+There is no GPU: a stand-in for JAX's CUDA plugin, in real processes, notes the flags that the
+backend starts with, and writes and reads the files that these name, as XLA does.
+"""
+
+import json
+import os
+import pathlib
+
+import jaxlib
+import launched
+import pytest
+import storage as stores
+import xla_flags
+from etils import epath
+
+from vit_jax.io import storage
+from vit_jax.run import determinism
+
+KEPT = f'kernels/jaxlib-{jaxlib.__version__}.textproto'
+PLUGIN = """
+import json, os
+
+def initialize():
+    flags = dict(f.partition('=')[::2] for f in os.environ['XLA_FLAGS'].split())
+    known = ''
+    if path := flags.get('--xla_gpu_load_autotune_results_from'):
+        known = open(path).read()
+    with open(os.environ['NOTED'], 'a') as file:
+        print(json.dumps([flags, known]), file=file)
+    if path := flags.get('--xla_gpu_dump_autotune_results_to'):
+        with open(path, 'w') as file:
+            file.write(known or 'kernel\\n')
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return launched.write_images(tmp_path_factory.mktemp('images'), {'train': 8, 'val': 5})
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Variables of a process that finds the stand-in."""
+    room = tmp_path / 'plugin'
+    info = room / 'stand_in-1.dist-info'
+    info.mkdir(parents=True)
+    (room / 'stand_in.py').write_text(PLUGIN)
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: stand-in\nVersion: 1\n')
+    (info / 'entry_points.txt').write_text('[jax_plugins]\nxla_cuda12 = stand_in\n')
+    return {
+        'PYTHONPATH': f'{room}:{os.environ.get("PYTHONPATH", "")}', 'JAX_PLATFORMS': 'cuda,cpu',
+        'NOTED': str(tmp_path / 'noted'), 'VIT_JAX_CACHE': str(tmp_path / 'cache'),
+        'XLA_FLAGS': xla_flags.devices(1),
+    }  # fmt: skip
+
+
+def noted(plugin):
+    """[(flags, kernels loaded)] of every start."""
+    return [json.loads(line) for line in pathlib.Path(plugin['NOTED']).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_starts_with_the_flags_and_with_the_kernels_of_its_first_start(
+    folder, plugin, tmp_path
+):
+    run = tmp_path / 'run'
+
+    def finish(steps, *flags, **more):
+        given = ('--allow_config_change', f'--config.steps={steps}', *flags)
+        status, said = launched.finish(folder, run, *given, environment=plugin | more)
+        assert status == 0, said
+        return noted(plugin)[-1]
+
+    flags, _ = finish(6)
+    assert flags[determinism.EXCLUDE] == 'true' and determinism.LOAD not in flags
+    assert (run / KEPT).read_text() == 'kernel\n'
+    result = json.loads((run / 'result.json').read_text())
+    facts = json.loads((run / 'facts.json').read_text())
+    assert f'{determinism.EXCLUDE}=true' in facts['xla_flags'].split()
+    assert result['machine']['processor'] and determinism.DUMP not in facts['xla_flags']
+    assert {f'machine.{k}': v for k, v in result['machine'].items()}.items() <= facts.items()
+    (run / 'facts.json').write_text(json.dumps(facts | {'machine.driver': '1.2'}))
+    own = f'{xla_flags.devices(1)} {determinism.EXCLUDE}=false'
+    flags, loaded = finish(7, XLA_FLAGS=own)
+    assert flags[determinism.EXCLUDE] == 'false' and loaded == 'kernel\n'
+    said = launched.log_of(run).read_text()
+    line = 'from here on the last bits may be others: machine.driver, xla_flags changed'
+    assert said.count('last bits') == 1 and f'\n{line}\n' in said
+    assert not list((tmp_path / 'cache' / 'kernels').iterdir())
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """As if a GPU was here; the flags are as the test of this process leaves them."""
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('XLA_FLAGS', '--mine=1')
+    monkeypatch.setattr(determinism, 'uses_gpu', lambda: True)
+    monkeypatch.setattr(determinism.jax.config, 'update', lambda *args: None)
+
+
+def start(workdir, choose):
+    """The flags of a start; `choose` makes the kernels that XLA then knows of those loaded."""
+    with determinism.repeatable(workdir, True) as keep:
+        flags = os.environ['XLA_FLAGS']
+        named = dict(f.partition('=')[::2] for f in flags.split())
+        source = named.get(determinism.LOAD)
+        keep()  # nothing was chosen yet
+        known = pathlib.Path(source).read_bytes() if source else b''
+        pathlib.Path(named[determinism.DUMP]).write_bytes(choose(known))
+        keep()
+    os.environ['XLA_FLAGS'] = '--mine=1'
+    return flags
+
+
+@pytest.mark.parametrize('remote', [False, True])
+def test_kernels_are_in_the_workdir(gpu, remote, tmp_path, monkeypatch):
+    workdir = epath.Path(tmp_path / 'run')
+    if remote:
+        store = stores.Store()
+        monkeypatch.setenv('STORAGE_EMULATOR_HOST', store.url)
+        storage.set_up()
+        workdir = epath.Path('gs://bucket/run')
+    try:
+        first = start(workdir, lambda known: known + b'a\nb\n')
+        assert first.endswith(' --mine=1') and determinism.LOAD not in first
+        assert (workdir / KEPT).read_bytes() == b'a\nb\n'
+        # In another order they are the same, so that later starts have the same flags, by which
+        # JAX knows what is compiled.
+        later = [start(workdir, lambda known: known[2:] + known[:2]) for _ in range(2)]
+        assert later[0] == later[1] and determinism.LOAD in later[0]
+        assert (workdir / KEPT).read_bytes() == b'a\nb\n'
+        start(workdir, lambda known: known + b'c\n')
+        assert (workdir / KEPT).read_bytes() == b'a\nb\nc\n'
+        assert start(epath.Path(tmp_path / 'new'), lambda known: b'a\n') != first
+        with determinism.repeatable(workdir, False):
+            assert os.environ['XLA_FLAGS'] == '--mine=1'
+    finally:
+        if remote:
+            store.close()
+
+
+@pytest.mark.parametrize('platforms, plugins, found', [
+    (None, ['xla_cuda12'], True), ('cuda', ['xla_cuda13'], True), ('cpu', ['xla_cuda12'], False),
+    ('gpu,cpu', ['xla_rocm7'], True), (None, ['other'], False), ('tpu,cpu', ['xla_cuda12'], False),
+])  # fmt: skip
+def test_where_there_may_be_a_gpu(monkeypatch, platforms, plugins, found):
+    class Plugin:
+        def __init__(self, name):
+            self.name = name
+
+    monkeypatch.setattr(
+        determinism.importlib.metadata, 'entry_points', lambda group: map(Plugin, plugins)
+    )
+    monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+    if platforms:
+        monkeypatch.setenv('JAX_PLATFORMS', platforms)
+    assert determinism.uses_gpu() == found
