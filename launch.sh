@@ -95,7 +95,7 @@ setup() { # EXTRAS: installs the package for $python, with the versions that the
     fi
     [ ! -e /usr/include/jpeglib.h ] || headers=1
     # Skips pip if all is installed, as it takes seconds and a network.
-    key="$(cat constraints.txt setup.cfg setup.py vit_jax/data/_jpeg.c | cksum) $headers"
+    key="$(cat constraints.txt setup.cfg setup.py vit_jax/data/*.c | cksum) $headers"
     for extra in "${extras[@]}"; do grep -qsxF "$key $extra" "$known" || missing=1; done
     if [ "$missing" ]; then
         run "$python" -m pip install --quiet --disable-pip-version-check \

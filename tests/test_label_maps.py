@@ -3,13 +3,14 @@
 import ast
 import io
 import re
+import zlib
 
 import numpy as np
 import pytest
 import scenes
 from PIL import Image
 
-from vit_jax.data import images, label_maps, sources
+from vit_jax.data import geometry, images, label_maps, sources
 from vit_jax.data.readers import names
 from vit_jax.data.tasks import segment
 
@@ -57,9 +58,13 @@ def test_masks_follow_the_classes_of_other_data_sets():
         assert twice.tolist() == table[table].tolist()
 
 
-@pytest.fixture(params=['extension', 'Pillow'])
+@pytest.fixture(params=['libdeflate', 'zlib', 'Pillow'])
 def reader(request, monkeypatch):
-    """The mask reader with and without the extension."""
+    """The mask reader with the extension, by either inflater, and without."""
+    if request.param == 'libdeflate':
+        pytest.importorskip('deflate')
+    if request.param == 'zlib':
+        monkeypatch.setattr(label_maps, 'deflate', None)
     if request.param == 'Pillow':
         monkeypatch.setattr(label_maps, '_labels', None)
     elif label_maps._labels is None:
@@ -91,6 +96,41 @@ def test_ids_are_the_same_whatever_the_filters_of_the_file(reader):
     np.testing.assert_array_equal(reader(scenes.png(ids, optimize=True)), ids)
 
 
+def test_regions_are_the_same_whatever_the_filters_of_the_file(reader):
+    """Runs that begin and end anywhere, to the left and above; most predictions are right."""
+    rng = np.random.default_rng(1)
+    for cells, width in ((1, 70), (3, 67), (7, 160)):
+        corners = rng.integers(0, 256, (40 // cells + 1, width // cells + 1))
+        ids = corners.repeat(cells, 0).repeat(cells, 1)[:40, :width]
+        ids = np.stack([np.roll(row, shift) for row, shift in zip(ids, rng.integers(3, size=40),
+                                                                  strict=True)])  # fmt: skip
+        for filters in (rng.integers(0, 5, 40), *([k] * 40 for k in range(5))):
+            data = scenes.raw_png(ids, 8, 0, filtered(ids, filters))
+            np.testing.assert_array_equal(reader(data), ids)
+            counts = label_maps.id_counts(ids.astype(np.uint8))
+            np.testing.assert_array_equal(counts, np.bincount(ids.ravel(), minlength=256))
+
+
+def test_inflaters_agree_on_streams_that_are_no_mask(monkeypatch):
+    """Cut, damaged, too short, too long, followed by other bytes, a bomb.
+
+    libdeflate alone reads some codes with entries that nothing uses; the checksum holds for both.
+    """
+    pytest.importorskip('deflate')
+    rows = bytes(range(200)) * 20
+    whole = zlib.compress(rows)
+    damaged = [whole[:i] + bytes([whole[i] ^ 64]) + whole[i + 1 :] for i in range(len(whole))]
+    for data in (whole, b'', whole + b'more', *(whole[:-i] for i in range(1, 9)), *damaged):
+        for size in (4000, 3999, 4001, 2**40):
+            found = label_maps.inflated(data, size)
+            with monkeypatch.context() as without:
+                without.setattr(label_maps, 'deflate', None)
+                expected = label_maps.inflated(data, size)
+            assert found == expected or (expected, found) == (None, rows)
+    assert label_maps.inflated(whole, 4000) == rows
+    assert label_maps.inflated(whole, 3999) is label_maps.inflated(whole, 4001) is None
+
+
 @pytest.mark.parametrize('change', [
     lambda data: data[:-30], lambda data: data[:60], lambda data: data[:30] + b'x' + data[31:],
     lambda data: data[:70] + b'x' + data[71:],
@@ -117,8 +157,24 @@ def test_rows_and_columns_are_gathered_as_by_numpy(reader):
         for own in (labels, labels[..., ::-1]):
             found = label_maps.gathered(own, rows, columns)
             np.testing.assert_array_equal(found, own[..., rows[:, None], columns])
-    with pytest.raises((ValueError, IndexError)):
-        label_maps.gathered(labels.astype(np.uint8), rows + 1, columns)
+    for function in label_maps.gathered, label_maps.class_counts_at:
+        for wrong in (rows + 1, columns), (rows, columns + 1):
+            with pytest.raises((ValueError, IndexError)):
+                function(labels.astype(np.uint8), *wrong)
+
+
+def test_classes_of_a_view_are_counted_as_in_its_label_map(reader):
+    rng = np.random.default_rng(0)
+    for dtype in np.uint8, np.uint16:
+        labels, fill = rng.integers(0, 5, (40, 60)).astype(dtype), label_maps.ignored(dtype)
+        labels[:5] = fill
+        for window, resized, offset in (
+            ((0, 0, 40, 60), (90, 130), (20, 7)), ((0, 0, 40, 60), (17, 25), (0, 0)),
+            ((3, 4, 30, 31), (33, 64), (-9, 50)), ((0, 0, 40, 60), (33, 33), (40, 0)),
+        ):
+            view = geometry.Geometry(window, resized, (33, 47), offset)
+            expected = label_maps.class_counts(view.label_map(labels, fill))
+            np.testing.assert_array_equal(view.class_counts(labels), expected)
 
 
 def test_labels_and_counts_are_the_same_without_the_extension(reader):

@@ -77,6 +77,15 @@ class Geometry(NamedTuple):
             out[..., ~in_columns] = fill
         return out
 
+    def class_counts(self, labels: np.ndarray) -> np.ndarray:
+        """Number of pixels of each class in `label_map` of labels [H, W], of a view without a warp.
+
+        Without those that are ignored, as the padding is.
+        """
+        found = (self.nearest(np.arange(n) + 0.5, axis) for axis, n in enumerate(self.size))
+        rows, columns = (indices[inside] for indices, inside in found)
+        return label_maps.class_counts_at(labels, rows, columns)
+
     def nearest(self, places: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the image's pixels under places in the output along an axis, before a flip.
 

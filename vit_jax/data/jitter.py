@@ -6,7 +6,6 @@ and below, and ignored in label maps.
 
 import numpy as np
 
-from vit_jax.data import label_maps
 from vit_jax.data.central import Generator, Method, fitted
 from vit_jax.data.geometry import Geometry
 from vit_jax.data.images import Size
@@ -138,9 +137,7 @@ def scale_crop(
     geometry = draw()
     if labels is not None and largest_class < 1:
         for _ in range(DRAWS):
-            counts = label_maps.class_counts(
-                geometry.label_map(labels, label_maps.ignored(labels.dtype))
-            )
+            counts = geometry.class_counts(labels)
             if np.count_nonzero(counts) > 1 and counts.max() < largest_class * counts.sum():
                 break
             geometry = draw()
