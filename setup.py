@@ -1,4 +1,4 @@
-"""The extensions that decode JPEGs and label maps; where they can't be built, Pillow does the same.
+"""Extensions for JPEGs, label maps and augmentations; without them, Pillow does the same.
 
 They need a C compiler, that of JPEGs also the headers of libjpeg-turbo (Debian's libjpeg-dev).
 """
@@ -19,6 +19,13 @@ setup(
             'vit_jax.data._labels',
             ['vit_jax/data/_labels.c'],
             extra_compile_args=['-O3'],
+            py_limited_api=True,
+            optional=True,
+        ),
+        Extension(
+            'vit_jax.data._operations',
+            ['vit_jax/data/_operations.c'],
+            extra_compile_args=['-O3', '-ffp-contract=off', '-fno-trapping-math'],
             py_limited_api=True,
             optional=True,
         ),

@@ -133,6 +133,37 @@ def test_enhance_is_pillows(kind):
         np.testing.assert_array_equal(ops.enhance(IMAGE, kind, factor), expected)
 
 
+def test_operations_are_the_same_without_the_extension(monkeypatch):
+    if ops._operations is None:
+        pytest.skip('the extension is not built')
+    rng = np.random.default_rng(0)
+    noise, flat = rng.integers(0, 256, (150, 220, 3), np.uint8), np.full((9, 7, 3), 200, np.uint8)
+    skewed = np.uint8(rng.integers(30, 250, (64, 65, 3)) ** [1, 0.5, 0.9])
+    small = [noise[:h, :w] for h, w in ((1, 1), (2, 1), (1, 5), (3, 3), (2, 90), (17, 3))]
+    calls = [
+        ('autocontrast', np.float32), ('autocontrast', np.float64), ('equalize',),
+        ('scale_values', 1.3, -20.0), ('sharpness', 1.9, 6), ('enhance', 'Brightness', 1.3),
+    ]  # fmt: skip
+    names = 'color', 'contrast', 'brightness', 'sharpness'
+    calls += [(name, factor) for name in names for factor in (-0.7, 0.0, *FACTORS, 30.0)]
+    for image in IMAGE, noise, noise[::-1, ::-1], flat, flat * 0, skewed, *small:
+        for name, *arguments in calls:
+            found = getattr(ops, name)(image, *arguments)
+            with monkeypatch.context() as without:
+                without.setattr(ops, '_operations', None)
+                expected = getattr(ops, name)(image, *arguments)
+            np.testing.assert_array_equal(found, expected, err_msg=f'{name} {arguments}')
+
+
+def test_blends_with_a_uniform_grey_are_pillows():
+    shown = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    for value in 0, 5, 126, 255:
+        for factor in (*FACTORS, -0.7, 0.33, 30.0):
+            expected = Image.blend(Image.new('L', shown.size, value), shown, factor)
+            found = ops.blend_uniform(np.asarray(shown)[..., None].repeat(3, 2), value, factor)
+            np.testing.assert_array_equal(found[..., 1], expected)
+
+
 def test_hue_turns_the_circle():
     red = np.full((4, 4, 3), (200, 0, 0), np.uint8)
     assert ops.hue(red, 1 / 3)[0, 0].argmax() == 1 and ops.hue(red, -1 / 3)[0, 0].argmax() == 2
