@@ -10,6 +10,7 @@ figures per chip:
     gb           bytes accessed: XLA's count, and all operands and results of kernels, for which XLA
                  counts nothing. `kernels_gb` is the part of kernels, `prefetch_gb` that of copies
                  to and from on-chip memory, where XLA counts the whole array for each slice
+    moved_gb     the same, with each slice counted as what moves
     traffic_gb   bytes to and from main memory, as `vit_jax.plan` counts them
     temp_gb      temporaries
     compute_ms, memory_ms   at the peaks of the chip
@@ -96,6 +97,7 @@ def measure(name, topology, fields, peer=False):
     )  # fmt: skip
     program = hlo.read(text)
     kernels = hlo_traffic.kernel_bytes(text)
+    prefetched, moved = hlo_traffic.prefetch_bytes(text)
     accessed = cost['bytes accessed'] + kernels
     return dict(
         model=f'{name} by flax_mha' if peer else name, topology=topology,
@@ -103,7 +105,8 @@ def measure(name, topology, fields, peer=False):
         what='forward' if INFERENCE.value else 'train', **({} if peer else fields),
         gflop=round(program.flops / 1e9), gb=round(accessed / 1e9, 2),
         kernels_gb=round(kernels / 1e9, 2),
-        prefetch_gb=round(hlo_traffic.prefetch_bytes(text) / 1e9, 2),
+        prefetch_gb=round(prefetched / 1e9, 2),
+        moved_gb=round((accessed - prefetched + moved) / 1e9, 2),
         traffic_gb=round(program.traffic / 1e9, 2),
         temp_gb=round(memory.temp_size_in_bytes / 1e9, 3),
         compute_ms=round(1e3 * program.flops / peaks.flops, 1),

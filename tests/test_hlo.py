@@ -12,7 +12,7 @@ from learners import classifier
 from vit_jax import models, optim, sharding, step
 from vit_jax.distributed import topologies
 from vit_jax.models import parameters
-from vit_jax.plan import hlo, hlo_collectives, hlo_text
+from vit_jax.plan import hlo, hlo_collectives, hlo_text, hlo_traffic
 
 IMAGE = (32, 32, 3)
 FIELDS = dict(patch_size=8, width=32, depth=6, num_heads=4, mlp_dim=64, unroll=1)
@@ -264,3 +264,43 @@ def test_an_unknown_custom_call_is_named():
         'backend_config={"custom_call_config": {"cost_estimate": {"flops": 77}}}',
     )
     assert hlo.read(stated).flops == 77 and not hlo.read(stated).uncounted
+
+
+def test_a_transfer_between_slices_is_counted_with_the_work_that_it_overlaps():
+    megascale = (
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_host_transfer_rendezvous="all-reduce.60_0",_xla_megascale_reduce_operation="SUM",'
+        '_xla_megascale_target="{1:4}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    work = 'backend_config={"window_config":{"estimated_cycles":"700"}}'
+    text = f'''
+ENTRY %main (p: bf16[64,128]) -> bf16[64,128] {{
+  %p = bf16[64,128]{{1,0}} parameter(0)
+  %first = bf16[64,128]{{1,0}} copy(%p), {work}
+  %t = token[] after-all()
+  %send = (bf16[64,128]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%first, %t), channel_id=6, {megascale}
+  %second = bf16[64,128]{{1,0}} copy(%p), {work}
+  %recv = (bf16[64,128]{{1,0}}, u32[]{{:S(2)}}, token[]) recv(%t), channel_id=5, {megascale}
+  %sent = token[] send-done(%send), channel_id=6, is_host_transfer=true
+  %done = (bf16[64,128]{{1,0}}, token[]) recv-done(%recv), channel_id=5, is_host_transfer=true
+  ROOT %result = bf16[64,128]{{1,0}} get-tuple-element(%done), index=0
+}}
+'''
+    program = hlo.read(text)
+    (found,) = program.collectives
+    assert (found.kind, found.group, found.network, found.hidden) == ('all-reduce', 4, True, True)
+    assert (found.bytes, found.span, program.cycles) == (2 * 64 * 128, (700, 1400), 1400)
+
+
+def test_a_slice_that_is_prefetched_moves_less_than_xla_counts():
+    text = """
+ENTRY %main (p: f32[4,8,128]) -> f32[1,8,128] {
+  %p = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)
+  %q = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %a = (f32[4,8,128]{2,1,0:T(8,128)}, f32[1,8,128]{2,1,0:T(8,128)S(1)}, s32[]) slice-start(%p)
+  %b = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]) copy-start(%q)
+  ROOT %c = f32[1,8,128]{2,1,0:T(8,128)S(1)} slice-done(%a)
+}
+"""
+    piece = 4 * 8 * 128
+    assert hlo_traffic.prefetch_bytes(text) == ((4 + 1 + 2) * piece, (2 + 2) * piece)

@@ -17,7 +17,7 @@ from vit_jax import assembly, sharding
 from vit_jax import config as configs
 from vit_jax.distributed import devices, interconnect, topologies
 from vit_jax.errors import UserError
-from vit_jax.plan import data_sets, estimate, fitting, hlo, rehearsal
+from vit_jax.plan import data_sets, estimate, exchanges, fitting, hlo, rehearsal
 
 HERE = pathlib.Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -123,18 +123,35 @@ def test_times_of_exchanges_by_hand():
     v5e, v4 = devices.DEVICES['TPU v5 lite'], devices.DEVICES['TPU v4']
     row = [Chip((x, 0, 0)) for x in range(4)]
     # 2 x 3/4 GB by one link of 50 GB/s, as a side of 4 of a v5e is no ring; on a v4 it is one
-    assert interconnect.exchange_seconds(collective(), row, v5e) == pytest.approx(1.5 / 50)
+    assert interconnect.exchange_seconds(collective(), row, v5e) == pytest.approx((1.5 / 50, 0))
     cube = [Chip((x, y, z)) for z in range(4) for y in range(4) for x in range(4)]
-    assert interconnect.exchange_seconds(collective(), cube, v4) == pytest.approx(1.5 / 100)
+    assert interconnect.exchange_seconds(collective(), cube, v4) == pytest.approx((1.5 / 100, 0))
     gather = collective('all-gather', group=64, members=tuple(range(64)))
-    assert interconnect.exchange_seconds(gather, cube, v4) == pytest.approx(63 / 64 / 300)
+    assert interconnect.exchange_seconds(gather, cube, v4) == pytest.approx((63 / 64 / 300, 0))
     every_other = collective(group=2, members=(0, 2))  # shares its links with the group of 1 and 3
-    assert interconnect.exchange_seconds(every_other, row, v5e) == pytest.approx(1 / 25)
+    assert interconnect.exchange_seconds(every_other, row, v5e) == pytest.approx((1 / 25, 0))
     # two slices of two: within, half by half, then 1/2 GB between, by 25 Gbit/s
     both = [Chip((x, 0, 0), s) for s in range(2) for x in range(2)]
     assert interconnect.exchange_seconds(collective(), both, v5e) == pytest.approx(
-        1 / 50 + 0.5 / 3.125
+        (1 / 50, 0.5 / 3.125)
     )
+    kinds = exchanges.by_kind(SimpleNamespace(collectives=[collective()]), both, v5e)
+    assert [*kinds] == ['all-reduce', 'all-reduce between slices']
+    assert sum(row['sent'] for row in kinds.values()) == pytest.approx(collective().wire)
+
+
+def test_transfers_between_slices_wait_for_each_other():
+    second = devices.DEVICES['TPU v5']._replace(network=1e9, clock=1e3)
+
+    def waits(*spans):
+        """For transfers of 1 GB, a second each, with work of so many milliseconds around them."""
+        made = [collective(group=2)._replace(network=True, span=span) for span in spans]
+        return exchanges.waiting(SimpleNamespace(collectives=made), second)
+
+    assert waits((0, 1500), (200, 2000)) == 0
+    assert waits((0, 1500), (700, 1500)) == pytest.approx(0.5)  # the second one begins at 1,000
+    assert waits((0, 500)) == pytest.approx(0.5)
+    assert waits((300, 300)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize('arguments, words', [

@@ -44,33 +44,47 @@ def is_wrapped(device: Device, bounds: Sequence[int], axis: int) -> bool:
     return bounds[axis] >= chip.torus
 
 
-def exchange_seconds(collective: Any, devices: Sequence[Any], device: Device) -> float:
-    """Seconds of one collective at the peak of its links, without latency.
+def stages(collective: Any, devices: Sequence[Any]) -> tuple[Any | None, Any | None, list[Any]]:
+    """What a device takes part in: (within its TPU slice or GPU node, between these, its members).
 
-    Between TPU slices or GPU nodes, each device exchanges its share of the sums or pieces over the
-    network, with exchanges within the slice or node before and after.
+    Between slices or nodes each device exchanges its share of the sums or pieces over the network,
+    with exchanges within the slice or node before and after. A stage is a collective of fewer
+    devices and bytes, or None. The members are those of one slice or node.
 
     Args:
       collective: plan.hlo.Collective.
       devices: all JAX devices of the program.
-      device: peaks of one.
     """
+    if collective.network:
+        return None, collective, []
     members = [devices[i] for i in collective.members] or list(devices)
     groups = {}  # {slice or node: members in it}
     for place, member in zip(collective.members or range(len(members)), members, strict=True):
         groups.setdefault(group_index(member, place), []).append(member)
     within = min(len(group) for group in groups.values())
-    seconds = 0.0
+    inside = between = None
     if within > 1 or len(groups) == 1:
         inside = collective._replace(group=max(within, 1))
-        seconds += inside.wire / inner_bandwidth(next(iter(groups.values())), devices, device)
-        if collective.kind == 'all-to-all' and members[0].platform == 'tpu':
-            sides = [len({m.coords[k] for m in members}) for k in range(3)]
-            seconds *= max(1, max(sides) / 4)  # mean number of hops: a quarter of a ring
     if len(groups) > 1:
         between = collective._replace(group=len(groups), bytes=collective.bytes / within)
-        seconds += between.wire / device.network
-    return seconds
+    return inside, between, next(iter(groups.values()))
+
+
+def exchange_seconds(
+    collective: Any, devices: Sequence[Any], device: Device
+) -> tuple[float, float]:
+    """Seconds of one collective, without latency: (at the peak of its links, of the network).
+
+    `device` has the peaks of one of the devices; other arguments are those of `stages`.
+    """
+    inside, between, members = stages(collective, devices)
+    links = 0.0
+    if inside is not None:
+        links = inside.wire / inner_bandwidth(members, devices, device)
+        if collective.kind == 'all-to-all' and members[0].platform == 'tpu':
+            sides = [len({m.coords[k] for m in members}) for k in range(3)]
+            links *= max(1, max(sides) / 4)  # mean number of hops: a quarter of a ring
+    return links, 0.0 if between is None else between.wire / device.network
 
 
 def group_index(device: Any, place: int) -> int:

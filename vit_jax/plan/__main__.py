@@ -93,6 +93,15 @@ def text(result: dict[str, Any]) -> str:
     return '\n'.join(lines + ([''] if result['notes'] else []) + result['notes'])
 
 
+def collectives(kinds: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Yields the rows of a plan's collectives by kind."""
+    yield ('Collectives', 'per step', 'arrays', 'sent per device', 'asynchronous', 'at peak')
+    for kind, row in kinds.items():
+        share = row['hidden'] / row['sent'] if row['sent'] else 0
+        yield (f'  {kind}', f'{row["times"]:,}', size(row['bytes']), size(row['sent']),
+               f'{share:.0%}', duration(row['seconds']))  # fmt: skip
+
+
 def performance(result: dict[str, Any], peaks: dict[str, Any]) -> Iterator[str]:
     """Yields the tables of a plan's work, collectives and times; `peaks` as in devices.Device."""
     seconds, batch = result['seconds'], result['config']['batch_size']
@@ -104,17 +113,16 @@ def performance(result: dict[str, Any], peaks: dict[str, Any]) -> Iterator[str]:
          duration(seconds['memory'])),
     ])  # fmt: skip
     if result['collectives']:
-        rows = [('Collectives', 'per step', 'arrays', 'sent per device', 'at peak')] + [
-            (f'  {kind}', f'{row["times"]:,}', size(row['bytes']), size(row['sent']),
-             duration(result['exchange_seconds'][kind]))
-            for kind, row in result['collectives'].items()
-        ]  # fmt: skip
-        yield from ('', table(rows))
+        yield from ('', table([*collectives(result['collectives'])]))
     at_peak = result['model_flops_per_image'] * batch / result['devices'] / peaks['flops']
     yield ''
     rows = [
         (f'Roofline: {result["bound"]}', duration(seconds['roofline'])),
         ('Exposed communication', duration(seconds['exposed'])),
+    ]
+    if seconds['network']:
+        rows += [('  between slices or nodes', duration(seconds['exposed_network']))]
+    rows += [
         (f'Step at {seconds["efficiency"]:.0%} efficiency', duration(seconds['step'])),
     ]
     if 'compiler' in seconds:

@@ -1,9 +1,9 @@
 """Estimates memory, work, communication and time of a run from its compiled train step.
 
-The roofline is the longest of the times of arithmetic, memory and interconnect at their peaks. The
-estimate for a step is the longer of arithmetic and memory, divided by an efficiency, plus all
-communication that the compiled program does not overlap with other work. Input is not included: see
-benchmarks.input.
+The roofline is the longest of the times of arithmetic, memory, interconnect, and network between
+TPU slices or GPU nodes at their peaks. The estimate for a step is the longer of arithmetic and
+memory, divided by an efficiency, plus all communication that the compiled program does not overlap
+with other work. Input is not included: see benchmarks.input.
 """
 
 import re
@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from vit_jax import assembly, sharding, step
 from vit_jax.data import sources
-from vit_jax.distributed import devices, interconnect
-from vit_jax.plan import hlo
+from vit_jax.distributed import devices
+from vit_jax.plan import exchanges, hlo
 from vit_jax.run import heading
 
 
@@ -128,7 +128,8 @@ def plan(
     expected = program.flops if forward is None else 3 * forward * batch / count
     result |= work(program, count, batch, expected)
     result['notes'] += remarks(program, expected)
-    result |= times(program, list(parts.mesh.devices.flat), peaks, efficiency)
+    result['collectives'] = exchanges.by_kind(program, list(parts.mesh.devices.flat), peaks)
+    result |= times(program, result['collectives'], peaks, efficiency)
     rate = batch / result['seconds']['step']
     days = parts.steps * result['seconds']['step'] / 86_400
     result |= {'images_per_second': rate, 'days': days, 'core_days': days * count * peaks.cores}
@@ -173,21 +174,15 @@ def memory_use(executable: jax.stages.Compiled, state: int) -> dict[str, int]:
 
 
 def work(program: hlo.Program, count: int, batch: int, expected: float) -> dict[str, Any]:
-    """Work of a step per image and per device, and its collectives by kind.
+    """Work of a step per image and per device.
 
     `count` is the number of devices, `expected` the FLOPs of the model per device.
     """
-    kinds = {}
-    for c in program.collectives:
-        row = kinds.setdefault(c.kind, {'times': 0, 'bytes': 0, 'sent': 0.0})
-        row['times'] += c.times
-        row['bytes'] += c.times * c.bytes
-        row['sent'] += c.times * c.wire
     return {
         'flops_per_image': program.flops * count / batch,
         'model_flops_per_image': expected * count / batch,
         'bytes_per_image': program.traffic * count / batch,
-        'flops': program.flops, 'traffic': program.traffic, 'collectives': kinds,
+        'flops': program.flops, 'traffic': program.traffic,
     }  # fmt: skip
 
 
@@ -211,31 +206,31 @@ def remarks(program: hlo.Program, expected: float) -> list[str]:
 
 
 def times(
-    program: hlo.Program, mesh_devices: Sequence[Any], peaks: devices.Device, efficiency: float
-) -> dict[str, Any]:
-    """Seconds of a step by resource, and of its communication by kind.
-
-    `mesh_devices` are in the order of the mesh.
-    """
-    kinds, exposed = {}, 0.0
-    for c in program.collectives:
-        seconds = c.times * interconnect.exchange_seconds(c, mesh_devices, peaks)
-        kinds[c.kind] = kinds.get(c.kind, 0.0) + seconds
-        exposed += 0 if c.hidden else seconds
+    program: hlo.Program, collectives: dict[str, dict[str, Any]], peaks: devices.Device,
+    efficiency: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds of a step by resource; `collectives` are those of `exchanges.by_kind`."""
+    taken, exposed = (
+        {network: sum(row[key] for row in collectives.values() if row['network'] is network)
+         for network in (False, True)}
+        for key in ('seconds', 'exposed')
+    )  # fmt: skip
+    exposed[True] += exchanges.waiting(program, peaks)
     bounds = {
         'compute': program.flops / peaks.flops,
         'memory': program.traffic / peaks.bandwidth,
-        'interconnect': sum(kinds.values()),
+        'interconnect': taken[False],
+        'network': taken[True],
     }
     bound = max(bounds, key=bounds.get)
-    busy = max(bounds['compute'], bounds['memory'])
+    busy, total = max(bounds['compute'], bounds['memory']), sum(exposed.values())
     seconds = bounds | {
-        'roofline': bounds[bound], 'exposed': exposed, 'efficiency': efficiency,
-        'step': max(busy / efficiency + exposed, bounds[bound]),
+        'roofline': bounds[bound], 'exposed': total, 'exposed_network': exposed[True],
+        'efficiency': efficiency, 'step': max(busy / efficiency + total, bounds[bound]),
     }  # fmt: skip
     if program.cycles and peaks.clock:
-        seconds['compiler'] = program.cycles / peaks.clock + exposed
-    return {'seconds': seconds, 'bound': bound, 'exchange_seconds': kinds}
+        seconds['compiler'] = program.cycles / peaks.clock + total
+    return {'seconds': seconds, 'bound': bound}
 
 
 def size(count: float) -> str:

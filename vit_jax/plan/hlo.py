@@ -9,7 +9,7 @@ import math
 import re
 from typing import NamedTuple
 
-from vit_jax.plan.hlo_collectives import COLLECTIVES, Collective, groups
+from vit_jax.plan.hlo_collectives import COLLECTIVES, Collective, groups, rendezvous, transfer
 from vit_jax.plan.hlo_flops import convolution_flops, dot_flops
 from vit_jax.plan.hlo_text import Computation, Instruction, constant, parsed, root
 from vit_jax.plan.hlo_traffic import FREE, PLUMBING, moved
@@ -76,8 +76,10 @@ class Reader:
         self.flops = self.traffic = 0
         self.cycles = None
         self.loops, self.uncounted, self.collectives, self.begun = {}, {}, [], {}
+        self.transfers = {}
         self.walk(entry, 1, 0)
         self.collectives += [c for c, _ in self.begun.values()]
+        self.collectives += self.transfers.values()
 
     def walk(
         self, name: str, times: int, depth: int, fused: bool = False, hidden: bool = False
@@ -117,8 +119,20 @@ class Reader:
         kind = i.opcode.removesuffix('-start')
         if kind in COLLECTIVES:
             self.collective(i, kind, computation, times, depth, name, hidden)
+        if i.opcode == 'send':
+            begun = transfer(i, times, depth, self.cycles or 0)
+            self.transfers |= [begun] if begun else []
+        if i.opcode == 'recv-done':
+            self.received(rendezvous(computation[i.operands[0]]))
         if not fused and i.opcode not in FREE and not i.opcode.endswith('-done'):
             self.traffic += times * moved(i, computation, self.computations)
+
+    def received(self, name: str) -> None:
+        """Notes the end of a transfer between TPU slices, by its name."""
+        begun = self.transfers.get(name)
+        if begun:
+            span = begun.span[0], self.cycles or 0
+            self.transfers[name] = begun._replace(span=span, hidden=span[1] > span[0])
 
     def custom(self, i: Instruction, computation: Computation, times: int) -> int:
         """FLOPs of a custom call if its text tells; else 0, and the call is noted."""

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vit_jax.plan.hlo_text import Instruction
+
 COLLECTIVES = (
     'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
     'collective-permute', 'collective-broadcast',
@@ -24,6 +26,8 @@ class Collective(NamedTuple):
     loops: int  # number of loops around it
     hidden: bool  # asynchronous, with other work between start and end
     name: str  # the part of the model, as the names of traced functions
+    network: bool = False  # from host to host between TPU slices; `group` is their number
+    span: tuple[int, int] | None = None  # cycles of the step before its start and before its end
 
     @property
     def wire(self) -> float:
@@ -73,3 +77,29 @@ def mesh_groups(axes: str, along: str) -> tuple[int, tuple[int, ...]]:
     ids = np.moveaxis(ids, keep, range(len(keep)))
     members = ids.reshape(math.prod(ids.shape[: len(keep)]), -1)[:, 0]
     return len(members), tuple(members.tolist())
+
+
+def transfer(i: Instruction, times: int, loops: int, cycles: int) -> tuple[str, Collective] | None:
+    """(name of the transfer, a collective between TPU slices) that a `send` begins; else None.
+
+    The TPU compiler divides a collective across slices: into collectives within each, and a send to
+    the host and a receive of the result, of each device's share. The hosts exchange it, by
+    libtpu's Megascale.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+    if i.opcode != 'send' or not kind:
+        return None
+    slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', i.attributes)[1]
+    ends = [part.partition(':') for part in slices.split(',')]
+    size = sum(int(last or first) - int(first) + 1 for first, _, last in ends)
+    share, title = i.shapes[0], re.search(r'op_name="([^"]*)"', i.attributes)
+    return rendezvous(i), Collective(
+        kind[1].lower().replace('_', '-'), share.bytes, (share.dims,), size, (), times, loops,
+        False, title[1] if title else '', True, (cycles, cycles),
+    )  # fmt: skip
+
+
+def rendezvous(i: Instruction) -> str:
+    """The name that a send to another TPU slice and its receive have in common."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)
+    return found[1] if found else ''

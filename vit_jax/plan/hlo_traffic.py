@@ -31,6 +31,8 @@ def moved(
     read = [sum(s.footprint for s in o.shapes) for o in sources]
     if i.opcode == 'copy-start':  # (destination, source, ...)
         return sum(written[:2])
+    if i.opcode in ('send', 'recv'):
+        return written[0]
     if i.opcode in ('slice-start', 'slice', 'dynamic-slice', 'gather'):
         piece = i.shapes[1 if i.opcode == 'slice-start' else 0]
         there = bool(sources and read[0])
@@ -111,15 +113,20 @@ def kernel_bytes(text: str) -> int:
     return sum(s.footprint for i, arrays in kernels for s in (*arrays, *whole(i)))
 
 
-def prefetch_bytes(text: str) -> int:
-    """Bytes that XLA's cost analysis counts for asynchronous copies between main and on-chip
-    memory; for a slice it counts the whole array, though only the slice moves."""
-    total = 0
+def prefetch_bytes(text: str) -> tuple[int, int]:
+    """Bytes of asynchronous copies between main and on-chip memory: (by XLA's count, moved).
+
+    XLA's cost analysis counts the whole array for each slice that is copied. What is read and what
+    is written both count.
+    """
+    counted = moved = 0
     for i, arrays in operands(text):
         if i.opcode in ('copy-start', 'slice-start'):
-            result = whole(i)[1 if i.opcode == 'slice-start' else 0]
-            total += sum(s.footprint for s in (arrays[0], result))
-    return total
+            result = whole(i)[1 if i.opcode == 'slice-start' else 0].footprint
+            source = arrays[0].footprint
+            counted += source + result
+            moved += min(source, result) + result
+    return counted, moved
 
 
 def whole(i: Instruction) -> list[Shape]:
