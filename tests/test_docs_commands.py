@@ -22,6 +22,8 @@ NOT_RUN = {
     'bash launch.sh': 'tests/test_launch.py',
     'python -m vit_jax.main --config FILE[:ARG]': 'says what is taken',
     'python -m vit_jax.main --config experiments/siglip.py': 'no such data; tests/test_recipes.py',
+    'python -m vit_jax.main --config experiments/emoji.py': 'a download; tests/test_kept.py',
+    'python -m vit_jax.data.tokenizers --captions emoji': 'the same; tests/test_image_text.py',
     'python -m vit_jax.plan --config experiments/pretrain.py': 'minutes; tests/test_plan.py',
     'python -m vit_jax.tables vit.table5 --run slurm': 'a cluster; tests/test_tables.py',
     "python -m vit_jax.tables vit.table5 --row 'ImageNet-21k": 'days; tests/test_selection.py',
