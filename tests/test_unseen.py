@@ -37,6 +37,7 @@ def write(folder, digits, labels, pairs, count, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_unseen_pairs_of_digits_are_named_far_above_chance(tmp_path):
     assert len(UNSEEN) == 18
     images, labels = datasets.load_digits(return_X_y=True)
