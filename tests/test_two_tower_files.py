@@ -120,6 +120,30 @@ def test_the_image_tower_resizes(name, tmp_path):
     assert_as(wanted, model, params, images)
 
 
+def test_naflex_at_other_aspect_ratios(tmp_path):
+    """Against one padded batch of transformers, with a mask and the grid of each image."""
+    import torch
+
+    module = made('siglip2', tmp_path)
+    grids, rng, most = [(4, 4), (2, 7), (5, 3), (1, 9)], np.random.default_rng(0), 18
+    images = [rng.normal(size=(4 * h, 4 * w, 3)).astype(np.float32) for h, w in grids]
+    patches = np.zeros((len(grids), most, 48), np.float32)
+    for row, image, (h, w) in zip(patches, images, grids, strict=True):
+        row[: h * w] = image.reshape(h, 4, w, 4, 3).transpose(0, 2, 1, 3, 4).reshape(h * w, 48)
+    mask = [[int(k < h * w) for k in range(most)] for h, w in grids]
+    with torch.no_grad():
+        wanted = module.vision_model(
+            pixel_values=torch.from_numpy(patches), pixel_attention_mask=torch.tensor(mask),
+            spatial_shapes=torch.tensor(grids),
+        ).pooler_output.numpy()  # fmt: skip
+    for image, one in zip(images, wanted, strict=True):
+        model, params = vit_jax.load(tmp_path, part='image', image_size=image.shape[:2])
+        assert_close(np.asarray(model.apply({'params': params}, image[None])[0][0]), one)
+    with pytest.raises(UserError, match=r'load\(path, image_size=\(8, 28\)\)'):
+        model, params = vit_jax.load(tmp_path, part='image')
+        model.apply({'params': params}, images[1][None])
+
+
 @pytest.mark.parametrize('name', WRITTEN)
 def test_two_towers_are_written_as_transformers_wrote_them(name, tmp_path):
     module = made(name, tmp_path / 'a')
@@ -433,3 +457,39 @@ def test_a_text_tower_alone(name, config, tmp_path):
         assert_close(np.asarray(found), wanted)
         assert_close(np.asarray(inside['encoded']), out.last_hidden_state.numpy())
     assert set(done(load.read(tmp_path).account)) == {'loaded'}
+    vit_jax.save(tmp_path / 'again', model, params, 'hf')
+    written, own = (
+        {n.removeprefix('text_model.'): x for n, x in load_file(p / 'model.safetensors').items()}
+        for p in (tmp_path / 'again', tmp_path)
+    )
+    assert written.keys() == own.keys()
+    for key, x in own.items():
+        np.testing.assert_array_equal(written[key], x, key)
+    again = kind.from_pretrained(tmp_path / 'again')
+    assert json.loads((tmp_path / 'again/config.json').read_text())['architectures'] == [name]
+    with torch.no_grad():
+        same = again(input_ids=torch.from_numpy(TOKENS)).last_hidden_state
+    assert_close(same.numpy(), out.last_hidden_state.numpy())
+
+
+def test_a_tokenizer_is_written_beside_two_towers(tmp_path):
+    """For transformers' AutoTokenizer; a model of another kind or format has no place for it."""
+    transformers = pytest.importorskip('transformers')
+    made('clip', tmp_path / 'clip')
+    words.clip(tmp_path / 'tokens', length=6)
+    tokenizer = vit_jax.tokenizer(tmp_path / 'tokens')
+    model, params = vit_jax.load(tmp_path / 'clip')
+    for _ in range(2):  # it is replaced
+        vit_jax.save(tmp_path / 'out', model, params, 'hf', tokenizer=tokenizer)
+    texts = ['a red dog', "It's <b>café</b>"]
+    wanted = tokenizer(texts)
+    np.testing.assert_array_equal(vit_jax.tokenizer(tmp_path / 'out')(texts), wanted)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+    ids = theirs(texts, padding='max_length', max_length=6, truncation=True)['input_ids']
+    np.testing.assert_array_equal(ids, wanted)
+    assert isinstance(transformers.AutoModel.from_pretrained(tmp_path / 'out').logit_scale.item(),
+                      float)  # fmt: skip
+    image = vit_jax.load(tmp_path / 'clip', part='image')
+    for one, format in (((model, params), 'big_vision'), (image, 'hf')):
+        with pytest.raises(UserError, match='tokenizer is written beside two towers or'):
+            vit_jax.save(tmp_path / 'x.npz', *one, format, tokenizer=tokenizer)

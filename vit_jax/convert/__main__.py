@@ -11,17 +11,19 @@ import pathlib
 import re
 
 import flax.linen as nn
-from absl import flags
+from absl import flags, logging
 
 from vit_jax import cli, config, models
-from vit_jax.convert import load, save
+from vit_jax.convert import load, save, tokenizers
 from vit_jax.convert.stages import Loaded
+from vit_jax.data.tokenizers import Tokenizer
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classify
 from vit_jax.io import storage
 from vit_jax.io.text import aligned, brief, printable
 from vit_jax.models.detector import Detector
 from vit_jax.models.mae import Mae
+from vit_jax.models.text import Text
 from vit_jax.models.two_towers import TwoTowers
 
 TO = flags.DEFINE_enum('to', None, list(save.FORMATS), 'The format to write.')
@@ -104,6 +106,17 @@ def inside_of(whole: nn.Module) -> str:
     return f'{name} of {whole.num_classes} classes, {whole.queries} queries'
 
 
+def tokenizer_of(address: str, loaded: Loaded) -> Tokenizer | None:
+    """The tokenizer of two towers or a text tower, if it is beside them."""
+    if not isinstance(loaded.model, (TwoTowers, Text)):
+        return None
+    try:
+        return tokenizers.tokenizer(address)
+    except UserError as e:
+        logging.warning('written without a tokenizer: %s', e)
+        return None
+
+
 def main(argv: list[str], changes: list[tuple[str, str]]) -> None:
     if LIST.value or LIKE.value is not None:
         print(catalogue(LIKE.value or ''))
@@ -132,7 +145,7 @@ def main(argv: list[str], changes: list[tuple[str, str]]) -> None:
         save.save(
             argv[2], loaded.model, loaded.params, TO.value, image_size=loaded.image_size or size(),
             classes=classes, config=loaded.config, loss=loaded.loss, view=loaded.view,
-            fold=FOLD.value,
+            fold=FOLD.value, tokenizer=tokenizer_of(argv[1], loaded) if TO.value == 'hf' else None,
         )  # fmt: skip
         print(f'Written: {printable(argv[2])} ({TO.value})')
 

@@ -9,16 +9,27 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
+from vit_jax.models.text import Text
 from vit_jax.models.two_towers import TwoTowers
 
 
 def check_towers(model: TwoTowers, params: dict[str, np.ndarray]) -> None:
     """As `check_params`, for the text tower and the scalars beside an image tower."""
-    tokens = jax.ShapeDtypeStruct((1, model.text.length), jnp.int32)
-    shapes = jax.eval_shape(model.text.init, jax.random.key(0), tokens)['params']
-    shapes = {f'text/{k}': v.shape for k, v in flatten_dict(shapes, sep='/').items()}
+    shapes = {f'text/{name}': shape for name, shape in shapes_of_text(model.text).items()}
     shapes |= dict.fromkeys(('temperature', *(('bias',) if model.use_bias else ())), ())
     compare(shapes, {n: x for n, x in params.items() if not n.startswith('image/')})
+
+
+def check_text(model: Text, params: dict[str, np.ndarray]) -> None:
+    """As `check_params`, for a text tower alone."""
+    compare(shapes_of_text(model), params)
+
+
+def shapes_of_text(model: Text) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the parameters of a text tower."""
+    tokens = jax.ShapeDtypeStruct((1, model.length), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+    return {name: x.shape for name, x in flatten_dict(shapes, sep='/').items()}
 
 
 def check_params(

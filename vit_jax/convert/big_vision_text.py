@@ -22,6 +22,7 @@ from vit_jax.models.text import Fields, Text
 
 VOCABULARY, TABLE = 'txt/Embed_0/embedding', 'txt/pos_embedding'
 BLOCKS, STACK = 'txt/Encoder_0/encoderblock', 'txt/Encoder_0/encoderblock/'
+BERT = 'BertEncoder'  # of models/proj/flaxformer/bert.py: LiT-B16B, LiT-B16B_2 and LiT-L16L
 TWICE = 'txt/Encoder_0/pos_embedding'  # of old files; its values are added to those of TABLE
 SCALARS = {'temperature': 't', 'bias': 'b'}
 LEFT_OPEN = ('pool', 'eos_id', 'pad_id')  # fields that `save` writes beside the arrays
@@ -38,8 +39,10 @@ def tower(arrays: Mapping[str, Array], record: dict[str, Any]) -> TextTower | No
     if not text or not any(n.startswith('img/') for n in arrays):
         return None
     if VOCABULARY not in text:
+        bert = 'BERT, whose norms follow the blocks: ' if any(BERT in n for n in text) else ''
         raise UserError(
-            f'array {min(text)} is of a text tower that is not supported, as BERT; {TWO_TOWERS}'
+            f'array {min(text)} is of a text tower that is not supported ({bert}only the plain '
+            f'transformer of models/proj/image_text/text_transformer.py is); {TWO_TOWERS}'
         )
     if TWICE in text:
         text[TABLE] = summed(text, TABLE, text.pop(TWICE))

@@ -15,7 +15,7 @@ from vit_jax.convert import pieces, surgery
 from vit_jax.convert.files import array_in_memory
 from vit_jax.convert.infer import STATE_SIZE, build_model, infer_model, mixer_tokens
 from vit_jax.convert.pieces import Piece
-from vit_jax.convert.stages import Loaded, Parsed, loss_of, size_of
+from vit_jax.convert.stages import Loaded, Parsed, Values, loss_of, size_of
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 from vit_jax.models import embedding, relative, resizing
@@ -30,12 +30,12 @@ def fit(
     num_classes: int | None,
     keep_pre_logits: bool,
     source_image_size: tuple[int, int] | None,
-    values: bool,
+    values: Values,
 ) -> Loaded:
     """Builds the model of a file: changes heads, resizes the table, accounts for every array.
 
-    `path` is for messages. Without `values` no parameters are read. Other arguments are those of
-    `load.load`.
+    `path` is for messages. Without `values` no parameters are read, with 'shapes' their shapes and
+    dtypes alone. Other arguments are those of `load.load`.
     """
     try:
         patch = new_patch(parsed, fields)
@@ -50,7 +50,8 @@ def fit(
         target = target_grid(parsed, model, grid, image_size)
         params, zeros = None, []
         if values:
-            params, zeros = read_params(model, source, parsed, used, fresh, grid, target)
+            read = (model, source, parsed, used, fresh, grid, target)
+            params, zeros = read_params(*read, shapes_alone=values == 'shapes')
     except UserError as e:
         raise UserError(e if path in str(e) else f'{path}: {e}') from e
     account = [('loaded', p.theirs, p.ours) for p in used if p.theirs in parsed.arrays]
@@ -243,10 +244,12 @@ def read_params(
     fresh: Sequence[str],
     grid: tuple[int, int] | None,
     target: tuple[int, int] | None,
+    shapes_alone: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """(parameters as JAX arrays, names of those that are zeros since the file lacks them).
 
-    `source` is the model of the file, from which `model` differs in head and patch size.
+    `source` is the model of the file, from which `model` differs in head and patch size. With
+    `shapes_alone` values are not read, and the parameters are shapes and dtypes.
     """
     channels = len(model.mean)
     size = target or (1, 1)
@@ -258,7 +261,7 @@ def read_params(
         shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
     except Exception as e:  # Flax raises various errors for impossible sizes
         raise UserError(f'the model {describe(model)} cannot be built ({brief(e)})') from e
-    shapes = {name: x.shape for name, x in flatten_dict(shapes, sep='/').items()}
+    wanted, shapes = shapes, {n: x.shape for n, x in flatten_dict(shapes, sep='/').items()}
     if 'embedding/kernel' in shapes:
         shapes['embedding/kernel'] = (*source.patch_size, *shapes['embedding/kernel'][2:])
     by_layer = getattr(model, 'posemb_at', '') == 'layers'
@@ -270,12 +273,14 @@ def read_params(
     for name in offsets:
         shapes[name] = (*shapes[name][:-2], relative.rows(grid, before), shapes[name][-1])
     pieces.check_shapes(used, parsed.arrays, shapes)
-    params = {name: aligned_empty(shape) for name, shape in shapes.items()}
-    for name in params.keys() & {'encoder/attn/qkv/bias'}:  # a file may lack that of keys
-        params[name][...] = 0
-    for name in params.keys() - {piece.ours for piece in used}:
+    absent = shapes.keys() - {piece.ours for piece in used}
+    for name in sorted(absent):
         if name.split('/')[0] not in fresh:
             raise UserError(f'the file has no array for parameter {name} {list(shapes[name])}')
+    if shapes_alone:
+        return wanted, []
+    params = {name: aligned_empty(shape) for name, shape in shapes.items()}
+    for name in absent | params.keys() & {'encoder/attn/qkv/bias'}:  # a file may lack that of keys
         params[name][...] = 0
     zeros = pieces.fill_params(used, parsed.arrays, params)
     if parsed.table is not None and target != grid:

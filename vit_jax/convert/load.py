@@ -17,7 +17,7 @@ from absl import logging
 from vit_jax.convert import families, files, run, shards
 from vit_jax.convert.files import Array
 from vit_jax.convert.fit import fit
-from vit_jax.convert.stages import TWO_TOWERS, Loaded, Parsed, size_of
+from vit_jax.convert.stages import TWO_TOWERS, Loaded, Parsed, Values, size_of
 from vit_jax.convert.towers import fit_text
 from vit_jax.convert.whole import fit_whole
 from vit_jax.errors import UserError, check_choice, shown
@@ -99,7 +99,7 @@ def read(
     num_classes: int | None = None,
     keep_pre_logits: bool = False,
     ema: bool | None = None,
-    values: bool = True,
+    values: Values = True,
     source_image_size: int | Sequence[int] | None = None,
     as_input: bool = False,
     whole: bool = False,
@@ -108,11 +108,12 @@ def read(
 ) -> Loaded:
     """Loads a checkpoint as `Loaded`; arguments are those of `load`.
 
-    Without `values` no parameters are read. Without `image_size` positions stay as in the file or,
-    `as_input`, are resized for the input size that the documents beside the weights state, and
-    products of float32 values are computed in float32 (`interface.exact`). Of a model around an
-    encoder, such as a masked autoencoder, this is the encoder unless `whole`; of two towers it is
-    both if `whole` or `towers`, and an error unless `part` names one.
+    Without `values` no parameters are read; 'shapes' gives their shapes and dtypes, every array of
+    a file being checked. Without `image_size` positions stay as in the file or, `as_input`, are
+    resized for the input size that the documents beside the weights state, and products of float32
+    values are computed in float32 (`interface.exact`). Of a model around an encoder, such as a
+    masked autoencoder, this is the encoder unless `whole`; of two towers it is the `part`,
+    else both if `whole` or `towers`, else an error.
     """
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise UserError(f'the checkpoint is {shown(path)}, not a path, an address or a name')
@@ -144,7 +145,7 @@ def read(
     with open_checkpoint(local, tower, part, both) as parsed:
         if parsed.kind == 'text':
             make = fit_text
-        elif towers and parsed.text is not None:
+        elif towers and part is None and parsed.text is not None:
             make = fit_whole
         if as_input and image_size is None and part != 'text':
             options['image_size'] = stated_size(parsed, path)
@@ -153,6 +154,9 @@ def read(
             account = [explain_resize(row, parsed) for row in loaded.account]
             loaded = loaded._replace(account=account)
     log_notes(path, parsed, loaded.account)
+    view = catalogue().get(str(path), {}).get('view')
+    if view and not loaded.stated_view:
+        loaded = loaded._replace(stated_view=view)
     return in_float32(loaded) if as_input else loaded
 
 
@@ -222,7 +226,8 @@ def resolve(path: str) -> str:
 def catalogue() -> dict[str, dict[str, Any]]:
     """{name: {address, family, image_size, source, metric, accuracy, licence}} of checkpoints.
 
-    What no public source states is None.
+    What no public source states is None. A row may have `tokenizer`, the address of that of two
+    towers whose file has none, and `view`, how images become input where the file does not say it.
     """
     file = importlib.resources.files('vit_jax.convert') / 'catalogue.json'
     return json.loads(file.read_text(encoding='utf-8'))

@@ -14,7 +14,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from vit_jax.convert import biases, big_vision, folding, hf, official, timm, towers_saving, views
-from vit_jax.convert.agreement import check_params, check_towers
+from vit_jax.convert.agreement import check_params, check_text, check_towers
 from vit_jax.convert.documents import PROBLEMS, class_names
 from vit_jax.convert.hf import eomt as hf_eomt
 from vit_jax.convert.hf import mae as hf_mae
@@ -26,6 +26,7 @@ from vit_jax.convert.pieces import file_arrays
 from vit_jax.convert.stages import Beside, loss_of, size_of, view_of
 from vit_jax.convert.towers_saving import subtree
 from vit_jax.convert.write import write_folder, write_npz
+from vit_jax.data.tokenizers import Tokenizer
 from vit_jax.errors import UserError, shown
 from vit_jax.models import (
     detector,
@@ -84,6 +85,7 @@ def save(
     loss: str | None = None,
     view: str | dict | None = None,
     fold: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes a checkpoint: 'official' and 'big_vision' an .npz, 'timm' and 'hf' a folder.
 
@@ -103,11 +105,19 @@ def save(
         else of `model.metadata`, else 'central'.
       fold: whether to write positions that are computed or absent as a table, and a class token
         with a position as one without it. Outputs stay the same.
+      tokenizer: what `vit_jax.tokenizer` returns, whose files are written beside two towers or a
+        text tower of format 'hf', for transformers' AutoTokenizer.
 
     Raises:
       UserError: the format cannot express the model; the message names the field.
     """
     path, params = check_arguments(path, model, params, format, config)
+    files = tokenizer_files(model, format, tokenizer)
+    if isinstance(model, text.Text):
+        check_text(model, params)
+        arrays, document = towers_saving.of_text(model, params)
+        write_folder(folder_of(path, format), arrays, {'config.json': document}, files)
+        return
     whole, beside = (model, params), None
     if isinstance(model, TwoTowers):
         check_towers(model, params)
@@ -130,8 +140,7 @@ def save(
             arrays, record = {f'img/{n}': a for n, a in arrays.items()} | others, record | stated
         write_npz(path, {prefix + n: a for n, a in arrays.items()}, record)
         return
-    if path.suffix in ('.npz', '.safetensors'):
-        raise UserError(f'{path}: format {format} is a folder, name it without {path.suffix}')
+    path = folder_of(path, format)
     if about.image_size is None:
         raise UserError(f'format {format} states an image size; give image_size=...')
     documents, notes = folder_documents(format, model, about)
@@ -140,9 +149,30 @@ def save(
     if beside:
         arrays = beside.finish(arrays)
         documents['config.json'] = beside.document(documents['config.json'] | beside.config)
-    write_folder(path, arrays, documents)
+    write_folder(path, arrays, documents, files)
     if notes:
         logging.warning('%s: as %s prepares images: %s', path, format, '; '.join(notes))
+
+
+def folder_of(path: pathlib.Path, format: str) -> pathlib.Path:
+    """The path of a folder; raises UserError for that of a file."""
+    if path.suffix in ('.npz', '.safetensors'):
+        raise UserError(f'{path}: format {format} is a folder, name it without {path.suffix}')
+    return path
+
+
+def tokenizer_files(
+    model: nn.Module, format: str, tokenizer: Tokenizer | None
+) -> dict[str, bytes]:
+    """{name: content} of a tokenizer's files; raises UserError where they have no place."""
+    if tokenizer is None:
+        return {}
+    if format != 'hf' or not isinstance(model, (TwoTowers, text.Text)):
+        raise UserError(
+            f"a tokenizer is written beside two towers or a text tower of format 'hf', not beside "
+            f'a {type(model).__name__} of {format!r}; tokenizer.save(FOLDER) writes it alone'
+        )
+    return tokenizer.files()
 
 
 def family_of(model: nn.Module, format: str) -> ModuleType:
@@ -227,8 +257,8 @@ def check_arguments(
             f'format {format} has no two towers; {" and ".join(towers_saving.FORMATS)} have, and '
             "of a file vit_jax.load(path, part='image') (--part image) is the image tower alone"
         )
-    if isinstance(model, text.Text):
-        raise UserError('no format has a text tower alone; save both towers, or keep the file')
+    if isinstance(model, text.Text) and format != 'hf':
+        raise UserError(f'format {format} has no text tower alone; hf has')
     if isinstance(model, resnet.Bit) and format != 'timm':
         raise UserError(f'format {format} has no BiT ResNet; timm has, and a workdir keeps one')
     return path, {k: np.asarray(v) for k, v in flatten_dict(params, sep='/').items()}

@@ -2,7 +2,7 @@
 
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.io.text import brief
 from vit_jax.models.interface import Metadata
 
+Values = bool | Literal['shapes']  # whether parameters are read, or their shapes alone
 MOST_PIXELS = 65_536  # a side, as bounds.Pixels
 TWO_TOWERS = (
     "the file has an image tower and a text tower; give part='image' (python -m vit_jax.convert "
@@ -82,7 +83,8 @@ class Loaded(NamedTuple):
     """A loaded checkpoint: model, parameters, and what is needed to use them."""
 
     model: nn.Module
-    params: dict[str, Any] | None  # tree of float32 arrays; None where they are not read
+    # tree of float32 arrays, or of their shapes and dtypes; None where neither is asked for
+    params: dict[str, Any] | None
     account: list[tuple[str, str, str]]  # (what was done, array or arrays, detail)
     source: str  # the family
     image_size: tuple[int, int] | None  # (height, width) of the parameters, None where any fits

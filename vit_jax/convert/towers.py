@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.convert import pieces
 from vit_jax.convert.fit import aligned_empty, fit
 from vit_jax.convert.pieces import Piece
-from vit_jax.convert.stages import NO_TEXT, Loaded, Parsed, TextTower
+from vit_jax.convert.stages import NO_TEXT, Loaded, Parsed, TextTower, Values
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
 from vit_jax.models import text
@@ -104,11 +104,12 @@ def text_model(tower: TextTower, fields: Mapping[str, Any]) -> text.Text:
 
 
 def read_text(
-    tower: TextTower, model: text.Text, scalars: Sequence[Piece], values: bool
+    tower: TextTower, model: text.Text, scalars: Sequence[Piece], values: Values
 ) -> tuple[dict[str, Any] | None, list[tuple[str, str, str]]]:
     """(parameters, account) of a text tower and of `scalars` beside it; none without `values`.
 
-    Raises UserError for an array that is missing, has another shape or belongs to nothing.
+    With values='shapes' the parameters are shapes and dtypes. Raises UserError for an array that is
+    missing, has another shape or belongs to nothing.
     """
     used = [*tower.pieces(model), *scalars]
     tokens = jax.ShapeDtypeStruct((1, model.length), jnp.int32)
@@ -131,6 +132,9 @@ def read_text(
     account += [('unused', n, why) for n, why in tower.unused.items()]
     if not values:
         return None, account
+    if values == 'shapes':
+        found = {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in shapes.items()}
+        return unflatten_dict(found, sep='/'), account
     params = {n: aligned_empty(shape) for n, shape in shapes.items()}
     zeros = pieces.fill_params(used, tower.arrays, params)
     account += [('re-initialised', prefix + n, 'zeros: the file has none') for n in zeros]

@@ -1,4 +1,7 @@
-"""What files of two towers have beside the image tower, to save a `models.two_towers.TwoTowers`."""
+"""What files of two towers have beside the image tower, to save a `models.two_towers.TwoTowers`.
+
+And what a folder of a text tower alone has.
+"""
 
 import math
 import operator
@@ -24,6 +27,7 @@ PLAIN = {  # {field: values of a text tower that a format can express that says 
     'style.order': ('pre',), 'style.norm': ('layer',), 'style.norms': ((),),
     'style.unbiased': ((),), 'style.rope': (None,), 'style.bias': (None,),
 }  # fmt: skip
+PROJECTED = 'a projection after the text tower'
 CLASSES = {  # of transformers, by the family of the image tower: (class, model_type)
     hf_clip: ('CLIPModel', 'clip'), hf_siglip: ('SiglipModel', 'siglip'),
     hf_siglip2: ('Siglip2Model', 'siglip2'),
@@ -108,19 +112,52 @@ def of_folder(model: TwoTowers, params: Mapping[str, np.ndarray]) -> Beside:
     return Beside(finish, {}, document)
 
 
+def of_text(
+    model: Text, params: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, config.json) of a folder of transformers of a text tower alone.
+
+    It is CLIP's if its tokens attend to those before them, else SigLIP's. Raises UserError for a
+    field that this cannot express.
+    """
+    siglip = not model.causal
+    name = 'SiglipTextModel' if siglip else 'CLIPTextModel'
+    if not siglip and model.num_classes is not None:
+        name += 'WithProjection'
+    check_text(model, 'hf', hf_text.limits(siglip))
+    wrong = wrong_text(model, siglip)
+    if not siglip:
+        wrong.pop(PROJECTED)
+    for what in (what for what, found in wrong.items() if found):
+        raise UserError(f'format hf has this text tower as {name}, which has {what}')
+    config = hf_text.model_config(model, siglip, 'siglip' if siglip else 'clip')
+    return file_arrays(hf_text.pieces(model), params), dict(
+        config, architectures=[name], dtype='float32'
+    )
+
+
+def wrong_text(model: Text, siglip: bool) -> dict[str, bool]:
+    """{what the classes of transformers have: whether a text tower lacks it}."""
+    projected = model.num_classes is not None
+    return {
+        'a bias of the text projection': siglip and projected and model.head_bias is None,
+        'no bias of the text projection':
+            not siglip and projected and model.head_bias is not None,
+        PROJECTED: not projected,
+        f'no end token {hf_text.LEGACY_EOS}, which stands for the highest id':
+            model.eos_id == hf_text.LEGACY_EOS and not siglip,
+    }  # fmt: skip
+
+
 def check_folder(model: TwoTowers, name: str, siglip: bool) -> None:
     """Raises UserError for what transformers' class of that name cannot express."""
     check_text(model.text, 'hf', hf_text.limits(siglip))
-    text, projected = model.text, model.image.num_classes is not None
+    projected = model.image.num_classes is not None
     wrong = {
         'no projection after the image tower': siglip and projected,
         'a projection after the image tower': not siglip and not projected,
-        'a bias of the text projection': siglip and text.head_bias is None,
-        'no bias of the text projection': not siglip and text.head_bias is not None,
-        'a projection after the text tower': text.num_classes is None,
+        **wrong_text(model.text, siglip),
         'no bias of the logits': not siglip and model.use_bias,
-        f'no end token {hf_text.LEGACY_EOS}, which stands for the highest id':
-            text.eos_id == hf_text.LEGACY_EOS and not siglip,
-    }  # fmt: skip
+    }
     for what in (what for what, found in wrong.items() if found):
         raise UserError(f'format hf has these towers as {name}, which has {what}')

@@ -2,6 +2,8 @@
 
 import pathlib
 import stat
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from vit_jax.io.text import to_json
 
 FOLDER_FILES = (
     'model.safetensors', 'config.json', 'preprocessor_config.json', 'run_config.json',
+    'tokenizer.json', 'spiece.model', 'tokenizer_config.json', 'special_tokens_map.json',
+    'vit_jax_tokenizer.json',
 )  # fmt: skip
 
 
@@ -31,9 +35,12 @@ def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray], record: dict[st
 
 
 def write_folder(
-    path: pathlib.Path, arrays: dict[str, np.ndarray], documents: dict[str, Any]
+    path: pathlib.Path,
+    arrays: dict[str, np.ndarray],
+    documents: dict[str, Any],
+    others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Writes a folder with model.safetensors and its JSON files, in one step."""
+    """Writes a folder with model.safetensors, its JSON files and `others`, in one step."""
     if path.exists():
         strange = [p.name for p in path.iterdir() if p.name not in FOLDER_FILES] if path.is_dir() \
             else [path.name]  # fmt: skip
@@ -48,6 +55,8 @@ def write_folder(
             save_file(arrays, part / 'model.safetensors', metadata={'format': 'pt'})
             for name, value in documents.items():
                 (part / name).write_text(to_json(value, indent=2) + '\n')
+            for name, data in others.items():
+                (part / name).write_bytes(data)
             # safetensors makes files for their owner alone; config.json has the umask's mode
             mode = stat.S_IMODE((part / 'config.json').stat().st_mode)
             (part / 'model.safetensors').chmod(mode)

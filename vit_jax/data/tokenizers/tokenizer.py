@@ -68,6 +68,11 @@ class Tokenizer(NamedTuple):
             ids = ids[: self.length - len(after)]
         return [*ids, *after][: self.length]
 
+    def count(self, text: str) -> int:
+        """Number of tokens of a text that is not cut, its begin and end among them."""
+        ends = (self.bos is not None) + (self.eos is not None)
+        return ends + len(self.backend.ids(clean(checked(text), self.steps)))
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, from its begin to its end or padding."""
         ids = [int(number) for number in ids]
@@ -117,10 +122,13 @@ class Tokenizer(NamedTuple):
 
         folder = epath.Path(folder)
         storage.make_folder(folder)
-        files = self.backend.files()
-        files |= {name: document(content) for name, content in self.documents.items()}
-        for name, data in (files | {SETTINGS: document(self.settings())}).items():
+        for name, data in self.files().items():
             storage.write(folder / name, data)
+
+    def files(self) -> dict[str, bytes]:
+        """{name: content} of the files that `save` writes."""
+        documents = self.documents | {SETTINGS: self.settings()}
+        return self.backend.files() | {name: document(x) for name, x in documents.items()}
 
 
 def document(content: Any) -> bytes:
