@@ -1,6 +1,8 @@
 """Zero-shot commands on two towers of transformers, beside transformers."""
 
 import json
+import warnings
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +21,8 @@ from vit_jax.data.tokenizers import Named
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate, settings_of
 from vit_jax.evaluators import embeddings
-from vit_jax.figures import labelled
+from vit_jax.figures import labelled, style
+from vit_jax.predict import __main__ as command
 from vit_jax.predict import by_labels, predicted, read_ahead
 
 LABELS = ('a red dog', 'the bag', "it's a <b>shoe</b>, {really} & more", 'x' * 200)
@@ -211,6 +214,56 @@ def test_maps_need_embeddings_of_patches_alone(checkpoint, monkeypatch):
     monkeypatch.setattr(by_labels.weights, 'read', pooled_by_both)
     with pytest.raises(UserError, match='leave out --maps'):
         by_labels.predictor(str(checkpoint[0]), LABELS, drawn='maps')
+
+
+def test_labels_that_are_cut_are_logged_once(checkpoint, caplog):
+    by_labels.predictor(str(checkpoint[0]), ('the bag', 'x' * 200, 'dog ' * 14, 'dog ' * 15))
+    [line] = [r.getMessage() for r in caplog.records if 'are cut' in r.getMessage()]
+    assert line.startswith('2 of 4 texts are cut to the 16 tokens of the tokenizer (')
+    assert "such as 'xxx" in line
+    named = Named(str(checkpoint[0]))
+    for text in ('dog ' * 14, 'dog ' * 15, 'dog ' * 16):
+        named(text)
+    [_, line] = [r.getMessage() for r in caplog.records if 'cut' in r.getMessage()]
+    assert line.startswith('a text is cut to') and line.endswith(' of 17 tokens')
+
+
+def test_a_checkpoint_without_a_tokenizer_says_how_to_name_one(checkpoint, tmp_path):
+    for name in ('config.json', 'model.safetensors'):
+        (tmp_path / name).symlink_to(checkpoint[0] / name)
+    with pytest.raises(UserError, match='has no tokenizer: .*; --tokenizer names another'):
+        by_labels.predictor(str(tmp_path), LABELS)
+    size, mesh = (SIZE, SIZE), sharding.make_mesh(jax.devices()[:1])
+    found = evaluation.read(str(tmp_path), size, ConfigDict(), None, None)
+    subject = evaluation.subject_of(found, size, mesh, 'softmax', str(tmp_path))
+    with pytest.raises(UserError, match=r'has no tokenizer: .*evals\.NAME\.tokenizer\) names one'):
+        embeddings.tokenizer_of(subject, None)('a dog')
+
+
+@pytest.mark.parametrize('given, drawn, words', [
+    (dict(labels=['a', 'b'], out='x.npz'), False, '--labels prints classes, or draws them'),
+    (dict(labels=['a', 'b'], features='x.npz'), False, '--labels prints classes'),
+    (dict(labels=['a', 'b'], maps=True), False, '--maps draws where texts are; give --labels and'),
+    (dict(maps=True, out='x.png'), False, '--maps draws where texts are'),
+    (dict(templates=['a {}.']), False, '--templates is for the texts of --labels'),
+    (dict(tokenizer='x'), False, '--tokenizer is for the texts of --labels'),
+    (dict(labels=['a', 'b'], out='x.png', maps=True, tokenizer='x'), True, None),
+])  # fmt: skip
+def test_flags_of_labels_that_nothing_reads_are_refused(given, drawn, words):
+    plain = dict(labels=None, out=None, features=None, maps=False, templates=['{}'], tokenizer=None)
+    options = SimpleNamespace(**plain | given)
+    if words is None:
+        command.check_labels(options, drawn)
+        return
+    with pytest.raises(UserError, match=words):
+        command.check_labels(options, drawn)
+
+
+def test_what_the_font_cannot_draw_is_in_words(tmp_path):
+    cells = [np.zeros((8, 8, 3), np.uint8)], ['a dog \U0001f415', '\u65e5', 'caf\xe9'], np.eye(1, 3)
+    with warnings.catch_warnings(action='error'):
+        labelled.draw(tmp_path / 'x.png', *cells)
+    assert style.drawable('a \U0001f415 caf\xe9 \u65e5') == 'a :dog: caf\xe9 \\u65e5'
 
 
 def test_a_checkpoint_of_one_tower_is_named():

@@ -130,7 +130,10 @@ def subject_of(
         predict = partial(contrastive.predict, found.model)
         outputs = jax.eval_shape(predict, found.params, evaluators.one_example(spec))
         fits = found.model.text.vocab_size, length
-        words = Named(tokenizers.address_of(checkpoint), fits=fits)
+        words = Named(
+            tokenizers.address_of(checkpoint), fits=fits,
+            otherwise="the evaluation's setting `tokenizer` (evals.NAME.tokenizer) names one",
+        )  # fmt: skip
         return evaluators.Subject(predict, mesh, outputs, names, {}, words)
     objective = supervised.supervised(found.model, Examples(spec), loss=loss)
     return evaluators.subject(objective, found.params, spec, mesh, names)

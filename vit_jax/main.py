@@ -64,7 +64,7 @@ CHECK = flags.DEFINE_bool(
 DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Check the settings, say what the run would be, and train nothing. Neither '
     'its data nor the checkpoint that it begins from need be there; what they alone tell '
-    'is unknown.',
+    'is unknown. A checkpoint that is there must fit the model.',
 )  # fmt: skip
 PROFILE = flags.DEFINE_string(
     'profile', None, 'STEP:COUNT: trace so many steps from that one on, into WORKDIR/profile, for '

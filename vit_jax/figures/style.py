@@ -3,18 +3,22 @@
 Uses matplotlib's objects, never pyplot, so it neither reads nor changes global state.
 """
 
+import functools
 import io
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from matplotlib import ticker
+from matplotlib import font_manager, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.ft2font import FT2Font
 from matplotlib.legend import Legend
+from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 
 from vit_jax.io import storage
@@ -29,8 +33,33 @@ MARKERS = 'osD^vPX'  # one more than colours, so that beyond six names the pairs
 def save(path: os.PathLike, figure: Figure, dpi: int = 150) -> None:
     """Writes a figure as PNG in one step; equal figures give equal bytes."""
     png = io.BytesIO()
+    for text in figure.findobj(Text):
+        if (drawn := drawable(text.get_text())) != text.get_text():
+            text.set_text(drawn)
     figure.savefig(png, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
     storage.write(path, png.getvalue())
+
+
+def drawable(text: str) -> str:
+    """The text with what the font has no glyph for in words: ':grinning face:', or escaped.
+
+    Symbols, as emoji are, have their name in Unicode.
+    """
+    if text.isascii():
+        return text
+    return ''.join(c if c == '\n' or font().get_char_index(ord(c)) else named(c) for c in text)
+
+
+def named(character: str) -> str:
+    """The name of a symbol, or the escape sequence of another character."""
+    name = unicodedata.name(character, '') if unicodedata.category(character) == 'So' else ''
+    return f':{name.lower()}:' if name else character.encode('unicode_escape').decode()
+
+
+@functools.cache
+def font() -> FT2Font:
+    """The font of text in figures."""
+    return font_manager.get_font(font_manager.findfont(FontProperties()))
 
 
 def series_of(lines: Iterable[Mapping], metric: str) -> dict[str, tuple[list[int], list[float]]]:
@@ -110,11 +139,11 @@ def disable_math(legend: Legend) -> None:
 
 
 def shorten(text: str, room: float, size: float, weight: str = 'normal', tail: int = 0) -> str:
-    """Makes a text one line and truncates it with an ellipsis to `room` inches.
+    """Makes a text one line that is `drawable`, with an ellipsis where it is above `room` inches.
 
     Keeps its last `tail` characters.
     """
-    text = printable(' '.join(str(text).split()))
+    text = drawable(printable(' '.join(str(text).split())))
     if text_width(text, size, weight) <= room:
         return text
     tail = min(tail, len(text) - 1)

@@ -13,7 +13,7 @@ import numpy as np
 from vit_jax.convert import load as weights
 from vit_jax.convert import tokenizers
 from vit_jax.data import files, prompts
-from vit_jax.data.tokenizers import Named, Tokenizer
+from vit_jax.data.tokenizers import Named
 from vit_jax.errors import UserError, shown
 from vit_jax.evaluators import zero_shot
 from vit_jax.models import layers, pooling
@@ -76,11 +76,14 @@ def predictor(
             "(pool 'cls_gap'), so a patch alone has no embedding; leave out --maps"
         )
     fits = model.text.vocab_size, model.text.length
-    named = Named(tokenizers.address_of(tokenizer or checkpoint), fits=fits)
+    named = Named(
+        tokenizers.address_of(tokenizer or checkpoint), fits=fits,
+        otherwise='' if tokenizer else '--tokenizer names another file or folder of it',
+    )  # fmt: skip
+    named.check()
     if tokenizer is not None:
         tokenizers.warn_of_another(checkpoint, named)
-    cut = named.loaded
-    classes = class_embeddings(model, found.params, cut, labels, templates)
+    classes = class_embeddings(model, found.params, named, labels, templates)
 
     def compute(params, images):
         out = model.apply({'params': params}, model.normalise(images), None)[1]
@@ -135,7 +138,7 @@ def patch_embeddings(model: Vit, params: Any, encoded: jax.Array) -> jax.Array:
 
 
 def class_embeddings(
-    model: TwoTowers, params: Any, tokenizer: Tokenizer, labels: Sequence[str],
+    model: TwoTowers, params: Any, tokenizer: Named, labels: Sequence[str],
     templates: Sequence[str],
 ) -> np.ndarray:  # fmt: skip
     """Embeddings of labels, float32 [K, E]: means over templates, at unit length."""

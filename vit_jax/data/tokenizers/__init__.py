@@ -51,12 +51,18 @@ class Named:
       address: where it is, see `load`.
       length: number L of tokens of a text.
       fits: (tokens in the vocabulary of the model, tokens of its longest text), None if unknown.
+      otherwise: what the user can do where there is none.
     """
 
     def __init__(
-        self, address: str, length: int | None = None, fits: tuple[int, int] | None = None
+        self,
+        address: str,
+        length: int | None = None,
+        fits: tuple[int, int] | None = None,
+        otherwise: str = '',
     ):
-        self.address, self.given, self.fits = address, length, fits
+        self.address, self.given, self.fits, self.otherwise = address, length, fits, otherwise
+        self.warned = False  # of texts that are cut
 
     @functools.cached_property
     def loaded(self) -> Tokenizer:
@@ -64,9 +70,13 @@ class Named:
 
         Raises UserError as `load` does, and where the model has embeddings for fewer tokens.
         """
+        try:
+            found = of_its_length(self.address)
+        except UserError as e:
+            raise UserError(f'{e}; {self.otherwise}') if self.otherwise else e from e
         if self.fits is None:
-            return load(self.address, length=self.given)
-        found, (vocabulary, longest) = of_its_length(self.address), self.fits
+            return found.with_length(self.given)
+        vocabulary, longest = self.fits
         if found.vocab_size > vocabulary:
             raise UserError(
                 f'tokenizer {self.address} has {found.vocab_size} tokens, and the model '
@@ -83,8 +93,26 @@ class Named:
         return self.given or self.loaded.length
 
     def __call__(self, texts: str | Iterable[str]) -> np.ndarray:
-        """Ids int32 [B, L] of texts."""
-        return self.loaded(texts)
+        """Ids int32 [B, L] of texts; logs once how many are cut, with one of them."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = self.loaded(texts)
+        if not self.warned:
+            self.warn_of_cut(texts, ids)
+        return ids
+
+    def warn_of_cut(self, texts: list[str], ids: np.ndarray) -> None:
+        """Logs if some of the texts have more tokens than their ids, [B, L]."""
+        full = (ids != self.loaded.pad).sum(axis=1) >= self.length - 1
+        counts = {k: self.loaded.count(texts[k]) for k in np.flatnonzero(full)}
+        cut = [k for k, count in counts.items() if count > self.length]
+        if not cut:
+            return
+        self.warned = True
+        how_many = f'{len(cut):,} of {len(texts):,} texts are' if len(texts) > 1 else 'a text is'
+        logging.warning(
+            '%s cut to the %d tokens of the tokenizer (%s), such as %s of %d tokens', how_many,
+            self.length, self.address, shown(texts[cut[0]]), counts[cut[0]],
+        )  # fmt: skip
 
 
 def warn_of_another(own: str, named: Named) -> None:
