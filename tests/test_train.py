@@ -21,7 +21,7 @@ from in_process import StopAfter, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_jax import assembly, config, models
+from vit_jax import assembly, config, models, sharding, train
 from vit_jax.data import tasks
 from vit_jax.errors import UserError
 from vit_jax.evaluators.classify import Classify
@@ -35,17 +35,42 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def whole(folder, tmp_path_factory):
-    """The workdir of a finished run."""
-    path = tmp_path_factory.mktemp('whole') / 'run'
-    run(folder, path)
-    return path
+def finished(folder, tmp_path_factory):
+    """(workdir, what its loop put on devices and read from there, in order) of a finished run."""
+    path, order = tmp_path_factory.mktemp('whole') / 'run', []
+
+    def put(batch, mesh):
+        order.append('put')
+        return sharding.put(batch, mesh)
+
+    class Report(report.Report):
+        def read(self, step, metrics):
+            order.append(step)
+            super().read(step, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'sharding', SimpleNamespace(put=put, rows=sharding.rows))
+        patch.setattr(train.report, 'Report', Report)
+        run(folder, path)
+    return path, order
+
+
+@pytest.fixture(scope='module')
+def whole(finished):
+    return finished[0]
 
 
 @pytest.fixture
 def copied(whole, tmp_path):
     """A copy of the workdir of a finished run."""
     return shutil.copytree(whole, tmp_path / 'copied')
+
+
+def test_a_batch_is_put_on_the_devices_before_the_step_before_is_waited_for(finished):
+    _, order = finished
+    assert [x for x in order if x != 'put'] == list(range(1, 13)) and order.count('put') == 12
+    for n in (1, 2, 3, 5, 6, 7):  # 4 and 8 are saved and evaluated
+        assert order[: order.index(n)].count('put') == n + 1, order
 
 
 @pytest.mark.slow
