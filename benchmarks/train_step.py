@@ -9,6 +9,9 @@ and warm-up. Prints a JSON line per contender: medians over the rounds of the mi
 step, of images/s and of the ratio to ours in the same round; MFU relative to the datasheet's peak
 and to a matrix product measured in the same run; peak memory; seconds to compile.
 
+On CPUs ours has the large pages of the package's commands (vit_jax/io/large_pages.py). With
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 all contenders have them, with hugetlb=0 none.
+
 Peers (peers.py): flax_mha, a plain linen encoder with the same optimizer; timm, under torch.compile
 with fused AdamW; torch, the same with transformers' ViT, where timm does not import. Their blocks
 are unrolled, as ours are by default on accelerators; --variant unroll=1 adds scanned blocks,
@@ -29,6 +32,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import peers
+from vit_jax.io import large_pages
 
 MODEL = flags.DEFINE_string('model', 'vit-b/16', 'Model by name.')
 BATCH = flags.DEFINE_list('batch', '64', 'Images per step; one comparison for each number.')
@@ -122,10 +126,11 @@ class Contender:
             f'--classes={CLASSES.value}', f'--dtype={DTYPE.value}', f'--steps={STEPS.value}',
             f'--set={SET.value}', f'--inference={INFERENCE.value}',
         ]  # fmt: skip
+        added = large_pages.variables() if name.startswith('ours') else {}  # as our commands have
         self.process = subprocess.Popen(
             [sys.executable, '-m', 'benchmarks.train_step', f'--serve={name}', *flagged],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},
+            env=os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} | added,
         )  # fmt: skip
         self.first = self.answer()
 

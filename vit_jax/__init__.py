@@ -12,7 +12,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from vit_jax.io import streams
+from vit_jax.io import large_pages, streams
 
 if TYPE_CHECKING:
     from vit_jax import models
@@ -36,6 +36,7 @@ MODULES = {
 }
 
 if streams.is_command():  # before the other imports, which take seconds
+    large_pages.restart()
     streams.begin()
 
 
