@@ -57,12 +57,12 @@ def unexpected(results):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_checks(tmp_path):
-    only = r'attention .* 5 tokens|^model float32, unroll|^model bfloat16|^random'
+    only = r'attention .* 5 tokens|^model float32, unroll|^model bfloat16|^random|^step .* on a CPU'
     done, results = run(tmp_path, 'checks', '--only', only)
     assert not done.returncode and not unexpected(results), done.stdout + done.stderr
     cases = results['cases']
     assert all(case['ok'] and case['error'] <= case['tolerance'] for case in cases.values())
-    assert len(cases) == 6 + 6 + 1
+    assert len(cases) == 6 + 6 + 1 + 4
     assert any('cudnn' in name for name in results['skipped'])
 
 
@@ -85,6 +85,24 @@ def test_speed(tmp_path):
     of_timm = results['bars']['vit-b/16 train, images/s to timm']
     assert of_timm['wanted'] == 1.2 and of_timm['met'] == (of_timm['found'] >= 1.2)
     assert results['bars']['vit-b/16 train, MFU']['met'] is None  # this CPU has no known peak
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_methods(tmp_path):
+    only = '(mae vit-b/16 512|dino vit-s/16 64) default'
+    done, results = run(tmp_path, 'methods', '--only', only)
+    assert not done.returncode and not unexpected(results), done.stdout + done.stderr
+    assert {name.partition(' ')[0] for name in results['cases']} == {'mae', 'dino'}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_run_has_the_bits_of_one_that_is_not(tmp_path):
+    done, results = run(tmp_path, 'resume', '--small', '--only', '^deterministic')
+    assert not done.returncode and not unexpected(results), done.stdout + done.stderr
+    case = results['cases']['deterministic']
+    assert case['same_bits'] and case['same_losses_after'] and 0 < case['resumed_after'] < 5
 
 
 @pytest.mark.slow
