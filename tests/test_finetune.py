@@ -123,7 +123,7 @@ def test_layer_decay_and_a_head_that_is_kept(folder, pretrained, tmp_path):
 def test_what_does_not_fit_is_named(folder, others, pretrained, tmp_path):
     with pytest.raises(UserError, match="not the kept head's: dog, eel; .* it lacks ant, bee, cat"):
         finetune(others, tmp_path / 'a', pretrained, 'keep_head=true', 'model.num_classes=2')
-    with pytest.raises(UserError, match=r'norm1/scale.*\[2, 16\].*\[2, 24\]|is \[.*16.*24'):
+    with pytest.raises(UserError, match='model.width is 24, there 16'):
         finetune(folder, tmp_path / 'b', pretrained, 'model.name=vit-ti/4', 'model.width=24',
                  'model.depth=2', 'model.num_heads=2', 'model.mlp_dim=32')  # fmt: skip
     with pytest.raises(UserError, match='no such file or folder'):

@@ -215,10 +215,11 @@ def resolve(path: str) -> str:
     names = catalogue()
     if path in names:
         return names[path]['address']
-    group = path.split('/')[0]
+    group, *rest = path.split('/')
     if not os.path.exists(os.path.expanduser(path)) and '://' not in path:
         near = difflib.get_close_matches(path, names, 3)
-        if near and (group in {name.split('/')[0] for name in names} or '.' not in path):
+        groups = {name.split('/')[0] for name in names}
+        if near and (difflib.get_close_matches(group, groups) or not rest and '.' not in path):
             raise UserError(f'no file {path}, and no such name; the nearest: {", ".join(near)}')
     return path
 

@@ -8,6 +8,7 @@ the same: both let other threads run meanwhile.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -26,7 +27,7 @@ Image.core.set_blocks_max(4)
 GREY = (0.2989, 0.5870, 0.1140)  # TensorFlow's weights of red, green and blue
 
 
-def made(operation: str, image: np.ndarray, *arguments) -> np.ndarray:
+def made(operation: str, image: np.ndarray, *arguments: Any) -> np.ndarray:
     """What an operation of the extension makes of an image."""
     out = np.empty(image.shape, np.uint8)
     getattr(_operations, operation)(np.ascontiguousarray(image), out, *arguments)
