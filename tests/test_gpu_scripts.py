@@ -19,15 +19,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 ABSENT = (
     'ml_collections', 'grain', 'array_record', 'tensorflow', 'tensorflow_datasets', 'tensorboard',
     'importlib_resources', 'google_crc32c', 'qwix', 'sklearn', 'matplotlib', 'pyarrow', 'gcsfs',
-    'pycocotools', 'sentencepiece', 'pytest',
+    'pycocotools', 'pytest',
 )  # fmt: skip
 BLOCKER = f"""
 import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in {ABSENT}:
-            raise ModuleNotFoundError(f'{{name}} is not there')
-sys.meta_path.insert(0, Blocker())
+from importlib.machinery import PathFinder
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition('.')[0] not in {ABSENT}:
+            return PathFinder.find_spec(name, path, target)
+sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
 
