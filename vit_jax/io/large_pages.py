@@ -1,9 +1,9 @@
 """Gives commands on CPUs memory in pages of 2 MiB.
 
 XLA takes the temporaries of a step from the system anew at each step and returns them, hundreds of
-megabytes. In pages of 4 KiB, touching them first and finding them later takes up to a quarter of
-the step (benchmarks/RESULTS.md). glibc asks Linux for large pages if a variable says so when the
-process starts.
+megabytes. In pages of 4 KiB, touching them first and finding them later takes a tenth to a
+quarter of the step (benchmarks/RESULTS.md). glibc asks Linux for large pages if a variable says so
+when the process starts.
 """
 
 import glob
