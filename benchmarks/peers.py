@@ -6,6 +6,7 @@ run(n) makes n steps, or n forward passes, and waits for the last one.
 
 import contextlib
 import functools
+import time
 
 import flax.linen as nn
 import jax
@@ -234,3 +235,17 @@ def torch(*args):
 
 
 PEERS = {'ours': ours, 'flax_mha': flax_mha, 'timm': timm, 'torch': torch}
+
+
+def product(dtype, seconds=1.0):
+    """FLOP/s of the fastest of many products of two large matrices of noise."""
+    n = 8192 if jax.default_backend() != 'cpu' else 2048
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(a).block_until_ready()
+    best, end = float('inf'), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        multiply(a).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best

@@ -28,7 +28,6 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import peers
@@ -59,20 +58,6 @@ def value(text):
 
 def fields(text):
     return {k: value(v) for k, _, v in (pair.partition('=') for pair in text.split(',') if pair)}
-
-
-def product(dtype, seconds=1.0):
-    """FLOP/s of one large product of two matrices, the best of many."""
-    n = 8192 if jax.default_backend() != 'cpu' else 2048
-    a = jnp.ones((n, n), dtype)
-    multiply = jax.jit(lambda a: a @ a)
-    multiply(a).block_until_ready()
-    best, end = float('inf'), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        multiply(a).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
 
 
 def peak_memory(name):
@@ -107,7 +92,7 @@ def serve(contender):
     device = jax.devices()[0].device_kind if name in ('ours', 'flax_mha') else ''
     first = dict(seconds_to_build=made - began, seconds_to_compile=compiled, flops=flops)
     if name == 'ours':
-        first |= dict(device=device, product=product(DTYPE.value))
+        first |= dict(device=device, product=peers.product(DTYPE.value))
     print(json.dumps(first), file=out, flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()

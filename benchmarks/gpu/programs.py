@@ -1,6 +1,5 @@
 """Steps and forward passes that the scripts for GPUs time, each compiled for one device."""
 
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -169,20 +168,6 @@ def facts() -> dict[str, Any]:
     known = devices.GPUS.get(device.device_kind)
     return {
         'device': device.device_kind, 'platform': device.platform, 'jax': jax.__version__,
-        'peak': known and known.flops, 'product': product(),
+        'peak': known and known.flops, 'product': peers.product('bfloat16', 0.5),
         'backend': ' '.join(device.client.platform_version.split()),
     }  # fmt: skip
-
-
-def product(seconds: float = 0.5) -> float:
-    """FLOP/s of the fastest of many products of two matrices of noise in bfloat16."""
-    n = 8192 if jax.default_backend() != 'cpu' else 256
-    a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
-    multiply = jax.jit(lambda a: a @ a)
-    multiply(a).block_until_ready()
-    best, end = float('inf'), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        multiply(a).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best

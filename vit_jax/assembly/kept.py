@@ -67,8 +67,8 @@ class Records:
 def without_image(task: Task, objective: Objective, tx: optim.Optimizer, params: Any) -> Task:
     """The task of examples that have what is kept in place of their image.
 
-    Raises UserError if it changes during the run, as the image is drawn at random or a weight
-    trained.
+    Raises UserError if it would change during the run: the view draws at random, or a weight that
+    it depends on is trained.
     """
     kept = objective.kept
     if task.rest is None:

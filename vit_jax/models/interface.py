@@ -66,7 +66,11 @@ def exact(model: Any) -> Any:
 
 
 def computed_exactly(function: Callable, model: Any) -> Callable:
-    """Likewise a function that applies the model, or products of its own where that is None."""
+    """The function, with its products of float32 values in float32.
+
+    Returned as it is if the model that it applies has products of another dtype. `model` is None
+    for a function that applies none.
+    """
     if model is not None and not in_float32(model):
         return function
 
