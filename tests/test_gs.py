@@ -272,8 +272,8 @@ def test_a_run_whose_programs_are_at_a_silent_store_ends_as_another(
     store, folder, whole, tmp_path
 ):
     store.trouble = lambda request: 'silent' if 'programs' in request.path else None
-    flags = '--compilation_cache=gs://bucket/programs', '--config.steps=10'
-    run = train(store, folder, tmp_path, *flags, workdir=tmp_path / 'run')
+    flag = '--compilation_cache=gs://bucket/programs'
+    run = train(store, folder, tmp_path, flag, workdir=tmp_path / 'run')
     status, output = end(run, tmp_path)
     assert status == 0 and output.count('goes on without') == 2, output
-    assert launched.timeless(tmp_path / 'run')[:10] == launched.timeless(whole)[:10]
+    assert launched.timeless(tmp_path / 'run') == launched.timeless(whole)
