@@ -149,49 +149,105 @@ def test_a_damaged_mask_is_read_or_refused_as_pillow_does(change, monkeypatch):
     assert found[0] == found[1]
 
 
-def test_rows_and_columns_are_gathered_as_by_numpy(reader):
-    rng = np.random.default_rng(0)
-    for dtype, shape in ((np.uint8, (9, 7)), (np.uint8, (3, 9, 7)), (np.uint16, (9, 7))):
+def exactly(labels, view, fill):
+    """The label map of a view without a warp, by its definition, in whole numbers."""
+    def places(axis, flip):
+        start, length, whole = view.window[axis], view.window[2 + axis], view.resized[axis]
+        centres = 2 * (np.arange(view.size[axis])[:: -1 if flip else 1] + view.offset[axis]) + 1
+        inside = (centres > 0) & (centres < 2 * whole)
+        return np.where(inside, start + centres * length // (2 * whole), 0), inside
+
+    (rows, in_rows), (columns, in_columns) = places(0, False), places(1, view.flip)
+    inside = in_rows[:, None] & in_columns
+    return np.where(inside, labels[..., rows[:, None], columns], np.asarray(fill, labels.dtype))
+
+
+def drawn_view(rng, shape):
+    """A window, from one pixel to the whole image, resized and shown with any padding."""
+    sides = [int(rng.integers(1, n + 1)) for n in shape] if rng.integers(3) else shape
+    corner = [int(rng.integers(n - side + 1)) for n, side in zip(shape, sides, strict=True)]
+    resized = [max(1, int(n * 2 ** rng.uniform(-2, 2))) for n in sides]
+    resized = resized if rng.integers(4) else sides
+    size = [int(n) for n in rng.integers(1, 90, 2)] if rng.integers(3) else resized
+    offset = [int(rng.integers(-n, whole + 1)) for n, whole in zip(size, resized, strict=True)]
+    offset = offset if rng.integers(3) else (0, 0)
+    flip = bool(rng.integers(2))
+    return geometry.Geometry(
+        (*corner, *sides), tuple(resized), tuple(size), tuple(offset), flip=flip
+    )
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_views_and_their_classes_are_those_of_the_definition(dtype, reader):
+    """Of images and outputs of any size: one pixel, less than a vector, several of them."""
+    rng, fill = np.random.default_rng(0), label_maps.ignored(dtype)
+    alike = 0
+    for _ in range(400):
+        shape = tuple(int(n) for n in rng.integers(1, (40, 130)))
         labels = rng.integers(0, 250, shape).astype(dtype)
-        rows, columns = np.sort(rng.integers(0, 9, 20)), rng.integers(0, 7, 15)
-        for own in (labels, labels[..., ::-1]):
-            found = label_maps.gathered(own, rows, columns)
-            np.testing.assert_array_equal(found, own[..., rows[:, None], columns])
-    for function in label_maps.gathered, label_maps.class_counts_at:
-        for wrong in (rows + 1, columns), (rows, columns + 1):
-            with pytest.raises((ValueError, IndexError)):
-                function(labels.astype(np.uint8), *wrong)
+        labels[rng.random(shape) < 0.1] = fill
+        view = drawn_view(rng, shape)
+        expected = exactly(labels, view, fill)
+        np.testing.assert_array_equal(view.label_map(labels, fill), expected, str(view))
+        turned = exactly(labels[:, ::-1], view, fill)
+        np.testing.assert_array_equal(view.label_map(labels[:, ::-1], fill), turned)
+        counts = np.bincount(expected.ravel(), minlength=fill + 1)[:fill]
+        np.testing.assert_array_equal(view.class_counts(labels), counts)
+        alike += (expected == fill).all()
+    assert alike < 100
 
 
-def test_classes_of_a_view_are_counted_as_in_its_label_map(reader):
-    rng = np.random.default_rng(0)
-    for dtype in np.uint8, np.uint16:
-        labels, fill = rng.integers(0, 5, (40, 60)).astype(dtype), label_maps.ignored(dtype)
-        labels[:5] = fill
-        for window, resized, offset in (
-            ((0, 0, 40, 60), (90, 130), (20, 7)), ((0, 0, 40, 60), (17, 25), (0, 0)),
-            ((3, 4, 30, 31), (33, 64), (-9, 50)), ((0, 0, 40, 60), (33, 33), (40, 0)),
-        ):
-            view = geometry.Geometry(window, resized, (33, 47), offset)
-            expected = label_maps.class_counts(view.label_map(labels, fill))
-            np.testing.assert_array_equal(view.class_counts(labels), expected)
+def test_views_of_several_masks_are_those_of_each(reader):
+    rng = np.random.default_rng(1)
+    masks = rng.integers(0, 2, (3, 20, 30), np.uint8)
+    view = geometry.Geometry((2, 3, 15, 20), (40, 31), (33, 37), (5, -4), flip=True)
+    found = view.label_map(masks, 0)
+    np.testing.assert_array_equal(found, [view.label_map(mask, 0) for mask in masks])
 
 
-def test_labels_and_counts_are_the_same_without_the_extension(reader):
-    rng = np.random.default_rng(0)
+@pytest.mark.skipif(label_maps._labels is None, reason='the extension is not built')
+@pytest.mark.parametrize('window, resized', [
+    ((0, 0, 10, 8), (5, 5)), ((2, 0, 8, 7), (5, 5)), ((-1, 0, 5, 5), (5, 5)),
+    ((0, -1, 5, 5), (5, 5)), ((0, 0, 0, 5), (5, 5)), ((0, 0, 5, 5), (5, 0)),
+    ((2**62, 0, 2**62, 5), (5, 5)), ((0, 0, 5, -5), (5, 5)),
+])  # fmt: skip
+def test_a_window_outside_of_the_image_is_refused(window, resized):
+    labels = np.zeros((9, 7), np.uint8)
+    for view in (label_maps.view, label_maps.view_counts):
+        more = (False, 255) if view is label_maps.view else ()
+        with pytest.raises(ValueError, match='not a part of'):
+            view(labels, (4, 4), window, resized, (0, 0), *more)
+
+
+def ids_of_many_kinds():
+    """Ids, and the classes of the mask's data set: ranges that are shifted, and any others."""
     for classes, zero in ((255, 'class'), (254, 'background'), (150, 'ignored'), (255, 'ignored')):
-        ids = label_maps.Ids(classes, zero)
-        values = np.flatnonzero(label_maps.table_of(ids, 256) >= 0).astype(np.uint8)
-        mask = rng.choice(values, (31, 47))
-        expected = label_maps.table_of(ids, 256)[mask]
-        found = ids.labels(mask[:, ::2])
-        np.testing.assert_array_equal(found, expected[:, ::2])
-        counts = np.bincount(found.ravel(), minlength=256)
-        np.testing.assert_array_equal(label_maps.class_counts(found), counts[:255])
-        for unknown in np.setdiff1d(np.arange(256), values)[:1]:
-            mask[3, 5] = unknown
-            with pytest.raises(images.Unreadable, match=f'it has the id {unknown}, and'):
-                ids.labels(mask)
+        yield label_maps.Ids(classes, zero), None
+    for ignored in ((), (0,), (7, 9), (255, 200), (150,)):
+        yield label_maps.Ids(150, 'class', ignored), None
+        yield label_maps.Ids(150, 'ignored', ignored), None
+    yield label_maps.Ids(1, 'class', ()), None
+    yield label_maps.Ids(20), np.random.default_rng(3).permutation(20).astype(np.int32)
+    yield label_maps.Ids(20), np.int32([*range(5, 20), *range(5)])
+
+
+@pytest.mark.parametrize('ids, classes', [*ids_of_many_kinds()])
+def test_labels_and_counts_are_the_same_without_the_extension(ids, classes, reader):
+    rng = np.random.default_rng(0)
+    table = label_maps.table_of(ids, 256)
+    labels = table.astype(np.uint8)
+    if classes is not None:
+        labels[:20] = classes
+    values = np.flatnonzero(table >= 0).astype(np.uint8)
+    mask = rng.choice(values, (31, 47))
+    found = ids.labels(mask[:, ::2], classes)
+    np.testing.assert_array_equal(found, labels[mask[:, ::2]])
+    counts = np.bincount(found.ravel(), minlength=256)
+    np.testing.assert_array_equal(label_maps.class_counts(found), counts[:255])
+    for unknown in np.setdiff1d(np.arange(256), values):
+        mask[3, 5] = unknown
+        with pytest.raises(images.Unreadable, match=f'it has the id {unknown}, and'):
+            ids.labels(mask, classes)
 
 
 IDS = np.array([[0, 1, 0, 1, 1], [1, 1, 0, 0, 1]])

@@ -1,6 +1,6 @@
-/* Label maps of bytes: undoes the filters of a PNG, counts, maps and gathers values.
+/* Label maps of bytes: undoes the filters of a PNG, counts and maps values, and moves them as a view does.
 
-   Pillow takes three times as long as `unfilter` to undo Paeth's filter, and NumPy has no fast look-ups
+   Pillow takes four times as long as `unfilter` to undo Paeth's filter, and NumPy has no fast look-ups
    in or of bytes. All functions release the GIL, and raise ValueError. */
 
 #define PY_SSIZE_T_CLEAN
@@ -10,6 +10,21 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAS_SHUFFLES __builtin_cpu_supports("ssse3")
+#else
+#define HAS_SHUFFLES 0
+#endif
+
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define FAST __attribute__((target_clones("default", "arch=x86-64-v3")))
+#else
+#define FAST
+#endif
+
+typedef uint8_t bytes __attribute__((vector_size(16)));
+typedef uint64_t words __attribute__((vector_size(16)));
 
 /* Paeth's predictor of a pixel from those to the left, above, and above to the left (PNG section
    9.4). Without branches: label maps change at random. */
@@ -20,8 +35,14 @@ static inline uint8_t paeth(int left, int above, int corner) {
     return (by_left <= by_above) & (by_left <= by_corner) ? left : best;
 }
 
-/* Rows are read eight bytes at a time: most of a label map is equal to its neighbours. */
-enum { WORD = 8 };
+enum {
+    WORD = 8,       /* bytes that are read at a time: most of a label map is equal to its neighbours */
+    BITS = 64,      /* of a word */
+    TABLES = 4,     /* of counts: equal neighbours would wait for each other */
+    FILL = 255,     /* the label of ignored pixels */
+    BLOCK = 16,     /* output pixels that are moved at a time */
+    MOST = 1 << 30, /* pixels of a side */
+};
 
 static inline uint64_t word(const uint8_t *from) {
     uint64_t bytes;
@@ -33,60 +54,78 @@ static inline uint64_t repeated(uint8_t byte) {
     return byte * UINT64_C(0x0101010101010101);
 }
 
-/* Number of bytes before the first in memory that is not 0. */
-static inline int zeros(uint64_t bytes) {
-    if (!bytes) return WORD;
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    return __builtin_clzll(bytes) / 8;
-#else
-    return __builtin_ctzll(bytes) / 8;
+/* Sets bit x % 64 of wrong[x / 64] where a byte is not 0, and the bit at `width`. */
+static void mark(const uint8_t *from, uint64_t *wrong, Py_ssize_t width) {
+    memset(wrong, 0, (width / BITS + 1) * sizeof *wrong);
+    Py_ssize_t x = 0;
+#ifdef __SSE2__
+    for (; x + 16 <= width; x += 16) {
+        __m128i values = _mm_loadu_si128((const __m128i *)(from + x));
+        unsigned equal = _mm_movemask_epi8(_mm_cmpeq_epi8(values, _mm_setzero_si128()));
+        wrong[x / BITS] |= (uint64_t)(equal ^ 0xffff) << x % BITS;
+    }
+#elif __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    for (; x + WORD <= width; x += WORD) {
+        uint64_t value = word(from + x), low = repeated(0x7f), high = ((value & low) + low) | value;
+        uint64_t set = ((high >> 7 & repeated(1)) * UINT64_C(0x0102040810204080)) >> 56;
+        wrong[x / BITS] |= set << x % BITS;
+    }
 #endif
+    for (; x < width; x++) wrong[x / BITS] |= (uint64_t)(from[x] != 0) << x % BITS;
+    wrong[width / BITS] |= UINT64_C(1) << width % BITS;
 }
 
-/* Undoes Paeth's filter. Where the prediction is right, it is the pixel above after equal pixels to
-   the left, and the one to the left below equal pixels: both are runs, copied or filled by words. */
+/* First bit that is set from x on. */
+static inline Py_ssize_t next(const uint64_t *wrong, Py_ssize_t x) {
+    Py_ssize_t k = x / BITS;
+    uint64_t bits = wrong[k] >> x % BITS << x % BITS;
+    while (!bits) bits = wrong[++k];
+    return k * BITS + __builtin_ctzll(bits);
+}
+
+/* Undoes Paeth's filter; `wrong` has room for width + 1 bits. Where the prediction is right, it is the
+   pixel above after equal pixels to the left, and the one to the left below equal pixels. So a row is
+   the one above but for stretches that begin where a prediction is wrong. */
 static void unfilter_paeth(const uint8_t *from, const uint8_t *above, uint8_t *to,
-                           Py_ssize_t width) {
-    uint8_t left = 0, corner = 0;
-    Py_ssize_t x = 0;
-    while (x < width) {
-        if (x + WORD <= width) {
-            uint64_t wrong = word(from + x), over = word(above + x);
-            int equal = left == corner;
-            uint64_t made = equal ? over : repeated(left);
-            int n = zeros(equal ? wrong : wrong | (over ^ repeated(corner)));
-            if (n) {
-                memcpy(to + x, &made, WORD); /* from x + n on they are written again below */
-                x += n;
-                left = to[x - 1];
-                corner = above[x - 1];
-                if (n == WORD) continue;
-            }
+                           Py_ssize_t width, uint64_t *wrong) {
+    mark(from, wrong, width);
+    memcpy(to, above, width);
+    for (Py_ssize_t x = next(wrong, 0); x < width; x = next(wrong, x)) {
+        uint8_t corner = above[x], left = to[x] = from[x] + corner;
+        for (x++; left != corner && x < width; x++) {
+            uint8_t over = above[x];
+            left = from[x] + (over == corner || over == left ? left : paeth(left, over, corner));
+            to[x] = left;
+            corner = over;
         }
-        to[x] = left = from[x] + paeth(left, above[x], corner);
-        corner = above[x++];
     }
 }
 
-/* Undoes the filter that adds the pixel to the left. */
+/* Undoes the filter that adds the pixel to the left: sums within words, then of words. */
 static void unfilter_left(const uint8_t *from, uint8_t *to, Py_ssize_t width) {
     uint8_t left = 0;
     Py_ssize_t x = 0;
-    for (; x + WORD <= width; x += WORD) {
-        if (word(from + x)) {
-            for (int i = 0; i < WORD; i++) to[x + i] = left = from[x + i] + left;
-        } else {
-            uint64_t made = repeated(left);
-            memcpy(to + x, &made, WORD);
-        }
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    for (; x + 16 <= width; x += 16) {
+        words sums;
+        memcpy(&sums, from + x, sizeof sums);
+        sums = (words)((bytes)sums + (bytes)(sums << 8));
+        sums = (words)((bytes)sums + (bytes)(sums << 16));
+        sums = (words)((bytes)sums + (bytes)(sums << 32));
+        uint8_t first = left + (sums[0] >> 56);
+        words before = {repeated(left), repeated(first)};
+        left = first + (sums[1] >> 56);
+        sums = (words)((bytes)sums + (bytes)before);
+        memcpy(to + x, &sums, sizeof sums);
     }
+#endif
     for (; x < width; x++) to[x] = left = from[x] + left;
 }
 
 /* Undoes the filter of a row of bytes; `above` is the row before it, zeros for the first. 0 if there
    is no such filter. */
 static int unfilter_row(int filter, const uint8_t *from, const uint8_t *above, uint8_t *to,
-                        Py_ssize_t width) {
+                        Py_ssize_t width, uint64_t *wrong) {
     uint8_t left = 0;
     if (filter == 0) {
         memcpy(to, from, width);
@@ -97,7 +136,7 @@ static int unfilter_row(int filter, const uint8_t *from, const uint8_t *above, u
     } else if (filter == 3) {
         for (Py_ssize_t x = 0; x < width; x++) to[x] = left = from[x] + (left + above[x]) / 2;
     } else if (filter == 4) {
-        unfilter_paeth(from, above, to, width);
+        unfilter_paeth(from, above, to, width, wrong);
     }
     return filter >= 0 && filter <= 4;
 }
@@ -127,19 +166,21 @@ static PyObject *py_unfilter(PyObject *self, PyObject *args) {
     } else {
         Py_ssize_t height = out.shape[0], width = out.shape[1];
         uint8_t *zeros = calloc(width + 1, 1);
-        int ok = zeros != NULL;
+        uint64_t *wrong = malloc((width / BITS + 1) * sizeof *wrong);
+        int ok = zeros && wrong;
         Py_BEGIN_ALLOW_THREADS;
         const uint8_t *row = data.buf, *above = zeros;
         uint8_t *place = out.buf;
         for (Py_ssize_t y = 0; ok && y < height; y++) {
-            ok = unfilter_row(row[0], row + 1, above, place, width);
+            ok = unfilter_row(row[0], row + 1, above, place, width, wrong);
             above = place;
             row += width + 1;
             place += width;
         }
         Py_END_ALLOW_THREADS;
-        if (!ok) why = zeros ? "no such filter" : "out of memory";
+        if (!ok) why = zeros && wrong ? "no such filter" : "out of memory";
         free(zeros);
+        free(wrong);
     }
     PyBuffer_Release(&data);
     PyBuffer_Release(&out);
@@ -150,20 +191,25 @@ static PyObject *py_unfilter(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* Counts values. Runs are counted by words; neighbours that are equal would else wait for each other,
-   therefore four tables. */
+static void add_up(int64_t counts[TABLES][256], int64_t *total) {
+    for (int v = 0; v < 256; v++) {
+        total[v] = 0;
+        for (int k = 0; k < TABLES; k++) total[v] += counts[k][v];
+    }
+}
+
+/* Counts values; runs by words. */
 static void count(const uint8_t *values, int64_t *total, Py_ssize_t n) {
-    int64_t counts[4][256] = {{0}};
+    int64_t counts[TABLES][256] = {{0}};
     Py_ssize_t i = 0;
     for (; i + WORD <= n; i += WORD) {
         if (word(values + i) == repeated(values[i]))
             counts[0][values[i]] += WORD;
         else
-            for (int k = 0; k < WORD; k++) counts[k % 4][values[i + k]]++;
+            for (int k = 0; k < WORD; k++) counts[k % TABLES][values[i + k]]++;
     }
     for (; i < n; i++) counts[0][values[i]]++;
-    for (int v = 0; v < 256; v++)
-        total[v] = counts[0][v] + counts[1][v] + counts[2][v] + counts[3][v];
+    add_up(counts, total);
 }
 
 static PyObject *py_count(PyObject *self, PyObject *args) {
@@ -189,16 +235,56 @@ static PyObject *py_count(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* Maps n values by a table of 16 bits; the bits of all entries that occur. */
-static unsigned look_up(const uint8_t *restrict value, uint8_t *restrict place,
-                        const uint16_t *restrict table, Py_ssize_t n) {
-    unsigned found = 0;
+/* A table that adds `by` to values with (uint8_t)(value - start) <= most and maps others to FILL, or to
+   none unless (uint8_t)(value - first) <= last. */
+typedef struct {
+    uint8_t by, start, most, first, last;
+} shift;
+
+/* Whether a table is such a one, as the tables of most data sets are. */
+static int find_shift(const uint16_t *table, shift *found) {
+    int start = 0, end, valid = 0, first = 0;
+    while (start < 256 && table[start] >= FILL) start++;
+    if (start == 256) return 0;
+    for (end = start + 1; end < 256 && table[end] == table[end - 1] + 1 && table[end] < FILL;) end++;
+    for (int v = 0; v < 256; v++) {
+        if (table[v] > FILL) continue;
+        valid++;
+        if (table[(v + 255) % 256] > FILL) first = v;
+    }
+    *found = (shift){table[start] - start, start, end - 1 - start, first, valid - 1};
+    for (int v = 0; v < 256; v++) {
+        int moves = (uint8_t)(v - start) <= found->most;
+        if ((uint8_t)(v - first) > found->last) continue; /* `valid` others have to be labels */
+        if (table[v] != (moves ? (uint8_t)(v + found->by) : FILL)) return 0;
+    }
+    return 1;
+}
+
+/* Maps n values by such a table; whether all are mapped. */
+FAST static int look_up_shifted(const uint8_t *restrict value, uint8_t *restrict place, shift table,
+                                Py_ssize_t n) {
+    uint8_t most = 0;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        uint8_t v = value[i], order = v - table.first;
+        place[i] = (uint8_t)(v - table.start) <= table.most ? v + table.by : FILL;
+        most = order > most ? order : most;
+    }
+    return most <= table.last;
+}
+
+/* Maps n values by a table of 16 bits; whether all entries that occur are bytes. */
+static int look_up(const uint8_t *restrict value, uint8_t *restrict place,
+                   const uint16_t *restrict table, Py_ssize_t n) {
+    shift found;
+    if (find_shift(table, &found)) return look_up_shifted(value, place, found, n);
+    unsigned all = 0;
     for (Py_ssize_t i = 0; i < n; i++) {
         unsigned entry = table[value[i]];
-        found |= entry;
+        all |= entry;
         place[i] = entry;
     }
-    return found;
+    return all <= UINT8_MAX;
 }
 
 static PyObject *py_look_up(PyObject *self, PyObject *args) {
@@ -209,11 +295,10 @@ static PyObject *py_look_up(PyObject *self, PyObject *args) {
         PyBuffer_Release(&table);
         return NULL;
     }
-    unsigned found = 0;
-    int ok = table.len == 256 * 2 && values.len == out.len;
+    int valid = 0, ok = table.len == 256 * 2 && values.len == out.len;
     if (ok) {
         Py_BEGIN_ALLOW_THREADS;
-        found = look_up(values.buf, out.buf, table.buf, out.len);
+        valid = look_up(values.buf, out.buf, table.buf, out.len);
         Py_END_ALLOW_THREADS;
     } else {
         PyErr_SetString(PyExc_ValueError, "not two arrays of one size, and a table of 256 numbers");
@@ -221,99 +306,234 @@ static PyObject *py_look_up(PyObject *self, PyObject *args) {
     PyBuffer_Release(&values);
     PyBuffer_Release(&out);
     PyBuffer_Release(&table);
-    return ok ? PyBool_FromLong(found <= UINT8_MAX) : NULL;
+    return ok ? PyBool_FromLong(valid) : NULL;
 }
 
-/* Whether indices lie below n. */
-static int below(const int64_t *indices, Py_ssize_t count, Py_ssize_t n) {
-    int ok = 1;
-    for (Py_ssize_t i = 0; i < count; i++) ok &= (uint64_t)indices[i] < (uint64_t)n;
-    return ok;
+/* What a view does along an axis: it resizes `length` pixels from `start` on to `whole`, of which the
+   output shows those from `offset` on. */
+typedef struct {
+    Py_ssize_t start, length, whole, offset;
+} axis;
+
+/* Whether it stays within `size` pixels. */
+static int is_within(const axis *a, Py_ssize_t size) {
+    return a->start >= 0 && a->length > 0 && a->length <= size && a->start <= size - a->length &&
+           a->whole > 0;
 }
 
-static PyObject *py_gather(PyObject *self, PyObject *args) {
-    Py_buffer values, out, rows, columns;
-    PyObject *from, *to;
-    if (!PyArg_ParseTuple(args, "OOy*y*", &from, &to, &rows, &columns)) return NULL;
-    if (!get(from, &values, to, &out, PyBUF_WRITABLE)) {
-        PyBuffer_Release(&rows);
-        PyBuffer_Release(&columns);
-        return NULL;
+/* The pixels under the centres of n output pixels, those from *first to *last; the others are padding.
+   As Geometry.nearest, to the bit: in the same doubles. */
+static void nearest(const axis *a, Py_ssize_t n, int flip, Py_ssize_t *at, Py_ssize_t *first,
+                    Py_ssize_t *last) {
+    *first = n;
+    *last = 0;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        double place = (flip ? n - (i + 0.5) : i + 0.5) + a->offset;
+        if (!(place >= 0 && place < a->whole)) continue;
+        Py_ssize_t k = place * a->length / a->whole;
+        at[i] = a->start + (k < a->length ? k : a->length - 1);
+        if (*last == 0) *first = i;
+        *last = i + 1;
     }
-    const int64_t *row = rows.buf, *column = columns.buf;
-    int ok = values.ndim == 2 && out.ndim == 2 && rows.len == out.shape[0] * 8 &&
-             columns.len == out.shape[1] * 8 && below(row, out.shape[0], values.shape[0]) &&
-             below(column, out.shape[1], values.shape[1]);
-    if (ok) {
-        Py_ssize_t height = out.shape[0], width = out.shape[1], length = values.shape[1];
-        Py_BEGIN_ALLOW_THREADS;
-        uint8_t *place = out.buf;
-        for (Py_ssize_t y = 0; y < height; y++, place += width) {
-            const uint8_t *line = (const uint8_t *)values.buf + row[y] * length;
-            if (y && row[y] == row[y - 1])
-                memcpy(place, place - width, width);
-            else
-                for (Py_ssize_t x = 0; x < width; x++) place[x] = line[column[x]];
+}
+
+/* Which of 2 BLOCK bytes from `start` on become BLOCK output pixels: indices in either half, 128 where
+   the pixel is in the other one. */
+typedef struct {
+    Py_ssize_t start;
+    uint8_t low[BLOCK], high[BLOCK];
+} block;
+
+/* The pixels that a view takes: rows from `top` to `bottom` of the output have those of row[y], columns
+   from `left` to `right` those of column[x]; the others are padding. `begin` has room for one more. */
+typedef struct {
+    Py_ssize_t height, width, top, bottom, left, right;
+    Py_ssize_t *row, *column, *begin;
+    block *blocks; /* of the columns, the last BLOCK in any case; NULL where they are too far apart */
+} places;
+
+/* Makes blocks of n columns of `length`, if they can be used. */
+static void make_blocks(places *p, Py_ssize_t length, Py_ssize_t n) {
+    const Py_ssize_t *column = p->column + p->left;
+    if (!HAS_SHUFFLES || n < BLOCK || length < 2 * BLOCK) return;
+    block *made = malloc((n + BLOCK - 1) / BLOCK * sizeof *made);
+    for (Py_ssize_t i = 0, k = 0; made && i < n; i += BLOCK, k++) {
+        const Py_ssize_t *at = column + (i + BLOCK < n ? i : n - BLOCK);
+        Py_ssize_t least = at[0] < at[BLOCK - 1] ? at[0] : at[BLOCK - 1];
+        made[k].start = least < length - 2 * BLOCK ? least : length - 2 * BLOCK;
+        for (int j = 0; j < BLOCK; j++) {
+            Py_ssize_t apart = at[j] - made[k].start;
+            if (apart >= 2 * BLOCK) {
+                free(made);
+                return;
+            }
+            made[k].low[j] = apart < BLOCK ? apart : 128;
+            made[k].high[j] = apart < BLOCK ? 128 : apart - BLOCK;
         }
-        Py_END_ALLOW_THREADS;
+    }
+    p->blocks = made;
+}
+
+/* Finds the pixels that a view [height, width] takes; 0 if out of memory. */
+static int find_places(places *p, const axis *axes, Py_ssize_t height, Py_ssize_t width, int flip) {
+    *p = (places){.height = height, .width = width};
+    p->row = malloc((height + 2 * width + 1) * sizeof *p->row);
+    if (!p->row) return 0;
+    p->column = p->row + height;
+    p->begin = p->column + width;
+    nearest(&axes[0], height, 0, p->row, &p->top, &p->bottom);
+    nearest(&axes[1], width, flip, p->column, &p->left, &p->right);
+    if (p->left >= p->right || p->top >= p->bottom) p->top = p->bottom = p->left = p->right = 0;
+    return 1;
+}
+
+static void free_places(places *p) {
+    free(p->row);
+    free(p->blocks);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("ssse3"))) static void take_blocks(const uint8_t *line, const block *blocks,
+                                                         uint8_t *to, Py_ssize_t n) {
+    for (Py_ssize_t i = 0; i < n; i += BLOCK, blocks++) {
+        const __m128i *from = (const __m128i *)(line + blocks->start);
+        __m128i low = _mm_loadu_si128((const __m128i *)blocks->low);
+        __m128i high = _mm_loadu_si128((const __m128i *)blocks->high);
+        low = _mm_shuffle_epi8(_mm_loadu_si128(from), low);
+        high = _mm_shuffle_epi8(_mm_loadu_si128(from + 1), high);
+        Py_ssize_t place = i + BLOCK < n ? i : n - BLOCK;
+        _mm_storeu_si128((__m128i *)(to + place), _mm_or_si128(low, high));
+    }
+}
+#else
+static void take_blocks(const uint8_t *line, const block *blocks, uint8_t *to, Py_ssize_t n) {}
+#endif
+
+/* Takes the pixels of a row. */
+static void take(const uint8_t *line, const places *p, uint8_t *to) {
+    Py_ssize_t n = p->right - p->left;
+    if (p->blocks) {
+        take_blocks(line, p->blocks, to, n);
     } else {
-        PyErr_SetString(PyExc_ValueError, "not indices of [H, W] for each row and column of [h, w]");
+        const Py_ssize_t *column = p->column + p->left;
+        for (Py_ssize_t i = 0; i < n; i++) to[i] = line[column[i]];
+    }
+}
+
+/* Takes the pixels of a view of values that are `length` to a row. */
+static void view(const uint8_t *values, Py_ssize_t length, uint8_t *out, places *p, int fill) {
+    Py_ssize_t w = p->width;
+    make_blocks(p, length, p->right - p->left);
+    memset(out, fill, p->top * w);
+    for (Py_ssize_t y = p->top; y < p->bottom; y++) {
+        uint8_t *place = out + y * w;
+        if (y > p->top && p->row[y] == p->row[y - 1]) {
+            memcpy(place, place - w, w);
+        } else {
+            memset(place, fill, p->left);
+            take(values + p->row[y] * length, p, place + p->left);
+            memset(place + p->right, fill, w - p->right);
+        }
+    }
+    memset(out + p->bottom * w, fill, (p->height - p->bottom) * w);
+}
+
+/* Counts the values that `view` takes. Each pixel of the image is looked up once, whatever the number
+   of output pixels that show it. */
+static void count_view(const uint8_t *values, Py_ssize_t length, int64_t *total, places *p) {
+    int64_t counts[TABLES][256] = {{0}};
+    Py_ssize_t *column = p->column, *begin = p->begin, n = 0, rows = 0;
+    for (Py_ssize_t x = p->left; x < p->right; x++) {
+        if (n && column[x] == column[n - 1]) continue;
+        column[n] = column[x];
+        begin[n++] = x;
+    }
+    begin[n] = p->right;
+    for (Py_ssize_t i = 0; i < n; i++) begin[i] = begin[i + 1] - begin[i];
+    for (Py_ssize_t y = p->top; y < p->bottom; y += rows) {
+        for (rows = 1; y + rows < p->bottom && p->row[y + rows] == p->row[y];) rows++;
+        const uint8_t *line = values + p->row[y] * length;
+        Py_ssize_t i = 0;
+        for (; i + TABLES <= n; i += TABLES)
+            for (int k = 0; k < TABLES; k++)
+                counts[k][line[column[i + k]]] += rows * begin[i + k];
+        for (; i < n; i++) counts[0][line[column[i]]] += rows * begin[i];
+    }
+    add_up(counts, total);
+}
+
+/* Parses the part (top, left, height, width) of an image [h, w] and the (height, width) that it is
+   resized to, and the (y, x) from which on an output shows it. */
+#define AXES "(nnnn)(nn)(nn)"
+#define AXES_OF(a)                                                                            \
+    &a[0].start, &a[1].start, &a[0].length, &a[1].length, &a[0].whole, &a[1].whole,           \
+        &a[0].offset, &a[1].offset
+
+static PyObject *py_view(PyObject *self, PyObject *args) {
+    Py_buffer values, out;
+    PyObject *from, *to;
+    axis axes[2];
+    int flip;
+    unsigned char fill;
+    if (!PyArg_ParseTuple(args, "OO" AXES "pb", &from, &to, AXES_OF(axes), &flip, &fill) ||
+        !get(from, &values, to, &out, PyBUF_WRITABLE))
+        return NULL;
+    const char *why = NULL;
+    if (values.ndim != 2 || out.ndim != 2 || !is_within(&axes[0], values.shape[0]) ||
+        !is_within(&axes[1], values.shape[1])) {
+        why = "not a part of [H, W] for [h, w]";
+    } else {
+        places found;
+        Py_BEGIN_ALLOW_THREADS;
+        if (find_places(&found, axes, out.shape[0], out.shape[1], flip))
+            view(values.buf, values.shape[1], out.buf, &found, fill);
+        else
+            why = "out of memory";
+        free_places(&found);
+        Py_END_ALLOW_THREADS;
     }
     PyBuffer_Release(&values);
     PyBuffer_Release(&out);
-    PyBuffer_Release(&rows);
-    PyBuffer_Release(&columns);
-    if (!ok) return NULL;
+    if (why) {
+        PyErr_SetString(PyExc_ValueError, why);
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 
-/* Counts the values at rows and columns, each as often as it is there. Neighbours that are equal would
-   wait for each other, therefore four tables. */
-static void count_at(const uint8_t *values, Py_ssize_t length, int64_t *total, const int64_t *row,
-                     Py_ssize_t height, const int64_t *column, Py_ssize_t width) {
-    int64_t counts[4][256] = {{0}};
-    for (Py_ssize_t y = 0, next; y < height; y = next) {
-        for (next = y + 1; next < height && row[next] == row[y];) next++;
-        const uint8_t *line = values + row[y] * length;
-        int64_t times = next - y;
-        Py_ssize_t x = 0;
-        for (; x + 4 <= width; x += 4)
-            for (int k = 0; k < 4; k++) counts[k][line[column[x + k]]] += times;
-        for (; x < width; x++) counts[0][line[column[x]]] += times;
-    }
-    for (int v = 0; v < 256; v++)
-        total[v] = counts[0][v] + counts[1][v] + counts[2][v] + counts[3][v];
-}
-
-static PyObject *py_count_at(PyObject *self, PyObject *args) {
-    Py_buffer values, out, rows, columns;
+static PyObject *py_count_view(PyObject *self, PyObject *args) {
+    Py_buffer values, out;
     PyObject *from, *to;
-    if (!PyArg_ParseTuple(args, "OOy*y*", &from, &to, &rows, &columns)) return NULL;
-    int ok = !PyObject_GetBuffer(from, &values, PyBUF_ND);
-    if (ok && PyObject_GetBuffer(to, &out, PyBUF_ND | PyBUF_WRITABLE)) {
+    axis axes[2];
+    Py_ssize_t height, width;
+    if (!PyArg_ParseTuple(args, "OO(nn)" AXES, &from, &to, &height, &width, AXES_OF(axes)))
+        return NULL;
+    if (PyObject_GetBuffer(from, &values, PyBUF_ND)) return NULL;
+    if (PyObject_GetBuffer(to, &out, PyBUF_ND | PyBUF_WRITABLE)) {
         PyBuffer_Release(&values);
-        ok = 0;
-    }
-    if (!ok) {
-        PyBuffer_Release(&rows);
-        PyBuffer_Release(&columns);
         return NULL;
     }
-    Py_ssize_t height = rows.len / 8, width = columns.len / 8;
-    ok = values.ndim == 2 && values.itemsize == 1 && out.itemsize == 8 && out.len == 256 * 8 &&
-         below(rows.buf, height, values.shape[0]) && below(columns.buf, width, values.shape[1]);
-    if (ok) {
-        Py_BEGIN_ALLOW_THREADS;
-        count_at(values.buf, values.shape[1], out.buf, rows.buf, height, columns.buf, width);
-        Py_END_ALLOW_THREADS;
+    const char *why = NULL;
+    if (values.ndim != 2 || values.itemsize != 1 || out.itemsize != 8 || out.len != 256 * 8 ||
+        height < 0 || width < 0 || height > MOST || width > MOST ||
+        !is_within(&axes[0], values.shape[0]) || !is_within(&axes[1], values.shape[1])) {
+        why = "not a part of bytes [H, W], and 256 numbers of 64 bits";
     } else {
-        PyErr_SetString(PyExc_ValueError, "not bytes [H, W], 256 numbers of 64 bits, and indices");
+        places found;
+        Py_BEGIN_ALLOW_THREADS;
+        if (find_places(&found, axes, height, width, 0))
+            count_view(values.buf, values.shape[1], out.buf, &found);
+        else
+            why = "out of memory";
+        free_places(&found);
+        Py_END_ALLOW_THREADS;
     }
     PyBuffer_Release(&values);
     PyBuffer_Release(&out);
-    PyBuffer_Release(&rows);
-    PyBuffer_Release(&columns);
-    if (!ok) return NULL;
+    if (why) {
+        PyErr_SetString(PyExc_ValueError, why);
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 
@@ -323,10 +543,11 @@ static PyMethodDef methods[] = {
     {"count", py_count, METH_VARARGS, "count(uint8, out int64 [256])"},
     {"look_up", py_look_up, METH_VARARGS,
      "look_up(uint8, out uint8 of that size, table: bytes of uint16 [256]) -> whether all are bytes"},
-    {"gather", py_gather, METH_VARARGS,
-     "gather(uint8 [H, W], out uint8 [h, w], rows: bytes of int64 [h], columns: of int64 [w])"},
-    {"count_at", py_count_at, METH_VARARGS,
-     "count_at(uint8 [H, W], out int64 [256], rows: bytes of int64, columns: bytes of int64)"},
+    {"view", py_view, METH_VARARGS,
+     "view(uint8 [H, W], out uint8 [h, w], (top, left, height, width), (height, width) it is resized "
+     "to, (y, x) offset, flip, fill), see geometry.Geometry"},
+    {"count_view", py_count_view, METH_VARARGS,
+     "count_view(uint8 [H, W], out int64 [256], (h, w), window, resized, offset)"},
     {NULL, NULL, 0, NULL},
 };
 

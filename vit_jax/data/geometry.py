@@ -61,6 +61,8 @@ class Geometry(NamedTuple):
         Each output pixel has the label of the pixel under its centre, or `fill` in the padding.
         """
         height, width = self.size
+        if self.warp is None and label_maps.has_fast_views(labels):
+            return label_maps.view(labels, *self.axes, self.flip, fill)
         y, x = np.arange(height) + 0.5, np.arange(width) + 0.5
         x = width - x if self.flip else x
         if self.warp is not None:
@@ -70,7 +72,7 @@ class Geometry(NamedTuple):
         if self.warp is not None:
             inside = inside & in_rows & in_columns
             return np.where(inside, labels[..., rows, columns], np.asarray(fill, labels.dtype))
-        out = label_maps.gathered(labels, rows, columns)
+        out = labels.take(rows, -2)[..., columns]  # whole rows, then columns of these
         if not in_rows.all():
             out[..., ~in_rows, :] = fill
         if not in_columns.all():
@@ -82,9 +84,16 @@ class Geometry(NamedTuple):
 
         Without those that are ignored, as the padding is.
         """
+        if label_maps.has_fast_views(labels):
+            return label_maps.view_counts(labels, *self.axes)
         found = (self.nearest(np.arange(n) + 0.5, axis) for axis, n in enumerate(self.size))
         rows, columns = (indices[inside] for indices, inside in found)
-        return label_maps.class_counts_at(labels, rows, columns)
+        return label_maps.class_counts(labels.take(rows, 0)[:, columns])
+
+    @property
+    def axes(self) -> tuple[Size, Box, Size, tuple[int, int]]:
+        """What makes rows and columns of the output: (size, window, resized, offset)."""
+        return self.size, self.window, self.resized, self.offset
 
     def nearest(self, places: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the image's pixels under places in the output along an axis, before a flip.
