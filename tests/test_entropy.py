@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from vit_jax.data import entropy, images
 SOURCE = pathlib.Path(entropy.__file__).with_name('_jpeg.c')
 MISTAKES = {  # a name: (what the source has, what takes its place)
     'no mistake': ('', ''),
-    'a bit of a long code': ('symbol s = {value_of', 'symbol s = {c.size > 8 ^ value_of'),
+    'a bit of a long code': ('next = {value_of', 'next = {c.size > 8 ^ value_of'),
+    'a negative value': ('+= 1 - (1 << c.size)', '+= -(1 << c.size)'),
+    'a place that is left': ('block[natural[k]] = 0;', ';'),
     'a place in a block': ('49, 56, 57', '56, 49, 57'),
     'a skipped block': ('advance += more;', 'advance += more + (more == 4);'),
     'a restart': ('memset(d->predictions', '(void)(d->predictions'),
@@ -49,7 +52,7 @@ def build(folder, before, after):
 def test_every_mistake_in_a_decoder_is_found(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         built = pool.map(
-            lambda i, change: build(tmp_path / str(i), *change), range(9), MISTAKES.values()
+            lambda name: build(tmp_path / name.replace(' ', '_'), *MISTAKES[name]), MISTAKES
         )
         found = dict(zip(MISTAKES, map(entropy.mismatch, built), strict=True))
     assert found.pop('no mistake') == ''
@@ -115,3 +118,14 @@ def test_the_reason_is_logged_once_and_not_by_workers():
     )
     done = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True, check=True)
     assert done.stderr.count('JPEGs are decoded at about half the speed') == 1, done.stderr
+
+
+def test_columns_are_added_alike_four_at_a_time_and_one_by_one(tmp_path):
+    plain = build(tmp_path / 'plain', '#ifdef AVX2', '#if 0')
+    image = load_sample_image('china.jpg')
+    shapes = [(90, 120), (3, 5), (16, 16), (7, 301), (1, 4), (2, 1)]
+    for size, kind, antialias, flip in itertools.product(shapes, range(3), (0, 1), (0, 1)):
+        ours, theirs = (np.full((*size, 3), 7, np.uint8) for _ in range(2))
+        for extension, out in (images._jpeg, ours), (plain, theirs):
+            extension.resize(image, out, (20, 30, 77, 140), kind, antialias, flip)
+        np.testing.assert_array_equal(ours, theirs)

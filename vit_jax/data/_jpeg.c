@@ -3,7 +3,7 @@
    libjpeg-turbo does all but the entropy decoding of the usual (sequential, one scan, Huffman) files.
    Entropy decoding takes four fifths of the time for a photograph of ImageNet's size. Here
    - bytes are unstuffed first, so that one 8-byte load fills the bit buffer;
-   - one look-up gives a coefficient's run, value and length together if they fit in LOOK bits;
+   - one look-up by LOOK bits gives a coefficient's run and length, and its value but for low bits;
    - blocks of which no pixel is needed are skipped by look-ups that take several coefficients.
    A window is resized while it is decoded. Blocks and rows between the pixels that its filter takes
    are neither transformed nor upsampled.
@@ -30,7 +30,8 @@
 #include <jpeglib.h>
 
 #define LOOK 10                 /* bits of the look-up of one coefficient */
-#define PAIR 12                 /* bits of the look-up of the length of two */
+#define PAIR 11                 /* bits of the look-up of the length of two */
+#define MOST 18                 /* bits of a symbol that is looked up: three are in 56 bits */
 #define SKIP 11                 /* bits of the look-up that skips as many as fit */
 #define TAIL 1024               /* most entries of the look-up of longer codes, by 16 bits */
 #define TABLES 16               /* kept per thread; one image has 8 at most */
@@ -45,6 +46,12 @@
 #define FAST __attribute__((target_clones("default", "arch=x86-64-v3")))
 #else
 #define FAST
+#endif
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2")))
+#define INLINE_AVX2 AVX2 __attribute__((always_inline)) static inline
 #endif
 
 #define TEXT(x) #x
@@ -84,20 +91,22 @@ typedef struct {
     uint8_t run;     /* zeros before it; 64 at the end of the block */
 } code;
 
+/* What LOOK bits tell of a code and its value. All members are 0 if they do not hold the code and the
+   sign, or if there are more than MOST bits. */
 typedef struct {
-    int16_t value;   /* of the coefficient */
+    int16_t offset;  /* the value less the bits of code and value as a number, modulo 2^16 */
     uint8_t run;     /* as above */
-    uint8_t length;  /* bits of its code and value; if they do not fit, all members are 0 */
+    uint8_t length;  /* number of these bits */
 } symbol;
 
 typedef struct {
     code codes[1 << LOOK], tail[TAIL];
     unsigned tail_from;        /* the first 16 bits that begin with a code longer than LOOK */
-    /* for AC coefficients only: */
     symbol look[1 << LOOK];
+    /* for AC coefficients only: */
     uint8_t pair[1 << PAIR];   /* length of the first symbol, or, + TWO, of the first two */
-    uint16_t skip[1 << SKIP];  /* length, 6 bits, of all that fit, and the number of coefficients
-                                  that they fill, + 64 if the last one ends the block */
+    uint16_t skip[1 << SKIP];  /* length, 6 bits, of all whose codes fit, and the number of
+                                  coefficients that they fill, + 64 if the last one ends the block */
     /* source: number of codes of each length, and their values */
     uint8_t lengths[17], values[256];
     int ac;
@@ -167,6 +176,8 @@ typedef struct {
     int *start;      /* [size]: the first pixel with a weight; ascending */
     float *weights;  /* [size, taps] */
     int size, taps;
+    float *pairs;    /* [size / 4, 2, taps, 8]: weights of two outputs, each of them four times; NULL
+                        if `add_quads` is not to be used */
 } filter;
 
 /* Filters along both axes, and a row of RGBX floats between them. */
@@ -202,15 +213,12 @@ typedef struct {
     int room, first_row, next_row;
 } decoder;
 
-/* Zigzag order to natural order; a run past the end of a block stays inside of the block. */
-static const uint8_t natural[64 + 80] = {
+/* Zigzag order to natural order; runs past the end of a block stay inside of the block. */
+static const uint8_t natural[64 + 2 * 65] = {
     0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
     41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
-    63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
-    63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
-    63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
-    63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63,
+    [64 ... 64 + 2 * 65 - 1] = 63,
 };
 
 static void fail(decoder *d, const char *message) {
@@ -242,15 +250,21 @@ static inline code find(const table *t, uint64_t buffer) {
     return top < t->tail_from ? t->codes[top >> (16 - LOOK)] : t->tail[top - t->tail_from];
 }
 
-/* Decodes the next symbol, of any length. */
-static inline symbol next_symbol(bits *b, const table *t) {
+/* A decoded coefficient, and the zeros before it. */
+typedef struct {
+    int16_t value;
+    uint8_t run;
+} coefficient;
+
+/* Decodes the next code, of any length, and its value. */
+static inline coefficient next_coefficient(bits *b, const table *t) {
     fill(b);
     code c = find(t, b->buffer);
     b->wrong |= !c.length;
     drop(b, c.length);
-    symbol s = {value_of(b->buffer, c.size), c.run, c.length + c.size};
+    coefficient next = {value_of(b->buffer, c.size), c.run};
     drop(b, c.size);
-    return s;
+    return next;
 }
 
 /* Makes look-ups of Huffman codes (ITU T.81 annex C); values of AC codes are (run, size) pairs.
@@ -280,27 +294,35 @@ static int make_codes(table *t) {
     return (1 << 16) - t->tail_from <= TAIL;
 }
 
-/* Makes look-ups of one symbol and of several by the next bits in the file. */
+/* Makes the look-up of one symbol by the next bits in the file. */
 static void make_symbols(table *t) {
-    for (unsigned i = 0; i < 1 << LOOK; i++) {
+    for (int i = 0; i < 1 << LOOK; i++) {
         code c = t->codes[i];
-        if (!c.length || c.length + c.size > LOOK) continue;
-        int value = value_of((uint64_t)i << (64 - LOOK) << c.length, c.size);
-        t->look[i] = (symbol){value, c.run, c.length + c.size};
+        int length = c.length + c.size, after = LOOK - c.length;  /* bits known of the value */
+        if (!c.length || length > MOST || (c.size && !after)) continue;
+        int offset = -(i >> after << c.size);
+        if (c.size && !(i >> (after - 1) & 1)) offset += 1 - (1 << c.size);  /* it is negative */
+        t->look[i] = (symbol){offset, c.run, length};
     }
+}
+
+/* Makes look-ups of the lengths of several symbols of AC coefficients. */
+static void make_lengths(table *t) {
     for (unsigned i = 0; i < 1 << PAIR; i++) {
-        symbol one = t->look[i >> (PAIR - LOOK)];
-        symbol two = t->look[(i << one.length & ((1 << PAIR) - 1)) >> (PAIR - LOOK)];
+        symbol one = t->look[i >> (PAIR - LOOK)], two = {0};
+        if (one.length < PAIR) two = t->look[(i << one.length & ((1 << PAIR) - 1)) >> (PAIR - LOOK)];
         int both = one.length + two.length;
         t->pair[i] = one.run < 64 && two.length && both <= PAIR ? both | TWO : one.length;
     }
     for (unsigned i = 0; i < 1 << SKIP; i++) {
         int used = 0, advance = 0;
         while (used < SKIP && advance < 64) {
-            symbol s = t->look[(i << used & ((1 << SKIP) - 1)) >> (SKIP - LOOK)];
-            int more = s.run == 64 ? 64 : s.run + 1;
-            if (!s.length || used + s.length > SKIP || (more < 64 && advance + more > 63)) break;
-            used += s.length;
+            code c = t->codes[(i << used & ((1 << SKIP) - 1)) >> (SKIP - LOOK)];
+            int more = c.run == 64 ? 64 : c.run + 1;
+            if (!c.length || used + c.length > SKIP || used + c.length + c.size > MOST ||
+                (more < 64 && advance + more > 63))
+                break;
+            used += c.length + c.size;
             advance += more;
         }
         t->skip[i] = advance << 6 | used;
@@ -325,37 +347,46 @@ static const table *get_table(scratch *kept, const JHUFF_TBL *from, int ac) {
     memcpy(t->values, from->huffval, 256);
     t->ac = ac;
     if (!make_codes(t)) return NULL;
-    if (ac) make_symbols(t);
+    make_symbols(t);
+    if (ac) make_lengths(t);
     t->used = ++kept->used;
     return t;
 }
 
+/* Value of a symbol at the start of the buffer. */
+static inline int16_t value_at(uint64_t buffer, symbol s) {
+    return (int16_t)(buffer >> (-s.length & 63)) + s.offset;
+}
+
 /* A look-up waits for the length of the symbol before it, so the length of two symbols is looked up
-   at once. The second is stored even if it is not consumed: it comes next, at the same place, or
-   is 0. After `fill` there are bits for four of these steps: 3 x PAIR + 2 x LOOK <= 56. */
+   at once. The second is stored even if it is not consumed: it comes next, and is stored again at
+   the same place. It is stored before the first, which may be the last of the block. After `fill`
+   there are bits for three of these steps: 3 x MOST <= 56. */
 static inline void decode_block(bits *b, const table *t, JCOEF *block) {
-    for (int k = 1;;) {
+    for (size_t k = 1;;) {
         fill(b);
-        for (int i = 0; i < 4; i++) {
-            int pair = t->pair[b->buffer >> (64 - PAIR)];
+        for (int i = 0; i < 3; i++) {
+            unsigned pair = t->pair[b->buffer >> (64 - PAIR)];
             symbol first = t->look[b->buffer >> (64 - LOOK)];
             if (__builtin_expect(!first.length, 0)) {
-                first = next_symbol(b, t);
-                k += first.run;
-                block[natural[k]] = first.value;
+                coefficient next = next_coefficient(b, t);
+                block[natural[k]] = 0; /* the symbol before may have left something there */
+                k += next.run;
+                block[natural[k]] = next.value;
                 if (++k > 63) return;
                 break;
             }
-            symbol second = t->look[b->buffer << first.length >> (64 - LOOK)];
+            uint64_t rest = b->buffer << first.length;
+            symbol second = t->look[rest >> (64 - LOOK)];
             k += first.run;
-            block[natural[k]] = first.value;
+            block[natural[k + 1 + second.run]] = value_at(rest, second);
+            block[natural[k]] = value_at(b->buffer, first);
             if (++k > 63) {
                 drop(b, first.length);
                 return;
             }
             drop(b, pair);
-            block[natural[k + second.run]] = second.value;
-            k += (second.run + 1) & -(pair >> 7); /* no branch: it is unpredictable */
+            k += (second.run + 1u) & -(pair >> 7); /* no branch: it is unpredictable */
             if (k > 63) return;
         }
     }
@@ -364,7 +395,7 @@ static inline void decode_block(bits *b, const table *t, JCOEF *block) {
 static inline void skip_block(bits *b, const table *t) {
     for (int k = 1;;) {
         fill(b);
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 3; i++) {
             unsigned some = t->skip[b->buffer >> (64 - SKIP)];
             int length = some & 63, next = k + (some >> 6);
             if (__builtin_expect(length && next < 64, 1)) {
@@ -374,12 +405,22 @@ static inline void skip_block(bits *b, const table *t) {
                 drop(b, length);
                 return;
             } else {
-                k += next_symbol(b, t).run + 1;
+                k += next_coefficient(b, t).run + 1;
                 if (k > 63) return;
                 break;
             }
         }
     }
+}
+
+/* Decodes the difference of a DC coefficient to the one before it. */
+static inline int decode_dc(bits *b, const table *t) {
+    fill(b);
+    symbol s = t->look[b->buffer >> (64 - LOOK)];
+    if (__builtin_expect(!s.length, 0)) return next_coefficient(b, t).value;
+    int value = value_at(b->buffer, s);
+    drop(b, s.length);
+    return value;
 }
 
 /* Replaces libjpeg's decode_mcu: decodes one MCU, or skips it if `blocks` is NULL. */
@@ -406,7 +447,7 @@ FAST static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
     bits b = d->bits;  /* a copy that stays in registers */
     for (int i = 0; i < jpeg->blocks_in_MCU; i++) {
         int place = jpeg->MCU_membership[i];
-        d->predictions[place] += next_symbol(&b, d->dc[place]).value;
+        d->predictions[place] += decode_dc(&b, d->dc[place]);
         if (wanted >> i & 1) {
             blocks[i][0][0] = d->predictions[place];
             decode_block(&b, d->ac[place], blocks[i][0]);
@@ -554,6 +595,7 @@ static void free_resizer(resizer *r) {
     free(r->line);
     free(r->across.start);
     free(r->across.weights);
+    free(r->across.pairs);
     free(r->down.start);
     free(r->down.weights);
 }
@@ -773,21 +815,76 @@ static inline int32_t add_taps(const pixel *p, const float *weights, int taps, f
     return ((integers)__builtin_shuffle((bytes)whole, low_bytes))[0];
 }
 
-/* Filters a row of RGBX floats to RGB [width]. Writes the byte after it, too, unless `last`. */
-FAST static void add_columns(uint8_t *rgb, const pixel *from, const filter *f, int width, int flip,
-                             float half, int last) {
-    const int *start = f->start;
-    const float *weights = f->weights;
-    int taps = f->taps, step = flip ? -1 : 1, i = flip ? width - 1 : 0;
-    for (int j = 0; j < width - last; j++, i += step, rgb += 3) {
-        const pixel *p = from + start[i];
-        const float *w = weights + (size_t)i * taps;
-        int32_t rgbx = taps == 2 ? add_taps(p, w, 2, half) : add_taps(p, w, taps, half);
-        memcpy(rgb, &rgbx, 4);
+#ifdef AVX2
+/* The same for two output pixels, as integers without bounds. */
+INLINE_AVX2 __m256i add_two(const pixel *p, const pixel *q, const float *weights, int taps,
+                            __m256 half) {
+    __m256 total = _mm256_setzero_ps();
+    for (int k = 0; k < taps; k++) {
+        __m256 both = _mm256_insertf128_ps(_mm256_castps128_ps256(p[k]), q[k], 1);
+        both = _mm256_mul_ps(both, _mm256_loadu_ps(weights + 8 * k));
+        total = k ? _mm256_add_ps(total, both) : both;
     }
-    if (last) {
-        int32_t rgbx = add_taps(from + start[i], weights + (size_t)i * taps, taps, half);
-        memcpy(rgb, &rgbx, 3);
+    return _mm256_cvttps_epi32(_mm256_add_ps(total, half));
+}
+
+INLINE_AVX2 void add_fours(uint8_t *rgb, const pixel *from, const filter *f, int taps, int flip,
+                           float half) {
+    const __m128i order = flip ? _mm_setr_epi8(12, 13, 14, 8, 9, 10, 4, 5, 6, 0, 1, 2, -1, -1, -1, -1)
+                               : _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    const __m256 halves = _mm256_set1_ps(half);
+    const float *weights = f->pairs;
+    const int *start = f->start, *end = start + f->size / 4 * 4;
+    uint8_t *to = rgb + (flip ? 3 * (f->size - 4) : 0);
+    for (; start < end; start += 4, weights += 16 * taps, to += flip ? -12 : 12) {
+        __m256i low = add_two(from + start[0], from + start[1], weights, taps, halves);
+        __m256i high = add_two(from + start[2], from + start[3], weights + 8 * taps, taps, halves);
+        __m256i whole = _mm256_packs_epi32(low, high);  /* saturates, as the next does */
+        whole = _mm256_packus_epi16(whole, whole);
+        __m128i four = _mm_unpacklo_epi32(_mm256_castsi256_si128(whole),
+                                          _mm256_extracti128_si256(whole, 1));
+        four = _mm_shuffle_epi8(four, order);
+        _mm_storel_epi64((__m128i *)to, four);
+        int32_t last = _mm_extract_epi32(four, 2);
+        memcpy(to + 8, &last, 4);
+    }
+}
+
+/* Filters a row like `add_columns`, four pixels at a time; returns their number. */
+AVX2 static int add_quads(uint8_t *rgb, const pixel *from, const filter *f, int flip, float half) {
+    if (f->taps == 2)
+        add_fours(rgb, from, f, 2, flip, half);
+    else
+        add_fours(rgb, from, f, f->taps, flip, half);
+    return f->size / 4 * 4;
+}
+
+/* Makes `pairs` of a filter; 0 without memory. */
+static int make_pairs(filter *f) {
+    if (!__builtin_cpu_supports("avx2")) return 1;
+    int taps = f->taps, end = f->size / 4 * 4;
+    float *to = f->pairs = malloc(((size_t)end * taps * 4 + 1) * sizeof *to);
+    for (int i = 0; to && i < end; i += 2)
+        for (int k = 0; k < taps; k++)
+            for (int j = 0; j < 8; j++) *to++ = f->weights[(size_t)(i + j / 4) * taps + k];
+    return f->pairs != NULL;
+}
+#else
+static int add_quads(uint8_t *rgb, const pixel *from, const filter *f, int flip, float half) {
+    return 0;
+}
+
+static int make_pairs(filter *f) {
+    return 1;
+}
+#endif
+
+/* Filters a row of RGBX floats to RGB [f->size], mirrored if `flip`. */
+FAST static void add_columns(uint8_t *rgb, const pixel *from, const filter *f, int flip, float half) {
+    int taps = f->taps, i = f->pairs ? add_quads(rgb, from, f, flip, half) : 0;
+    for (; i < f->size; i++) {
+        int32_t rgbx = add_taps(from + f->start[i], f->weights + (size_t)i * taps, taps, half);
+        memcpy(rgb + 3 * (flip ? f->size - 1 - i : i), &rgbx, 3);
     }
 }
 
@@ -796,7 +893,8 @@ static int make_resizer(resizer *r, window w, part p, int height, int width, int
                         int antialias) {
     r->line = aligned_alloc(64, ((size_t)w.width * sizeof(pixel) + 63) / 64 * 64);
     return r->line && make_filter(&r->across, w.width, p.x, p.width, width, kind, antialias) &&
-           make_filter(&r->down, w.height, p.y, p.height, height, kind, antialias);
+           make_filter(&r->down, w.height, p.y, p.height, height, kind, antialias) &&
+           make_pairs(&r->across);
 }
 
 /* Resizes a window to RGB [height, width, 3], mirrored if `flip`: of RGBX rows, or if they are NULL
@@ -805,12 +903,12 @@ static int make_resizer(resizer *r, window w, part p, int height, int width, int
 static void resize(const resizer *r, decoder *d, const uint8_t *rows, size_t stride, window w,
                    uint8_t *out, int antialias, int flip) {
     int taps = r->down.taps, height = r->down.size, width = r->across.size;
+    float half = antialias ? 0.5f : CUT;
     for (int i = 0; i < height; i++) {
         int first = w.y + r->down.start[i];
         const uint8_t *row = rows ? rows + first * stride : get_rows(d, first, taps);
         add_rows(r->line, row + w.x * 4, stride, r->down.weights + (size_t)i * taps, taps, w.width);
-        add_columns(out + (size_t)i * width * 3, (pixel *)r->line, &r->across, width, flip,
-                    antialias ? 0.5f : CUT, i == height - 1);
+        add_columns(out + (size_t)i * width * 3, (pixel *)r->line, &r->across, flip, half);
     }
 }
 
