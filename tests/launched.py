@@ -73,6 +73,14 @@ def kill(process):
     return process.wait()
 
 
+def passes(code, *arguments):
+    """Runs Python code on its own in a new process, which must end with status 0."""
+    done = subprocess.run(
+        [sys.executable, '-c', code, *arguments], env=ENVIRONMENT, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def run(module, *arguments, environment=None):
     """Exit status, stdout and stderr of a whole command of the package, on one device."""
     done = subprocess.run(

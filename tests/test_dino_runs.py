@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import pathlib
 import random
 import re
@@ -29,6 +30,15 @@ FILE = pathlib.Path(tiny_dino.__file__)
 # Without draws, which are of a micro-batch, and without Adam, which makes much of small gradients.
 PLAIN = {'model.drop_path': 0.0, 'optim.name': 'sgd', 'optim.lr': 0.3, 'optim.warmup': 0,
          'optim.hold_steps': 1}  # fmt: skip
+
+# The processes of a run complete its config before they meet, and meet before JAX starts.
+UNSTARTED = """
+import json, sys
+from jax._src import xla_bridge  # nothing public tells
+from vit_jax import config
+config.complete(json.loads(sys.argv[1]))
+assert not xla_bridge.backends_are_initialized()
+"""
 
 
 @pytest.fixture(scope='module')
@@ -168,6 +178,7 @@ def test_a_run_is_its_teacher(folder, whole, tmp_path):
     assert re.search(r're-initialised +head/', account)
     labelled = tiny.get_config(str(folder)).to_dict() | dict(init_from=str(whole), model={})
     full = config.complete(labelled)
+    launched.passes(UNSTARTED, json.dumps(labelled))
     tuned, _ = initial.first_state(full, assembly.make(full, devices=jax.devices()[:1]))
     assert_trees_close(tuned.params['encoder'], params['encoder'], rtol=0, atol=0)
     assert tuned.params['head']['kernel'].shape == (16, 3)

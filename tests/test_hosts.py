@@ -252,6 +252,30 @@ def test_losses_are_those_of_one_process(count, devices, mesh, folder, alone, tm
     assert written == ({0, 1} if mesh.startswith('fsdp') else written | {0})
 
 
+TUNED = """
+from tests import tiny
+
+
+def get_config(folder):
+    config = tiny.get_config(folder)
+    config.model, config.init_from = {}, INIT_FROM
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_all_read_their_model_from_a_checkpoint_of_a_run(folder, alone, tmp_path):
+    config = tmp_path / 'tuned.py'
+    config.write_text(TUNED.replace('INIT_FROM', repr(str(alone))))
+    flags = *processes.TINY, *STEPS
+    processes.finish(folder, tmp_path / 'pair', 2, 1, *flags, config=config)
+    assert json.loads((tmp_path / 'pair' / 'config.json').read_text())['model']['width'] == 16
+    one = tmp_path / 'one'
+    status, output = launched.finish(folder, one, *flags, config=config, cwd=processes.ROOT)
+    assert status == 0, output
+    assert_close(tmp_path / 'pair', one)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('signum, who, count', [
     ('KILL', 1, 3), ('STOP', 1, 2), ('KILL', 0, 2), ('STOP', 0, 2),

@@ -399,7 +399,7 @@ def stored(folder, given, params, monkeypatch):
     (folder / 'checkpoints').mkdir(parents=True)
     (folder / 'config.json').write_text(json.dumps(given))
     arrays = {n: np.asarray(x) for n, x in named_leaves(params).items()}
-    monkeypatch.setattr(run, 'arrays_of', lambda address, ema: arrays)
+    monkeypatch.setattr(run, 'arrays_of', lambda address, ema, values: arrays)
 
 
 def test_a_run_of_two_towers_is_loaded_and_written(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
@@ -105,12 +104,12 @@ def with_field(model: nn.Module, name: str, value: Any) -> nn.Module:
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
     """{name: shape} of a model's parameters; None if there is no such model."""
     if isinstance(model, Text):
-        inputs = jax.ShapeDtypeStruct((1, model.length), jnp.int32)
+        inputs = (1, model.length), jnp.int32
     else:
         sides = (PATCHES * n for n in model.stride)
-        inputs = jax.ShapeDtypeStruct((1, *sides, len(model.mean)), jnp.float32)
+        inputs = (1, *sides, len(model.mean)), jnp.float32
     try:
-        params = jax.eval_shape(model.init, jax.random.key(0), inputs)['params']
+        params = parameters.abstract(model, *inputs)
     except UserError:
         return None
     return {name: x.shape for name, x in parameters.named_leaves(params).items()}

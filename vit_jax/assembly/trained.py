@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -13,6 +12,7 @@ from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
+from vit_jax.models import parameters
 from vit_jax.objectives import Examples, Trained
 
 # What is read of a checkpoint: values, for training; shapes, for a plan; or 'known': shapes, where
@@ -51,7 +51,8 @@ def loaded(
     found = {}
     for key, address in addresses(settings, function).items():
         if read == 'known' and model is not None and not is_known(address):
-            found[key] = Trained(model, shapes_of(model, shape), None, None, address)
+            shapes = parameters.abstract(model, (1, *shape))
+            found[key] = Trained(model, shapes, None, None, address)
             continue
         try:
             found[key] = trained(address, shape, read == 'values')
@@ -81,11 +82,5 @@ def trained(address: str, shape: tuple[int, ...], values: bool) -> Trained:
     if values:
         params = jax.tree.map(np.asarray, one.params)  # on devices only as sharded
     else:
-        params = shapes_of(one.model, (*(size or shape[:2]), len(one.model.mean)))
+        params = parameters.abstract(one.model, (1, *(size or shape[:2]), len(one.model.mean)))
     return Trained(one.model, params, size, one.classes, address)
-
-
-def shapes_of(model: nn.Module, shape: tuple[int, ...]) -> Any:
-    """Shapes and dtypes of a model's parameters for images [H, W, C]."""
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)['params']

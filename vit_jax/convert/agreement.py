@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
+from vit_jax.models import parameters
 from vit_jax.models.text import Text
 from vit_jax.models.two_towers import TwoTowers
 
@@ -27,8 +27,7 @@ def check_text(model: Text, params: dict[str, np.ndarray]) -> None:
 
 def shapes_of_text(model: Text) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the parameters of a text tower."""
-    tokens = jax.ShapeDtypeStruct((1, model.length), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+    shapes = parameters.abstract(model, (1, model.length), jnp.int32)
     return {name: x.shape for name, x in flatten_dict(shapes, sep='/').items()}
 
 
@@ -41,8 +40,7 @@ def check_params(
         if 'posemb' in params:
             count = params['posemb'].shape[1] - sum(model.prefix_posemb.values())
             size = model.stride[0], model.stride[1] * count
-    images = jax.ShapeDtypeStruct((1, *size, len(model.mean)), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+    shapes = parameters.abstract(model, (1, *size, len(model.mean)))
     compare({k: v.shape for k, v in flatten_dict(shapes, sep='/').items()}, params)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -18,7 +17,7 @@ from vit_jax.convert.pieces import Piece
 from vit_jax.convert.stages import Loaded, Parsed, Values, loss_of, size_of
 from vit_jax.errors import UserError
 from vit_jax.io.text import brief
-from vit_jax.models import embedding, relative, resizing
+from vit_jax.models import embedding, parameters, relative, resizing
 
 
 def fit(
@@ -257,8 +256,7 @@ def read_params(
         size = (1, parsed.table[1] - sum(model.prefix_posemb.values()))
     image = [n * s for n, s in zip(size, model.stride, strict=True)]
     try:
-        images = jax.ShapeDtypeStruct((1, *image, channels), jnp.float32)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+        shapes = parameters.abstract(model, (1, *image, channels))
     except Exception as e:  # Flax raises various errors for impossible sizes
         raise UserError(f'the model {describe(model)} cannot be built ({brief(e)})') from e
     wanted, shapes = shapes, {n: x.shape for n, x in flatten_dict(shapes, sep='/').items()}

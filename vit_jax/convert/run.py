@@ -13,8 +13,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -28,7 +26,7 @@ from vit_jax.errors import Damaged, UserError
 from vit_jax.io import addresses, storage
 from vit_jax.io.text import printable
 from vit_jax.models import detector, mae, masks, patch_classifier, segmenter
-from vit_jax.models.parameters import named_leaves
+from vit_jax.models.parameters import abstract, named_leaves
 from vit_jax.run import history, weights, workdir
 
 HEADS = ('head', 'dist_head', 'pre_logits')  # parameters that a model may lack in a method
@@ -73,10 +71,13 @@ def is_run(address: str) -> bool:
         return split_address(address) is not None
 
 
-def parse_run(address: str, ema: bool | None) -> Parsed:
-    """Reads a checkpoint of a run as `Parsed`: the newest intact one if none is named."""
+def parse_run(address: str, ema: bool | None, values: bool = True) -> Parsed:
+    """Reads a checkpoint of a run as `Parsed`: the newest intact one if none is named.
+
+    Without `values` its arrays are shapes and dtypes, which can't be read further.
+    """
     root, config = config_of(address)
-    arrays = arrays_of(address, ema)
+    arrays = arrays_of(address, ema, values)
     try:
         if config['model']['name'] is None:
             raise UserError(
@@ -193,8 +194,7 @@ def prefixes(model: nn.Module, size: tuple[int, int], names: Collection[str]) ->
 
     '' if the model's parameters are those of the checkpoint, 'encoder/' if they are in a subtree.
     """
-    images = jax.ShapeDtypeStruct((1, *size, len(model.mean)), jnp.float32)
-    own = named_leaves(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
+    own = named_leaves(abstract(model, (1, *size, len(model.mean))))
     own = [name for name in own if name.split('/')[0] not in HEADS]
     starts = [n.removesuffix(own[0]) for n in names if f'/{n}'.endswith(f'/{own[0]}')]
     return sorted(p for p in starts if all(f'{p}{name}' in names for name in own))
@@ -206,7 +206,7 @@ def config_of(address: str) -> tuple[epath.Path, dict]:
     return root, workdir.read_json(root / 'config.json')
 
 
-def arrays_of(address: str, ema: bool | None) -> dict[str, np.ndarray]:
+def arrays_of(address: str, ema: bool | None, values: bool = True) -> dict[str, np.ndarray]:
     """{name: array} of the parameters in the checkpoint at an address.
 
     Arguments, and the choice of the checkpoint, are as in `parse_run`.
@@ -214,7 +214,7 @@ def arrays_of(address: str, ema: bool | None) -> dict[str, np.ndarray]:
     root, step = split_address(address)
     if step == 'best':
         step = best_step(root, workdir.read_json(root / 'config.json'))
-    return read_arrays(root, step, ema)
+    return read_arrays(root, step, ema, values)
 
 
 def best_step(root: str | os.PathLike, config: dict[str, Any]) -> str:
@@ -250,7 +250,7 @@ def run_pieces(model: nn.Module, arrays: Collection[str], prefix: str) -> list[P
 
 
 def read_arrays(
-    root: str | os.PathLike, step: str | None, ema: bool | None
+    root: str | os.PathLike, step: str | None, ema: bool | None, values: bool = True
 ) -> dict[str, np.ndarray]:
     """{name: array} of the checkpoint at `step` or, if that is None, of the newest intact one.
 
@@ -265,13 +265,13 @@ def read_arrays(
         raise UserError(f'{root} has no checkpoint yet')
     for n in [int(step)] if step is not None else steps:
         try:
-            return weights.read_params(folder / str(n), average=ema)
+            return weights.read_params(folder / str(n), average=ema, values=values)
         except Damaged as e:
             message = f'checkpoint {folder / str(n)} is damaged: {e}'
             if step is not None:
                 raise UserError(message) from e
             if steps_in(folder)[:1] != steps[:1]:  # the run goes on and deletes checkpoints
-                return read_arrays(root, step, ema)
+                return read_arrays(root, step, ema, values)
             print(printable(message), file=sys.stderr, flush=True)
     raise UserError(f'none of the {len(steps)} checkpoints in {folder} is intact')
 

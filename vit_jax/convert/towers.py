@@ -14,7 +14,7 @@ from vit_jax.convert.pieces import Piece
 from vit_jax.convert.stages import NO_TEXT, Loaded, Parsed, TextTower, Values
 from vit_jax.errors import UserError
 from vit_jax.io import bounds
-from vit_jax.models import text
+from vit_jax.models import parameters, text
 from vit_jax.models.two_towers import build_towers
 
 OWN = ('temperature_max',)  # fields of TwoTowers that a caller may give
@@ -112,8 +112,7 @@ def read_text(
     missing, has another shape or belongs to nothing.
     """
     used = [*tower.pieces(model), *scalars]
-    tokens = jax.ShapeDtypeStruct((1, model.length), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+    shapes = parameters.abstract(model, (1, model.length), jnp.int32)
     shapes = {n: x.shape for n, x in flatten_dict(shapes, sep='/').items()}
     shapes |= {p.ours: () for p in scalars}
     pieces.check_shapes(used, tower.arrays, shapes)

@@ -14,7 +14,7 @@ from vit_jax.convert.infer import STATE_SIZE, infer_model
 from vit_jax.convert.stages import Loaded, Parsed
 from vit_jax.convert.towers import fit_towers
 from vit_jax.errors import UserError
-from vit_jax.models import embedding
+from vit_jax.models import embedding, parameters
 from vit_jax.models.mae import Mae
 
 FIXED = 'sincos2d_moco'  # the positions of arXiv:2111.06377
@@ -74,8 +74,7 @@ def read_beside(
     if target is None:
         raise UserError(f'nothing states the image size of {parsed.around.name}; {STATE_SIZE}')
     size = [n * s for n, s in zip(target, model.stride, strict=True)]
-    images = jax.ShapeDtypeStruct((1, *size, len(model.mean)), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+    shapes = parameters.abstract(model, (1, *size, len(model.mean)))
     shapes = {n: x.shape for n, x in flatten_dict(shapes, sep='/').items() if 'vit/' not in n}
     resized = 'decoder_posemb' in shapes and grid is not None and grid != target
     if resized:

@@ -8,14 +8,20 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from vit_jax.errors import UserError
 
 Layer = Literal['stem', 'blocks', 'head']
+# A mesh of no devices, of a platform without which a model would ask JAX where it computes.
+NOWHERE = AbstractMesh(
+    (), (), abstract_device=AbstractDevice(device_kind='cpu', num_cores=None, platform='cpu')
+)
 
 
 class Rule(NamedTuple):
@@ -142,6 +148,13 @@ gathered_array.defvjp(
         jax.lax.with_sharding_constraint(d, gradient).astype(like.dtype),
     ),
 )
+
+
+def abstract(model: nn.Module, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Any:
+    """Shapes and dtypes of a model's parameters for inputs of a shape; starts no device."""
+    inputs = jax.ShapeDtypeStruct(shape, dtype)
+    with jax.sharding.use_abstract_mesh(NOWHERE):
+        return jax.eval_shape(lambda x: model.init(jax.random.key(0), x)['params'], inputs)
 
 
 def check_same(params: Any, expected: Any, origin: str) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.io.bounds import Checkpoint, Float, NonNegative, Positive, Rate, Share, Size
-from vit_jax.models import embedding
+from vit_jax.models import embedding, parameters
 from vit_jax.models.memory import shard_batch
 from vit_jax.objectives import (
     Examples,
@@ -167,8 +167,7 @@ def size_for(
     if size is None:
         return tuple(teacher.image_size or shape[:2])
     size = (size, size) if isinstance(size, int) else tuple(size)
-    images = jax.ShapeDtypeStruct((1, *size, shape[-1]), jnp.float32)
-    needed = jax.eval_shape(teacher.model.init, jax.random.key(0), images)['params']
+    needed = parameters.abstract(teacher.model, (1, *size, shape[-1]))
     if jax.tree.map(jnp.shape, needed) != jax.tree.map(jnp.shape, teacher.params):
         raise UserError(
             f'objective.teacher_size is {list(size)}, and {teacher.address} has positions for '

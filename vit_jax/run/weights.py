@@ -18,12 +18,16 @@ from vit_jax.run.fingerprints import leaves_by_name
 from vit_jax.run.orbax_errors import read_error, silence_repeats
 
 
-def read_params(path: os.PathLike | str, *, average: bool | None) -> dict[str, np.ndarray]:
+def read_params(
+    path: os.PathLike | str, *, average: bool | None, values: bool = True
+) -> dict[str, np.ndarray | jax.ShapeDtypeStruct]:
     """Reads {name: array} of the parameters of one checkpoint.
 
     Args:
       path: a folder checkpoints/STEP.
       average: whether to read the moving average of the parameters. None: if there is one.
+      values: whether to read the arrays; else these are shapes and dtypes, from the list of what
+        was saved, and JAX does not start.
 
     Raises:
       Damaged: a file cannot be read, or a bit differs from what was saved.
@@ -38,9 +42,12 @@ def read_params(path: os.PathLike | str, *, average: bool | None) -> dict[str, n
     sources = sources_of(saved, average)
     if average and all(name == source for name, source in sources.items()):
         raise UserError(f'{path} has no moving average of its parameters (ema)')
-    values = read_arrays(path, set(sources.values()))
-    check_bits(values, saved)
-    return {name.removeprefix('params/'): values[source] for name, source in sources.items()}
+    if values:
+        arrays = read_arrays(path, set(sources.values()))
+        check_bits(arrays, saved)
+    else:
+        arrays = {name: jax.ShapeDtypeStruct(*saved[name][:2]) for name in sources.values()}
+    return {name.removeprefix('params/'): arrays[source] for name, source in sources.items()}
 
 
 def sources_of(saved: Mapping[str, Any], average: bool | None) -> dict[str, str]:
