@@ -3,10 +3,10 @@
     python -m benchmarks.gpu.resume --out resume.json
 
 Processes of their own train B/16 with dropout on noise, with the step and the checkpoints of a run.
-One trains to the end; one is killed (SIGKILL) and another one resumes it. XLA's flags exclude
-operations that add in any order, and each process loads the kernels that the first one has chosen,
-as --deterministic has them kept in a workdir. The same without these flags shows whether they were
-needed, and what they cost.
+One trains to the end; one is killed (SIGKILL) and another one resumes it. As with --deterministic,
+operations that add in any order are excluded and the kernels are kept in the workdir; those of the
+first process go to the other workdir, too. The same without it shows whether it was needed, and
+what it costs.
 """
 
 import argparse
@@ -31,13 +31,18 @@ SMALL = dict(width=32, depth=2, num_heads=4, mlp_dim=64)
 def child(settings):
     """Trains to the last step, or to `stop` and then waits to be killed; prints a line of JSON."""
     import jax
+    from etils import epath
 
-    small = settings['small'] or jax.default_backend() == 'cpu'
-    found = train(settings['workdir'], small, settings['stop'])
+    from vit_jax.run import determinism
+
+    workdir = epath.Path(settings['workdir'])
+    with determinism.repeatable(workdir, settings['deterministic']) as keep_kernels:
+        small = settings['small'] or jax.default_backend() == 'cpu'
+        found = train(workdir, small, settings['stop'], keep_kernels)
     print(json.dumps(found | {'device': jax.devices()[0].device_kind}), flush=True)
 
 
-def train(workdir, small, stop):
+def train(workdir, small, stop, keep_kernels):
     """The steps that are missing in a workdir; what is to be said of them."""
     import jax
 
@@ -69,6 +74,7 @@ def train(workdir, small, stop):
             seconds.append(time.perf_counter() - began)
             if stop is None or n + 1 < stop:
                 if (n + 1) % EVERY == 0:
+                    keep_kernels()
                     checkpoints.save(n + 1, state, {})
                 continue
             checkpoints.wait()
@@ -83,31 +89,17 @@ def train(workdir, small, stop):
     }  # fmt: skip
 
 
-def environment_of(workdir, deterministic):
-    """What a process in a workdir is started with."""
-    # Else JAX would read the compiled program, in which the kernels are.
-    environment = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
-    flags = [environment.get('XLA_FLAGS', '')]
-    if deterministic:
-        kept = workdir / 'kernels.textproto'
-        flags.append('--xla_gpu_exclude_nondeterministic_ops=true')
-        flags.append(f'--xla_gpu_dump_autotune_results_to={workdir / "dump.textproto"}')
-        flags += [f'--xla_gpu_load_autotune_results_from={kept}'] if kept.exists() else []
-    return environment | {'XLA_FLAGS': ' '.join(flags).strip()}
-
-
-def size(path):
-    return path.stat().st_size if path.exists() else 0
-
-
 def started(report, workdir, small, deterministic, stop=None):
     """The line of a process that trains in a workdir; one that stops is killed."""
     workdir.mkdir(exist_ok=True)
-    settings = dict(workdir=str(workdir), small=small, stop=stop)
+    settings = dict(
+        workdir=str(workdir), small=small, stop=stop, deterministic=deterministic
+    )  # fmt: skip
+    # Else JAX would read the compiled program, in which the kernels are.
+    environment = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
     process = subprocess.Popen(
         [sys.executable, '-m', 'benchmarks.gpu.resume', '--child', json.dumps(settings)],
-        stdout=subprocess.PIPE, text=True, start_new_session=True,
-        env=environment_of(workdir, deterministic),
+        stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment,
     )  # fmt: skip
     report.children.append(process)
     line = process.stdout.readline()
@@ -115,10 +107,12 @@ def started(report, workdir, small, deterministic, stop=None):
         process.send_signal(signal.SIGKILL)
     if process.wait() != (0 if stop is None else -signal.SIGKILL) or not line:
         raise RuntimeError(f'a process ended with status {process.returncode}')
-    kept, dumped = workdir / 'kernels.textproto', workdir / 'dump.textproto'
-    if size(dumped) > size(kept):
-        shutil.copy(dumped, kept)
     return json.loads(line)
+
+
+def size_of_kernels(workdir):
+    """Bytes of the kernels that are kept in a workdir."""
+    return sum(path.stat().st_size for path in (workdir / 'kernels').glob('*'))
 
 
 def compared(report, folder, small, deterministic):
@@ -129,10 +123,9 @@ def compared(report, folder, small, deterministic):
         return started(report, workdir, small, deterministic, stop)
 
     whole = run(one)
-    if deterministic and size(one / 'kernels.textproto'):
-        other.mkdir()
-        shutil.copy(one / 'kernels.textproto', other)
-    kept = size(one / 'kernels.textproto')
+    if (one / 'kernels').exists():
+        shutil.copytree(one / 'kernels', other / 'kernels')
+    kept = size_of_kernels(one)
     killed, resumed = run(other, KILLED), run(other)
     first = resumed['first']
     return {
@@ -140,7 +133,7 @@ def compared(report, folder, small, deterministic):
         'same_bits': whole['digest'] == resumed['digest'],
         'same_losses_before_the_kill': whole['losses'][: killed['stopped']] == killed['losses'],
         'same_losses_after': whole['losses'][first:] == resumed['losses'],
-        'kernels_kept': kept, 'kernels_after_the_resume': size(other / 'kernels.textproto'),
+        'kernels_kept': kept, 'kernels_after_the_resume': size_of_kernels(other),
         'ms': whole['ms'], 'compile_s': whole['compile_s'],
         'compile_s_resumed': resumed['compile_s'],
     }  # fmt: skip
