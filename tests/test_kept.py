@@ -1,5 +1,6 @@
 """Features of a locked image tower, computed once: the same training, resumed, and refusals."""
 
+import io
 import json
 
 import jax
@@ -12,7 +13,7 @@ from PIL import Image
 
 from vit_jax import assembly, config, evaluate, step, train
 from vit_jax.assembly import kept
-from vit_jax.data import images, pipeline
+from vit_jax.data import images, mixture, order, pipeline, sources
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
 from vit_jax.models import parameters
@@ -144,3 +145,33 @@ def test_what_changes_during_a_run_is_refused(change, message, folder):
     with pytest.raises(UserError, match=message) as error:
         assembly.make(loaded(folder, *ALONE, change), devices=jax.devices()[:1])
     assert '\n' not in str(error.value)
+
+
+def test_the_examples_of_a_mixture_have_its_weights(folder):
+    part = dict(name=str(folder / 'data'), split='train', label=None)
+    whole = mixture.load(mixture={'a': part | {'weight': 1.0}, 'b': part | {'weight': 4.0}})
+    records = kept.Records(whole.records, {}, np.ones(len(whole), bool))
+    wanted, found = (
+        order.batch_ids(sources.Source(x, ()), batch_size=50, seed=1, step=2)
+        for x in (whole.records, records)
+    )
+    assert (wanted >= 14).sum() == 40
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_file_with_any_bit_changed_is_read_as_it_was_or_not_at_all(tmp_path):
+    features = np.arange(6, dtype=np.float32).reshape(3, 2)
+    arrays = {kept.USABLE: np.ones(3, bool), 'features': features}
+    path, data = tmp_path / kept.FILE, io.BytesIO()
+    np.savez(data, key=np.array(['0123', *sorted(arrays)]), **arrays)
+    assert kept.stored(path, '0123', 3) is None  # not there
+    for k in range(-1, len(data.getvalue())):
+        for bit in (1, 128) if k >= 0 else (0,):
+            damaged = bytearray(data.getvalue())
+            damaged[k] ^= bit
+            path.write_bytes(damaged)
+            found = kept.stored(path, '0123', 3)
+            assert found is not None or bit
+            for name in arrays if found else ():
+                np.testing.assert_array_equal(found[name], arrays[name])
+    assert kept.stored(path, '4567', 3) is None

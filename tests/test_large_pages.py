@@ -55,3 +55,39 @@ def test_a_command_restarts_once_as_the_same_process(tmp_path):
     assert [first[1], second[1]] == ['None', SETTING]
     assert first[2] == second[2] == ' '.join(words)
     assert done.returncode == 1 and 'No module named vit_jax.of_no_name' in done.stderr
+
+
+def started(tmp_path, site, words):
+    """What a command prints whose interpreter runs `site` at each start."""
+    (tmp_path / 'sitecustomize.py').write_text(textwrap.dedent(site))
+    path = os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])
+    environment = os.environ | {'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'}
+    for name in (large_pages.NAME, large_pages.RESTARTED):
+        environment.pop(name, None)
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc on Linux reads the variable')
+def test_a_command_restarts_once_where_the_variable_is_removed(tmp_path):
+    """As glibc removes it for an interpreter with capabilities."""
+    done = started(tmp_path, """
+        import os
+        os.environ.pop('GLIBC_TUNABLES', None)
+        with open(os.path.join(os.path.dirname(__file__), 'starts'), 'a') as file:
+            file.write('x')
+            assert file.tell() < 10
+    """, [sys.executable, '-m', 'vit_jax.of_no_name'])
+    assert (tmp_path / 'starts').read_text() == 'xx'
+    assert done.returncode == 1 and 'No module named vit_jax.of_no_name' in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc on Linux reads the variable')
+def test_a_command_goes_on_where_it_cannot_restart(tmp_path):
+    site = f"""
+        import sys
+        sys.executable = {str(tmp_path / 'gone')!r}
+    """
+    done = started(tmp_path, site, [sys.executable, '-m', 'vit_jax.of_no_name'])
+    assert done.returncode == 1 and 'No module named vit_jax.of_no_name' in done.stderr

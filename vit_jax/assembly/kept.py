@@ -7,7 +7,6 @@ run of one process; several processes compute it at each start. Shapes: N exampl
 import io
 import json
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -46,6 +45,7 @@ class Records:
         self.records, self.arrays, self.usable = records, arrays, usable
         self.max_labels = getattr(records, 'max_labels', None)
         self.label_fields = getattr(records, 'label_fields', ('label',))
+        self.parts = getattr(records, 'parts', None)  # of a mixture, for the pipeline's order
 
     def __len__(self) -> int:
         return len(self.records)
@@ -129,7 +129,7 @@ def filled(
             return None
         if not stop.shared:
             data = io.BytesIO()
-            np.savez(data, key=np.array(key), **arrays)
+            np.savez(data, key=np.array([key, *sorted(arrays)]), **arrays)
             storage.write(path / FILE, data.getvalue())
     usable, whole = arrays.pop(USABLE), parts.source
     records = Records(whole.records, arrays, usable)
@@ -144,9 +144,12 @@ def stored(path: epath.Path, key: str, count: int) -> dict[str, np.ndarray] | No
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             arrays = dict(file)
-        if str(arrays.pop('key')) != key or len(arrays[USABLE]) != count:
+        first, *names = arrays.pop('key').tolist()
+        if first != key:
             return None
-    except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile) as e:
+        if names != sorted(arrays) or any(len(x) != count for x in arrays.values()):
+            raise ValueError('arrays are missing')
+    except Exception as e:  # NumPy and zipfile raise any for damaged data
         logging.warning('%s is damaged (%s); its contents are computed again', path, e)
         return None
     return arrays

@@ -6,11 +6,13 @@ quarter of the step (benchmarks/RESULTS.md). glibc asks Linux for large pages if
 when the process starts.
 """
 
+import contextlib
 import glob
 import os
 import sys
 
 NAME, KEY = 'GLIBC_TUNABLES', 'glibc.malloc.hugetlb'
+RESTARTED = 'VIT_JAX_RESTARTED'  # has the number of a process that was restarted
 ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/accel*', '/dev/vfio/[0-9]*')
 
 
@@ -34,7 +36,12 @@ def variables() -> dict[str, str]:
 
 
 def restart() -> None:
-    """Replaces this process by the same command with `variables`, if there are any."""
-    added = variables()
-    if added and sys.executable:
-        os.execve(sys.executable, sys.orig_argv, os.environ | added)
+    """Replaces this process by the same command with `variables`, if there are any; once.
+
+    glibc itself removes them where the interpreter has capabilities of its own. Goes on without
+    them if the interpreter cannot be started again.
+    """
+    added, own = variables(), str(os.getpid())
+    if added and sys.executable and os.environ.get(RESTARTED) != own:
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, sys.orig_argv, os.environ | added | {RESTARTED: own})
