@@ -15,6 +15,7 @@ import storage as stores
 import xla_flags
 from etils import epath
 
+from vit_jax.errors import UserError
 from vit_jax.io import storage
 from vit_jax.run import determinism
 
@@ -139,6 +140,22 @@ def test_kernels_are_in_the_workdir(gpu, remote, tmp_path, monkeypatch):
     finally:
         if remote:
             store.close()
+
+
+def test_a_start_that_fails_leaves_the_files_of_a_run_that_goes_on(gpu, tmp_path):
+    workdir = epath.Path(tmp_path / 'run')
+    start(workdir, lambda known: b'a\n')
+    with determinism.repeatable(workdir, True) as keep:
+        named = dict(f.partition('=')[::2] for f in os.environ['XLA_FLAGS'].split())
+        pathlib.Path(named[determinism.DUMP]).write_bytes(b'a\nb\n')
+        with pytest.raises(UserError), determinism.repeatable(workdir, True):
+            raise UserError('the workdir is that of a run that goes on')
+        assert pathlib.Path(named[determinism.LOAD]).read_bytes() == b'a\n'
+        keep()
+    assert (workdir / KEPT).read_bytes() == b'a\nb\n'
+    with pytest.raises(UserError), determinism.repeatable(tmp_path / 'new', True):
+        raise UserError('a mistake')
+    assert not list((tmp_path / 'cache' / 'kernels').iterdir())
 
 
 @pytest.mark.parametrize('platforms, plugins, found', [

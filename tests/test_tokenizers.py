@@ -120,6 +120,22 @@ def test_openai_files_follow_openai_code(tmp_path, monkeypatch):
     assert 'without ftfy' in tokenizer.follows
 
 
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_texts_that_are_cut_are_logged_whatever_they_have(side, tmp_path, caplog):
+    """The padding of OpenAI's files, 0, is the token of '!', and that of big_vision's the end."""
+    (tmp_path / 'c4_en.model').write_bytes(words.pieces())
+    for path in words.openai(tmp_path), tmp_path / 'c4_en.model':
+        named = tokenizers.Named(str(path), 8)
+        named.loaded = named.loaded._replace(side=side)
+        texts = ['dog ' * n for n in range(4, 10)] + ['!' * n + ' dog' for n in range(4, 10)]
+        for text in (*texts, *words.STRANGE):
+            named.warned = False
+            caplog.clear()
+            named(text)
+            cut = any('a text is cut to the 8 tokens' in r.getMessage() for r in caplog.records)
+            assert cut == (named.loaded.count(text) > 8), text[:30]
+
+
 @pytest.mark.parametrize('text, fixed', [
     ('\u201cit\u2019s\u201d', '"it\'s"'), ('\u02bcx', "'x"), ('\ufb01\ufb05', 'fi\u017ft'),
     ('\uff21\uff11\u3000', 'A1 '), ('\x85\x99', '\u2026\u2122'), ('e\u0301', '\xe9'),

@@ -74,11 +74,14 @@ def repeatable(workdir: epath.Path, wanted: bool) -> Iterator[Callable[[], None]
             storage.write(kept, now, sync=True)
             before = now
 
+    own = before is None
     try:
         yield keep
+        own = True
     finally:
-        for path in (source, found):
-            path.unlink(missing_ok=True)
+        if own:  # else the run of the workdir may go on in another process, with these files
+            for path in (source, found):
+                path.unlink(missing_ok=True)
 
 
 def add_flags(flags: dict[str, str]) -> None:
