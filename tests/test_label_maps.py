@@ -136,6 +136,8 @@ def test_inflaters_agree_on_streams_that_are_no_mask(monkeypatch):
     lambda data: data[:70] + b'x' + data[71:],
     lambda data: scenes.raw_png(np.zeros((4, 5), int), 8, 0, bytes(23)),
     lambda data: scenes.raw_png(np.zeros((4, 5), int), 8, 0, bytes([9, 0, 0, 0, 0, 0] * 4)),
+    *(lambda data, n=n: data[:-n] for n in (1, 4, 5, 11, 12, 13)),
+    *(lambda data, n=n: data + b'\n' * n for n in (1, 7, 8, 12, 40)),
 ])  # fmt: skip
 def test_a_damaged_mask_is_read_or_refused_as_pillow_does(change, monkeypatch):
     ids, found = np.random.default_rng(0).integers(0, 9, (40, 50), np.uint8), []

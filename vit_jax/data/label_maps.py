@@ -194,7 +194,7 @@ def read_bytes(picture: bytes) -> np.ndarray | None:
     if picture[12:16] != b'IHDR' or kind not in ([8, 0, 0, 0, 0], [8, 3, 0, 0, 0]):
         return None
     parts, at, crc32 = [], 8, (deflate or zlib).crc32
-    while at < len(picture):
+    while at + 12 <= len(picture):  # the least of a chunk; other bytes after them are ignored
         length, name = struct.unpack('>I4s', picture[at : at + 8])
         end = at + 8 + length
         if picture[end : end + 4] != crc32(picture[at + 4 : end]).to_bytes(4, 'big'):
