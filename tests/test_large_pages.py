@@ -91,3 +91,21 @@ def test_a_command_goes_on_where_it_cannot_restart(tmp_path):
     """
     done = started(tmp_path, site, [sys.executable, '-m', 'vit_jax.of_no_name'])
     assert done.returncode == 1 and 'No module named vit_jax.of_no_name' in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc on Linux reads the variable')
+@pytest.mark.parametrize('words, restarts', [
+    (['-um', 'vit_jax.of_no_name'], True), (['-W', 'ignore', '-Xdev', '-mvit_jax.x'], True),
+    (['-m', 'pytest', '--version', '-p', 'vit_jax', '-m', 'vit_jax.x'], False),
+    (['-c', 'import vit_jax', '-m', 'vit_jax.x'], False),
+])  # fmt: skip
+def test_commands_restart_however_the_option_is_written_and_others_do_not(
+    words, restarts, tmp_path
+):
+    site = """
+        import os
+        print('start', os.environ.get('GLIBC_TUNABLES'))
+    """
+    done = started(tmp_path, site, [sys.executable, *words])
+    found = [line for line in done.stdout.splitlines() if line.startswith('start')]
+    assert found == ['start None', f'start {SETTING}'][: 1 + restarts]

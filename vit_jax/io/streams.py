@@ -7,6 +7,7 @@ imports the package keeps its own streams and signals.
 import errno
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -15,6 +16,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a command
 NAMES = {'stdout': 1, 'stderr': 2}
+LAST = '-[^-cmWX]*m'  # the last of Python's own options: -m, also behind others as in -um
 
 
 class Output(io.RawIOBase):
@@ -60,9 +62,12 @@ class Output(io.RawIOBase):
 
 def is_command() -> bool:
     """Whether `python -m vit_jax.X` is being started: Python has not found X yet."""
-    words = sys.orig_argv
-    module = words[words.index('-m') + 1 :][:1] if '-m' in words else []
-    return sys.argv[:1] == ['-m'] and ''.join(module).startswith('vit_jax.')
+    words = sys.orig_argv[1:]
+    for i, word in enumerate(words):
+        if match := re.fullmatch(f'{LAST}(.*)', word):
+            module = match[1] or ''.join(words[i + 1 : i + 2])
+            return sys.argv[:1] == ['-m'] and module.startswith('vit_jax.')
+    return False
 
 
 def begin() -> None:
