@@ -33,7 +33,7 @@
 #define LOOK 10                 /* bits of the look-up of one coefficient */
 #define PAIR 11                 /* bits of the look-up of the length of two */
 #define MOST 18                 /* bits of a symbol that is looked up: three are in 56 bits */
-#define SKIP 11                 /* bits of the look-up that skips as many as fit */
+#define SKIP 10                 /* bits of the look-up that skips as many as fit */
 #define TAIL 1024               /* most entries of the look-up of longer codes, by 16 bits */
 #define TABLES 16               /* kept per thread; one image has 8 at most */
 #define PADDING 4096            /* zero bytes; an MCU is at most 10 blocks of 64 x 31 bits */
@@ -506,6 +506,36 @@ static void upsample_wanted(j_decompress_ptr jpeg, JSAMPIMAGE in, JDIMENSION *gr
     }
 }
 
+/* Copies bytes up to the first 0xff, or to the end; returns their number. The fast version may write
+   31 bytes more. */
+static size_t copy_plain(uint8_t *to, const uint8_t *from, const uint8_t *end) {
+    const uint8_t *marker = memchr(from, 0xff, end - from);
+    size_t count = (marker ? marker : end) - from;
+    memcpy(to, from, count);
+    return count;
+}
+
+#ifdef AVX2
+AVX2 static size_t copy_plain_fast(uint8_t *to, const uint8_t *from, const uint8_t *end) {
+    const __m256i ones = _mm256_set1_epi8(-1);
+    size_t count = 0, size = end - from;
+    for (; size - count >= 32; count += 32) {
+        __m256i some = _mm256_loadu_si256((const __m256i *)(from + count));
+        _mm256_storeu_si256((__m256i *)(to + count), some);
+        unsigned found = _mm256_movemask_epi8(_mm256_cmpeq_epi8(some, ones));
+        if (found) return count + __builtin_ctz(found);
+    }
+    return count + copy_plain(to + count, from + count, end);
+}
+
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2");
+}
+#else
+#define copy_plain_fast copy_plain
+#define has_avx2() 0
+#endif
+
 /* Copies the entropy-coded data up to the next marker without stuffed bytes; records restarts. Their
    numbers are 0 to 7 in turn. Returns the marker, or the end. */
 static const uint8_t *unstuff(decoder *d) {
@@ -521,12 +551,12 @@ static const uint8_t *unstuff(decoder *d) {
     uint8_t *to = d->data;
     d->segments[0] = 0;
     d->segment_count = 1;
+    int fast = has_avx2();
     while (from < end) {
-        const uint8_t *marker = memchr(from, 0xff, end - from);
-        size_t plain = (marker ? marker : end) - from;
-        memcpy(to, from, plain);
+        size_t plain = fast ? copy_plain_fast(to, from, end) : copy_plain(to, from, end);
+        const uint8_t *marker = from + plain;
         to += plain;
-        if (!marker) break;
+        if (marker == end) break;
         for (from = marker + 1; from < end && *from == 0xff;) from++;  /* fill bytes */
         if (from < end && *from == 0) {
             *to++ = 0xff;
@@ -767,8 +797,7 @@ __attribute__((target("arch=x86-64-v3"))) static boolean refine_ac_fast(j_decomp
 
 /* Whether there is a `pdep` that is no slower than its replacement. */
 static int has_deposit(void) {
-    return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx2") &&
-           !__builtin_cpu_is("amdfam17h");
+    return has_avx2() && __builtin_cpu_supports("bmi2") && !__builtin_cpu_is("amdfam17h");
 }
 #else
 #define refine_ac_fast refine_ac
@@ -1020,7 +1049,7 @@ static double tabulated_centre(double extent, int i, int size) {
 
 /* Makes the filter from a row of `from` pixels to `size`, which cover `extent` pixels from `origin`
    on. Pixel centres are at halves. Returns 0 without memory. */
-static int make_filter(filter *f, int from, double origin, double extent, int size, int kind,
+FAST static int make_filter(filter *f, int from, double origin, double extent, int size, int kind,
                        int antialias) {
     double scale = extent / size, stretch = antialias && scale > 1 ? scale : 1;
     double support = kind == AREA ? scale / 2 + 1 : (kind == CUBIC ? 2 : 1) * stretch;
@@ -1142,7 +1171,7 @@ AVX2 static int add_quads(uint8_t *rgb, const pixel *from, const filter *f, int 
 
 /* Makes `pairs` of a filter; 0 without memory. */
 static int make_pairs(filter *f) {
-    if (!__builtin_cpu_supports("avx2")) return 1;
+    if (!has_avx2()) return 1;
     int taps = f->taps, end = f->size / 4 * 4;
     float *to = f->pairs = malloc(((size_t)end * taps * 4 + 1) * sizeof *to);
     for (int i = 0; to && i < end; i += 2)

@@ -35,10 +35,10 @@ def example_ids(source: Source, positions: np.ndarray, seed: int) -> np.ndarray:
 
 def shuffled(positions: np.ndarray, length: int, *seed: int) -> np.ndarray:
     """Maps positions to 0 ... length - 1, in another order each epoch, without any table."""
-    epochs = (positions // length).tolist()
-    seeds = {e: np.random.SeedSequence([*seed, e]).generate_state(1) for e in set(epochs)}
+    epochs, rounds = (positions // length).tolist(), 4
+    seeds = {e: int(np.random.SeedSequence([*seed, e]).generate_state(1)[0]) for e in set(epochs)}
     return np.array([
-        index_shuffle(i, max_index=length - 1, seed=int(seeds[e][0]), rounds=4)
+        index_shuffle(i, length - 1, seeds[e], rounds)
         for i, e in zip((positions % length).tolist(), epochs, strict=True)
     ], np.int64)  # fmt: skip
 

@@ -126,9 +126,10 @@ def one_bytes(features: Mapping[str, Values], name: str) -> bytes:
         raise ValueError(f'it has no feature {name}')
     if len(values) != 1:
         raise ValueError(f'feature {name} has {len(values)} values, not one')
-    if not isinstance(values[0], bytes):
+    value = values[0]  # each access copies
+    if not isinstance(value, bytes):
         raise ValueError(f'feature {name} is not bytes')
-    return values[0]
+    return value
 
 
 def integers(features: Mapping[str, Values], name: str) -> tuple[int, ...]:
