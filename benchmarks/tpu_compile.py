@@ -15,10 +15,12 @@ figures per chip:
     temp_gb      temporaries
     compute_ms, memory_ms   at the peaks of the chip
     compiler_ms  the compiler's own estimate, in which kernels count nothing
+    compile_seconds, compile_cpu_seconds   of tracing and compiling, by the clock and of all threads
 
 Needs libtpu (extra `plan`) but no TPU. --set FIELD=VALUE changes a field of the model. --peer also
 compiles a plain linen encoder (peers.py) with the same optimizer; `of_peer` is the ratio of the
-bytes that the two access. --inference compiles the forward pass alone.
+bytes that the two access. --inference compiles the forward pass alone. --option NAME=VALUE sets an
+option of the compiler, --keep FILE writes the program's text.
 """
 
 import json
@@ -41,6 +43,7 @@ CLASSES = flags.DEFINE_integer('classes', 1000, 'Classes.')
 PEER = flags.DEFINE_bool('peer', False, 'Compile a plain linen encoder, too.')
 SET = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE of the model, JSON or a word.')
 INFERENCE = flags.DEFINE_bool('inference', False, 'Compile the forward pass instead of the step.')
+OPTION = flags.DEFINE_multi_string('option', [], 'NAME=VALUE for the compiler.')
 KEEP = flags.DEFINE_string('keep', None, "Write the compiled program's text to this file.")
 
 
@@ -50,6 +53,11 @@ def value(text):
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def pairs(texts):
+    """{name: value} of texts NAME=VALUE."""
+    return {k: value(v) for k, _, v in (text.partition('=') for text in texts)}
 
 
 def lowered(model, peer, mesh):
@@ -73,7 +81,7 @@ def lowered(model, peer, mesh):
     placed = jax.NamedSharding(mesh, sharding.BATCH)
     images = jax.ShapeDtypeStruct((size, *shape), jnp.uint8, sharding=placed)
     forward = sharding.with_mesh(
-        mesh, lambda params, images: model.apply({'params': params}, images)[0]
+        mesh, lambda params, images: model.apply({'params': params}, model.normalise(images))[0]
     )
     return jax.jit(forward, out_shardings=placed).lower(abstract.params, images)
 
@@ -85,9 +93,10 @@ def measure(name, topology, fields, peer=False):
     model = model.clone(unroll=fields.get('unroll', model.depth))
     if peer:
         model = peers.PlainVit(model)
-    began = time.perf_counter()
-    executable = lowered(model, peer, sharding.make_mesh(target_devices)).compile()
-    seconds = time.perf_counter() - began
+    began, cpu_began = time.perf_counter(), time.process_time()
+    program = lowered(model, peer, sharding.make_mesh(target_devices))
+    executable = program.compile(compiler_options=pairs(OPTION.value))
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     text = executable.as_text()
     if KEEP.value:
         with open(KEEP.value, 'w') as file:
@@ -103,6 +112,7 @@ def measure(name, topology, fields, peer=False):
         model=f'{name} by flax_mha' if peer else name, topology=topology,
         batch_per_chip=BATCH.value, image_size=IMAGE.value,
         what='forward' if INFERENCE.value else 'train', **({} if peer else fields),
+        **pairs(OPTION.value),
         gflop=round(program.flops / 1e9), gb=round(accessed / 1e9, 2),
         kernels_gb=round(kernels / 1e9, 2),
         prefetch_gb=round(prefetched / 1e9, 2),
@@ -113,7 +123,7 @@ def measure(name, topology, fields, peer=False):
         memory_ms=round(1e3 * accessed / peaks.bandwidth, 1),
         compiler_ms=program.cycles and peaks.clock and round(1e3 * program.cycles / peaks.clock, 1),
         xla_gflop=round(cost['flops'] / 1e9), uncounted=program.uncounted,
-        compile_seconds=round(seconds),
+        compile_seconds=round(seconds), compile_cpu_seconds=round(cpu_seconds),
     )  # fmt: skip
 
 
@@ -121,7 +131,7 @@ def main(argv):
     if argv[1:]:
         raise app.UsageError(f'unexpected argument {argv[1]!r}')
     jax.config.update('jax_platforms', 'cpu')
-    fields = {k: value(v) for k, _, v in (pair.partition('=') for pair in SET.value)}
+    fields = pairs(SET.value)
     for topology in TOPOLOGY.value:
         for name in MODEL.value:
             figures = measure(name, topology, fields)

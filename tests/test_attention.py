@@ -233,8 +233,9 @@ def test_cudnn_trains_on_197_tokens_and_its_forward_pass_is_not_made_again(monke
         return model.apply({'params': params}, images, train=True)[0].astype(jnp.float32).sum()
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params, images))
-    assert text.count('dot_product_attention_fwd_wrapper[') == 1
-    assert text.count('dot_product_attention_bwd_wrapper[') == 1
+    calls = 1 if unroll == 1 else 2  # the last of unrolled blocks follows the scan of the others
+    assert text.count('dot_product_attention_fwd_wrapper[') == calls
+    assert text.count('dot_product_attention_bwd_wrapper[') == calls
 
 
 def test_a_model_that_asks_for_what_can_not_be_is_refused():

@@ -280,6 +280,7 @@ def test_the_tpu_compiler_counts_as_the_model_does(experiment):
     found, title = topologies.get_devices('v5e:2x2')
     config = configs.load(experiment, [
         ('model.dtype', 'bfloat16'), ('model.depth', '3'), ('optim.clip', 'None'),
+        ('model.pool', 'gap'),  # reads all tokens
     ])  # fmt: skip
     source, _ = data_sets.load(config.data.source, 1000, 10)
     plan = estimate.plan(config, source, found, title, efficiency=0.5)

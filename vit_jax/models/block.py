@@ -194,7 +194,7 @@ class Block(nn.Module):
     `drop_path` is the rate of this block (arXiv:1603.09382), `layer_scale` the initial value of
     per-channel residual scales (arXiv:2103.17239 eq. 3; None: no scales). Positions, its own or
     `shared` ones, are added to its input. `grid`, `rotation`, `bias` and `places` are those of
-    `Attention`.
+    `Attention`. `branches` are the residual branches that are computed, all but with 'parallel'.
     """
 
     num_heads: int
@@ -215,6 +215,7 @@ class Block(nn.Module):
     deterministic: bool = True
     capture: bool = False
     keep: bool = False
+    branches: tuple[str, ...] = ('attention', 'mlp')
     dtype: Dtype = jnp.float32  # of norms and of the residual stream
     matmul_dtype: Dtype = jnp.float32  # of attention and MLP
     quantize: str = 'none'
@@ -239,24 +240,28 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
         """(output, (attention probabilities, the output again)), the latter two if captured."""
         order = self.style.order
-        norms = {name: norm(self.style.norm, self.epsilon, self.dtype, name)
-                 for name in ('norm1', 'norm2')}  # fmt: skip
-        if self.positions is not None:
-            shared = embedding.positions(self, *self.positions)  # [1, T, D]
-        if shared is not None:
-            x = x + shared.astype(x.dtype)
-        x = shard_batch(x)
-        normed = x if order == 'post' else norms['norm1'](x)
-        y, probabilities = self.attend(normed, rotation, bias, places)
-        if order == 'post':
-            y = norms['norm1'](y)
-        if order == 'parallel':
-            x = self.residual(x, y + self.feed_forward(normed), drop_path, 'scale1')
-        else:
-            x = checkpoint_name(self.residual(x, y, drop_path, 'scale1'), 'middle')
-            y = self.feed_forward(x if order == 'post' else norms['norm2'](x))
+        norm1, norm2 = (
+            norm(self.style.norm, self.epsilon, self.dtype, name) for name in ('norm1', 'norm2')
+        )
+        probabilities = None
+        if 'attention' in self.branches:
+            if self.positions is not None:
+                shared = embedding.positions(self, *self.positions)  # [1, T, D]
+            if shared is not None:
+                x = x + shared.astype(x.dtype)
+            x = shard_batch(x)
+            normed = x if order == 'post' else norm1(x)
+            y, probabilities = self.attend(normed, rotation, bias, places)
             if order == 'post':
-                y = norms['norm2'](y)
+                y = norm1(y)
+            if order == 'parallel':
+                y = y + self.feed_forward(normed)
+            x = self.residual(x, y, drop_path, 'scale1')
+        if 'mlp' in self.branches and order != 'parallel':
+            x = checkpoint_name(x, 'middle')
+            y = self.feed_forward(x if order == 'post' else norm2(x))
+            if order == 'post':
+                y = norm2(y)
             x = self.residual(x, y, drop_path, 'scale2')
         x = rounded(x)
         return x, (probabilities, x if self.keep else None)

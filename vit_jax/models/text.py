@@ -163,7 +163,8 @@ class Text(nn.Module):
         x = layers.Dropout(self.dropout, deterministic=not train)(x)
         real = tokens != self.pad_id if self.mask_padding else None
         attend = attended(tokens.shape[1], self.causal, real)
-        x, by_block = encoder.encode(self, x, (1, tokens.shape[1]), attend, train, capture)
+        length = tokens.shape[1]
+        _, x, by_block = encoder.encode(self, x, length, (1, length), attend, train, capture)
         out |= by_block
         norm = layers.norm(self.style.norm, self.epsilon, self.dtype, 'norm')
         if 'normed_by_block' in out:

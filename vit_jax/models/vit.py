@@ -252,11 +252,10 @@ class Vit(nn.Module):
         if self.pre_norm:
             x = layers.norm(*norm, 'pre_norm')(x)
         x = layers.Dropout(self.dropout, deterministic=not train)(x)
-        x, by_block = encoder.encode(self, x, grid, attend, train, capture)
+        # Separate, so that patches that no pooling reads are not normed.
+        first, patches, by_block = encoder.encode(self, x, n, grid, attend, train, capture)
         out |= by_block
         last_norm = layers.norm(*norm, 'norm') if self.last_norm != 'none' else None
-        # Separate, so that patches that no pooling reads are not normed.
-        first, patches = x[:, :-n], x[:, -n:]
         if self.last_norm == 'tokens':
             if 'normed_by_block' in out:
                 out['normed_by_block'] = last_norm(out['normed_by_block'])

@@ -200,7 +200,8 @@ def remarks(program: hlo.Program, expected: float) -> list[str]:
     if program.flops < 0.9 * expected:
         notes.append(
             f'the program has {program.flops / expected:.0%} of the FLOPs of three forward passes '
-            'of the model: some parameters are frozen, or its text does not show all work'
+            'of the model: some parameters are frozen, some tokens of the last block are not read, '
+            'or its text does not show all work'
         )
     return notes
 
