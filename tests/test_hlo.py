@@ -171,6 +171,28 @@ def test_tpus_fuse_the_products_of_an_mlp_where_it_is_narrow(width, together):
     assert together == any(multiply & set(called) for called in calls)
 
 
+@pytest.mark.slow
+def test_tpus_cast_the_weights_of_an_mlp_before_their_products():
+    width = 768
+    fields = dict(width=width, mlp_dim=4 * width, depth=2, dtype='bfloat16', unroll=2)
+    model = models.build('vit-b/16', num_classes=8, **fields)
+    computations, entry = hlo_text.parsed(forward(model, (224, 224, 3), 64))
+
+    def multiplies(name):
+        return any(
+            i.opcode == 'convolution' or i.opcode == 'fusion' and multiplies(i.attribute('calls'))
+            for i in computations[name].values()
+        )
+
+    entry = computations[entry]
+    products = [
+        i for i in entry.values() if i.opcode == 'fusion' and multiplies(i.attribute('calls'))
+    ]  # fmt: skip
+    operands = [shape for i in products for name in i.operands for shape in entry[name].shapes]
+    assert len(products) >= 8
+    assert all(np.prod(s.dims) < 4 * width**2 for s in operands if s.dtype == 'f32')
+
+
 def test_data_parallel_sums_each_gradient_once():
     model = models.build('vit-ti/16', num_classes=8, **FIELDS)
     found, abstract = program(model, chips=8)

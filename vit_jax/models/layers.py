@@ -11,6 +11,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models import memory, quantized
@@ -178,6 +179,17 @@ class Dropout(nn.Module):
         return kept(x, self.rate, self.make_rng('dropout'))
 
 
+def cast_before(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, **how: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """nn.Dense's promotion to a common dtype, the kernel cast before the product, not within it.
+
+    The TPU compiler repeats a cast within a product for each of its tiles (RESULTS.md).
+    """
+    x, kernel, bias = promote_dtype(x, kernel, bias, **how)
+    return x, jax.lax.optimization_barrier(kernel), bias
+
+
 class Mlp(nn.Module):
     """Two dense layers with GELU between: D -> mlp_dim -> D; with `glu`, SwiGLU
     (arXiv:2002.05202 eq. 6).
@@ -208,6 +220,9 @@ class Mlp(nn.Module):
             dtype=self.dtype,
             dot_general=quantized.dot_general(self.quantize),
         )
+        forward_on_tpu = self.deterministic and memory.target()[0] == 'tpu'
+        if forward_on_tpu:
+            dense['promote_dtype'] = cast_before
         y = shard_batch(nn.Dense(self.mlp_dim, **dense, name='fc1')(x), whole=False)
         y = checkpoint_name(y, 'hidden')
         if self.glu:
@@ -218,7 +233,7 @@ class Mlp(nn.Module):
             if memory.target()[0] == 'cpu':  # saves y alone; elsewhere it would prevent fusion
                 gelu = jax.checkpoint(gelu)
             x = gelu(y)
-        if self.deterministic and width >= WIDE and memory.target()[0] == 'tpu':
+        if forward_on_tpu and width >= WIDE:
             x = jax.lax.optimization_barrier(x)
         x = Dropout(self.dropout, deterministic=self.deterministic)(x)
         if self.hidden_norm is not None:
