@@ -243,7 +243,9 @@ def test_an_index_is_made_once_and_anew_for_a_changed_tar(tmp_path, monkeypatch,
     assert load() == [(i, i % 5) for i in range(6, 0, -1)] and len(scans) == 2
     assert load(image='png') and len(scans) == 3  # made for other members
     good = sidecar.read_bytes()
-    for bad in (good[:-30], b'', b'x' * 999):
+    last = good.rindex(b'PK\1\2')  # entry of an array: a version and an encryption that are none
+    other = (good[: last + k] + b'\x81' + good[last + k + 1 :] for k in (6, 8))
+    for bad in (good[:-30], b'', b'x' * 999, *other):
         sidecar.write_bytes(bad)
         assert load(image='png') and len(scans) == 4
         scans.pop()
