@@ -180,7 +180,7 @@ def drawn_view(rng, shape):
 
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_views_and_their_classes_are_those_of_the_definition(dtype, reader):
+def test_views_are_those_of_the_definition(dtype, reader):
     """Of images and outputs of any size: one pixel, less than a vector, several of them."""
     rng, fill = np.random.default_rng(0), label_maps.ignored(dtype)
     alike = 0
@@ -193,10 +193,28 @@ def test_views_and_their_classes_are_those_of_the_definition(dtype, reader):
         np.testing.assert_array_equal(view.label_map(labels, fill), expected, str(view))
         turned = exactly(labels[:, ::-1], view, fill)
         np.testing.assert_array_equal(view.label_map(labels[:, ::-1], fill), turned)
-        counts = np.bincount(expected.ravel(), minlength=fill + 1)[:fill]
-        np.testing.assert_array_equal(view.class_counts(labels), counts)
         alike += (expected == fill).all()
     assert alike < 100
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_a_view_is_mixed_as_the_counts_of_its_label_map_say(dtype, reader):
+    """For the largest share of a class, too, which no rounding hides."""
+    rng, fill = np.random.default_rng(0), label_maps.ignored(dtype)
+    found = []
+    for _ in range(300):
+        shape = tuple(int(n) for n in rng.integers(1, (130, 90)))
+        labels = (rng.exponential(rng.uniform(0.1, 2), shape) * 2).clip(0, 9).astype(dtype)
+        labels[: int(rng.integers(shape[0]))] = rng.choice([0, 200, fill])
+        labels[int(rng.integers(1, shape[0] + 1)) :] = rng.choice([0, 7, fill])
+        view = drawn_view(rng, shape)
+        counts = np.bincount(exactly(labels, view, fill).ravel(), minlength=fill + 1)[:fill]
+        share = counts.max() / max(counts.sum(), 1)
+        for most in (1, 0.75, rng.uniform(), share, np.nextafter(share, 1), min(share + 0.01, 1)):
+            expected = np.count_nonzero(counts) > 1 and counts.max() < most * counts.sum()
+            assert view.is_mixed(labels, most) == expected, (view, most)
+            found.append(expected)
+    assert 300 < sum(found) < 1500
 
 
 def test_views_of_several_masks_are_those_of_each(reader):
@@ -215,10 +233,10 @@ def test_views_of_several_masks_are_those_of_each(reader):
 ])  # fmt: skip
 def test_a_window_outside_of_the_image_is_refused(window, resized):
     labels = np.zeros((9, 7), np.uint8)
-    for view in (label_maps.view, label_maps.view_counts):
-        more = (False, 255) if view is label_maps.view else ()
-        with pytest.raises(ValueError, match='not a part of'):
-            view(labels, (4, 4), window, resized, (0, 0), *more)
+    with pytest.raises(ValueError, match='not a part of'):
+        label_maps.view(labels, (4, 4), window, resized, (0, 0), False, 255)
+    with pytest.raises(ValueError, match='not a part of'):
+        label_maps.view_is_mixed(labels, 0.75, (4, 4), window, resized, (0, 0))
 
 
 def ids_of_many_kinds():

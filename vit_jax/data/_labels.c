@@ -41,6 +41,7 @@ enum {
     TABLES = 4,     /* of counts: equal neighbours would wait for each other */
     FILL = 255,     /* the label of ignored pixels */
     BLOCK = 16,     /* output pixels that are moved at a time */
+    CHECKED = 32,   /* rows after which `is_mixed` may be decided */
     MOST = 1 << 30, /* pixels of a side */
 };
 
@@ -236,21 +237,21 @@ static PyObject *py_count(PyObject *self, PyObject *args) {
 }
 
 /* A table that adds `by` to values with (uint8_t)(value - start) <= most and maps others to FILL, or to
-   none unless (uint8_t)(value - first) <= last. */
+   -1 unless (uint8_t)(value - first) <= last. */
 typedef struct {
     uint8_t by, start, most, first, last;
 } shift;
 
 /* Whether a table is such a one, as the tables of most data sets are. */
-static int find_shift(const uint16_t *table, shift *found) {
+static int find_shift(const int32_t *table, shift *found) {
     int start = 0, end, valid = 0, first = 0;
-    while (start < 256 && table[start] >= FILL) start++;
+    while (start < 256 && !(table[start] >= 0 && table[start] < FILL)) start++;
     if (start == 256) return 0;
     for (end = start + 1; end < 256 && table[end] == table[end - 1] + 1 && table[end] < FILL;) end++;
     for (int v = 0; v < 256; v++) {
-        if (table[v] > FILL) continue;
+        if (table[v] < 0) continue;
         valid++;
-        if (table[(v + 255) % 256] > FILL) first = v;
+        if (table[(v + 255) % 256] < 0) first = v;
     }
     *found = (shift){table[start] - start, start, end - 1 - start, first, valid - 1};
     for (int v = 0; v < 256; v++) {
@@ -273,14 +274,14 @@ FAST static int look_up_shifted(const uint8_t *restrict value, uint8_t *restrict
     return most <= table.last;
 }
 
-/* Maps n values by a table of 16 bits; whether all entries that occur are bytes. */
+/* Maps n values by a table; whether all entries that occur are bytes. */
 static int look_up(const uint8_t *restrict value, uint8_t *restrict place,
-                   const uint16_t *restrict table, Py_ssize_t n) {
+                   const int32_t *restrict table, Py_ssize_t n) {
     shift found;
     if (find_shift(table, &found)) return look_up_shifted(value, place, found, n);
-    unsigned all = 0;
+    uint32_t all = 0;
     for (Py_ssize_t i = 0; i < n; i++) {
-        unsigned entry = table[value[i]];
+        uint32_t entry = table[value[i]];
         all |= entry;
         place[i] = entry;
     }
@@ -295,7 +296,7 @@ static PyObject *py_look_up(PyObject *self, PyObject *args) {
         PyBuffer_Release(&table);
         return NULL;
     }
-    int valid = 0, ok = table.len == 256 * 2 && values.len == out.len;
+    int valid = 0, ok = table.len == 256 * 4 && values.len == out.len;
     if (ok) {
         Py_BEGIN_ALLOW_THREADS;
         valid = look_up(values.buf, out.buf, table.buf, out.len);
@@ -438,9 +439,10 @@ static void view(const uint8_t *values, Py_ssize_t length, uint8_t *out, places 
     memset(out + p->bottom * w, fill, (p->height - p->bottom) * w);
 }
 
-/* Counts the values that `view` takes. Each pixel of the image is looked up once, whatever the number
-   of output pixels that show it. */
-static void count_view(const uint8_t *values, Py_ssize_t length, int64_t *total, places *p) {
+/* Whether values that `view` takes are labels of several classes, none of which covers `most` of them.
+   Each pixel of the image is looked up once, whatever the number of output pixels that show it; those
+   that can't change the result are not. */
+static int is_mixed(const uint8_t *values, Py_ssize_t length, places *p, double most) {
     int64_t counts[TABLES][256] = {{0}};
     Py_ssize_t *column = p->column, *begin = p->begin, n = 0, rows = 0;
     for (Py_ssize_t x = p->left; x < p->right; x++) {
@@ -450,16 +452,26 @@ static void count_view(const uint8_t *values, Py_ssize_t length, int64_t *total,
     }
     begin[n] = p->right;
     for (Py_ssize_t i = 0; i < n; i++) begin[i] = begin[i + 1] - begin[i];
-    for (Py_ssize_t y = p->top; y < p->bottom; y += rows) {
+    int64_t total[256], largest, all, rest;
+    for (Py_ssize_t y = p->top, k = 1; y < p->bottom; y += rows, k++) {
         for (rows = 1; y + rows < p->bottom && p->row[y + rows] == p->row[y];) rows++;
         const uint8_t *line = values + p->row[y] * length;
         Py_ssize_t i = 0;
         for (; i + TABLES <= n; i += TABLES)
-            for (int k = 0; k < TABLES; k++)
-                counts[k][line[column[i + k]]] += rows * begin[i + k];
+            for (int j = 0; j < TABLES; j++)
+                counts[j][line[column[i + j]]] += rows * begin[i + j];
         for (; i < n; i++) counts[0][line[column[i]]] += rows * begin[i];
+        rest = (p->bottom - y - rows) * (p->right - p->left);
+        if (k % CHECKED && rest) continue;
+        add_up(counts, total);
+        largest = all = 0;
+        for (int v = 0; v < FILL; v++) {
+            all += total[v];
+            largest = total[v] > largest ? total[v] : largest;
+        }
+        if (largest + rest < most * (all + rest)) return 1; /* even if the rest is of that class */
     }
-    add_up(counts, total);
+    return 0;
 }
 
 /* Parses the part (top, left, height, width) of an image [h, w] and the (height, width) that it is
@@ -501,40 +513,37 @@ static PyObject *py_view(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static PyObject *py_count_view(PyObject *self, PyObject *args) {
-    Py_buffer values, out;
-    PyObject *from, *to;
+static PyObject *py_is_mixed(PyObject *self, PyObject *args) {
+    Py_buffer values;
+    PyObject *from;
     axis axes[2];
     Py_ssize_t height, width;
-    if (!PyArg_ParseTuple(args, "OO(nn)" AXES, &from, &to, &height, &width, AXES_OF(axes)))
+    double most;
+    if (!PyArg_ParseTuple(args, "Od(nn)" AXES, &from, &most, &height, &width, AXES_OF(axes)) ||
+        PyObject_GetBuffer(from, &values, PyBUF_ND))
         return NULL;
-    if (PyObject_GetBuffer(from, &values, PyBUF_ND)) return NULL;
-    if (PyObject_GetBuffer(to, &out, PyBUF_ND | PyBUF_WRITABLE)) {
-        PyBuffer_Release(&values);
-        return NULL;
-    }
+    int mixed = 0;
     const char *why = NULL;
-    if (values.ndim != 2 || values.itemsize != 1 || out.itemsize != 8 || out.len != 256 * 8 ||
-        height < 0 || width < 0 || height > MOST || width > MOST ||
-        !is_within(&axes[0], values.shape[0]) || !is_within(&axes[1], values.shape[1])) {
-        why = "not a part of bytes [H, W], and 256 numbers of 64 bits";
+    if (values.ndim != 2 || values.itemsize != 1 || height < 0 || width < 0 || height > MOST ||
+        width > MOST || !is_within(&axes[0], values.shape[0]) ||
+        !is_within(&axes[1], values.shape[1])) {
+        why = "not a part of [H, W] for [h, w]";
     } else {
         places found;
         Py_BEGIN_ALLOW_THREADS;
         if (find_places(&found, axes, height, width, 0))
-            count_view(values.buf, values.shape[1], out.buf, &found);
+            mixed = is_mixed(values.buf, values.shape[1], &found, most);
         else
             why = "out of memory";
         free_places(&found);
         Py_END_ALLOW_THREADS;
     }
     PyBuffer_Release(&values);
-    PyBuffer_Release(&out);
     if (why) {
         PyErr_SetString(PyExc_ValueError, why);
         return NULL;
     }
-    Py_RETURN_NONE;
+    return PyBool_FromLong(mixed);
 }
 
 static PyMethodDef methods[] = {
@@ -542,12 +551,13 @@ static PyMethodDef methods[] = {
      "unfilter(bytes [H, W + 1], each row after the number of its filter, out uint8 [H, W])"},
     {"count", py_count, METH_VARARGS, "count(uint8, out int64 [256])"},
     {"look_up", py_look_up, METH_VARARGS,
-     "look_up(uint8, out uint8 of that size, table: bytes of uint16 [256]) -> whether all are bytes"},
+     "look_up(uint8, out uint8 of that size, table int32 [256]) -> whether all are bytes"},
     {"view", py_view, METH_VARARGS,
      "view(uint8 [H, W], out uint8 [h, w], (top, left, height, width), (height, width) it is resized "
      "to, (y, x) offset, flip, fill), see geometry.Geometry"},
-    {"count_view", py_count_view, METH_VARARGS,
-     "count_view(uint8 [H, W], out int64 [256], (h, w), window, resized, offset)"},
+    {"is_mixed", py_is_mixed, METH_VARARGS,
+     "is_mixed(uint8 [H, W], most, (h, w), window, resized, offset) -> whether `view` shows several "
+     "classes, none of which covers `most` of its labelled pixels"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -79,16 +79,16 @@ class Geometry(NamedTuple):
             out[..., ~in_columns] = fill
         return out
 
-    def class_counts(self, labels: np.ndarray) -> np.ndarray:
-        """Number of pixels of each class in `label_map` of labels [H, W], of a view without a warp.
+    def is_mixed(self, labels: np.ndarray, most: float) -> bool:
+        """Whether `label_map` of labels [H, W], of a view without a warp, shows several classes.
 
-        Without those that are ignored, as the padding is.
+        None of them may cover `most` of the labelled pixels, a share up to 1.
         """
         if label_maps.has_fast_views(labels):
-            return label_maps.view_counts(labels, *self.axes)
+            return label_maps.view_is_mixed(labels, most, *self.axes)
         found = (self.nearest(np.arange(n) + 0.5, axis) for axis, n in enumerate(self.size))
         rows, columns = (indices[inside] for indices, inside in found)
-        return label_maps.class_counts(labels.take(rows, 0)[:, columns])
+        return label_maps.is_mixed(labels.take(rows, 0)[:, columns], most)
 
     @property
     def axes(self) -> tuple[Size, Box, Size, tuple[int, int]]:

@@ -137,8 +137,7 @@ def scale_crop(
     geometry = draw()
     if labels is not None and largest_class < 1:
         for _ in range(DRAWS):
-            counts = geometry.class_counts(labels)
-            if np.count_nonzero(counts) > 1 and counts.max() < largest_class * counts.sum():
+            if geometry.is_mixed(labels, largest_class):
                 break
             geometry = draw()
     return geometry._replace(flip=mirror(rng, flip))

@@ -24,7 +24,7 @@ try:
 except ImportError:
     deflate = None
 
-if not hasattr(_labels, 'count_view'):  # it is not built, or from another version of its source
+if not hasattr(_labels, 'is_mixed'):  # it is not built, or from another version of its source
     _labels = None
 
 Box = tuple[int, int, int, int]  # (y, x, height, width) in pixels
@@ -73,9 +73,9 @@ class Ids(NamedTuple):
             own = np.flatnonzero((table >= first) & (table != self.fill))
             table = table.copy()
             table[own] = classes[table[own] - first] + first
-        labels, used = mapped(ids, table, self.dtype)
-        if (wrong := used[table[used] < 0]).size:
-            raise Unreadable(self.advice(wrong.tolist()))
+        labels, wrong = mapped(ids, table, self.dtype)
+        if wrong:
+            raise Unreadable(self.advice(wrong))
         return labels
 
     def advice(self, wrong: list[int]) -> str:
@@ -89,17 +89,22 @@ class Ids(NamedTuple):
         return said + f'ignored={(*others, *wrong[:MOST_NAMED])} leaves its pixels out'
 
 
-def mapped(ids: np.ndarray, table: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """(table[ids] as a dtype, ids that occur if any has no label)."""
+def mapped(
+    ids: np.ndarray, table: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, list[int]]:
+    """(table[ids] as a dtype, ids that have no label: negative in the table, int32)."""
     if _labels is None or not ids.dtype == dtype == np.uint8:
-        return table.astype(dtype).take(ids), np.flatnonzero(id_counts(ids))
-    labels = np.empty(ids.shape, np.uint8)
-    valid = _labels.look_up(np.ascontiguousarray(ids), labels, table.astype(np.uint16).tobytes())
-    return labels, np.empty(0, int) if valid else np.flatnonzero(id_counts(ids))
+        labels = table.astype(dtype).take(ids)
+    else:
+        labels = np.empty(ids.shape, np.uint8)
+        if _labels.look_up(np.ascontiguousarray(ids), labels, table):
+            return labels, []
+    used = np.flatnonzero(id_counts(ids))
+    return labels, used[table[used] < 0].tolist()
 
 
 def has_fast_views(labels: np.ndarray) -> bool:
-    """Whether `view` and `view_counts` take a label map [H, W]."""
+    """Whether `view` and `view_is_mixed` take a label map."""
     return _labels is not None and labels.ndim == 2 and labels.dtype == np.uint8
 
 
@@ -112,13 +117,18 @@ def view(
     return out
 
 
-def view_counts(
-    labels: np.ndarray, size: Size, window: Box, resized: Size, offset: Size
-) -> np.ndarray:
-    """`class_counts` of what `view` makes, without the padding, in half the time."""
-    counts = np.empty(256, np.int64)
-    _labels.count_view(np.ascontiguousarray(labels), counts, size, window, resized, offset)
-    return counts[:-1]
+def view_is_mixed(
+    labels: np.ndarray, most: float, size: Size, window: Box, resized: Size, offset: Size
+) -> bool:
+    """`is_mixed` of what `view` makes; looks at a third of it, where that decides."""
+    labels = np.ascontiguousarray(labels)
+    return _labels.is_mixed(labels, most, size, window, resized, offset)
+
+
+def is_mixed(labels: np.ndarray, most: float) -> bool:
+    """Whether none of the classes in a label map [H, W] covers a share of its labelled pixels."""
+    counts = class_counts(labels)
+    return bool(counts.max() < most * counts.sum())
 
 
 def ignored(dtype: np.dtype) -> int:

@@ -208,7 +208,8 @@ def read_local(path: str | os.PathLike, most: int = 2**30) -> bytes:
         raise UserError('it is not a regular file')
     if status.st_size > most:
         raise UserError(f'{status.st_size:,} bytes are more than {most:,}')
-    return pathlib.Path(path).read_bytes()
+    with open(path, 'rb', buffering=0) as file:
+        return file.read()
 
 
 def write(path: Path, data: bytes, sync: bool = False) -> None:
