@@ -22,6 +22,7 @@
 #else
 #define FAST
 #endif
+#define LITTLE (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
 
 typedef uint8_t bytes __attribute__((vector_size(16)));
 typedef uint64_t words __attribute__((vector_size(16)));
@@ -55,50 +56,96 @@ static inline uint64_t repeated(uint8_t byte) {
     return byte * UINT64_C(0x0101010101010101);
 }
 
-/* Sets bit x % 64 of wrong[x / 64] where a byte is not 0, and the bit at `width`. */
-static void mark(const uint8_t *from, uint64_t *wrong, Py_ssize_t width) {
-    memset(wrong, 0, (width / BITS + 1) * sizeof *wrong);
+static const uint8_t zeros[BITS];
+
+#ifdef __SSE2__
+static inline uint64_t differing_by_vector(const uint8_t *a, const uint8_t *b) {
+    __m128i one = _mm_loadu_si128((const __m128i *)a), other = _mm_loadu_si128((const __m128i *)b);
+    return _mm_movemask_epi8(_mm_cmpeq_epi8(one, other)) ^ 0xffff;
+}
+#endif
+
+/* Bit x is set where a[x] is not b[x], of the first BITS among n. */
+static inline uint64_t differing(const uint8_t *a, const uint8_t *b, Py_ssize_t n) {
+    uint64_t found = 0;
     Py_ssize_t x = 0;
 #ifdef __SSE2__
-    for (; x + 16 <= width; x += 16) {
-        __m128i values = _mm_loadu_si128((const __m128i *)(from + x));
-        unsigned equal = _mm_movemask_epi8(_mm_cmpeq_epi8(values, _mm_setzero_si128()));
-        wrong[x / BITS] |= (uint64_t)(equal ^ 0xffff) << x % BITS;
+    if (n >= BITS) {
+        for (int i = 0; i < BITS; i += 16) found |= differing_by_vector(a + i, b + i) << i;
+        return found;
     }
-#elif __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-    for (; x + WORD <= width; x += WORD) {
-        uint64_t value = word(from + x), low = repeated(0x7f), high = ((value & low) + low) | value;
-        uint64_t set = ((high >> 7 & repeated(1)) * UINT64_C(0x0102040810204080)) >> 56;
-        wrong[x / BITS] |= set << x % BITS;
+    for (; x + 16 <= n; x += 16) found |= differing_by_vector(a + x, b + x) << x;
+#elif LITTLE
+    for (n = n < BITS ? n : BITS; x + WORD <= n; x += WORD) {
+        uint64_t value = word(a + x) ^ word(b + x), low = repeated(0x7f);
+        uint64_t ones = ((((value & low) + low) | value) >> 7) & repeated(1);
+        found |= (ones * UINT64_C(0x0102040810204080)) >> 56 << x;
     }
 #endif
-    for (; x < width; x++) wrong[x / BITS] |= (uint64_t)(from[x] != 0) << x % BITS;
-    wrong[width / BITS] |= UINT64_C(1) << width % BITS;
+    for (; x < n && x < BITS; x++) found |= (uint64_t)(a[x] != b[x]) << x;
+    return found;
 }
 
-/* First bit that is set from x on. */
-static inline Py_ssize_t next(const uint64_t *wrong, Py_ssize_t x) {
-    Py_ssize_t k = x / BITS;
-    uint64_t bits = wrong[k] >> x % BITS << x % BITS;
-    while (!bits) bits = wrong[++k];
-    return k * BITS + __builtin_ctzll(bits);
+/* Writes `base` + the number of each bit that is set, and up to WORD others: a loop of so many steps as
+   there are bits would be mispredicted. */
+static inline uint32_t *list_bits(uint64_t bits, uint32_t base, uint32_t *to) {
+    uint32_t *end = to + __builtin_popcountll(bits);
+    do {
+        for (int i = 0; i < WORD; i++, bits &= bits - 1)
+            *to++ = base + __builtin_ctzll(bits | UINT64_C(1) << (BITS - 1));
+    } while (bits);
+    return end;
 }
 
-/* Undoes Paeth's filter; `wrong` has room for width + 1 bits. Where the prediction is right, it is the
-   pixel above after equal pixels to the left, and the one to the left below equal pixels. So a row is
-   the one above but for stretches that begin where a prediction is wrong. */
-static void unfilter_paeth(const uint8_t *from, const uint8_t *above, uint8_t *to,
-                           Py_ssize_t width, uint64_t *wrong) {
-    mark(from, wrong, width);
+/* Memory for a row. */
+typedef struct {
+    uint64_t *stops; /* bit x is set where a prediction is wrong, or the row above changes */
+    uint32_t *wrong; /* where predictions are wrong */
+} room;
+
+/* Undoes Paeth's filter. Where the prediction is right, it is the pixel above after equal pixels to the
+   left, and the one to the left below equal pixels. So a row is the one above but for stretches that
+   begin where a prediction is wrong. Most have one value up to the next stop, and end with it: these are
+   without branches, as label maps change at random. */
+FAST static void unfilter_paeth(const uint8_t *from, const uint8_t *above, uint8_t *to,
+                                Py_ssize_t width, const room *room) {
+    uint64_t *stops = room->stops, carry = 0;
+    uint32_t *wrong = room->wrong, end = width;
     memcpy(to, above, width);
-    for (Py_ssize_t x = next(wrong, 0); x < width; x = next(wrong, x)) {
+    for (Py_ssize_t base = 0; base < width; base += BITS) {
+        uint64_t begins = differing(from + base, zeros, width - base);
+        uint64_t changes = differing(above + base, above + base + 1, width - base - 1);
+        *stops++ = begins | changes << 1 | carry;
+        carry = changes >> (BITS - 1);
+        wrong = list_bits(begins, base, wrong);
+    }
+    *stops = 0;
+    *wrong = end;
+    wrong = room->wrong;
+    for (uint32_t x; (x = *wrong) < end; wrong++) {
+        const uint64_t *here = room->stops + x / BITS;
+        uint64_t later = here[0] >> x % BITS >> 1 | here[1] << (BITS - 1 - x % BITS);
+        uint32_t n = __builtin_ctzll(later | UINT64_C(1) << (BITS - 1));
         uint8_t corner = above[x], left = to[x] = from[x] + corner;
-        for (x++; left != corner && x < width; x++) {
+        x++;
+        if (LITTLE && n < WORD && x + WORD <= end) {
+            uint64_t rest = ~UINT64_C(0) << 8 * n;
+            uint64_t made = (repeated(left) & ~rest) | (word(above + x) & rest);
+            memcpy(to + x, &made, WORD);
+            x += n;
             uint8_t over = above[x];
-            left = from[x] + (over == corner || over == left ? left : paeth(left, over, corner));
-            to[x] = left;
+            to[x] = left = from[x] + paeth(left, over, corner);
+            corner = over;
+            wrong += wrong[1] == x;
+            x++;
+            if (left == corner) continue;
+        }
+        for (; left != corner && x < end; x++) {
+            uint8_t over = above[x];
+            to[x] = left = from[x] + paeth(left, over, corner);
             corner = over;
         }
+        while (wrong[1] < x) wrong++;
     }
 }
 
@@ -106,7 +153,7 @@ static void unfilter_paeth(const uint8_t *from, const uint8_t *above, uint8_t *t
 static void unfilter_left(const uint8_t *from, uint8_t *to, Py_ssize_t width) {
     uint8_t left = 0;
     Py_ssize_t x = 0;
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#if LITTLE
     for (; x + 16 <= width; x += 16) {
         words sums;
         memcpy(&sums, from + x, sizeof sums);
@@ -126,7 +173,7 @@ static void unfilter_left(const uint8_t *from, uint8_t *to, Py_ssize_t width) {
 /* Undoes the filter of a row of bytes; `above` is the row before it, zeros for the first. 0 if there
    is no such filter. */
 static int unfilter_row(int filter, const uint8_t *from, const uint8_t *above, uint8_t *to,
-                        Py_ssize_t width, uint64_t *wrong) {
+                        Py_ssize_t width, const room *room) {
     uint8_t left = 0;
     if (filter == 0) {
         memcpy(to, from, width);
@@ -137,7 +184,7 @@ static int unfilter_row(int filter, const uint8_t *from, const uint8_t *above, u
     } else if (filter == 3) {
         for (Py_ssize_t x = 0; x < width; x++) to[x] = left = from[x] + (left + above[x]) / 2;
     } else if (filter == 4) {
-        unfilter_paeth(from, above, to, width, wrong);
+        unfilter_paeth(from, above, to, width, room);
     }
     return filter >= 0 && filter <= 4;
 }
@@ -162,25 +209,29 @@ static PyObject *py_unfilter(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "OO", &from, &to) || !get(from, &data, to, &out, PyBUF_WRITABLE))
         return NULL;
     const char *why = NULL;
-    if (out.ndim != 2 || data.len != out.shape[0] * (out.shape[1] + 1)) {
+    if (out.ndim != 2 || out.shape[1] > MOST || data.len != out.shape[0] * (out.shape[1] + 1)) {
         why = "not [H, W + 1] bytes for [H, W]";
     } else {
         Py_ssize_t height = out.shape[0], width = out.shape[1];
-        uint8_t *zeros = calloc(width + 1, 1);
-        uint64_t *wrong = malloc((width / BITS + 1) * sizeof *wrong);
-        int ok = zeros && wrong;
+        uint8_t *first = calloc(width + 1, 1);
+        uint64_t *stops = malloc((width / BITS + 2) * sizeof *stops);
+        uint32_t *wrong = malloc((width + WORD + 1) * sizeof *wrong);
+        int ok = first && stops && wrong;
+        if (!ok) why = "out of memory";
         Py_BEGIN_ALLOW_THREADS;
-        const uint8_t *row = data.buf, *above = zeros;
+        const room room = {stops, wrong};
+        const uint8_t *row = data.buf, *above = first;
         uint8_t *place = out.buf;
         for (Py_ssize_t y = 0; ok && y < height; y++) {
-            ok = unfilter_row(row[0], row + 1, above, place, width, wrong);
+            ok = unfilter_row(row[0], row + 1, above, place, width, &room);
             above = place;
             row += width + 1;
             place += width;
         }
         Py_END_ALLOW_THREADS;
-        if (!ok) why = zeros && wrong ? "no such filter" : "out of memory";
-        free(zeros);
+        if (!ok && !why) why = "no such filter";
+        free(first);
+        free(stops);
         free(wrong);
     }
     PyBuffer_Release(&data);

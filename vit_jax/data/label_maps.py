@@ -173,10 +173,9 @@ def read(data: bytes) -> np.ndarray:
         lossy = '; JPEG would change ids' if data[:2] == b'\xff\xd8' else ''
         raise Unreadable(f'class ids are read from PNG files alone{lossy}')
     try:
-        picture, _ = metadata.apart(data)
-        if _labels is not None and (ids := read_bytes(picture)) is not None:
+        if _labels is not None and (ids := read_bytes(data)) is not None:
             return ids
-        return read_by_pillow(picture)
+        return read_by_pillow(metadata.apart(data)[0])
     except Unreadable:
         raise
     except Exception as e:  # Pillow's parsers raise any exception for damaged data
@@ -199,7 +198,7 @@ def read_by_pillow(picture: bytes) -> np.ndarray:
 
 
 def read_bytes(picture: bytes) -> np.ndarray | None:
-    """`read_by_pillow` in half the time, for bytes row by row; None for all else, and damage."""
+    """`read` in a tenth of the time, for bytes row by row; None for all else, and damage."""
     width, height, *kind = struct.unpack('>II5B', picture[16:29])
     if picture[12:16] != b'IHDR' or kind not in ([8, 0, 0, 0, 0], [8, 3, 0, 0, 0]):
         return None
