@@ -129,7 +129,7 @@ def read(
     )  # fmt: skip
     make = fit_text if part == 'text' else fit_whole if whole else fit
     if run.is_run(address):
-        parsed = run.parse_run(address, ema, bool(values))
+        parsed = run.parse_run(address, ema, bool(values) or whole)  # `fit_whole` fills arrays
         if parsed.kind == 'text':
             make = fit_text
         elif parsed.text is not None and part is None and not whole:
