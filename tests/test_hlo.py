@@ -189,8 +189,9 @@ def test_tpus_cast_the_weights_of_an_mlp_before_their_products():
         i for i in entry.values() if i.opcode == 'fusion' and multiplies(i.attribute('calls'))
     ]  # fmt: skip
     operands = [shape for i in products for name in i.operands for shape in entry[name].shapes]
-    assert len(products) >= 8
-    assert all(np.prod(s.dims) < 4 * width**2 for s in operands if s.dtype == 'f32')
+    weights = [s for s in operands if sorted(s.dims[-2:]) == [width, 4 * width]]
+    assert len(weights) == 4
+    assert all(s.dtype == 'bf16' and len(s.dims) == 2 for s in weights)  # no stack of blocks
 
 
 def test_data_parallel_sums_each_gradient_once():
