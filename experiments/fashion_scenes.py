@@ -29,8 +29,8 @@ experiments/fashion_2k.py. In percent mIoU and pixels, or average precision of b
     yolos,dinov2  36,800                 20.4         39 of one core
 
 Background alone has 7.2% mIoU and 79.6% of the pixels; of each class a box in its mean place, by
-the class's frequency, has 0.02% AP. yolos learns no more where the encoder is small, or changes
-at a higher rate than a fiftieth of the heads' (benchmarks/RESULTS.md, "YOLOS on drawn scenes").
+the class's frequency, has 0.02% AP. yolos learns no more where the encoder is small, nor
+with a tenth of the heads' rate for DINOv2 (benchmarks/RESULTS.md, "YOLOS on drawn scenes").
 EoMT's queries join the last two blocks, which are frozen in eomt,frozen. Its panoptic quality is
 that of the background, 8.6 to 8.8%, as no score of an article is high.
 """
