@@ -70,20 +70,40 @@ def test_a_folder_is_replaced_when_the_block_ends(tmp_path, monkeypatch, system)
 
 def test_part_files_of_killed_processes_are_removed(tmp_path):
     pids = {'running': os.getppid(), 'dead': 2**22 + 1, 'mine': os.getpid(), 'huge': 10**30}
-    for pid in pids.values():
+
+    def part(name, pid, host=None):
+        return f'.{name}.{host or atomic.host()}.{pids[pid]}.part'
+
+    for pid in pids:
         for name in ('a', 'b[c'):
-            (tmp_path / f'.{name}.{pid}.part').touch()
-    kept = ['.x.part', '.a.half.part', 'a.7.part', '.a.txt']
+            (tmp_path / part(name, pid)).touch()
+    kept = ['.x.part', '.a.half.part', '.a.1.half.part', 'a.1.7.part', '.a.txt']
     for name in kept:
         (tmp_path / name).touch()
-    (tmp_path / f'.folder.{pids["dead"]}.part' / 'inner').mkdir(parents=True)
+    (tmp_path / part('folder', 'dead') / 'inner').mkdir(parents=True)
     atomic.remove_leftovers(tmp_path, 'b[c')
-    left = {f'.{name}.{pid}.part' for name in ('a', 'b[c') for pid in pids.values()}
-    left -= {f'.b[c.{pids[which]}.part' for which in ('dead', 'mine', 'huge')}
-    assert set(names(tmp_path)) == {*left, *kept, f'.folder.{pids["dead"]}.part'}
+    left = {part(name, pid) for name in ('a', 'b[c') for pid in pids}
+    left -= {part('b[c', pid) for pid in ('dead', 'mine', 'huge')}
+    assert set(names(tmp_path)) == {*left, *kept, part('folder', 'dead')}
     atomic.remove_leftovers(tmp_path)
-    assert set(names(tmp_path)) == {*kept, *(f'.{n}.{pids["running"]}.part' for n in ('a', 'b[c'))}
+    assert set(names(tmp_path)) == {*kept, *(part(name, 'running') for name in ('a', 'b[c'))}
     atomic.remove_leftovers(tmp_path / 'missing')
+
+
+def test_another_machine_with_the_same_process_ids_shares_a_folder(tmp_path, monkeypatch):
+    """As containers have, whose first processes have the same ids."""
+    path = tmp_path / 'a.bin'
+    with atomic.replace_file(path) as part:
+        part.write_bytes(b'ours')
+        with monkeypatch.context() as there:
+            there.setattr(atomic, 'host', lambda: 'there')
+            storage.write(path, b'theirs')
+            old = tmp_path / '.a.bin.7.part'  # of a version whose names have no machine
+            old.touch()
+            os.utime(old, (0, 0))
+            atomic.remove_leftovers(tmp_path)
+            assert names(tmp_path) == [part.name, 'a.bin']
+    assert path.read_bytes() == b'ours' and names(tmp_path) == ['a.bin']
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):

@@ -7,6 +7,8 @@ backend starts with, and writes and reads the files that these name, as XLA does
 import json
 import os
 import pathlib
+import shlex
+import shutil
 
 import jaxlib
 import launched
@@ -101,11 +103,15 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(determinism.jax.config, 'update', lambda *args: None)
 
 
+def named_flags():
+    """{flag: value} of XLA_FLAGS, as XLA reads them."""
+    return dict(f.partition('=')[::2] for f in shlex.split(os.environ['XLA_FLAGS']))
+
+
 def start(workdir, choose):
     """The flags of a start; `choose` makes the kernels that XLA then knows of those loaded."""
     with determinism.repeatable(workdir, True) as keep:
-        flags = os.environ['XLA_FLAGS']
-        named = dict(f.partition('=')[::2] for f in flags.split())
+        flags, named = os.environ['XLA_FLAGS'], named_flags()
         source = named.get(determinism.LOAD)
         keep()  # nothing was chosen yet
         known = pathlib.Path(source).read_bytes() if source else b''
@@ -146,7 +152,7 @@ def test_a_start_that_fails_leaves_the_files_of_a_run_that_goes_on(gpu, tmp_path
     workdir = epath.Path(tmp_path / 'run')
     start(workdir, lambda known: b'a\n')
     with determinism.repeatable(workdir, True) as keep:
-        named = dict(f.partition('=')[::2] for f in os.environ['XLA_FLAGS'].split())
+        named = named_flags()
         pathlib.Path(named[determinism.DUMP]).write_bytes(b'a\nb\n')
         with pytest.raises(UserError), determinism.repeatable(workdir, True):
             raise UserError('the workdir is that of a run that goes on')
@@ -156,6 +162,84 @@ def test_a_start_that_fails_leaves_the_files_of_a_run_that_goes_on(gpu, tmp_path
     with pytest.raises(UserError), determinism.repeatable(tmp_path / 'new', True):
         raise UserError('a mistake')
     assert not list((tmp_path / 'cache' / 'kernels').iterdir())
+
+
+def test_a_copy_resumed_beside_a_run_has_kernels_of_its_own(gpu, tmp_path):
+    workdir, copy = epath.Path(tmp_path / 'run'), epath.Path(tmp_path / 'copy')
+    start(workdir, lambda known: b'a\n')
+    shutil.copytree(workdir, copy)
+    with determinism.repeatable(workdir, True) as keep:
+        pathlib.Path(named_flags()[determinism.DUMP]).write_bytes(b'a\nours\n')
+        os.environ['XLA_FLAGS'] = ''
+        start(copy, lambda known: known + b'theirs\n')
+        keep()
+    assert (workdir / KEPT).read_bytes() == b'a\nours\n'
+    assert (copy / KEPT).read_bytes() == b'a\ntheirs\n'
+
+
+WHOLE = b'version: 3\nresults {\n  device: "a \\"b\\" {"\n  result {\n  }\n}\n'
+
+
+@pytest.mark.parametrize('half', [b'', WHOLE[:20], WHOLE[:40], WHOLE[:-3], bytes(70), b'\xff\n'])
+def test_half_written_kernels_are_neither_kept_nor_loaded(gpu, half, tmp_path):
+    workdir = epath.Path(tmp_path / 'run')
+    start(workdir, lambda known: half)
+    assert not (workdir / KEPT).exists()
+    start(workdir, lambda known: WHOLE)
+    assert (workdir / KEPT).read_bytes() == WHOLE
+    start(workdir, lambda known: WHOLE + half)
+    (workdir / KEPT).write_bytes(half)
+    with pytest.raises(UserError, match=f'{KEPT} is damaged; remove it'):
+        start(workdir, lambda known: known)
+    assert os.environ['XLA_FLAGS'] == '--mine=1'
+
+
+def test_a_resumed_run_says_that_its_kernels_are_missing(gpu, tmp_path, caplog):
+    workdir = epath.Path(tmp_path / 'run')
+    start(workdir, lambda known: WHOLE)
+    facts = {'jaxlib': jaxlib.__version__, 'xla_flags': f'{determinism.EXCLUDE}=true'}
+    (workdir / 'facts.json').write_text(json.dumps(facts))
+    (workdir / 'checkpoints' / '3').mkdir(parents=True)
+    start(workdir, lambda known: known)
+    assert not caplog.text
+    (workdir / KEPT).unlink()
+    start(workdir, lambda known: WHOLE)
+    line = f'from here on the last bits may be others: {workdir / KEPT} is missing'
+    assert line in caplog.text
+    (workdir / KEPT).unlink()
+    for text in json.dumps(facts | {'jaxlib': '0.0.1'}), json.dumps(facts | {'xla_flags': ''}):
+        (workdir / 'facts.json').write_text(text)  # which the heading of the run says
+        start(workdir, lambda known: b'')
+    assert caplog.text.count('last bits') == 1
+
+
+def test_flags_of_the_user_and_paths_are_read_as_xla_reads_them(gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'my "own" cache'))
+    mine = f'--mine="a {determinism.EXCLUDE}=x b"'
+    for text in mine, str(tmp_path / 'flags'):
+        (tmp_path / 'flags').write_text(f'\n{mine}\n')
+        monkeypatch.setenv('XLA_FLAGS', text)
+        with determinism.repeatable(epath.Path(tmp_path / 'run'), True) as keep:
+            named = named_flags()
+            assert named['--mine'] == f'a {determinism.EXCLUDE}=x b'
+            assert named[determinism.EXCLUDE] == 'true' and len(named) == 3
+            assert len(determinism.flags_of(os.environ['XLA_FLAGS'])) == 3
+            pathlib.Path(named[determinism.DUMP]).write_bytes(WHOLE)
+            keep()
+        assert (tmp_path / 'run' / KEPT).read_bytes() == WHOLE
+        (tmp_path / 'run' / KEPT).unlink()
+    monkeypatch.setenv('XLA_FLAGS', 'none')
+    with pytest.raises(UserError, match="XLA_FLAGS is 'none': neither flags nor a file"):
+        start(tmp_path / 'run', lambda known: known)
+
+
+def test_a_cache_that_cannot_be_written_is_not_needed(gpu, tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'file' / 'cache'))
+    workdir = epath.Path(tmp_path / 'run')
+    start(workdir, lambda known: b'a\n')
+    start(workdir, lambda known: known + b'b\n')
+    assert (workdir / KEPT).read_bytes() == b'a\nb\n'
 
 
 @pytest.mark.parametrize('platforms, plugins, found', [

@@ -22,7 +22,7 @@ import trustme
 from fsspec.implementations.memory import MemoryFileSystem
 
 from vit_jax.errors import UserError
-from vit_jax.io import addresses, fetch
+from vit_jax.io import addresses, atomic, fetch
 
 BODY = bytes(range(256)) * 4000  # about a megabyte
 CHILD = 'import sys\nfrom vit_jax.io import fetch\nprint(fetch.local(sys.argv[1]))'
@@ -368,7 +368,7 @@ def test_killed_download(server, cache):
     process.communicate()
     [half] = leftovers(cache)
     assert 0 < half.stat().st_size < len(BODY)
-    living = half.with_name(f'.a.npz.{os.getppid()}.part')
+    living = half.with_name(f'.a.npz.{atomic.host()}.{os.getppid()}.part')
     living.write_bytes(b'')
     server.pages['/a.npz'] = Page()
     path = fetch.local(f'{server.url}/a.npz')

@@ -1,7 +1,7 @@
 """Writes local files and folders in one step: complete, or as they were.
 
-The content goes to a part file, `.NAME.PID.part` in the same folder, which is flushed to disk and
-then renamed. `storage.write` does the same for bytes, also at an address.
+The content goes to a part file, `.NAME.HOST.PID.part` in the same folder, which is flushed to disk
+and then renamed. `storage.write` does the same for bytes, also at an address.
 """
 
 import contextlib
@@ -10,7 +10,11 @@ import glob
 import os
 import pathlib
 import shutil
+import time
+import zlib
 from collections.abc import Iterator
+
+ABANDONED = 24 * 3600  # seconds after which a part file of another machine is a leftover
 
 
 @contextlib.contextmanager
@@ -66,23 +70,41 @@ def replace_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def part_path(path: str | os.PathLike) -> pathlib.Path:
     """Path of this process's part file of a file."""
     path = pathlib.Path(path)
-    return path.with_name(f'.{path.name}.{os.getpid()}.part')
+    return path.with_name(f'.{path.name}.{host()}.{os.getpid()}.part')
+
+
+def host() -> str:
+    """An identifier of this machine, as processes of several may share a folder and an id."""
+    return f'{zlib.crc32(os.uname().nodename.encode()):08x}'
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
     """Removes part files of killed processes, whose ids are unused or have become this process's.
+
+    Those of other machines, whose processes are unknown, are removed after ABANDONED seconds.
 
     Args:
       folder: the folder; nothing happens if it does not exist.
       name: name of the file whose part files are removed. None: of any file.
     """
     for part in pathlib.Path(folder).glob(f'.{"*" if name is None else glob.escape(name)}.*.part'):
-        pid = part.name.split('.')[-2]
-        if pid.isdecimal() and (int(pid) == os.getpid() or not is_running(int(pid))):
+        where, pid = part.name.split('.')[-3:-1]
+        if pid.isdecimal() and (
+            is_abandoned(part) if where != host()
+            else int(pid) == os.getpid() or not is_running(int(pid))
+        ):  # fmt: skip
             if part.is_dir():
                 shutil.rmtree(part)
             else:
                 part.unlink(missing_ok=True)
+
+
+def is_abandoned(part: pathlib.Path) -> bool:
+    """Whether nothing was written to a part file for ABANDONED seconds."""
+    try:
+        return time.time() - part.stat().st_mtime > ABANDONED
+    except OSError:  # it has become the file
+        return False
 
 
 def is_running(pid: int) -> bool:

@@ -39,7 +39,7 @@ def facts_of(parts: Any) -> dict[str, Any]:
     These are the facts of the data (`data.readers.facts.of_run`), settings of JAX, versions and
     devices. `parts` are assembly.Parts.
     """
-    flags = os.environ.get('XLA_FLAGS', '').split()
+    flags = determinism.flags_of(os.environ.get('XLA_FLAGS', ''))
     frozen = [
         (leaf_name(path), np.asarray(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(parts.objective.frozen)
