@@ -134,9 +134,9 @@ def random_box(
     row or column. After a hundred misses it is the whole image.
     """
     h, w = shape
+    least, most = (share * h * w for share in area)
     for _ in range(100):
         ratio = aspect[0] + (aspect[1] - aspect[0]) * rng.random()
-        least, most = (share * h * w for share in area)
         low, high = round((least / ratio) ** 0.5), round((most / ratio) ** 0.5)
         if round(high * ratio) > w:
             high = int((w + 0.4999999) / ratio)

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from vit_jax.data.order import example_ids
-from vit_jax.data.reading import continue_blank, example, skip_unreadable
+from vit_jax.data.reading import arrays_of, continue_blank, record_of, skip_unreadable
 from vit_jax.data.sources import Source
 from vit_jax.data.tasks import Task
 from vit_jax.data.workers import prefetched
@@ -90,11 +90,11 @@ def training_batch(
     bits = np.random.Philox()
     rng = np.random.Generator(bits)
 
-    def load(k):
+    def make(k, record, error):
         bits.state = fresh_state(seed, places[k])
-        return example(chosen[k], rng, source=source, task=task)
+        return arrays_of(chosen[k], record, error, rng, task)
 
-    return collect(load, len(places))
+    return collect(lambda k: record_of(chosen[k], source), make, len(places))
 
 
 def fresh_state(seed: int, place: int | np.int64) -> dict:
@@ -107,21 +107,27 @@ def fresh_state(seed: int, place: int | np.int64) -> dict:
 
 
 ZEROS = np.zeros(4, np.uint64)
+TOGETHER = 16  # files of ImageNet's size that fit into a core's cache
 
 
 def collect(
-    load: Callable[[int], Mapping[str, np.ndarray]], size: int
+    read: Callable[[int], tuple[Any, str]],
+    make: Callable[[int, Any, str], Mapping[str, np.ndarray]],
+    size: int,
 ) -> dict[str, np.ndarray]:
-    """Makes a batch of load(0) ... load(size - 1), each copied to its place as soon as it is made.
+    """Makes a batch of examples make(k, *read(k)) for k below `size`.
 
-    The memory of one example is then reused for the next one while it is still in the cache.
+    Each is copied to its place as soon as it is made, so that its memory is reused for the next one
+    while it is in the cache. `TOGETHER` are read before they are made, so that their code is.
     """
     batch = {}
-    for k in range(size):
-        for key, value in load(k).items():
-            if not k:
-                batch[key] = np.empty((size, *value.shape), value.dtype)
-            batch[key][k] = value
+    for start in range(0, size, TOGETHER):
+        group = range(start, min(start + TOGETHER, size))
+        for k, found in zip(group, [read(k) for k in group], strict=True):
+            for key, value in make(k, *found).items():
+                if not k:
+                    batch[key] = np.empty((size, *value.shape), value.dtype)
+                batch[key][k] = value
     return batch
 
 
@@ -165,13 +171,14 @@ def evaluation_batch(
     """Makes rows of a global batch, in the order of the data set; past its end, mask is 0."""
     rng = np.random.default_rng(0)
 
-    def load(k):
-        i = step * batch_size + int(rows[k])
-        past = i >= len(source)
-        arrays = example(0 if past else i, rng, source=source, task=task)
+    chosen = [i if i < len(source) else 0 for i in (step * batch_size + rows).tolist()]
+
+    def make(k, record, error):
+        arrays = arrays_of(chosen[k], record, error, rng, task)
+        past = step * batch_size + rows[k] >= len(source)
         return arrays | {'mask': np.float32(0), 'id': np.int64(-1)} if past else arrays
 
-    return collect(load, len(rows))
+    return collect(lambda k: record_of(chosen[k], source), make, len(rows))
 
 
 def cores() -> int:

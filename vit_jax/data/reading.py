@@ -17,33 +17,49 @@ from vit_jax.io.text import printable
 def example(
     i: int, rng: np.random.Generator, *, source: Source, task: Task
 ) -> dict[str, np.ndarray | np.generic]:
-    """Reads example i, {name: array}; an unusable one has mask 0 and a reason in `error`.
+    """Reads example i and makes its arrays, see `arrays_of`."""
+    return arrays_of(i, *record_of(i, source), rng, task)
+
+
+def record_of(i: int, source: Source) -> tuple[Mapping[str, Any] | None, str]:
+    """Reads the record of example i: (record, ''), or (None, reason) of an unusable example.
 
     Whatever a reader raises makes its example unusable: disks and servers fail in many ways, and
-    damaged files make parsers raise anything. What a task raises, but for UserError, is a bug in it
-    and propagates.
+    damaged files make parsers raise anything.
     """
-    arrays, error = None, ''
     try:
-        record = source.records[i]
+        return source.records[i], ''
     except UserError as e:  # a damaged record
-        error = str(e)
+        return None, str(e)
     except Exception as e:
-        error = f'cannot be read: {why(e)}'
-    try:
-        arrays = None if error else task.read(record, rng)
-    except UserError as e:
-        error = str(e)
-    if arrays is None:
-        arrays = task.blank
-    else:
-        check_arrays(arrays, task.blank)
+        return None, f'cannot be read: {why(e)}'
+
+
+def arrays_of(
+    i: int, record: Mapping[str, Any] | None, error: str, rng: np.random.Generator, task: Task
+) -> dict[str, np.ndarray | np.generic]:
+    """Makes the arrays of example i, {name: array}, of what `record_of` returned.
+
+    An unusable one has mask 0 and a reason in `error`. What a task raises, but for UserError, is a
+    bug in it and propagates.
+    """
+    arrays = task.blank
+    if not error:
+        try:
+            arrays = task.read(record, rng)
+        except UserError as e:
+            error = str(e)
+        else:
+            check_arrays(arrays, task.blank)
     return {
         **arrays,
         'mask': np.float32(not error),
         'id': np.int64(i),
-        'error': np.array(error[:200], '<U200'),
+        'error': np.array(error[:200], '<U200') if error else NO_ERROR,
     }
+
+
+NO_ERROR = np.array('', '<U200')
 
 
 def check_arrays(arrays: Mapping[str, Any], blank: Mapping[str, Any]) -> None:
@@ -70,15 +86,17 @@ def skip_unreadable(feed: Iterator[dict], source: Source, tolerance: float) -> I
     """Yields batches; raises UserError once more of the data set is unusable than tolerated."""
     bad = set()
     for batch in feed:
-        for i, error in zip(batch['id'], batch.pop('error'), strict=True):
-            if error and i >= 0 and int(i) not in bad:
-                bad.add(int(i))
+        errors = batch.pop('error')
+        for k in np.flatnonzero(batch['mask'] == 0):
+            i, error = int(batch['id'][k]), errors[k]
+            if error and i >= 0 and i not in bad:
+                bad.add(i)
                 if len(bad) > tolerance * len(source):
                     raise UserError(
-                        f'{name(source, int(i))}: {error} ({len(bad)} of {len(source)} examples '
+                        f'{name(source, i)}: {error} ({len(bad)} of {len(source)} examples '
                         f'so far; tolerance is {tolerance:g}; a larger one leaves these out)'
                     )
-                logging.warning('skipped %s', printable(f'{name(source, int(i))}: {error}'))
+                logging.warning('skipped %s', printable(f'{name(source, i)}: {error}'))
         yield batch
 
 

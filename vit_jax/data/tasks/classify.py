@@ -59,9 +59,7 @@ def image_and_label(
     with images.naming('image'):
         image = view(images.read(record['image']), rng)  # a JPEG is decoded here
     least = -1 if shape else 0
-    wrong = label[(label < least) | (label >= classes)]
-    if wrong.size:
-        raise UserError(
-            f'label {wrong.flat[0]} is out of range: the data set has {classes} classes'
-        )
+    for one in label.ravel().tolist():  # faster than NumPy for a few
+        if not least <= one < classes:
+            raise UserError(f'label {one} is out of range: the data set has {classes} classes')
     return {'image': image, 'label': label}
