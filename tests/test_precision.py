@@ -14,6 +14,7 @@ from learners import batch, classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
+from vit_jax.figures import restored
 from vit_jax.models import (
     attention,
     block,
@@ -25,6 +26,7 @@ from vit_jax.models import (
     segmenter,
     two_towers,
 )
+from vit_jax.predict import by_labels
 
 B, T, D, H, M, K = 2, 17, 24, 3, 40, 13  # K and R are sizes of nothing else
 R, M1 = 11, 6  # the representation layer, the MLP over patches
@@ -207,6 +209,27 @@ def test_all_products_of_a_model_as_commands_load_it_are_in_float32(kind):
     assert found == {EXACT} and count > 5
     plain, _ = precisions(lambda p, *x: model.apply(p, *x, **more)[0], params, *inputs)
     assert None in plain  # as the device does it
+
+
+@pytest.mark.parametrize('pool', ['map', 'cls'])
+def test_products_of_commands_beside_the_model_are_in_its_precision(pool):
+    """Embeddings of patches alone, and what undoes the normalisation of restored patches."""
+    vit = interface.exact(small(pool=pool, num_classes=D, representation_size=R))
+    params = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))['params']
+    found, count = precisions(
+        lambda p, x: by_labels.patch_embeddings(vit, p, x), params, jnp.zeros((B, 16, D))
+    )
+    assert found == {EXACT} and count > 1
+    model = interface.exact(MODELS['mae']())
+    params = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)), noise=jnp.zeros((1, 16))
+    )['params']
+    images = jnp.zeros((B, 16, 16, 3), jnp.uint8)
+    found, _ = precisions(
+        lambda p, x, noise: restored.restore(model, p, x, noise), params, images,
+        jnp.zeros((B, 16)),
+    )  # fmt: skip
+    assert found == {EXACT}
 
 
 def test_kernels_are_in_the_precision_around_them():

@@ -23,7 +23,7 @@ from vit_jax.convert import load as weights
 from vit_jax.data import files, tasks
 from vit_jax.errors import UserError
 from vit_jax.io import storage
-from vit_jax.models import embedding
+from vit_jax.models import embedding, interface
 from vit_jax.models.mae import Mae
 
 GREY = 128  # of hidden patches
@@ -77,6 +77,7 @@ def write(
 
 
 @partial(jax.jit, static_argnums=0)
+@interface.at_precision
 def restore(
     model: Mae, params: Any, images: jax.Array, noise: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

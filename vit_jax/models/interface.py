@@ -38,7 +38,10 @@ def dtype_name(value: Any) -> Any:
 
 
 def at_precision(call: Callable) -> Callable:
-    """Decorates the call of a model, or of one around `vit`, to compute at its `precision`."""
+    """Decorates the call of a model, or of one around `vit`, to compute at its `precision`.
+
+    Or another function whose first argument is the model.
+    """
 
     @functools.wraps(call)
     def precise(self, *args, **kwargs):

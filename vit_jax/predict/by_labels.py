@@ -16,7 +16,7 @@ from vit_jax.data import files, prompts
 from vit_jax.data.tokenizers import Named
 from vit_jax.errors import UserError, shown
 from vit_jax.evaluators import zero_shot
-from vit_jax.models import layers, pooling
+from vit_jax.models import interface, layers, pooling
 from vit_jax.models.two_towers import TwoTowers, unit_length
 from vit_jax.models.vit import Vit
 from vit_jax.predict import Predictor
@@ -116,6 +116,7 @@ def check_distinct(labels: Sequence[str]) -> None:
         raise UserError(f'--labels has {shown(label)} {count} times; give it once')
 
 
+@interface.at_precision
 def patch_embeddings(model: Vit, params: Any, encoded: jax.Array) -> jax.Array:
     """Embeddings of patches [B, N, D], each pooled as if it were alone: [B, N, E], unit length.
 
