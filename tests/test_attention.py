@@ -154,6 +154,10 @@ def test_auto_is_what_can_be():
     assert auto(V4, tokens=577, bias=(12, 577, 577)) == auto(HOPPER, bias=(12, 197, 197)) == 'xla'
     assert auto(HOPPER) == 'cudnn' and auto(HOPPER, dtype=jnp.float32) == 'xla'
     assert auto(HOPPER, heads=2) == auto(('gpu', 'AMD Instinct')) == auto(('cpu', 'cpu')) == 'xla'
+    older = 'NVIDIA GeForce RTX 2080 Ti', 'NVIDIA TITAN RTX', 'NVIDIA T1000', 'Tesla V100-SXM2-16GB'
+    newer = 'NVIDIA GeForce RTX 3090', 'NVIDIA RTX A6000', 'NVIDIA A100-SXM4-40GB', 'NVIDIA L4'
+    assert {auto(('gpu', name)) for name in older} == {'xla'}
+    assert {auto(('gpu', name)) for name in newer} == {'cudnn'}
 
 
 @pytest.mark.parametrize('kind, target, changes, words', [

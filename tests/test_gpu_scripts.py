@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import xla_flags
 
+from benchmarks.gpu import checks, speed, trace
 from benchmarks.gpu import report as reports
-from benchmarks.gpu import speed, trace
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Of what vit_jax depends on, all that jax, flax, optax, orbax, torch and timm do not need.
@@ -167,7 +168,31 @@ def test_what_a_timeline_says():
     assert figures['computes_ms'] == 19 / 3 and figures['ahead'] == 1
     assert trace.kind_of('/device:GPU:0', 'Stream #7(MemcpyH2D)', 'MemcpyH2D') == 'crosses'
     assert trace.kind_of('/device:GPU:0', 'Stream #1(Compute)', 'fusion_3') == 'computes'
+    assert trace.kind_of('/device:GPU:0', 'Stream #1(Compute)', 'MemcpyD2D') == 'computes'
+    assert trace.kind_of('/device:GPU:0', 'Stream #2(MemcpyD2H)', 'MemcpyD2H') is None
     assert trace.kind_of('/device:GPU:0', 'XLA Modules', 'jit_on_mesh') is None
+    host = trace.figures(found | {'computes': [], 'crosses': []}, 3)
+    assert host['host_ms'] == 2 and 'nothing of the device' in host['note'] and len(host) == 4
+
+
+def test_numbers_of_the_file_are_those_of_json():
+    found = reports.rounded({'a': [1 / 3, float('inf')], 'b': float('nan'), 'c': 123456})
+    assert found == {'a': [0.3333, 'inf'], 'b': 'nan', 'c': 123456}
+
+
+def test_the_error_by_default_is_of_products_as_the_device_has_them(monkeypatch):
+    """Loaded models compute in float32 by themselves."""
+    monkeypatch.syspath_prepend(ROOT / 'tests')
+    seen = []
+
+    def on(device, function, *arguments):
+        seen.append(str(jax.make_jaxpr(function)(*arguments)))
+        return function(*arguments)
+
+    monkeypatch.setattr(checks, 'on', on)
+    found, tolerance, more = checks.converted('official_vit_prelogits', True)
+    assert max(found, more['error_by_default']) < tolerance
+    assert sorted(text.count('Precision.HIGHEST') > 0 for text in seen) == [False, True]
 
 
 def test_turns_alternate():

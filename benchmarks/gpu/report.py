@@ -6,6 +6,7 @@ They import jax, flax, optax, orbax and numpy, and what these need; peers also t
 import argparse
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -140,12 +141,14 @@ def first_line(error: Exception) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """The same with numbers of four significant digits, for JSON."""
+    """The same with numbers of four significant digits, for JSON, which has no infinite ones."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [rounded(v) for v in value]
-    return float(f'{value:.4g}') if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f'{value:.4g}') if math.isfinite(value) else str(value)
+    return value
 
 
 def turns(runs: Iterable[Callable[[], float]], rounds: int) -> tuple[list[float], ...]:

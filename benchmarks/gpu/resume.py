@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu.resume --out resume.json
 
-Processes of their own train B/16 with dropout on noise, with the step and the checkpoints of a run.
+Processes of their own train B/16 with dropout on noise, with the step and the checkpoints of a run;
+it has four blocks, so that six processes compile within the time.
 One trains to the end; one is killed (SIGKILL) and another one resumes it. As with --deterministic,
 operations that add in any order are excluded and the kernels are kept in the workdir; those of the
 first process go to the other workdir, too. The same without it shows whether it was needed, and
@@ -52,8 +53,9 @@ def train(workdir, small, stop, keep_kernels):
 
     side, batch = (32, 4) if small else (224, 64)
     model = models.build(
-        'vit-b/16', num_classes=1000, dtype='bfloat16', dropout=0.1, **(SMALL if small else {})
-    )
+        'vit-b/16', num_classes=1000, dtype='bfloat16', dropout=0.1,
+        **(SMALL if small else dict(depth=4)),
+    )  # fmt: skip
     mesh = sharding.make_mesh(jax.devices()[:1])
     objective = peers.classifier(model, (side, side, 3))
     tx = optim.make(step.abstract_params(objective), 100, lr=1e-3, clip=1.0, ema=0.9)

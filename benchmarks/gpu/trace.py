@@ -87,7 +87,8 @@ def kind_of(plane, line, event):
     if plane.startswith('/device:GPU'):
         if not line.startswith('Stream'):
             return None  # lines of whole operations and modules, derived from these
-        return 'crosses' if 'MemcpyH2D' in event else None if 'Memcpy' in event else 'computes'
+        # A copy on the device is work of the program.
+        return 'crosses' if 'MemcpyH2D' in event else None if 'MemcpyD2H' in event else 'computes'
     if event in HOST:
         return event
     # CPUs have no plane of their own: a thread of XLA waits for a program, and another one copies.
@@ -120,20 +121,27 @@ def overlap(spans, others):
 
 
 def figures(found, steps):
-    """What a timeline of so many steps says."""
+    """What a timeline of so many steps says; of the host alone if the device's is not traced."""
+    host = {
+        'host_ms': statistics.median(
+            b - a + d - c for (a, b), (c, d) in zip(found['put'], found['dispatch'], strict=True)
+        ),
+        'put_ms': statistics.median(b - a for a, b in found['put']),
+        'wait_ms': statistics.median(b - a for a, b in found['wait']),
+    }
+    if not found['computes']:
+        return host | {'note': 'the trace has nothing of the device'}
     computes, crosses = merged(found['computes']), merged(found['crosses'])
-    puts, waits = found['put'], found['wait']
     # From the second step on, as the first has nothing before it.
     begin, end = found['dispatch'][1][0], computes[-1][1]
     within = [(max(a, begin), min(b, end)) for a, b in computes if b > begin]
-    host = [b - a + d - c for (a, b), (c, d) in zip(puts, found['dispatch'], strict=True)]
-    return {
-        'host_ms': statistics.median(host), 'put_ms': statistics.median(b - a for a, b in puts),
-        'wait_ms': statistics.median(b - a for a, b in waits),
+    return host | {
         'idle': 1 - length(within) / (end - begin), 'computes_ms': length(computes) / steps,
         'crosses_ms': length(crosses) / steps if crosses else None,
         'hidden': overlap(crosses, computes) / length(crosses) if crosses else None,
-        'ahead': statistics.mean(any(a <= put[0] <= b for a, b in computes) for put in puts[2:]),
+        'ahead': statistics.mean(
+            any(a <= put <= b for a, b in computes) for put, _ in found['put'][2:]
+        ),
     }  # fmt: skip
 
 

@@ -67,6 +67,7 @@ def answer(request: dict[str, Any], built: dict[str, Any]) -> dict[str, Any]:
         return programs.facts()
     if 'drop' in request:
         built.pop(request['drop'], None)
+        programs.release()
         return {}
     if 'turn' in request:
         program, n = built[request['turn']]

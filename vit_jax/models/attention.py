@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, H heads, C channels of a head, D width.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,6 +17,8 @@ from vit_jax.errors import UserError
 from vit_jax.models import attention_kernel as kernel
 from vit_jax.models import attention_tiled, memory, tiling
 
+# Names of NVIDIA's GPUs of Pascal, Volta and Turing.
+BEFORE_AMPERE = re.compile(r'\b(GTX|TITAN|RTX 20\d\d|Quadro|Tesla|[PT]\d+G?|V100)\b')
 MANY = 2048  # tokens from which on no [B, H, T, T] is in memory, but where it is captured
 
 
@@ -75,6 +78,8 @@ def cudnn_obstacle(device: str, channels: int, dtype: DTypeLike) -> str | None:
     """Why cuDNN does not apply to a device and heads of these channels."""
     if 'NVIDIA' not in device:
         return f'it is for NVIDIA GPUs, and this is for {device}'
+    if BEFORE_AMPERE.search(device):
+        return f'it is for NVIDIA GPUs from Ampere on, and this is for {device}'
     if dtype == jnp.float32:
         return (
             'it computes in bfloat16 or float16, and products are in float32 (model.matmul_dtype, '
