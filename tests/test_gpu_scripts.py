@@ -14,6 +14,7 @@ import xla_flags
 
 from benchmarks.gpu import checks, speed, trace
 from benchmarks.gpu import report as reports
+from benchmarks.gpu.worker import Ended, Worker
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Of what vit_jax depends on, all that jax, flax, optax, orbax, torch and timm do not need.
@@ -143,6 +144,61 @@ def test_the_seconds_of_a_script_end_it_and_keep_what_there_is(tmp_path):
            and ') Z ' not in pathlib.Path(f'/proc/{child}/stat').read_text()):  # fmt: skip
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+class Instant:
+    """A worker whose programs are built and run at once, or of torch never."""
+
+    def __init__(self, report, torch=False):
+        self.report, self.torch, self.over = report, torch, False
+
+    def ended(self):
+        return self.over
+
+    def send(self, **request):
+        pass
+
+    def receive(self, spare=2):
+        if self.torch:
+            self.over, self.report.spent = True, 225 - spare
+            raise Ended('not finished')
+        if self.report.left() <= spare:
+            raise Ended('no seconds were left')
+        return {'flops': 1.0, 'memory': 1, 'build_s': 1.0, 'seconds': 0.1}
+
+    def ask(self, **request):
+        return self.receive()
+
+
+def test_ours_is_timed_where_a_contender_takes_all_seconds_to_compile(tmp_path, monkeypatch):
+    class Clock(reports.Report):
+        spent = 0
+
+        def left(self):
+            return 225 - self.spent
+
+    out = ['x', '--out', str(tmp_path / 'out.json')]
+    monkeypatch.setattr(reports.sys, 'argv', out)
+    report = Clock(reports.arguments(''))
+    report.results['device'] = {'peak': None, 'product': 1.0}
+    comparison = speed.Comparison(report, small=False)
+    comparison.workers = {'jax': Instant(report), 'torch': Instant(report, torch=True)}
+    try:
+        comparison.run(('vit-b/16', 'train', 256), ['timm'])
+    finally:
+        report.end()
+    assert list(report.results['cases']) == ['vit-b/16 train 256 ours']
+    assert report.results['skipped'] == {'vit-b/16 train 256 timm': 'Ended: not finished'}
+
+
+def test_a_silent_worker_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(reports.sys, 'argv', ['x', '--out', str(tmp_path / 'out.json')])
+    report = reports.Report(reports.arguments(''))
+    silent = Worker(report)  # as it is asked nothing
+    with pytest.raises(Ended, match='not finished when 225 s were left'):
+        silent.receive(225)
+    assert silent.ended()
+    report.end()
 
 
 def test_the_first_cases_are_those_of_the_bars():

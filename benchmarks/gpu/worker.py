@@ -6,6 +6,7 @@ JAX and torch have one each, so that a program that fails or hangs ends its own 
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -35,11 +36,17 @@ class Worker:
         except OSError as e:
             raise Ended(f'the worker ended with status {self.process.wait()}') from e
 
-    def receive(self) -> dict[str, Any]:
-        """Waits for an answer as long as the script has time; raises Ended, or what went wrong."""
-        ready, _, _ = select.select([self.process.stdout], [], [], max(self.report.left() - 2, 0))
+    def receive(self, spare: float = 2) -> dict[str, Any]:
+        """Waits for an answer until the script has `spare` seconds left, and then ends the process.
+
+        Raises Ended, or what went wrong.
+        """
+        seconds = max(self.report.left() - spare, 0)
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         if not ready:
-            raise Ended('not finished when the seconds were over')
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise Ended(f'not finished when {spare:.0f} s were left')
         line = self.process.stdout.readline()
         if not line:
             raise Ended(f'the worker ended with status {self.process.wait()}')
