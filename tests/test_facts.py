@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import types
+from typing import NamedTuple
 
 import fsspec
 import jax
@@ -20,7 +21,7 @@ from vit_jax.data import mixture, sources
 from vit_jax.data.readers import facts
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
-from vit_jax.run import origin, workdir
+from vit_jax.run import machine, origin, workdir
 
 NAMES = ('ant', 'bee', 'cat')
 
@@ -238,3 +239,19 @@ def test_a_run_goes_on_with_the_data_it_was_begun_with_or_says_what_differs(tmp_
     (train_ / 'bee' / '0.png').unlink()
     assert run(data, path, steps=20, allow_change=True)['steps'] == 20
     assert json.loads((path / 'facts.json').read_text())['data.examples'] == 11
+
+
+def test_libraries_on_which_bits_depend(monkeypatch):
+    class Installed(NamedTuple):
+        name: str
+        version: str = '1'
+
+    names = [
+        'jax-cuda13-plugin', 'nvidia-cublas', 'nvidia-cudnn-cu13', 'nvidia-nccl-cu13',
+        'nvidia-cuda-runtime-cu12', 'nvidia-cuda-nvcc', 'libtpu', 'JAX-ROCM7-PJRT',
+    ]  # fmt: skip
+    others = ['jax', 'nvidia-cuda-cupti', 'nvidia-cuda-runtimes', 'libtpu-nightly', None]
+    monkeypatch.setattr(
+        machine.importlib.metadata, 'distributions', lambda: map(Installed, names + others)
+    )
+    assert list(machine.libraries()) == sorted(name.lower() for name in names)

@@ -76,6 +76,10 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
     assert kept(None)['jax_compilation_cache_max_size'] == compilation.LIMIT
     assert kept(str(tmp_path / 'b'))[key] == str(tmp_path / 'b' / machine.cpu_id())
     assert kept(None, 'gs://bucket/run') == {key: None} and asked == ['gs://bucket/run/compiled']
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'gs://bucket/all')
+    assert kept(None) == {key: None} and asked[1:] == ['gs://bucket/all']
+    assert kept(str(tmp_path / 'c'))[key] == str(tmp_path / 'c' / machine.cpu_id())
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'--compilation_cache=.*file/x cannot be used: .*or off'):
         kept(str(tmp_path / 'file' / 'x'))

@@ -37,10 +37,11 @@ def cache(named: str | None, workdir: str) -> Iterator[None]:
       UserError: the folder `named` can't be created or written.
     """
     home = workdir if storage.is_remote(workdir) else storage.cache()
-    folder = named or f'{home}/compiled'
+    of_jax = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+    folder = named or of_jax or f'{home}/compiled'
     if named == 'off':
         jax.config.update('jax_enable_compilation_cache', False)
-    elif named is None and os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    elif named is None and of_jax and not of_jax.startswith('gs://'):
         pass
     elif storage.is_remote(folder):
         with mirrored(folder) as local:

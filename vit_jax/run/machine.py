@@ -9,7 +9,8 @@ import jax
 
 from vit_jax.data import pipeline
 
-LIBRARIES = re.compile(r'(jax-(cuda|rocm)\d|nvidia-(cublas|cudnn|cuda-runtime)\b|libtpu$)')
+NVIDIA = r'nvidia-(cublas|cudnn|cuda-runtime|cuda-nvcc|nccl)\b'
+LIBRARIES = re.compile(rf'(jax-(cuda|rocm)\d|{NVIDIA}|libtpu$)')
 
 
 def facts() -> dict[str, str]:
