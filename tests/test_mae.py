@@ -226,10 +226,11 @@ def test_what_is_hidden_changes_no_code(where):
     params = objective.init(jax.random.key(0))
     net = around_encoder(models.build('vit/4', None, **WIDTHS), mask_tokens=where, **SMALL)
     images, noise = random_images(2, *IMAGE), random_images(2, 24)
-    prediction, out = compiled(net)(params, images, noise=noise)
+    predict = compiled(net)
+    prediction, out = predict(params, images, noise=noise)
     patches = np.where(out['mask'][..., None], np.nan, embedding.cut(jnp.asarray(images), (4, 4)))
     blind = embedding.joined(jnp.asarray(patches), (4, 6), (4, 4))
-    np.testing.assert_array_equal(net.apply({'params': params}, blind, noise=noise)[0], prediction)
+    np.testing.assert_array_equal(predict(params, blind, noise=noise)[0], prediction)
     hidden = np.asarray(prediction)[np.asarray(out['mask']) > 0]
     assert len(np.unique(hidden, axis=0)) == len(hidden) == 2 * 18  # each has its position
     assert out['visible'].shape[1] == 1 + (24 if where == 'encoder' else 6)

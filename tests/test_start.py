@@ -13,8 +13,9 @@ import launched
 import numpy as np
 import pytest
 
+import vit_jax
 from vit_jax.errors import UserError
-from vit_jax.run import compilation, machine, profiling, report
+from vit_jax.run import compilation, machine, profiling, report, results
 from vit_jax.run.profiling import parse
 
 LONGER = ('--config.steps=8', '--allow_config_change')
@@ -161,3 +162,17 @@ def test_help_needs_no_jax():
     assert '--workdir' in done.stdout
     loaded = {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
     assert 'absl.flags' in loaded and not loaded & {'jax', 'flax', 'grain', 'orbax', 'tensorboard'}
+
+
+def test_a_package_that_is_not_installed_has_a_version(monkeypatch):
+    """As in a clone that PYTHONPATH names."""
+    version = importlib.metadata.version
+
+    def of_others(name):
+        if name == 'vit_jax':
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, 'version', of_others)
+    versions = results.provenance()['versions']
+    assert versions['vit_jax'] == vit_jax.__version__ and versions['jax'] == version('jax')

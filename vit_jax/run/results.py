@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+import vit_jax
 from vit_jax.distributed import devices
 from vit_jax.io.text import number, printable
 from vit_jax.run import machine
@@ -73,9 +74,10 @@ def judge(
 
 def provenance() -> dict[str, Any]:
     """Versions of the libraries, what computed, git commit and time."""
-    names = ('vit_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+    names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+    versions = {name: importlib.metadata.version(name) for name in names}
     return {
-        'versions': {name: importlib.metadata.version(name) for name in names},
+        'versions': {'vit_jax': vit_jax.__version__} | versions,  # which need not be installed
         'machine': machine.facts(),
         'git_commit': git_commit(),
         'finished': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
