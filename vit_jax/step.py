@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax import optim, sharding
+from vit_jax.models import interface
 from vit_jax.objectives import Objective, check_extra, check_metrics
 from vit_jax.optim.sharpness import ascended
 
@@ -185,16 +186,6 @@ def stop_votes(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {'stop': jnp.sum(batch['stop'])} if 'stop' in batch else {}
 
 
-def at_precision(precision: str, function: Callable) -> Callable:
-    """The function, with products of float32 values in a precision of `interface.Precision`."""
-
-    def precise(*arguments):
-        with jax.default_matmul_precision(precision):
-            return function(*arguments)
-
-    return precise
-
-
 def compiled(
     objective: Objective,
     tx: optim.Optimizer,
@@ -203,7 +194,7 @@ def compiled(
     *,
     seed: int = 0,
     accumulate: int = 1,
-    precision: str | None = None,
+    precision: interface.Precision | None = None,
 ) -> Callable[[State, dict[str, jax.Array], Any], tuple[State, dict[str, jax.Array]]]:
     """`train_step` as one jitted function: state donated, shardings from the mesh.
 
@@ -211,8 +202,7 @@ def compiled(
     """
     shardings = sharding.shardings_of(abstract)
     advance = partial(train_step, objective=objective, tx=tx, seed=seed, accumulate=accumulate)
-    if precision is not None:
-        advance = at_precision(precision, advance)
+    advance = interface.computed_at(precision, advance)
     return jax.jit(
         sharding.with_mesh(mesh, advance),
         donate_argnums=0,

@@ -37,6 +37,19 @@ def dtype_name(value: Any) -> Any:
     return value
 
 
+def computed_at(precision: Precision | None, function: Callable) -> Callable:
+    """The function, with its products of float32 values at a precision; None: the device's."""
+    if precision is None:
+        return function
+
+    @functools.wraps(function)
+    def precise(*args, **kwargs):
+        with jax.default_matmul_precision(precision):
+            return function(*args, **kwargs)
+
+    return precise
+
+
 def at_precision(call: Callable) -> Callable:
     """Decorates the call of a model, or of one around `vit`, to compute at its `precision`.
 
@@ -45,11 +58,7 @@ def at_precision(call: Callable) -> Callable:
 
     @functools.wraps(call)
     def precise(self, *args, **kwargs):
-        precision = getattr(self, 'vit', self).precision
-        if precision is None:
-            return call(self, *args, **kwargs)
-        with jax.default_matmul_precision(precision):
-            return call(self, *args, **kwargs)
+        return computed_at(getattr(self, 'vit', self).precision, call)(self, *args, **kwargs)
 
     return precise
 
@@ -74,15 +83,8 @@ def computed_exactly(function: Callable, model: Any) -> Callable:
     Returned as it is if the model that it applies has products of another dtype. `model` is None
     for a function that applies none.
     """
-    if model is not None and not in_float32(model):
-        return function
-
-    @functools.wraps(function)
-    def computed(*args, **kwargs):
-        with jax.default_matmul_precision('float32'):
-            return function(*args, **kwargs)
-
-    return computed
+    exactly = model is None or in_float32(model)
+    return computed_at('float32' if exactly else None, function)
 
 
 def check_precision(model: Any) -> None:
