@@ -1,6 +1,7 @@
 """Whatever a reader raises is one example less, named; what was trained until then is saved."""
 
 import errno
+import io
 import shutil
 import struct
 import zlib
@@ -11,8 +12,9 @@ import launched
 import numpy as np
 import processes
 import pytest
+from PIL import Image
 
-from vit_jax.data import images, reading, sources
+from vit_jax.data import images, pipeline, reading, sources
 from vit_jax.data.prepare import worker
 from vit_jax.data.tasks import classify
 from vit_jax.distributed.stop import Stop
@@ -82,6 +84,31 @@ def test_a_mistake_in_a_view_is_none_of_the_data(source):
 
     with pytest.raises(ZeroDivisionError):
         reading.example(0, None, source=source, task=task)
+
+
+def test_examples_made_in_a_batch_are_those_made_alone(tmp_path):
+    whole = launched.write_images(tmp_path / 'images', {'train': 2, 'val': 1})
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    for quality in (90, 95):
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, 'JPEG', quality=quality)
+        data = file.getvalue()
+        name = next((whole / 'train').iterdir()) / f'{quality}'
+        for kind, part in (('whole', data), ('cut', data[:2000]), ('lacks_end', data[:-2])):
+            name.with_name(f'{quality}_{kind}.jpg').write_bytes(part)
+    source = sources.load(name=str(whole))
+    for view, augment in (('resize', ()), (dict(name='fit'), ()), ('resize', ('solarize',))):
+        task = classify.classify(source, view=view, image_size=24, augment=augment)
+        rows = np.arange(len(source))
+        batch = pipeline.evaluation_batch(
+            0, source=source, task=task, batch_size=len(source), rows=rows
+        )
+        assert (batch['mask'] == 0).sum() == 2 and not batch['image'][batch['mask'] == 0].any()
+        rng = np.random.default_rng(0)
+        for i in rows.tolist():
+            alone = reading.example(i, rng, source=source, task=task)
+            for key, value in alone.items():
+                np.testing.assert_array_equal(batch[key][i], value)
 
 
 def test_other_processes_get_every_batch_of_an_evaluation(source):

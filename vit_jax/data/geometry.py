@@ -36,14 +36,18 @@ class Geometry(NamedTuple):
     method: str = 'bilinear'
     antialias: bool = True
 
-    def image(self, image: np.ndarray | Encoded) -> np.ndarray:
+    def image(self, image: np.ndarray | Encoded, out: np.ndarray | None = None) -> np.ndarray:
         """Applies the view to an image, uint8 [H, W, 3] -> [*size, 3]; padding is black.
 
-        Decodes no more of a JPEG than the window. Raises Unreadable.
+        Decodes no more of a JPEG than the window. `out` may be filled and returned, as by
+        images.resized. Raises Unreadable.
         """
         whole = self.warp is None and self.offset == (0, 0) and self.resized == self.size
         flip = self.flip and whole
-        out = resized(image, self.window, self.resized, self.method, self.antialias, flip)
+        out = resized(
+            image, self.window, self.resized, self.method, self.antialias, flip,
+            out if whole else None,
+        )  # fmt: skip
         if whole:
             return out
         out = cropped(out, self.offset, self.size)

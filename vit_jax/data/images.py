@@ -38,18 +38,17 @@ class Encoded:
         return decode(self.data)
 
     def resized(
-        self, box: Box, size: Size, method: str, antialias: bool, flip: bool
+        self, box: Box, size: Size, method: str, antialias: bool, flip: bool, out: np.ndarray
     ) -> np.ndarray:
         """Same as `resized`; Pillow decodes what the extension finds damaged."""
         denominator = shrink(box, size) if antialias else 1
-        out = np.empty((*size, 3), np.uint8)
         try:
             _jpeg.view(
                 self.data, out, *scaled(box, denominator), denominator, METHODS.index(method),
                 antialias, flip, OWN_ENTROPY,
             )  # fmt: skip
         except ValueError:
-            return resized(decode(self.data), box, size, method, antialias, flip)
+            return resized(decode(self.data), box, size, method, antialias, flip, out)
         return out
 
 
@@ -81,7 +80,7 @@ def read(data: bytes) -> np.ndarray | Encoded:
             height, width, exif = _jpeg.size(data)
         except ValueError:
             return decode(data)
-        if metadata.orientation(exif) == 1:
+        if not exif or metadata.orientation(exif) == 1:
             return Encoded(data, height, width)
     return decode(data)
 
@@ -93,6 +92,7 @@ def resized(
     method: str = 'bilinear',
     antialias: bool = True,
     flip: bool = False,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Resizes a window (y, x, height, width) of an image [H, W, 3] to uint8 [*size, 3].
 
@@ -103,13 +103,14 @@ def resized(
         values are truncated instead of rounded, and JPEGs decoded with the fast inverse DCT (by the
         extension alone: Pillow has only the accurate one, some 0.8 grey levels away).
       flip: whether to mirror left to right.
+      out: contiguous uint8 [*size, 3] that may be filled and returned. None: a new array is.
     """
     if method not in METHODS:
         raise UserError(f'method is {method!r}, not one of {", ".join(METHODS)}')
+    out = np.empty((*size, 3), np.uint8) if out is None else out
     if isinstance(image, Encoded):
-        return image.resized(box, size, method, antialias, flip)
+        return image.resized(box, size, method, antialias, flip, out)
     if _jpeg is not None:
-        out = np.empty((*size, 3), np.uint8)
         kind = METHODS.index(method)
         _jpeg.resize(np.ascontiguousarray(image), out, box, kind, antialias, flip)
         return out

@@ -5,6 +5,7 @@ which is 0 for padding and for unreadable examples.
 """
 
 import collections
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,13 @@ import grain
 import numpy as np
 
 from vit_jax.data.order import example_ids
-from vit_jax.data.reading import arrays_of, continue_blank, record_of, skip_unreadable
+from vit_jax.data.reading import (
+    NO_ERROR,
+    arrays_of,
+    continue_blank,
+    record_of,
+    skip_unreadable,
+)
 from vit_jax.data.sources import Source
 from vit_jax.data.tasks import Task
 from vit_jax.data.workers import prefetched
@@ -90,11 +97,11 @@ def training_batch(
     bits = np.random.Philox()
     rng = np.random.Generator(bits)
 
-    def make(k, record, error):
+    def make(k, found, out):
         bits.state = fresh_state(seed, places[k])
-        return arrays_of(chosen[k], record, error, rng, task)
+        return arrays_of(chosen[k], *found, rng, task, out)
 
-    return collect(lambda k: record_of(chosen[k], source), make, len(places))
+    return collect(lambda k: record_of(chosen[k], source), make, task, len(places))
 
 
 def fresh_state(seed: int, place: int | np.int64) -> dict:
@@ -107,27 +114,32 @@ def fresh_state(seed: int, place: int | np.int64) -> dict:
 
 
 ZEROS = np.zeros(4, np.uint64)
-TOGETHER = 16  # files of ImageNet's size that fit into a core's cache
+MASKED = {'mask': np.float32(0), 'id': np.int64(-1)}
+TOGETHER = 32  # records; more are not faster, and take memory
 
 
 def collect(
-    read: Callable[[int], tuple[Any, str]],
-    make: Callable[[int, Any, str], Mapping[str, np.ndarray]],
+    read: Callable[[int], tuple],
+    make: Callable[[int, tuple, dict[str, np.ndarray]], Mapping[str, np.ndarray]],
+    task: Task,
     size: int,
 ) -> dict[str, np.ndarray]:
-    """Makes a batch of examples make(k, *read(k)) for k below `size`.
+    """Makes a batch of examples make(k, read(k), out) for k below `size`.
 
-    Each is copied to its place as soon as it is made, so that its memory is reused for the next one
-    while it is in the cache. `TOGETHER` are read before they are made, so that their code is.
+    `out` has the places of the task's arrays in the batch, if it takes them (see `Task`). Arrays
+    that are elsewhere are copied at once: the next example reuses their memory while it is in the
+    cache. So is the code that reads records, as it reads `TOGETHER` of them in turn.
     """
-    batch = {}
+    blank = {**task.blank, **MASKED, 'error': NO_ERROR}
+    batch = {name: np.empty((size, *x.shape), x.dtype) for name, x in blank.items()}
+    takes_out = 'out' in inspect.signature(task.read).parameters
     for start in range(0, size, TOGETHER):
         group = range(start, min(start + TOGETHER, size))
         for k, found in zip(group, [read(k) for k in group], strict=True):
-            for key, value in make(k, *found).items():
-                if not k:
-                    batch[key] = np.empty((size, *value.shape), value.dtype)
-                batch[key][k] = value
+            out = {name: batch[name][k, ...] for name in task.blank} if takes_out else {}
+            for name, value in make(k, found, out).items():
+                if value is not out.get(name):
+                    batch[name][k] = value
     return batch
 
 
@@ -161,7 +173,7 @@ def examples(
 
 def blank(task: Task, size: int) -> dict[str, np.ndarray]:
     """Makes a batch of `size` examples with mask 0."""
-    one = task.blank | {'mask': np.float32(0), 'id': np.int64(-1)}
+    one = task.blank | MASKED
     return {name: np.stack([x] * size) for name, x in one.items()}
 
 
@@ -173,12 +185,12 @@ def evaluation_batch(
 
     chosen = [i if i < len(source) else 0 for i in (step * batch_size + rows).tolist()]
 
-    def make(k, record, error):
-        arrays = arrays_of(chosen[k], record, error, rng, task)
+    def make(k, found, out):
+        arrays = arrays_of(chosen[k], *found, rng, task, out)
         past = step * batch_size + rows[k] >= len(source)
-        return arrays | {'mask': np.float32(0), 'id': np.int64(-1)} if past else arrays
+        return arrays | MASKED if past else arrays
 
-    return collect(lambda k: record_of(chosen[k], source), make, len(rows))
+    return collect(lambda k: record_of(chosen[k], source), make, task, len(rows))
 
 
 def cores() -> int:

@@ -36,17 +36,22 @@ def record_of(i: int, source: Source) -> tuple[Mapping[str, Any] | None, str]:
 
 
 def arrays_of(
-    i: int, record: Mapping[str, Any] | None, error: str, rng: np.random.Generator, task: Task
+    i: int,
+    record: Mapping[str, Any] | None,
+    error: str,
+    rng: np.random.Generator,
+    task: Task,
+    out: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray | np.generic]:
     """Makes the arrays of example i, {name: array}, of what `record_of` returned.
 
     An unusable one has mask 0 and a reason in `error`. What a task raises, but for UserError, is a
-    bug in it and propagates.
+    bug in it and propagates. `out` is for a task that takes it, see `Task`.
     """
     arrays = task.blank
     if not error:
         try:
-            arrays = task.read(record, rng)
+            arrays = task.read(record, rng, out=out) if out else task.read(record, rng)
         except UserError as e:
             error = str(e)
         else:

@@ -26,7 +26,9 @@ class Task(NamedTuple):
         every example; the pipeline adds `mask` and `id`.
       read: (record, rng) -> {name: numpy array}, from the record's raw fields ({'image': bytes,
         'label': 3}) and a numpy.random.Generator of its own. It raises images.Unreadable, or
-        UserError, where the record can't be used. Picklable.
+        UserError, where the record can't be used. Picklable. A parameter `out` is optional, None or
+        {name: array} of the example's places in a batch: it may fill these and return them, which
+        saves a copy.
       names: meaning of numbers in the arrays, {'classes': ('cat', 'dog')}; a run saves them as
         classes.json and compares them when it resumes.
       tokenizer: what made the ids of texts, a tokenizers.Named; a run saves its tokenizer and
@@ -99,9 +101,14 @@ class View(NamedTuple):
     reads_labels: bool = False
 
     def __call__(
-        self, image: np.ndarray | images.Encoded, rng: np.random.Generator | None
+        self,
+        image: np.ndarray | images.Encoded,
+        rng: np.random.Generator | None,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
-        return self.distort(self.place(image.shape[:2], rng).image(image), rng)
+        """Makes the image; without augmentations it may be in `out`, as from images.resized."""
+        geometry = self.place(image.shape[:2], rng)
+        return self.distort(geometry.image(image, None if self.steps else out), rng)
 
     def place(
         self,

@@ -47,17 +47,19 @@ def classify(
 def image_and_label(
     record: Mapping[str, Any],
     rng: np.random.Generator,
+    out: Mapping[str, np.ndarray] | None = None,
     *,
     view: Callable,
     shape: tuple[int, ...],
     classes: int,
 ) -> dict[str, np.ndarray]:
-    """Makes the arrays of `classify`; `shape` is that of the label."""
+    """Makes the arrays of `classify`; `shape` is that of the label, `out` as in `Task`."""
     if 'label' not in record:
         raise UserError("it has no label; data.task='image' reads images alone")
     label = np.asarray(record['label'], np.int32).reshape(shape)
     with images.naming('image'):
-        image = view(images.read(record['image']), rng)  # a JPEG is decoded here
+        # a JPEG is decoded here
+        image = view(images.read(record['image']), rng, out and out['image'])
     least = -1 if shape else 0
     for one in label.ravel().tolist():  # faster than NumPy for a few
         if not least <= one < classes:

@@ -29,7 +29,11 @@ def image(
 
 
 def image_of(
-    record: Mapping[str, Any], rng: np.random.Generator, *, view: Callable
+    record: Mapping[str, Any],
+    rng: np.random.Generator,
+    out: Mapping[str, np.ndarray] | None = None,
+    *,
+    view: Callable,
 ) -> dict[str, np.ndarray]:
-    """Makes the array of `image`."""
-    return {'image': view(images.read(record['image']), rng)}
+    """Makes the array of `image`; `out` as in `Task`."""
+    return {'image': view(images.read(record['image']), rng, out and out['image'])}

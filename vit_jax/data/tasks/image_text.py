@@ -57,12 +57,17 @@ def caption_of(
 
 
 def image_and_caption(
-    record: Mapping[str, Any], rng: np.random.Generator, *, view: Callable, caption: Callable
+    record: Mapping[str, Any],
+    rng: np.random.Generator,
+    out: Mapping[str, np.ndarray] | None = None,
+    *,
+    view: Callable,
+    caption: Callable,
 ) -> dict[str, np.ndarray]:
-    """Makes the arrays of `image_text`."""
+    """Makes the arrays of `image_text`; `out` as in `Task`."""
     chosen = caption(record, rng)
     with images.naming('image'):
-        image = view(images.read(record['image']), rng)
+        image = view(images.read(record['image']), rng, out and out['image'])
     return {'image': image} | chosen
 
 
