@@ -18,13 +18,16 @@ SMALL = dict(width=24, depth=3, num_heads=3, mlp_dim=32, patch_size=4)
 
 
 def small(**fields):
+    """A model, parameters with noise in place of zeros, images [2, 8, 12, 3]."""
     model = models.build('vit-ti/16', **{'num_classes': 5, **SMALL, **fields})
     rng = np.random.default_rng(0)
     images = rng.normal(size=(2, 8, 12, 3)).astype(np.float32)
-    params = jax.jit(model.init)(jax.random.key(0), images)['params']
-    # The head starts at zero: fill it, or no difference would ever reach the logits.
-    params = jax.tree.map(lambda x: x + np.float32(0.2 * rng.normal(size=x.shape)), params)
-    return model, params, images
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+
+    def drawn(path, leaf):
+        return jnp.float32((path[-1].key == 'scale') + 0.2 * rng.normal(size=leaf.shape))
+
+    return model, jax.tree_util.tree_map_with_path(drawn, shapes), images
 
 
 @pytest.mark.parametrize(
