@@ -12,6 +12,7 @@ import sys
 import launched
 import numpy as np
 import pytest
+from jax._src.lru_cache import LRUCache
 
 import vit_jax
 from vit_jax.errors import UserError
@@ -86,6 +87,21 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
         kept(str(tmp_path / 'file' / 'x'))
     monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'file'))
     assert kept(None) == {}  # nobody asked for it: the run goes on without
+
+
+def test_a_program_that_a_kill_left_half_written_is_compiled_and_kept_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation.jax.config, 'update', lambda *args: None)
+    folder = tmp_path / machine.cpu_id()
+    written = LRUCache(str(folder), max_size=1000)
+    for key in 'ab':
+        written.put(key, b'whole')
+    (folder / f'b{compilation.READ}').unlink()
+    (folder / f'b{compilation.SUFFIX}').write_bytes(b'who')
+    with compilation.cache(str(tmp_path), 'runs/a'):
+        assert files(folder) == ['a-cache']
+    for key in 'bc':
+        written.put(key, b'whole')
+    assert [written.get(key) for key in 'abc'] == [b'whole'] * 3
 
 
 @pytest.mark.slow

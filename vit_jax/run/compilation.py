@@ -20,7 +20,7 @@ GIB = 2**30
 LIMIT = 8 * GIB  # size of a local cache; the least recently used programs are evicted
 PATIENCE = 60  # seconds that a start waits for programs at an address
 PERIOD = 10  # seconds between two looks for new programs, which JAX writes in far less
-SUFFIX = '-cache'  # of JAX's files
+SUFFIX, READ = '-cache', '-atime'  # of JAX's files: a program, and when it was last read
 
 
 @contextlib.contextmanager
@@ -61,6 +61,7 @@ def enable_local(folder: str, named: str | None) -> None:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(f'no right to write in {path}')
+        remove_unfinished(path)
     except OSError as e:
         if named is not None:
             raise UserError(
@@ -69,6 +70,17 @@ def enable_local(folder: str, named: str | None) -> None:
         return
     jax.config.update('jax_compilation_cache_max_size', LIMIT)
     jax.config.update('jax_compilation_cache_dir', str(path))
+
+
+def remove_unfinished(path: pathlib.Path) -> None:
+    """Removes programs that a killed process was writing, or for which a disk had no room.
+
+    JAX writes when a program was read after the program. It never replaces a damaged program, and
+    JAX 0.10 keeps no other one, either, as long as there is one without.
+    """
+    for program in path.glob(f'*{SUFFIX}'):
+        if not program.with_name(program.name.removesuffix(SUFFIX) + READ).exists():
+            program.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
