@@ -102,6 +102,22 @@ def head(
     )  # fmt: skip
 
 
+def product(quantize: str) -> Callable[..., jax.Array]:
+    """`quantized.dot_general`, on CPUs with activations [B, T, K] as a matrix [B T, K].
+
+    With two dimensions to contract in a kernel's gradient, XLA on CPUs copies an operand first.
+    """
+    dot = quantized.dot_general(quantize)
+    if quantize != 'none' or memory.target()[0] != 'cpu':
+        return dot
+
+    def by_rows(x, kernel, dims, **how):
+        y = dot(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), dims[1]), **how)
+        return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+    return by_rows
+
+
 class Projection(nn.Module):
     """nn.DenseGeneral from dimensions `inputs` to `features`, as one product of two matrices.
 
@@ -136,13 +152,14 @@ class Projection(nn.Module):
         if self.reorder is not None:
             kernel, bias = (None if p is None else self.reorder(p) for p in (kernel, bias))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        dot = quantized.dot_general(self.quantize)
         if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:
             n = len(self.inputs)
             axes = tuple(range(2, 2 + n)), tuple(range(n))
+            dot = quantized.dot_general(self.quantize)
             y = shard_batch(dot(shard_batch(x, whole=False), kernel, (axes, ((), ()))), whole=False)
         else:
             x = shard_batch(x.reshape(*x.shape[:2], matrix[0]))
+            dot = product(self.quantize)
             y = shard_batch(dot(x, kernel.reshape(matrix), (((2,), (0,)), ((), ()))))
             y = y.reshape(*y.shape[:2], *self.features)
         if self.apart:
@@ -218,7 +235,7 @@ class Mlp(nn.Module):
             bias_init=self.bias_init,
             use_bias=self.use_bias,
             dtype=self.dtype,
-            dot_general=quantized.dot_general(self.quantize),
+            dot_general=product(self.quantize),
         )
         forward_on_tpu = self.deterministic and memory.target()[0] == 'tpu'
         if forward_on_tpu:
