@@ -296,3 +296,15 @@ def test_the_tpus_compiler_takes_the_kernel_and_its_bytes_are_counted(
         matrices += heads * rows * (-(-tokens // 128) * 128) * (2 + 2 * 4)
     assert hlo_traffic.kernel_bytes(text) - matrices in (2 * 4 * lanes, 2 * 4 * 8 * lanes)
     assert text.count('tpu_custom_call') >= 1 and (' all-' in text) == shifted
+
+
+def test_softmax_keeps_its_probabilities_alone_on_cpus_and_has_the_same_gradient():
+    logits, d = jax.random.normal(jax.random.key(0), (2, 3, 5, 7))
+    logits *= 4
+    probs, gradient = jax.vjp(attention.softmax, logits)
+    expected, reference = jax.vjp(jax.nn.softmax, logits)
+    np.testing.assert_array_equal(probs, expected)
+    np.testing.assert_allclose(gradient(d)[0], reference(d)[0], rtol=1e-5, atol=1e-7)
+    kept = [x for x in jax.tree.leaves(gradient) if x.shape == logits.shape]
+    assert len(kept) == 1
+    np.testing.assert_array_equal(kept[0], probs)

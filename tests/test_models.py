@@ -1,6 +1,7 @@
 """Models: published sizes, shapes, named intermediates, and what must not change a result."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -591,3 +592,14 @@ def test_exact_gelu_in_bfloat16_is_exact_up_to_its_rounding():
         assert found.dtype == jnp.bfloat16
         excess = np.abs(np.asarray(found, np.float64) - exact) - 2.0**-8 * np.abs(exact)
         assert np.max(excess) <= error
+
+
+def test_products_with_kernels_contract_one_dimension_on_cpus_in_gradients_too():
+    model = models.build('vit-ti/16', num_classes=3, patch_size=8, width=32, depth=2, num_heads=4)
+    images = jnp.ones((2, 16, 16, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+    step = jax.grad(lambda p: jnp.sum(model.apply({'params': p}, images, train=True)[0]))
+    text = jax.jit(step).lower(params).as_text()
+    contracted = re.findall(r'contracting_dims = \[([\d, ]*)\] x', text)
+    assert len(contracted) >= 20
+    assert all(',' not in dims for dims in contracted)

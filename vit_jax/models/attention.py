@@ -99,6 +99,26 @@ def masked(bias: jax.Array | None, attend: jax.Array, dtype: DTypeLike) -> jax.A
     return mask if bias is None else bias.astype(dtype) + mask
 
 
+@jax.custom_jvp
+def short_softmax(logits: jax.Array) -> jax.Array:
+    """Softmax over the last axis; its gradient reads the probabilities alone."""
+    return jax.nn.softmax(logits)
+
+
+@short_softmax.defjvp
+def short_softmax_derivative(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """p (d - sum(p d)), p the probabilities."""
+    p, d = short_softmax(*primals), tangents[0]
+    return p, p * (d - jnp.sum(p * d, axis=-1, keepdims=True))
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+    """Softmax over the last axis; on CPUs `short_softmax`."""
+    return (short_softmax if memory.target()[0] == 'cpu' else jax.nn.softmax)(logits)
+
+
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention by cuDNN: q, k, v [B, T, H, C] -> [B, T, H, C].
 

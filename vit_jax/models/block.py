@@ -166,7 +166,7 @@ class Attention(nn.Module):
         if bias is not None:
             logits += bias.astype(self.dtype)
         logits = checkpoint_name(logits, 'logits')
-        probs = rounded(nn.softmax(logits.astype(jnp.float32)).astype(self.dtype))
+        probs = rounded(attention.softmax(logits.astype(jnp.float32)).astype(self.dtype))
         captured = probs if self.capture else None  # before dropout: what the model attends to
         probs = Dropout(self.dropout, deterministic=self.deterministic)(probs)
         x = memory.keep_layout(jnp.einsum('bhqk,bhkc->bhqc', probs, v))
@@ -183,7 +183,7 @@ class Attention(nn.Module):
         q = q[:, first : first + places.shape[1]] * q.shape[-1] ** -0.5
         logits = jnp.einsum('bqhc,bkhc->bhqk', q, k)
         logits = jnp.where(places[:, None], logits, jnp.finfo(self.dtype).min)
-        probs = rounded(nn.softmax(logits.astype(jnp.float32)).astype(self.dtype))
+        probs = rounded(attention.softmax(logits.astype(jnp.float32)).astype(self.dtype))
         probs = Dropout(self.dropout, deterministic=self.deterministic)(probs)
         return jnp.einsum('bhqk,bkhc->bqhc', probs, v)
 
