@@ -100,23 +100,27 @@ def masked(bias: jax.Array | None, attend: jax.Array, dtype: DTypeLike) -> jax.A
 
 
 @jax.custom_jvp
-def short_softmax(logits: jax.Array) -> jax.Array:
-    """Softmax over the last axis; its gradient reads the probabilities alone."""
-    return jax.nn.softmax(logits)
+def normalised(logits: jax.Array, most: jax.Array, total: jax.Array) -> jax.Array:
+    """Softmax over the last axis, given the maxima and sums that belong to the logits."""
+    return jnp.exp(logits - most) / total
 
 
-@short_softmax.defjvp
-def short_softmax_derivative(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+@normalised.defjvp
+def normalised_derivative(
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """p (d - sum(p d)), p the probabilities."""
-    p, d = short_softmax(*primals), tangents[0]
+    """That of the whole softmax: p (d - sum(p d)), p the probabilities."""
+    p, d = normalised(*primals), tangents[0]
     return p, p * (d - jnp.sum(p * d, axis=-1, keepdims=True))
 
 
 def softmax(logits: jax.Array) -> jax.Array:
-    """Softmax over the last axis; on CPUs `short_softmax`."""
-    return (short_softmax if memory.target()[0] == 'cpu' else jax.nn.softmax)(logits)
+    """Softmax over the last axis; on CPUs its gradient reads the probabilities alone."""
+    if memory.target()[0] != 'cpu':
+        return jax.nn.softmax(logits)
+    fixed = jax.lax.stop_gradient(logits)
+    most = jnp.max(fixed, axis=-1, keepdims=True)
+    return normalised(logits, most, jnp.sum(jnp.exp(fixed - most), axis=-1, keepdims=True))
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -105,10 +105,12 @@ def head(
 def product(quantize: str) -> Callable[..., jax.Array]:
     """`quantized.dot_general`, on CPUs with activations [B, T, K] as a matrix [B T, K].
 
-    With two dimensions to contract in a kernel's gradient, XLA on CPUs copies an operand first.
+    With two dimensions to contract in a kernel's gradient, XLA on CPUs copies an operand first. If
+    the mesh shards heads and hidden layers, activations keep their dimensions.
     """
     dot = quantized.dot_general(quantize)
-    if quantize != 'none' or memory.target()[0] != 'cpu':
+    sharded = jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1
+    if quantize != 'none' or sharded or memory.target()[0] != 'cpu':
         return dot
 
     def by_rows(x, kernel, dims, **how):
@@ -152,14 +154,13 @@ class Projection(nn.Module):
         if self.reorder is not None:
             kernel, bias = (None if p is None else self.reorder(p) for p in (kernel, bias))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        dot = product(self.quantize)
         if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) > 1:
             n = len(self.inputs)
             axes = tuple(range(2, 2 + n)), tuple(range(n))
-            dot = quantized.dot_general(self.quantize)
             y = shard_batch(dot(shard_batch(x, whole=False), kernel, (axes, ((), ()))), whole=False)
         else:
             x = shard_batch(x.reshape(*x.shape[:2], matrix[0]))
-            dot = product(self.quantize)
             y = shard_batch(dot(x, kernel.reshape(matrix), (((2,), (0,)), ((), ()))))
             y = y.reshape(*y.shape[:2], *self.features)
         if self.apart:
