@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from learners import classifier
 
 from vit_jax import models, optim, sharding, step
 from vit_jax.errors import UserError
-from vit_jax.models import layers, rotary
+from vit_jax.models import embedding, layers, memory, rotary
 
 SMALL = dict(width=24, depth=3, num_heads=3, mlp_dim=32, patch_size=4)
 
@@ -358,6 +359,36 @@ def test_capture_unroll_and_remat_change_nothing():
         np.testing.assert_allclose(other, logits, rtol=1e-5, atol=1e-6)
         for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * abs(b).max())
+
+
+class Embedded(nn.Module):
+    patch_size: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, images):
+        return embedding.patches(images, 5, self.patch_size, 'float32')
+
+
+@pytest.mark.parametrize('patch_size', [(4, 2), (2, 3), (1, 1)])
+def test_tpus_embed_patches_by_a_product_where_a_gradient_is_asked_for(patch_size, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(2, 8, 12, 3)).astype(np.float32)
+    model = Embedded(patch_size)
+    y, variables = model.init_with_output(jax.random.key(0), images)
+    weights = rng.normal(size=y.shape).astype(np.float32)
+
+    def loss(variables, images):
+        y = model.apply(variables, images)
+        return jnp.sum(weights * y), y
+
+    gradient = jax.grad(loss, (0, 1), has_aux=True)
+    wanted = gradient(variables, images)
+    monkeypatch.setattr(memory, 'target', lambda: ('tpu', 'TPU v4'))
+    found = gradient(variables, images)
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    for f, convolves in ((loss, True), (gradient, False)):
+        assert ('conv_general_dilated' in str(jax.make_jaxpr(f)(variables, images))) == convolves
 
 
 @pytest.mark.parametrize('pool', ['cls', 'gap', 'cls_gap', 'none'])

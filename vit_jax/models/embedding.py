@@ -3,11 +3,14 @@
 Shapes: B batch, H W image, C channels, h w grid of patches, N patches (h * w), D width.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models import memory
 from vit_jax.models.memory import shard_batch
 
 FIXED = ('sincos2d', 'sincos2d_moco')  # kinds of positions without parameters
@@ -43,11 +46,54 @@ def patches(
     images: jax.Array, width: int, patch_size: tuple[int, int], dtype: str
 ) -> jax.Array:
     """Embeds patches, within a module: [B, H, W, C] -> [B, N, D]; the parameter is `embedding`."""
+    how = {}
+    if memory.target()[0] == 'tpu':
+        how['conv_general_dilated'] = lambda x, kernel, *_, precision, **__: convolved(
+            x, kernel, precision
+        )
     x = nn.Conv(
-        width, patch_size, strides=patch_size, padding='VALID', dtype=dtype, name='embedding'
+        width, patch_size, strides=patch_size, padding='VALID', dtype=dtype, name='embedding', **how
     )(images.astype(dtype))
     b, h, w, d = x.shape
     return shard_batch(x.reshape(b, h * w, d))
+
+
+def product(
+    images: jax.Array, kernel: jax.Array, precision: jax.lax.PrecisionLike
+) -> jax.Array:
+    """`convolved` as a product of matrices: images are cut into [B, N, P * C * P].
+
+    Columns come last, as TPUs lay out uint8 images: that moves least.
+    """
+    (b, height, width, c), (y, x) = images.shape, kernel.shape[:2]
+    h, w = height // y, width // x
+    cells = images.reshape(b, h, y, w, x, c).transpose(0, 1, 3, 2, 5, 4)
+    cells = shard_batch(cells.reshape(b, h * w, y * c * x))
+    kernel = kernel.swapaxes(1, 2).reshape(y * c * x, -1)
+    return jnp.matmul(cells, kernel, precision=precision).reshape(b, h, w, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolved(
+    images: jax.Array, kernel: jax.Array, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """Convolution [B, H, W, C] -> [B, h, w, D] whose stride is its kernel's size [P, P, C, D].
+
+    Where a gradient is asked for it is `product`, whose cut images the gradient reads again with
+    less traffic; a forward pass alone is faster as a convolution (benchmarks/RESULTS.md).
+    """
+    return jax.lax.conv_general_dilated(
+        images, kernel, kernel.shape[:2], 'VALID', precision=precision,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )  # fmt: skip
+
+
+convolved.defvjp(
+    lambda images, kernel, precision: jax.vjp(
+        functools.partial(product, precision=precision), images, kernel
+    ),
+    lambda precision, gradient, d: gradient(d),
+)
 
 
 def cut(images: jax.Array, patch_size: tuple[int, int]) -> jax.Array:
