@@ -16,6 +16,7 @@ from PIL import Image
 
 from vit_jax.data import images, pipeline, reading, sources
 from vit_jax.data.prepare import worker
+from vit_jax.data.readers.record import Record
 from vit_jax.data.tasks import classify
 from vit_jax.distributed.stop import Stop
 from vit_jax.errors import UserError
@@ -109,6 +110,23 @@ def test_examples_made_in_a_batch_are_those_made_alone(tmp_path):
             alone = reading.example(i, rng, source=source, task=task)
             for key, value in alone.items():
                 np.testing.assert_array_equal(batch[key][i], value)
+
+
+@pytest.mark.parametrize('size, most', [(10, 32), (10**7, 1), (2**22, 2)])
+def test_several_records_are_read_at_once_within_bounds(size, most):
+    image = bytes(size)
+    for record in ({'image': image}, Record({'image': image})):
+        read, held, groups = [], [], []
+
+        def load(k, record=record, read=read):
+            read.append(k)
+            return record, ''
+
+        for group in pipeline.grouped(load, 70):
+            assert read[-len(group) :] == [k for k, _ in group]
+            held.append(len(group))
+            groups += [k for k, _ in group]
+        assert groups == list(range(70)) and max(held) == most
 
 
 def test_other_processes_get_every_batch_of_an_evaluation(source):

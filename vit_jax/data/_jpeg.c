@@ -1086,8 +1086,10 @@ FAST static int make_filter(filter *f, int from, double origin, double extent, i
     for (int i = size - 1, most = from - f->taps; i >= 0; i--) {
         float *weights = f->weights + (size_t)i * taps;
         int late = f->start[i] > most ? f->start[i] - most : 0;
-        memmove(weights + late, weights, (f->taps - late) * sizeof(float));
-        memset(weights, 0, late * sizeof(float));
+        if (late) {
+            memmove(weights + late, weights, (f->taps - late) * sizeof(float));
+            memset(weights, 0, late * sizeof(float));
+        }
         most = f->start[i] -= late;
     }
     for (int i = 1; i < size; i++)

@@ -1,9 +1,9 @@
 """Decodes image files to arrays, as an image viewer would show them, by Pillow."""
 
-import contextlib
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,13 +26,18 @@ class Unreadable(UserError):
     """An image that can't be decoded; the message says why, and its reader adds the name."""
 
 
-@contextlib.contextmanager
-def naming(what: str) -> Iterator[None]:
+class naming:  # takes a third of the time of a generator with contextlib
     """Adds what could not be read to the message of Unreadable."""
-    try:
-        yield
-    except Unreadable as e:
-        raise Unreadable(f'unreadable {what}: {e}') from e
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Unreadable):
+            raise Unreadable(f'unreadable {self.what}: {error}') from error
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -115,7 +115,7 @@ def fresh_state(seed: int, place: int | np.int64) -> dict:
 
 ZEROS = np.zeros(4, np.uint64)
 MASKED = {'mask': np.float32(0), 'id': np.int64(-1)}
-TOGETHER = 32  # records; more are not faster, and take memory
+MOST_RECORDS, MOST_BYTES = 32, 2**23  # of images, that are read before their examples are made
 
 
 def collect(
@@ -128,19 +128,36 @@ def collect(
 
     `out` has the places of the task's arrays in the batch, if it takes them (see `Task`). Arrays
     that are elsewhere are copied at once: the next example reuses their memory while it is in the
-    cache. So is the code that reads records, as it reads `TOGETHER` of them in turn.
+    cache. So is the code that reads records, as it reads several in turn.
     """
     blank = {**task.blank, **MASKED, 'error': NO_ERROR}
     batch = {name: np.empty((size, *x.shape), x.dtype) for name, x in blank.items()}
     takes_out = 'out' in inspect.signature(task.read).parameters
-    for start in range(0, size, TOGETHER):
-        group = range(start, min(start + TOGETHER, size))
-        for k, found in zip(group, [read(k) for k in group], strict=True):
+    for group in grouped(read, size):
+        for k, found in group:
             out = {name: batch[name][k, ...] for name in task.blank} if takes_out else {}
             for name, value in make(k, found, out).items():
                 if value is not out.get(name):
                     batch[name][k] = value
     return batch
+
+
+def grouped(read: Callable[[int], tuple], size: int) -> Iterator[list[tuple[int, tuple]]]:
+    """Yields lists of (k, read(k)) for k below `size`, within MOST_RECORDS and about MOST_BYTES.
+
+    A list is emptied before the next one is read.
+    """
+    group, held = [], 0
+    for k in range(size):
+        found = read(k)
+        group.append((k, found))
+        fields = getattr(found[0], 'fields', found[0])  # of a Record: those that have been read
+        image = fields.get('image') if isinstance(fields, dict) else None
+        held += len(image) if isinstance(image, bytes) else 0
+        if len(group) == MOST_RECORDS or held >= MOST_BYTES or k + 1 == size:
+            yield group
+            group.clear()
+            held = 0
 
 
 def examples(

@@ -43,7 +43,7 @@ class OpenFiles:
         i = int(i)
         if not 0 <= i < len(self):
             raise IndexError(f'no example {i} among {len(self)}')
-        k = int(np.searchsorted(self.ends, i, side='right'))
+        k = int(self.ends.searchsorted(i, 'right'))
         return k, i - (int(self.ends[k - 1]) if k else 0)
 
     def reader(self, k: int) -> Any:
