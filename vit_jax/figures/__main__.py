@@ -31,7 +31,7 @@ from vit_jax import config as configs
 from vit_jax.convert import load as weights
 from vit_jax.convert import run
 from vit_jax.convert.fit import Loaded
-from vit_jax.data import files, mixture, pipeline, sources
+from vit_jax.data import files, mixture, reading, sources
 from vit_jax.data.tasks import classify as classify_task
 from vit_jax.errors import Damaged, UserError
 from vit_jax.evaluators import classify
@@ -60,7 +60,7 @@ class Images(Sequence):
     ) -> None:
         self.ids = ids
         task = classify_task.classify(source, view=view, image_size=image_size)
-        self.read = partial(pipeline.example, source=source, task=task)
+        self.read = partial(reading.example, source=source, task=task)
 
     def __len__(self) -> int:
         return len(self.ids)
